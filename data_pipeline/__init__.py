@@ -1,0 +1,1 @@
+"""From raw images to training shards on Ray Data, and the loader that reads them back."""

@@ -1,0 +1,1 @@
+"""A miniature universe of drawn scenes in which every stage of the big system is real."""

@@ -1,0 +1,1 @@
+"""Storage, results, logging and launching. Imports no sibling package."""

@@ -1,0 +1,1 @@
+"""DeepSpeed training of the diffusion backbones; start reading at trainer/train.py."""
