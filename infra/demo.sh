@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The documentation that runs: raw images -> shards -> ladder of models -> scores -> report, on two CPU cores.
+# usage: bash infra/demo.sh [FOLDER]     (IMAGES, TRAIN_IMAGES, DEPTHS, PROMPTS in the environment change the size)
+# Every step skips what is already there, so an interrupted demo continues where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:-work-demo}
+images=${IMAGES:-4000}               # scenes that enter the pipeline
+train_images=${TRAIN_IMAGES:-12000}  # images that each rung of the ladder sees
+depths=${DEPTHS:-2 3 4}
+prompts=${PROMPTS:-8}                # prompts per task and split when judging
+
+[ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+bold=""; plain=""
+if [ -t 1 ]; then bold=$'\e[1m'; plain=$'\e[0m'; fi
+
+step() {  # step "what happens" command...
+  printf '\n%s== %s%s\n$ %s\n' "$bold" "$1" "$plain" "${*:2}"
+  "${@:2}"
+}
+
+if [ -f "$out/done" ]; then
+  printf 'This demo is finished; remove %s to run it again.\n' "$out"
+else
+  mkdir -p "$out"
+  started=$SECONDS
+  step "1/6  Raw images through filter, dedup, bucket, caption, encode and pack, on Ray" \
+    python -m data_pipeline run world --out "$out/data" --images "$images"
+  step "2/6  Check every hash of what was written, and look at some rows" \
+    python -m data_pipeline verify "$out/data"
+  step "     ... as a grid" \
+    python -m data_pipeline inspect "$out/data" --out "$out/inspect.png"
+  # shellcheck disable=SC2086
+  step "3/6  Train the ladder with DeepSpeed ZeRO-3 on two ranks" \
+    python -m trainer ladder world --depths $depths --data "$out/data" --out "$out/runs" --images "$train_images"
+  step "4/6  Draw with the deepest rung" \
+    python -m eval sample --weights "$out/runs/world-d${depths##* }/weights/ema.safetensors" --out "$out/grid.png" \
+    --prompts "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car"
+  step "5/6  Judge every rung by the world's judges" \
+    python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid --prompts-per-task "$prompts"
+  step "6/6  Write the report" \
+    python -m eval report --runs "$out/runs" --out "$out/report"
+  touch "$out/done"
+  printf '\nDone in %d minutes.\n' $(((SECONDS - started) / 60))
+fi
+
+printf "\n"; sed -n "1,40p" "$out/report/report.md"
+printf '\nReport:  %s\nGrid:    %s\nData:    %s\nCurves:  tensorboard --logdir %s\n' \
+  "$out/report/report.html" "$out/grid.png" "$out/inspect.png" "$out/runs"

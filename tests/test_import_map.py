@@ -1,0 +1,126 @@
+"""The map of the house: which package may import which, and which file owns each heavy library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "model": set(),
+    "infra": set(),
+    "data_pipeline": {"model", "infra"},
+    "trainer": {"model", "infra", "data_pipeline"},
+    "eval": {"model", "infra", "data_pipeline"},
+}
+OWNERS = {
+    "deepspeed": ("trainer/zero/",),
+    "s3fs": ("infra/storage.py",),
+    "fsspec": ("infra/storage.py",),
+    "webdataset": ("data_pipeline/shards.py",),
+    "ray": ("data_pipeline/runner.py", "eval/runner.py", "infra/launch/", "infra/doctor.py"),
+}
+APEX_PACKAGES = {"model", "trainer"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every dotted module name that `path` imports, at any depth of the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_import_only_downwards(package):
+    siblings = set(ALLOWED) - {package} - ALLOWED[package]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(package)
+        for name in sorted(imports(path))
+        if name.split(".")[0] in siblings
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_heavy_libraries_have_one_owner(library):
+    wrong = [
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in sources(package)
+        if any(name.split(".")[0] == library for name in imports(path))
+        and not str(path.relative_to(ROOT)).startswith(OWNERS[library])
+    ]
+    assert not wrong, f"{library} belongs to {OWNERS[library]}, but is imported in {wrong}"
+
+
+def test_apex_is_known_to_one_file_per_package():
+    files = [
+        path.relative_to(ROOT)
+        for package in ALLOWED
+        for path in sources(package)
+        if any(name.split(".")[0] == "apex" for name in imports(path))
+    ]
+    packages = [file.parts[0] for file in files]
+    assert set(packages) <= APEX_PACKAGES, files
+    assert len(packages) == len(set(packages)), files
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def module_level_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_no_circle_of_imports():
+    modules = {module_name(path): path for package in ALLOWED for path in sources(package)}
+    edges = {name: module_level_imports(path) & (set(modules) - {name}) for name, path in modules.items()}
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return
+        for target in sorted(edges[name]):
+            walk(target, (*trail, name))
+        done.add(name)
+
+    for name in sorted(edges):
+        walk(name, ())
+
+
+def test_every_file_says_what_lives_in_it():
+    silent = [
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in sources(package)
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not silent, silent
+
+
+def test_sources_are_ascii_and_of_readable_length():
+    for package in ALLOWED:
+        for path in sources(package):
+            text = path.read_text(encoding="utf-8")
+            assert text.isascii(), f"{path}: non-ASCII character"
+            assert text.count("\n") <= 500, f"{path}: over 500 lines"
