@@ -1,0 +1,60 @@
+"""Mistakes a user can make, and the one place that turns them into a line and an exit code."""
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(ValueError):
+    """One line: what was found, what was expected, what to do. Never a traceback."""
+
+
+class MissingError(UserError, FileNotFoundError):
+    """The file, object or bucket is not there."""
+
+    __str__ = ValueError.__str__
+
+
+class UnavailableError(UserError, ConnectionError):
+    """The storage did not answer; the same call may work later."""
+
+    __str__ = ValueError.__str__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of a refusal: " (did you mean 'world-d4'?)", or "" when nothing known is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] = ()) -> NoReturn:
+    """Run `main` and exit: 0; 2 with one line on stderr for a user's mistake (`also` adds exception types); 130 on Ctrl-C."""
+    try:
+        main()
+        sys.stdout.flush()
+    except (UserError, *also) as error:
+        _say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where it stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        # `... | head` closed our stdout: point it elsewhere so that the interpreter's last flush stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _say(f"disk full{where}: free some space or choose another place, then run the same command again")
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _say(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,180 @@
+"""Results are rows with an origin: append-only immutable JSONL objects, one per call, read together as one table.
+
+Safe for many writers and for kills: an object's name is the hash of its content, and it appears whole or not at all.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+
+if TYPE_CHECKING:
+    import pyarrow
+
+log = get_logger("results")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One number. `metric` is a slash path such as `val_loss/sd3/t0.125`; `details` is JSON text."""
+
+    run: str
+    recipe_hash: str
+    code_version: str
+    images_seen: int
+    metric: str
+    value: float
+    higher_is_better: bool
+    sample_count: int
+    protocol_hash: str
+    low: float | None = None
+    high: float | None = None
+    details: str = ""
+    created: str = field(default_factory=_now)
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        """What the number is about: a later row of the same key replaces the earlier one when reading."""
+        return self.run, self.recipe_hash, self.metric, self.images_seen, self.protocol_hash
+
+
+_FLOATS = ("value", "low", "high")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "run": str, "recipe_hash": str, "code_version": str, "images_seen": int, "metric": str, "higher_is_better": bool,
+    "sample_count": int, "protocol_hash": str, "details": str, "created": str,
+}  # fmt: skip
+
+
+def _encode(row: ResultRow) -> str:
+    """One JSON line. JSON has no nan or inf, so those travel as the strings float() reads."""
+    record = dataclasses.asdict(row)
+    for name in _FLOATS:
+        number = record[name]
+        record[name] = number if number is None or math.isfinite(number) else str(float(number))
+    return json.dumps(record, ensure_ascii=True, sort_keys=True, allow_nan=False)
+
+
+def _decode(line: str) -> ResultRow:
+    """Fields of a later version are ignored; a missing or wrongly typed one raises."""
+    record: dict[str, Any] = json.loads(line)
+    known = {f.name: record[f.name] for f in dataclasses.fields(ResultRow) if f.name in record}
+    for name in _FLOATS:
+        if known.get(name) is not None:
+            known[name] = float(known[name])
+    row = ResultRow(**known)
+    for name, kind in _TYPES.items():
+        if not isinstance(getattr(row, name), kind):
+            raise TypeError(f"{name} is {getattr(row, name)!r}")
+    return row
+
+
+class ResultStore:
+    """The result rows under one URI (a run's store is `RUN/results/`)."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._parsed: dict[str, list[ResultRow]] = {}  # objects never change, so each is read once
+
+    def append(self, rows: Iterable[ResultRow]) -> None:
+        """Write the rows as one new object; the same rows again change nothing."""
+        lines = [_encode(self._plain(row)) for row in rows]
+        if not lines:
+            return
+        data = ("\n".join(lines) + "\n").encode()
+        storage.write_bytes(storage.join(self.uri, f"{storage.sha256_hex(data)[:32]}.jsonl"), data)
+
+    def rows(
+        self,
+        *,
+        metric: str | None = None,
+        prefix: str | None = None,
+        run: str | None = None,
+        recipe_hash: str | None = None,
+        latest: bool = True,
+    ) -> list[ResultRow]:
+        """Rows in order of creation, one per key (the newest) unless `latest` is False.
+
+        `metric` is an exact name, `prefix` a slash path with everything beneath it.
+        """
+        found = sorted(self._all(), key=lambda row: (row.created, row.key))
+        if latest:
+            found = list({row.key: row for row in found}.values())
+        return [
+            row
+            for row in found
+            if (metric is None or row.metric == metric)
+            and (prefix is None or row.metric == prefix or row.metric.startswith(prefix.rstrip("/") + "/"))
+            and (run is None or row.run == run)
+            and (recipe_hash is None or row.recipe_hash == recipe_hash)
+        ]
+
+    def has(
+        self, recipe_hash: str, metric: str, *, images_seen: int | None = None, protocol_hash: str | None = None
+    ) -> bool:
+        """Is this measured already? What a sweep asks before it runs."""
+        return any(
+            (images_seen is None or row.images_seen == images_seen)
+            and (protocol_hash is None or row.protocol_hash == protocol_hash)
+            for row in self.rows(recipe_hash=recipe_hash, metric=metric)
+        )
+
+    def table(self) -> "pyarrow.Table":
+        """All latest rows as an Arrow table with a fixed schema, empty or not."""
+        import pyarrow as pa
+
+        kinds = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
+        names = [f.name for f in dataclasses.fields(ResultRow)]
+        schema = pa.schema([(n, pa.float64() if n in _FLOATS else kinds[_TYPES[n]]) for n in names])
+        return pa.Table.from_pylist([dataclasses.asdict(row) for row in self.rows()], schema=schema)
+
+    def _plain(self, row: ResultRow) -> ResultRow:
+        """Numpy and torch scalars become plain numbers; anything else of a wrong type is refused."""
+        try:
+            changed = {n: None if getattr(row, n) is None else float(getattr(row, n)) for n in _FLOATS}
+            return dataclasses.replace(
+                row,
+                **changed,
+                images_seen=int(row.images_seen),
+                sample_count=int(row.sample_count),
+                higher_is_better=bool(row.higher_is_better),
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"result {row.metric} of run {row.run} is not a number: value={row.value!r}") from error
+
+    def _all(self) -> list[ResultRow]:
+        names = storage.list_files(self.uri, suffix=".jsonl", recursive=False)
+        new = [name for name in names if name not in self._parsed]
+        if len(new) > 1 and storage.is_remote(self.uri):
+            with ThreadPoolExecutor(16) as pool:
+                self._parsed.update(zip(new, pool.map(self._read, new)))
+        else:
+            self._parsed.update((name, self._read(name)) for name in new)
+        return [row for name in names for row in self._parsed[name]]
+
+    def _read(self, uri: str) -> list[ResultRow]:
+        data = storage.read_bytes(uri)
+        if storage.sha256_hex(data)[:32] != uri.rsplit("/", 1)[-1].removesuffix(".jsonl"):
+            log.warning("skipped %s: its content does not match its name (torn or edited); delete it", uri)
+            return []
+        try:
+            return [_decode(line) for line in data.decode().splitlines()]
+        except (ValueError, TypeError, AttributeError) as error:
+            log.warning("skipped %s: not result rows (%s)", uri, error)
+            return []
+
+
+def read_stores(uris: Sequence[str]) -> list[ResultRow]:
+    """The latest rows of several stores (one per run of a ladder) in one list."""
+    return [row for uri in uris for row in ResultStore(uri).rows()]
