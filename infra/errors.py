@@ -33,7 +33,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] = ()) -> NoReturn:
-    """Run `main` and exit: 0; 2 with one line on stderr for a user's mistake (`also` adds exception types); 130 on Ctrl-C."""
+    """Run `main` and exit: 0; 2 with one line on stderr for a user's mistake (`also` adds types); 130 on Ctrl-C."""
     try:
         main()
         sys.stdout.flush()
