@@ -34,10 +34,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] = ()) -> NoReturn:
     """Run `main` and exit: 0; 2 with one line on stderr for a user's mistake (`also` adds types); 130 on Ctrl-C."""
+    mistakes: tuple[type[BaseException], ...] = (UserError, *also)
     try:
         main()
         sys.stdout.flush()
-    except (UserError, *also) as error:
+    except mistakes as error:
         _say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
-"""Rank-aware logging and progress. Rank 0 talks; other ranks only warn. All of it goes to stderr, so stdout stays data."""
+"""Rank-aware logging and progress. Rank 0 talks, other ranks only warn; all on stderr, so stdout stays data."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -22,18 +23,16 @@ class _CurrentStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if rank() and record.levelno < logging.WARNING:
             return
-        try:
+        with contextlib.suppress(ValueError):  # stderr may be closed: the interpreter is shutting down
             tqdm.write(self.format(record), file=sys.stderr)
-        except ValueError:  # stderr is closed: the interpreter is shutting down
-            pass
 
 
 class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         who = f"[rank {rank()}] " if rank() else ""
-        record.message = record.getMessage()
-        line = f"{self.formatTime(record, '%H:%M:%S')} {who}{record.name.removeprefix('beeline.')}: {level}{record.message}"
+        name = record.name.removeprefix("beeline.")
+        line = f"{self.formatTime(record, '%H:%M:%S')} {who}{name}: {level}{record.getMessage()}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -120,8 +119,8 @@ class Progress:
             parts = [f"{self.done:,}/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f}%)"]
         if rate > 0:
             parts.append(f"{rate:,.1f} {self.unit}/s")
-            finished = self.total is None or self.done >= self.total
-            parts.append(f"{clock(elapsed)} taken" if finished else f"{clock((self.total - self.done) / rate)} left")
+            left = (self.total or 0) - self.done
+            parts.append(f"{clock(left / rate)} left" if left > 0 else f"{clock(elapsed)} taken")
         if self.fields:
             parts.append(self._extra())
         return (f"{self.desc}: " if self.desc else "") + ", ".join(parts)

@@ -17,7 +17,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pyarrow as pa
 
 log = get_logger("results")
 
@@ -51,7 +51,7 @@ class ResultRow:
 
 
 _FLOATS = ("value", "low", "high")
-_TYPES: dict[str, type | tuple[type, ...]] = {
+_TYPES: dict[str, type] = {
     "run": str, "recipe_hash": str, "code_version": str, "images_seen": int, "metric": str, "higher_is_better": bool,
     "sample_count": int, "protocol_hash": str, "details": str, "created": str,
 }  # fmt: skip
@@ -130,7 +130,7 @@ class ResultStore:
             for row in self.rows(recipe_hash=recipe_hash, metric=metric)
         )
 
-    def table(self) -> "pyarrow.Table":
+    def table(self) -> "pa.Table":
         """All latest rows as an Arrow table with a fixed schema, empty or not."""
         import pyarrow as pa
 
@@ -142,10 +142,11 @@ class ResultStore:
     def _plain(self, row: ResultRow) -> ResultRow:
         """Numpy and torch scalars become plain numbers; anything else of a wrong type is refused."""
         try:
-            changed = {n: None if getattr(row, n) is None else float(getattr(row, n)) for n in _FLOATS}
             return dataclasses.replace(
                 row,
-                **changed,
+                value=float(row.value),
+                low=None if row.low is None else float(row.low),
+                high=None if row.high is None else float(row.high),
                 images_seen=int(row.images_seen),
                 sample_count=int(row.sample_count),
                 higher_is_better=bool(row.higher_is_better),

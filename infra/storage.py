@@ -1,6 +1,7 @@
 """Files by URI: a local path or s3://bucket/key, behaving alike. The only module that knows fsspec and s3fs.
 
-Writes are atomic (a reader sees a whole object or none). What goes wrong outside becomes one UserError line with the URI.
+Writes are atomic (a reader sees a whole object or none). What goes wrong outside becomes one UserError line with the
+URI. Longer than most files because nobody else may import s3fs.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from infra.errors import DISK_FULL, MissingError, UnavailableError, UserError
@@ -289,9 +290,7 @@ def _shown_endpoint() -> str:
 def _filesystem(*, probing: bool = False) -> "S3FileSystem":
     """One client per process (forks get their own) and AWS_* environment; all waits and retries are bounded."""
     import s3fs
-    from fsspec.asyn import get_loop
 
-    get_loop()
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "BEELINE_S3_"))))
     key = (os.getpid(), probing, settings)
     if key not in _filesystems:
@@ -302,7 +301,6 @@ def _filesystem(*, probing: bool = False) -> "S3FileSystem":
             "retries": {"mode": "standard", "max_attempts": 1 if probing else 5},
             "max_pool_connections": 32,
         }
-        # boto reads the AWS_* variables itself; older s3fs looked at the endpoint only when it was handed over.
         filesystem = s3fs.S3FileSystem(
             endpoint_url=_endpoint() or None,
             config_kwargs=config,
@@ -334,13 +332,11 @@ def _s3(uri: str) -> Iterator[tuple["S3FileSystem", str, str]]:
 
 
 def _probe(bucket: str) -> None:
-    try:
+    with contextlib.suppress(PermissionError):  # a key may read objects without being allowed to look at the bucket
         _filesystem(probing=True).call_s3("head_bucket", Bucket=bucket)
-    except PermissionError:
-        pass  # a key may be allowed to read objects without being allowed to look at the bucket
 
 
-def _head(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, object] | None:
+def _head(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, Any] | None:
     try:
         return fs.call_s3("head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
@@ -386,7 +382,7 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
             f"{uri}: {where} refused access ({code or 'denied'}): check the AWS credentials and their rights"
         )
     if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and (_endpoint(), bucket) not in _answered):
-        return MissingError(f"{uri}: no bucket {bucket!r} at {where}: create it or check the name and AWS_ENDPOINT_URL")
+        return MissingError(f"{uri}: no bucket {bucket!r} at {where}: create it, or check it and AWS_ENDPOINT_URL")
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: no such object")
     if code in ("NotImplemented", "501"):
