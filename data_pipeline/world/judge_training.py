@@ -1,0 +1,121 @@
+"""What the three judges' trainings share: endless scenes of their own streams, augmentation, the loop, the EMA.
+
+Judges draw from the streams `judge_train` and `judge_val` (all compositions, seen and unseen), which nothing else reads.
+"""
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.world.classes import ATTRIBUTION
+from data_pipeline.world.scenes import Scene, make_scene
+from infra.log import get_logger
+
+logger = get_logger("judges")
+
+
+def endless_scenes(seed: int, *, start: int = 0) -> Iterator[Scene]:
+    """Fresh training scenes, never the same one twice."""
+    index = start
+    while True:
+        yield make_scene(seed, index, split="judge_train", seen=None)
+        index += 1
+
+
+def held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
+    """The first `count` scenes of the judges' validation stream."""
+    return [make_scene(seed, i, split="judge_val", seen=seen, tag=tag) for i in range(count)]
+
+
+def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A little of what a generated image suffers: blur, noise, a shift of tone. Leaves shapes and color names alone."""
+    x = image.astype(np.float32)
+    if rng.random() < 0.35:
+        amount = rng.uniform(0.2, 0.9)
+        padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        blurred = sum(padded[i : i + x.shape[0], j : j + x.shape[1]] for i in range(3) for j in range(3)) / 9
+        x += amount * (blurred - x)
+    if rng.random() < 0.35:
+        x += rng.normal(0.0, rng.uniform(1.0, 9.0), x.shape).astype(np.float32)
+    if rng.random() < 0.35:
+        x = x * rng.uniform(0.93, 1.05) + rng.uniform(-7.0, 7.0, 3).astype(np.float32)
+    return np.clip(x + 0.5, 0, 255).astype(np.uint8)
+
+
+def nothing(rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """An image without any object: smooth blotches of color with noise, from nearly flat to wild."""
+    coarse = int(rng.integers(2, 17))
+    blotch = rng.normal(0.0, rng.uniform(2.0, 70.0), (coarse, coarse, 3)) + rng.uniform(40, 250, 3)
+    at = np.linspace(0, coarse - 1, size)
+    low = np.minimum(at.astype(int), coarse - 2)
+    part = at - low
+    rows = blotch[low] * (1 - part)[:, None, None] + blotch[low + 1] * part[:, None, None]
+    image = rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
+    image = image + rng.normal(0.0, rng.uniform(0.0, 25.0), image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+class Average:
+    """Exponential moving average of a module's parameters and buffers; `decay` is reached after a warm-up."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.998) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay, self.num_updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.num_updates += 1
+        rate = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for mine, theirs in zip(self.module.state_dict().values(), module.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, rate)
+            else:
+                mine.copy_(theirs)
+
+
+def train(
+    module: nn.Module, loss_of_step: Callable[[int], Tensor], *, minutes: float, peak_lr: float, decay: float = 0.998
+) -> tuple[nn.Module, int]:
+    """AdamW for a span of wall time, warm-up then cosine to zero; the averaged module and the number of steps.
+
+    The learning rate follows the clock, so a slower machine takes fewer steps but still ends at zero.
+    """
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98))
+    average = Average(module, decay)
+    module.train()
+    begin, step, smooth = time.monotonic(), 0, 0.0
+    while (progress := (time.monotonic() - begin) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min(1.0, (step + 1) / 150) * 0.5 * (1 + math.cos(math.pi * progress))
+        loss = loss_of_step(step)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 2.0)
+        optimizer.step()
+        average.update(module)
+        step += 1
+        smooth = loss.item() if step == 1 else smooth + 0.03 * (loss.item() - smooth)
+        if step % 100 == 0:
+            logger.info("step %d  %.0f%%  loss %.4f  %.2f s", step, 100 * progress, smooth, time.monotonic() - begin)
+    return average.module, step
+
+
+def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, float]) -> None:
+    """The README.md of a checkpoint folder: what it is, how it was made, what it scores on held-out scenes."""
+    lines = [f"# {title}", "", *[f"- {fact}" for fact in facts], "", "Held-out scenes (split `judge_val`):", ""]
+    lines += ["| figure | value |", "|---|---|", *[f"| {name} | {value:.4f} |" for name, value in figures.items()], ""]
+    lines += ["It judges images of the world only; its scores are named `world_*`, never after the benchmark.", ""]
+    lines += [f"{ATTRIBUTION}. These weights were trained on those drawings.", ""]
+    (folder / "README.md").write_text("\n".join(lines))
