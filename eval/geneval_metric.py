@@ -1,0 +1,52 @@
+"""GenEval as a metric over generated images: detector, color CLIP and decision logic, per task and overall."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from eval.clip_model import ClipColors
+from eval.detectors import Detections
+from eval.geneval import OFFICIAL_RULES, Rules, Verdict, decide, keep
+from eval.geneval_prompts import TASKS, Metadata
+from eval.judges import Judges
+from eval.metric import Clusters, Prompt, Sample, Score, split_scores
+
+import numpy as np
+
+
+class GenEval:
+    name, higher_is_better = "geneval", True
+
+    def __init__(self, judges: Judges, rules: Rules = OFFICIAL_RULES) -> None:
+        self._judges, self._rules = judges, rules
+        self._colors = ClipColors(judges.clip())
+        self._by_split: dict[bool | None, Clusters] = {}
+        self.reasons: dict[str, int] = {}
+
+    def prompts(self, per_task: int) -> list[Prompt]:
+        return self._judges.geneval_prompts(per_task)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "rules": asdict(self._rules),
+            "detector": [self._judges.detector().name, self._judges.detector().version],
+            "clip": [self._judges.clip().name, self._judges.clip().version],
+        }
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        found = self._judges.detector().detect([sample.image for sample in samples])
+        for sample, detections in zip(samples, found):
+            verdict = self.judge(sample.image, detections, dict(sample.prompt.metadata))
+            values = self._by_split.setdefault(sample.prompt.seen, Clusters())
+            values.add(sample.prompt.task, sample.prompt_index, verdict.correct)
+            if not verdict.correct:
+                kind = verdict.reason.split(">=")[0].split("<")[0].split("\n")[0]
+                self.reasons[kind] = self.reasons.get(kind, 0) + 1
+
+    def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> Verdict:
+        kept = keep(detections, metadata["tag"], self._rules)
+        return decide(kept, metadata, lambda name, found: self._colors.of(image, detections, name, found), self._rules)
+
+    def compute(self) -> list[Score]:
+        return split_scores(self._by_split, TASKS)

@@ -1,0 +1,156 @@
+"""What a metric is: prompts in, images judged in any order, scores with intervals out. One line in METRICS adds one.
+
+A metric knows nothing of checkpoints or stores (run.py does) nor of the world (the Judges it is given do).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from eval.judges import Judges
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line to draw. `seen` is None where held-out compositions make no sense; metadata is GenEval's or empty."""
+
+    text: str
+    task: str
+    seen: bool | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # set where the same words stand for several prompts (a caption of another scene)
+
+
+class Sample(NamedTuple):
+    """One image (uint8 RGB, H x W x 3) of the prompt at `prompt_index` of the metric's own list."""
+
+    prompt: Prompt
+    prompt_index: int
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number of a metric: `path` follows the metric's name (`counting/unseen`, or "" for the metric itself)."""
+
+    path: str
+    value: float
+    sample_count: int
+    low: float | None = None
+    high: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Metric(Protocol):
+    """`describe` states everything that fixes the number besides prompts and images: it enters the protocol hash."""
+
+    name: str
+    higher_is_better: bool
+
+    def prompts(self, per_task: int) -> list[Prompt]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def update(self, samples: Sequence[Sample]) -> None: ...
+
+    def compute(self) -> list[Score]: ...
+
+
+def _geneval(judges: "Judges") -> Metric:
+    from eval.geneval_metric import GenEval
+
+    return GenEval(judges)
+
+
+def _compbench(judges: "Judges") -> Metric:
+    from eval.compbench_metric import CompBench
+
+    return CompBench(judges)
+
+
+def _clip_score(judges: "Judges") -> Metric:
+    from eval.clip_score import ClipScore
+
+    return ClipScore(judges)
+
+
+def _fid(judges: "Judges") -> Metric:
+    from eval.fid import FID
+
+    return FID(judges)
+
+
+# val_loss is not here: it looks at the network, not at images (eval/val_loss.py).
+METRICS: dict[str, Callable[["Judges"], Metric]] = {
+    "geneval": _geneval,
+    "compbench": _compbench,
+    "clip_score": _clip_score,
+    "fid": _fid,
+}
+
+
+class Clusters:
+    """Values grouped by (stratum, cluster): a score per image, clustered by prompt, stratified by task."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[int, list[float]]] = {}
+
+    def add(self, stratum: str, cluster: int, value: float) -> None:
+        self._values.setdefault(stratum, {}).setdefault(cluster, []).append(float(value))
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def strata(self) -> list[str]:
+        return list(self._values)
+
+    def count(self, strata: Iterable[str] | None = None) -> int:
+        return sum(len(v) for name in self._pick(strata) for v in self._values[name].values())
+
+    def mean(self, strata: Iterable[str] | None = None) -> float:
+        """Unweighted mean over strata of the mean over their images (GenEval's overall score)."""
+        return float(np.mean([np.mean([x for v in self._values[s].values() for x in v]) for s in self._pick(strata)]))
+
+    def interval(self, strata: Iterable[str] | None = None, *, seed: int = 0) -> tuple[float, float]:
+        """95 % percentile bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
+
+        Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
+        """
+        rng = np.random.default_rng(seed)
+        total = np.zeros(RESAMPLES)
+        names = self._pick(strata)
+        for name in names:
+            sums = np.array([np.sum(v) for v in self._values[name].values()])
+            sizes = np.array([len(v) for v in self._values[name].values()])
+            drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
+            total += sums[drawn].sum(1) / sizes[drawn].sum(1)
+        low, high = np.percentile(total / len(names), [2.5, 97.5])
+        return float(low), float(high)
+
+    def score(self, path: str, strata: Iterable[str] | None = None, **details: Any) -> Score:
+        low, high = self.interval(strata)
+        return Score(path, self.mean(strata), self.count(strata), low, high, details)
+
+    def _pick(self, strata: Iterable[str] | None) -> list[str]:
+        return list(self._values) if strata is None else list(strata)
+
+
+def split_scores(clusters: Mapping[bool | None, Clusters], order: Sequence[str]) -> list[Score]:
+    """Scores per task and overall, for each of seen and unseen compositions (or plain when there is no such split).
+
+    `overall/unseen` averages the tasks that have unseen compositions; its details list them.
+    """
+    suffix = {True: "/seen", False: "/unseen", None: ""}
+    scores = []
+    for split, values in clusters.items():
+        tasks = [task for task in order if task in values.strata]
+        scores.extend(values.score(f"{task}{suffix[split]}", [task]) for task in tasks)
+        if tasks:
+            scores.append(values.score(f"overall{suffix[split]}", tasks, tasks=tasks))
+    return scores
