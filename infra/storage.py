@@ -278,7 +278,11 @@ def _seconds(name: str, default: float) -> float:
 
 
 def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    """The server's address; "" is Amazon's own."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if url and not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
+        raise UserError("AWS_ENDPOINT_URL is not an address: write http://host:port or https://host")
+    return url
 
 
 def _shown_endpoint() -> str:
@@ -343,6 +347,22 @@ def _head(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, Any] | None:
         return None
 
 
+def make_bucket(uri: str) -> None:
+    """Create the bucket of an s3:// URI where it does not exist (a fresh test server has none)."""
+    try:
+        with _s3(uri):
+            return
+    except MissingError:
+        bucket = uri.removeprefix("s3://").partition("/")[0]
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "us-east-1"
+    # Amazon refuses a LocationConstraint that names its first region, and wants one for every other.
+    place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+    try:
+        _filesystem().call_s3("create_bucket", Bucket=bucket, **place)
+    except OSError as error:
+        raise _explain(uri, bucket, error) from error
+
+
 def _list_s3(
     fs: "S3FileSystem", bucket: str, key: str, *, recursive: bool = True, limit: int | None = None
 ) -> Iterator[dict[str, str]]:
@@ -377,6 +397,8 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
     code, where = _code(error), _shown_endpoint()
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    if isinstance(error, boto.ParamValidationError) or code == "InvalidBucketName":
+        return UserError(f"{uri}: not the name of an object: write s3://bucket/key")
     if isinstance(error, PermissionError):
         return UserError(
             f"{uri}: {where} refused access ({code or 'denied'}): check the AWS credentials and their rights"
