@@ -38,7 +38,7 @@ class DetectorConfig:
 
     classes: tuple[str, ...]
     image_size: int = 64
-    widths: tuple[int, int, int] = (32, 64, 128)
+    widths: tuple[int, int, int] = (24, 48, 96)
     num_prototypes: int = 12
     temperature: float = 1.0
 
@@ -117,7 +117,9 @@ class WorldDetector(nn.Module):
             found += [self._read(output, peaks, i, chunk.shape[1:3]) for i in range(len(chunk))]
         return found
 
-    def _read(self, output: DetectorOutput, peaks: tuple[Tensor, Tensor], i: int, size: Sequence[int]) -> list[Detection]:
+    def _read(
+        self, output: DetectorOutput, peaks: tuple[Tensor, Tensor], i: int, size: Sequence[int]
+    ) -> list[Detection]:
         score_KGG, keep_KGG = peaks[0][i], peaks[1][i]
         cells_N3 = keep_KGG.nonzero()
         scores = score_KGG[keep_KGG]

@@ -59,7 +59,7 @@ def average_precision(
             boxes = np.array([[box_iou(d.box, o.box) for o in real] for d in mine]).reshape(len(mine), len(real))
             masks = np.array([[_mask_iou(d.mask, o.mask) for o in real] for d in mine]).reshape(len(mine), len(real))
             for kind, overlaps in (("box", boxes), ("mask", masks)):
-                hits[kind] += list(zip(*[_matched(overlaps, t) for t in THRESHOLDS]))
+                hits[kind] += [list(row) for row in zip(*[_matched(overlaps, t) for t in THRESHOLDS])]
         for kind in areas:
             table = np.array(hits[kind], dtype=bool).reshape(len(scores), len(THRESHOLDS))
             areas[kind].append(

@@ -1,6 +1,6 @@
 """What the three judges' trainings share: endless scenes of their own streams, augmentation, the loop, the EMA.
 
-Judges draw from the streams `judge_train` and `judge_val` (all compositions, seen and unseen), which nothing else reads.
+Judges draw from the streams `judge_train` and `judge_val` (all compositions, seen and unseen); nothing else does.
 """
 from __future__ import annotations
 

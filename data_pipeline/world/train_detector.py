@@ -22,7 +22,15 @@ from data_pipeline.world.detector import (
     normalise,
 )
 from data_pipeline.world.judge_metrics import average_precision
-from data_pipeline.world.judge_training import augment, endless_scenes, held_out_scenes, logger, nothing, train, write_card
+from data_pipeline.world.judge_training import (
+    augment,
+    endless_scenes,
+    held_out_scenes,
+    logger,
+    nothing,
+    train,
+    write_card,
+)
 from data_pipeline.world.scenes import Scene
 
 # Shapes: B images, H and W pixels, G grid cells per side, K classes, N objects of the batch; 4 cells around a centre.
@@ -128,8 +136,8 @@ def train_detector(out: Path, *, minutes: float, seed: int) -> None:
     def loss_of_step(step: int) -> Tensor:
         targets = collate([next(scenes) for _ in range(48)], rng)
         output = detector(targets.images_BCHW)
-        losses = presence_loss(output.logit_BKGG, targets), box_loss(output, targets), mask_loss(detector, output, targets)
-        return losses[0] + losses[1] + losses[2]
+        found = presence_loss(output.logit_BKGG, targets) + box_loss(output, targets)
+        return found + mask_loss(detector, output, targets)
 
     averaged, num_steps = train(detector, loss_of_step, minutes=minutes, peak_lr=3e-3)
     assert isinstance(averaged, WorldDetector)

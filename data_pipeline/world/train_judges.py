@@ -1,4 +1,4 @@
-"""Trains one judge: `python -m data_pipeline.world.train_judges detector|clip|vqa --minutes M --seed S [--out FOLDER]`."""
+"""Trains one judge: `python -m data_pipeline.world.train_judges detector|clip|vqa --minutes M --seed S`."""
 from __future__ import annotations
 
 from pathlib import Path
