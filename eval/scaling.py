@@ -1,0 +1,281 @@
+"""Scaling laws L(N), L(C), L(N,D): fits, the compute-optimal frontier, and when there is too little to fit.
+
+All three are one form: log L = logsumexp(e, a_k - alpha_k x_k) with x_k a log size, compute or data. Parameters are found
+by Huber loss on logs (delta 1e-3) with L-BFGS from many starts (Hoffmann et al. 2022, approach 3). The published
+fit of that paper came from an optimiser that stopped early (Besiroglu et al. 2024), hence the polish at the end.
+"""
+
+# Shapes: B fits side by side, P points, K power-law terms, Q = 1 + 2K parameters (e, a_1, alpha_1, a_2, alpha_2).
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+DELTA = 1e-3
+MIN_SIZES = 4
+MIN_DECADES = 1.0
+ALPHA_RANGE = (1e-3, 5.0)
+FLOOR_BELOW = 7.0  # E may fall to exp(-7) of the smallest loss seen: "no floor" for every practical purpose
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's validation losses. `flops_per_image` counts one training step's forward and backward exactly."""
+
+    run: str
+    parameters: int
+    flops_per_image: float
+    images: Array
+    loss: Array
+
+    @property
+    def compute(self) -> Array:
+        return self.images * self.flops_per_image
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a law is fitted to: logs, and for each point the run that it came from (the unit of resampling)."""
+
+    x_KP: Array
+    y_P: Array
+    run_P: NDArray[np.int64]
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Law:
+    """L = E + sum_k A_k * X_k^-alpha_k. `objective` is the mean Huber loss in units of delta squared."""
+
+    theta_Q: Array
+    objective: float
+
+    @property
+    def floor(self) -> float:
+        return math.exp(self.theta_Q[0])
+
+    @property
+    def coefficients(self) -> list[float]:
+        return [math.exp(a) for a in self.theta_Q[1::2]]
+
+    @property
+    def exponents(self) -> list[float]:
+        return [float(alpha) for alpha in self.theta_Q[2::2]]
+
+    def __call__(self, *sizes: ArrayLike) -> Array:
+        """The loss at sizes (or compute, or sizes and images) given in natural units."""
+        x_KP = np.log(np.stack([np.atleast_1d(np.asarray(s, float)) for s in np.broadcast_arrays(*sizes)]))
+        return np.exp(log_loss(self.theta_Q[None], x_KP)[0])
+
+
+def size_points(curves: Sequence[Curve], images: float | None = None) -> Points:
+    """Each run's loss at the same number of images: the largest that all have reached, unless given."""
+    at = min(float(c.images[-1]) for c in curves) if images is None else images
+    x = np.log([[c.parameters for c in curves]])
+    return Points(x, np.log([loss_at(c, at) for c in curves]), np.arange(len(curves)), tuple(c.run for c in curves))
+
+
+def joint_points(curves: Sequence[Curve]) -> Points:
+    """Every point of every curve, as (parameters, images)."""
+    counts = [len(c.images) for c in curves]
+    size = np.repeat(np.log([float(c.parameters) for c in curves]), counts)
+    x = np.stack([size, np.log(np.concatenate([c.images for c in curves]))])
+    y = np.log(np.concatenate([c.loss for c in curves]))
+    return Points(x, y, np.repeat(np.arange(len(curves)), counts), tuple(c.run for c in curves))
+
+
+def frontier_points(curves: Sequence[Curve], *, per_decade: int = 12) -> Points:
+    """The lower envelope of loss against compute (approach 1): at each compute the best run, and which one it was.
+
+    The ends are cut to where at least two runs overlap, so that the envelope is a choice and not just what there is.
+    """
+    low = sorted(float(c.compute[0]) for c in curves)[1]
+    high = sorted(float(c.compute[-1]) for c in curves)[-2]
+    count = max(4, round(per_decade * math.log10(max(high / low, 1.0))))
+    grid = np.geomspace(low, max(high, low * 1.0001), count)
+    loss_RP = np.stack([np.exp(_interpolate(grid, c.compute, c.loss)) for c in curves])
+    owner = np.nanargmin(loss_RP, axis=0)
+    return Points(np.log(grid)[None], np.log(loss_RP[owner, np.arange(count)]), owner, tuple(c.run for c in curves))
+
+
+def loss_at(curve: Curve, images: float) -> float:
+    """Interpolated between the two checkpoints around it, in logs; nan outside the curve."""
+    return float(np.exp(_interpolate(np.array([images]), curve.images, curve.loss))[0])
+
+
+def thin(curve: Curve, *, points: int = 16, from_fraction: float = 0.1) -> Curve:
+    """At most `points` checkpoints, evenly spaced in log images, without the warm-up (its first 10 %)."""
+    keep = np.flatnonzero((curve.images >= from_fraction * curve.images[-1]) & np.isfinite(curve.loss))
+    if len(keep) > points:
+        targets = np.geomspace(curve.images[keep[0]], curve.images[keep[-1]], points)
+        keep = np.unique([keep[np.argmin(np.abs(curve.images[keep] - t))] for t in targets])
+    return Curve(curve.run, curve.parameters, curve.flops_per_image, curve.images[keep], curve.loss[keep])
+
+
+def too_little(curves: Sequence[Curve]) -> str | None:
+    """Why no law may be fitted to these runs, or None. A fit to less says more about the fitter than about the runs."""
+    sizes = len({c.parameters for c in curves})
+    if sizes < MIN_SIZES:
+        return f"{sizes} model size{'s' if sizes != 1 else ''}, and a law with a floor needs at least {MIN_SIZES}"
+    spent = [c.compute[-1] for c in curves]
+    decades = math.log10(max(spent) / min(spent))
+    if decades < MIN_DECADES:
+        ratio = 10**decades
+        return f"the runs' compute spans a factor of {ratio:.1f} ({decades:.2f} decades), and at least one decade is needed"
+    return None
+
+
+def fit_law(points: Points, *, delta: float = DELTA) -> Law:
+    """Huber on logs, L-BFGS from the best of a grid of starts, then a second-order polish."""
+    from scipy.optimize import minimize
+
+    x_KP, y_P = points.x_KP, points.y_P
+    if not (np.isfinite(x_KP).all() and np.isfinite(y_P).all()):
+        raise ValueError("a law is fitted to finite, positive sizes and losses only")
+    center_K = x_KP.mean(axis=1)
+    x_KP = x_KP - center_K[:, None]
+    starts_BQ = _starts(x_KP, y_P)
+    order = np.argsort(huber(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:24]
+    bounds = [(y_P.min() - FLOOR_BELOW, y_P.max())] + [(None, None), ALPHA_RANGE] * len(x_KP)
+
+    def value_and_slope(theta_Q: Array) -> tuple[float, Array]:
+        predicted, jacobian = log_loss_jacobian(theta_Q[None], x_KP)
+        residual = predicted[0] - y_P
+        slope_Q = np.clip(residual, -delta, delta) @ jacobian[0] / len(y_P) / delta**2
+        return float(huber(theta_Q[None], x_KP, y_P, delta=delta)[0]), slope_Q
+
+    options = {"maxiter": 300, "ftol": 1e-13, "gtol": 1e-9}
+    found = [
+        minimize(value_and_slope, starts_BQ[i], jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        for i in order
+    ]
+    polished_BQ = refit(np.array(found), x_KP, y_P, delta=delta, iterations=200)
+    value_B = huber(polished_BQ, x_KP, y_P, delta=delta)
+    best = int(np.argmin(value_B))
+    return Law(uncenter(polished_BQ[best : best + 1], center_K)[0], float(value_B[best]))
+
+
+def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, iterations: int = 60) -> Array:
+    """Many fits at once from warm starts: reweighted Levenberg-Marquardt on the same objective as `fit_law`."""
+    theta_BQ = theta_BQ.copy()
+    y_BP = np.broadcast_to(y_BP, (len(theta_BQ), x_KP.shape[1]))
+    damping_B = np.full(len(theta_BQ), 1e-3)
+    value_B = huber(theta_BQ, x_KP, y_BP, delta=delta)
+    lowest = y_BP.min(axis=1) - FLOOR_BELOW
+    for _ in range(iterations):
+        predicted, jacobian_BPQ = log_loss_jacobian(theta_BQ, x_KP)
+        residual_BP = y_BP - predicted
+        weight_BP = np.minimum(1.0, delta / np.maximum(np.abs(residual_BP), 1e-300))
+        weighted = jacobian_BPQ * weight_BP[..., None]
+        normal = np.einsum("bpi,bpj->bij", weighted, jacobian_BPQ)
+        scale = np.einsum("bii->bi", normal)
+        normal += (damping_B[:, None] * scale + 1e-12 * scale.max(axis=1, keepdims=True))[:, None, :] * np.eye(
+            theta_BQ.shape[1]
+        )
+        step = np.linalg.solve(normal, np.einsum("bpi,bp->bi", weighted, residual_BP)[..., None])[..., 0]
+        tried = theta_BQ + np.clip(step, -2, 2)
+        tried[:, 0] = np.maximum(tried[:, 0], lowest)
+        tried[:, 2::2] = np.clip(tried[:, 2::2], *ALPHA_RANGE)
+        value = huber(tried, x_KP, y_BP, delta=delta)
+        better = value <= value_B
+        theta_BQ[better], value_B[better] = tried[better], value[better]
+        damping_B = np.clip(np.where(better, damping_B / 4, damping_B * 5), 1e-12, 1e8)
+    return theta_BQ
+
+
+def log_loss(theta_BQ: Array, x_KP: Array) -> Array:
+    """(B, P): log of the law at the given logs."""
+    return np.logaddexp.reduce(_log_terms(theta_BQ, x_KP), axis=1)
+
+
+def log_loss_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
+    """The same with its derivative (B, P, Q): each term's share of the loss, and minus x times it."""
+    terms_BTP = _log_terms(theta_BQ, x_KP)
+    total_BP = np.logaddexp.reduce(terms_BTP, axis=1)
+    share_BTP = np.exp(terms_BTP - total_BP[:, None])
+    columns = [share_BTP[:, 0]]
+    for k in range(len(x_KP)):
+        columns += [share_BTP[:, 1 + k], -x_KP[k] * share_BTP[:, 1 + k]]
+    return total_BP, np.stack(columns, axis=-1)
+
+
+def huber(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA) -> Array:
+    """Mean Huber loss of the log residuals, in units of delta^2 (so that its size suits an optimiser)."""
+    size = np.abs(log_loss(theta_BQ, x_KP) - y_BP) / delta
+    return np.where(size <= 1, size**2 / 2, size - 0.5).mean(axis=1)
+
+
+def uncenter(theta_BQ: Array, center_K: Array) -> Array:
+    """Fits run on centred logs, where coefficient and exponent are nearly independent; this undoes the shift."""
+    theta_BQ = theta_BQ.copy()
+    theta_BQ[:, 1::2] += theta_BQ[:, 2::2] * center_K
+    return theta_BQ
+
+
+def center(theta_BQ: Array, center_K: Array) -> Array:
+    return uncenter(theta_BQ, -center_K)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Best size and images for a compute: N = size_factor * C^size_exponent, D = images_factor * C^images_exponent."""
+
+    size_factor: float
+    size_exponent: float
+    images_factor: float
+    images_exponent: float
+    loss_exponent: float
+
+
+def frontier(law: Law, flops_factor: float, flops_exponent: float = 1.0) -> Frontier:
+    """Exact minimum of E + A/N^alpha + B/D^beta under C = k N^kappa D.
+
+    With kappa = 1 and k = 6 this is Hoffmann et al.'s: N_opt = G (C/6)^a, a = beta/(alpha+beta), G = (alpha A/(beta B))^(1/(alpha+beta)).
+    Here a token crosses a third of a block's parameters and attention grows with width, so kappa is measured on the rungs.
+    """
+    (a, b), (alpha, beta), kappa = law.coefficients, law.exponents, flops_exponent
+    joint = alpha + kappa * beta
+    log_g = (math.log(alpha * a) - math.log(kappa * beta * b)) / joint
+    log_k = math.log(flops_factor)
+    log_n = log_g - beta / joint * log_k
+    log_d = -log_k - kappa * log_n
+    return Frontier(math.exp(log_n), beta / joint, math.exp(log_d), alpha / joint, alpha * beta / joint)
+
+
+def flops_law(curves: Sequence[Curve]) -> tuple[float, float]:
+    """FLOPs per image = k N^kappa over the rungs, by least squares on logs."""
+    kappa, log_k = np.polyfit(
+        np.log([c.parameters for c in curves]), np.log([c.flops_per_image for c in curves]), deg=1
+    )
+    return float(np.exp(log_k)), float(kappa)
+
+
+def _log_terms(theta_BQ: Array, x_KP: Array) -> Array:
+    power = theta_BQ[:, 1::2, None] - theta_BQ[:, 2::2, None] * x_KP[None]
+    constant = np.broadcast_to(theta_BQ[:, :1, None], (len(theta_BQ), 1, x_KP.shape[1]))
+    return np.concatenate([constant, power], axis=1)
+
+
+def _starts(x_KP: Array, y_P: Array) -> Array:
+    """Starts on centred logs: a floor as a share of the lowest loss, the rest of the mean loss split over the terms."""
+    lowest, mean = math.exp(y_P.min()), math.exp(y_P.mean())
+    splits = [(1.0,)] if len(x_KP) == 1 else [(s, 1 - s) for s in (0.15, 0.5, 0.85)]
+    exponents = (0.03, 0.1, 0.25, 0.5, 1.0, 1.8)
+    starts = []
+    for share, split, alphas in itertools.product(
+        (0.02, 0.3, 0.6, 0.85, 0.97), splits, itertools.product(exponents, repeat=len(x_KP))
+    ):
+        rest = max(mean - share * lowest, 1e-6 * mean)
+        pairs = [value for part, alpha in zip(split, alphas) for value in (math.log(part * rest), alpha)]
+        starts.append([math.log(share * lowest), *pairs])
+    return np.array(starts)
+
+
+def _interpolate(at: Array, x: Array, y: Array) -> Array:
+    return np.interp(np.log(at), np.log(x), np.log(y), left=np.nan, right=np.nan)
