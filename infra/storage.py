@@ -51,7 +51,7 @@ def exists(uri: str) -> bool:
         with _s3(uri) as (fs, bucket, key):
             if key and _head(fs, bucket, key) is not None:
                 return True
-            return next(_list_s3(fs, bucket, key, limit=1), None) is not None
+            return next(_list_s3(fs, bucket, key, page_size=1), None) is not None
     path = local_path(uri)
     with _local(uri):
         return path.is_file() or (path.is_dir() and any(True for _ in os.scandir(path)))
@@ -270,11 +270,11 @@ _filesystems: dict[tuple[object, ...], "S3FileSystem"] = {}
 _answered: set[tuple[str, str]] = set()  # (endpoint, bucket) pairs seen alive by this process
 
 
-def _seconds(name: str, default: float) -> float:
+def _number(name: str, default: float) -> float:
     try:
         return float(os.environ.get(name) or default)
     except ValueError as error:
-        raise UserError(f"{name}={os.environ[name]!r} is not a number of seconds") from error
+        raise UserError(f"{name}={os.environ[name]!r} is not a number") from error
 
 
 def _endpoint() -> str:
@@ -298,11 +298,11 @@ def _filesystem(*, probing: bool = False) -> "S3FileSystem":
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "BEELINE_S3_"))))
     key = (os.getpid(), probing, settings)
     if key not in _filesystems:
-        probe = _seconds("BEELINE_S3_PROBE_TIMEOUT", 8)
+        probe, attempts = _number("BEELINE_S3_PROBE_TIMEOUT", 8), _number("BEELINE_S3_ATTEMPTS", 5)
         config = {
-            "connect_timeout": probe if probing else _seconds("BEELINE_S3_CONNECT_TIMEOUT", 10),
-            "read_timeout": probe if probing else _seconds("BEELINE_S3_READ_TIMEOUT", 30),
-            "retries": {"mode": "standard", "max_attempts": 1 if probing else 5},
+            "connect_timeout": probe if probing else _number("BEELINE_S3_CONNECT_TIMEOUT", 10),
+            "read_timeout": probe if probing else _number("BEELINE_S3_READ_TIMEOUT", 30),
+            "retries": {"mode": "standard", "total_max_attempts": 1 if probing else int(attempts)},
             "max_pool_connections": 32,
         }
         filesystem = s3fs.S3FileSystem(
@@ -364,18 +364,16 @@ def make_bucket(uri: str) -> None:
 
 
 def _list_s3(
-    fs: "S3FileSystem", bucket: str, key: str, *, recursive: bool = True, limit: int | None = None
+    fs: "S3FileSystem", bucket: str, key: str, *, recursive: bool = True, page_size: int = 1000
 ) -> Iterator[dict[str, str]]:
     """Objects below a folder-like prefix, page by page."""
-    query: dict[str, object] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
+    query: dict[str, object] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else "", "MaxKeys": page_size}
     if not recursive:
         query["Delimiter"] = "/"
-    if limit:
-        query["MaxKeys"] = limit
     while True:
         page = fs.call_s3("list_objects_v2", **query)
         yield from page.get("Contents", [])
-        if limit or not page.get("IsTruncated"):
+        if not page.get("IsTruncated"):
             return
         query["ContinuationToken"] = page["NextContinuationToken"]
 
