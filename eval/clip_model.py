@@ -47,7 +47,10 @@ class ClipModel:
         """Unnormalised image embeddings (N, E), float32 on the CPU."""
         chunks = []
         for start in range(0, len(images), BATCH):
-            pixels = [item if isinstance(item, Image.Image) else Image.fromarray(item) for item in images[start : start + BATCH]]
+            pixels = [
+                item if isinstance(item, Image.Image) else Image.fromarray(item)
+                for item in images[start : start + BATCH]
+            ]
             batch = torch.stack([self._transform(item) for item in pixels]).to(self._device)
             chunks.append(self._model.encode_image(batch).float().cpu())
         return torch.cat(chunks)
@@ -81,7 +84,7 @@ class ClipColors:
 
     def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[Found]) -> list[str]:
         crops = [
-            masked_crop(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.index])
+            masked_crop(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
             for item in found
         ]
         logits_NC = unit(self._clip.images(crops)) @ self._head(name).T

@@ -12,15 +12,24 @@ import numpy as np
 
 IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150
 LOCALITIES_2D = (
-    "on side of", "next to", "near", "on the left of", "on the right of", "on the bottom of", "on the top of", "on top of",
+    "on side of", "next to", "near", "on the left of", "on the right of",
+    "on the bottom of", "on the top of", "on top of",
 )  # fmt: skip
 LOCALITIES_3D = ("in front of", "behind", "hidden")
 PEOPLE = ("girl", "boy", "man", "woman")
 DROPPED_CHUNKS = ("top", "the side", "the left", "the right")
 MAX_CHUNKS = 8
 ONES = ("a", "an", "one")
-NUMBER_WORDS = {word: value for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"), 1)}
-RENAMED = {**dict.fromkeys(PEOPLE, "person"), "ship": "boat", "telivision": "tv", "goldfish": "fish", "painting": "picture"}
+NUMBER_WORDS = {
+    word: value for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"), 1)
+}
+RENAMED = {
+    **dict.fromkeys(PEOPLE, "person"),
+    "ship": "boat",
+    "telivision": "tv",
+    "goldfish": "fish",
+    "painting": "picture",
+}
 
 Box = Sequence[float]
 
@@ -174,16 +183,14 @@ def merged_labels(seen: Sequence[Seen]) -> list[str]:
     return [item.label for item in kept]
 
 
-def named_counts(
-    tokens: Sequence[str], singular: Sequence[str], plural: Sequence[str]
-) -> tuple[list[str], list[int | None]]:
+def named_counts(tokens: Sequence[str], singular: Sequence[str], plural: Sequence[str]) -> tuple[list[str], list[int]]:
     """Objects that the prompt counts, and their numbers, read as the official code reads them.
 
     A number word before a two-word name, else a one-word name. Where that code fails on a word ("a" before a plural)
-    no number joins its list, so later ones move up; the lists may differ in length. A name without plural keeps its own.
+    no number joins its list, so later ones move up and the lists differ in length. A name without plural keeps its own.
     """
     names: list[str] = []
-    numbers: list[int | None] = []
+    numbers: list[int] = []
     for i, word in enumerate(tokens):
         if word not in ONES and word not in NUMBER_WORDS:
             continue
@@ -205,7 +212,7 @@ def named_counts(
     return names, numbers
 
 
-def numeracy(seen: Sequence[Seen], names: Sequence[str], numbers: Sequence[int | None]) -> float:
+def numeracy(seen: Sequence[Seen], names: Sequence[str], numbers: Sequence[int]) -> float:
     """Half of an object's share when it is there, the other half when its count is exact."""
     labels = merged_labels(seen)
     score = 0.0

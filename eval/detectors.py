@@ -31,7 +31,9 @@ class Detections:
         object.__setattr__(self, "scores_N", np.asarray(self.scores_N, dtype=np.float32).reshape(-1))
         masks = self.masks_NHW
         if len(self.boxes_N4) != num or len(self.scores_N) != num or (masks is not None and len(masks) != num):
-            raise UserError(f"detections disagree: {len(self.boxes_N4)} boxes, {len(self.scores_N)} scores, {num} labels")
+            raise UserError(
+                f"detections disagree: {len(self.boxes_N4)} boxes, {len(self.scores_N)} scores, {num} labels"
+            )
         if not (np.isfinite(self.boxes_N4).all() and np.isfinite(self.scores_N).all()):
             raise UserError("a detection has a box or score that is not a finite number; rerun or fix the detector")
 

@@ -28,10 +28,10 @@ OFFICIAL_RULES = Rules()
 
 
 class Found(NamedTuple):
-    """One kept detection: x1, y1, x2, y2, score (float32), and where it stood in the detector's answer."""
+    """One kept detection: x1, y1, x2, y2, score (float32), and its row in the detector's answer."""
 
     box_5: np.ndarray
-    index: int
+    row: int
 
 
 class Verdict(NamedTuple):

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from eval.clip_model import ClipColors
 from eval.detectors import Detections
 from eval.geneval import OFFICIAL_RULES, Rules, Verdict, decide, keep
 from eval.geneval_prompts import TASKS, Metadata
-from eval.judges import Judges
+from eval.judges import Judges, describe_judge
 from eval.metric import Clusters, Prompt, Sample, Score, split_scores
-
-import numpy as np
 
 
 class GenEval:
@@ -21,7 +21,6 @@ class GenEval:
         self._judges, self._rules = judges, rules
         self._colors = ClipColors(judges.clip())
         self._by_split: dict[bool | None, Clusters] = {}
-        self.reasons: dict[str, int] = {}
 
     def prompts(self, per_task: int) -> list[Prompt]:
         return self._judges.geneval_prompts(per_task)
@@ -30,8 +29,8 @@ class GenEval:
         return {
             "version": 1,
             "rules": asdict(self._rules),
-            "detector": [self._judges.detector().name, self._judges.detector().version],
-            "clip": [self._judges.clip().name, self._judges.clip().version],
+            "detector": describe_judge(self._judges.detector()),
+            "clip": describe_judge(self._judges.clip()),
         }
 
     def update(self, samples: Sequence[Sample]) -> None:
@@ -40,9 +39,6 @@ class GenEval:
             verdict = self.judge(sample.image, detections, dict(sample.prompt.metadata))
             values = self._by_split.setdefault(sample.prompt.seen, Clusters())
             values.add(sample.prompt.task, sample.prompt_index, verdict.correct)
-            if not verdict.correct:
-                kind = verdict.reason.split(">=")[0].split("<")[0].split("\n")[0]
-                self.reasons[kind] = self.reasons.get(kind, 0) + 1
 
     def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> Verdict:
         kept = keep(detections, metadata["tag"], self._rules)

@@ -1,4 +1,4 @@
-"""GenEval's prompt metadata: the official 553 lines from our own generator, byte for byte, and readers of metadata files.
+"""GenEval's prompts: the official 553 metadata lines from our own generator, byte for byte, and a reader of such files.
 
 The draw order is that of the official prompts/create_prompts.py; the file's SHA-256 is the proof (tests).
 """
@@ -41,7 +41,7 @@ def plural(name: str) -> str:
 
 
 def official_metadata(seed: int = 43, per_task: int = 100) -> list[Metadata]:
-    """The 553 records of evaluation_metadata.jsonl (seed 43, 100 draws of each task before equal records are dropped)."""
+    """The 553 records of evaluation_metadata.jsonl: 100 draws of each task, then equal records are dropped."""
     rng = np.random.default_rng(seed)
     records = [_single_object(int(index)) for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False)]
     for draw in (_two_object, _counting, _colors, _position, _color_attr):
@@ -119,7 +119,11 @@ def parse_metadata(line: str | Metadata, where: str, classes: Iterable[str] | No
         record = json.loads(line) if isinstance(line, str) else line
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("tag"), str) or not isinstance(record.get("prompt"), str):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("tag"), str)
+        or not isinstance(record.get("prompt"), str)
+    ):
         raise UserError(f"{where}: expected an object with tag, prompt and include")
     known = None if classes is None else set(classes)
     include = record.get("include", [])
@@ -130,5 +134,7 @@ def parse_metadata(line: str | Metadata, where: str, classes: Iterable[str] | No
             raise UserError(f"{where}: unknown class {clause['class']!r}; the detector knows {len(known)} others")
         target = clause.get("position", (None, 0))[1]
         if "position" in clause and not 0 <= target < position < len(include):
-            raise UserError(f"{where}: position of {clause['class']!r} points at clause {target}, which is not before it")
+            raise UserError(
+                f"{where}: position of {clause['class']!r} points at clause {target}, which is not before it"
+            )
     return record

@@ -147,7 +147,7 @@ def split_scores(clusters: Mapping[bool | None, Clusters], order: Sequence[str])
     `overall/unseen` averages the tasks that have unseen compositions; its details list them.
     """
     suffix = {True: "/seen", False: "/unseen", None: ""}
-    scores = []
+    scores: list[Score] = []
     for split, values in clusters.items():
         tasks = [task for task in order if task in values.strata]
         scores.extend(values.score(f"{task}{suffix[split]}", [task]) for task in tasks)

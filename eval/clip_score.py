@@ -1,0 +1,29 @@
+"""CLIP score: mean raw cosine between an image and its caption (the scale of SD3's Table 2, not Hessel's 2.5 x)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.judges import Judges, describe_judge
+from eval.metric import Clusters, Prompt, Sample, Score
+
+
+class ClipScore:
+    name, higher_is_better = "clip_score", True
+
+    def __init__(self, judges: Judges) -> None:
+        self._judges = judges
+        self._values = Clusters()
+
+    def prompts(self, per_task: int) -> list[Prompt]:
+        return self._judges.caption_prompts(per_task)
+
+    def describe(self) -> dict[str, Any]:
+        return {"version": 1, "clip": describe_judge(self._judges.clip()), "scale": 1.0}
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        cosines = self._judges.clip().cosines([s.image for s in samples], [s.prompt.text for s in samples])
+        for sample, cosine in zip(samples, cosines):
+            self._values.add("captions", sample.prompt_index, cosine)
+
+    def compute(self) -> list[Score]:
+        return [self._values.score("")]

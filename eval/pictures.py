@@ -1,0 +1,78 @@
+"""Image files in and out: one reader that names a bad file, and labelled grids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from infra.errors import UserError
+
+LABEL_HEIGHT = 16
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """uint8 RGB, upright (EXIF orientation applied)."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def write_picture(path: str | Path, image: np.ndarray) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Image.fromarray(image).save(target)
+    except ValueError as error:  # PIL knows the format by the extension
+        raise UserError(f"cannot write {path}: {error}; use a name that ends in .png or .jpg") from error
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int = 1, columns: int | None = None
+) -> np.ndarray:
+    """One cell per row of images with its label underneath; `columns` cells stand beside each other."""
+    font = ImageFont.load_default()
+    cells = [_cell(label, images, scale, font) for label, images in rows]
+    width, height = max(c.width for c in cells), max(c.height for c in cells)
+    across = min(columns or max(1, 1200 // width), len(cells))
+    down = -(-len(cells) // across)
+    sheet = Image.new("RGB", (across * (width + 4) + 4, down * (height + 4) + 4), "white")
+    for index, cell in enumerate(cells):
+        sheet.paste(cell, (4 + index % across * (width + 4), 4 + index // across * (height + 4)))
+    return np.asarray(sheet)
+
+
+def _cell(
+    label: str, images: Sequence[np.ndarray], scale: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> Image.Image:
+    pictures = [
+        Image.fromarray(i).resize((i.shape[1] * scale, i.shape[0] * scale), Image.Resampling.NEAREST) for i in images
+    ]
+    width = sum(p.width for p in pictures) + 2 * (len(pictures) - 1)
+    lines = _wrap(label, width, font)
+    height = max(p.height for p in pictures)
+    cell = Image.new("RGB", (width, height + LABEL_HEIGHT * len(lines)), "white")
+    left = 0
+    for picture in pictures:
+        cell.paste(picture, (left, 0))
+        left += picture.width + 2
+    draw = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        draw.text((1, height + 2 + LABEL_HEIGHT * number), line, fill="#222222", font=font)
+    return cell
+
+
+def _wrap(label: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, most: int = 3) -> list[str]:
+    """At most `most` lines that fit; the last one is cut with an ellipsis."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]}..."]
+    return lines
