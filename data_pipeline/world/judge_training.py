@@ -5,9 +5,10 @@ Judges draw from the streams `judge_train` and `judge_val` (all compositions, se
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,11 @@ from infra.log import get_logger
 logger = get_logger("judges")
 
 
-def endless_scenes(seed: int, *, start: int = 0) -> Iterator[Scene]:
-    """Fresh training scenes, never the same one twice."""
-    index = start
-    while True:
-        yield make_scene(seed, index, split="judge_train", seen=None)
-        index += 1
+def endless_scenes(seed: int, *, tags: Sequence[str] | None = None) -> Iterator[Scene]:
+    """Fresh training scenes, never the same one twice; with `tags` only of these tasks, in turn."""
+    for index in itertools.count():
+        tag = tags[index % len(tags)] if tags else None
+        yield make_scene(seed, index, split="judge_train", seen=None, tag=tag)
 
 
 def held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
@@ -110,6 +110,12 @@ def train(
         if step % 100 == 0:
             logger.info("step %d  %.0f%%  loss %.4f  %.2f s", step, 100 * progress, smooth, time.monotonic() - begin)
     return average.module, step
+
+
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module as it is stored: half precision, contiguous."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    return {k: v.contiguous() for k, v in state.items()}
 
 
 def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, float]) -> None:

@@ -1,0 +1,177 @@
+"""The words of the judges: their tokenizer, captions that are nearly true, yes/no questions about a scene.
+
+The vocabulary is closed but never fails: words that it lacks are spelled letter by letter (BERT's WordPiece).
+"""
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data_pipeline.world import grammar
+from data_pipeline.world.classes import CLASSES, COLORS, DRAWINGS
+from data_pipeline.world.grammar import Draws, article, pick, plural
+from data_pipeline.world.scenes import Scene, SceneObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OTHER_WORDS = (
+    "a an the and with of next to on in at is are there photo picture image drawing object colored side left right top "
+    "bottom above below over under center plain background zero one two three four five yes no gray what color how many"
+)
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+_NEAR = {
+    "red": ("orange", "pink"),
+    "orange": ("yellow", "brown", "red"),
+    "yellow": ("orange",),
+    "brown": ("orange", "red"),
+    "pink": ("red", "purple"),
+    "purple": ("pink", "blue"),
+}
+"""Colors that one might also say of a natural drawing: never asked about, they have no true answer."""
+
+
+class Question(NamedTuple):
+    text: str
+    answer: bool
+    kind: str
+
+
+def vocabulary() -> list[str]:
+    """Specials, punctuation, letters and digits (whole and as continuation), then the world's words."""
+    signs = [*string.punctuation, *string.ascii_lowercase, *string.digits]
+    names = [*CLASSES, *map(plural, CLASSES)]
+    words = re.findall(r"\w+", " ".join([_OTHER_WORDS, *COLORS, *names]))
+    return list(dict.fromkeys([*SPECIALS, *signs, *[f"##{s}" for s in signs if s.isalnum()], *words]))
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Writes a BERT tokenizer with the closed vocabulary and reads it back as everybody will."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made: Any = BertTokenizer
+    made(vocab={word: i for i, word in enumerate(vocabulary())}).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def composition(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """What a caption claims, whatever the order of its words: equal for captions that mean the same."""
+    things = sorted((item["class"], item["count"], item.get("color", "")) for item in include)
+    relation = next((item["position"][0] for item in include if "position" in item), None)
+    if relation is None:
+        return tuple(things)
+    first, second = include[1]["class"], include[0]["class"]
+    if relation in ("right of", "below"):
+        relation, first, second = {"right of": "left of", "below": "above"}[relation], second, first
+    return (*things, first, relation, second)
+
+
+def contents(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """The multiset of class names: captions of scenes with equal contents may be true of each other."""
+    return tuple(sorted(Counter({item["class"]: item["count"] for item in include}).items()))
+
+
+def nearly_true(rng: Draws, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The composition with one thing wrong: a class, a count, a color, two colors swapped, a relation turned."""
+    wrong = [dict(item) for item in include]
+    names = [item["class"] for item in wrong]
+    if rng.random() < 0.3 or tag in ("single_object", "two_object"):
+        item = pick(rng, wrong)
+        item["class"] = pick(rng, [name for name in CLASSES if name not in names])
+    elif tag == "counting":
+        wrong[0]["count"] = pick(rng, [n for n in (2, 3, 4) if n != wrong[0]["count"]])
+    elif tag == "position":
+        relation = wrong[1]["position"][0]
+        wrong[1]["position"] = [pick(rng, [r for r in grammar.RELATIONS if r != relation]), 0]
+    elif tag == "color_attr" and rng.random() < 0.5:
+        wrong[0]["color"], wrong[1]["color"] = wrong[1]["color"], wrong[0]["color"]
+    else:
+        item = pick(rng, wrong)
+        item["color"] = pick(rng, [color for color in COLORS if color not in [i.get("color") for i in wrong]])
+    return wrong
+
+
+def crop_prompt(rng: Draws, name: str, color: str) -> tuple[str, bool]:
+    """One of GenEval's color prompts, now and then in fewer words; whether it names the class."""
+    thing = pick(rng, (f"{color} {name}", f"{color}-colored {name}", f"{color} object"))
+    opening = "a photo of " if rng.random() < 0.8 else ""
+    return opening + (article(thing) if rng.random() < 0.3 else f"a {thing}"), name in thing
+
+
+def _said(rng: Draws, thing: str) -> str:
+    u = rng.random()
+    return article(thing) if u < 0.8 else f"a {thing}" if u < 0.87 else f"the {thing}" if u < 0.95 else f"one {thing}"
+
+
+def _class_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question:
+    present = {o.name for o in objects}
+    name = pick(rng, sorted(present)) if wanted else pick(rng, [c for c in CLASSES if c not in present])
+    counted = sum(o.name == name for o in objects)
+    said = article(name) if counted > 1 else _said(rng, name)
+    return Question(f"{said}?", wanted, "class")
+
+
+def _count_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question:
+    counts = Counter(o.name for o in objects)
+    name = pick(rng, sorted(counts))
+    count = counts[name]
+    if not wanted and rng.random() < 0.25:
+        name = pick(rng, [c for c in CLASSES if c not in counts])
+        count = max(2, count)
+    elif not wanted:
+        count = pick(rng, [n for n in (1, 2, 3, 4) if n != count and not (n == 1 and count > 1)])
+    text = f"one {name}?" if count == 1 else f"{grammar.NUMBERS[count]} {plural(name)}?"
+    return Question(text, wanted, "count")
+
+
+def _color_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
+    """Wrong ones, hardest first: the other object's color, another color, the right color on another class."""
+    obj = pick(rng, objects)
+    if wanted:
+        return Question(f"{_said(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None
+    natural = DRAWINGS[obj.name].natural
+    mine = (obj.color,) if obj.color else (natural, *_NEAR.get(natural, ()))
+    others = [o for o in objects if o.name != obj.name and o.color and o.color not in mine]
+    u = rng.random()
+    if others and u < 0.6:
+        return Question(f"{_said(rng, f'{others[0].color} {obj.name}')}?", False, "swapped color")
+    if obj.color is None or u < 0.8:
+        color = pick(rng, [c for c in COLORS if c not in mine])
+        return Question(f"{_said(rng, f'{color} {obj.name}')}?", False, "wrong color")
+    name = pick(rng, [c for c in CLASSES if all(c != o.name for o in objects)])
+    return Question(f"{_said(rng, f'{obj.color} {name}')}?", False, "wrong class in that color")
+
+
+def questions(rng: Draws, scene: Scene, num: int) -> list[Question]:
+    """`num` questions about a scene, yes and no in equal shares, hard wrong ones included."""
+    asked: list[Question] = []
+    colored = any(o.color for o in scene.objects)
+    while len(asked) < num:
+        wanted, u = rng.random() < 0.5, rng.random()
+        if u < 0.02:
+            asked.append(Question(pick(rng, ("a photo?", "a picture?", "an image?", "a drawing?")), True, "photo"))
+        elif u < 0.30:
+            asked.append(_class_question(rng, scene.objects, wanted))
+        elif u < (0.50 if colored else 0.80):
+            asked.append(_count_question(rng, scene.objects, wanted))
+        elif colored or not wanted:
+            question = _color_question(rng, scene.objects, wanted)
+            asked += [question] if question else []
+    return asked
+
+
+def absent_questions(rng: Draws, num: int) -> list[Question]:
+    """Questions about an image that shows nothing: all answers are no."""
+    asked = []
+    for _ in range(num):
+        name, u = pick(rng, CLASSES), rng.random()
+        color = pick(rng, COLORS)
+        thing = _said(rng, name) if u < 0.3 else _said(rng, f"{color} {name}")
+        text = thing if u < 0.8 else f"{pick(rng, grammar.NUMBERS[2:])} {plural(name)}"
+        asked.append(Question(f"{text}?", False, "nothing"))
+    return asked
