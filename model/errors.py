@@ -1,0 +1,16 @@
+"""The one exception of this package for mistakes of its user: one line that says what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ModelError(ValueError):
+    """A value, name or file that the model package cannot work with."""
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" when a known name is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,116 @@
+"""Timestep densities on (0, 1) as pairs of a map u -> t and its exact pdf, and the resolution shift (SD3 3.1, 5.3.2).
+
+To add a density: a function that returns a Density, one line in DENSITIES. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.errors import ModelError, hint
+
+MODE_LIMIT = 2 / (math.pi - 2)
+
+
+@dataclass(frozen=True)
+class Density:
+    """t = draw(u) for u ~ U(0, 1) has density pdf(t)."""
+
+    name: str
+    draw: Callable[[Tensor], Tensor]
+    pdf: Callable[[Tensor], Tensor]
+
+
+def uniform() -> Density:
+    return Density("uniform", lambda u: u, torch.ones_like)
+
+
+def lognorm(mean: float, std: float) -> Density:
+    """Logit-normal: logit(t) ~ N(mean, std**2); mean < 0 favours data, > 0 noise."""
+    if std <= 0:
+        raise ModelError(f"lognorm std is {std}, expected a positive number")
+
+    def pdf(t: Tensor) -> Tensor:
+        z = (torch.logit(t) - mean) / std
+        return torch.exp(-0.5 * z * z) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+    return Density(f"lognorm({mean:.2f},{std:.2f})", lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u)), pdf)
+
+
+def _mode_map(u: Tensor, scale: float) -> Tensor:
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def mode_inverse(t: Tensor, scale: float) -> Tensor:
+    """u with f(u) = t by bisection: f falls from 1 to 0 and is flat at 1/2 for the largest scale, so no Newton."""
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = _mode_map(middle, scale) > t
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
+def mode(scale: float) -> Density:
+    """Mode sampling with heavy tails: scale > 0 favours the middle, < 0 the ends. Monotone only inside the limits."""
+    if not -1 <= scale <= MODE_LIMIT:
+        raise ModelError(f"mode scale is {scale}, expected -1 <= s <= 2/(pi-2) = {MODE_LIMIT:.4f}")
+
+    def pdf(t: Tensor) -> Tensor:
+        slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * mode_inverse(t, scale))
+        return 1 / slope
+
+    return Density(f"mode({scale:.2f})", lambda u: _mode_map(u, scale), pdf)
+
+
+def cosmap() -> Density:
+    """t whose rectified-flow log-SNR is distributed as that of the cosine schedule under uniform t."""
+    return Density(
+        "cosmap",
+        lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),
+        lambda t: 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t * t),
+    )
+
+
+DENSITIES: dict[str, Callable[..., Density]] = {
+    "uniform": uniform,
+    "lognorm": lognorm,
+    "mode": mode,
+    "cosmap": cosmap,
+}
+
+_CALL = re.compile(r"^([a-z_]+)(?:\(([^()]*)\))?$")
+
+
+def parse_call(name: str) -> tuple[str, tuple[float, ...]]:
+    """ "lognorm(0.5,1)" -> ("lognorm", (0.5, 1.0))."""
+    match = _CALL.match(name)
+    try:
+        assert match is not None
+        return match[1], tuple(float(x) for x in match[2].split(",")) if match[2] else ()
+    except (AssertionError, ValueError):
+        raise ModelError(f"cannot read {name!r}; expected name or name(number,...)") from None
+
+
+def get_density(name: str) -> Density:
+    """A density by name and parameters, as in "lognorm(0.00,1.00)"."""
+    family, numbers = parse_call(name)
+    if family not in DENSITIES:
+        raise ModelError(f"unknown timestep density {family!r}{hint(family, DENSITIES)}; known: {', '.join(DENSITIES)}")
+    try:
+        return DENSITIES[family](*numbers)
+    except TypeError:
+        raise ModelError(f"timestep density {name!r}: {len(numbers)} parameters do not fit {family}") from None
+
+
+def resolution_shift(t: Tensor, shift: float) -> Tensor:
+    """t at n pixels to the t of equal uncertainty at m pixels, shift = sqrt(m/n) (eq. 23)."""
+    if shift <= 0:
+        raise ModelError(f"resolution shift is {shift}, expected a positive number")
+    return shift * t / (1 + (shift - 1) * t)

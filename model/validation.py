@@ -1,0 +1,79 @@
+"""Validation loss at fixed noise levels with fixed noise per sample. Protocols have names and are never compared.
+
+`sd3`: t = k/8, k = 1..8, reported as the mean over the first 7. `mlperf`: t = i/8, i = 0..7 (MLPerf Flux.1).
+`midpoint`: t = (i + 1/2)/8 (torchtitan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.errors import ModelError, hint
+from model.flow import Formulation, get_formulation
+from model.seeding import keyed_normal
+from model.text import TextCond
+
+
+class Batch(Protocol):
+    """What a validation batch must carry (data_pipeline's LatentBatch does)."""
+
+    @property
+    def latent_BCHW(self) -> Tensor: ...
+
+    @property
+    def text(self) -> TextCond: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ValProtocol:
+    """Noise levels, and how many of them (the first ones) enter the mean."""
+
+    levels: tuple[float, ...]
+    averaged: int
+
+    def mean(self, losses_BV: Tensor) -> float:
+        """One number from losses per sample and level."""
+        return losses_BV[:, : self.averaged].double().mean().item()
+
+
+VAL_PROTOCOLS: dict[str, ValProtocol] = {
+    "sd3": ValProtocol(tuple(k / 8 for k in range(1, 9)), 7),
+    "mlperf": ValProtocol(tuple(i / 8 for i in range(8)), 8),
+    "midpoint": ValProtocol(tuple((i + 0.5) / 8 for i in range(8)), 8),
+}
+
+
+def get_protocol(name: str) -> ValProtocol:
+    if name not in VAL_PROTOCOLS:
+        raise ModelError(f"unknown validation protocol {name!r}{hint(name, VAL_PROTOCOLS)}")
+    return VAL_PROTOCOLS[name]
+
+
+@torch.no_grad()
+def validation_losses(
+    predict: Callable[[Tensor, Tensor, TextCond], Tensor],
+    batch: Batch,
+    levels: tuple[float, ...],
+    seed: int,
+    *,
+    formulation: Formulation | str = "rf",
+) -> Tensor:
+    """Loss per sample and level, float64 (B, len(levels)), on the CPU; noise is keyed by (seed, position, level)."""
+    form = get_formulation(formulation) if isinstance(formulation, str) else formulation
+    x0 = batch.latent_BCHW
+    columns = []
+    for level in levels:
+        noise = keyed_normal(seed, batch.positions, f"validation/{level:.6f}", x0.shape[1:]).to(x0.device, x0.dtype)
+        t_B = torch.full((len(x0),), level, dtype=torch.float64)
+        drawn = form.sample(x0, noise, t_B)
+        prediction = predict(drawn.model_input, drawn.network_time_B, batch.text)
+        columns.append(form.loss_B(prediction.double(), drawn).cpu())
+    return torch.stack(columns, dim=1)
