@@ -1,0 +1,18 @@
+"""What the training loop consumes: one lane of a global batch, with the position of every sample."""
+# Shapes: B batch, C latent channels, H and W latent height and width.
+
+from typing import NamedTuple
+
+from torch import LongTensor, Tensor
+
+from model.text import TextCond
+
+
+class LatentBatch(NamedTuple):
+    """Latents drawn from the stored moments and normalised (fp32); caption chosen and encoders dropped already."""
+
+    latent_BCHW: Tensor
+    text: TextCond
+    positions: LongTensor
+    keys: list[str]
+    captions: list[str]

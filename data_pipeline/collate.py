@@ -1,0 +1,165 @@
+"""From stored bytes straight into a batch: caption choice, encoder dropout and posterior noise, keyed by position."""
+# Shapes: B batch, C latent channels, H and W latent height and width, L text tokens, D context width, P pooled width,
+# S captions x seats.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import LatentBatch
+from data_pipeline.index import ShardRows
+from data_pipeline.layout import SampleLayout
+from data_pipeline.schema import VaeMeta
+from infra.errors import UserError, nearest
+from model.seeding import keyed_normal, keyed_uniform
+from model.text import TextCond, TextSpec
+
+Posterior = Literal["sample", "mean"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How samples are made into inputs. `caption_weights` are renormalised over the captions a sample has."""
+
+    seed: int
+    caption_weights: Mapping[str, float]
+    encoder_dropout: float
+    posterior: Posterior = "sample"
+
+    def check(self, captions: Sequence[str]) -> None:
+        for name, weight in self.caption_weights.items():
+            if name not in captions:
+                raise UserError(f"caption {name!r} is not in this dataset, which has {', '.join(captions)}"
+                                f"{nearest(name, captions)}")  # fmt: skip
+            if weight < 0:
+                raise UserError(f"caption weight {name}={weight} is negative")
+        if not sum(self.caption_weights.values()) > 0:
+            raise UserError("caption weights sum to 0: give at least one caption a positive weight")
+        if not 0 <= self.encoder_dropout <= 1:
+            raise UserError(f"encoder_dropout={self.encoder_dropout} is not a probability")
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Where one encoder's output lands in the context and the pooled vector."""
+
+    seat: str
+    start: int
+    tokens: int
+    channel: int
+    width: int
+    pooled_at: int
+    pooled: int
+
+
+def _seats(spec: TextSpec) -> dict[str, _Seat]:
+    """CLIP seats side by side on channels, T5 behind them along the sequence: the placement of model.text.assemble."""
+    seats, channel, pooled_at = {}, 0, 0
+    for e in spec.clip:
+        seats[e.seat] = _Seat(e.seat, 0, e.tokens, channel, e.width, pooled_at, e.pooled)
+        channel, pooled_at = channel + e.width, pooled_at + e.pooled
+    if spec.t5 is not None:
+        seats["t5"] = _Seat("t5", spec.clip_tokens, spec.t5.tokens, 0, spec.t5.width, 0, 0)
+    return seats
+
+
+class Collator:
+    """Makes LatentBatch objects for one text spec, VAE and set of captions."""
+
+    def __init__(self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...]) -> None:
+        self._spec, self._vae, self._captions = text_spec, vae, captions
+        self._seats = _seats(text_spec)
+
+    def layout(self, latent_shape: tuple[int, int, int]) -> SampleLayout:
+        channels, height, width = latent_shape
+        return SampleLayout(self._spec, self._captions, (2 * channels, height, width))
+
+    def collate(
+        self,
+        positions: np.ndarray,
+        rows: Sequence[tuple[ShardRows, int]],
+        data: Sequence[np.ndarray],
+        *,
+        latent_shape: tuple[int, int, int],
+        draws: Draws,
+    ) -> LatentBatch:
+        """`rows[b]` is (table, row number) and `data[b]` the data region of the sample at `positions[b]`."""
+        layout = self.layout(latent_shape)
+        tokens_BS = np.stack([table.tokens_RS[row] for table, row in rows])
+        slots = layout.offsets(tokens_BS)
+        if [len(d) for d in data] != slots.size_R.tolist():
+            raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
+        caption_B = self._choose_captions(positions, tokens_BS, draws)
+        position_B = torch.from_numpy(positions.astype(np.int64))
+        text = self._text(position_B, caption_B, tokens_BS, (slots.pooled_RS, slots.hidden_RS), data, draws)
+        moments = np.empty((len(data), *layout.moments_shape), np.float16)
+        flat = moments.reshape(len(data), -1).view(np.uint8)
+        for b, (bytes_, at) in enumerate(zip(data, slots.moments_R)):
+            flat[b] = bytes_[at : at + flat.shape[1]]
+        return LatentBatch(
+            latent_BCHW=self._latents(torch.from_numpy(moments), position_B, draws),
+            text=text,
+            positions=position_B,  # type: ignore[arg-type]
+            keys=[table.keys[row] for table, row in rows],
+            captions=[table.captions[self._captions[c]][row] for (table, row), c in zip(rows, caption_B)],
+        )
+
+    def _latents(self, moments: Tensor, position_B: Tensor, draws: Draws) -> Tensor:
+        """Sampled (or the mean) and normalised."""
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        if draws.posterior == "mean":
+            noise_BCHW = torch.zeros(len(moments), *shape)
+        else:
+            noise_BCHW = keyed_normal(draws.seed, position_B, "posterior", shape)
+        latents = self._vae.latents
+        return latents.normalise(latents.sample(moments, noise_BCHW))
+
+    def _choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: Draws) -> np.ndarray:
+        """Index of the caption of each sample, by weight among those it has."""
+        seats = len(self._spec.encoders)
+        has = tokens_BS.reshape(len(positions), len(self._captions), seats).max(2) > 0
+        wanted = np.array([draws.caption_weights.get(name, 0.0) for name in self._captions])
+        weight = np.where(has, wanted, 0.0)
+        # a sample that has none of the wanted captions takes whichever it has
+        weight = np.where(weight.sum(1, keepdims=True) > 0, weight, has.astype(float))
+        edges = np.cumsum(weight, 1)
+        u = keyed_uniform(draws.seed, torch.from_numpy(positions), "caption").numpy()
+        return np.minimum((u[:, None] * edges[:, -1:] >= edges).sum(1), len(self._captions) - 1)
+
+    def _text(
+        self,
+        position_B: Tensor,
+        caption_B: np.ndarray,
+        tokens_BS: np.ndarray,
+        offsets: tuple[np.ndarray, np.ndarray],
+        data: Sequence[np.ndarray],
+        draws: Draws,
+    ) -> TextCond:
+        """The same as model.text.assemble, without the copies in between; dropped encoders are never touched."""
+        pooled_RS, hidden_RS = offsets
+        spec, batch = self._spec, len(data)
+        context_BLD = np.zeros((batch, spec.context_tokens, spec.context_width), np.float32)
+        pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
+        mask_BL = np.zeros((batch, spec.context_tokens), bool)
+        for number, encoder in enumerate(spec.encoders):
+            seat = self._seats[encoder.seat]
+            u = keyed_uniform(draws.seed, position_B, f"drop/{seat.seat}").numpy()
+            dropped_B = u < draws.encoder_dropout
+            mask_BL[dropped_B, seat.start : seat.start + seat.tokens] = True
+            for b in np.flatnonzero(~dropped_B).tolist():
+                slot = caption_B[b] * len(spec.encoders) + number
+                count, at = int(tokens_BS[b, slot]), int(hidden_RS[b, slot])
+                hidden = data[b][at : at + count * seat.width * 2].view(np.float16).reshape(count, seat.width)
+                context_BLD[b, seat.start : seat.start + count, seat.channel : seat.channel + seat.width] = hidden
+                mask_BL[b, seat.start : seat.start + count] = True
+                if seat.pooled:
+                    at = int(pooled_RS[b, slot])
+                    pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled] = data[b][
+                        at : at + 4 * seat.pooled
+                    ].view(np.float32)
+        mask = torch.from_numpy(mask_BL) if spec.layout == "trimmed" else None
+        return TextCond(torch.from_numpy(context_BLD), torch.from_numpy(pooled_BP), mask)

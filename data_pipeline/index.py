@@ -1,0 +1,171 @@
+"""Where samples are: per split a table of shards, per shard a table of rows that is loaded when first needed."""
+# Shapes: R rows of one shard, S captions x seats.
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra import storage
+from infra.errors import UserError
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One training shard; `tar` and `rows` (its table of rows) are relative to the dataset's root."""
+
+    tar: str
+    rows: str
+    bucket: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    rows_sha256: str
+    encoding: str
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of one shard. `offset` and `size` delimit a sample's data region inside the tar."""
+
+    keys: Sequence[str]
+    captions: dict[str, Sequence[str]]
+    offset_R: np.ndarray
+    size_R: np.ndarray
+    checksum_R: np.ndarray
+    tokens_RS: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offset_R)
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A parquet file as bytes; equal tables give equal bytes."""
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def read_table(data: bytes, uri: str) -> pa.Table:
+    try:
+        return pq.read_table(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def rows_bytes(rows: ShardRows) -> bytes:
+    """A shard's table of rows as parquet."""
+    columns: dict[str, object] = {
+        "key": pa.array(rows.keys, pa.string()),
+        "offset": pa.array(rows.offset_R, pa.int64()),
+        "size": pa.array(rows.size_R, pa.int64()),
+        "checksum": pa.array(rows.checksum_R, pa.uint64()),
+        "tokens": pa.FixedSizeListArray.from_arrays(
+            pa.array(rows.tokens_RS.reshape(-1), pa.int16()), rows.tokens_RS.shape[1]
+        ),
+    }
+    columns |= {f"caption_{name}": pa.array(texts, pa.string()) for name, texts in rows.captions.items()}
+    return table_bytes(pa.table(columns))
+
+
+def rows_from_bytes(data: bytes, uri: str) -> ShardRows:
+    table = read_table(data, uri)
+    try:
+        tokens = table["tokens"].combine_chunks()
+        return ShardRows(
+            keys=table["key"].to_pylist(),
+            captions={
+                name.removeprefix("caption_"): table[name].to_pylist()
+                for name in table.column_names
+                if name.startswith("caption_")
+            },
+            offset_R=table["offset"].to_numpy(),
+            size_R=table["size"].to_numpy(),
+            checksum_R=table["checksum"].to_numpy(),
+            tokens_RS=tokens.flatten().to_numpy().reshape(len(table), -1),
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{uri}: no column {error}: not a table of rows; run `python -m data_pipeline verify`"
+        ) from error
+
+
+def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
+    """Put a split's table of shards under a content-addressed name; returns the name relative to `uri`."""
+    ordered = sorted(entries, key=lambda e: (e.bucket, e.generation, e.sha256))
+    names = ShardEntry.__dataclass_fields__
+    table = pa.table({name: pa.array([asdict(entry)[name] for entry in ordered]) for name in names})
+    data = table_bytes(table)
+    name = f"index/{split}-{storage.sha256_hex(data)[:16]}.parquet"
+    storage.write_bytes(storage.join(uri, name), data)
+    return name
+
+
+class SplitIndex:
+    """The table of shards of one split. Shards of a bucket lie together, so a bucket is a range of samples."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.uri = uri
+        path = storage.join(uri, name)
+        table = read_table(storage.read_bytes(path), path)
+        columns = {key: table[key] for key in ("tar", "rows", "bucket", "encoding")}
+        self.tars: list[str] = columns["tar"].to_pylist()
+        self.rows: list[str] = columns["rows"].to_pylist()
+        self.buckets: list[str] = columns["bucket"].to_pylist()
+        self.encodings: set[str] = set(columns["encoding"].unique().to_pylist())
+        self.num_samples_per_shard = table["num_samples"].to_numpy()
+        self.starts = np.concatenate([[0], np.cumsum(self.num_samples_per_shard)]).astype(np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.starts[-1])
+
+    def shards_of(self, bucket: str) -> np.ndarray:
+        """Numbers of the shards that hold a bucket."""
+        return np.flatnonzero(np.array(self.buckets, dtype=object) == bucket)
+
+    def bucket_ranges(self) -> dict[str, range]:
+        """Each bucket's samples as a range of global indices."""
+        ranges = {}
+        for bucket in sorted(set(self.buckets)):
+            shards = self.shards_of(bucket)
+            ranges[bucket] = range(int(self.starts[shards[0]]), int(self.starts[shards[-1] + 1]))
+        return ranges
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard number, row) of global sample indices."""
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        return shards, indices - self.starts[shards]
+
+
+class RowTables:
+    """Tables of rows, loaded when needed; the most recently used ones stay in memory. Safe for threads."""
+
+    def __init__(self, index: SplitIndex, keep: int = 256) -> None:
+        self._index, self._keep = index, keep
+        self._tables: OrderedDict[int, ShardRows] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, shard: int) -> ShardRows:
+        with self._lock:
+            if shard in self._tables:
+                self._tables.move_to_end(shard)
+                return self._tables[shard]
+        path = storage.join(self._index.uri, self._index.rows[shard])
+        rows = rows_from_bytes(storage.read_bytes(path), path)
+        if len(rows) != self._index.num_samples_per_shard[shard]:
+            raise UserError(
+                f"{path}: {len(rows)} rows, the index says {self._index.num_samples_per_shard[shard]}: "
+                "run `python -m data_pipeline verify`"
+            )
+        with self._lock:
+            self._tables[shard] = rows
+            while len(self._tables) > self._keep:
+                self._tables.popitem(last=False)
+        return rows

@@ -1,0 +1,105 @@
+"""The bytes of one training sample: which arrays it holds, in which order, so that an index alone can find them.
+
+A sample is a safetensors file: fp32 pooled vectors first (alignment), then the fp16 moments, then the fp16 states of
+each caption and encoder, cut to the tokens that are stored. Absent captions have 0 tokens and no bytes.
+"""
+# Shapes: R rows, S captions x seats (caption-major), C channels, H and W latent height and width.
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.text import EncoderSpec, TextSpec
+
+_DTYPES = {"<f4": "F32", "<f2": "F16"}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Byte offsets inside a sample's data region, for R rows; -1 where a caption is absent."""
+
+    moments_R: np.ndarray
+    pooled_RS: np.ndarray
+    hidden_RS: np.ndarray
+    size_R: np.ndarray
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Names, order and offsets of a sample's arrays, for one text spec, set of captions and latent shape."""
+
+    text_spec: TextSpec
+    captions: tuple[str, ...]
+    moments_shape: tuple[int, int, int]
+
+    @property
+    def encoders(self) -> tuple[EncoderSpec, ...]:
+        return self.text_spec.encoders
+
+    @property
+    def slots(self) -> list[tuple[str, EncoderSpec]]:
+        """(caption, encoder) of each column of a tokens table."""
+        return [(caption, encoder) for caption in self.captions for encoder in self.encoders]
+
+    def offsets(self, tokens_RS: np.ndarray) -> Slots:
+        """Where each array of each row lies, from the token counts alone."""
+        tokens_RS = tokens_RS.astype(np.int64)
+        present_RS = tokens_RS > 0
+        pooled_size_RS = present_RS * np.array([encoder.pooled * 4 for _, encoder in self.slots])
+        hidden_size_RS = tokens_RS * np.array([encoder.width * 2 for _, encoder in self.slots])
+        moments_size = int(np.prod(self.moments_shape)) * 2
+        moments_R = pooled_size_RS.sum(1)
+        pooled_RS = np.cumsum(pooled_size_RS, 1) - pooled_size_RS
+        hidden_RS = (moments_R + moments_size)[:, None] + np.cumsum(hidden_size_RS, 1) - hidden_size_RS
+        return Slots(
+            moments_R=moments_R,
+            pooled_RS=np.where(present_RS, pooled_RS, -1),
+            hidden_RS=np.where(present_RS, hidden_RS, -1),
+            size_R=moments_R + moments_size + hidden_size_RS.sum(1),
+        )
+
+    def encode(
+        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[bytes, int, list[int]]:
+        """(safetensors bytes, header length, tokens per slot); `text[caption, seat]` is (hidden_LW, pooled_P)."""
+        if moments_CHW.shape != self.moments_shape:
+            raise ValueError(f"moments {moments_CHW.shape}, expected {self.moments_shape}")
+        pooled, hidden, tokens = [], [], []
+        for caption, encoder in self.slots:
+            if (caption, encoder.seat) not in text:
+                tokens.append(0)
+                continue
+            hidden_LW, pooled_P = text[caption, encoder.seat]
+            if not 0 < len(hidden_LW) <= encoder.tokens or hidden_LW.shape[1] != encoder.width:
+                raise ValueError(f"{encoder.seat}: states {hidden_LW.shape}, at most {(encoder.tokens, encoder.width)}")
+            tokens.append(len(hidden_LW))
+            hidden.append((f"{caption}.{encoder.seat}.hidden", hidden_LW.astype("<f2")))
+            if encoder.pooled:
+                pooled.append((f"{caption}.{encoder.seat}.pooled", pooled_P.astype("<f4")))
+        moments = ("moments", moments_CHW.astype("<f2"))
+        header, data = pack_safetensors([*pooled, moments, *hidden])
+        return header + data, len(header), tokens
+
+
+def pack_safetensors(arrays: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, bytes]:
+    """(header, data) of a safetensors file that keeps the given order, which the library's own writer does not."""
+    header: dict[str, dict[str, object]] = {}
+    at = 0
+    for name, array in arrays:
+        dtype = _DTYPES[array.dtype.newbyteorder("<").str]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, b"".join(np.ascontiguousarray(a).tobytes() for _, a in arrays)
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """Sum of the 64-bit words, modulo 2**64: any flipped bit or zeroed page shows, at the speed of memory."""
+    body = len(data) & ~7
+    words = np.frombuffer(data, "<u8", count=body // 8)
+    tail = int.from_bytes(data[body:], "little")
+    return (int(words.sum(dtype=np.uint64)) + tail) & (2**64 - 1)

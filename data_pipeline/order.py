@@ -1,0 +1,184 @@
+"""The order of samples: a pure function of (seed, position), whatever the ranks, workers or restarts.
+
+Per bucket one endless virtual sequence: pass after pass, each with its shards permuted and its samples shuffled inside
+blocks of several shards (so reads stay local). An epoch deals the buckets' next batches in shuffled order; a bucket
+whose size is no multiple of the batch carries its remainder into the next epoch, so none is starved or cut.
+"""
+# Shapes: G global batch.
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from infra.errors import UserError
+
+BLOCK_SHARDS = 8
+_ATTEMPTS = 10_000
+
+
+def rng(seed: int, *purpose: object) -> np.random.Generator:
+    """A generator that depends on nothing but the seed and the words of its purpose."""
+    digest = hashlib.sha256(f"{seed}/order/{'/'.join(map(str, purpose))}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
+
+
+class BatchPlan(NamedTuple):
+    """One global batch: where each of its samples is. All lie in one bucket."""
+
+    bucket: str
+    shard_G: np.ndarray
+    row_G: np.ndarray
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """What a run leaves out: quarantined shards (their tar names) and skipped positions. Part of a checkpoint."""
+
+    shards: frozenset[str] = frozenset()
+    positions: frozenset[int] = frozenset()
+
+    def __or__(self, other: "Exceptions") -> "Exceptions":
+        return Exceptions(self.shards | other.shards, self.positions | other.positions)
+
+    def to_json(self) -> dict[str, list]:
+        return {"shards": sorted(self.shards), "positions": sorted(self.positions)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, list]) -> "Exceptions":
+        return Exceptions(frozenset(data["shards"]), frozenset(data["positions"]))
+
+
+class BucketOrder:
+    """The endless virtual sequence of one bucket."""
+
+    def __init__(self, bucket: str, shards: np.ndarray, sizes: np.ndarray, *, seed: int, block_shards: int) -> None:
+        self.bucket, self.shards, self.sizes = bucket, np.asarray(shards), np.asarray(sizes, np.int64)
+        self.num_samples = int(self.sizes.sum())
+        self._seed, self._block_shards = seed, block_shards
+        self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def locate(self, virtual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard number, row) of virtual positions."""
+        shard = np.empty(len(virtual), np.int64)
+        row = np.empty(len(virtual), np.int64)
+        passes = virtual // self.num_samples
+        for number in np.unique(passes):
+            chosen = np.flatnonzero(passes == number)
+            within = virtual[chosen] - number * self.num_samples
+            permuted, starts = self._pass(int(number))
+            block_starts = starts[:: self._block_shards]
+            blocks = np.searchsorted(block_starts, within, side="right") - 1
+            for block in np.unique(blocks):
+                rows = np.flatnonzero(blocks == block)
+                first = block * self._block_shards
+                last = min(first + self._block_shards, len(permuted))
+                shuffled = self._block(int(number), int(block), int(starts[last] - starts[first]))
+                sample = starts[first] + shuffled[within[rows] - starts[first]]
+                at = np.searchsorted(starts, sample, side="right") - 1
+                shard[chosen[rows]] = self.shards[permuted[at]]
+                row[chosen[rows]] = sample - starts[at]
+        return shard, row
+
+    def substitute(self, position: int, banned: frozenset[int]) -> tuple[int, int]:
+        """The sample that stands in for a position whose own cannot be used: drawn anew from the bucket."""
+        draws = rng(self._seed, "substitute", self.bucket, position)
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        for _ in range(_ATTEMPTS):
+            sample = int(draws.integers(self.num_samples))
+            at = int(np.searchsorted(starts, sample, side="right")) - 1
+            if int(self.shards[at]) not in banned:
+                return int(self.shards[at]), sample - int(starts[at])
+        raise UserError(f"bucket {self.bucket}: every shard is quarantined: run `python -m data_pipeline verify`")
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number not in self._passes:
+            permuted = rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
+            starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
+            self._passes[number] = permuted, starts
+            if len(self._passes) > 2:
+                self._passes.popitem(last=False)
+        return self._passes[number]
+
+    def _block(self, number: int, block: int, size: int) -> np.ndarray:
+        key = number, block
+        if key not in self._blocks:
+            self._blocks[key] = rng(self._seed, "samples", self.bucket, number, block).permutation(size)
+            if len(self._blocks) > 4:
+                self._blocks.popitem(last=False)
+        return self._blocks[key]
+
+
+class Order:
+    """Which samples make global batch number `step`."""
+
+    def __init__(
+        self,
+        shards: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        *,
+        seed: int,
+        global_batch: int,
+        block_shards: int = BLOCK_SHARDS,
+    ) -> None:
+        """`shards[bucket]` is (shard numbers, samples in each)."""
+        self._seed, self.global_batch = seed, global_batch
+        self.buckets = [
+            BucketOrder(name, *shards[name], seed=seed, block_shards=block_shards)
+            for name in sorted(shards)
+            if shards[name][1].sum()
+        ]
+        if not self.buckets:
+            raise UserError("the split holds no samples: nothing to iterate over")
+        self._sizes = [bucket.num_samples for bucket in self.buckets]
+        self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def batches_before(self, epoch: int) -> int:
+        """Global batches in all epochs before this one."""
+        return sum(self._bucket_batches_before(size, epoch) for size in self._sizes)
+
+    def _bucket_batches_before(self, size: int, epoch: int) -> int:
+        return epoch * size // self.global_batch
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that holds a step (the last one that starts at or before it)."""
+        low, high = 0, 1
+        while self.batches_before(high) <= step:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
+        return low
+
+    def batch(self, step: int) -> BatchPlan:
+        """Arithmetic on prefix sums and two permutations; nothing is replayed."""
+        epoch = self.epoch_of(step)
+        labels, ranks = self._deal(epoch)
+        entry = step - self.batches_before(epoch)
+        bucket = self.buckets[int(labels[entry])]
+        number = self._bucket_batches_before(bucket.num_samples, epoch) + int(ranks[entry])
+        virtual = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
+        return BatchPlan(bucket.bucket, *bucket.locate(virtual))
+
+    def bucket(self, name: str) -> BucketOrder:
+        return next(bucket for bucket in self.buckets if bucket.bucket == name)
+
+    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket of each entry of the epoch, how many batches of that bucket came before it in the epoch)."""
+        if self._dealt is None or self._dealt[0] != epoch:
+            counts = [
+                self._bucket_batches_before(size, epoch + 1) - self._bucket_batches_before(size, epoch)
+                for size in self._sizes
+            ]
+            labels = np.repeat(np.arange(len(counts)), counts)
+            if len(counts) > 1:
+                labels = rng(self._seed, "epoch", epoch).permutation(labels)
+            ranks = np.empty(len(labels), np.int64)
+            for number in range(len(counts)):
+                mine = np.flatnonzero(labels == number)
+                ranks[mine] = np.arange(len(mine))
+            self._dealt = epoch, labels, ranks
+        return self._dealt[1], self._dealt[2]

@@ -1,0 +1,162 @@
+"""What is written down about data: fingerprints, the manifest that proves a shard, and a dataset's dataset.json."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from model.text import TextSpec
+from model.vae import Latents
+
+DATASET_FILE = "dataset.json"
+FORMAT = 1
+
+
+def canonical_json(value: object) -> bytes:
+    """One byte string per value: keys sorted, no spaces, dataclasses as objects."""
+
+    def plain(item: object) -> object:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+        if isinstance(item, frozenset | set):
+            return sorted(item)
+        raise TypeError(f"{type(item).__name__} has no canonical form")
+
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain).encode()
+
+
+def fingerprint(value: object) -> str:
+    """Sixteen hex digits that name what made a column, a plan or a dataset."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data object of a manifest: which shard's rows it holds. `object` is relative to the dataset's root."""
+
+    shard: str
+    object: str
+    sha256: str
+    num_bytes: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last and only if absent: what it names is complete. `counts` are rows by status."""
+
+    stage: str
+    fingerprint: str
+    unit: str
+    parts: tuple[Part, ...]
+    counts: Mapping[str, int]
+    code_version: str = ""
+    created: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+
+    @staticmethod
+    def from_bytes(data: bytes, uri: str) -> "Manifest":
+        try:
+            raw = json.loads(data)
+            parts = tuple(Part(**part) for part in raw["parts"])
+            return Manifest(**{**raw, "parts": parts, "notes": tuple(raw["notes"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{uri}: not a manifest ({error}): delete it and run the same command again") from error
+
+
+@dataclass(frozen=True)
+class VaeMeta:
+    """How stored moments become network inputs: (latent - shift) * scale, at 1/factor of the pixels."""
+
+    checkpoint: str
+    channels: int
+    factor: int
+    shift: float
+    scale: float
+
+    @property
+    def latents(self) -> Latents:
+        return Latents(self.channels, self.factor, self.shift, self.scale)
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: where its table of shards is, and how many samples each bucket holds."""
+
+    index: str
+    num_samples: int
+    num_shards: int
+    buckets: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """dataset.json. `columns` maps each stage to its fingerprint; `encoding` is what all shards must agree in."""
+
+    text_spec: TextSpec
+    vae: VaeMeta
+    resolution: int
+    captions: tuple[str, ...]
+    columns: Mapping[str, str]
+    splits: Mapping[str, SplitInfo]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    code_version: str = ""
+
+    @property
+    def encoding(self) -> str:
+        """Fingerprint of everything a sample's bytes depend on apart from the images and captions themselves."""
+        return encoding_fingerprint(self.text_spec, self.vae, self.resolution, self.captions, self.columns)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the content: the encoding and the content-addressed index of each split."""
+        return fingerprint({"encoding": self.encoding, "splits": {k: v.index for k, v in self.splits.items()}})
+
+    def to_bytes(self) -> bytes:
+        raw = dataclasses.asdict(self) | {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "encoding": self.encoding,
+            "text_spec": self.text_spec.to_json(),
+        }
+        return json.dumps(raw, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def encoding_fingerprint(
+    text_spec: TextSpec, vae: VaeMeta, resolution: int, captions: tuple[str, ...], columns: Mapping[str, str]
+) -> str:
+    made_by = {name: columns[name] for name in ("latents", "text") if name in columns}
+    return fingerprint([FORMAT, text_spec.to_json(), vae, resolution, captions, made_by])
+
+
+def read_dataset_info(uri: str) -> DatasetInfo:
+    """dataset.json of a dataset root; UserError when there is none or when it is of another format."""
+    path = storage.join(uri, DATASET_FILE)
+    if not storage.exists(path):
+        raise UserError(
+            f"{uri}: no {DATASET_FILE} there, so no finished dataset; make one with "
+            f"`python -m data_pipeline run world --out {uri}`"
+        )
+    try:
+        raw: dict[str, Any] = json.loads(storage.read_bytes(path))
+        if raw["format"] != FORMAT:
+            raise UserError(f"{path}: format {raw['format']}, this version reads {FORMAT}: pack the dataset again")
+        return DatasetInfo(
+            text_spec=TextSpec.from_json(raw["text_spec"]),
+            vae=VaeMeta(**raw["vae"]),
+            resolution=raw["resolution"],
+            captions=tuple(raw["captions"]),
+            columns=raw["columns"],
+            splits={name: SplitInfo(**split) for name, split in raw["splits"].items()},
+            counts=raw["counts"],
+            code_version=raw["code_version"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a dataset description ({error}): run the pipeline's pack again") from error

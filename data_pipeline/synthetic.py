@@ -1,0 +1,116 @@
+"""A small made-up dataset in the true format, for tests and dry runs: its latents depend on the caption."""
+# Shapes: C latent channels, H and W latent height and width, L text tokens, W also the width of an encoder.
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from data_pipeline.index import ShardEntry, write_split
+from data_pipeline.layout import SampleLayout
+from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo, VaeMeta, encoding_fingerprint
+from data_pipeline.shards import Sample, write_shard
+from infra import storage
+from model.text import EncoderSpec, TextSpec
+
+CAPTIONS = ("original", "synthetic")
+KINDS = ("apple", "boat", "cat", "dog", "kite", "lamp", "moon", "nest")
+
+TINY_TEXT = TextSpec(
+    encoders=(
+        EncoderSpec("clip_l", "synthetic:clip", "open_clip", tokens=8, width=32, pooled=32),
+        EncoderSpec("t5", "synthetic:t5", "bert_hf", tokens=8, width=48, pooled=0),
+    ),
+    layout="trimmed",
+    context_width=48,
+)
+
+
+def write_synthetic(
+    uri: str,
+    *,
+    num_samples: int = 512,
+    val_samples: int = 64,
+    latent_shape: tuple[int, int, int] = (8, 16, 16),
+    text_spec: TextSpec = TINY_TEXT,
+    seed: int = 0,
+    buckets: Sequence[str] = ("64x64",),
+    shard_rows: int = 128,
+    synthetic_share: float = 1.0,
+) -> DatasetInfo:
+    """Write train and val. `latent_shape` belongs to the first bucket; later buckets get smaller and smaller shares.
+
+    Latents of a kind of thing scatter around that kind's own pattern, and the text features state the kind, so a model
+    can learn something. `synthetic_share` is the share of samples that have a synthetic caption.
+    """
+    channels, latent_height, _ = latent_shape
+    factor = int(buckets[0].split("x")[0]) // latent_height
+    resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
+    vae = VaeMeta("synthetic:vae", channels, factor, shift=0.1, scale=0.9)
+    columns = {"latents": f"synthetic-{seed}", "text": f"synthetic-{seed}"}
+    encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns)
+    splits = {}
+    for split, total in (("train", num_samples), ("val", val_samples)):
+        entries: list[ShardEntry] = []
+        for bucket, count in _shares(total, buckets).items():
+            height, width = (int(n) // factor for n in bucket.split("x"))
+            layout = SampleLayout(text_spec, CAPTIONS, (2 * channels, height, width))
+            for first in range(0, count, shard_rows):
+                numbers = range(first, min(first + shard_rows, count))
+                samples = _samples(numbers, layout, prefix=f"{split}-{bucket}", seed=seed, share=synthetic_share)
+                entries.append(
+                    write_shard(
+                        uri,
+                        samples,
+                        split=split,
+                        resolution=resolution,
+                        bucket=bucket,
+                        layout=layout,
+                        encoding=encoding,
+                    )
+                )
+        name = write_split(uri, split, entries)
+        splits[split] = SplitInfo(name, total, len(entries), _shares(total, buckets))
+    info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, {"ok": num_samples + val_samples})
+    storage.write_bytes(storage.join(uri, DATASET_FILE), info.to_bytes())
+    return info
+
+
+def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:
+    """Halves: the first bucket takes half, the next half of the rest; the last takes what is left."""
+    shares, left = {}, total
+    for number, bucket in enumerate(buckets):
+        shares[bucket] = left if number == len(buckets) - 1 else left // 2
+        left -= shares[bucket]
+    return {bucket: count for bucket, count in shares.items() if count}
+
+
+def _samples(numbers: Sequence[int], layout: SampleLayout, *, prefix: str, seed: int, share: float) -> Iterator[Sample]:
+    channels, height, width = layout.moments_shape[0] // 2, *layout.moments_shape[1:]
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")) / max(height, width)
+    for number in numbers:
+        rng = np.random.default_rng([seed, number, *prefix.encode()])
+        kind = int(rng.integers(len(KINDS)))
+        waves = np.random.default_rng([seed, kind]).normal(size=(channels, 2)) * 3
+        mean_CHW = np.sin(2 * np.pi * np.tensordot(waves, grid, axes=1)) + 0.2 * rng.normal(size=(channels, 1, 1))
+        moments = np.concatenate([mean_CHW, np.full_like(mean_CHW, 0.05)])
+        captions = {"original": f"a photo of a {KINDS[kind]}"}
+        if rng.random() < share:
+            captions["synthetic"] = f"one {KINDS[kind]} in the center, on a plain background"
+        text: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        for caption in captions:
+            for encoder in layout.encoders:
+                text[caption, encoder.seat] = _features(encoder, kind, rng, seed, layout.text_spec.layout)
+        yield Sample(f"{prefix}-{number:06d}", moments, text, captions, _info(number, kind))
+
+
+def _info(number: int, kind: int) -> Mapping[str, object]:
+    return {"number": number, "kind": KINDS[kind]}
+
+
+def _features(
+    encoder: EncoderSpec, kind: int, rng: np.random.Generator, seed: int, layout: str
+) -> tuple[np.ndarray, np.ndarray]:
+    length = encoder.tokens if layout == "padded" else int(rng.integers(min(3, encoder.tokens), encoder.tokens + 1))
+    state_W = np.random.default_rng([seed, kind, *encoder.seat.encode()]).normal(size=encoder.width)
+    hidden_LW = state_W + 0.1 * rng.normal(size=(length, encoder.width))
+    return hidden_LW, np.resize(state_W, encoder.pooled)
