@@ -58,7 +58,8 @@ class _Seat:
 
 def _seats(spec: TextSpec) -> dict[str, _Seat]:
     """CLIP seats side by side on channels, T5 behind them along the sequence: the placement of model.text.assemble."""
-    seats, channel, pooled_at = {}, 0, 0
+    seats: dict[str, _Seat] = {}
+    channel = pooled_at = 0
     for e in spec.clip:
         seats[e.seat] = _Seat(e.seat, 0, e.tokens, channel, e.width, pooled_at, e.pooled)
         channel, pooled_at = channel + e.width, pooled_at + e.pooled

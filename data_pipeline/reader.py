@@ -60,7 +60,7 @@ class SampleReader:
             raise ShardError(shard, str(error)) from error
         if len(data) != size:
             raise ShardError(shard, f"{uri}: {len(data):,} bytes at {offset:,}, expected {size:,}: cut short")
-        if self._check and checksum(memoryview(data)) != int(table.checksum_R[row]):
+        if self._check and checksum(data.data) != int(table.checksum_R[row]):
             raise ShardError(shard, f"{uri}: the bytes of {table.keys[row]} at {offset:,} are not those written")
         return data
 
@@ -90,7 +90,7 @@ class SampleReader:
             self._files[shard] = handle
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            got = os.preadv(handle, [memoryview(data)], offset)
+            got = os.preadv(handle, [data.data], offset)
         return data[:got]
 
     def __getstate__(self) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The loader: batches do not depend on ranks or pieces, draws are keyed, and damage is quarantined, never fatal."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ def root(tmp_path_factory) -> str:
     return uri
 
 
+def joined(lists) -> list:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def take(dataset, count, **wanted):
     stream = dataset.batches(**{"seed": 7, "global_batch": 8, **wanted})
     batches = [next(stream) for _ in range(count)]
@@ -58,8 +63,8 @@ def test_ranks_share_the_one_rank_batch(root, world_size):
     lanes = [take(open_dataset(root), 12, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         parts = [lane[step] for lane in lanes]
-        assert batch.keys == sum((p.keys for p in parts), [])
-        assert batch.captions == sum((p.captions for p in parts), [])
+        assert batch.keys == joined(p.keys for p in parts)
+        assert batch.captions == joined(p.captions for p in parts)
         assert torch.equal(batch.latent_BCHW, torch.cat([p.latent_BCHW for p in parts]))
         assert torch.equal(batch.text.context_BLD, torch.cat([p.text.context_BLD for p in parts]))
         assert torch.equal(batch.text.mask_BL, torch.cat([p.text.mask_BL for p in parts]))
@@ -69,7 +74,7 @@ def test_ranks_share_the_one_rank_batch(root, world_size):
 
 def test_micro_batches_are_the_lane_in_pieces(root):
     whole, pieces = take(open_dataset(root), 3), take(open_dataset(root), 12, micro_batch=2)
-    assert sum((b.keys for b in whole), []) == sum((b.keys for b in pieces), [])
+    assert joined(b.keys for b in whole) == joined(b.keys for b in pieces)
     assert torch.equal(whole[0].text.pooled_BP, torch.cat([b.text.pooled_BP for b in pieces[:4]]))
 
 
@@ -256,7 +261,7 @@ def test_too_many_damaged_shards_stop_the_run(tmp_path):
     uri, _ = damaged(tmp_path, Path.unlink)
     for tar in open_dataset(uri).index.tars[4:10]:
         (tmp_path / tar).unlink()
-    with pytest.raises(UserError, match="shards of .* cannot be read"):
+    with pytest.raises(UserError, match=r"shards of .* cannot be read"):
         take(open_dataset(uri), 32)
 
 

@@ -1,5 +1,6 @@
 """The order of samples: once per pass, the same for any number of ranks, seek equals replay, nothing starves."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_an_epoch_mixes_buckets_and_a_rare_bucket_is_not_starved():
     assert buckets.count("48x80") == 16 * 3 // 8
     other = make({"64x64": [80] * 3, "48x80": [80] * 3}, 1, 8)
     labels = [other.batch(step).bucket for step in range(other.batches_before(1))]
-    changes = sum(a != b for a, b in zip(labels, labels[1:]))
+    changes = sum(a != b for a, b in itertools.pairwise(labels))
     assert labels.count("48x80") == 30
     assert changes > 15
 

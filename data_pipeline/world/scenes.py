@@ -70,14 +70,13 @@ def _stream(seed: int, split: str, index: int) -> random.Random:
 
 
 def _draw_tag(rng: grammar.Draws, seen: bool | None) -> str:
-    while True:
-        u = rng.random()
-        for tag, share in zip(grammar.TAGS, grammar.TAG_SHARES):
-            u -= share
-            if u < 0:
-                break
-        if seen is not False or tag != "single_object":
+    first = 1 if seen is False else 0
+    u = rng.random() * sum(grammar.TAG_SHARES[first:])
+    for tag, share in zip(grammar.TAGS[first:], grammar.TAG_SHARES[first:]):
+        u -= share
+        if u < 0:
             return tag
+    return grammar.TAGS[-1]
 
 
 def make_scene(seed: int, index: int, *, split: str, seen: bool | None = True, tag: str | None = None) -> Scene:

@@ -56,7 +56,7 @@ def svg_text(name: str, color: str | None = None) -> str:
     if color is None:
         return svg
     light, dark = FILLS[color]
-    table = {fill: light for fill in drawing.light} | {fill: dark for fill in drawing.dark}
+    table = dict.fromkeys(drawing.light, light) | dict.fromkeys(drawing.dark, dark)
     return re.sub(
         r'fill="(#[0-9a-fA-F]+)"', lambda match: f'fill="{table.get(match[1].lower(), match[1])}"', svg
     )
