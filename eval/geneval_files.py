@@ -81,7 +81,8 @@ def check_complete(
         short = sum(counts.get(key, 0) < per_prompt for key in wanted)
         raise UserError(
             f"incomplete set: {missing} of {len(wanted) * per_prompt} images are missing "
-            f"({short} of {len(wanted)} prompts have fewer than {per_prompt}); generate them, or pass --allow-partial for a score of what is there"
+            f"({short} of {len(wanted)} prompts have fewer than {per_prompt}); "
+            "generate them, or pass --allow-partial for a score of what is there"
         )
     return missing
 

@@ -1,0 +1,114 @@
+"""GenEval's files: layout, stored detections, summary, and sets that are not complete."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.geneval_files import (
+    check_complete,
+    judge_stored,
+    read_folders,
+    summarize,
+    write_folder,
+    write_results,
+)
+from eval.geneval_prompts import official_metadata, parse_metadata, read_metadata
+from infra.errors import UserError
+
+RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
+CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}
+GRAY = np.full((8, 8, 3), 128, dtype=np.uint8)
+
+
+def test_folders_come_back_as_written_and_strangers_are_ignored(tmp_path):
+    write_folder(tmp_path, 0, RED_DOG, [GRAY, GRAY])
+    write_folder(tmp_path, 12, CAT, [GRAY])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "00000" / "samples" / "grid.jpg").write_bytes(b"not an image")
+    found = read_folders(tmp_path)
+    assert [(str(f.path.relative_to(tmp_path)), f.metadata) for f in found] == [
+        ("00000/samples/0000.png", RED_DOG),
+        ("00000/samples/0001.png", RED_DOG),
+        ("00012/samples/0000.png", CAT),
+    ]
+
+
+def test_a_broken_folder_is_named(tmp_path):
+    write_folder(tmp_path, 3, CAT, [GRAY])
+    (tmp_path / "00003" / "metadata.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"00003/metadata\.jsonl"):
+        read_folders(tmp_path)
+    with pytest.raises(UserError, match="no image folder"):
+        read_folders(tmp_path / "missing")
+
+
+def test_incomplete_sets_are_refused_with_the_number_missing():
+    expected = official_metadata()
+    found = [record for record in expected for _ in range(4)][:-9]
+    with pytest.raises(UserError, match=r"9 of 2212 images are missing \(3 of 553 prompts"):
+        check_complete(found, expected, 4, allow_partial=False)
+    assert check_complete(found, expected, 4, allow_partial=True) == 9
+    assert check_complete(found * 2, expected[:500], 4, allow_partial=True) == 0
+    with pytest.raises(UserError, match="not of this set"):
+        check_complete([CAT | {"prompt": "x"}], [CAT], 1, allow_partial=False)
+
+
+def stored(tmp_path, *records):
+    path = tmp_path / "detections.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_stored_detections_are_judged_and_judged_again_from_their_results(tmp_path):
+    boxes = {"dog": [[0, 0, 5, 5, 0.4], [0, 0, 8, 8, 0.8]], "cat": [[1, 1, 2, 2, 0.2]]}
+    record = {"filename": "a.png", "metadata": RED_DOG, "detections": boxes, "colors": {"dog": ["blue", "red"]}}
+    rows = list(judge_stored(stored(tmp_path, record, record | {"metadata": CAT})))
+    assert [(r["correct"], r["reason"]) for r in rows] == [(True, ""), (False, "expected cat>=1, found 0")]
+    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert json.loads(rows[0]["metadata"]) == RED_DOG
+    assert json.loads(rows[1]["details"]) == {
+        "dog": [[0, 0, 8, 8, pytest.approx(0.8)], [0, 0, 5, 5, pytest.approx(0.4)]]
+    }
+    write_results(tmp_path / "results.jsonl", rows[1:])
+    again = list(judge_stored(tmp_path / "results.jsonl"))
+    assert again == rows[1:]
+
+
+def test_stored_detections_say_what_is_wrong_with_a_line(tmp_path):
+    base = {"filename": "a.png", "metadata": RED_DOG, "detections": {"dog": [[0, 0, 5, 5, 0.4]]}}
+    for record, words in [
+        (base, "stores no colors"),
+        (base | {"colors": {"dog": ["red", "red"]}}, "2 colors for 1 boxes"),
+        (base | {"detections": {"dog": [[0, 0, 5, float("nan"), 0.4]]}}, "not a finite number"),
+        (base | {"detections": {"dog": [[0, 0, 5]]}}, "not a stored detection"),
+        ({"filename": "a.png"}, "not a stored detection"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            list(judge_stored(stored(tmp_path, record)))
+
+
+def test_summary_is_the_unweighted_mean_of_tasks():
+    def row(tag, correct, prompt):
+        return {"tag": tag, "correct": correct, "metadata": prompt}
+
+    rows = [row("colors", True, "p"), row("colors", False, "p"), row("colors", False, "q"), row("position", True, "r")]
+    summary = summarize(rows)
+    assert summary.tasks == {"colors": (1 / 3, 1, 3), "position": (1.0, 1, 1)}
+    assert summary.overall == pytest.approx(2 / 3)
+    assert (summary.correct_images, summary.correct_prompts) == (0.5, pytest.approx(2 / 3))
+    assert "colors           = 33.33% (1 / 3)" in summary.text()
+    assert summary.text().endswith("Overall score (avg. over tasks): 0.66667")
+    with pytest.raises(UserError):
+        summarize([])
+
+
+def test_metadata_files_are_checked(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(CAT) + "\n\n" + json.dumps(RED_DOG) + "\n")
+    assert read_metadata(path) == [CAT, RED_DOG]
+    with pytest.raises(UserError, match=r"m.jsonl:3: unknown class 'dog'"):
+        read_metadata(path, classes=["cat"])
+    forward = {"class": "dog", "count": 1, "position": ["above", 0]}
+    with pytest.raises(UserError, match="not before it"):
+        parse_metadata({"tag": "position", "prompt": "", "include": [forward]}, "here")
