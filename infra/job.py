@@ -1,0 +1,91 @@
+"""A job is a command with the machines it wants; infra/launch/ turns one into a run, a script or a manifest."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from infra.errors import UserError
+
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# How a command finds its peers; every target exports these three on every node.
+NODE_RANK, MASTER_ADDR, HOSTFILE = "BEELINE_NODE_RANK", "MASTER_ADDR", "BEELINE_HOSTFILE"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run and on what. `command` is argv; `env` is written into the rendered text: no secrets there."""
+
+    name: str
+    command: tuple[str, ...]
+    nodes: int = 1
+    gpus_per_node: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None
+    working_dir: str = "."
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not LABEL.fullmatch(self.name):
+            raise UserError(
+                f"job name {self.name!r}: use lower-case letters, digits and '-', at most 63, as a host name"
+            )
+        if not self.command:
+            raise UserError("no command to run: write it after '--', as in: launch slurm -- python -m eval ...")
+        if self.nodes < 1 or self.gpus_per_node < 0:
+            raise UserError(f"nodes={self.nodes}, gpus_per_node={self.gpus_per_node}: at least 1 node and 0 GPUs")
+        for name in self.env:
+            if not VARIABLE.fullmatch(name):
+                raise UserError(f"{name!r} is not a name for an environment variable")
+
+    @property
+    def on_every_node(self) -> bool:
+        """DeepSpeed starts on every node; anything else runs once and reaches the other nodes through Ray."""
+        return self.command[0].rsplit("/", 1)[-1] == "deepspeed"
+
+    def no_options(self, target: str, *, known: Sequence[str] = ()) -> None:
+        """Refuse what the target would have to ignore."""
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            expected = f"it knows {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"target {target} does not know option {unknown[0]!r}: {expected}")
+
+
+def shell_command(job: Job) -> str:
+    """The command as one shell line; over several nodes `deepspeed` is told who its peers are."""
+    if not job.on_every_node or job.nodes == 1:
+        return shlex.join(job.command)
+    peers = f'--hostfile "${HOSTFILE}" --no_ssh --node_rank "${NODE_RANK}" --master_addr "${MASTER_ADDR}"'
+    return f"{shlex.quote(job.command[0])} {peers} {shlex.join(job.command[1:])}"
+
+
+def exports(job: Job) -> list[str]:
+    """Shell lines that set the job's environment."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in job.env.items()]
+
+
+def write_hostfile(job: Job) -> list[str]:
+    """Shell lines. With --no_ssh DeepSpeed only counts the lines: the names need not resolve."""
+    slots = max(job.gpus_per_node, 1)
+    hosts = f"for node in $(seq 0 {job.nodes - 1}); do echo node-$node slots={slots}; done"
+    return [f"export {HOSTFILE}=$(mktemp)", f'{hosts} > "${HOSTFILE}"']
+
+
+def ray_node(job: Job, *, head: bool, port: int = 6379) -> str:
+    """The shell line that makes this machine part of the job's own Ray cluster."""
+    gpus = f" --num-gpus={job.gpus_per_node}" if job.gpus_per_node else ""
+    if head:
+        return f'ray start --head --node-ip-address="${MASTER_ADDR}" --port={port} --include-dashboard=false{gpus}'
+    # The head may need a moment. A worker lives as long as the head; how it then ends says nothing about the job.
+    wait = f'for try in $(seq 150); do (exec 3<>"/dev/tcp/${MASTER_ADDR}/{port}") 2>/dev/null && break; sleep 2; done'
+    return f'{wait}; ray start --address="${MASTER_ADDR}:{port}"{gpus} --block || true'
+
+
+def hand_over(program: str, arguments: Sequence[str], text: str) -> int:
+    """Give the rendered text to the scheduler's own client on stdin; its exit code comes back."""
+    if shutil.which(program) is None:
+        raise UserError(f"{program} not found on this machine: use --dry-run > FILE here and submit FILE where it is")
+    return subprocess.run([program, *arguments], input=text, text=True, check=False).returncode

@@ -1,0 +1,38 @@
+"""Run on this machine, now."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from infra.errors import UserError
+from infra.job import Job, exports, shell_command
+
+
+def render(job: Job) -> str:
+    """The same as a shell script."""
+    _check(job)
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(job.working_dir)}", *exports(job)]
+    return "\n".join([*lines, f"exec {shell_command(job)}"]) + "\n"
+
+
+def submit(job: Job) -> int:
+    """Run to the end; the job's exit code."""
+    _check(job)
+    if not Path(job.working_dir).is_dir():
+        raise UserError(f"working_dir {job.working_dir}: no such folder")
+    try:
+        process = subprocess.Popen(job.command, cwd=job.working_dir, env={**os.environ, **job.env})
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot run {job.command[0]!r} ({error.strerror}): is it installed and on PATH?") from error
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the job as well: let it finish its last checkpoint
+            continue
+
+
+def _check(job: Job) -> None:
+    job.no_options("local")
+    if job.nodes > 1 or job.image:
+        raise UserError("target local is this machine alone: nodes must be 1 and image unset; use another target")

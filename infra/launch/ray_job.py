@@ -1,0 +1,55 @@
+"""Submit to a running Ray cluster: `ray job submit` with the working folder packed and the token checked first."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from infra.errors import UserError
+from infra.job import Job, shell_command
+
+EXCLUDES = [".git", ".venv", "work-demo", "runs", "build", "**/__pycache__", "**/.mypy_cache", "**/.ruff_cache"]
+
+
+def render(job: Job) -> str:
+    """The command line."""
+    return shlex.join(["ray", *_arguments(job)]) + "\n"
+
+
+def submit(job: Job) -> int:
+    """Submit, follow the log, and end as the job ends."""
+    arguments = _arguments(job)
+    _need_token()
+    ray = "from ray.scripts.scripts import main; main()"  # the `ray` of this interpreter, whatever PATH says
+    return subprocess.run([sys.executable, "-c", ray, *arguments], check=False).returncode
+
+
+def _arguments(job: Job) -> list[str]:
+    job.no_options("ray", known=("address",))
+    if job.image or (job.nodes > 1 and job.on_every_node):
+        raise UserError(
+            "target ray uses the cluster as it is: image must be unset, and deepspeed over nodes needs slurm"
+        )
+    if not Path(job.working_dir).is_dir():
+        raise UserError(f"working_dir {job.working_dir}: no such folder")
+    environment = {"env_vars": dict(job.env), "excludes": EXCLUDES}
+    address = ["--address", job.options["address"]] if "address" in job.options else []
+    gpus = ["--entrypoint-num-gpus", str(job.gpus_per_node)] if job.on_every_node and job.gpus_per_node else []
+    where = ["--working-dir", job.working_dir, "--runtime-env-json", json.dumps(environment)]
+    return ["job", "submit", *address, *where, *gpus, "--", *shlex.split(shell_command(job))]
+
+
+def _need_token() -> None:
+    """Ray answers a missing token with a long trace about 401; say it in a line before."""
+    environment = os.environ
+    if environment.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not environment.get("RAY_AUTH_TOKEN") and not path.is_file():
+        raise UserError(
+            "Ray asks for a token and there is none: set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
+            "(or RAY_AUTH_MODE=disabled where the cluster has none)"
+        )
+    environment["RAY_AUTH_MODE"] = "token"  # a token alone is not sent

@@ -1,0 +1,69 @@
+"""A batch script for sbatch. DeepSpeed starts on every node; other commands get a Ray cluster of the job's nodes."""
+
+import shlex
+
+from infra.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_node, shell_command, write_hostfile
+
+
+def render(job: Job) -> str:
+    """The sbatch script. `options` become #SBATCH lines (partition, account, time, ...) and win over the defaults."""
+    settings = {
+        "job-name": job.name,
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "TERM@120",
+    }
+    if job.working_dir != ".":
+        settings["chdir"] = job.working_dir
+    if job.gpus_per_node:
+        settings["gpus-per-node"] = str(job.gpus_per_node)
+    settings.update(job.options)
+    header = [f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in settings.items()]
+    body = _one_node(job) if job.nodes == 1 else _every_node(job) if job.on_every_node else _ray(job)
+    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", *exports(job), *body]) + "\n"
+
+
+def submit(job: Job) -> int:
+    """Give it to sbatch."""
+    return hand_over("sbatch", [], render(job))
+
+
+def _srun(job: Job, *arguments: str) -> str:
+    container = f" --container-image={shlex.quote(job.image)}" if job.image else ""  # needs the pyxis plugin
+    return " ".join(["srun", "--kill-on-bad-exit=1" + container, *arguments, "bash -c"])
+
+
+def _one_node(job: Job) -> list[str]:
+    return [f"{_srun(job)} {shlex.quote('exec ' + shell_command(job))}"]
+
+
+HEAD = f'export {MASTER_ADDR}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+
+
+def _every_node(job: Job) -> list[str]:
+    node = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {shell_command(job)}"]
+    return [HEAD, f"{_srun(job)} {shlex.quote(chr(10).join(node))}"]
+
+
+def _ray(job: Job) -> list[str]:
+    """Ray's control ports answer to anyone who holds the token, so each job draws its own."""
+    address = f'export {MASTER_ADDR}=$(getent ahostsv4 "${MASTER_ADDR}" | head -n 1 | cut -d " " -f 1)'
+    token = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n')"
+    head = [
+        ray_node(job, head=True),
+        f'export RAY_ADDRESS="${MASTER_ADDR}:6379"',
+        "trap 'ray stop' EXIT",
+        shell_command(job),
+    ]
+    node = [
+        'if [ "$SLURM_NODEID" = 0 ]; then',
+        *head,
+        "else",
+        ray_node(job, head=False),
+        "fi",
+    ]
+    # The head's end is the job's end: --wait ends workers that do not notice.
+    return [HEAD, address, token, f"{_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]
