@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ logger = get_logger("judges")
 
 
 def endless_scenes(seed: int, *, tags: Sequence[str] | None = None) -> Iterator[Scene]:
-    """Fresh training scenes, never the same one twice; with `tags` only of these tasks, in turn."""
+    """Fresh training scenes, four in ten of them warped; with `tags` only of these tasks, in turn."""
+    rng = np.random.default_rng((seed, len(tags or ())))
     for index in itertools.count():
         tag = tags[index % len(tags)] if tags else None
-        yield make_scene(seed, index, split="judge_train", seen=None, tag=tag)
+        scene = make_scene(seed, index, split="judge_train", seen=None, tag=tag)
+        yield warped(scene, rng) if rng.random() < 0.4 else scene
 
 
 def held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
@@ -49,16 +52,57 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(x + 0.5, 0, 255).astype(np.uint8)
 
 
+def _sampled(image_HWC: np.ndarray, at_2HW: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Bilinear reading of an image at (row, column) positions; outside of it, one given color."""
+    padded = np.pad(image_HWC, ((2, 2), (2, 2), (0, 0)))
+    padded[:2], padded[-2:], padded[:, :2], padded[:, -2:] = outside, outside, outside, outside
+    row, column = np.clip(at_2HW + 2, 0, np.array(padded.shape[:2])[:, None, None] - 1.001)
+    top, left = row.astype(int), column.astype(int)
+    dy, dx = (row - top)[..., None], (column - left)[..., None]
+    upper = padded[top, left] * (1 - dx) + padded[top, left + 1] * dx
+    return upper * (1 - dy) + (padded[top + 1, left] * (1 - dx) + padded[top + 1, left + 1] * dx) * dy
+
+
+def _tight(mask_HW: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+
+
+def warped(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene drawn by an unsteady hand: shrunk, turned and bent a little, truth included."""
+    size = len(scene.image)
+    grid_2HW = np.stack(np.mgrid[:size, :size]).astype(float) - (size - 1) / 2
+    angle, stretch = rng.uniform(-0.12, 0.12), rng.uniform(1.0, 1.15, 2)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
+    bend_2HW = _smooth(rng.normal(0.0, rng.uniform(0.2, 1.6), (5, 5, 2)), size).transpose(2, 0, 1)
+    at_2HW = np.tensordot(turn, grid_2HW, 1) + (size - 1) / 2 + bend_2HW
+    border = np.concatenate([scene.image[0], scene.image[-1], scene.image[:, 0], scene.image[:, -1]])
+    image = _sampled(scene.image.astype(np.float32), at_2HW, np.median(border, axis=0))
+    objects = []
+    for obj in scene.objects:
+        mask = _sampled(obj.mask[..., None].astype(np.float32), at_2HW, np.zeros(1))[..., 0] >= 0.5
+        if mask.sum() < 0.6 * obj.mask.sum():
+            return scene
+        box = np.clip(_tight(mask) + np.array(obj.box) - _tight(obj.mask), 0, size)
+        objects.append(replace(obj, mask=mask, box=(box[0], box[1], box[2], box[3])))
+    return replace(scene, image=np.clip(image + 0.5, 0, 255).astype(np.uint8), objects=tuple(objects))
+
+
+def _smooth(coarse_KKC: np.ndarray, size: int) -> np.ndarray:
+    """A coarse grid of values, bilinearly enlarged to (size, size, C)."""
+    num = len(coarse_KKC)
+    at = np.linspace(0, num - 1, size)
+    low = np.minimum(at.astype(int), num - 2)
+    part = at - low
+    rows = coarse_KKC[low] * (1 - part)[:, None, None] + coarse_KKC[low + 1] * part[:, None, None]
+    return rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
+
+
 def nothing(rng: np.random.Generator, size: int = 64) -> np.ndarray:
     """An image without any object: smooth blotches of color with noise, from nearly flat to wild."""
     coarse = int(rng.integers(2, 17))
     blotch = rng.normal(0.0, rng.uniform(2.0, 70.0), (coarse, coarse, 3)) + rng.uniform(40, 250, 3)
-    at = np.linspace(0, coarse - 1, size)
-    low = np.minimum(at.astype(int), coarse - 2)
-    part = at - low
-    rows = blotch[low] * (1 - part)[:, None, None] + blotch[low + 1] * part[:, None, None]
-    image = rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
-    image = image + rng.normal(0.0, rng.uniform(0.0, 25.0), image.shape)
+    image = _smooth(blotch, size) + rng.normal(0.0, rng.uniform(0.0, 25.0), (size, size, 3))
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -96,7 +140,7 @@ def train(
     begin, step, smooth = time.monotonic(), 0, 0.0
     while (progress := (time.monotonic() - begin) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1.0, (step + 1) / 150) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = peak_lr * min(1.0, (step + 1) / 80) * 0.5 * (1 + math.cos(math.pi * progress))
         loss = loss_of_step(step)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss {loss.item()} at step {step}")

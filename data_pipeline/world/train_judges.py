@@ -1,7 +1,8 @@
-"""Trains one judge: `python -m data_pipeline.world.train_judges detector|clip|vqa --minutes M --seed S`."""
+"""Trains one judge: `python -m data_pipeline.world.train_judges detector|clip|vqa --minutes M --seed S`, or `check`."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -35,8 +36,18 @@ def vqa(minutes: float = 20.0, seed: int = 303, threads: int = 1, out: Path = CH
     train_vqa(out, minutes=minutes, seed=seed)
 
 
+def check(per_task: int = 100, threads: int = 1) -> None:
+    """Scores of held-out scenes under their own prompts and under others' prompts, one line each."""
+    from data_pipeline.world.judge_check import check as figures_of
+
+    torch.set_num_threads(threads)
+    for name, value in figures_of(CHECKPOINTS, per_task=per_task).items():
+        print(f"{name:32s} {value:.4f}")
+
+
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"detector": detector, "clip": clip, "vqa": vqa}, description=__doc__)
+    commands: dict[str, Any] = {"detector": detector, "clip": clip, "vqa": vqa, "check": check}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 
 if __name__ == "__main__":
