@@ -119,8 +119,11 @@ def _cpu_precision() -> Finding:
             best = min(best, time.perf_counter() - start)
         return 2 * 256**3 / best / 1e9
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one core is a fair measure on a busy machine
     fp32, bf16 = gflops(torch.float32), gflops(torch.bfloat16)
-    found = f"{', '.join(units) or 'no bf16 unit'}; matmul {fp32:.0f} GFLOP/s in fp32, {bf16:.1f} in bf16"
+    torch.set_num_threads(threads)
+    found = f"{', '.join(units) or 'no bf16 unit'}; matmul {fp32:.0f} GFLOP/s per core in fp32, {bf16:.1f} in bf16"
     if bf16 < fp32:
         how = "slower" if units else "emulated"
         return Finding("CPU precision", "note", found, f"bf16 is {how} here: train with precision fp32")

@@ -74,14 +74,28 @@ def write_hostfile(job: Job) -> list[str]:
     return [f"export {HOSTFILE}=$(mktemp)", f'{hosts} > "${HOSTFILE}"']
 
 
-def ray_node(job: Job, *, head: bool, port: int = 6379) -> str:
-    """The shell line that makes this machine part of the job's own Ray cluster."""
+def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
+    """Shell lines for every node: together they are one Ray cluster of this job's own, the first node runs the command.
+
+    Only processes started here are ended: `ray stop` would end those of every other job on the machine as well.
+    """
     gpus = f" --num-gpus={job.gpus_per_node}" if job.gpus_per_node else ""
-    if head:
-        return f'ray start --head --node-ip-address="${MASTER_ADDR}" --port={port} --include-dashboard=false{gpus}'
-    # The head may need a moment. A worker lives as long as the head; how it then ends says nothing about the job.
-    wait = f'for try in $(seq 150); do (exec 3<>"/dev/tcp/${MASTER_ADDR}/{port}") 2>/dev/null && break; sleep 2; done'
-    return f'{wait}; ray start --address="${MASTER_ADDR}:{port}"{gpus} --block || true'
+    head = f'ray start --head --node-ip-address="${MASTER_ADDR}" --port={port} --include-dashboard=false{gpus} --block'
+    answers = f'(exec 3<>"/dev/tcp/${MASTER_ADDR}/{port}") 2>/dev/null'
+    wait = f"for try in $(seq 150); do {answers} && break; sleep 2; done"
+    return [
+        f'if [ "${rank}" = 0 ]; then',
+        f"{head} > /dev/null &",
+        "ray=$!",
+        "trap 'kill $ray; wait $ray' EXIT",
+        wait,
+        f'export RAY_ADDRESS="${MASTER_ADDR}:{port}"',
+        shell_command(job),
+        "else",
+        # A worker lives as long as the head; how it then ends says nothing about the job.
+        f'{wait}; ray start --address="${MASTER_ADDR}:{port}"{gpus} --block || true',
+        "fi",
+    ]
 
 
 def hand_over(program: str, arguments: Sequence[str], text: str) -> int:

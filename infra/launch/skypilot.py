@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
-from infra.job import MASTER_ADDR, NODE_RANK, Job, hand_over, ray_node, shell_command, write_hostfile
+from infra.job import MASTER_ADDR, NODE_RANK, Job, hand_over, ray_driver, shell_command, write_hostfile
 
 KNOWN = ("accelerator", "infra", "use_spot", "disk_size")
 
@@ -70,15 +70,4 @@ def _run(job: Job) -> list[str]:
     if job.on_every_node:
         return [*lines, *write_hostfile(job), shell_command(job)]
     # SkyPilot runs a Ray of its own on 6380; ours takes another port.
-    return [
-        *lines,
-        "export RAY_AUTH_MODE=token",
-        f'if [ "${NODE_RANK}" = 0 ]; then',
-        ray_node(job, head=True, port=6479),
-        f'export RAY_ADDRESS="${MASTER_ADDR}:6479"',
-        "trap 'ray stop' EXIT",
-        shell_command(job),
-        "else",
-        ray_node(job, head=False, port=6479),
-        "fi",
-    ]
+    return [*lines, "export RAY_AUTH_MODE=token", *ray_driver(job, rank=NODE_RANK, port="6479")]

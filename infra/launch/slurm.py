@@ -2,7 +2,7 @@
 
 import shlex
 
-from infra.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_node, shell_command, write_hostfile
+from infra.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_driver, shell_command, write_hostfile
 
 
 def render(job: Job) -> str:
@@ -52,18 +52,8 @@ def _ray(job: Job) -> list[str]:
     """Ray's control ports answer to anyone who holds the token, so each job draws its own."""
     address = f'export {MASTER_ADDR}=$(getent ahostsv4 "${MASTER_ADDR}" | head -n 1 | cut -d " " -f 1)'
     token = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n')"
-    head = [
-        ray_node(job, head=True),
-        f'export RAY_ADDRESS="${MASTER_ADDR}:6379"',
-        "trap 'ray stop' EXIT",
-        shell_command(job),
-    ]
-    node = [
-        'if [ "$SLURM_NODEID" = 0 ]; then',
-        *head,
-        "else",
-        ray_node(job, head=False),
-        "fi",
-    ]
+    # Two jobs may share a machine: each takes a port of its own.
+    port = "export BEELINE_RAY_PORT=$((20000 + SLURM_JOB_ID % 10000))"
+    node = ray_driver(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
     # The head's end is the job's end: --wait ends workers that do not notice.
-    return [HEAD, address, token, f"{_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]
+    return [HEAD, address, token, port, f"{_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]

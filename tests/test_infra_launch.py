@@ -1,0 +1,218 @@
+"""Every target renders what its scheduler can read; local, Ray and the batch script are run for real."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.errors import UserError
+from infra.job import Job
+from infra.launch import TARGETS, get_target
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ("deepspeed", "--num_gpus", "8", "--module", "trainer", "train", "mmdit-d15", "--data", "s3://b/it's here")
+DATA = ("python", "-m", "data_pipeline", "run", "cc12m", "--out", "s3://b/x y")
+OPTIONS = {"slurm": {"partition": "gpu"}, "skypilot": {"accelerator": "H100"}, "kubernetes": {"namespace": "team"}}
+
+
+def job(target: str, command: tuple[str, ...], nodes: int) -> Job:
+    return Job(
+        name="ladder-d15",
+        command=command,
+        nodes=nodes,
+        gpus_per_node=8,
+        env={"NOTE": "two words $HOME 'q'"},
+        image="registry/beeline:1" if target in ("kubernetes", "slurm", "skypilot") else None,
+        options=OPTIONS.get(target, {}),
+    )
+
+
+def check_shell(text: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("command", [TRAIN, DATA], ids=["deepspeed", "ray"])
+@pytest.mark.parametrize("target", ["slurm", "kubernetes", "skypilot"])
+def test_clusters_get_what_they_can_read(target, command, nodes):
+    text = get_target(target).render(job(target, command, nodes))
+    if target == "slurm":
+        check_shell(text)
+        assert "#SBATCH --partition=gpu\n" in text
+        assert f"#SBATCH --nodes={nodes}\n" in text
+        check_shell(shlex.split(text.rpartition("srun ")[2])[-1])
+        return
+    documents = list(yaml.safe_load_all(text))
+    if target == "skypilot":
+        (task,) = documents
+        check_shell(task["run"])
+        assert task["num_nodes"] == nodes
+        assert task["resources"]["accelerators"] == "H100:8"
+        assert task["envs"] == {"NOTE": "two words $HOME 'q'"}
+        assert ("deepspeed" in task["run"]) == (command is TRAIN)
+        return
+    assert {document["metadata"]["namespace"] for document in documents} == {"team"}
+    kinds = [document["kind"] for document in documents]
+    if nodes == 1:
+        assert kinds == ["Job"]
+    else:
+        assert kinds == (["Service", "Job"] if command is TRAIN else ["RayJob"])
+    if kinds[-1] == "Job":
+        (container,) = documents[-1]["spec"]["template"]["spec"]["containers"]
+        check_shell(container["command"][2])
+        assert documents[-1]["spec"]["completions"] == nodes
+    else:
+        workers = documents[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+        (container,) = workers["template"]["spec"]["containers"]
+        assert workers["replicas"] == 2
+        assert shlex.split(documents[0]["spec"]["entrypoint"]) == list(DATA)
+    assert container["env"] == [{"name": "NOTE", "value": "two words $HOME 'q'"}]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
+def test_ray_command_line(tmp_path):
+    words = shlex.split(
+        TARGETS["ray"].render(Job(name="x", command=DATA, env={"A": "1"}, options={"address": "http://h:1"}))
+    )
+    assert words[:5] == ["ray", "job", "submit", "--address", "http://h:1"]
+    assert words[words.index("--") + 1 :] == list(DATA)
+    assert json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"] == {"A": "1"}
+
+
+def test_ray_without_a_token_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN"):
+        TARGETS["ray"].submit(Job(name="x", command=("true",)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: get_target("slrm"), r"unknown target 'slrm' \(did you mean 'slurm'\?\)"),
+        (lambda: Job(name="My Job", command=("x",)), "use lower-case letters"),
+        (lambda: Job(name="x", command=()), "write it after '--'"),
+        (lambda: Job(name="x", command=("x",), nodes=0), "nodes=0"),
+        (lambda: Job(name="x", command=("x",), env={"a b": "1"}), "'a b' is not a name"),
+        (lambda: TARGETS["local"].render(Job(name="x", command=("x",), nodes=2)), "nodes must be 1"),
+        (lambda: TARGETS["local"].submit(Job(name="x", command=("no-such-program-here",))), "is it installed"),
+        (lambda: TARGETS["local"].submit(Job(name="x", command=("true",), working_dir="/no/such")), "no such folder"),
+        (lambda: TARGETS["kubernetes"].render(Job(name="x", command=("x",))), "needs --image"),
+        (lambda: TARGETS["skypilot"].render(Job(name="x", command=("x",), gpus_per_node=1)), "accelerator=H100"),
+        (lambda: TARGETS["ray"].render(Job(name="x", command=("x",), options={"adress": "y"})), "knows address"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(wrong, message):
+    with pytest.raises(UserError, match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
+
+
+def infra(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "infra", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=240
+    )
+
+
+def test_local_really_runs(tmp_path):
+    code = "import os,sys; print(os.getcwd(), os.environ['A'], sys.argv[1:]); sys.exit(7)"
+    words = ("launch", "local", "--working-dir", str(tmp_path), "--env", "A=1 2")
+    tail = ("--", sys.executable, "-c", code, "--dry-run", "--", "x y")
+    done = infra(*words, *tail)
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == f"{tmp_path} 1 2 ['--dry-run', '--', 'x y']\n"
+    rendered = infra(*words, "--dry-run", *tail)
+    script = subprocess.run(["bash"], input=rendered.stdout, text=True, capture_output=True)
+    assert (script.returncode, script.stdout) == (7, done.stdout)
+
+
+def test_a_missing_client_is_named():
+    done = infra("launch", "slurm", "--", "true", PATH="/nonexistent")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch not found on this machine: use --dry-run")
+
+
+# Slurm's part, played on one machine: two "nodes", the step's shell run once for each in its own process group.
+# As with srun, the step ends when its first node has ended, and takes the other one along after a while.
+SRUN = """#!/usr/bin/env bash
+set -m
+while [ "$1" != bash ]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+trap 'kill -KILL -- -$first -$second 2>/dev/null' EXIT
+wait $first; code=$?
+[ $code = 0 ] && for try in $(seq ${GRACE:-0}); do kill -0 $second 2>/dev/null || break; sleep 1; done
+exit $code
+"""
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """PATH with srun and scontrol for a Slurm of two nodes on loopback."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(SRUN)
+    (tools / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": str(os.getpid())}
+
+
+MEET = """
+import os, torch
+torch.distributed.init_process_group("gloo")
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+print("ranks", int(total), "of", os.environ["WORLD_SIZE"], os.environ["NOTE"], flush=True)
+"""
+
+
+def run_script(job: Job, environment: dict[str, str], log: Path) -> tuple[int, str]:
+    """Exit code and output of the batch script. A file takes the output: daemons would hold a pipe open."""
+    script = TARGETS["slurm"].render(job)
+    with log.open("w") as out:
+        done = subprocess.run(
+            ["bash", "-c", script], stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=540, check=False
+        )
+    return done.returncode, log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_the_batch_script_joins_deepspeed_over_two_nodes(two_nodes, tmp_path):
+    (tmp_path / "meet.py").write_text(MEET)
+    environment = {"NOTE": "x y", "DS_ACCELERATOR": "cpu"}
+    wanted = Job(name="meet", command=("deepspeed", str(tmp_path / "meet.py")), nodes=2, env=environment)
+    code, output = run_script(wanted, {**two_nodes, "GRACE": "60"}, tmp_path / "log")
+    assert code == 0, output
+    assert output.count("ranks 2 of 2 x y") == 2
+
+
+COUNT = """
+import ray, time
+ray.init(logging_level="ERROR", log_to_driver=False)
+while len([n for n in ray.nodes() if n["Alive"]]) < 2:
+    time.sleep(0.5)
+print("nodes", len(ray.nodes()), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_the_batch_script_makes_one_ray_of_two_nodes(two_nodes, tmp_path):
+    (tmp_path / "count.py").write_text(COUNT)
+    wanted = Job(name="count", command=("python", str(tmp_path / "count.py")), nodes=2)
+    code, output = run_script(wanted, two_nodes, tmp_path / "log")
+    assert code == 0, output
+    assert output.count("nodes 2") == 1
