@@ -1,10 +1,15 @@
 """Every target renders what its scheduler can read; local, Ray and the batch script are run for real."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -118,7 +123,7 @@ def test_what_cannot_work_is_refused_in_a_line(wrong, message):
 def infra(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "infra", *words]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=240
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=280
     )
 
 
@@ -216,3 +221,46 @@ def test_the_batch_script_makes_one_ray_of_two_nodes(two_nodes, tmp_path):
     code, output = run_script(wanted, two_nodes, tmp_path / "log")
     assert code == 0, output
     assert output.count("nodes 2") == 1
+
+
+@pytest.fixture
+def ray_head(free_port, monkeypatch, tmp_path):
+    """The address of a Ray cluster of its own that asks for a token, as a cluster should."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
+    ports = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
+    chosen = {name: free_port() for name in ports}
+    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
+    command += ["--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    command += [f"{name}={port}" for name, port in chosen.items()]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", chosen["--dashboard-port"])) == 0:
+                    break
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{chosen['--dashboard-port']}"
+    finally:
+        head.terminate()
+        try:
+            head.wait(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_ray_job_submit_packs_the_folder_and_sends_the_token(ray_head, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "hello.py").write_text("import os; print('hello from', os.environ['WHERE'])\n")
+    words = ["launch", "ray", "--working-dir", str(tmp_path / "work"), "--option", f"address={ray_head}"]
+    done = infra(*words, "--env", "WHERE=the cluster", "--", "python", "hello.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hello from the cluster" in done.stdout
+    failed = infra(*words, "--", "python", "absent.py")
+    assert failed.returncode == 1, failed.stdout + failed.stderr
