@@ -192,8 +192,12 @@ def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) ->
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as out:
                     shutil.copyfileobj(source, out, READ_AHEAD)
-        with contextlib.suppress(OSError):  # another process brought the same content first: theirs serves
-            temp.rename(folder)
+        with _local(str(folder)):
+            try:
+                temp.rename(folder)
+            except OSError:
+                if not (folder / name).exists():  # else another process brought the same content first: it serves
+                    raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
