@@ -84,6 +84,7 @@ def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
     answers = f'(exec 3<>"/dev/tcp/${MASTER_ADDR}/{port}") 2>/dev/null'
     wait = f"for try in $(seq 150); do {answers} && break; sleep 2; done"
     return [
+        "export RAY_raylet_start_wait_time_s=300",  # 30 s are too few on a busy machine or a slow shared folder
         f'if [ "${rank}" = 0 ]; then',
         f"{head} > /dev/null &",
         "ray=$!",
