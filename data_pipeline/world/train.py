@@ -19,7 +19,7 @@ def vae(
     threads: int = 1,
     out: Path = CHECKPOINTS / "vae",
     start_from: Path | None = None,
-    lr: float = 2e-3,
+    lr: float = 1e-2,
 ) -> None:
     """The autoencoder whose latents the pipeline stores."""
     from data_pipeline.world.train_vae import train_vae
@@ -34,7 +34,7 @@ def clip(
     threads: int = 1,
     out: Path = CHECKPOINTS / "clip",
     start_from: Path | None = None,
-    lr: float = 1e-3,
+    lr: float = 4e-3,
 ) -> None:
     """The OpenCLIP model whose text tower conditions the generator."""
     from data_pipeline.world.train_clip import train_clip
@@ -49,7 +49,7 @@ def captioner(
     threads: int = 1,
     out: Path = CHECKPOINTS / "captioner",
     start_from: Path | None = None,
-    lr: float = 1.5e-3,
+    lr: float = 4e-3,
 ) -> None:
     """The model that looks at pixels and writes the synthetic captions."""
     from data_pipeline.world.train_captioner import train_captioner

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.classes import CLASSES
+from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.grammar import plural
-from data_pipeline.world.judge_training import logger, train
 from data_pipeline.world.scenes import SIZE, detailed_caption, make_scene
 from data_pipeline.world.train_clip import TOKENS, make_tokenizer
 
@@ -110,7 +110,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600)
 
 
 def train_captioner(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 1.5e-3, batch: int = 48
+    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 4e-3, batch: int = 48
 ) -> dict[str, float]:
     """Train, measure, write the transformers folder with its model card; the held-out figures."""
     from transformers import VisionEncoderDecoderModel, ViTImageProcessor
@@ -127,7 +127,7 @@ def train_captioner(
         labels_BL = ids_BL.masked_fill(ids_BL == tokenizer.pad_token_id, -100)
         return model(pixel_values=normalised([scene.image for scene in scenes]), labels=labels_BL).loss
 
-    average, steps = train(model, loss_of_step, minutes=minutes, peak_lr=lr)
+    average, steps = fit(model, loss_of_step, minutes=minutes, muon_lr=lr)
     average.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     half = [0.5, 0.5, 0.5]
@@ -149,6 +149,6 @@ def _card(out: Path, figures: dict[str, float], *, trained: str) -> None:
         load="`AutoModelForImageTextToText.from_pretrained(PATH)`, `AutoImageProcessor`, `AutoTokenizer` alike",
         trained=f"{trained}, split `captioner`, seen compositions, {torch.get_num_threads()} thread, fp32",
         figures=[Figure(name, value, "") for name, value in figures.items()],
-        scored="600 scenes of splits `captioner_val_seen` and `captioner_val_unseen`, seed 0, greedy; each figure is the "
-        "share of scenes in which all objects (counts, colors, positions) are said right",
+        scored="600 scenes of splits `captioner_val_seen` and `captioner_val_unseen`, seed 0, greedy; a figure is "
+        "the share of scenes in which all objects (or counts, colors, positions) are said right",
     )

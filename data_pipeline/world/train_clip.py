@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.world.cards import Figure, trained_line, write_card
-from data_pipeline.world.judge_training import logger, train
+from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, Scene, detailed_caption, make_scene
 
 TOKENS = 16
@@ -118,7 +118,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 200)
 
 
 def train_clip(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 1e-3, batch: int = 96
+    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 4e-3, batch: int = 96
 ) -> dict[str, float]:
     """Train, measure, write the open_clip folder with its model card; the held-out figures."""
     from safetensors.torch import save_file
@@ -139,7 +139,7 @@ def train_clip(
         text_BE = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
         return contrastive_loss(image_BE, text_BE, model.logit_scale.exp().clamp(max=100), keys)
 
-    average, steps = train(model, loss_of_step, minutes=minutes, peak_lr=lr)
+    average, steps = fit(model, loss_of_step, minutes=minutes, muon_lr=lr)
     state = {name: tensor.half().contiguous() for name, tensor in average.state_dict().items()}
     save_file(state, out / "open_clip_model.safetensors")
     figures = measure(*load(out))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.world.cards import Figure, trained_line, write_card
-from data_pipeline.world.judge_training import logger, train
+from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, make_scene
 
 KL_WEIGHT = 1e-4
@@ -93,7 +93,7 @@ def latent_statistics(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[f
 
 
 def train_vae(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 2e-3, batch: int = 8
+    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 1e-2, batch: int = 2
 ) -> dict[str, float]:
     """Train, measure, write the diffusers folder with its model card; the held-out figures."""
     from diffusers import AutoencoderKL
@@ -119,7 +119,7 @@ def train_vae(
         y_BCHW = vae.decode(posterior.sample()).sample
         return F.mse_loss(y_BCHW, x_BCHW) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
-    average, steps = train(vae, loss_of_step, minutes=minutes, peak_lr=lr)
+    average, steps = fit(vae, loss_of_step, minutes=minutes, muon_lr=lr)
     save(average, out, seed=seed)
     figures = measure(AutoencoderKL.from_pretrained(out))
     logger.info("%s", json.dumps(figures))
