@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.errors import UserError
+
 # Shapes: B images, C channels, H and W pixels, G grid cells per side, K classes, P prototypes, N objects.
 STRIDE = 4
 MAX_DETECTIONS = 48
@@ -107,7 +109,7 @@ class WorldDetector(nn.Module):
     def detect(self, images: np.ndarray, *, min_score: float = 0.05, batch: int = 64) -> list[list[Detection]]:
         """Detections of each uint8 image (N, H, W, 3), best score first; other sizes are resized and mapped back."""
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"detect() found {images.dtype} {images.shape}; it takes uint8 images (N, H, W, 3)")
+            raise UserError(f"detect() found {images.dtype} {images.shape}; it takes uint8 images (N, H, W, 3)")
         self.eval()
         found: list[list[Detection]] = []
         for start in range(0, len(images), batch):
@@ -161,7 +163,10 @@ class WorldDetector(nn.Module):
         """The detector of a folder with config.json and model.safetensors, in fp32 and eval mode."""
         from safetensors.torch import load_file
 
-        fields = json.loads((Path(folder) / "config.json").read_text())
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise UserError(f"no detector at {folder}: expected a folder with config.json and model.safetensors")
+        fields = json.loads(file.read_text())
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         detector = cls(DetectorConfig(**fields))
         detector.load_state_dict(load_file(Path(folder) / "model.safetensors"))

@@ -8,7 +8,7 @@ import numpy as np
 from data_pipeline.world.detector import Detection, box_iou
 from data_pipeline.world.scenes import SceneObject
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)
+THRESHOLDS = np.round(np.arange(0.5, 1.0, 0.05), 2)
 RECALLS = np.linspace(0.0, 1.0, 101)
 
 

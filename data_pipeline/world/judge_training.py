@@ -71,7 +71,7 @@ def _tight(mask_HW: np.ndarray) -> np.ndarray:
 def warped(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene drawn by an unsteady hand: shrunk, turned and bent a little, truth included."""
     size = len(scene.image)
-    grid_2HW = np.stack(np.mgrid[:size, :size]).astype(float) - (size - 1) / 2
+    grid_2HW = np.mgrid[:size, :size].astype(float) - (size - 1) / 2
     angle, stretch = rng.uniform(-0.12, 0.12), rng.uniform(1.0, 1.15, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
     bend_2HW = _smooth(rng.normal(0.0, rng.uniform(0.2, 1.6), (5, 5, 2)), size).transpose(2, 0, 1)
