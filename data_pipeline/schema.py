@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +36,35 @@ def fingerprint(value: object) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One data object of a manifest: which shard's rows it holds. `object` is relative to the dataset's root."""
+    """One data object of a manifest, relative to the dataset's root, and the rows of a shard that it holds.
+
+    `rows` are ranges (first, behind last).
+    """
 
     shard: str
     object: str
     sha256: str
     num_bytes: int
     num_rows: int
+    rows: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Part":
+        return Part(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
+
+    def row_numbers(self) -> set[int]:
+        return {row for first, behind in self.rows for row in range(first, behind)}
+
+
+def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Sorted row numbers as few (first, behind last) pairs."""
+    ranges: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if ranges and ranges[-1][1] == row:
+            ranges[-1] = ranges[-1][0], row + 1
+        else:
+            ranges.append((row, row + 1))
+    return tuple(ranges)
 
 
 @dataclass(frozen=True)
@@ -56,17 +78,19 @@ class Manifest:
     counts: Mapping[str, int]
     code_version: str = ""
     created: str = ""
-    notes: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
     @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "Manifest":
+        parts = tuple(Part.from_json(part) for part in raw["parts"])
+        return Manifest(**{**raw, "parts": parts})
+
+    @staticmethod
     def from_bytes(data: bytes, uri: str) -> "Manifest":
         try:
-            raw = json.loads(data)
-            parts = tuple(Part(**part) for part in raw["parts"])
-            return Manifest(**{**raw, "parts": parts, "notes": tuple(raw["notes"])})
+            return Manifest.from_json(json.loads(data))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{uri}: not a manifest ({error}): delete it and run the same command again") from error
 
@@ -132,7 +156,7 @@ class DatasetInfo:
 def encoding_fingerprint(
     text_spec: TextSpec, vae: VaeMeta, resolution: int, captions: tuple[str, ...], columns: Mapping[str, str]
 ) -> str:
-    made_by = {name: columns[name] for name in ("latents", "text") if name in columns}
+    made_by = {name: value for name, value in columns.items() if name == "latents" or name.startswith("text_")}
     return fingerprint([FORMAT, text_spec.to_json(), vae, resolution, captions, made_by])
 
 

@@ -46,7 +46,7 @@ def write_synthetic(
     factor = int(buckets[0].split("x")[0]) // latent_height
     resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
     vae = VaeMeta("synthetic:vae", channels, factor, shift=0.1, scale=0.9)
-    columns = {"latents": f"synthetic-{seed}", "text": f"synthetic-{seed}"}
+    columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
     encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns)
     splits = {}
     for split, total in (("train", num_samples), ("val", val_samples)):

@@ -1,0 +1,191 @@
+"""python -m data_pipeline run | world | verify | inspect: from raw images to training shards."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from infra.errors import UserError, nearest, run_cli
+from infra.log import clock
+
+COMMANDS = {
+    "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN --out URI`",
+    "world": "write raw scenes of the embedded world as img2dataset would: `world --out URI --images N`",
+    "verify": "read a dataset back and check every hash and count: `verify URI`",
+    "inspect": "what a dataset holds, and a grid of samples with captions: `inspect URI --out grid.png`",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where from, where to, how many workers."""
+
+    out: str
+    """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
+    source: str | None = None
+    """Own data: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace pattern) or
+    parquet:/path. Without it the plan `world` draws its own scenes."""
+    image_column: str = ""
+    """parquet: the column with image bytes or a local path; found by name if left out."""
+    caption_column: str = ""
+    """parquet: the column with the caption; found by name if left out."""
+    images: int = 4000
+    """Scenes to draw for training (plan `world` without --source)."""
+    val_images: int | None = None
+    """Scenes to draw for validation; an eighth of --images, at most 1,000, if left out."""
+    seed: int = 0
+    """Seed of the scenes."""
+    workers: int | None = None
+    """Ray workers; one per CPU of the cluster if left out, 0 to work in this process without Ray."""
+    cpus_per_worker: float = 1
+    """CPUs (and torch threads) of each worker."""
+    gpus_per_worker: float = 0
+    """GPUs of each worker, also fractions; above 0 the networks run there."""
+    keep_going: bool = False
+    """Pack what is there even if some files or shards failed."""
+
+
+def main() -> None:
+    """Dispatch by hand, so that a plan's name can choose the defaults of its options."""
+    # several threads in each of several workers only get in each other's way
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: python -m data_pipeline COMMAND ... (COMMAND --help says more)\n")
+        print("\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items()))
+        return
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}: one of {', '.join(COMMANDS)}")
+    prog = f"python -m data_pipeline {command}"
+    if command == "run":
+        _run(rest)
+    else:
+        commands: dict[str, Callable[..., None]] = {"world": world, "verify": verify, "inspect": inspect}
+        tyro.cli(commands[command], prog=prog, args=rest)
+
+
+def _run(args: list[str]) -> None:
+    """Raw images to training shards. The same command again does only what is missing."""
+    from data_pipeline.plans import PLANS, Plan, get_plan
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: python -m data_pipeline run PLAN --out URI ... (run PLAN --help lists the options)\n")
+        print("\n".join(f"  {name:<9}{make.__doc__}" for name, make in PLANS.items()))
+        return
+    default = get_plan(args[0])
+
+    flat = tyro.conf.arg(name="")
+
+    def call(run: Annotated[Run, flat], plan: Annotated[Plan, flat] = default) -> None:
+        run_plan(run, plan)
+
+    tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=args[1:], description=_run.__doc__)
+
+
+def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Everything from source to dataset.json, then the table of what happened."""
+    from data_pipeline.pipeline import Pipeline
+    from data_pipeline.runner import Workers
+    from data_pipeline.sources import parse_source
+    from data_pipeline.summary import summary
+
+    if run.workers is not None and run.workers < 0:
+        raise UserError(f"--workers {run.workers}: expected 0 (no Ray) or more")
+    started = time.monotonic()
+    if run.source is None:
+        source = world_source(run)
+    else:
+        source = parse_source(run.source, image_column=run.image_column, caption_column=run.caption_column)
+    workers = Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker)
+    device = "cuda" if run.gpus_per_worker else "cpu"
+    pipeline = Pipeline(plan, run.out, source, workers=workers, keep_going=run.keep_going, device=device)
+    outcome = pipeline.run()
+    print(summary(run.out, outcome))
+    print(f"\nfinished in {clock(time.monotonic() - started)}: {run.out}")
+    if outcome.failed:
+        raise UserError(f"{len(outcome.failed)} units failed and are not in the dataset: run the same command again")
+
+
+def world_source(run: Run) -> "Source":  # type: ignore[name-defined]  # noqa: F821
+    """Draws the world's raw shards below the root unless they are there, and gives them as a source."""
+    from data_pipeline.sources import WdsSource
+    from data_pipeline.world.write import write_world
+    from infra import storage
+
+    val_images = run.val_images if run.val_images is not None else max(1, min(1000, run.images // 8))
+    raw = storage.join(run.out, f"raw/world-{run.seed}-{run.images}-{val_images}")
+    mark = storage.join(raw, "complete.json")
+    if not storage.exists(mark):
+        write_world(raw, images=run.images, val_images=val_images, seed=run.seed)
+        storage.write_bytes(mark, b"{}\n")
+    return WdsSource(raw)
+
+
+def world(out: str, *, images: int = 20_000, seed: int = 0, val_images: int | None = None) -> None:
+    """Raw scenes of the embedded world, with ground truth, in the layout that img2dataset writes.
+
+    Args:
+        out: folder or s3://bucket/prefix.
+        images: scenes for training.
+        seed: which world; every scene is a pure function of seed, split and number.
+        val_images: scenes for validation; an eighth of images, at most 1,000, if left out.
+    """
+    from data_pipeline.world.write import write_world
+
+    write_world(out, images=images, val_images=val_images or max(1, min(1000, images // 8)), seed=seed)
+
+
+def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -> None:
+    """Read everything back: every object's hash, every row's bytes, every count, no row twice.
+
+    Args:
+        uri: root of the dataset.
+        columns: also check what the stages wrote, not only the training shards.
+    """
+    from data_pipeline.verify import verify as check
+
+    findings = check(uri, columns=columns)
+    for problem in findings.problems[:50]:
+        print(f"BAD  {problem}")
+    counts = ", ".join(f"{split} {count:,}" for split, count in findings.samples.items())
+    print(f"{findings.objects:,} objects, {findings.num_bytes / 1e6:,.1f} MB read; samples: {counts}")
+    if findings.problems:
+        raise UserError(
+            f"{uri}: {len(findings.problems)} problems; delete the named objects with their manifests and run again"
+        )
+    print("everything is as its manifests say")
+
+
+def inspect(
+    uri: Annotated[str, tyro.conf.Positional], *, out: str | None = None, count: int = 24, split: str = "train"
+) -> None:
+    """What a dataset holds; with --out also a grid of samples, decoded from the stored latents.
+
+    Args:
+        uri: root of the dataset.
+        out: a .png or .html to write the grid to.
+        count: samples in the grid.
+        split: train or val.
+    """
+    from data_pipeline.inspect import describe, show_samples, write_grid
+    from data_pipeline.loader import open_dataset
+
+    for name, text in describe(uri):
+        print(f"{name:<12} {text}")
+    shown = show_samples(open_dataset(uri, split=split), count)
+    for item in shown[:8]:
+        print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
+    if out:
+        write_grid(shown, out)
+        print(f"grid of {len(shown)} samples: {out}")
+
+
+if __name__ == "__main__":
+    from model.errors import ModelError
+
+    run_cli(main, also=(ModelError,))

@@ -1,0 +1,55 @@
+"""Aspect buckets: image shapes of nearly equal area that a batch can be made of. Names are height x width in pixels."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipeline.stage import OK, ShardView, Worker, result
+from infra.errors import UserError
+
+VERSION = 1
+
+
+def bucket_table(resolution: int, *, step: int, max_aspect: float = 1.0) -> tuple[str, ...]:
+    """Shapes with sides in multiples of `step`, area near resolution**2, aspect within bounds; each also turned."""
+    if resolution % step:
+        raise UserError(f"resolution {resolution} is no multiple of {step} (autoencoder factor times patch size)")
+    shapes = set()
+    for height in range(step, resolution + 1, step):
+        width = round(resolution**2 / height / step) * step
+        if width / height <= max_aspect + 1e-9:
+            shapes |= {(height, width), (width, height)}
+    return tuple(f"{height}x{width}" for height, width in sorted(shapes))
+
+
+def nearest_bucket(width: int, height: int, table: Sequence[str]) -> str:
+    """The shape whose aspect is nearest on the logarithmic scale; the first of equals."""
+
+    def distance(name: str) -> float:
+        bucket_height, bucket_width = map(int, name.split("x"))
+        return abs(math.log(width / height) - math.log(bucket_width / bucket_height))
+
+    return min(table, key=distance)
+
+
+@dataclass(frozen=True)
+class BucketStage:
+    """Which bucket a row goes to: decided from its size, before any crop."""
+
+    table: tuple[str, ...]
+    name: str = "bucket"
+    inputs: tuple[str, ...] = ("filter",)
+
+    def identity(self) -> dict[str, object]:
+        return {"version": VERSION, "table": self.table}
+
+    def open(self) -> Worker:
+        def run(shard: ShardView) -> object:
+            widths, heights = shard.values("filter", "width"), shard.values("filter", "height")
+            names = [
+                nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
+                for row in shard.rows
+            ]
+            return result(shard.rows, [OK] * len(names), bucket=names)
+
+        return run  # type: ignore[return-value]

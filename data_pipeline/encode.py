@@ -1,0 +1,154 @@
+"""What training will read: autoencoder moments of each image, text features of each caption. One column per network.
+
+Everything is stored raw in fp16 (pooled vectors in fp32); scaling and dropping happen when it is loaded.
+"""
+# Shapes: B batch, C latent channels, H and W height and width, L text tokens, P pooled width.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.images import CROP_RULE, cover_crop
+from data_pipeline.stage import OK, ShardView, Worker, result
+from model.text import EncodedText, EncoderSpec, TextSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentStage:
+    """Moments (mean then standard deviation) of the image, cropped to its bucket."""
+
+    checkpoint: str
+    weights: str
+    batch: int = 64
+    device: str = "cpu"
+    name: str = "latents"
+    inputs: tuple[str, ...] = ("ingest", "bucket")
+
+    def identity(self) -> dict[str, object]:
+        return {"version": VERSION, "weights": self.weights, "crop": CROP_RULE, "dtype": "float32"}
+
+    def open(self) -> Worker:
+        import torch
+
+        from model.vae import Latents, load_vae
+
+        vae = load_vae(resolve(self.checkpoint)).to(self.device, memory_format=torch.channels_last)
+        latents = Latents.of(vae)
+
+        def run(shard: ShardView) -> pa.Table:
+            buckets: dict[int, str] = shard.values("bucket", "bucket")  # type: ignore[assignment]
+            moments: dict[int, np.ndarray] = {}
+            for bucket in sorted({buckets[row] for row in shard.rows}):
+                height, width = map(int, bucket.split("x"))
+                rows = [row for row in shard.rows if buckets[row] == bucket]
+                for first in range(0, len(rows), self.batch):
+                    chosen = rows[first : first + self.batch]
+                    pixels = [np.asarray(cover_crop(shard.image(row), width, height)) for row in chosen]
+                    image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+                    image_BCHW = image_BCHW.to(self.device, memory_format=torch.channels_last)
+                    moments |= dict(zip(chosen, latents.encode(vae, image_BCHW).cpu().contiguous().numpy()))
+            return _moments_table(shard, moments, buckets)
+
+        return run
+
+
+def _moments_table(shard: ShardView, moments: Mapping[int, np.ndarray], buckets: Mapping[int, str]) -> pa.Table:
+    finite = [bool(np.isfinite(moments[row]).all()) for row in shard.rows]
+    return result(
+        shard.rows,
+        [OK if good else "nonfinite" for good in finite],
+        bucket=pa.array([buckets[row] for row in shard.rows], pa.string()),
+        moments=pa.array([moments[row].tobytes() for row in shard.rows], pa.large_binary()),
+    )
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """One encoder's states of the original and the synthetic caption; equal captions are encoded once."""
+
+    text_spec: TextSpec
+    seat: str
+    weights: str
+    batch: int = 256
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"text_{self.seat}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("filter", "caption")
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        return next(encoder for encoder in self.text_spec.encoders if encoder.seat == self.seat)
+
+    def identity(self) -> dict[str, object]:
+        encoder = {key: value for key, value in vars(self.encoder).items() if key != "checkpoint"}
+        return {
+            "version": VERSION,
+            "weights": self.weights,
+            "encoder": encoder,
+            "layout": self.text_spec.layout,
+            "convention": self.text_spec.convention,
+            "dtype": "float16",
+        }
+
+    def open(self) -> Worker:
+        from model.encoders import load_text_encoders
+
+        alone = TextSpec(
+            (self.encoder,), self.text_spec.layout, self.text_spec.context_width, self.text_spec.convention
+        )
+        encoders = load_text_encoders(alone, resolve)
+        encoders.to(self.device)
+
+        def run(shard: ShardView) -> pa.Table:
+            captions = {
+                "original": shard.values("filter", "caption"),
+                "synthetic": shard.values("caption", "caption"),
+            }
+            wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}
+            states = self._encode(encoders, sorted(wanted, key=lambda text: (len(text), text)))
+            return _text_table(shard, captions, states)
+
+        return run
+
+    def _encode(self, encoders: Any, texts: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(hidden_LW fp16, pooled_P fp32) by caption; sorted by length, so that batches hold little padding."""
+        states: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for first in range(0, len(texts), self.batch):
+            chosen = texts[first : first + self.batch]
+            encoded: EncodedText = encoders.encode(chosen)[self.seat]
+            for number, text in enumerate(chosen):
+                if self.text_spec.layout == "trimmed":
+                    hidden_LW, pooled_P = encoded.row(number)
+                else:
+                    hidden_LW, pooled_P = encoded.hidden_BLW[number], encoded.pooled_BP[number]
+                states[text] = hidden_LW.half().cpu().numpy(), pooled_P.float().cpu().numpy()
+        return states
+
+
+def _text_table(
+    shard: ShardView, captions: Mapping[str, Mapping[int, object]], states: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    finite = [True] * len(shard.rows)
+    for caption, texts in captions.items():
+        found = [states.get(str(texts.get(row) or "")) for row in shard.rows]
+        finite = [good and (f is None or bool(np.isfinite(f[0]).all())) for good, f in zip(finite, found)]
+        columns[f"{caption}_tokens"] = pa.array([0 if f is None else len(f[0]) for f in found], pa.int16())
+        columns[f"{caption}_hidden"] = pa.array(
+            [None if f is None else f[0].tobytes() for f in found], pa.large_binary()
+        )
+        columns[f"{caption}_pooled"] = pa.array(
+            [None if f is None else f[1].tobytes() for f in found], pa.large_binary()
+        )
+    return result(shard.rows, [OK if good else "nonfinite" for good in finite], **columns)

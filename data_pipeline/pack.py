@@ -1,0 +1,155 @@
+"""Packing: a hashed plan first (output shard -> list of rows), then its output shards, each restartable on its own.
+
+An output shard's id depends only on the rows in it and on what made their columns: data that is appended later leaves
+earlier shards untouched.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline.columns import read_parts
+from data_pipeline.index import ShardEntry
+from data_pipeline.layout import SampleLayout
+from data_pipeline.schema import DatasetInfo, Part, fingerprint
+from data_pipeline.shards import Sample, write_shard
+from infra import storage
+from infra.errors import UserError
+
+CAPTIONS = ("original", "synthetic")
+
+
+@dataclass(frozen=True)
+class RowRef:
+    """A row that made it: where it is, where it goes."""
+
+    shard: str
+    row: int
+    split: str
+    bucket: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """One planned training shard: rows of input shards, in order."""
+
+    id: str
+    split: str
+    bucket: str
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(rows) for _, rows in self.rows)
+
+
+def make_plan(rows: Iterable[RowRef], made_by: Mapping[str, str], *, shard_rows: int) -> list[Output]:
+    """Cut each (split, bucket) into output shards, rows in the order given."""
+    groups: dict[tuple[str, str], list[RowRef]] = {}
+    for row in rows:
+        groups.setdefault((row.split, row.bucket), []).append(row)
+    outputs = []
+    for (split, bucket), members in sorted(groups.items()):
+        for first in range(0, len(members), shard_rows):
+            runs: dict[str, list[int]] = {}
+            for member in members[first : first + shard_rows]:
+                runs.setdefault(member.shard, []).append(member.row)
+            listed = tuple((shard, tuple(numbers)) for shard, numbers in runs.items())
+            outputs.append(Output(fingerprint([made_by, split, bucket, listed]), split, bucket, listed))
+    return outputs
+
+
+def plan_table(outputs: Sequence[Output]) -> pa.Table:
+    """The plan as written down before any output shard."""
+    flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
+    return pa.table(
+        {
+            "output": [output.id for output, _, _ in flat],
+            "split": [output.split for output, _, _ in flat],
+            "bucket": [output.bucket for output, _, _ in flat],
+            "shard": [shard for _, shard, _ in flat],
+            "rows": pa.array([rows for _, _, rows in flat], pa.list_(pa.int32())),
+        }
+    )
+
+
+def proof_name(encoding: str, output: str) -> str:
+    """The object that proves an output shard, relative to the root."""
+    return f"pack/{encoding}/{output}.json"
+
+
+def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
+    """Output shards already made, by id."""
+    proofs = {}
+    for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
+        try:
+            entry = ShardEntry(**json.loads(storage.read_bytes(uri)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{uri}: not a pack manifest ({error}): delete it and run the command again") from error
+        proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = entry
+    return proofs
+
+
+def pack_output(
+    root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[Part]]]
+) -> ShardEntry:
+    """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
+    height, width = map(int, output.bucket.split("x"))
+    factor = info.vae.factor
+    layout = SampleLayout(info.text_spec, info.captions, (2 * info.vae.channels, height // factor, width // factor))
+    samples = (sample for shard, rows in output.rows for sample in _samples(root, layout, shard, rows, parts))
+    entry = write_shard(
+        root,
+        samples,
+        split=output.split,
+        resolution=info.resolution,
+        bucket=output.bucket,
+        layout=layout,
+        encoding=info.encoding,
+    )
+    if entry.num_samples != output.num_rows:
+        raise AssertionError(f"output {output.id}: {entry.num_samples} samples, the plan says {output.num_rows}")
+    proof = json.dumps(asdict(entry), indent=1).encode() + b"\n"
+    uri = storage.join(root, proof_name(info.encoding, output.id))
+    if not storage.write_bytes_if_absent(uri, proof):
+        return ShardEntry(**json.loads(storage.read_bytes(uri)))
+    return entry
+
+
+def _samples(
+    root: str,
+    layout: SampleLayout,
+    shard: str,
+    rows: Sequence[int],
+    parts: Mapping[str, Mapping[str, Sequence[Part]]],
+) -> Iterable[Sample]:
+    stages = ("filter", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
+    tables = {stage: _by_row(root, shard, stage, parts) for stage in stages}
+    for row in rows:
+        facts, said = tables["filter"][row], tables["caption"][row]
+        moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
+        text = {}
+        for caption, encoder in layout.slots:
+            states = tables[f"text_{encoder.seat}"][row]
+            if states[f"{caption}_tokens"]:
+                hidden = np.frombuffer(states[f"{caption}_hidden"], np.float16).reshape(-1, encoder.width)
+                text[caption, str(encoder.seat)] = hidden, np.frombuffer(states[f"{caption}_pooled"], np.float32)
+        captions = {"original": facts["caption"], "synthetic": said["caption"]}
+        info = {
+            "source": facts["source"],
+            "width": facts["width"],
+            "height": facts["height"],
+            "from": {"shard": shard, "row": row},
+            **json.loads(facts["info"] or "{}"),
+        }
+        yield Sample(facts["key"], moments, text, {k: v for k, v in captions.items() if v}, info)
+
+
+def _by_row(root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[Part]]]) -> dict[int, dict]:
+    table = read_parts(root, parts[stage][shard])
+    if table is None:
+        raise UserError(f"{root}: column {stage} has nothing for shard {shard}: run the same command again")
+    return {row["row"]: row for row in table.to_pylist()}

@@ -1,0 +1,307 @@
+"""The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
+
+The driver holds statuses and row numbers, never images or features.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.columns import Column, read_parts
+from data_pipeline.index import ShardEntry, table_bytes
+from data_pipeline.pack import CAPTIONS, Output, RowRef, make_plan, plan_table, read_proofs
+from data_pipeline.plans import Plan, build_columns
+from data_pipeline.publish import assign_splits, publish, write_rejected
+from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
+from data_pipeline.schema import DatasetInfo, Manifest, Part, VaeMeta, fingerprint
+from data_pipeline.sources import Source, SourceUnit, source_to_json
+from data_pipeline.stage import OK
+from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
+from infra import storage
+from infra.errors import UserError
+from infra.log import Progress, get_logger
+from infra.version import code_version
+
+log = get_logger("pipeline")
+
+Parts = dict[str, list[Part]]
+
+
+@dataclass
+class Outcome:
+    """What a run found and made, for the final table."""
+
+    info: DatasetInfo
+    counts: dict[str, dict[str, int]]
+    rejected: str
+    failed: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=dict)
+
+
+class Pipeline:
+    """One run. `run()` reads top to bottom."""
+
+    def __init__(
+        self, plan: Plan, root: str, source: Source, *, workers: Workers, keep_going: bool = False, device: str = "cpu"
+    ) -> None:
+        self.plan, self.root, self.source, self.workers, self.keep_going = plan, root, source, workers, keep_going
+        self.columns = build_columns(plan, root, device=device)
+        self.parts: dict[str, Parts] = {}
+        self.splits: dict[str, str] = {}
+        self.flawed: set[tuple[str, str]] = set()
+        self.counts: dict[str, dict[str, int]] = {}
+        self.failed: dict[str, str] = {}
+        self.computed: dict[str, int] = {}
+
+    def run(self) -> Outcome:
+        self._ingest()
+        self._dedup()
+        statuses = self._gate()
+        self._encode({shard: [r for r, (s, _) in rows.items() if s == OK] for shard, rows in statuses.items()})
+        rows = self._accepted(statuses)
+        info, entries = self._pack(rows)
+        rejected = write_rejected(self.root, statuses, self._read_all("filter", sorted(statuses)))
+        info = publish(self.root, info, entries, statuses)
+        return Outcome(info, self.counts, rejected, self.failed, self.computed)
+
+    # --- ingest, filter, signature, bucket: one pass over the source
+
+    def _ingest(self) -> None:
+        units = self.source.units()
+        ingest, column = self.columns.ingest
+        known = {c.stage: c.manifests() for c in (column, *(c for _, c in self.columns.light))}
+        todo, expected = [], 0
+        for unit in units:
+            proven = self._proven(unit, known)
+            for manifest in proven.values():
+                self._take(manifest)
+            if "ingest" in proven:
+                for part in proven["ingest"].parts:
+                    self.splits[part.shard] = unit.split
+                    expected += part.num_rows
+            if not self._complete(proven):
+                todo.append(_ingest_unit(unit, proven))
+        by_id = {unit.id: unit for unit in units}
+        task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
+        for report in self._work("ingest + filter + signature + bucket", task, todo):
+            for manifest in map(Manifest.from_json, report["manifests"]):
+                self._take(manifest)
+                if manifest.stage == "ingest":
+                    for part in manifest.parts:
+                        self.splits[part.shard] = by_id[manifest.unit].split
+        if not self.splits:
+            raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
+
+    def _proven(self, unit: SourceUnit, known: Mapping[str, Mapping[str, list[Manifest]]]) -> dict[str, Manifest]:
+        found = known["ingest"].get(unit.id)
+        if not found:
+            return {}
+        proven = {"ingest": found[0]}
+        for part in found[0].parts:
+            for _, column in self.columns.light:
+                if part.shard in known[column.stage]:
+                    proven[f"{column.stage}/{part.shard}"] = known[column.stage][part.shard][0]
+        return proven
+
+    def _complete(self, proven: Mapping[str, Manifest]) -> bool:
+        if "ingest" not in proven:
+            return False
+        shards = [part.shard for part in proven["ingest"].parts]
+        return all(f"{column.stage}/{shard}" in proven for _, column in self.columns.light for shard in shards)
+
+    def _take(self, manifest: Manifest) -> None:
+        mine = self.counts.setdefault(manifest.stage, {})
+        for status, count in manifest.counts.items():
+            mine[status] = mine.get(status, 0) + count
+        if set(manifest.counts) - {OK}:
+            self.flawed |= {(manifest.stage, part.shard) for part in manifest.parts}
+        for part in manifest.parts:
+            parts = self.parts.setdefault(manifest.stage, {}).setdefault(part.shard, [])
+            if part not in parts:
+                parts.append(part)
+
+    # --- dedup: one pass over all signatures
+
+    def _dedup(self) -> None:
+        stage, column = self.columns.dedup
+        # validation first: of two equal images the one that must not be trained on stays
+        shards = sorted(self.parts["signature"], key=lambda shard: (self.splits.get(shard) != "val", shard))
+        unit = fingerprint([[part.sha256 for part in self.parts["signature"][shard]] for shard in shards])
+        known = column.manifests().get(unit)
+        if known:
+            self._take(known[0])
+            return
+        read = self._read_all("signature", shards)
+        manifest = column.write(unit, stage.run(read))
+        self.computed["dedup"] = sum(len(table) for table in read.values())
+        self._take(manifest)
+
+    def _read_all(self, stage: str, shards: Sequence[str]) -> dict[str, pa.Table]:
+        with ThreadPoolExecutor(8) as pool:
+            tables = pool.map(lambda shard: read_parts(self.root, self.parts[stage].get(shard, [])), shards)
+            return {shard: table for shard, table in zip(shards, tables) if table is not None}
+
+    def _gate(self) -> dict[str, dict[int, tuple[str, str]]]:
+        """(status, reason) of every row so far: what filter and dedup say."""
+        shards = sorted(self.splits)
+        filters, dups = self._read_all("filter", shards), self._read_all("dedup", shards)
+        statuses: dict[str, dict[int, tuple[str, str]]] = {}
+        for shard in shards:
+            rows: dict[int, tuple[str, str]] = {}
+            for table in (filters[shard], dups.get(shard)):
+                if table is not None:
+                    columns = (table[name].to_pylist() for name in ("row", "status", "reason"))
+                    rows |= {row: (s, why) for row, s, why in zip(*columns) if row not in rows or rows[row][0] == OK}
+            statuses[shard] = rows
+        return statuses
+
+    # --- captions, latents, text features: only rows that passed
+
+    def _encode(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        stages = [column for _, column in self.columns.heavy]
+        covered = {column.stage: self._covered(column) for column in stages}
+        todo = []
+        for shard, rows in wanted.items():
+            missing = {
+                column.stage: [row for row in rows if row not in covered[column.stage].get(shard, set())]
+                for column in stages
+            }
+            missing = {stage: found for stage, found in missing.items() if found}
+            if missing:
+                parts = {stage: [asdict(p) for p in found.get(shard, [])] for stage, found in self.parts.items()}
+                todo.append({"id": shard, "shard": shard, "missing": missing, "parts": parts})
+        task = ColumnTask(self.root, self.columns.heavy)
+        for report in self._work(" + ".join(column.stage for column in stages), task, todo):
+            for manifest in map(Manifest.from_json, report["manifests"]):
+                self._take(manifest)
+
+    def _covered(self, column: Column) -> dict[str, set[int]]:
+        """Rows already done, by shard."""
+        for manifests in column.manifests().values():
+            for manifest in manifests:
+                if manifest.parts[0].shard in self.splits:
+                    self._take(manifest)
+        found = self.parts.get(column.stage, {})
+        return {shard: set().union(*(part.row_numbers() for part in parts)) for shard, parts in found.items()}
+
+    def _accepted(self, statuses: dict[str, dict[int, tuple[str, str]]]) -> list[RowRef]:
+        """Rows that go into training shards, in a fixed order; others get their status in `statuses`."""
+        shards = sorted(statuses)
+        encoded = [name for name in self.parts if name == "latents" or name.startswith("text_")]
+        for stage in encoded:
+            flawed = [shard for shard in shards if (stage, shard) in self.flawed]
+            for shard, table in self._read_all(stage, flawed).items():
+                for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()):
+                    if statuses[shard][row][0] == OK and status != OK:
+                        statuses[shard][row] = status, f"{stage} gave values that are no numbers"
+        buckets, exact = self._read_all("bucket", shards), self._read_all("signature", shards)
+        accepted = []
+        for shard in shards:
+            bucket = dict(zip(buckets[shard]["row"].to_pylist(), buckets[shard]["bucket"].to_pylist()))
+            hashes = dict(zip(exact[shard]["row"].to_pylist(), exact[shard]["exact"].to_pylist()))
+            for row, (status, _) in sorted(statuses[shard].items()):
+                if status == OK:
+                    accepted.append((RowRef(shard, row, self.splits[shard], bucket[row]), hashes[row]))
+        if not accepted:
+            found = {name: n for counts in self.counts.values() for name, n in counts.items() if name != OK}
+            raise UserError(f"no usable row among {sum(map(len, statuses.values()))}: {_words(found)}")
+        return assign_splits(accepted, self.plan.val_fraction)
+
+    # --- pack and publish
+
+    def _pack(self, rows: Sequence[RowRef]) -> tuple[DatasetInfo, list[ShardEntry]]:
+        info = DatasetInfo(
+            text_spec=self.plan.text_spec,
+            vae=self._vae_meta(),
+            resolution=self.plan.resolution,
+            captions=CAPTIONS,
+            columns=self.columns.fingerprints,
+            splits={},
+            counts=_totals(self.counts),
+            code_version=code_version(),
+        )
+        made_by = {"encoding": info.encoding, **self.columns.fingerprints}
+        outputs = make_plan(rows, made_by, shard_rows=self.plan.pack_rows)
+        plan = table_bytes(plan_table(outputs))
+        storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
+        proofs = read_proofs(self.root, info.encoding)
+        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs]
+        for report in self._work("pack", PackTask(self.root, info), todo):
+            proofs[report["id"]] = ShardEntry(**report["entry"])
+        entries = [proofs[output.id] for output in outputs if output.id in proofs]
+        self.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
+        return info, entries
+
+    def _vae_meta(self) -> VaeMeta:
+        from model.vae import Latents, load_vae
+
+        return VaeMeta(**Latents.of(load_vae(resolve(self.plan.vae))).to_json(self.plan.vae))
+
+    def _pack_unit(self, output: Output) -> Unit:
+        stages = ["filter", *(column.stage for _, column in self.columns.heavy)]
+        parts = {
+            stage: {shard: [asdict(part) for part in self.parts[stage][shard]] for shard, _ in output.rows}
+            for stage in stages
+        }
+        return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": output.rows, "parts": parts}
+
+    # --- work with progress
+
+    def _work(self, title: str, task: Task, units: Sequence[Unit]) -> list[Report]:
+        """Reports of the units that worked. The others stop the run before anything is published."""
+        if not units:
+            log.info("%s: nothing missing", title)
+            return []
+        done, rows = [], 0
+        failed: dict[str, str] = {}
+        known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
+        with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
+            bad: dict[str, int] = {}
+            for report in run_tasks(task, units, self.workers):
+                if report["error"]:
+                    failed[report["id"]] = report["error"]
+                    if report["fatal"]:
+                        raise UserError(f"{title}: no worker can start: {report['error']}")
+                    continue
+                done.append(report)
+                rows += report["rows"]
+                for stage, counts in report["counts"].items():
+                    for status, count in counts.items():
+                        name = status if status == OK else f"{stage}.{status}"
+                        bad[name] = max(bad.get(name, 0), 0) + (count if status != OK else 0)
+                if not known:
+                    progress.total = round(rows / len(done) * len(units))
+                progress.update(report["rows"], **{name: n for name, n in bad.items() if n}, failed=len(failed))
+        self.computed[title] = rows
+        if failed:
+            self._handle(title, failed, len(units))
+        return done
+
+    def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
+        self.failed |= failed
+        name, reason = next(iter(failed.items()))
+        line = f"{title}: {len(failed)} of {total} units failed, first {name}: {reason}"
+        if not self.keep_going:
+            raise UserError(f"{line}; what worked is kept: run the same command again, or add --keep-going")
+        log.error("%s; going on without them", line)
+
+
+def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:
+    return {**asdict(unit), "known": {name: asdict(manifest) for name, manifest in proven.items()}}
+
+
+def _rows_of(unit: Unit) -> int:
+    if "missing" in unit:
+        return max(len(rows) for rows in unit["missing"].values())
+    return sum(len(rows) for _, rows in unit["rows"])
+
+
+def _totals(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    return {f"{stage}.{status}": n for stage, found in counts.items() for status, n in found.items()}
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda item: -item[1])) or "none"

@@ -1,0 +1,137 @@
+"""Runs tasks over units of work on Ray Data: one block per unit, a pool of actors, reports as they come.
+
+What moves between processes are small descriptions; each worker reads and writes storage itself. The only module that
+knows ray. With workers=0 everything happens in this process.
+"""
+
+import contextlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from infra.errors import UserError
+from infra.log import get_logger
+
+log = get_logger("runner")
+
+Unit = Mapping[str, Any]
+Report = dict[str, Any]
+
+
+class Task(Protocol):
+    """A picklable description of work; `open()` builds models once per worker and gives the function of one unit."""
+
+    def open(self) -> Callable[[Unit], Report]: ...
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers, and what each may use. `count` None takes as many as the cluster has CPUs for."""
+
+    count: int | None = None
+    cpus: float = 1
+    gpus: float = 0
+
+
+def run_tasks(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator[Report]:
+    """One report per unit, in the order of completion. A report with `error` says what failed; others go on."""
+    if not units:
+        return
+    if workers.count == 0:
+        work = _Work(task, workers.cpus)
+        for unit in units:
+            yield work(unit)
+        return
+    yield from _run_on_ray(task, units, workers)
+
+
+class _Work:
+    """A task opened in this process; failures become reports."""
+
+    def __init__(self, task: Task, cpus: float) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(cpus)))
+        self._broken = ""
+        try:
+            self._run = task.open()
+        except UserError as error:
+            self._broken = str(error)
+        except Exception as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            log.error("a worker could not start\n%s", traceback.format_exc())
+
+    def __call__(self, unit: Unit) -> Report:
+        started = time.monotonic()
+        report: Report = {"id": unit["id"], "rows": 0, "counts": {}, "error": self._broken, "fatal": bool(self._broken)}
+        if not self._broken:
+            try:
+                report |= self._run(unit)
+            except UserError as error:
+                report["error"] = str(error)
+            except Exception as error:
+                # one unit's failure must not end the others': it is reported, listed, and tried again by the next run
+                report["error"] = f"{type(error).__name__}: {error}"
+                log.error("unit %s failed\n%s", unit["id"], traceback.format_exc())
+        return report | {"seconds": time.monotonic() - started}
+
+
+class _Actor:
+    """What Ray Data calls with blocks of unit descriptions."""
+
+    def __init__(self, task: Task, cpus: float) -> None:
+        self._work = _Work(task, cpus)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"report": [json.dumps(self._work(json.loads(unit))) for unit in batch["unit"]]}
+
+
+def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator[Report]:
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    with _ray(workers):
+        total = max(1, int(ray.cluster_resources().get("CPU", 1) / max(workers.cpus, 0.01)))
+        size = min(workers.count or total, len(units))
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # a block above 1.5 times the target would be split, and one block is one unit here
+        context.target_max_block_size = None
+        items = [{"unit": json.dumps(unit)} for unit in units]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _Actor,
+            fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
+            batch_size=1,
+            compute=ActorPoolStrategy(size=size),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
+        )
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for report in batch["report"]:
+                yield json.loads(report)
+
+
+@contextlib.contextmanager
+def _ray(workers: Workers) -> Iterator[None]:
+    """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine."""
+    import logging
+
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            log.info("starting Ray on this machine")
+            cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
+            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        # kept for the next pass; ray itself ends it with the process
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield

@@ -1,0 +1,128 @@
+"""Checks that a dataset is what it says: every object's hash, every row's bytes, every count, no row twice or lost."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.index import ShardEntry, read_table, rows_from_bytes
+from data_pipeline.layout import SampleLayout, checksum
+from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
+from infra import storage
+from infra.errors import MissingError, UserError
+from infra.log import Progress
+
+
+@dataclass
+class Findings:
+    """What was checked and what was wrong with it."""
+
+    objects: int = 0
+    num_bytes: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(uri: str, *, columns: bool = True) -> Findings:
+    """Read everything once. `columns` also checks what the stages wrote, not only the training shards."""
+    info = read_dataset_info(uri)
+    findings = Findings()
+    tasks: list[tuple[str, object]] = []
+    origins: Counter[tuple[str, int]] = Counter()
+    for split, about in info.splits.items():
+        path = storage.join(uri, about.index)
+        entries = [ShardEntry(**row) for row in read_table(storage.read_bytes(path), path).to_pylist()]
+        if sum(entry.num_samples for entry in entries) != about.num_samples:
+            findings.problems.append(f"{path}: other sample counts than dataset.json")
+        tasks += [(split, entry) for entry in entries]
+    if columns:
+        tasks += [("", part) for part in _column_parts(uri, info)]
+    with ThreadPoolExecutor(4) as pool, Progress(len(tasks), "objects", desc="verify") as progress:
+        for problems, num_bytes, split, places in pool.map(lambda task: _check(uri, info, *task), tasks):
+            findings.problems += problems
+            findings.objects += 1
+            findings.num_bytes += num_bytes
+            if split:
+                findings.samples[split] = findings.samples.get(split, 0) + len(places)
+            origins.update(place for place in places if place is not None)
+            progress.update(1, problems=len(findings.problems))
+    twice = [place for place, count in origins.items() if count > 1]
+    if twice:
+        findings.problems.append(f"{len(twice)} rows were packed more than once, e.g. {twice[0][0]} row {twice[0][1]}")
+    if sum(info.counts.values()) and sum(findings.samples.values()) != info.counts.get("ok", 0):
+        findings.problems.append(
+            f"{sum(findings.samples.values())} samples, but {info.counts.get('ok', 0)} rows are ok"
+        )
+    return findings
+
+
+def _column_parts(uri: str, info: DatasetInfo) -> Iterator[Part]:
+    seen = set()
+    for stage, fingerprint in info.columns.items():
+        folder = storage.join(uri, "columns", stage, fingerprint[:12])
+        for name in storage.list_files(folder, suffix=".json", recursive=False):
+            for part in Manifest.from_bytes(storage.read_bytes(name), name).parts:
+                if part.object not in seen:
+                    seen.add(part.object)
+                    yield part
+
+
+def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[str], int, str, list]:
+    """(problems, bytes read, split, origin of each sample)."""
+    try:
+        if isinstance(item, Part):
+            data = storage.read_bytes(storage.join(uri, item.object))
+            wrong = _hash_problem(storage.join(uri, item.object), data, item.sha256)
+            return wrong, len(data), "", []
+        assert isinstance(item, ShardEntry)
+        problems, num_bytes, places = _check_shard(uri, info, item)
+        return problems, num_bytes, split, places
+    except MissingError as error:
+        return [str(error)], 0, split, []
+    except UserError as error:
+        return [str(error)], 0, split, []
+
+
+def _hash_problem(name: str, data: bytes, sha256: str) -> list[str]:
+    return [] if storage.sha256_hex(data) == sha256 else [f"{name}: other bytes than its manifest names"]
+
+
+def _check_shard(uri: str, info: DatasetInfo, entry: ShardEntry) -> tuple[list[str], int, list]:
+    tar_uri, rows_uri = storage.join(uri, entry.tar), storage.join(uri, entry.rows)
+    tar, table = storage.read_bytes(tar_uri), storage.read_bytes(rows_uri)
+    problems = _hash_problem(tar_uri, tar, entry.sha256) + _hash_problem(rows_uri, table, entry.rows_sha256)
+    if problems:
+        return problems, len(tar) + len(table), []
+    rows = rows_from_bytes(table, rows_uri)
+    if entry.encoding != info.encoding:
+        problems.append(f"{tar_uri}: encoding {entry.encoding}, the dataset is {info.encoding}")
+    height, width = map(int, entry.bucket.split("x"))
+    shape = (2 * info.vae.channels, height // info.vae.factor, width // info.vae.factor)
+    sizes = SampleLayout(info.text_spec, info.captions, shape).offsets(rows.tokens_RS).size_R
+    if len(rows) != entry.num_samples or not np.array_equal(sizes, rows.size_R):
+        problems.append(f"{rows_uri}: counts or sizes differ from what the layout gives")
+    view = memoryview(tar)
+    for key, start, size, expected in zip(rows.keys, rows.offset_R, rows.size_R, rows.checksum_R):
+        if checksum(view[start : start + size]) != int(expected):
+            problems.append(f"{tar_uri}: sample {key} has other bytes than its row says")
+    return problems, len(tar) + len(table), [_origin(info) for info in _infos(tar)] or [None] * len(rows)
+
+
+def _infos(tar: bytes) -> Iterator[dict]:
+    import io
+    import tarfile
+
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        for member in archive:
+            if member.name.endswith(".json"):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield json.loads(content.read())
+
+
+def _origin(info: dict) -> tuple[str, int] | None:
+    place = info.get("from")
+    return (place["shard"], place["row"]) if place else None
