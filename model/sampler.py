@@ -160,7 +160,16 @@ def _adaptive(slope: Slope, tolerance: float) -> Callable[[Tensor, Tensor], list
         inner = points[:-1]
         states = [y]
         if len(inner) > 1:
-            path = odeint(lambda at, x: slope(x, at), y, inner, method="dopri5", rtol=tolerance, atol=tolerance)
+            # Without step_t the solver overshoots the last point and interpolates back: over sigma that is below 0.
+            path = odeint(
+                lambda at, x: slope(x, at),
+                y,
+                inner,
+                method="dopri5",
+                rtol=tolerance,
+                atol=tolerance,
+                options={"step_t": inner[-1:]},
+            )
             states += list(path[1:])
         last = states[-1]
         return [*states, last + (points[-1] - inner[-1]).to(y.dtype) * slope(last, inner[-1])]

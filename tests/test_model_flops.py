@@ -1,0 +1,55 @@
+"""FLOPs in closed form equal torch's counter, forward and backward (the counter sees 0 in fused CPU attention)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
+from model.mmdit import MMDiTConfig
+from model.text import TextCond
+
+SMALL = {"in_channels": 4, "context_width": 48, "pooled_width": 24, "pos_max": 16, "pos_tokens": 8, "pos_base": 8}
+CONFIGS = [
+    MMDiTConfig(depth=2, **SMALL),
+    MMDiTConfig(depth=4, qk_norm=False, dual_attention=(0, 2), **SMALL),
+]
+
+
+@pytest.fixture(autouse=True)
+def _math_attention() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-d{c.depth}")
+@pytest.mark.parametrize("masked", [False, True])
+def test_flops_equal_the_counter(config, masked: bool) -> None:
+    batch, height, width, text_tokens = 3, 12, 20, 7
+    mask = torch.ones(batch, text_tokens, dtype=torch.bool) if masked else None
+    text = TextCond(torch.randn(batch, text_tokens, 48), torch.randn(batch, 24), mask)
+    model = config.build()
+    with FlopCounterMode(display=False) as forward:
+        out = model(torch.randn(batch, 4, height, width), torch.rand(batch), text)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == batch * forward_flops_per_image(config, height, width, text_tokens)
+    assert backward.get_total_flops() == batch * config.backward_flops(height, width, text_tokens)
+
+
+@pytest.mark.parametrize("depth", [24, 38])
+def test_flops_of_the_large_models_on_the_meta_device(depth: int) -> None:
+    config = MMDiTConfig(depth=depth)
+    with torch.device("meta"):
+        model = config.build()
+        text = TextCond(torch.empty(1, 154, 4096), torch.empty(1, 2048))
+        with FlopCounterMode(display=False) as forward:
+            model(torch.empty(1, 16, 32, 32), torch.empty(1), text)
+    assert forward.get_total_flops() == forward_flops_per_image(config, 32, 32, 154)
+    assert train_flops_per_image(config, 32, 32, 154) == 3 * forward.get_total_flops()
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,213 @@
+"""MM-DiT against diffusers with the same weights (outputs and gradients), its size, its masks, its input checks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.errors import ModelError
+from model.mmdit import MMDiT, MMDiTConfig
+from model.names import diffusers_config, from_diffusers, to_diffusers
+from model.text import TextCond
+
+BASE = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config_with(**changes: object) -> MMDiTConfig:
+    return MMDiTConfig.from_json({**BASE.to_json(), **changes})
+
+
+def random_model(config: MMDiTConfig) -> MMDiT:
+    """Every parameter random: the initial zeros of modulation and output would hide most of the network."""
+    model = config.build(seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        offset = 1.0 if "norm_" in name else 0.0
+        nn.init.normal_(parameter, offset, scale, generator=generator)
+    return model
+
+
+def inputs(config: MMDiTConfig, height: int = 16, width: int = 16, batch: int = 2, text_tokens: int = 6):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, config.in_channels, height, width, generator=g)
+    text = TextCond(
+        torch.randn(batch, text_tokens, config.context_width, generator=g),
+        torch.randn(batch, config.pooled_width, generator=g),
+    )
+    return x, torch.rand(batch, generator=g), text
+
+
+def diffusers_twin(model: MMDiT) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    arguments = diffusers_config(model.config)
+    twin = SD3Transformer2DModel(**arguments)
+    twin.load_state_dict(to_diffusers(model.config, model.state_dict()))
+    return twin
+
+
+def run_twin(twin: nn.Module, x: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+    return twin(x, text.context_BLD, text.pooled_BP, 1000 * t_B, return_dict=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, (16, 16)),
+        ({"qk_norm": False}, (16, 16)),
+        ({"depth": 3}, (12, 20)),
+        ({"depth": 4, "dual_attention": [0, 1]}, (20, 8)),
+        ({"depth": 4, "dual_attention": [1], "qk_norm": False}, (16, 16)),
+        ({"depth": 6, "qk_norm": False}, (24, 6)),
+        ({"depth": 6, "in_channels": 16}, (16, 16)),
+    ],
+)
+def test_outputs_and_gradients_equal_diffusers(changes: dict, size: tuple[int, int]) -> None:
+    model = random_model(config_with(**changes))
+    twin = diffusers_twin(model)
+    x, t_B, text = inputs(model.config, *size)
+    out, theirs = model(x, t_B, text), run_twin(twin, x, t_B, text)
+    assert (out - theirs).detach().abs().max() <= 1e-5
+    push = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+    (out * push).mean().backward()
+    (theirs * push).mean().backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.named_parameters()}
+    # Renaming is linear, so it carries gradients; tensors are compared as we hold them (qkv fused).
+    positions = twin.pos_embed.pos_embed
+    expected = from_diffusers(model.config, {**gradients, "pos_embed.pos_embed": positions}, "gradients")
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def closed_form(depth: int) -> int:
+    """facts A.4, 16 channels, no QK-norm."""
+    h = 64 * depth
+    blocks = (depth - 1) * (36 * h * h + 30 * h) + 23 * h * h + 20 * h
+    return blocks + 2 * h * h + 6470 * h + 2 * h * h + 66 * h + 64
+
+
+@pytest.mark.parametrize("depth", [15, 18, 21, 24, 30, 38])
+def test_parameter_count_is_the_papers(depth: int) -> None:
+    config = MMDiTConfig(depth=depth, qk_norm=False)
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in config.build().parameters())
+        normed = sum(p.numel() for p in MMDiTConfig(depth=depth).build().parameters())
+    assert counted == config.parameter_count() == closed_form(depth)
+    assert normed == MMDiTConfig(depth=depth).parameter_count() == counted + 256 * depth
+    if depth == 24:
+        assert counted == 2_028_328_000
+
+
+def test_parameter_count_of_dual_attention() -> None:
+    config = config_with(depth=4, dual_attention=[0, 2])
+    assert sum(p.numel() for p in config.build().parameters()) == config.parameter_count()
+
+
+def test_masked_text_keys_do_not_reach_the_image() -> None:
+    model = random_model(config_with(depth=3))
+    x, t_B, text = inputs(model.config)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    noisy = torch.where(mask[..., None], text.context_BLD, 100 * torch.randn(text.context_BLD.shape))
+    one, other = (model(x, t_B, TextCond(c, text.pooled_BP, mask)) for c in (text.context_BLD, noisy))
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    # ... and equals leaving those tokens out, sample by sample.
+    for row in range(2):
+        kept = TextCond(text.context_BLD[row : row + 1, mask[row]], text.pooled_BP[row : row + 1])
+        alone = model(x[row : row + 1], t_B[row : row + 1], kept)
+        torch.testing.assert_close(one[row : row + 1], alone, atol=2e-5, rtol=1e-5)
+
+
+def test_a_full_mask_is_no_mask() -> None:
+    model = random_model(BASE)
+    x, t_B, text = inputs(BASE)
+    masked = TextCond(text.context_BLD, text.pooled_BP, torch.ones(2, 6, dtype=torch.bool))
+    torch.testing.assert_close(model(x, t_B, masked), model(x, t_B, text), atol=1e-6, rtol=1e-6)
+
+
+def test_fresh_model_predicts_zero_and_is_decided_by_its_seed() -> None:
+    x, t_B, text = inputs(BASE)
+    assert BASE.build(seed=0)(x, t_B, text).abs().max() == 0
+    first, again, other = BASE.build(seed=0), BASE.build(seed=0), BASE.build(seed=1)
+    name = "blocks.0.image.qkv.linear.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    model = random_model(BASE)
+    x, t_B, text = inputs(BASE)
+    gradients = []
+    for model.checkpoint_blocks in (False, True):
+        model.zero_grad()
+        model(x, t_B, text).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, atol=0, rtol=0)
+
+
+def test_positions_follow_the_paper_at_any_target() -> None:
+    """facts A.4: positions (p - (max - s)/2) * 256/S, centre crop, columns in the first half of the channels."""
+    model = config_with(pos_max=12, pos_tokens=8, pos_base=4).build()
+    table = model.positions(3, 6).view(3, 6, -1)
+    width = table.shape[-1]
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    for row in range(3):
+        for column in range(6):
+            angles = [((p + offset) - (12 - 8) / 2) * 4 / 8 * frequencies for p, offset in ((column, 3), (row, 4))]
+            expected = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)])
+            torch.testing.assert_close(table[row, column].double(), expected, atol=1e-6, rtol=0)
+    square = config_with(pos_max=16, pos_tokens=8, pos_base=8).build().positions(8, 8).view(8, 8, -1)
+    torch.testing.assert_close(square[0, :, 0], torch.sin(torch.arange(8.0)))
+
+
+def test_positions_stay_float32_when_the_model_is_cast() -> None:
+    table = BASE.build().positions.axes_2PD
+    model = BASE.build().to(torch.bfloat16)
+    assert model.positions.axes_2PD.dtype == torch.float32
+    assert torch.equal(model.positions.axes_2PD, table)
+
+
+def test_meta_device_then_reset_fills_everything() -> None:
+    with torch.device("meta"):
+        model = BASE.build()
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.equal(model.positions.axes_2PD, BASE.build().positions.axes_2PD)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "widths", "named"),
+    [
+        ((1, 4, 15, 16), (48, 24), "15x16"),
+        ((1, 5, 16, 16), (48, 24), "5 channels"),
+        ((1, 4, 26, 16), (48, 24), "13x8"),
+        ((1, 4, 16, 16), (40, 24), "40"),
+        ((1, 4, 16, 16), (48, 20), "20"),
+    ],
+)
+def test_wrong_shapes_are_named(x_shape: tuple, widths: tuple, named: str) -> None:
+    text = TextCond(torch.zeros(1, 3, widths[0]), torch.zeros(1, widths[1]))
+    with pytest.raises(ModelError, match=named):
+        BASE.build()(torch.zeros(x_shape), torch.zeros(1), text)
+
+
+def test_wrong_configs_are_named() -> None:
+    with pytest.raises(ModelError, match="did you mean 'depth'"):
+        MMDiTConfig.from_json({"dept": 3})
+    with pytest.raises(ModelError, match="outside"):
+        config_with(dual_attention=[2])
+    with pytest.raises(ModelError, match="pos_tokens=13"):
+        config_with(pos_tokens=13).build()
+    assert math.isclose(BASE.width, 128)
