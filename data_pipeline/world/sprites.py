@@ -57,9 +57,7 @@ def svg_text(name: str, color: str | None = None) -> str:
         return svg
     light, dark = FILLS[color]
     table = dict.fromkeys(drawing.light, light) | dict.fromkeys(drawing.dark, dark)
-    return re.sub(
-        r'fill="(#[0-9a-fA-F]+)"', lambda match: f'fill="{table.get(match[1].lower(), match[1])}"', svg
-    )
+    return re.sub(r'fill="(#[0-9a-fA-F]+)"', lambda match: f'fill="{table.get(match[1].lower(), match[1])}"', svg)
 
 
 @cache
