@@ -1,0 +1,59 @@
+"""Draw images, evaluate runs, write the scaling report, use GenEval by itself: `python -m eval COMMAND --help`."""
+
+import sys
+
+import tyro
+
+from infra.errors import run_cli
+from model.errors import ModelError
+
+
+def run_command() -> None:
+    from eval.run import RunOptions, run
+
+    run(tyro.cli(RunOptions, prog="python -m eval run", description=run.__doc__, args=sys.argv[2:]))
+
+
+def sample_command() -> None:
+    from eval.sample import sample
+
+    tyro.cli(sample, prog="python -m eval sample", args=sys.argv[2:])
+
+
+def report_command() -> None:
+    from eval.report import main
+
+    main(sys.argv[2:])
+
+
+def geneval_command() -> None:
+    from eval.geneval_tool import judge, prompts, score
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"prompts": prompts, "judge": judge, "score": score}, prog="python -m eval geneval", args=sys.argv[2:]
+    )
+
+
+COMMANDS = {
+    "sample": (sample_command, "draw prompts with exported weights into a labelled grid"),
+    "run": (run_command, "evaluate every checkpoint of every run, once"),
+    "report": (report_command, "write report.html, figures and report.json from run folders"),
+    "geneval": (geneval_command, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"),
+}
+
+
+def main() -> None:
+    from infra.errors import UserError, nearest
+
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        lines = "\n".join(f"  {command:<9} {text}" for command, (_, text) in COMMANDS.items())
+        print(f"usage: python -m eval COMMAND [options]\n\n{__doc__}\n\ncommands:\n{lines}")
+        return
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+    COMMANDS[name][0]()
+
+
+if __name__ == "__main__":
+    run_cli(main, also=(ModelError,))

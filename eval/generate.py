@@ -1,0 +1,135 @@
+"""Images from exported weights: one seed per (prompt, image), so that a picture never depends on the batch it came in.
+
+Shapes: B images in a batch, C latent channels, H and W latent height and width.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.checkpoints import resolve
+from infra import storage
+from infra.errors import UserError
+from model.encoders import TextEncoders, load_text_encoders
+from model.sampler import sample
+from model.seeding import keyed_normal
+from model.text import TextCond, TextSpec, assemble, unconditional
+from model.vae import Latents, load_vae
+from model.weights import load_model
+
+NEEDED_META = ("text_spec", "vae", "resolution", "formulation")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an image is drawn; all of it but `batch` and `device` decides the result and enters the protocol hash."""
+
+    steps: int = 25
+    guidance: float = 4.0
+    """classifier-free guidance; 1 turns it off"""
+    solver: Literal["euler", "heun", "rk"] = "euler"
+    shift: float | None = None
+    """resolution shift of the timesteps; None takes the weights' own"""
+    unconditional: Literal["zeros", "empty_prompt"] = "zeros"
+    """what guidance moves away from: dropped encoders (our training) or the empty caption (released SD3)"""
+    seed: int = 0
+    batch: int = 64
+    device: str = "cpu"
+
+    def protocol(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
+
+
+class Job(NamedTuple):
+    """One image to draw. `source` tells apart prompts that share their words."""
+
+    text: str
+    source: str = ""
+    number: int = 0
+
+    @property
+    def purpose(self) -> str:
+        return f"eval image/{self.source}/{self.text}"
+
+
+class Painter:
+    """Exported weights with the encoders and the autoencoder that they were trained with."""
+
+    def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
+        self.model, self.meta = load_model(storage.localize(str(weights)))
+        missing = [key for key in NEEDED_META if key not in self.meta]
+        if missing:
+            raise UserError(
+                f"{weights}: its metadata lacks {', '.join(missing)}, which sampling needs; export it again"
+            )
+        self.device = device
+        self.model = self.model.to(device)
+        self.spec = TextSpec.from_json(self.meta["text_spec"])
+        self.latents = Latents.from_json(self.meta["vae"])
+        side = self.meta["resolution"] // self.latents.factor
+        self.shape_CHW = (self.latents.channels, side, side)
+
+    def paint(self, jobs: Iterable[Job], sampling: Sampling) -> Iterator[tuple[Job, np.ndarray]]:
+        """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
+        waiting: list[Job] = []
+        for job in jobs:
+            waiting.append(job)
+            if len(waiting) == sampling.batch:
+                yield from zip(waiting, self._batch(waiting, sampling))
+                waiting = []
+        if waiting:
+            yield from zip(waiting, self._batch(waiting, sampling))
+
+    @torch.inference_mode()
+    def _batch(self, jobs: Sequence[Job], sampling: Sampling) -> list[np.ndarray]:
+        text = self._condition([job.text for job in jobs])
+        if sampling.unconditional == "zeros":
+            nothing = unconditional(self.spec, len(jobs)).to(self.device)
+        else:
+            nothing = self._condition([""] * len(jobs))
+        noise = [keyed_normal(sampling.seed, [job.number], job.purpose, self.shape_CHW) for job in jobs]
+        latent_BCHW = sample(
+            self.model,
+            torch.cat(noise).to(self.device),
+            text,
+            nothing,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            shift=self.meta.get("shift", 1.0) if sampling.shift is None else sampling.shift,
+            solver=sampling.solver,
+            formulation=self.meta["formulation"],
+        )
+        if not torch.isfinite(latent_BCHW).all():
+            raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")
+        vae = _vae(self.meta["vae"]["checkpoint"], self.device)
+        return to_pictures(self.latents.decode(vae, latent_BCHW))
+
+    def _condition(self, captions: Sequence[str]) -> TextCond:
+        """Each different caption goes through the encoders once."""
+        known = list(dict.fromkeys(captions))
+        encoded = assemble(self.spec, _encoders(self.spec).encode(known))
+        rows = torch.tensor([known.index(caption) for caption in captions])
+        return encoded[rows].to(self.device)
+
+
+@functools.lru_cache(maxsize=2)
+def _encoders(spec: TextSpec) -> TextEncoders:
+    """Shared by all checkpoints of a ladder."""
+    return load_text_encoders(spec, resolve)
+
+
+@functools.lru_cache(maxsize=2)
+def _vae(checkpoint: str, device: str) -> Any:
+    return load_vae(resolve(checkpoint)).to(device, memory_format=torch.channels_last)
+
+
+def to_pictures(images_BCHW: Tensor) -> list[np.ndarray]:
+    """uint8 H x W x 3 from [-1, 1]."""
+    pixels_BHWC = ((images_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return list(pixels_BHWC.cpu().numpy())

@@ -1,0 +1,113 @@
+"""GenEval by itself: its prompts, stored detections, folders of images from any model."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.clip_model import ClipColors
+from eval.geneval_files import (
+    IMAGES_PER_PROMPT,
+    Summary,
+    check_complete,
+    judge_stored,
+    read_folders,
+    result_row,
+    summarize,
+    write_results,
+)
+from eval.geneval_prompts import Metadata, metadata_lines, official_metadata, read_metadata
+from eval.judges import OfficialPaths, build_judges
+from eval.pictures import read_picture
+from infra.log import Progress
+
+BATCH = 16
+
+
+def prompts() -> None:
+    """Write the official 553 metadata lines to standard output, byte for byte."""
+    sys.stdout.write(metadata_lines(official_metadata()))
+
+
+def judge(
+    detections: Path,
+    *,
+    out: str | None = None,
+    metadata: Path | None = None,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
+    allow_partial: bool = False,
+) -> None:
+    """Score stored detections, without a detector.
+
+    Each line of the file is a JSON object: filename, metadata (GenEval's), detections {class: [[x1, y1, x2, y2,
+    score], ...]} and, where a color is asked for, colors {class: [name, ...]} beside the boxes.
+
+    Args:
+        detections: the JSONL file; result files of the official code are read too
+        out: write one official result line per image here
+        metadata: the prompt set that must be complete (default: the official 553)
+        images_per_prompt: images that every prompt must have
+        allow_partial: score an incomplete set and say how many images are missing
+    """
+    _finish(list(judge_stored(detections)), out, metadata, images_per_prompt, allow_partial)
+
+
+def score(
+    images: Path,
+    *,
+    judges: str = "official",
+    official: OfficialPaths = OfficialPaths(),  # noqa: B008 - frozen
+    out: str | None = None,
+    metadata: Path | None = None,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
+    allow_partial: bool = False,
+) -> None:
+    """Detect and score a folder of images in GenEval's layout.
+
+    Args:
+        images: folder with 00000/metadata.jsonl and 00000/samples/0000.png
+        judges: official (needs --official.detector and --official.clip), or world
+        official: local checkpoints
+        out: write one official result line per image here
+        metadata: the prompt set that must be complete (default: the official 553)
+        images_per_prompt: images that every prompt must have
+        allow_partial: score an incomplete set and say how many images are missing
+    """
+    files = read_folders(images)
+    chosen = build_judges(judges, official)
+    detector, colors = chosen.detector(), ClipColors(chosen.clip())
+    _check([file.metadata for file in files], metadata, images_per_prompt, allow_partial)
+    rows: list[dict[str, Any]] = []
+    with Progress(len(files), "images", desc="judge") as progress:
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            pictures = [read_picture(file.path) for file in part]
+            for file, picture, found in zip(part, pictures, detector.detect(pictures)):
+                colorist = lambda name, items, p=picture, f=found: colors.of(p, f, name, items)  # noqa: E731
+                rows.append(result_row(str(file.path), found, file.metadata, colorist))
+            progress.update(len(part))
+    _report(rows, out)
+
+
+def _finish(
+    rows: list[dict[str, Any]], out: str | None, metadata: Path | None, images_per_prompt: int, allow_partial: bool
+) -> None:
+    import json
+
+    _check([json.loads(row["metadata"]) for row in rows], metadata, images_per_prompt, allow_partial)
+    _report(rows, out)
+
+
+def _check(found: Sequence[Metadata], metadata: Path | None, images_per_prompt: int, allow_partial: bool) -> None:
+    expected = official_metadata() if metadata is None else read_metadata(metadata)
+    missing = check_complete(found, expected, images_per_prompt, allow_partial=allow_partial)
+    if missing:
+        print(f"partial set: {missing} of {len(expected) * images_per_prompt} images are missing", file=sys.stderr)
+
+
+def _report(rows: list[dict[str, Any]], out: str | None) -> Summary:
+    summary = summarize(rows)
+    if out is not None:
+        write_results(out, rows)
+    print(summary.text())
+    return summary

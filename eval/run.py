@@ -1,0 +1,259 @@
+"""`python -m eval run --runs RUNS`: every exported checkpoint is evaluated once; rows go to the run's own result store.
+
+Reads RUNS/*/weights/step_*/ema.safetensors. A metric whose rows are there under the same protocol is not measured
+again. Metrics that ask for the same words share the picture.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from eval.calibrate import calibrate
+from eval.generate import Job, Painter, Sampling
+from eval.judges import Judges, OfficialPaths, build_judges
+from eval.metric import METRICS, Metric, Prompt, Sample, Score
+from eval.protocol import keep_protocol, protocol_hash, protocol_of
+from eval.val_loss import val_loss
+from infra import storage
+from infra.errors import UserError, nearest
+from infra.log import Progress, get_logger
+from infra.results import ResultRow, ResultStore
+from infra.version import code_version
+from model.errors import ModelError
+
+log = get_logger("eval")
+
+_CHECKPOINT = re.compile(r"(?P<run>.*?)/?weights/step_(?P<step>\d+)/ema\.safetensors$")
+CAPTION_METRICS = ("clip_score", "fid")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to measure and how; the defaults suit the world on two cores."""
+
+    runs: str
+    """folder (or s3:// prefix) of run folders, or one run folder"""
+    metrics: str = "val_loss,geneval,compbench,clip_score,fid"
+    """comma-separated: val_loss, geneval, compbench, clip_score, fid"""
+    prompts_per_task: int = 16
+    """prompts of each task, for seen and for unseen compositions"""
+    images_per_prompt: int = 2
+    captions: int = 256
+    """captions (one image each) for clip_score and fid"""
+    checkpoints: str = "all"
+    """all, last, or a number: that many of each run, evenly spread, the last one always among them"""
+    data: str | None = None
+    """dataset for val_loss where the trainer left no such rows"""
+    judges: str = "world"
+    """world, or official (needs local checkpoints)"""
+    calibration: bool = True
+    """score ground-truth, shuffled and noise images too, once per protocol"""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    official: OfficialPaths = field(default_factory=OfficialPaths)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    run: str
+    run_uri: str
+    step: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One metric with its prompts and its protocol."""
+
+    metric: str
+    prompts: tuple[Prompt, ...]
+    images_per_prompt: int
+    protocol: Mapping[str, Any]
+    name: str
+
+    @property
+    def hash(self) -> str:
+        return protocol_hash(self.protocol)
+
+
+def find_checkpoints(runs: str, which: str = "all") -> list[Checkpoint]:
+    """Every exported EMA of every run, by run and step."""
+    found: dict[str, list[Checkpoint]] = {}
+    root = runs.rstrip("/")
+    for uri in storage.list_files(root, suffix="ema.safetensors"):
+        match = _CHECKPOINT.match(uri[len(root) :].lstrip("/"))
+        if match:
+            run_uri = storage.join(root, match["run"]) if match["run"] else root
+            name = match["run"] or root.rsplit("/", 1)[-1]
+            found.setdefault(run_uri, []).append(Checkpoint(name, run_uri, int(match["step"]), uri))
+    if not found:
+        raise UserError(f"no checkpoints under {runs}: expected RUN/weights/step_*/ema.safetensors; train first")
+    return [c for run in sorted(found) for c in _choose(sorted(found[run], key=lambda c: c.step), which)]
+
+
+def _choose(checkpoints: list[Checkpoint], which: str) -> list[Checkpoint]:
+    if which == "all":
+        return checkpoints
+    if which != "last" and not (which.isdigit() and int(which) > 0):
+        raise UserError(f"--checkpoints {which!r}: expected all, last or a number from 1 on")
+    count = 1 if which == "last" else min(int(which), len(checkpoints))
+    return [checkpoints[-1 - (len(checkpoints) * back) // count] for back in reversed(range(count))]
+
+
+def run(options: RunOptions) -> None:
+    """Evaluate what is missing, checkpoint by checkpoint; each one's rows are stored before the next begins."""
+    names = parse_metrics(options.metrics)
+    for field_name in ("prompts_per_task", "images_per_prompt", "captions"):
+        if getattr(options, field_name) < 1:
+            raise UserError(f"--{field_name.replace('_', '-')} must be 1 or more")
+    checkpoints = find_checkpoints(options.runs, options.checkpoints)
+    judges = build_judges(options.judges, options.official)
+    tasks = [plan(name, judges, options) for name in names if name != "val_loss"]
+    if options.calibration and judges.truth is not None:
+        calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
+    failures = []
+    for checkpoint in checkpoints:
+        try:
+            evaluate(checkpoint, judges, tasks, options, loss="val_loss" in names)
+        except (UserError, ModelError) as error:
+            failures.append(checkpoint)
+            log.error("%s step %d not evaluated: %s", checkpoint.run, checkpoint.step, error)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(checkpoints)} checkpoints could not be evaluated; see the lines above"
+        )
+
+
+def parse_metrics(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = ("val_loss", *METRICS)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown metric {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+    if not names:
+        raise UserError(f"--metrics is empty; choose from {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def plan(name: str, judges: Judges, options: RunOptions) -> Task:
+    """Which prompts a metric draws here, and the protocol that this makes."""
+    metric = METRICS[name](judges)
+    captions = name in CAPTION_METRICS
+    prompts = metric.prompts(options.captions if captions else options.prompts_per_task)
+    per_prompt = 1 if captions else options.images_per_prompt
+    protocol = protocol_of(metric, prompts, options.sampling.protocol(), per_prompt)
+    return Task(name, tuple(prompts), per_prompt, protocol, f"{judges.prefix}{name}")
+
+
+def evaluate(checkpoint: Checkpoint, judges: Judges, tasks: Sequence[Task], options: RunOptions, *, loss: bool) -> None:
+    """All that this checkpoint lacks."""
+    store = ResultStore(storage.join(checkpoint.run_uri, "results"))
+    painter = Painter(checkpoint.weights, device=options.sampling.device)
+    origin = origin_of(checkpoint, painter.meta)
+    done = {
+        (row.metric.split("/")[0], row.protocol_hash)
+        for row in store.rows(recipe_hash=origin["recipe_hash"])
+        if row.images_seen == origin["images_seen"]
+    }
+    if loss:
+        _measure_loss(store, painter, origin, options)
+    missing = [task for task in tasks if (task.name, task.hash) not in done]
+    if not missing:
+        log.info("%s at %s images: nothing to do", checkpoint.run, f"{origin['images_seen']:,}")
+        return
+    metrics = {task.metric: METRICS[task.metric](judges) for task in missing}
+    _paint_and_judge(painter, missing, metrics, options.sampling, f"{checkpoint.run} step {checkpoint.step}")
+    for task in missing:
+        keep_protocol(store.uri, task.protocol)
+        metric = metrics[task.metric]
+        scores = metric.compute()
+        store.append(to_rows(task.name, scores, origin, task.hash, higher_is_better=metric.higher_is_better))
+        for score in scores:
+            if score.path.startswith("overall") or not score.path:
+                log.info("%s %s: %.4f", checkpoint.run, f"{task.name}/{score.path}".rstrip("/"), score.value)
+
+
+def origin_of(checkpoint: Checkpoint, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The row fields that name the weights."""
+    for key in ("recipe_hash", "images_seen"):
+        if key not in meta:
+            raise UserError(f"{checkpoint.weights}: its metadata has no {key}; export it with the trainer")
+    return {
+        "run": checkpoint.run,
+        "recipe_hash": str(meta["recipe_hash"]),
+        "code_version": code_version(),
+        "images_seen": int(meta["images_seen"]),
+    }
+
+
+def to_rows(
+    name: str, scores: Iterable[Score], origin: Mapping[str, Any], protocol: str, *, higher_is_better: bool
+) -> list[ResultRow]:
+    return [
+        ResultRow(
+            **origin,
+            metric=f"{name}/{score.path}".rstrip("/"),
+            value=score.value,
+            higher_is_better=higher_is_better,
+            sample_count=score.sample_count,
+            protocol_hash=protocol,
+            low=score.low,
+            high=score.high,
+            details=json.dumps(dict(score.details)) if score.details else "",
+        )
+        for score in scores
+    ]
+
+
+def _paint_and_judge(
+    painter: Painter, tasks: Sequence[Task], metrics: Mapping[str, Metric], sampling: Sampling, label: str
+) -> None:
+    """Draw every picture once and hand it to each metric that asked for it, a batch at a time."""
+    wanted: dict[Job, list[tuple[str, Prompt, int]]] = {}
+    for task in tasks:
+        for index, prompt in enumerate(task.prompts):
+            for number in range(task.images_per_prompt):
+                job = Job(prompt.text, prompt.source, number)
+                wanted.setdefault(job, []).append((task.metric, prompt, index))
+    with Progress(len(wanted), "images", desc=label) as progress:
+        pictures: dict[Job, np.ndarray] = {}
+        for job, image in painter.paint(wanted, sampling):
+            pictures[job] = image
+            progress.update(1)
+            if len(pictures) == sampling.batch:
+                _hand_over(pictures, wanted, metrics)
+        _hand_over(pictures, wanted, metrics)
+
+
+def _hand_over(
+    pictures: dict[Job, np.ndarray],
+    wanted: Mapping[Job, list[tuple[str, Prompt, int]]],
+    metrics: Mapping[str, Metric],
+) -> None:
+    for name, metric in metrics.items():
+        samples = [
+            Sample(prompt, index, image)
+            for job, image in pictures.items()
+            for asked, prompt, index in wanted[job]
+            if asked == name
+        ]
+        if samples:
+            metric.update(samples)
+    pictures.clear()
+
+
+def _measure_loss(store: ResultStore, painter: Painter, origin: Mapping[str, Any], options: RunOptions) -> None:
+    """The trainer measures it while training; here only where it did not."""
+    if store.has(origin["recipe_hash"], "val_loss/sd3", images_seen=origin["images_seen"]):
+        return
+    if options.data is None:
+        log.warning("%s has no val_loss at %s images: give --data URI", origin["run"], f"{origin['images_seen']:,}")
+        return
+    protocol = {"metric": "val_loss", "protocol": "sd3", "by": "eval", "samples": 2048, "seed": 0}
+    protocol["data"] = painter.meta.get("data_fingerprint")
+    scores = val_loss(painter, options.data)
+    store.append(to_rows("val_loss", scores, origin, keep_protocol(store.uri, protocol), higher_is_better=False))

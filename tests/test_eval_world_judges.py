@@ -1,0 +1,92 @@
+"""The world's judges through the metrics: ground truth near 1, shuffled scenes near 0, noise at 0."""
+
+import numpy as np
+import pytest
+
+from eval.calibrate import control_image
+from eval.compbench_metric import CompBench
+from eval.geneval_metric import GenEval
+from eval.judges import build_judges
+from eval.metric import Sample
+from eval.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
+from infra.errors import UserError
+
+PER_TASK = 8
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return build_judges("world")
+
+
+def scores(metric, control, judges, per_task=PER_TASK):
+    prompts = metric.prompts(per_task)
+    metric.update([Sample(p, i, control_image(control, prompts, i, judges)) for i, p in enumerate(prompts)])
+    return {score.path: score for score in metric.compute()}
+
+
+@pytest.fixture(scope="module")
+def geneval(judges):
+    return {control: scores(GenEval(judges), control, judges) for control in ("ground_truth", "shuffled", "noise")}
+
+
+@pytest.fixture(scope="module")
+def compbench(judges):
+    return {control: scores(CompBench(judges), control, judges) for control in ("ground_truth", "shuffled", "noise")}
+
+
+@pytest.mark.parametrize("split", ["seen", "unseen"])
+def test_geneval_of_ground_truth_shuffled_and_noise(geneval, split):
+    assert geneval["ground_truth"][f"overall/{split}"].value >= 0.95
+    assert geneval["shuffled"][f"overall/{split}"].value <= 0.10
+    assert geneval["noise"][f"overall/{split}"].value <= 0.10
+
+
+@pytest.mark.parametrize("split", ["seen", "unseen"])
+@pytest.mark.parametrize("category", ["color", "spatial", "numeracy", "complex"])
+def test_compbench_tells_ground_truth_from_shuffled(compbench, category, split):
+    path = f"{category}/{split}"
+    assert compbench["ground_truth"][path].value >= 0.90
+    assert compbench["shuffled"][path].value <= 0.25
+
+
+def test_clip_prefers_the_scene_of_its_caption(compbench):
+    truth, shuffled = (compbench[c]["non_spatial/seen"].value for c in ("ground_truth", "shuffled"))
+    assert truth > shuffled + 0.1
+
+
+def test_every_task_has_its_rows_and_its_prompts(geneval):
+    tasks = {path.split("/")[0] for path in geneval["ground_truth"]}
+    assert tasks == {"single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"}
+    assert "single_object/unseen" not in geneval["ground_truth"]
+    assert geneval["ground_truth"]["overall/seen"].sample_count == 6 * PER_TASK
+
+
+def test_world_prompts_are_fixed_and_split():
+    from data_pipeline.world.grammar import is_seen
+
+    for prompts in (world_geneval_prompts(5), world_compbench_prompts(5)):
+        assert all(is_seen(p.metadata["include"]) is p.seen for p in prompts)
+        assert len({(p.task, p.text) for p in prompts}) == len(prompts)
+    assert world_geneval_prompts(5) == world_geneval_prompts(5)
+    assert [p.text for p in world_caption_prompts(9)][:5] == [p.text for p in world_caption_prompts(5)]
+
+
+def test_compbench_asks_about_the_images_of_geneval():
+    drawn = {p.text for p in world_geneval_prompts(6)}
+    assert {p.text for p in world_compbench_prompts(6) if p.task != "complex"} <= drawn
+
+
+def test_shuffling_gives_every_prompt_the_scene_of_another_one(judges):
+    prompts = world_geneval_prompts(2)
+    for index in range(len(prompts)):
+        own = control_image("ground_truth", prompts, index, judges)
+        assert own.shape == (64, 64, 3)
+        assert not np.array_equal(control_image("shuffled", prompts, index, judges), own)
+
+
+def test_unknown_judges_and_missing_official_paths_are_one_line():
+    with pytest.raises(UserError, match="did you mean 'world'"):
+        build_judges("wrold")
+    with pytest.raises(UserError, match=r"--official\.detector PATH"):
+        build_judges("official").detector()
