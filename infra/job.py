@@ -12,6 +12,7 @@ from infra.errors import UserError
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # How a command finds its peers; every target exports these three on every node.
+CONNECT = "import ray; ray.init(logging_level='ERROR', log_to_driver=False)"
 NODE_RANK, MASTER_ADDR, HOSTFILE = "BEELINE_NODE_RANK", "MASTER_ADDR", "BEELINE_HOSTFILE"
 
 
@@ -89,12 +90,14 @@ def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
         f"{head} > /dev/null &",
         "ray=$!",
         "trap 'kill $ray; wait $ray' EXIT",
-        wait,
         f'export RAY_ADDRESS="${MASTER_ADDR}:{port}"',
+        # The port answers before the node has registered itself: only a driver that connects proves the cluster.
+        f"for try in $(seq 150); do python -c {shlex.quote(CONNECT)} 2> /dev/null && break; sleep 2; done",
         shell_command(job),
         "else",
-        # A worker lives as long as the head; how it then ends says nothing about the job.
-        f'{wait}; ray start --address="${MASTER_ADDR}:{port}"{gpus} --block || true',
+        # A worker serves, and comes back if it breaks, as long as the head answers.
+        wait,
+        f'while {answers}; do ray start --address="${MASTER_ADDR}:{port}"{gpus} --block || sleep 5; done',
         "fi",
     ]
 

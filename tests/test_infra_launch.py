@@ -98,6 +98,13 @@ def test_ray_without_a_token_says_so(monkeypatch, tmp_path):
         TARGETS["ray"].submit(Job(name="x", command=("true",)))
 
 
+def test_a_ray_that_does_not_answer_is_named(free_port, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    address = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match="no Ray answers at 127"):
+        TARGETS["ray"].submit(Job(name="x", command=("true",), options={"address": address}))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -228,6 +235,10 @@ def ray_head(free_port, monkeypatch, tmp_path):
     """The address of a Ray cluster of its own that asks for a token, as a cluster should."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
+    # A busy machine needs longer than Ray's own patience.
+    module = "DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"
+    for name in ("DASHBOARD_STARTUP_TIMEOUT_S", module, "raylet_start_wait_time_s"):
+        monkeypatch.setenv(f"RAY_{name}", "300")
     ports = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
     chosen = {name: free_port() for name in ports}
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
@@ -236,12 +247,12 @@ def ray_head(free_port, monkeypatch, tmp_path):
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", chosen["--dashboard-port"])) == 0:
-                    break
+        answers = False
+        while not answers:  # the test's own time limit ends this
             assert head.poll() is None, (tmp_path / "head.log").read_text()
             time.sleep(0.5)
+            with socket.socket() as probe:
+                answers = probe.connect_ex(("127.0.0.1", chosen["--dashboard-port"])) == 0
         yield f"http://127.0.0.1:{chosen['--dashboard-port']}"
     finally:
         head.terminate()

@@ -3,9 +3,11 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from infra.errors import UserError
 from infra.job import Job, shell_command
@@ -22,8 +24,12 @@ def submit(job: Job) -> int:
     """Submit, follow the log, and end as the job ends."""
     arguments = _arguments(job)
     _need_token()
+    _need_answer(
+        job.options.get("address") or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    )
     ray = "from ray.scripts.scripts import main; main()"  # the `ray` of this interpreter, whatever PATH says
-    return subprocess.run([sys.executable, "-c", ray, *arguments], check=False).returncode
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}  # a token alone is not sent
+    return subprocess.run([sys.executable, "-c", ray, *arguments], env=environment, check=False).returncode
 
 
 def _arguments(job: Job) -> list[str]:
@@ -41,6 +47,20 @@ def _arguments(job: Job) -> list[str]:
     return ["job", "submit", *address, *where, *gpus, "--", *shlex.split(shell_command(job))]
 
 
+def _need_answer(address: str | None) -> None:
+    """`ray job submit` to nobody ends in a trace as well."""
+    parts = urlsplit(address or "http://127.0.0.1:8265")
+    if parts.scheme not in ("http", "https"):
+        raise UserError(f"address {address}: jobs go to the dashboard: write --option address=http://HEAD:8265")
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 8265), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray answers at {parts.hostname}:{parts.port or 8265} ({error}): start one with "
+            "'ray start --head', or say --option address=http://HEAD:8265"
+        ) from error
+
+
 def _need_token() -> None:
     """Ray answers a missing token with a long trace about 401; say it in a line before."""
     environment = os.environ
@@ -52,4 +72,3 @@ def _need_token() -> None:
             "Ray asks for a token and there is none: set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
             "(or RAY_AUTH_MODE=disabled where the cluster has none)"
         )
-    environment["RAY_AUTH_MODE"] = "token"  # a token alone is not sent
