@@ -1,0 +1,26 @@
+"""What is minimised. `pretrain`: the formulation's loss at random times; each draw is keyed by a sample's position."""
+# Shapes: B batch, C latent channels, H and W latent height and width.
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import LatentBatch
+from model.flow import Formulation
+from model.seeding import keyed_normal, keyed_uniform
+from model.text import TextCond
+
+Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
+
+
+def pretrain(
+    predict: Predict, batch: LatentBatch, *, formulation: Formulation, seed: int, shift: float, device: torch.device
+) -> Tensor:
+    """Loss per sample, fp32 (B,). Times and noise depend on (seed, position) only, never on rank or batch."""
+    x0_BCHW = batch.latent_BCHW.to(device, non_blocking=True)
+    t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
+    noise_BCHW = keyed_normal(seed, batch.positions, "noise", x0_BCHW.shape[1:]).to(device, non_blocking=True)
+    drawn = formulation.sample(x0_BCHW, noise_BCHW, t_B)
+    prediction_BCHW = predict(drawn.model_input, drawn.network_time_B, batch.text.to(device))
+    return formulation.loss_B(prediction_BCHW, drawn)

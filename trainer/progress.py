@@ -1,0 +1,131 @@
+"""What a run tells while it trains: the progress line, logs/train.jsonl, TensorBoard and result rows. Rank 0 only."""
+
+import json
+import os
+import time
+from typing import Any
+
+from infra import storage
+from infra.log import Progress
+from infra.results import ResultRow, ResultStore
+from infra.version import code_version
+from trainer.recipe import Recipe
+from trainer.validate import ValidationLoss
+from trainer.zero.group import Group
+
+
+class RunLog:
+    """Silent on other ranks than 0. Result rows wait for `flush`, so that a resumed run tells each figure once."""
+
+    def __init__(self, recipe: Recipe, group: Group, out: str, *, images_seen: int, seconds: float) -> None:
+        self.recipe, self.group, self.out = recipe, group, out
+        self.run = out.rstrip("/").rsplit("/", 1)[-1]
+        self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
+        self._rows: list[ResultRow] = []
+        self._lines: list[str] = []
+        self._last = (images_seen, self._start)
+        self._talks = group.rank == 0
+        self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
+        self._store = ResultStore(storage.join(out, "results"))
+        self._board: Any = None
+        if self._talks and not storage.is_remote(out):
+            self._forget_after(images_seen)
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(storage.local_path(out) / "logs" / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=images_seen, flush_secs=10)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training this run, earlier sessions included."""
+        return self._earlier + time.monotonic() - self._start
+
+    def advance(self, images_seen: int, loss: float, lr: float) -> None:
+        """After each step."""
+        self._progress.update(
+            min(images_seen, self.recipe.images) - min(self.images_seen, self.recipe.images), loss=loss, lr=lr
+        )
+        self.images_seen = images_seen
+
+    def train(self, loss: float, *, lr: float, grad_norm: float, step: int) -> None:
+        """The mean loss since the last call, with what belongs to it."""
+        now, (images, then) = time.monotonic(), self._last
+        self._last = (self.images_seen, now)
+        rate = (self.images_seen - images) / max(now - then, 1e-9)
+        figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate}
+        self._write("train", figures, step=step)
+        self._row("train_loss", loss, self.images_seen - images)
+
+    def validation(self, found: ValidationLoss, *, profile: str) -> None:
+        """EMA validation loss, mean and per level."""
+        name = f"val_loss/{found.protocol}"
+        per_level = {f"{name}/t{level:.3f}": loss for level, loss in found.per_level.items()}
+        for metric, value in {name: found.mean, **per_level}.items():
+            details = json.dumps({"weights": "ema", "profile": profile})
+            self._row(metric, value, found.sample_count, protocol=found.protocol_hash, details=details)
+        self._write(
+            "val", {metric.removeprefix("val_"): value for metric, value in {name: found.mean, **per_level}.items()}
+        )
+        self._progress.fields["val"] = found.mean
+
+    def cost(self, **figures: float) -> None:
+        """What the run has cost so far: rows named cost/..."""
+        details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
+        for name, value in {"seconds": self.seconds, **figures}.items():
+            self._row(f"cost/{name}", value, self.images_seen, details=details)
+
+    def flush(self) -> None:
+        """Rows and lines go to disk; call when a checkpoint stands or the run ends."""
+        if not self._talks:
+            return
+        self._store.append(self._rows)
+        self._rows = []
+        if self._lines:
+            text = "".join(self._lines)
+            if storage.is_remote(self.out):
+                storage.write_bytes(
+                    storage.join(self.out, "logs", f"train-{self.images_seen:012d}.jsonl"), text.encode()
+                )
+            else:
+                path = storage.local_path(self.out) / "logs" / "train.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+        self._lines = []
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._progress.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _forget_after(self, images_seen: int) -> None:
+        """Lines from behind the checkpoint that the run continues from will be told again."""
+        path = storage.local_path(self.out) / "logs" / "train.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images_seen"] <= images_seen]
+            storage.write_bytes(str(path), "".join(kept).encode())
+
+    def _write(self, kind: str, figures: dict[str, float], **more: float) -> None:
+        if not self._talks:
+            return
+        stamp = {"kind": kind, "images_seen": self.images_seen, "seconds": round(self.seconds, 3)}
+        self._lines.append(json.dumps({**stamp, **more, **figures}) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                # x-axis in images
+                self._board.add_scalar(f"{kind}/{name}", value, self.images_seen)
+
+    def _row(self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "") -> None:
+        self._rows.append(
+            ResultRow(
+                run=self.run, recipe_hash=self.recipe.hash, code_version=code_version(), images_seen=self.images_seen,
+                metric=metric, value=value, higher_is_better=metric == "cost/images_per_second", sample_count=count,
+                protocol_hash=protocol, details=details,
+            )
+        )  # fmt: skip

@@ -1,0 +1,287 @@
+"""What a run is: one frozen dataclass. Its hash keys every result; paths, world size and logging are left out of it.
+
+Everything is counted in images. A named recipe (trainer/recipes.py) plus typed overrides gives the resolved recipe,
+which is written to RUN/recipe.json.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from infra.errors import UserError, nearest
+from model.mmdit import MMDiTConfig
+
+# What decides the weights that come out. The rest (name, parallel, validation, logging) decides only what we see.
+HASHED = (
+    "model", "formulation", "shift", "images", "global_batch", "seed", "precision", "optimizer", "schedule", "ema",
+    "data", "init_weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. `torch`: torch's fused kernel; `apex`: NVIDIA's FusedAdam, an error where it is not installed."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    kernel: Literal["torch", "apex"] = "torch"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up (at most a tenth of the run), constant rate, then a cooldown over the last part of the run.
+
+    A constant rate plus cooldown lets one run serve several horizons: branch off before the cooldown.
+    """
+
+    warmup_images: int = 0
+    cooldown: float = 0.0
+    """Share of the run, at its end, over which the rate falls to `final`."""
+    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    final: float = 0.0
+    """Rate at the very end, as a share of the full rate."""
+
+
+@dataclass(frozen=True)
+class EMA:
+    """`power:0.10` is the power-function profile of that relative width (EDM2, arXiv 2312.02696, eq. 123-127);
+    `decay:0.99@102400` multiplies by 0.99 every 102,400 images (`decay:0.999` at every step).
+
+    The first profile is the one that is validated and exported as weights/ema.safetensors.
+    """
+
+    profiles: tuple[str, ...] = ("power:0.10",)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data, and how captions are drawn. The fingerprint is filled in when the data set is opened."""
+
+    resolution: int = 256
+    latent_shape: tuple[int, int, int] = (16, 32, 32)
+    """Channels, height, width of the square bucket's latents: what plans are computed with."""
+    text_tokens: int = 154
+    original_captions: float = 0.5
+    """Share of original captions; the rest are synthetic ones."""
+    encoder_dropout: float = 0.464
+    """Each text encoder is zeroed independently with this probability (SD3, App. B.3)."""
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the work is spread: changes speed and memory, not the result (beyond the order of float sums)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    micro_batch: int | None = None
+    """Images per rank and forward pass; None: the rank's whole share of the global batch."""
+    persistence_threshold: int = 100_000
+    """Parameters smaller than this are never sharded under stage 3; 0 shards everything."""
+    reduce_bucket: int = 50_000_000
+    prefetch: int = 50_000_000
+    max_live: int = 1_000_000_000
+    """Elements that may stay gathered between uses; 0 gathers every block once forward and once backward."""
+    fp32_reduce: bool = True
+    """Reduce and accumulate gradients in fp32 although the model computes in bf16."""
+    checkpoint_blocks: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss of the EMA weights on the val split, with noise fixed per sample."""
+
+    every: int | Literal["auto"] | None = "auto"
+    """auto: eight times a run; None: never."""
+    samples: int = 2048
+    batch: int = 32
+    """Images per forward pass: fixed, so that the figures do not depend on the number of ranks."""
+    protocol: str = "sd3"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Logging:
+    """Cadences in images; auto: a hundred log lines and four checkpoints a run."""
+
+    log_every: int | Literal["auto"] = "auto"
+    save_every: int | Literal["auto"] = "auto"
+    keep: int = 3
+    """Checkpoints kept; exported weights are always kept."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Complete description of a run. `hash` is the identity of its results."""
+
+    name: str
+    model: MMDiTConfig
+    images: int
+    """Images to train on, counted with repetition."""
+    global_batch: int
+    formulation: str = "rf/lognorm(0.00,1.00)"
+    shift: float = 1.0
+    """Resolution shift of the timesteps (SD3 eq. 23): 1 at 256 px, 3 at 1024 px."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    ema: EMA = field(default_factory=EMA)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    validation: Validation = field(default_factory=Validation)
+    logging: Logging = field(default_factory=Logging)
+    init_weights: str | None = None
+    """sha256 of the weights the run started from (set by --init-from)."""
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over everything that decides the weights, the data's fingerprint included."""
+        told = self.to_json()
+        text = json.dumps({name: told[name] for name in HASHED}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def steps(self) -> int:
+        return -(-self.images // self.global_batch)
+
+    def cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
+        """Images between two log lines, validations or checkpoints; None: never."""
+        asked = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}[
+            what
+        ]
+        if asked != "auto":
+            return asked
+        return max(self.global_batch, self.images // {"log": 100, "validate": 8, "save": 4}[what])
+
+    def to_json(self) -> dict[str, Any]:
+        return _encode(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Recipe":
+        """Raises UserError for a field that is missing, unknown or of another type."""
+        return _decode(Recipe, data, "recipe")
+
+    def lr_at(self, images_seen: int) -> float:
+        """Learning rate of the step that ends at `images_seen`."""
+        s, rate = self.schedule, self.optimizer.lr
+        warmup = min(s.warmup_images, self.images // 10)
+        if images_seen < warmup:
+            return rate * images_seen / warmup
+        start = self.images * (1 - s.cooldown)
+        if s.cooldown == 0 or images_seen <= start:
+            return rate
+        left = 1 - min(
+            (images_seen - start) / (self.images - start), 1.0
+        )  # 1 at the start of the cooldown, 0 at the end
+        falls = {"linear": left, "cosine": _half_cosine(left), "sqrt": 1 - (1 - left) ** 0.5}
+        return rate * (s.final + (1 - s.final) * falls[s.shape])
+
+
+def _half_cosine(left: float) -> float:
+    return 0.5 * (1 - math.cos(math.pi * left))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse values that cannot work, before anything is built."""
+    positive = {
+        "images": recipe.images, "global_batch": recipe.global_batch, "optimizer.lr": recipe.optimizer.lr,
+        "validation.samples": recipe.validation.samples, "validation.batch": recipe.validation.batch,
+        "logging.log_every": recipe.cadence("log"), "logging.save_every": recipe.cadence("save"),
+        "logging.keep": recipe.logging.keep, "shift": recipe.shift,
+        "validation.every": 1 if recipe.validation.every is None else recipe.cadence("validate"),
+        "parallel.micro_batch": 1 if recipe.parallel.micro_batch is None else recipe.parallel.micro_batch,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if not value or value <= 0:
+            raise UserError(f"recipe {recipe.name}: {name} is {value}, expected a positive number")
+    shares = {
+        "schedule.cooldown": recipe.schedule.cooldown, "schedule.final": recipe.schedule.final,
+        "data.original_captions": recipe.data.original_captions, "data.encoder_dropout": recipe.data.encoder_dropout,
+    }  # fmt: skip
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"recipe {recipe.name}: {name} is {value}, expected a share between 0 and 1")
+    if not recipe.ema.profiles or len(set(recipe.ema.profiles)) != len(recipe.ema.profiles):
+        raise UserError(
+            f"recipe {recipe.name}: ema.profiles {recipe.ema.profiles}: expected at least one, all different"
+        )
+    if recipe.parallel.zero_stage == 0 and recipe.precision == "bf16":
+        raise UserError(f"recipe {recipe.name}: bf16 needs fp32 master weights: use --parallel.zero-stage 1, 2 or 3")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted names of hashed fields that differ: `['optimizer.lr: 0.0001 -> 0.001']`."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        elif a != b:
+            found.append(f"{path}: {a} -> {b}")
+
+    one, two = old.to_json(), new.to_json()
+    walk({n: one[n] for n in HASHED}, {n: two[n] for n in HASHED}, "")
+    return found
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, MMDiTConfig):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    if kind is MMDiTConfig:
+        return MMDiTConfig.from_json(value)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is {value!r}, expected an object with fields")
+        hints = typing.get_type_hints(kind)
+        known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+        for name in value:
+            if name not in known:
+                raise UserError(f"{path} has an unknown field {name!r}{nearest(name, known)}")
+        try:
+            return kind(**{name: _decode(known[name], item, f"{path}.{name}") for name, item in value.items()})  # type: ignore[operator]
+        except TypeError as error:
+            raise UserError(f"{path}: {error}") from error
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path} is {value!r}, expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        return tuple(value)
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(args, value, path)
+    if kind is type(None):
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise UserError(f"{path} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    refusals = []
+    for kind in kinds:
+        if (kind is type(None)) is not (value is None):
+            continue
+        try:
+            return _decode(kind, value, path)
+        except UserError as error:
+            refusals.append(str(error))
+    raise UserError("; ".join(refusals) or f"{path} is {value!r}, which is not allowed")

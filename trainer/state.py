@@ -1,0 +1,184 @@
+"""What survives an interruption: saving, restoring, and stopping in time."""
+
+import math
+import signal
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from data_pipeline.batch import LatentBatch
+from data_pipeline.loader import Batches, Dataset
+from data_pipeline.order import Exceptions
+from data_pipeline.schema import DatasetInfo
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from model.weights import load_weights
+from trainer.export import export, weights_meta
+from trainer.progress import RunLog
+from trainer.recipe import Recipe, differences
+from trainer.zero import checkpoint
+from trainer.zero.ema import ShardedEMA
+from trainer.zero.engine import MOMENTS, ZeroEngine
+from trainer.zero.group import Group
+
+log = get_logger("train")
+
+# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
+MAY_CHANGE = ("images", "schedule.", "optimizer.")
+
+
+class NonFiniteLoss(UserError):
+    """The loss or a gradient is nan or inf; the optimizer has not seen it."""
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps besides tensors: one integer for the data, and what the data leaves out."""
+
+    images_seen: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    exceptions: Exceptions = field(default_factory=Exceptions)
+
+
+class StopSignal:
+    """SIGTERM (pre-emption) and the first Ctrl-C ask the loop to save and leave after the step it is in."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> checkpoint.Share:
+    """This rank's part of everything that a checkpoint holds."""
+    moments = {name: engine.moments(name) for name in MOMENTS}
+    averages = {f"ema/{name}": shards for name, shards in ema.shards.items()}
+    segments = [flat.segments for flat in engine.partition.flats]
+    if engine.partition.replicated and engine.group.rank > 0:
+        segments = [() for _ in segments]  # rank 0 saves for all
+    return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
+
+
+def save(
+    recipe: Recipe,
+    engine: ZeroEngine,
+    ema: ShardedEMA,
+    state: State,
+    run_log: RunLog,
+    batches: Batches,
+    info: DatasetInfo,
+    *,
+    out: str,
+) -> bool:
+    """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective."""
+    group, step = engine.group, f"step_{state.step:07d}"
+
+    def meta(kind: str) -> dict[str, object]:
+        return weights_meta(recipe, info, kind=kind, images_seen=state.images_seen, run=run_log.run)
+
+    folder = storage.join(out, "weights")
+    uris = [storage.join(folder, step, "ema.safetensors"), storage.join(folder, "ema.safetensors")]
+    exported = export(engine, ema.first, uris, meta("ema"), group)
+    exported &= export(engine, engine.masters, [storage.join(folder, "raw.safetensors")], meta("raw"), group)
+    run_log.cost()
+    problem = ""
+    try:
+        run_log.flush()
+    except (UserError, OSError) as error:
+        problem = str(error)
+        log.warning("results not written yet: %s", problem)
+    kept = {
+        "images_seen": state.images_seen,
+        "adam_steps": engine.adam_steps,
+        "seconds": run_log.seconds,
+        "recipe": recipe.to_json(),
+        "recipe_hash": recipe.hash,
+    }
+    root = storage.join(out, "checkpoints")
+    share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
+    saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=recipe.logging.keep)
+    if group.rank == 0 and saved:
+        log.info("saved %s at %s images", step, f"{state.images_seen:,}")
+    elif group.rank == 0:
+        log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
+    return exported and saved and not group.any(bool(problem))
+
+
+def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> State:
+    """Put everything back as the checkpoint had it, on any number of ranks. Collective."""
+    group = engine.group
+    if resume == "none":
+        return State()
+    if resume == "latest":
+        found = checkpoint.find(storage.join(out, "checkpoints"), group)
+        if found is None:
+            return State()
+    else:
+        found, reason = checkpoint.inspect(resume, group)
+        if found is None:
+            raise UserError(f"--resume {resume}: not a whole checkpoint ({reason})")
+    kept = found.state
+    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
+    if resume != "latest":
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            f"{found.uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with"
+        )
+    target = share_of(engine, ema, {})
+    target.segments = [flat.segments for flat in engine.partition.flats]
+    checkpoint.load(found, target, group)
+    engine.set_moments({name: target.tensors[name] for name in MOMENTS}, steps=int(kept["adam_steps"]))
+    engine.publish()
+    if group.rank == 0:
+        log.info("resumed %s at %s images", found.uri, f"{kept['images_seen']:,}")
+    # What one rank's reader had to quarantine, all leave out from here on.
+    exceptions = Exceptions()
+    for extra in found.extras:
+        exceptions |= Exceptions.from_json(extra["exceptions"])
+    return State(int(kept["images_seen"]), found.step, float(kept["seconds"]), exceptions)
+
+
+def load_init(engine: ZeroEngine, uri: str) -> None:
+    """Start from exported weights; Adam and the EMA start anew. Collective."""
+    state_dict, _ = load_weights(storage.localize(uri))
+    engine.load_whole(lambda name: state_dict[name])
+
+
+def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Batches:
+    """This rank's micro-batches from where the run stands."""
+    captions = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
+    weights = {name: weight for name, weight in captions.items() if weight > 0 and name in dataset.info.captions}
+    if not weights:
+        raise UserError(
+            f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
+        )
+    return dataset.batches(
+        seed=recipe.seed,
+        start=state.step * recipe.global_batch,
+        global_batch=recipe.global_batch,
+        rank=group.rank,
+        world_size=group.world,
+        caption_weights=weights,
+        encoder_dropout=recipe.data.encoder_dropout,
+        exceptions=state.exceptions,
+        micro_batch=recipe.parallel.micro_batch,
+    )
+
+
+def refuse_non_finite(value: float, what: str, state: State, recipe: Recipe, batch: LatentBatch) -> None:
+    """Stop before the optimizer sees it, saying where it happened."""
+    if math.isfinite(value):
+        return
+    first = state.step * recipe.global_batch
+    raise NonFiniteLoss(
+        f"{what} is not finite at images {first:,} to {first + recipe.global_batch - 1:,} (keys {batch.keys[0]} ...); "
+        "the step was not taken: look at these images, or start from the last checkpoint with a lower --optimizer.lr"
+    )

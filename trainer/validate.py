@@ -1,0 +1,105 @@
+"""Validation loss of given weights on the val split, the same figure whatever the number of ranks.
+
+Micro-batches have a fixed composition, whole ones go to the ranks in turn, and per-sample losses are summed in sample
+order in float64.
+"""
+# Shapes: B batch, V noise levels.
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Dataset
+from infra.errors import UserError
+from model.flow import get_formulation
+from model.validation import get_protocol, validation_losses
+from trainer.recipe import Recipe
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """`per_level` maps noise levels to mean losses; `mean` is what the protocol reports."""
+
+    protocol: str
+    protocol_hash: str
+    mean: float
+    per_level: dict[float, float]
+    sample_count: int
+
+
+class Validator:
+    """Fixed samples, captions and noise of one recipe."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe, self.dataset = recipe, dataset
+        if dataset.num_samples == 0:
+            raise UserError(
+                f"{dataset.uri}: split {dataset.split!r} is empty; use --validation.every None to train without"
+            )
+        self.batches = _fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.protocol = get_protocol(recipe.validation.protocol)
+        self.formulation = get_formulation(recipe.formulation)
+
+    @property
+    def sample_count(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    @property
+    def protocol_hash(self) -> str:
+        """Names everything the figure depends on besides the weights."""
+        v = self.recipe.validation
+        told = [
+            v.protocol,
+            self.protocol.levels,
+            self.sample_count,
+            v.seed,
+            self.recipe.formulation,
+            self.dataset.fingerprint,
+        ]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def run(self, engine: ZeroEngine, group: Group) -> ValidationLoss:
+        """With the weights that the engine now shows. Collective: every rank makes the same number of passes."""
+        v, levels = self.recipe.validation, self.protocol.levels
+        losses = torch.zeros(self.sample_count, len(levels), dtype=torch.float64, device=group.device)
+        starts = [0]
+        for batch in self.batches:
+            starts.append(starts[-1] + len(batch))
+        with engine.inference():
+            for turn in range(math.ceil(len(self.batches) / group.world)):
+                number = turn * group.world + group.rank
+                mine = number < len(self.batches)
+                # A rank without a batch of its own runs the first one again: under ZeRO-3 each pass is a collective.
+                read = self.dataset.read(self.batches[number if mine else 0], seed=v.seed)
+                read = read._replace(latent_BCHW=read.latent_BCHW.to(group.device), text=read.text.to(group.device))
+                found = validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
+                if mine:
+                    losses[starts[number] : starts[number + 1]] = found.to(losses)
+        return self._summary(group.sum_(losses).cpu())
+
+    def _summary(self, losses_BV: Tensor) -> ValidationLoss:
+        means = [math.fsum(column) / len(losses_BV) for column in losses_BV.T.tolist()]
+        averaged = means[: self.protocol.averaged]
+        return ValidationLoss(
+            protocol=self.recipe.validation.protocol,
+            protocol_hash=self.protocol_hash,
+            mean=math.fsum(averaged) / len(averaged),
+            per_level=dict(zip(self.protocol.levels, means)),
+            sample_count=self.sample_count,
+        )
+
+
+def _fixed_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
+    """Sample numbers of each micro-batch: the first samples, evenly from the buckets, never two buckets in one."""
+    found: list[range] = []
+    wanted = min(samples, dataset.num_samples)
+    for numbers in dataset.bucket_ranges.values():
+        share = numbers[: math.ceil(wanted * len(numbers) / dataset.num_samples)]
+        found += [share[i : i + size] for i in range(0, len(share), size)]
+    return found

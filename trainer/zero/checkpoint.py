@@ -1,0 +1,188 @@
+"""Checkpoints in our own format: safetensors and JSON, one file per rank, loaded by any number of ranks.
+
+RUN/checkpoints/step_0000100/rank_00000.safetensors holds flat fp32 ranges (the masters, both Adam moments, every EMA
+profile), rank_00000.json says which range of which parameter lies where, manifest.json names all files with their
+hashes and is written last: a folder without it is no checkpoint. `latest` follows the manifest.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from trainer.zero.group import Group
+from trainer.zero.partition import Segment
+from trainer.zero.rankfile import copy_ranges, file_hash, read_index, write_rank_file
+
+log = get_logger("checkpoint")
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+
+
+@dataclass
+class Share:
+    """What one rank saves or loads: for each tensor name one flat tensor per group of segments."""
+
+    segments: list[tuple[Segment, ...]]
+    tensors: dict[str, list[Tensor]]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Kept in the rank's JSON: what only this rank knows."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint: where it is and what its manifest says."""
+
+    uri: str
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.manifest["state"]
+
+    @property
+    def extras(self) -> list[dict[str, Any]]:
+        """What each rank kept for itself, in rank order."""
+        return [read_index(self.uri, rank)["extra"] for rank in range(len(self.manifest["files"]))]
+
+
+def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, Any], keep: int) -> bool:
+    """Publish one checkpoint under `root` or none; False when some rank could not write. Collective.
+
+    No rank waits for a failed one: success is summed over the ranks before anything is published.
+    """
+    folder = storage.join(root, f"step_{step:07d}")
+    problem = ""
+    entry: tuple[int, ...] = ()
+    try:
+        if group.rank == 0:
+            storage.delete(
+                storage.join(folder, MANIFEST)
+            )  # a damaged one of the same step must not vouch for new files
+        entry = write_rank_file(folder, group.rank, share.segments, share.tensors, share.extra)
+    except (UserError, OSError) as error:
+        problem = str(error)
+        log.warning("checkpoint step %d: %s", step, problem)
+    entries = _gather(entry, group)
+    if group.any(bool(problem)):
+        if group.rank == 0:
+            _remove(folder)
+        return False
+    if group.rank == 0:
+        manifest = {"format": FORMAT, "step": step, "world_size": group.world, "state": state, "files": entries}
+        try:
+            storage.write_bytes(storage.join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
+            storage.write_bytes(storage.join(root, LATEST), f"step_{step:07d}\n".encode())
+            _retain(root, keep, step)
+        except (UserError, OSError) as error:
+            problem = str(error)
+            log.warning("checkpoint step %d: %s", step, problem)
+    return not group.any(bool(problem))
+
+
+def candidates(root: str) -> list[str]:
+    """Folders of published checkpoints, newest first."""
+    suffix = f"/{MANIFEST}"
+    found = [uri.removesuffix(suffix) for uri in storage.list_files(root, suffix=suffix)]
+    return sorted((uri for uri in found if re.search(r"/step_\d+$", uri)), reverse=True)
+
+
+def find(root: str, group: Group) -> Found | None:
+    """The newest checkpoint that is whole, saying so when newer ones are damaged; None when there never was one."""
+    folders = candidates(root)
+    for index, folder in enumerate(folders):
+        found, reason = inspect(folder, group)
+        if found is not None:
+            return found
+        if group.rank == 0:
+            then = "falling back to the one before" if index + 1 < len(folders) else "and there is no older one"
+            log.warning("checkpoint %s is damaged (%s), %s", folder, reason, then)
+    if folders:
+        raise UserError(f"{root}: all {len(folders)} checkpoints are damaged; start over in another folder with --out")
+    return None
+
+
+def inspect(folder: str, group: Group) -> tuple[Found | None, str]:
+    """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective."""
+    reason, found = "", None
+    try:
+        manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
+        if manifest["format"] != FORMAT:
+            raise UserError(f"format {manifest['format']}, this version reads {FORMAT}")
+        for number in range(group.rank, len(manifest["files"]), group.world):
+            for name, wanted in manifest["files"][number].items():
+                if file_hash(storage.join(folder, name)) != wanted:
+                    raise UserError(f"{name} does not have the content that was saved")
+        found = Found(folder, manifest)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    if group.any(bool(reason)):
+        return None, reason or "another rank could not read its part"
+    return found, ""
+
+
+def load(found: Found, share: Share, group: Group) -> None:
+    """Fill the tensors of `share` in place, whatever number of ranks wrote them. Collective only in its verdict."""
+    problem = ""
+    try:
+        copy_ranges(found.uri, len(found.manifest["files"]), share.segments, share.tensors)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    if group.any(bool(problem)):
+        raise UserError(problem or f"{found.uri}: another rank could not load its part")
+
+
+def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
+    """Every rank's two file hashes (as 16 words of 32 bits, exact in float64), in rank order, on all ranks."""
+    words = torch.zeros(group.world, 16, dtype=torch.float64, device=group.device)
+    if len(entry) == 16:
+        words[group.rank] = torch.tensor(entry, dtype=torch.float64)
+    rows = group.sum_(words).long().tolist()
+    return [
+        {
+            f"rank_{rank:05d}.safetensors": "".join(f"{word:08x}" for word in row[:8]),
+            f"rank_{rank:05d}.json": "".join(f"{word:08x}" for word in row[8:]),
+        }
+        for rank, row in enumerate(rows)
+    ]
+
+
+def _retain(root: str, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what killed saves left behind."""
+    good = {uri.rsplit("/", 1)[-1] for uri in candidates(root)[:keep]}
+    for name in sorted(set(_step_folders(root)) - good):
+        if int(name.removeprefix("step_")) != step:
+            _remove(storage.join(root, name))
+
+
+def _step_folders(root: str) -> Iterator[str]:
+    if not storage.is_remote(root):
+        for path in storage.local_path(root).iterdir():
+            if re.fullmatch(r"step_\d+", path.name):
+                yield path.name
+        return
+    for uri in storage.list_files(root):
+        found = re.search(r"/(step_\d+)/[^/]+$", uri)
+        if found:
+            yield found[1]
+
+
+def _remove(folder: str) -> None:
+    """The manifest first: a half-removed checkpoint must not look whole."""
+    storage.delete(storage.join(folder, MANIFEST))
+    for uri in storage.list_files(folder):
+        storage.delete(uri)
+    if not storage.is_remote(folder):
+        shutil.rmtree(storage.local_path(folder), ignore_errors=True)  # with what a killed save left unfinished

@@ -1,0 +1,214 @@
+"""A thin face of DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
+
+Stages 0 to 3 by recipe. Under stage 3 every block of the backbone is a leaf module: one all-gather per block.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.text import TextCond
+from trainer.recipe import Recipe
+from trainer.zero.group import Group
+from trainer.zero.optim import build_adamw
+from trainer.zero.partition import partition_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`applied` is False when DeepSpeed skipped the step because the gradient was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class ZeroEngine:
+    """The model of a recipe, spread over the ranks of `group`."""
+
+    def __init__(
+        self, recipe: Recipe, group: Group, *, accumulation: int = 1, build: Callable[[], nn.Module] | None = None
+    ) -> None:
+        import deepspeed
+
+        _quieten(deepspeed)
+        self.recipe, self.group, self.stage = recipe, group, recipe.parallel.zero_stage
+        self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        config = deepspeed_config(recipe, group, accumulation=accumulation)
+        make = build or (lambda: recipe.model.build(seed=recipe.seed))
+        # Parameters are sharded as each layer is made: the whole model never lies on one rank.
+        sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else contextlib.nullcontext()
+        with sharded:
+            model = make()
+        model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
+        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+        if self.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in model.blocks}))  # type: ignore[union-attr]
+        else:
+            model = model.to(group.device, self.dtype)
+        self.model = model
+        optimizer = build_adamw(model.parameters(), recipe)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.partition = partition_of(self._engine, model, stage=self.stage)
+        self._adam: torch.optim.Optimizer = self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
+
+    # --- training
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+        """Prediction in fp32, whatever the model computes in."""
+        return self._engine(x_BCHW.to(self.dtype), t_B, text.to(dtype=self.dtype)).float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this micro-batch; DeepSpeed divides by the number of micro-batches and averages over ranks."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float, *, boundary: bool = True) -> StepResult:
+        """Clip and step; call after every backward (`boundary` False: another micro-batch of the same step follows)."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        before = self._engine.skipped_steps
+        self._engine.step()
+        if not boundary:
+            return StepResult(float("nan"), True)
+        norm = self._engine.get_global_grad_norm()
+        value = float(norm) if norm is not None else float("nan")
+        skipped = self._engine.skipped_steps > before or getattr(self._engine.optimizer, "overflow", False)
+        return StepResult(value, not skipped)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Forward passes without gradients."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    # --- this rank's share
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """Flat fp32 tensors that the optimizer steps on; writing to them needs `publish` afterwards."""
+        return [flat.master.data for flat in self.partition.flats]
+
+    def publish(self) -> None:
+        """Bring changed masters into the weights that forward passes use. Collective."""
+        self.partition.show_master()
+
+    @contextlib.contextmanager
+    def weights(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Compute with other values (the EMA's, say), one per master; the masters are untouched. Collective."""
+        self.partition.show(tensors)
+        try:
+            yield
+        finally:
+            self.partition.show_master()
+
+    @property
+    def adam_steps(self) -> int:
+        """Optimizer steps taken so far."""
+        state = self._adam.state.get(self._key(0), {})
+        return int(state["step"]) if "step" in state else int(self._adam.param_groups[0].get("step", 0))
+
+    def moments(self, name: str) -> list[Tensor]:
+        """exp_avg or exp_avg_sq, one per master; zeros before the first step."""
+        found = []
+        for index, master in enumerate(self.masters):
+            state = self._adam.state.get(self._key(index), {})
+            found.append(state[name].view(-1) if name in state else torch.zeros_like(master))
+        return found
+
+    def set_moments(self, values: dict[str, list[Tensor]], *, steps: int) -> None:
+        """Put Adam's state in place, as a checkpoint had it."""
+        for index in range(len(self.masters)):
+            key = self._key(index)
+            state: dict[str, Any] = {name: values[name][index].view(key.shape) for name in MOMENTS}
+            if self.recipe.optimizer.kernel == "torch":
+                state["step"] = torch.tensor(float(steps), device=self.group.device)
+            self._adam.state[key] = state
+        if self.recipe.optimizer.kernel == "apex":
+            for group in self._adam.param_groups:
+                group["step"] = steps
+
+    def _key(self, index: int) -> Any:
+        """The tensor under which Adam keeps its state for this master."""
+        if self.stage == 0:
+            return self._adam.param_groups[0]["params"][index]
+        return self.partition.flats[index].master
+
+    # --- whole tensors
+
+    def whole(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """One full fp32 parameter on the CPU, put together from every rank's share of `tensors`. Collective."""
+        shape = self.shapes[name]
+        full = torch.zeros(shape, dtype=torch.float32, device=self.group.device)
+        if not self.partition.replicated or self.group.rank == 0:
+            for flat, tensor in zip(self.partition.flats, tensors, strict=True):
+                for s in flat.segments:
+                    if s.name == name:
+                        full.view(-1)[s.start : s.start + s.numel] = tensor[s.offset : s.offset + s.numel]
+        return self.group.sum_(full).cpu()
+
+    def load_whole(self, read: Callable[[str], Tensor]) -> None:
+        """Fill the masters from full tensors; `read(name)` is asked once per parameter that lies on this rank."""
+        for flat in self.partition.flats:
+            for s in flat.segments:
+                source = read(s.name).reshape(-1)[s.start : s.start + s.numel]
+                flat.master.data[s.offset : s.offset + s.numel] = source.to(flat.master)
+        self.publish()
+
+    def describe(self) -> dict[str, int]:
+        """Elements on this rank: of the masters, and of all parameters together."""
+        total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return {"local": sum(s.numel for f in self.partition.flats for s in f.segments), "parameters": total}
+
+
+def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a recipe. What is not named here keeps DeepSpeed's default."""
+    p = recipe.parallel
+    # Gloo has no streams: overlapping would only add copies.
+    overlap = group.device.type == "cuda"
+    config: dict[str, Any] = {
+        "train_batch_size": recipe.global_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": p.zero_stage,
+            "overlap_comm": overlap,
+            "contiguous_gradients": overlap,
+            "reduce_bucket_size": p.reduce_bucket,
+            "allgather_bucket_size": p.reduce_bucket,
+        },
+    }
+    if p.zero_stage == 3:
+        config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": p.persistence_threshold,
+            "stage3_prefetch_bucket_size": p.prefetch,
+            "stage3_max_live_parameters": p.max_live,
+            "stage3_max_reuse_distance": p.max_live,
+        }
+    if recipe.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if p.fp32_reduce:
+            config["communication_data_type"] = "fp32"
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _quieten(deepspeed: Any) -> None:
+    """DeepSpeed tells each of its settings at start; people want the loss."""
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # torch 2.14 renamed the collectives that DeepSpeed 0.19 calls.
+    warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning)

@@ -1,0 +1,94 @@
+"""The ranks of a run: their number, this one's place and device, and the few collectives the trainer needs.
+
+Works under `deepspeed`, under `torchrun` and as one plain process. Without a GPU it runs on the CPU over gloo.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from infra.errors import UserError
+
+
+@dataclass(frozen=True)
+class Group:
+    """All ranks of the run. Every method here is a collective: all ranks must call it."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(*, timeout_s: float = 1800.0) -> Group:
+    """Join the other ranks. Call once, first of all."""
+    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
+        # DeepSpeed compiles a small shared-memory extension with ninja, which lies beside the interpreter.
+        _prepend_path(Path(os.sys.executable).parent)  # type: ignore[attr-defined]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(
+            "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False
+        )
+    except (RuntimeError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"ranks could not meet at {where}: {error}; is the port in use? try --master_port") from error
+    return Group(rank, world, device)
+
+
+def leave() -> None:
+    """End the process group, so that the other ranks see an orderly end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _prepend_path(folder: Path) -> None:
+    parts = os.environ.get("PATH", "").split(os.pathsep)
+    if str(folder) not in parts:
+        os.environ["PATH"] = os.pathsep.join([str(folder), *parts])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,24 @@
+"""The optimizer kernels. The only file of the trainer that knows apex exists."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from infra.errors import UserError
+from trainer.recipe import Recipe
+
+
+def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with the recipe's numbers; asking for a kernel that is not installed is an error, never a downgrade."""
+    o = recipe.optimizer
+    if o.kernel == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise UserError(
+                f"recipe {recipe.name} asks for optimizer.kernel apex, but apex is not installed: "
+                "build NVIDIA/apex or use --optimizer.kernel torch"
+            ) from error
+        return FusedAdam(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, adam_w_mode=True)
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)

@@ -1,0 +1,155 @@
+"""What each rank owns: flat fp32 master tensors, and which range of which parameter lies where in them.
+
+The only file that reads DeepSpeed's private attributes (pinned: deepspeed>=0.19,<0.20), one class per family of
+stages. Padding (a parameter that does not divide by the number of ranks) belongs to no segment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`numel` elements of parameter `name` from its flat position `start`, at `offset` of the master tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One fp32 master tensor of this rank (what the optimizer steps on) and what is in it."""
+
+    master: Tensor
+    segments: tuple[Segment, ...]
+
+
+class Partition(Protocol):
+    """This rank's share of the parameters under some ZeRO stage."""
+
+    flats: list[Flat]
+    replicated: bool
+    """Every rank holds everything: only rank 0's share counts when collecting."""
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        """Make forward passes compute with these values (one per flat). The masters stay as they are. Collective."""
+
+    def show_master(self) -> None:
+        """Back to the masters, bit by bit. Collective."""
+
+
+class Stage3Partition:
+    """Parameters, gradients and states sharded: each parameter is cut into `world` equal ranges."""
+
+    replicated = False
+
+    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+        self._engine, self._optimizer = engine, engine.optimizer
+        if any(flat.numel() == 0 for flat in self._optimizer.fp32_partitioned_groups_flat):
+            raise NotImplementedError("partitions swapped to NVMe are not readable here")
+        self.flats = [
+            Flat(master, self._segments(group, names))
+            for group, master in zip(self._optimizer.fp16_groups, self._optimizer.fp32_partitioned_groups_flat)
+        ]
+
+    def _segments(self, group: Sequence[Any], names: dict[int, str]) -> tuple[Segment, ...]:
+        rank, found, offset = torch.distributed.get_rank(), [], 0
+        for param in group:
+            share = param.partition_numel()
+            start = min(rank * share, param.ds_numel)
+            numel = min(share, param.ds_numel - start)
+            if numel:
+                found.append(Segment(names[id(param)], tuple(param.ds_shape), start, numel, offset))
+            offset += share
+        return tuple(found)
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        # Gathered parameters outlive the forward pass (reuse distance, persistence threshold): without emptying that
+        # cache the next forward pass would still compute with the old values.
+        self._engine.empty_partition_cache()
+        with torch.no_grad():
+            for target, source in zip(self._optimizer.fp16_partitioned_groups_flat, tensors, strict=True):
+                target.copy_(source)
+        self._optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
+
+    def show_master(self) -> None:
+        self.show([flat.master for flat in self.flats])
+
+
+class Stage12Partition:
+    """Gradients and states sharded, parameters whole: all parameters in one flat range, cut into `world` pieces."""
+
+    replicated = False
+
+    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+        self._optimizer = engine.optimizer
+        masters = self._optimizer.single_partition_of_fp32_groups
+        self.flats = [
+            Flat(master, self._segments(group, names)) for group, master in zip(self._optimizer.bit16_groups, masters)
+        ]
+
+    def _segments(self, group: Sequence[Any], names: dict[int, str]) -> tuple[Segment, ...]:
+        found = []
+        for param in group:
+            if param._hp_mapping is None:  # none of it lies on this rank
+                continue
+            inside, flat = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
+            found.append(Segment(names[id(param)], tuple(param.shape), inside.start, inside.numel, flat.start))
+        return tuple(sorted(found, key=lambda s: s.offset))
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        o, rank = self._optimizer, torch.distributed.get_rank()
+        for pieces, source in zip(o.parallel_partitioned_bit16_groups, tensors, strict=True):
+            pieces[rank].data.copy_(source)
+        all_gather_dp_groups(
+            groups_flat=o.bit16_groups_flat,
+            partitioned_param_groups=o.parallel_partitioned_bit16_groups,
+            dp_process_group=o.real_dp_process_group,
+            start_alignment_factor=o.nccl_start_alignment_factor,
+            allgather_bucket_size=o.allgather_bucket_size,
+        )
+
+    def show_master(self) -> None:
+        self.show([flat.master for flat in self.flats])
+
+
+class Stage0Partition:
+    """Nothing sharded, fp32 only: the parameters are the masters, so other values displace them for a while."""
+
+    replicated = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.flats = [
+            Flat(param.data.view(-1), (Segment(name, tuple(param.shape), 0, param.numel(), 0),))
+            for name, param in model.named_parameters()
+        ]
+        self._displaced: list[Tensor] | None = None
+
+    def show(self, tensors: Sequence[Tensor]) -> None:
+        if self._displaced is None:
+            self._displaced = [flat.master.clone() for flat in self.flats]
+        for flat, source in zip(self.flats, tensors, strict=True):
+            flat.master.copy_(source)
+
+    def show_master(self) -> None:
+        if self._displaced is not None:
+            for flat, source in zip(self.flats, self._displaced):
+                flat.master.copy_(source)
+            self._displaced = None
+
+
+def partition_of(engine: Any, model: nn.Module, *, stage: int) -> Partition:
+    """The partition view of a DeepSpeed engine."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    if stage == 3:
+        return Stage3Partition(engine, names)
+    return Stage12Partition(engine, names) if stage else Stage0Partition(model)
