@@ -37,6 +37,8 @@ class TextEncoders:
         """Every caption by every encoder; states of static length under `padded`, lengths stated under both layouts."""
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise ModelError("encode takes a list of captions, each a string")
+        # Unpaired surrogates, which JSON can smuggle in, make tokenizers raise TypeError.
+        captions = [c.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for c in captions]
         out = {}
         for seat, encoder in self.by_seat.items():
             parts = [encoder(captions[i : i + batch]) for i in range(0, len(captions), batch)]
@@ -85,7 +87,7 @@ def _checked(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length
     return EncodedText(hidden_BLW.float().cpu(), pooled_BP.float().cpu(), length_B.cpu())
 
 
-def _tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
     """From the model's own folder, or from diffusers' sibling (text_encoder_2 -> tokenizer_2)."""
     from transformers import AutoTokenizer
 
@@ -150,7 +152,7 @@ def _clip_hf(
     from transformers import CLIPTextModelWithProjection
 
     model = _from_pretrained(CLIPTextModelWithProjection, path, dtype, device)
-    tokenizer = _tokenizer(path)
+    tokenizer = load_tokenizer(path)
     projected = _projected(encoder, convention)
 
     def encode(captions: Sequence[str]) -> EncodedText:
@@ -171,7 +173,7 @@ def _t5_hf(
     if dtype == torch.float16:
         raise ModelError("T5 overflows in float16; load it in bfloat16 or float32")
     model = _from_pretrained(T5EncoderModel, path, dtype, device)
-    return _masked_encoder(model, _tokenizer(path), encoder, device, use_mask=layout == "trimmed")
+    return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=layout == "trimmed")
 
 
 def _bert_hf(
@@ -180,7 +182,7 @@ def _bert_hf(
     from transformers import AutoModel
 
     return _masked_encoder(
-        _from_pretrained(AutoModel, path, dtype, device), _tokenizer(path), encoder, device, use_mask=True
+        _from_pretrained(AutoModel, path, dtype, device), load_tokenizer(path), encoder, device, use_mask=True
     )
 
 

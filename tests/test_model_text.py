@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def test_minilm_takes_the_t5_seat() -> None:
     folder = Path(package.origin).parent / "model"
     spec = TextSpec((EncoderSpec("t5", "minilm", "bert_hf", 16, 384, 0),), "trimmed", 384)
     encoders = load_text_encoders(spec, lambda _: folder)
-    odd = ["a red apple", "\u0000 \ud83c\udf4e e\u0301 \u202e", "word " * 400]
+    odd = ["a red apple", "\u0000 \ud83c\udf4e \ud83c e\u0301 \u202e", "word " * 400]
     text = encoders.encode(odd)["t5"]
     assert text.length_B.tolist()[0] == 5
     assert int(text.length_B.max()) == 16

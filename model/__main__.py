@@ -1,0 +1,126 @@
+"""`python -m model info|formulations|plot-densities|convert`: describe models, list objectives, convert weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.errors import ModelError, hint
+
+
+def info(
+    model: Annotated[str, tyro.conf.Positional],
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    qk_norm: bool = True,
+    text_tokens: int = 154,
+) -> None:
+    """Parameters, FLOPs and activation memory of a model.
+
+    Args:
+        model: d15, d24, d38 ... (an SD3-shaped MM-DiT of that depth), dit-d24 or another backbone, or a weights file.
+        json_: Print JSON instead of a table.
+        qk_norm: With RMS-normalised queries and keys.
+        text_tokens: Length of the text context; SD3 has 77 CLIP and 77 T5 tokens.
+    """
+    from model.describe import describe
+
+    row = describe(model, qk_norm=qk_norm, text_tokens=text_tokens)
+    _print(row, json_)
+
+
+def formulations(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """List the 61 training objectives with path, target, weight, density and sampling grid.
+
+    Args:
+        json_: Print JSON instead of a table.
+    """
+    from model.describe import formulation_rows
+
+    rows = formulation_rows()
+    if json_:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'name':24}{'predicts':10}{'density':20}{'weight':40}starts at")
+    for row in rows:
+        print(
+            f"{row['name']:24}{row['target']:10}{row['density']:20}{row['weight']:40}"
+            f"{row['sampling_grid']['coordinate']}={row['sampling_grid']['start']:.4g}"
+        )
+
+
+def plot_densities(out: Path) -> None:
+    """Draw timestep densities, the resolution shift and the loss weights.
+
+    Args:
+        out: Folder for densities.png, shift.png and weights.png.
+    """
+    from model.plots import plot_densities as draw
+
+    for path in draw(out):
+        print(path)
+
+
+def convert(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    to: Literal["beeline", "sd3", "diffusers"] | None = None,
+    kind: Literal["raw", "ema"] = "ema",
+    vae: Path | None = None,
+    clip_l: Path | None = None,
+    clip_g: Path | None = None,
+    t5: Path | None = None,
+) -> None:
+    """Convert weights between our files, SD3/SD3.5 single files and diffusers folders.
+
+    Args:
+        source: A .safetensors file (ours or SD3's) or a diffusers pipeline or transformer folder.
+        target: What to write; a folder for diffusers, else a .safetensors file.
+        to: Dialect to write. By default ours becomes diffusers (SD3 where target ends in .safetensors), others ours.
+        kind: What weights from elsewhere are labelled as.
+        vae: Autoencoder folder to put into the diffusers pipeline.
+        clip_l: transformers folder of CLIP-L to put into the pipeline.
+        clip_g: transformers folder of CLIP-G to put into the pipeline.
+        t5: transformers folder of the T5 encoder to put into the pipeline.
+    """
+    from model.convert import convert as run
+
+    given = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
+    encoders = {seat: path for seat, path in given.items() if path is not None}
+    print(run(source, target, to=to, kind=kind, vae=vae, encoders=encoders))
+
+
+def _print(row: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row, indent=1))
+        return
+    for key, value in row.items():
+        print(f"{key:28}{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key:28}{value}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "info": info,
+    "formulations": formulations,
+    "plot-densities": plot_densities,
+    "convert": convert,
+}
+
+
+def main() -> None:
+    """Run one command; a ModelError ends in one line and exit code 2."""
+    try:
+        first = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
+        if first is not None and first not in COMMANDS:
+            raise ModelError(f"unknown command {first!r}{hint(first, COMMANDS)}; known: {', '.join(COMMANDS)}")
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m model", description=__doc__)
+    except ModelError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

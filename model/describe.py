@@ -1,0 +1,83 @@
+"""What `python -m model info` and `formulations` print, as plain dicts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from model.backbone import BACKBONES, BackboneConfig, config_from_json
+from model.errors import ModelError, hint
+from model.flops import activation_bytes_per_image, train_flops_per_image
+from model.flow import FORMULATIONS, Formulation
+from model.grids import over_sigma, sampling_grid
+from model.mmdit import MMDiTConfig
+from model.paths import EDM
+from model.weights import read_meta
+
+RESOLUTIONS = (256, 512, 1024)
+LATENT_FACTOR = 8
+
+
+def describe(model: str, *, qk_norm: bool, text_tokens: int) -> dict[str, Any]:
+    """Parameters and costs of "d24", "dit-d24" or of an exported weights file."""
+    if Path(model).suffix == ".safetensors":
+        meta = read_meta(model)
+        config = config_from_json(meta["backbone"], meta["config"])
+        row: dict[str, Any] = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
+    else:
+        config, row = _by_name(model, qk_norm), {"backbone": model}
+    row |= {
+        "width": config.width,
+        "parameters": config.parameter_count(),
+        "text_tokens": text_tokens,
+        "config": config.to_json(),
+    }
+    for resolution in RESOLUTIONS:
+        side = resolution // LATENT_FACTOR
+        row[f"forward_flops_{resolution}"] = config.forward_flops(side, side, text_tokens)
+        row[f"train_flops_{resolution}"] = train_flops_per_image(config, side, side, text_tokens)
+        if isinstance(config, MMDiTConfig):
+            row[f"activation_bytes_{resolution}"] = activation_bytes_per_image(config, side, side, text_tokens)
+    return row
+
+
+def _by_name(model: str, qk_norm: bool) -> BackboneConfig:
+    match = re.fullmatch(r"(?:([a-z0-9_]+)-)?d(\d+)", model)
+    if match is None:
+        raise ModelError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")
+    backbone = match[1] or "mmdit"
+    if backbone not in BACKBONES:
+        raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
+    return config_from_json(backbone, {"depth": int(match[2]), "qk_norm": qk_norm})
+
+
+def formulation_rows() -> list[dict[str, Any]]:
+    return [_row(form) for form in FORMULATIONS.values()]
+
+
+def _row(form: Formulation) -> dict[str, Any]:
+    grid = sampling_grid(form, 25)
+    edm = isinstance(form.path, EDM)
+    return {
+        "name": form.name,
+        "path": form.path.formula,
+        "target": form.target,
+        "input_scale": "1/sqrt(sigma^2+0.25)" if edm else "1",
+        "network_time": "ln(sigma)/4" if edm else "t",
+        "weight": form.weight_formula,
+        "loss_over_unified_loss": form.weight_constant,
+        "density": form.density.name,
+        "sampling_grid": {
+            "coordinate": "sigma" if over_sigma(form) else "t",
+            "spacing": _spacing(form),
+            "start": float(grid[0]),
+            "end": 0.0,
+        },
+    }
+
+
+def _spacing(form: Formulation) -> str:
+    if isinstance(form.path, EDM):
+        return "Karras, rho 7, sigma 80 to 0.002, then 0"
+    return "trailing levels, then 0" if over_sigma(form) else "uniform in t"

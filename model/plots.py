@@ -1,0 +1,80 @@
+"""Plots of timestep densities, of the resolution shift, and of the weight that each family puts on the log-SNR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.flow import get_formulation
+from model.timesteps import get_density, resolution_shift
+
+SHOWN_DENSITIES = ("uniform", "lognorm(0,1)", "lognorm(0.5,0.6)", "lognorm(-0.5,1)", "mode(1.29)", "mode(-1)", "cosmap")
+SHOWN_FORMULATIONS = (
+    "rf",
+    "rf/lognorm(0.00,1.00)",
+    "rf/mode(1.29)",
+    "eps/linear",
+    "eps/cos",
+    "v/cos",
+    "edm(-1.20,1.20)",
+)
+
+
+def plot_densities(out: Path) -> list[Path]:
+    """densities.png, shift.png and weights.png in the folder `out`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    out.mkdir(parents=True, exist_ok=True)
+    return [_densities(out / "densities.png"), _shift(out / "shift.png"), _weights(out / "weights.png")]
+
+
+def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _densities(path: Path) -> Path:
+    t = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+    figure, axes = _axes("t (0 data, 1 noise)", "density", "Timestep densities for rectified flow")
+    for name in SHOWN_DENSITIES:
+        axes.plot(t, get_density(name).pdf(t), label=name)
+    axes.set_ylim(0, 4)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _shift(path: Path) -> Path:
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)
+    figure, axes = _axes("t at n pixels", "t at m pixels", "Resolution shift, alpha = sqrt(m/n)")
+    for alpha in (1.0, 1.5, 2.0, 3.0, 4.0):
+        axes.plot(t, resolution_shift(t, alpha), label=f"alpha = {alpha:g}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _weights(path: Path) -> Path:
+    """w(lambda) normalised to its maximum on the range shown; constants do not matter."""
+    u = torch.linspace(1e-4, 1 - 1e-4, 2000, dtype=torch.float64)
+    figure, axes = _axes("log-SNR lambda", "w(lambda) / max", "Weight on the noise error under the unified loss")
+    for name in SHOWN_FORMULATIONS:
+        form = get_formulation(name)
+        log_snr, weight = form.log_snr(u), form.weight(u)
+        shown = log_snr.abs() < 10
+        axes.plot(log_snr[shown], weight[shown] / weight[shown].max(), label=name)
+    axes.legend()
+    return _save(figure, path)
