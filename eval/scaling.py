@@ -1,8 +1,8 @@
 """Scaling laws L(N), L(C), L(N,D): fits, the compute-optimal frontier, and when there is too little to fit.
 
-All three are one form: log L = logsumexp(e, a_k - alpha_k x_k) with x_k a log size, compute or data. Parameters are found
-by Huber loss on logs (delta 1e-3) with L-BFGS from many starts (Hoffmann et al. 2022, approach 3). The published
-fit of that paper came from an optimiser that stopped early (Besiroglu et al. 2024), hence the polish at the end.
+All are one form: log L = logsumexp(e, a_k - alpha_k x_k) with x_k a log size, compute or data. Fitted by Huber loss on
+logs (delta 1e-3) with L-BFGS from many starts (Hoffmann et al. 2022, approach 3). That paper's own fit came from an
+optimiser that stopped early (Besiroglu et al. 2024), hence the polish at the end.
 """
 
 # Shapes: B fits side by side, P points, K power-law terms, Q = 1 + 2K parameters (e, a_1, alpha_1, a_2, alpha_2).
@@ -90,18 +90,25 @@ def joint_points(curves: Sequence[Curve]) -> Points:
     return Points(x, y, np.repeat(np.arange(len(curves)), counts), tuple(c.run for c in curves))
 
 
-def frontier_points(curves: Sequence[Curve], *, per_decade: int = 12) -> Points:
-    """The lower envelope of loss against compute (approach 1): at each compute the best run, and which one it was.
+def frontier_points(curves: Sequence[Curve], *, per_decade: int = 12) -> Points | None:
+    """The compute-optimal envelope (approach 1): the best run wherever a smaller and a larger one lose to it.
 
-    The ends are cut to where at least two runs overlap, so that the envelope is a choice and not just what there is.
+    Elsewhere the lowest curve is only the lowest of what was trained (its neighbours are missing or have ended).
+    None when less than half a decade or fewer than two different runs are left.
     """
-    low = sorted(float(c.compute[0]) for c in curves)[1]
-    high = sorted(float(c.compute[-1]) for c in curves)[-2]
-    count = max(4, round(per_decade * math.log10(max(high / low, 1.0))))
-    grid = np.geomspace(low, max(high, low * 1.0001), count)
+    low, high = min(float(c.compute[0]) for c in curves), max(float(c.compute[-1]) for c in curves)
+    grid = np.geomspace(low, high, max(8, round(per_decade * math.log10(high / low))))
     loss_RP = np.stack([np.exp(_interpolate(grid, c.compute, c.loss)) for c in curves])
-    owner = np.nanargmin(loss_RP, axis=0)
-    return Points(np.log(grid)[None], np.log(loss_RP[owner, np.arange(count)]), owner, tuple(c.run for c in curves))
+    size_R = np.array([c.parameters for c in curves])
+    there_RP = np.isfinite(loss_RP)
+    owner_P = np.argmin(np.where(there_RP, loss_RP, np.inf), axis=0)
+    smaller_P = (there_RP & (size_R[:, None] < size_R[owner_P])).any(axis=0)
+    larger_P = (there_RP & (size_R[:, None] > size_R[owner_P])).any(axis=0)
+    keep = np.flatnonzero(smaller_P & larger_P)
+    if len(keep) < 4 or grid[keep[-1]] / grid[keep[0]] < 10**0.5 or len(np.unique(owner_P[keep])) < 2:
+        return None
+    y_P = np.log(loss_RP[owner_P[keep], keep])
+    return Points(np.log(grid[keep])[None], y_P, owner_P[keep], tuple(c.run for c in curves))
 
 
 def loss_at(curve: Curve, images: float) -> float:
@@ -127,7 +134,7 @@ def too_little(curves: Sequence[Curve]) -> str | None:
     decades = math.log10(max(spent) / min(spent))
     if decades < MIN_DECADES:
         ratio = 10**decades
-        return f"the runs' compute spans a factor of {ratio:.1f} ({decades:.2f} decades), and at least one decade is needed"
+        return f"the runs' compute spans a factor of {ratio:.1f}, and at least a decade (a factor of 10) is needed"
     return None
 
 
@@ -236,8 +243,8 @@ class Frontier:
 def frontier(law: Law, flops_factor: float, flops_exponent: float = 1.0) -> Frontier:
     """Exact minimum of E + A/N^alpha + B/D^beta under C = k N^kappa D.
 
-    With kappa = 1 and k = 6 this is Hoffmann et al.'s: N_opt = G (C/6)^a, a = beta/(alpha+beta), G = (alpha A/(beta B))^(1/(alpha+beta)).
-    Here a token crosses a third of a block's parameters and attention grows with width, so kappa is measured on the rungs.
+    With kappa = 1 and k = 6 this is Hoffmann et al.'s N_opt = G (C/6)^(beta/(alpha+beta)), G = (alpha A/(beta B))^
+    (1/(alpha+beta)). Here a token crosses a third of a block's parameters, so k and kappa are measured on the rungs.
     """
     (a, b), (alpha, beta), kappa = law.coefficients, law.exponents, flops_exponent
     joint = alpha + kappa * beta

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.scaling import Array, Law, Points, center, huber, log_loss, log_loss_jacobian, refit, uncenter
+from eval.scaling import Array, Law, Points, center, log_loss, log_loss_jacobian, refit, uncenter
 
 REPLICATES = 1000
 LEAST_SQUARES = 1e3  # a Huber threshold that no residual reaches
@@ -27,7 +27,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Scatter:
-    """What is left over after the fit: standard deviation between runs (in log loss), its degrees of freedom, the rest."""
+    """What the fit leaves over: standard deviation between runs (in log loss), its degrees of freedom, the rest."""
 
     between_runs: float
     freedom: float
@@ -62,7 +62,9 @@ class Bootstrap:
 
 
 def scatter_of(points: Points, law: Law) -> Scatter:
-    """Between-run variance by moments: E[sum of squared run means of residuals] = variance * trace(M'M), M = Zbar (I-H) Z."""
+    """Between-run variance by moments: run means of residuals have E[sum of squares] = variance * trace(M'M),
+    M = Zbar (I - H) Z with Zbar the averaging per run, Z its membership and H the hat matrix.
+    """
     center_K = points.x_KP.mean(axis=1)
     x_KP = points.x_KP - center_K[:, None]
     theta_BQ = refit(center(law.theta_Q[None], center_K), x_KP, points.y_P, delta=LEAST_SQUARES, iterations=100)
@@ -80,7 +82,7 @@ def scatter_of(points: Points, law: Law) -> Scatter:
 
 
 def bootstrap(points: Points, law: Law, *, replicates: int = REPLICATES, seed: int = 0) -> Bootstrap:
-    """Refit to curves in which every run's deviation is drawn anew, whole: an offset, and its own wiggle times a normal."""
+    """Refit to curves whose runs deviate anew, each as a whole: an offset, and its own wiggle times a normal draw."""
     scatter = scatter_of(points, law)
     rng = np.random.default_rng(seed)
     runs, run_P = np.unique(points.run_P, return_inverse=True)
@@ -89,8 +91,9 @@ def bootstrap(points: Points, law: Law, *, replicates: int = REPLICATES, seed: i
     offset_BR = widen_B[:, None] * scatter.between_runs * rng.standard_normal((replicates, len(runs)))
     # The fit has taken up part of the wiggles too; one run's worth of freedom pays for the shared exponent in images.
     spare = max(len(runs) - 1, 1)
-    narrow_B = np.sqrt(len(runs) / rng.chisquare(spare, replicates))
-    wiggle_BR = narrow_B[:, None] * rng.standard_normal((replicates, len(runs)))
+    taken = len(points.y_P) / max(len(points.y_P) - len(law.theta_Q), 1)
+    more_B = np.sqrt(taken * len(runs) / rng.chisquare(spare, replicates))
+    wiggle_BR = more_B[:, None] * rng.standard_normal((replicates, len(runs)))
     center_K = points.x_KP.mean(axis=1)
     x_KP = points.x_KP - center_K[:, None]
     theta_Q = center(law.theta_Q[None], center_K)
