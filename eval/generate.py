@@ -19,7 +19,7 @@ from infra.errors import UserError
 from model.encoders import TextEncoders, load_text_encoders
 from model.sampler import sample
 from model.seeding import keyed_normal
-from model.text import TextCond, TextSpec, assemble, unconditional
+from model.text import TextCond, TextSpec, unconditional
 from model.vae import Latents, load_vae
 from model.weights import load_model
 
@@ -113,15 +113,15 @@ class Painter:
     def _condition(self, captions: Sequence[str]) -> TextCond:
         """Each different caption goes through the encoders once."""
         known = list(dict.fromkeys(captions))
-        encoded = assemble(self.spec, _encoders(self.spec).encode(known))
+        encoded = _encoders(self.spec, self.device).condition(known)
         rows = torch.tensor([known.index(caption) for caption in captions])
         return encoded[rows].to(self.device)
 
 
 @functools.lru_cache(maxsize=2)
-def _encoders(spec: TextSpec) -> TextEncoders:
+def _encoders(spec: TextSpec, device: str) -> TextEncoders:
     """Shared by all checkpoints of a ladder."""
-    return load_text_encoders(spec, resolve)
+    return load_text_encoders(spec, resolve, device=device)
 
 
 @functools.lru_cache(maxsize=2)

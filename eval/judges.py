@@ -123,7 +123,9 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
 JUDGES: dict[str, Callable[[OfficialPaths | None], Judges]] = {"world": world_judges, "official": official_judges}
 
 
+@functools.cache
 def build_judges(name: str, paths: OfficialPaths | None = None) -> Judges:
+    """The bundle of that name; one per process, so that what it loaded or measured once stays."""
     if name not in JUDGES:
         raise UserError(f"unknown judges {name!r}; known: {', '.join(JUDGES)}{nearest(name, JUDGES)}")
     return JUDGES[name](paths)

@@ -253,7 +253,5 @@ def _measure_loss(store: ResultStore, painter: Painter, origin: Mapping[str, Any
     if options.data is None:
         log.warning("%s has no val_loss at %s images: give --data URI", origin["run"], f"{origin['images_seen']:,}")
         return
-    protocol = {"metric": "val_loss", "protocol": "sd3", "by": "eval", "samples": 2048, "seed": 0}
-    protocol["data"] = painter.meta.get("data_fingerprint")
-    scores = val_loss(painter, options.data)
-    store.append(to_rows("val_loss", scores, origin, keep_protocol(store.uri, protocol), higher_is_better=False))
+    scores, protocol = val_loss(painter, options.data)
+    store.append(to_rows("val_loss", scores, origin, protocol, higher_is_better=False))

@@ -1,55 +1,59 @@
-"""Validation loss of exported weights: the trainer's own protocol, measured again from the file alone."""
+"""Validation loss of exported weights, from the file alone: the samples, noise and protocol hash that the trainer uses.
 
-from collections.abc import Iterator
-from typing import Any
+The trainer writes these rows while it trains; here they are made where it did not, or to check it.
+"""
+
+import hashlib
+import json
+import math
 
 import torch
 
-from data_pipeline.batch import LatentBatch
 from data_pipeline.loader import Dataset, open_dataset
 from eval.generate import Painter
 from eval.metric import Score
 from infra.errors import UserError
 from model.validation import get_protocol, validation_losses
 
-BATCH = 32  # fixed: figures must not depend on it
+SAMPLES, BATCH, SEED = 2048, 32, 0  # the trainer's defaults
 
 
-def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int = 2048, seed: int = 0) -> list[Score]:
-    """`PROTOCOL` and `PROTOCOL/t0.125` ...: mean and, per noise level, its own mean, over the first `samples`."""
+def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int = SAMPLES) -> tuple[list[Score], str]:
+    """Scores `sd3` (the protocol's mean) and `sd3/t0.125` ... (one per noise level), and their protocol hash."""
     dataset = open_dataset(data, split="val")
     expected = painter.meta.get("data_fingerprint")
     if expected and dataset.fingerprint != expected:
         raise UserError(f"{data} is dataset {dataset.fingerprint}, but these weights were trained on {expected}")
-    chosen = get_protocol(protocol)
+    if dataset.num_samples == 0:
+        raise UserError(f"{data}: the val split is empty, so there is no validation loss")
+    chosen, formulation = get_protocol(protocol), painter.meta["formulation"]
+    parts = []
     with torch.inference_mode():
-        losses_BV = torch.cat(
-            [
-                validation_losses(painter.model, batch, chosen.levels, seed, formulation=painter.meta["formulation"])
-                for batch in _batches(dataset, samples, seed)
-            ]
-        )
-    count = len(losses_BV)
+        for numbers in fixed_batches(dataset, samples):
+            batch = dataset.read(numbers, seed=SEED)
+            batch = batch._replace(latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device))
+            parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
+    losses_BV = torch.cat(parts)
     scores = [_score(protocol, losses_BV[:, : chosen.averaged].mean(1))]
     scores += [_score(f"{protocol}/t{level:g}", losses_BV[:, k]) for k, level in enumerate(chosen.levels)]
-    assert all(score.sample_count == count for score in scores)
-    return scores
+    told = [protocol, chosen.levels, len(losses_BV), SEED, formulation, dataset.fingerprint]
+    return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def fixed_batches(dataset: Dataset, samples: int) -> list[range]:
+    """The first samples, evenly from the buckets, never two buckets in one batch (as the trainer's validation)."""
+    found: list[range] = []
+    wanted = min(samples, dataset.num_samples)
+    for numbers in dataset.bucket_ranges.values():
+        share = numbers[: math.ceil(wanted * len(numbers) / dataset.num_samples)]
+        found += [share[i : i + BATCH] for i in range(0, len(share), BATCH)]
+    return found
 
 
 def _score(path: str, loss_B: torch.Tensor) -> Score:
-    """Mean with a normal 95 % interval over samples."""
+    """Mean over samples with a normal 95 % interval."""
     mean = loss_B.mean().item()
-    half = 1.96 * loss_B.std().item() / len(loss_B) ** 0.5 if len(loss_B) > 1 else None
-    details: dict[str, Any] = {}
-    if half is None:
-        return Score(path, mean, len(loss_B), details=details)
-    return Score(path, mean, len(loss_B), mean - half, mean + half, details)
-
-
-def _batches(dataset: Dataset, samples: int, seed: int) -> Iterator[LatentBatch]:
-    """The first samples of each bucket in turn, nothing dropped, until `samples` are read."""
-    left = samples
-    for numbers in dataset.bucket_ranges.values():
-        for start in range(0, min(len(numbers), left), BATCH):
-            yield dataset.read(numbers[start : min(start + BATCH, left, len(numbers))], seed=seed)
-        left -= min(len(numbers), left)
+    if len(loss_B) < 2:
+        return Score(path, mean, len(loss_B))
+    half = 1.96 * loss_B.std().item() / len(loss_B) ** 0.5
+    return Score(path, mean, len(loss_B), mean - half, mean + half)

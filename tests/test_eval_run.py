@@ -1,0 +1,240 @@
+"""Drawing and evaluating checkpoints: a picture depends on nothing but its seed; nothing is measured twice or lost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.generate import Job, Painter, Sampling
+from eval.metric import METRICS, Clusters, Prompt, Score
+from eval.protocol import protocol_hash, protocol_of
+from eval.run import RunOptions, find_checkpoints, parse_metrics, run
+from eval.sample import sample
+from infra.errors import UserError
+from infra.results import ResultStore
+from model.mmdit import MMDiTConfig
+from model.text import EncoderSpec, TextSpec
+from model.weights import save_weights
+
+QUICK = Sampling(steps=2, guidance=2.0, batch=4)
+SPEC = TextSpec(
+    encoders=(
+        EncoderSpec("clip_l", "world:clip", "open_clip", tokens=16, width=128, pooled=128),
+        EncoderSpec("t5", "world:minilm", "bert_hf", tokens=16, width=384, pooled=0),
+    ),
+    layout="trimmed",
+    context_width=384,
+)
+
+
+def export(path, *, images_seen=1000, seed=0, recipe_hash="r1", **changes):
+    """Random weights of depth 1 (not the initial ones: those predict zero), as the trainer would export them."""
+    config = MMDiTConfig(depth=1, in_channels=8, context_width=384, pooled_width=128, pos_max=16)
+    torch.manual_seed(seed)
+    state = {k: v + 0.05 * torch.randn_like(v) for k, v in config.build().state_dict().items()}
+    meta = {
+        "kind": "ema", "backbone": "mmdit", "config": config.to_json(), "formulation": "rf/lognorm(0.00,1.00)",
+        "shift": 1.0, "text_spec": SPEC.to_json(), "resolution": 64, "recipe_hash": recipe_hash,
+        "vae": {"checkpoint": "world:vae", "channels": 8, "factor": 4, "shift": 0.038052, "scale": 0.768568},
+        "data_fingerprint": "d", "images_seen": images_seen, "code_version": "t", "run": "tiny",
+    }  # fmt: skip
+    return save_weights(path, state, meta | changes)
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    return Painter(export(tmp_path_factory.mktemp("weights") / "ema.safetensors"))
+
+
+JOBS = [
+    Job("a red dog"),
+    Job("a cat", number=1),
+    Job("a red dog", number=1),
+    Job("a kite"),
+    Job("a red dog", source="7"),
+]
+
+
+def painted(painter, jobs, **changes):
+    return dict(painter.paint(jobs, replace(QUICK, **changes)))
+
+
+def test_a_picture_does_not_depend_on_its_batch_or_order(painter):
+    together = painted(painter, JOBS)
+    alone = painted(painter, JOBS[::-1], batch=1)
+    for job in JOBS:
+        # sums of another order may round one level apart
+        assert np.abs(together[job].astype(int) - alone[job].astype(int)).max() <= 1
+
+
+def test_number_source_words_and_seed_each_make_another_picture(painter):
+    first = painted(painter, JOBS)
+    pictures = [*first.values(), painted(painter, JOBS[:1], seed=1)[JOBS[0]]]
+    for i, a in enumerate(pictures):
+        assert a.shape == (64, 64, 3)
+        assert a.dtype == np.uint8
+        assert all((a != b).mean() > 0.5 for b in pictures[:i])
+
+
+def test_guidance_and_the_unconditional_input_matter(painter):
+    base = painted(painter, JOBS[:1])[JOBS[0]]
+    for change in ({"guidance": 1.0}, {"unconditional": "empty_prompt"}, {"steps": 3}, {"shift": 3.0}):
+        assert (painted(painter, JOBS[:1], **change)[JOBS[0]] != base).any(), change
+
+
+def test_weights_that_cannot_be_drawn_with_say_what_they_lack(tmp_path):
+    path = export(tmp_path / "ema.safetensors", seed=1)
+    from model.weights import load_weights
+
+    state, meta = load_weights(path)
+    save_weights(path, state, {k: v for k, v in meta.items() if k not in ("vae", "text_spec")})
+    with pytest.raises(UserError, match="lacks text_spec, vae"):
+        Painter(path)
+
+
+def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
+    weights = export(tmp_path / "ema.safetensors")
+    out, folders = tmp_path / "grid.png", tmp_path / "single"
+    sample(
+        str(weights),
+        ("a red dog", 'a/b "quoted" cat'),
+        str(out),
+        images_per_prompt=2,
+        folders=str(folders),
+        sampling=QUICK,
+    )
+    assert capsys.readouterr().out.strip() == str(out)
+    assert json.loads((tmp_path / "grid.json").read_text())["prompts"] == ["a red dog", 'a/b "quoted" cat']
+    assert sorted(p.name for p in folders.rglob("*.png")) == ["0000.png", "0000.png", "0001.png", "0001.png"]
+    assert json.loads((folders / "00001" / "metadata.jsonl").read_text())["prompt"] == 'a/b "quoted" cat'
+    with pytest.raises(UserError, match="nothing to draw"):
+        sample(str(weights), (" ",), str(out))
+
+
+def options(runs, **changes):
+    given = {"metrics": "geneval,fid", "prompts_per_task": 1, "images_per_prompt": 1, "captions": 3, "sampling": QUICK}
+    return RunOptions(runs=str(runs), **{**given, **changes})
+
+
+def objects(runs):
+    return sorted(p.relative_to(runs) for p in Path(runs).rglob("results/*.jsonl"))
+
+
+def test_run_measures_each_checkpoint_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.fid.REFERENCES", 200)
+    export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
+    export(tmp_path / "d1" / "weights" / "step_0000020" / "ema.safetensors", images_seen=80)
+    export(tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40, recipe_hash="r2")
+    run(options(tmp_path))
+    rows = ResultStore(str(tmp_path / "d1" / "results")).rows()
+    geneval = {(r.metric, r.images_seen) for r in rows if r.metric.startswith("world_geneval/overall")}
+    assert geneval == {(f"world_geneval/overall/{s}", n) for s in ("seen", "unseen") for n in (40, 80)}
+    fid = [r for r in rows if r.metric == "world_fid"]
+    assert [r.sample_count for r in fid] == [3, 3]
+    assert all(r.value > 0 and not r.higher_is_better for r in fid)
+    stored = objects(tmp_path)
+    run(options(tmp_path))
+    assert objects(tmp_path) == stored, "measured again"
+
+    calibration = {r.metric: r.value for r in ResultStore(str(tmp_path / "results")).rows(prefix="calibration")}
+    assert calibration["calibration/world_geneval/ground_truth/overall/seen"] > 0.7
+    assert calibration["calibration/world_geneval/noise/overall/seen"] == 0
+    assert calibration["calibration/world_fid/ground_truth"] < calibration["calibration/world_fid/noise"]
+
+    protocols = {r.protocol_hash for r in rows}
+    assert all((tmp_path / "d1" / "results" / "protocols" / f"{name}.json").exists() for name in protocols)
+    run(options(tmp_path, metrics="fid", checkpoints="last", calibration=False, sampling=replace(QUICK, steps=3)))
+    again = [r for r in ResultStore(str(tmp_path / "d1" / "results")).rows() if r.metric == "world_fid"]
+    assert len({r.protocol_hash for r in again}) == 2
+    assert [r.images_seen for r in again] == [40, 80, 80]
+
+
+def test_a_broken_checkpoint_is_counted_and_the_others_are_kept(tmp_path):
+    export(tmp_path / "d1" / "weights" / "step_0000020" / "ema.safetensors", images_seen=80)
+    broken = tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors"
+    broken.parent.mkdir()
+    broken.write_bytes(b"torn")
+    with pytest.raises(UserError, match="1 of 2 checkpoints"):
+        run(options(tmp_path, metrics="clip_score", calibration=False))
+    assert [r.images_seen for r in ResultStore(str(tmp_path / "d1" / "results")).rows()] == [80]
+
+
+def test_checkpoints_are_found_and_chosen(tmp_path):
+    for name, steps in (("d2", (5, 10, 20, 100)), ("d3", (7,))):
+        for step in steps:
+            file = tmp_path / name / "weights" / f"step_{step:07d}" / "ema.safetensors"
+            file.parent.mkdir(parents=True)
+            file.touch()
+    (tmp_path / "d2" / "weights" / "ema.safetensors").touch()
+
+    def steps(which, root=tmp_path):
+        return [(c.run, c.step) for c in find_checkpoints(str(root), which)]
+
+    assert steps("all") == [("d2", 5), ("d2", 10), ("d2", 20), ("d2", 100), ("d3", 7)]
+    assert steps("last") == [("d2", 100), ("d3", 7)]
+    assert steps("2") == [("d2", 10), ("d2", 100), ("d3", 7)]
+    assert steps("last", tmp_path / "d2") == [("d2", 100)]
+    with pytest.raises(UserError, match="expected all, last or a number"):
+        steps("first")
+    with pytest.raises(UserError, match="no checkpoints under"):
+        steps("all", tmp_path / "d2" / "nothing")
+
+
+def test_metric_names_are_checked():
+    assert parse_metrics("fid, val_loss,fid") == ["fid", "val_loss"]
+    with pytest.raises(UserError, match="did you mean 'geneval'"):
+        parse_metrics("genevl")
+    with pytest.raises(UserError, match="empty"):
+        parse_metrics(" , ")
+
+
+class Counting:
+    """A metric that needs no judge."""
+
+    name, higher_is_better = "counting", True
+
+    def __init__(self):
+        self.values = Clusters()
+
+    def prompts(self, per_task):
+        return [Prompt(f"prompt {i}", "t") for i in range(per_task)]
+
+    def describe(self):
+        return {"version": 1}
+
+    def update(self, samples):
+        for item in samples:
+            self.values.add("t", item.prompt_index, 1.0)
+
+    def compute(self) -> list[Score]:
+        return [self.values.score("")]
+
+
+def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
+    metric = Counting()
+    base = protocol_of(metric, metric.prompts(3), QUICK.protocol(), 1)
+    assert protocol_hash(base) == protocol_hash(
+        protocol_of(metric, metric.prompts(3), replace(QUICK, batch=9).protocol(), 1)
+    )
+    others = [
+        protocol_of(metric, metric.prompts(4), QUICK.protocol(), 1),
+        protocol_of(metric, metric.prompts(3), QUICK.protocol(), 2),
+        *(
+            protocol_of(metric, metric.prompts(3), replace(QUICK, **change).protocol(), 1)
+            for change in (
+                {"seed": 1},
+                {"steps": 9},
+                {"guidance": 1.0},
+                {"shift": 2.0},
+                {"unconditional": "empty_prompt"},
+            )
+        ),
+    ]
+    assert len({protocol_hash(p) for p in [base, *others]}) == 8
+
+
+def test_metrics_are_a_literal_of_known_names():
+    assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid"]
