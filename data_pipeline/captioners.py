@@ -60,17 +60,20 @@ class TransformersCaptioner:
 
 def _load_image_to_text(path: Path) -> tuple[Any, Any]:
     """Model and processor from a folder; VisionEncoderDecoder folders have image processor and tokenizer apart."""
+    import torch
     import transformers
 
     if not (path / "config.json").is_file():
         raise UserError(f"no captioner at {path}: expected a transformers folder with config.json and weights")
+    # transformers takes the stored dtype by default; fp16 on a CPU is slower and overflows
+    given: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type == "vision-encoder-decoder":
-        pair: Any = transformers.VisionEncoderDecoderModel.from_pretrained(path, local_files_only=True)
+        pair: Any = transformers.VisionEncoderDecoderModel.from_pretrained(path, **given)
         images = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         return pair.eval(), _Pair(images, tokenizer)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, local_files_only=True)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(path, **given)
     return model.eval(), transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
 
 

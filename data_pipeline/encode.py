@@ -107,8 +107,7 @@ class TextStage:
         alone = TextSpec(
             (self.encoder,), self.text_spec.layout, self.text_spec.context_width, self.text_spec.convention
         )
-        encoders = load_text_encoders(alone, resolve)
-        encoders.to(self.device)
+        encoders = load_text_encoders(alone, resolve, device=self.device)
 
         def run(shard: ShardView) -> pa.Table:
             captions = {
