@@ -123,7 +123,7 @@ def test_a_store_sees_what_others_append(store):
 
 def test_concurrent_writers_lose_nothing(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in "abc"]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(timeout=180) for writer in writers] == [0, 0, 0]
     rows = ResultStore(str(tmp_path)).rows()
     assert sorted((row.run, row.images_seen) for row in rows) == [(name, step) for name in "abc" for step in range(20)]
 

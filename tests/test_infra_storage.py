@@ -147,7 +147,7 @@ def test_of_several_writers_exactly_one_wins(place, request, tmp_path):
     for racer in racers:
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    wins = [[int(line) for line in racer.communicate(timeout=60)[0].split()] for racer in racers]
+    wins = [[int(line) for line in racer.communicate(timeout=180)[0].split()] for racer in racers]
     assert sorted(number for won in wins for number in won) == list(range(15))
     for name, won in zip(names, wins, strict=True):
         for number in won:
