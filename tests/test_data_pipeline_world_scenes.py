@@ -1,5 +1,6 @@
 """The world's scenes: pure functions of their key, true to their captions, held-out compositions kept out."""
 
+import hashlib
 import random
 from collections import Counter
 
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.world import grammar
-from data_pipeline.world.classes import BACKGROUNDS, CLASSES, COLORS, DRAWINGS
+from data_pipeline.world.classes import BACKGROUNDS, CLASSES, COLORS, DRAWINGS, FILLS
 from data_pipeline.world.scenes import Scene, detailed_caption, make_scene, scene_of
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [make_scene(0, i, split="train") for i in range(1500)]
+    return [make_scene(0, i, split="train") for i in range(600)]
 
 
 def test_a_scene_is_a_function_of_its_key() -> None:
@@ -25,16 +26,18 @@ def test_a_scene_is_a_function_of_its_key() -> None:
     assert not any(np.array_equal(first.image, other.image) for other in others)
 
 
-def test_pixels_of_a_known_scene_have_not_moved() -> None:
-    scene = make_scene(0, 0, split="train")
-    assert scene.image.shape == (64, 64, 3)
-    assert scene.image.dtype == np.uint8
-    assert tuple(scene.image[0, 0]) in BACKGROUNDS
-    assert scene.alt_captions[0] == grammar.official_prompt(scene.tag, scene.include)
+def test_known_scenes_have_not_moved(scenes: list[Scene]) -> None:
+    """Shipped checkpoints and datasets rest on these words and places: a change here means training them again."""
+    digest = hashlib.sha256()
+    for scene in scenes[:50]:
+        boxes = [item.box for item in scene.objects]
+        digest.update(repr((scene.caption, scene.alt_captions, boxes)).encode())
+    assert scenes[0].image.shape == (64, 64, 3)
+    assert digest.hexdigest()[:16] == "c7972c83e38c11c0"
 
 
 def test_truth_matches_pixels(scenes: list[Scene]) -> None:
-    for scene in scenes[:400]:
+    for scene in scenes[:150]:
         painted = np.any(scene.image != np.array(_background(scene)), axis=-1)
         claimed = np.zeros((64, 64), int)
         for item in scene.objects:
@@ -67,7 +70,7 @@ def test_scene_shows_what_it_includes(scenes: list[Scene]) -> None:
 
 
 def test_relations_hold_by_genevals_rule() -> None:
-    for index in range(300):
+    for index in range(100):
         scene = make_scene(1, index, split="train", tag="position")
         relation = scene.include[1]["position"][0]
         reference, target = (np.array(item.box) for item in scene.objects)
@@ -80,22 +83,15 @@ def test_relations_hold_by_genevals_rule() -> None:
 
 
 def test_colors_are_what_they_are_called() -> None:
-    """The commonest pixel of a re-filled object is nearer to its own fill than to any other color's."""
-    fills = np.array([[int(grammar_fill[i : i + 2], 16) for i in (1, 3, 5)] for grammar_fill in _light_and_dark()])
-    for index in range(300):
-        scene = make_scene(2, index, split="train", tag="colors")
-        (item,) = scene.objects
+    """Of all ten colors, an object's own fills cover most of its pixels."""
+    for index in range(150):
+        (item,) = (scene := make_scene(2, index, split="train", tag="colors")).objects
         pixels = scene.image[item.mask].astype(int)
-        pixels = pixels[pixels.max(1) > 30]
-        common = Counter(map(tuple, pixels)).most_common(1)[0][0]
-        nearest = int(np.abs(fills - np.array(common)).sum(1).argmin()) // 2
-        assert COLORS[nearest] == item.color, (item.name, item.color, common)
-
-
-def _light_and_dark() -> list[str]:
-    from data_pipeline.world.classes import FILLS
-
-    return [fill for color in COLORS for fill in FILLS[color]]
+        covered = {}
+        for color in COLORS:
+            fills = np.array([[int(fill[i : i + 2], 16) for i in (1, 3, 5)] for fill in FILLS[color]])
+            covered[color] = int((np.abs(pixels[:, None] - fills).sum(-1).min(1) < 20).sum())
+        assert max(covered, key=lambda color: covered[color]) == item.color, (item.name, item.color, covered)
 
 
 def test_held_out_compositions_never_occur_in_training(scenes: list[Scene]) -> None:
@@ -125,7 +121,7 @@ def test_held_out_shares_are_near_the_promise() -> None:
 
 
 def test_unseen_scenes_are_unseen() -> None:
-    assert not any(make_scene(0, i, split="x", seen=False).seen for i in range(200))
+    assert not any(make_scene(0, i, split="x", seen=False).seen for i in range(60))
     with pytest.raises(ValueError, match="always a seen composition"):
         make_scene(0, 0, split="x", seen=False, tag="single_object")
 
@@ -169,13 +165,15 @@ def test_a_prompt_can_be_drawn() -> None:
 
 
 def test_captions_fit_sixteen_tokens(scenes: list[Scene]) -> None:
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
     from data_pipeline.checkpoints import resolve
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve("world:minilm"))
+    tokenizer = Tokenizer.from_file(str(resolve("world:minilm") / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     texts = [text for scene in scenes for text in (scene.caption, detailed_caption(scene))]
-    lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+    lengths = [len(encoded.ids) for encoded in tokenizer.encode_batch(texts)]
     # "broccoli" and "donut" are several pieces in MiniLM's vocabulary; a few captions lose their last word.
     assert np.mean([length > 16 for length in lengths]) < 0.01
     assert max(lengths) <= 17
