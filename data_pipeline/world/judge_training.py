@@ -1,19 +1,15 @@
-"""What the three judges' trainings share: endless scenes of their own streams, augmentation, the loop, the EMA.
+"""What the three judges' trainings share: endless scenes of their own streams, augmentation, model cards.
 
 Judges draw from the streams `judge_train` and `judge_val` (all compositions, seen and unseen); nothing else does.
 """
 from __future__ import annotations
 
-import copy
 import itertools
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from data_pipeline.world.classes import ATTRIBUTION
@@ -106,60 +102,15 @@ def nothing(rng: np.random.Generator, size: int = 64) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-class Average:
-    """Exponential moving average of a module's parameters and buffers; `decay` is reached after a warm-up."""
-
-    def __init__(self, module: nn.Module, decay: float = 0.998) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay, self.num_updates = decay, 0
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.num_updates += 1
-        rate = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for mine, theirs in zip(self.module.state_dict().values(), module.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, rate)
-            else:
-                mine.copy_(theirs)
-
-
-def train(
-    module: nn.Module, loss_of_step: Callable[[int], Tensor], *, minutes: float, peak_lr: float, decay: float = 0.998
-) -> tuple[nn.Module, int]:
-    """AdamW for a span of wall time, warm-up then cosine to zero; the averaged module and the number of steps.
-
-    The learning rate follows the clock, so a slower machine takes fewer steps but still ends at zero.
-    """
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98))
-    average = Average(module, decay)
-    module.train()
-    begin, step, smooth = time.monotonic(), 0, 0.0
-    while (progress := (time.monotonic() - begin) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1.0, (step + 1) / 80) * 0.5 * (1 + math.cos(math.pi * progress))
-        loss = loss_of_step(step)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 2.0)
-        optimizer.step()
-        average.update(module)
-        step += 1
-        smooth = loss.item() if step == 1 else smooth + 0.03 * (loss.item() - smooth)
-        if step % 100 == 0:
-            logger.info("step %d  %.0f%%  loss %.4f  %.2f s", step, 100 * progress, smooth, time.monotonic() - begin)
-    return average.module, step
-
-
 def half(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module as it is stored: half precision, contiguous."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
     return {k: v.contiguous() for k, v in state.items()}
+
+
+def went_on(start_from: Path | None) -> str:
+    """For the card: whether a training went on from earlier weights."""
+    return "" if start_from is None else "started from an earlier run of the same script (other seed), "
 
 
 def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, float]) -> None:

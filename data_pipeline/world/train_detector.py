@@ -21,6 +21,7 @@ from data_pipeline.world.detector import (
     edges_to_boxes,
     normalise,
 )
+from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_metrics import average_precision
 from data_pipeline.world.judge_training import (
     augment,
@@ -28,7 +29,7 @@ from data_pipeline.world.judge_training import (
     held_out_scenes,
     logger,
     nothing,
-    train,
+    went_on,
     write_card,
 )
 from data_pipeline.world.scenes import Scene
@@ -126,11 +127,11 @@ def evaluate(detector: WorldDetector, scenes: list[Scene]) -> dict[str, float]:
     return figures
 
 
-def train_detector(out: Path, *, minutes: float, seed: int) -> None:
+def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
     """Trains, fits the temperature, evaluates on held-out scenes, writes the folder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    detector = WorldDetector(DetectorConfig(classes=CLASSES))
+    detector = WorldDetector.from_pretrained(start_from) if start_from else WorldDetector(DetectorConfig(CLASSES))
     scenes: Iterator[Scene] = endless_scenes(seed)
 
     def loss_of_step(step: int) -> Tensor:
@@ -139,7 +140,7 @@ def train_detector(out: Path, *, minutes: float, seed: int) -> None:
         found = presence_loss(output.logit_BKGG, targets) + box_loss(output, targets)
         return found + mask_loss(detector, output, targets)
 
-    averaged, num_steps = train(detector, loss_of_step, minutes=minutes, peak_lr=3e-3)
+    averaged, num_steps = fit(detector, loss_of_step, minutes=minutes, muon_lr=1e-2)
     assert isinstance(averaged, WorldDetector)
     temperature = fit_temperature(averaged, [next(scenes) for _ in range(640)])
     averaged.config = replace(averaged.config, temperature=temperature)
@@ -152,8 +153,8 @@ def train_detector(out: Path, *, minutes: float, seed: int) -> None:
         f"{sum(p.numel() for p in detector.parameters()):,} parameters, stored in half precision.",
         f"Data: split `judge_train` (all compositions), seed {seed}, {48 * num_steps:,} scenes, each seen once; "
         "4 % of the images replaced by ones without objects.",
-        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, AdamW, averaged weights, "
-        f"temperature {temperature:.2f} fitted on 640 further training scenes.",
+        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
+        f"{went_on(start_from)}averaged weights, temperature {temperature:.2f} fitted on 640 further training scenes.",
         f"Evaluated on 1,000 held-out scenes, seed {seed}.",
     ]
     write_card(out, "World detector", facts, figures)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.world.classes import CLASSES, COLORS
+from data_pipeline.world.fit import fit
 from data_pipeline.world.grammar import paraphrase
 from data_pipeline.world.judge_training import (
     augment,
@@ -26,7 +27,7 @@ from data_pipeline.world.judge_training import (
     half,
     held_out_scenes,
     logger,
-    train,
+    went_on,
     write_card,
 )
 from data_pipeline.world.judge_wording import composition, contents, crop_prompt, nearly_true, save_tokenizer
@@ -196,13 +197,15 @@ def build(folder: Path) -> tuple[Any, Tokens]:
     return clip, Tokens(tokenizer, config["model_cfg"]["text_cfg"]["context_length"])
 
 
-def train_judge_clip(out: Path, *, minutes: float, seed: int) -> None:
+def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
     """Trains, writes the folder in open_clip's local layout, evaluates what can be loaded from it."""
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
     rng, words = np.random.default_rng(seed), random.Random(seed)
     clip, tokens = build(out)
+    if start_from:
+        clip.load_state_dict(load(start_from)[0].state_dict())
     module = _Module(clip)
     scenes, colored = endless_scenes(seed), endless_scenes(seed, tags=("colors", "color_attr"))
 
@@ -218,7 +221,7 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int) -> None:
         plain = F.binary_cross_entropy_with_logits(module.facts(image_BE[:NUM_SCENES]), batch.facts)
         return on_scenes + on_crops + plain
 
-    averaged, num_steps = train(module, loss_of_step, minutes=minutes, peak_lr=1.5e-3)
+    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=4e-3)
     save_file(half(averaged.get_submodule("clip")), out / "open_clip_model.safetensors")
     figures = evaluate(out, seed)
     logger.info("judge_clip: %s", figures)
@@ -227,7 +230,8 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int) -> None:
         "precision): `open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
         f"Data: split `judge_train` (all compositions), seed {seed}; {num_steps:,} steps of {NUM_SCENES} scenes with "
         f"{NUM_WRONG} nearly true captions each and {NUM_CROPS} masked crops with 2 wrong colors each.",
-        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, AdamW, averaged weights.",
+        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
+        f"{went_on(start_from)}averaged weights.",
         f"Evaluated on held-out scenes, seed {seed}: 1,500 with their own crops, retrieval among 500.",
     ]
     write_card(out, "World judge CLIP", facts, figures)

@@ -12,28 +12,46 @@ from infra.errors import run_cli
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
-def detector(minutes: float = 20.0, seed: int = 101, threads: int = 1, out: Path = CHECKPOINTS / "detector") -> None:
+def detector(
+    minutes: float = 20.0,
+    seed: int = 101,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "detector",
+    start_from: Path | None = None,
+) -> None:
     """Class, box, mask and score of each object: the seat of Mask2Former."""
     from data_pipeline.world.train_detector import train_detector
 
     torch.set_num_threads(threads)
-    train_detector(out, minutes=minutes, seed=seed)
+    train_detector(out, minutes=minutes, seed=seed, start_from=start_from)
 
 
-def clip(minutes: float = 20.0, seed: int = 202, threads: int = 1, out: Path = CHECKPOINTS / "judge_clip") -> None:
+def clip(
+    minutes: float = 20.0,
+    seed: int = 202,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "judge_clip",
+    start_from: Path | None = None,
+) -> None:
     """Colors of masked crops, CLIP score and FID features: the seat of CLIP ViT-L/14."""
     from data_pipeline.world.train_judge_clip import train_judge_clip
 
     torch.set_num_threads(threads)
-    train_judge_clip(out, minutes=minutes, seed=seed)
+    train_judge_clip(out, minutes=minutes, seed=seed, start_from=start_from)
 
 
-def vqa(minutes: float = 20.0, seed: int = 303, threads: int = 1, out: Path = CHECKPOINTS / "vqa") -> None:
+def vqa(
+    minutes: float = 20.0,
+    seed: int = 303,
+    threads: int = 1,
+    out: Path = CHECKPOINTS / "vqa",
+    start_from: Path | None = None,
+) -> None:
     """Yes or no to "a red apple?": the seat of BLIP-VQA."""
     from data_pipeline.world.train_vqa import train_vqa
 
     torch.set_num_threads(threads)
-    train_vqa(out, minutes=minutes, seed=seed)
+    train_vqa(out, minutes=minutes, seed=seed, start_from=start_from)
 
 
 def check(per_task: int = 100, threads: int = 1) -> None:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.world.classes import CLASSES, COLORS
+from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_training import (
     augment,
     endless_scenes,
     held_out_scenes,
     logger,
     nothing,
-    train,
+    went_on,
     write_card,
 )
 from data_pipeline.world.judge_wording import Question, absent_questions, questions, save_tokenizer
@@ -30,7 +31,7 @@ from data_pipeline.world.scenes import SIZE, Scene, SceneObject
 # Shapes: B images, P patches, Q questions (NUM_QUESTIONS per image), L question tokens, D width.
 PATCH = 8
 GRID = SIZE // PATCH
-NUM_SCENES, NUM_QUESTIONS = 48, 6
+NUM_SCENES, NUM_QUESTIONS = 48, 3
 NO_COLOR = len(COLORS)
 IGNORED = -100
 
@@ -137,11 +138,13 @@ def patch_loss(module: _Module, patches_BPD: Tensor, batch: Batch) -> Tensor:
     return by_class + by_color + 3 * centre
 
 
-def train_vqa(out: Path, *, minutes: float, seed: int) -> None:
+def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
     """Trains, writes the transformers folder, evaluates what `from_pretrained` reads back."""
     torch.manual_seed(seed)
     rng, words = np.random.default_rng(seed), random.Random(seed)
     vqa, tokenizer = build(out)
+    if start_from:
+        vqa.load_state_dict(load(start_from)[0].state_dict())
     module = _Module(vqa)
     scenes = endless_scenes(seed)
     yes, no, stop = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "[SEP]"))
@@ -156,7 +159,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int) -> None:
         stopped = F.cross_entropy(logits_Q2V[:, 1], torch.full_like(answers_Q, stop))
         return 2 * told + 0.1 * stopped + patch_loss(module, image_BPD[:, 1:], batch)
 
-    averaged, num_steps = train(module, loss_of_step, minutes=minutes, peak_lr=1.5e-3)
+    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=4e-3)
     save(averaged.get_submodule("vqa"), out)
     figures = evaluate(out, seed)
     logger.info("vqa: %s", figures)
@@ -165,7 +168,8 @@ def train_vqa(out: Path, *, minutes: float, seed: int) -> None:
         "in half precision; processor and tokenizer beside it.",
         f"Data: split `judge_train` (all compositions), seed {seed}; {num_steps * NUM_SCENES:,} scenes, "
         f"{NUM_QUESTIONS} questions each, half of them to be answered with no; 5 % of the images show nothing.",
-        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, AdamW, averaged weights.",
+        f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
+        f"{went_on(start_from)}averaged weights.",
         f"Evaluated on 1,500 held-out scenes, seed {seed}, 8 questions each; calibration over ten bins of P(yes).",
     ]
     write_card(out, "World VQA", facts, figures)
@@ -192,12 +196,16 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def yes_probabilities(vqa: Any, tokenizer: Any, images: list[np.ndarray], texts: list[str]) -> np.ndarray:
-    """P(yes) / (P(yes) + P(no)) of the first answer token for each pair of image and question."""
+    """P(yes) / (P(yes) + P(no)) of the first answer token per pair; an image object that repeats is looked at once."""
     answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
+    distinct = list({id(image): image for image in images}.values())
+    row = {id(image): i for i, image in enumerate(distinct)}
+    chunks = [pixels(distinct[start : start + 128]) for start in range(0, len(distinct), 128)]
+    image_BPD = torch.cat([vqa.vision_model(chunk).last_hidden_state for chunk in chunks])
     parts = []
     for start in range(0, len(texts), 128):
         tokens = tokenizer(texts[start : start + 128], padding="longest", return_tensors="pt")
-        image_QPD = vqa.vision_model(pixels(images[start : start + 128])).last_hidden_state
+        image_QPD = image_BPD[[row[id(image)] for image in images[start : start + 128]]]
         logits_Q2V = first_logits(vqa, image_QPD, tokens, torch.full((len(image_QPD),), answers[0]))
         parts.append(logits_Q2V[:, 0, answers].softmax(1)[:, 0])
     return torch.cat(parts).numpy()
