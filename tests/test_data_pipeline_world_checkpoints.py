@@ -116,10 +116,10 @@ def test_fit_learns_and_stops_at_nonsense() -> None:
     def loss_of_step(step: int) -> torch.Tensor:
         return (module(x_BD) - y_B1).square().mean()
 
-    before = float(loss_of_step(0))
+    before = loss_of_step(0).item()
     average, steps = fit(module, loss_of_step, minutes=0.05, muon_lr=0.05)
     assert steps > 0
-    assert float((average(x_BD) - y_B1).square().mean()) < before
+    assert (average(x_BD) - y_B1).square().mean().item() < before
     with pytest.raises(FloatingPointError, match="step 0"):
         fit(module, lambda step: loss_of_step(step) * float("nan"), minutes=0.05, muon_lr=0.05)
 

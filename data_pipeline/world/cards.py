@@ -44,7 +44,7 @@ def write_card(
 
 It knows the drawings of the world and nothing else; its scores say nothing about photographs.
 
-{ATTRIBUTION}. The weights were trained on scenes made from these drawings and are shared under the same licence,
-CC BY-SA 4.0.
+{ATTRIBUTION}.
+The weights were trained on scenes made from these drawings and are shared under the same licence, CC BY-SA 4.0.
 """
     (folder / "README.md").write_text(text, encoding="ascii")

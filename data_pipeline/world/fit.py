@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from infra.log import get_logger
 
 logger = get_logger("world")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -56,14 +58,14 @@ def _is_inner(name: str, p: nn.Parameter) -> bool:
 
 
 def fit(
-    module: nn.Module,
+    module: Model,
     loss_of_step: Callable[[int], Tensor],
     *,
     minutes: float,
     muon_lr: float,
     adam_lr: float = 2e-3,
     decay: float = 0.996,
-) -> tuple[nn.Module, int]:
+) -> tuple[Model, int]:
     """Train for a span of wall time, learning rates linear to zero by the clock; averaged module, number of steps."""
     inner = [p for name, p in module.named_parameters() if _is_inner(name, p)]
     chosen = {id(p) for p in inner}

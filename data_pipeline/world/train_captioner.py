@@ -61,7 +61,6 @@ def _model_config(tokenizer: Any) -> Any:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         add_cross_attention=True,
-        is_decoder=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -118,7 +117,7 @@ def train_captioner(
     torch.manual_seed(seed)
     history = trained_line(start_from)
     tokenizer = make_tokenizer(0)
-    model = load(start_from)[0] if start_from else VisionEncoderDecoderModel(_model_config(tokenizer))
+    model: Any = load(start_from)[0] if start_from else VisionEncoderDecoderModel(_model_config(tokenizer))
 
     def loss_of_step(step: int) -> Tensor:
         scenes = [make_scene(seed, i, split="captioner") for i in range(step * batch, (step + 1) * batch)]

@@ -104,7 +104,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 200)
         index += 1
     kept = list(scenes.values())
     image_BE = F.normalize(model.encode_image(normalised([scene.image for scene in kept])), dim=-1)
-    figures = {}
+    figures: dict[str, float] = {}
     for name, texts in (
         ("original", [scene.caption for scene in kept]),
         ("detailed", [detailed_caption(scene) for scene in kept]),

@@ -100,6 +100,7 @@ def train_vae(
 
     torch.manual_seed(seed)
     history = trained_line(start_from)
+    vae: Any
     if start_from:
         vae = AutoencoderKL.from_pretrained(start_from).float()
     else:
