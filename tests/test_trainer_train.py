@@ -1,0 +1,248 @@
+"""Whole runs by real ranks: the plain command, bit-equal and elastic resume, damage, SIGTERM, nan, the ladder."""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_launch import TINY, finish, run_ranks, start_ranks
+
+from data_pipeline.synthetic import write_synthetic
+from infra.errors import UserError
+from infra.results import ResultStore
+from model.weights import load_weights, read_meta
+from trainer.__main__ import main
+from trainer.ladder import climb, images_trained
+
+pytestmark = pytest.mark.dist
+IMAGES, EVERY = 192, 64  # 24 steps of 8 images; a checkpoint every 8 steps
+CADENCE = ["--logging.log-every", "8", "--logging.save-every", str(EVERY), "--validation.every", str(EVERY)]
+# As the ladder takes them: NAME=VALUE.
+OPTIONS = [
+    "model.in-channels=4", "model.context-width=48", "model.pooled-width=32", "data.resolution=32", "data.text-tokens=16",
+    "data.latent-shape=4 8 8", "global-batch=8", "optimizer.lr=3e-3", "validation.samples=16", "validation.batch=8",
+    "logging.log-every=8", f"logging.save-every={EVERY}", f"validation.every={EVERY}",
+]  # fmt: skip
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["-m", "trainer", "train", "world-d2", "--data", str(data), "--out", str(out), "--images", str(IMAGES)]
+    return [*arguments, *TINY, *CADENCE, *more]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Images seen -> training loss, as logged at every step."""
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    return {line["images_seen"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_synthetic(str(path), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """One uninterrupted run on two ranks, through the ladder and the deepspeed launcher."""
+    out = tmp_path_factory.mktemp("runs")
+    assert climb("world", [2], data=str(data), out=str(out), images=IMAGES, num_ranks=2, options=OPTIONS)
+    return out / "world-d2"
+
+
+@pytest.fixture(scope="module")
+def resumed(data, straight, tmp_path_factory) -> tuple[Path, str]:
+    """The same run cut back to steps 8 and 16, step 16 damaged, continued on two ranks to the end; and what it said."""
+    run = tmp_path_factory.mktemp("resumed") / "run"
+    cut(straight, run, keep=(8, 16))
+    path = run / "checkpoints" / "step_0000016" / "rank_00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    return run, run_ranks(command(data, run), 2)
+
+
+@pytest.fixture(scope="module")
+def elastic(data, straight, tmp_path_factory) -> Path:
+    """Two ranks to step 8, one rank to step 24, cut back to step 16, two ranks to the end."""
+    one = tmp_path_factory.mktemp("elastic") / "one"
+    cut(straight, one, keep=(8,))
+    run_ranks(command(data, one), 1)
+    two = one.parent / "two"
+    cut(one, two, keep=(16,))
+    run_ranks(command(data, two), 2)
+    return two
+
+
+def cut(run: Path, copy: Path, *, keep: tuple[int, ...]) -> None:
+    """A copy of a run as a kill right after checkpoint `keep[-1]` would have left it."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("tensorboard"))
+    for folder in (copy / "checkpoints").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) not in keep:
+            shutil.rmtree(folder)
+    for name in ("ema", "raw"):
+        (copy / "weights" / f"{name}.safetensors").unlink()
+
+
+def test_run_folder_is_complete(straight):
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == [
+        "latest", "step_0000008", "step_0000016", "step_0000024",
+    ]  # fmt: skip
+    assert (straight / "checkpoints" / "latest").read_text() == "step_0000024\n"
+    assert sorted(path.name for path in (straight / "weights").iterdir()) == [
+        "ema.safetensors", "raw.safetensors", "step_0000008", "step_0000016", "step_0000024",
+    ]  # fmt: skip
+    plan = json.loads((straight / "plan.json").read_text())
+    state, meta = load_weights(straight / "weights" / "ema.safetensors")
+    assert plan["parameters"] == sum(tensor.numel() for tensor in state.values())
+    recipe = json.loads((straight / "recipe.json").read_text())
+    assert recipe["data"]["fingerprint"] == meta["data_fingerprint"]
+    assert (meta["images_seen"], meta["run"], meta["kind"]) == (IMAGES, "world-d2", "ema")
+    assert read_meta(straight / "weights" / "step_0000008" / "ema.safetensors")["images_seen"] == 64
+    assert list((straight / "logs" / "tensorboard").glob("events*"))
+
+
+def test_results_tell_losses_and_cost(straight):
+    store = ResultStore(str(straight / "results"))
+    values = {row.images_seen: row.value for row in store.rows(metric="val_loss/sd3")}
+    assert list(values) == [64, 128, 192]
+    assert values[192] < values[64]
+    levels = store.rows(prefix="val_loss/sd3")
+    assert {row.metric for row in levels} >= {"val_loss/sd3/t0.125", "val_loss/sd3/t1.000"}
+    assert all(row.sample_count == 16 and row.protocol_hash for row in levels)
+    trained = [row.value for row in store.rows(metric="train_loss")]
+    assert len(trained) == 24
+    assert trained[-1] < trained[0]
+    assert store.rows(metric="cost/seconds")[-1].value > 0
+
+
+def test_the_ladder_skips_what_is_trained(straight, data, capfd):
+    assert images_trained(str(straight)) == IMAGES
+    out = str(straight.parent)
+    climb("world", [2], data=str(data), out=out, images=IMAGES, num_ranks=2, options=OPTIONS)
+    told = capfd.readouterr()
+    assert "deepspeed" not in told.out
+    assert "is trained (192 images)" in told.err
+
+
+def test_resume_is_bit_equal_and_passes_over_a_damaged_checkpoint(straight, resumed):
+    run, said = resumed
+    assert "step_0000016 is damaged" in said
+    assert "falling back" in said
+    assert "resumed" in said
+    assert losses(run) == losses(straight)
+    for name in ("ema", "raw"):
+        one, _ = load_weights(straight / "weights" / f"{name}.safetensors")
+        two, _ = load_weights(run / "weights" / f"{name}.safetensors")
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_each_figure_is_told_once_after_a_resume(straight, resumed):
+    run, _ = resumed
+    seen = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    keys = [(line["kind"], line["images_seen"]) for line in seen]
+    assert len(keys) == len(set(keys)) == 24 + 3
+    rows = ResultStore(str(run / "results")).rows(metric="train_loss")
+    assert [row.images_seen for row in rows] == [8 * n for n in range(1, 25)]
+
+
+def test_resume_on_other_numbers_of_ranks_continues_the_same_run(straight, elastic):
+    one, two = losses(straight), losses(elastic)
+    assert one.keys() == two.keys()
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    a, _ = load_weights(straight / "weights" / "ema.safetensors")
+    b, _ = load_weights(elastic / "weights" / "ema.safetensors")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    values = [ResultStore(str(run / "results")).rows(metric="val_loss/sd3")[-1].value for run in (straight, elastic)]
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all_with_their_own_code(data, tmp_path):
+    processes = start_ranks(command(data, tmp_path / "run", "--images", "80000", "--logging.save-every", "80000"), 2)
+    while not (tmp_path / "run" / "plan.json").exists() and processes[0].poll() is None:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = finish(processes)
+    assert codes == [75, 75], said
+    assert "stopped by signal" in said
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_line(data, tmp_path):
+    more = ["--optimizer.lr", "1e30", "--optimizer.clip-norm", "None"]
+    codes, said = finish(start_ranks(command(data, tmp_path / "run", *more), 1))
+    assert codes == [2], said
+    line = next(line for line in said.splitlines() if line.startswith("error:"))
+    assert "is not finite at images" in line
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_init_from_starts_where_the_weights_are(data, straight, tmp_path):
+    more = ["--init-from", str(straight / "weights" / "ema.safetensors"), "--images", "8"]
+    run_ranks(command(data, tmp_path / "run", *more), 1)
+    begun, ended = losses(straight), losses(tmp_path / "run")
+    assert ended[8] < 0.8 * begun[8]  # same images and noise at the first step, far better weights
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init_weights"]
+
+
+def test_export_from_a_checkpoint_equals_what_training_exported(data, straight, tmp_path, monkeypatch, capsys):
+    for kind in ("ema", "raw"):
+        out = tmp_path / f"{kind}.safetensors"
+        words = ["export", str(straight), "--data", str(data), "--kind", kind, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["trainer", *words])
+        main()
+        trained, meta = load_weights(straight / "weights" / f"{kind}.safetensors")
+        found, again = load_weights(out)
+        assert all(torch.equal(trained[name], found[name]) for name in trained)
+        assert again | {"code_version": ""} == meta | {"code_version": ""}
+    assert "parameters from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--model.in-channels", "8"], "latent channels: data 4, recipe 8 (--model.in-channels 4)"),
+        (["--data.fingerprint", "feedfacefeedface"], "was made for feedfacefeedface"),
+        (["--formulation", "rf/lognrom(0.00,1.00)"], "lognorm"),
+        (["--validation.protocol", "sd33"], "sd3"),
+        (["--ema.profiles", "power:0.9"], "out of range"),
+        (["--parallel.micro-batch", "3"], "micro_batch 3 does not divide the 8 images"),
+        (["--resume", "/no/such/step_0000001"], "no checkpoint there"),
+        (["--init-from", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_dry_run_finds_what_does_not_fit(data, tmp_path, monkeypatch, more, says):
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run", "--dry-run", *more)[2:]])
+    with pytest.raises(ValueError, match="(?s).*") as caught:
+        main()
+    assert says in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing_and_shows_the_plan(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run", "--dry-run")[2:]])
+    main()
+    told = capsys.readouterr().out
+    assert "parameters" in told
+    assert "nothing was written" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_keeps_its_recipe(data, straight, monkeypatch):
+    for more, says in ((["--seed", "7"], "seed: 0 -> 7"), (["--resume", "none"], "--resume is none")):
+        monkeypatch.setattr(sys, "argv", ["trainer", *command(data, straight, "--dry-run", *more)[2:]])
+        with pytest.raises(UserError, match=says):
+            main()
+
+
+def test_losses_are_finite_everywhere(straight, resumed, elastic):
+    for run in (straight, resumed[0], elastic):
+        assert all(math.isfinite(loss) for loss in losses(run).values())

@@ -1,0 +1,53 @@
+"""Start real ranks for the trainer's tests, without the launcher's own imports."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# A recipe's flags for the synthetic data of these tests: four channels of 8x8, 8 + 8 text tokens.
+TINY = [
+    *("--model.in-channels", "4", "--model.context-width", "48", "--model.pooled-width", "32"),
+    *("--data.resolution", "32", "--data.text-tokens", "16", "--data.latent-shape", "4", "8", "8"),
+    *("--global-batch", "8", "--optimizer.lr", "3e-3", "--validation.samples", "16", "--validation.batch", "8"),
+]
+
+
+def start_ranks(command: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """`python COMMAND...` once per rank, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+        found.append(
+            subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    return found
+
+
+def finish(processes: list[subprocess.Popen[str]], *, timeout: float = 900.0) -> tuple[list[int], str]:
+    """(exit codes, everything they said); whatever still runs is killed first."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    return [process.returncode for process in processes], "\n".join(said)
+
+
+def run_ranks(command: list[str], ranks: int) -> str:
+    """What was said; fails unless every rank ends well."""
+    codes, said = finish(start_ranks(command, ranks))
+    assert codes == [0] * ranks, said
+    return said

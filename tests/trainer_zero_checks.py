@@ -1,0 +1,211 @@
+"""Run by two real ranks (see test_trainer_zero.py): measures what ZeRO does and prints one JSON object from rank 0."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import open_dataset
+from model.flow import get_formulation
+from model.mmdit import MMDiTConfig
+from model.text import TextCond
+from trainer.export import export, weights_meta
+from trainer.objective import pretrain
+from trainer.recipe import EMA, Data, Optimizer, Parallel, Recipe, Validation
+from trainer.validate import Validator
+from trainer.zero.ema import ShardedEMA, gamma_of_width
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group, leave, start
+
+CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
+RECIPE = Recipe(
+    name="tiny",
+    model=CONFIG,
+    images=1000,
+    global_batch=8,
+    precision="fp32",
+    optimizer=Optimizer(lr=1e-2),
+    ema=EMA(profiles=("power:0.20",)),
+    data=Data(resolution=32),
+    parallel=Parallel(persistence_threshold=0, reduce_bucket=2_000_000, prefetch=2_000_000),
+    validation=Validation(samples=40, batch=16),
+)
+FORM = get_formulation(RECIPE.formulation)
+
+
+class Collectives:
+    """Counts what goes over the wire."""
+
+    def __init__(self) -> None:
+        self.count = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}
+
+    @contextlib.contextmanager
+    def watching(self):
+        saved = {name: getattr(dist, name) for name in self.count}
+
+        def counted(name):
+            def call(*args, **kwargs):
+                self.count[name] += 1
+                return saved[name](*args, **kwargs)
+
+            return call
+
+        for name in self.count:
+            setattr(dist, name, counted(name))
+        try:
+            yield self.count
+        finally:
+            for name, function in saved.items():
+                setattr(dist, name, function)
+
+
+def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedEMA | None = None, micro: int = 1):
+    """(losses, masters in float64 after each step): `count` steps on the data set."""
+    batches = open_dataset(data).batches(
+        seed=0, global_batch=8, rank=group.rank, world_size=group.world, micro_batch=8 // group.world // micro
+    )
+    losses, seen = [], []
+    for number in range(count):
+        total = 0.0
+        for part in range(micro):
+            loss_B = pretrain(engine, next(batches), formulation=FORM, seed=0, shift=1.0, device=group.device)
+            engine.backward(loss_B.mean())
+            total += loss_B.double().sum().item()
+            if part + 1 < micro:
+                engine.step(0.0, boundary=False)
+        engine.step(1e-2)
+        losses.append(group.sum([total])[0] / 8)
+        seen.append([m.double().clone() for m in engine.masters])
+        if ema is not None:
+            ema.update(engine.masters, 8 * (number + 1), 8)
+    batches.close()
+    return losses, seen
+
+
+def probe(engine: ZeroEngine) -> torch.Tensor:
+    """A fixed forward pass."""
+    g = torch.Generator().manual_seed(1)
+    text = TextCond(torch.randn(3, 16, 48, generator=g), torch.randn(3, 32, generator=g))
+    with engine.inference():
+        return engine(torch.randn(3, 4, 8, 8, generator=g), torch.rand(3, generator=g), text).double()
+
+
+def main() -> None:
+    data, out = sys.argv[1:]
+    group, found = start(), {}
+    engine = ZeroEngine(RECIPE, group)
+    found["sizes"] = engine.describe()
+    lives = [p.numel() for p in engine.model.parameters()]
+    found["live_before"] = sum(lives)
+
+    # EMA on shards against the unsharded formula in float64.
+    ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
+    losses, seen = steps(engine, group, data, 4, ema)
+    found["losses"] = losses
+    g, reference = gamma_of_width(0.20), None
+    for n, masters in enumerate(seen, start=1):
+        beta = (1 - 1 / n) ** (g + 1)
+        reference = masters if reference is None else [r * beta + m * (1 - beta) for r, m in zip(reference, masters)]
+    errors = [
+        (a.double() - r)[s.offset : s.offset + s.numel].abs().max().item()
+        for flat, a, r in zip(engine.partition.flats, ema.first, reference)
+        for s in flat.segments
+    ]
+    found["ema_error"] = max(errors)
+
+    # Swapping weights: with zeros the model must compute like the zero model, and restoring is bit-exact.
+    before = probe(engine)
+    with engine.weights([torch.zeros_like(m) for m in engine.masters]):
+        found["zero_output"] = probe(engine).abs().max().item()
+    found["normal_output"] = before.abs().max().item()
+    found["restored"] = torch.equal(probe(engine), before)
+    # The trap itself: writing the partitions without emptying the cache changes nothing.
+    optimizer = engine.partition._optimizer
+    for target in optimizer.fp16_partitioned_groups_flat:
+        target.zero_()
+    found["trap"] = torch.equal(probe(engine), before)
+    engine.publish()
+
+    # Validation with EMA weights; the exported file must hold what all ranks' shards put together give.
+    validator = Validator(RECIPE, open_dataset(data, split="val"))
+    with engine.weights(ema.first):
+        result = validator.run(engine, group)
+    found["validation"] = [result.mean, *result.per_level.values()]
+    found["validation_count"] = result.sample_count
+    info = open_dataset(data).info
+    meta = {kind: weights_meta(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
+    found["exported"] = export(engine, ema.first, [f"{out}/ema.safetensors"], meta["ema"], group)
+    found["exported"] &= export(engine, engine.masters, [f"{out}/raw.safetensors"], meta["raw"], group)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
+        if group.rank == 0:
+            torch.save({n: p.detach().clone() for n, p in engine.model.named_parameters()}, f"{out}/gathered.pt")
+    found["refused"] = not export(engine, engine.masters, ["/proc/nowhere/x.safetensors"], meta["raw"], group)
+
+    # A gradient that is not finite: DeepSpeed skips, and the engine says so.
+    g = torch.Generator().manual_seed(1)
+    text = TextCond(torch.randn(4, 16, 48, generator=g), torch.randn(4, 32, generator=g))
+    loss = engine(torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), text).mean()
+    engine.backward(loss * float("inf") if group.rank == 1 else loss)
+    kept = [m.clone() for m in engine.masters]
+    found["skip_seen"] = not engine.step(1e-2).applied
+    found["skip_kept"] = all(torch.equal(a, b) for a, b in zip(kept, engine.masters))
+
+    # The same run under other stages, with accumulation, with recomputation, with small parameters kept whole.
+    found["stages"] = {}
+    variants = {
+        "stage0": Parallel(zero_stage=0),
+        "stage1": Parallel(zero_stage=1),
+        "stage2": Parallel(zero_stage=2),
+        "accumulate": dataclasses.replace(RECIPE.parallel, micro_batch=2),
+        "checkpoint": dataclasses.replace(RECIPE.parallel, checkpoint_blocks=True, max_live=0),
+        "persistent": dataclasses.replace(RECIPE.parallel, persistence_threshold=100_000),
+    }
+    for name, parallel in variants.items():
+        micro = 2 if name == "accumulate" else 1
+        other = ZeroEngine(dataclasses.replace(RECIPE, parallel=parallel), group, accumulation=micro)
+        average = ShardedEMA(RECIPE.ema.profiles, other.masters)
+        got, _ = steps(other, group, data, 4, average, micro)
+        here = probe(other)
+        with other.weights([torch.zeros_like(m) for m in other.masters]):
+            zero = probe(other).abs().max().item()
+        with other.weights(average.first):
+            mean = validator.run(other, group).mean
+        found["stages"][name] = {
+            "losses": got,
+            "zero_output": zero,
+            "restored": torch.equal(probe(other), here),
+            "validation": mean,
+            "local": other.describe()["local"],
+            "adam_steps": other.adam_steps,
+        }
+        if name == "stage2":
+            whole = {n: other.whole(n, other.masters) for n in list(other.shapes)[:6]}
+            found["whole_matches"] = all(
+                torch.equal(whole[n], dict(other.model.named_parameters())[n].float()) for n in whole
+            )
+
+    # One all-gather per block forward, one backward, one reduce-scatter: leaf modules at work.
+    strict = dataclasses.replace(RECIPE.parallel, max_live=0, reduce_bucket=700_000, prefetch=0)
+    engine = ZeroEngine(dataclasses.replace(RECIPE, parallel=strict), group)
+    steps(engine, group, data, 3)
+    with Collectives().watching() as count:
+        steps(engine, group, data, 1)
+    found["collectives"] = dict(count)
+
+    half = dataclasses.replace(RECIPE, precision="bf16")
+    engine = ZeroEngine(half, group)
+    found["bf16_losses"], _ = steps(engine, group, data, 2)
+    found["bf16_masters"] = {str(m.dtype) for m in engine.masters} == {"torch.float32"}
+    if group.rank == 0:
+        Path(out, "found.json").write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
