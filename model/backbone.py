@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from model.cross_dit import CrossDiTConfig
+from model.dit import DiTConfig
 from model.errors import ModelError, hint
 from model.mmdit import MMDiTConfig
+from model.mmdit3 import MMDiT3Config
 from model.text import TextCond
+from model.trunk import TokenConfig
+from model.uvit import UViTConfig
 
 
 class Backbone(Protocol):
@@ -18,32 +23,16 @@ class Backbone(Protocol):
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
 
 
-class BackboneConfig(Protocol):
-    """Frozen, JSON-able description; `.build()` makes the module with weights drawn from `seed`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def build(self, *, seed: int = 0) -> nn.Module: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-    def forward_flops(self, height: int, width: int, text_tokens: int) -> int: ...
-
-    def backward_flops(self, height: int, width: int, text_tokens: int) -> int: ...
-
-    def parameter_count(self) -> int: ...
-
-
-BACKBONES: dict[str, Callable[[dict[str, Any]], BackboneConfig]] = {
+BACKBONES: dict[str, Callable[[dict[str, Any]], TokenConfig]] = {
     "mmdit": MMDiTConfig.from_json,
+    "mmdit3": MMDiT3Config.from_json,
+    "dit": DiTConfig.from_json,
+    "cross_dit": CrossDiTConfig.from_json,
+    "uvit": UViTConfig.from_json,
 }
 
 
-def config_from_json(backbone: str, config: dict[str, Any]) -> BackboneConfig:
+def config_from_json(backbone: str, config: dict[str, Any]) -> TokenConfig:
     """The config of a backbone by its registered name."""
     if backbone not in BACKBONES:
         raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from model.backbone import BACKBONES, BackboneConfig, config_from_json
+from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError, hint
 from model.flops import activation_bytes_per_image, train_flops_per_image
 from model.flow import FORMULATIONS, Formulation
 from model.grids import over_sigma, sampling_grid
 from model.mmdit import MMDiTConfig
 from model.paths import EDM
+from model.trunk import TokenConfig
 from model.weights import read_meta
 
 RESOLUTIONS = (256, 512, 1024)
@@ -42,7 +43,7 @@ def describe(model: str, *, qk_norm: bool, text_tokens: int) -> dict[str, Any]:
     return row
 
 
-def _by_name(model: str, qk_norm: bool) -> BackboneConfig:
+def _by_name(model: str, qk_norm: bool) -> TokenConfig:
     match = re.fullmatch(r"(?:([a-z0-9_]+)-)?d(\d+)", model)
     if match is None:
         raise ModelError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")

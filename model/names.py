@@ -139,6 +139,11 @@ def to_sd3(config: MMDiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return out
 
 
+def _stored_positions(count: int) -> dict[str, Any]:
+    """Config fields for a table that comes with the weights; target and base then mean nothing."""
+    return {"pos_max": count, "pos_tokens": min(16, count), "pos_base": min(16, count), "pos_stored": True}
+
+
 def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dict[str, Tensor]]:
     """Config and our weights from an SD3 single file; autoencoder and encoders that it may carry are left alone."""
     prefix = SD3_PREFIX if any(k.startswith(SD3_PREFIX) for k in state) else ""
@@ -157,8 +162,7 @@ def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dic
         pooled_width=pooled.shape[1],
         qk_norm="joint_blocks.0.context_block.attn.ln_q.weight" in found,
         dual_attention=tuple(i for i in sorted(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in found),
-        pos_max=math.isqrt(_need(found, "pos_embed", source).shape[1]),
-        pos_stored=True,
+        **_stored_positions(math.isqrt(_need(found, "pos_embed", source).shape[1])),
     )
     positions = found.pop("pos_embed")
     expected = {sd3_name(name): (name, like) for name, like in _parameters(config).items()}
@@ -207,8 +211,7 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
         pooled_width=data["pooled_projection_dim"],
         qk_norm=data.get("qk_norm") == "rms_norm",
         dual_attention=tuple(data.get("dual_attention_layers", ())),
-        pos_max=data["pos_embed_max_size"],
-        pos_stored=True,
+        **_stored_positions(data["pos_embed_max_size"]),
     )
 
 

@@ -1,0 +1,156 @@
+"""What every backbone must keep: shapes, masks, checkpointing, JSON, and clean compilation of its blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+
+from model.backbone import BACKBONES, config_from_json
+from model.errors import ModelError
+from model.norms import apex_available, layer_norm, rms_norm
+from model.text import TextCond
+
+SMALL = {
+    "depth": 3,
+    "in_channels": 4,
+    "context_width": 48,
+    "pooled_width": 24,
+    "pos_max": 12,
+    "pos_tokens": 8,
+    "pos_base": 8,
+}
+NAMES = list(BACKBONES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small(name: str, **changes: object):
+    extra = {"clip_tokens": 4} if name == "mmdit3" else {}
+    return config_from_json(name, {**SMALL, **extra, **changes})
+
+
+def random_model(name: str, **changes: object) -> nn.Module:
+    model = small(name, **changes).build()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        nn.init.normal_(
+            parameter, std=0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5, generator=generator
+        )
+    return model
+
+
+def inputs(height: int = 16, width: int = 16) -> tuple[Tensor, Tensor, TextCond]:
+    g = torch.Generator().manual_seed(3)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
+    text = TextCond(torch.randn(2, 7, 48, generator=g), torch.randn(2, 24, generator=g), mask)
+    return torch.randn(2, 4, height, width, generator=g), torch.rand(2, generator=g), text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_reaches_the_image_and_masked_text_does_not(name: str) -> None:
+    model = random_model(name)
+    x, t_B, text = inputs(12, 20)
+    assert text.mask_BL is not None
+    out = model(x, t_B, text)
+    assert out.shape == x.shape
+    noise = torch.randn(text.context_BLD.shape, generator=torch.Generator().manual_seed(5))
+    hidden = torch.where(text.mask_BL[..., None], text.context_BLD, 50 * noise)
+    torch.testing.assert_close(model(x, t_B, TextCond(hidden, text.pooled_BP, text.mask_BL)), out, atol=2e-5, rtol=1e-4)
+    for other in (
+        TextCond(noise, text.pooled_BP, text.mask_BL),
+        TextCond(text.context_BLD, -text.pooled_BP, text.mask_BL),
+        TextCond(text.context_BLD, text.pooled_BP),
+    ):
+        assert float((model(x, t_B, other) - out).detach().abs().max()) > 1e-3
+    assert float((model(x, 1 - t_B, text) - out).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_sample_is_its_own(name: str) -> None:
+    model = random_model(name)
+    x, t_B, text = inputs()
+    both = model(x, t_B, text)
+    for row in range(2):
+        rows = slice(row, row + 1)
+        torch.testing.assert_close(model(x[rows], t_B[rows], text[rows]), both[rows], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fresh_models_predict_zero(name: str) -> None:
+    """What the zeros of DiT's initialisation are for."""
+    x, t_B, text = inputs()
+    assert float(small(name).build()(x, t_B, text).detach().abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    model = random_model(name)
+    x, t_B, text = inputs()
+    gradients = []
+    for model.checkpoint_blocks in (False, True):
+        model.zero_grad()
+        model(x, t_B, text).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_survive_json(name: str) -> None:
+    config = small(name, qk_norm=False)
+    assert config_from_json(config.name, config.to_json()) == config
+    with pytest.raises(ModelError, match="unknown"):
+        config_from_json(name, {**SMALL, "colour": 1})
+    with pytest.raises(ModelError, match="depth is 0"):
+        small(name, depth=0)
+    with pytest.raises(ModelError, match=r"channels"):
+        config.build()(torch.zeros(2, 5, 16, 16), *inputs()[1:])
+    with pytest.raises(ModelError, match="15x16"):
+        config.build()(torch.zeros(2, 4, 15, 16), *inputs()[1:])
+
+
+def test_unknown_backbones_are_named() -> None:
+    with pytest.raises(ModelError, match="did you mean 'uvit'"):
+        config_from_json("u-vit", SMALL)
+    with pytest.raises(ModelError, match="leaves no two parts"):
+        config_from_json("mmdit3", {**SMALL, "clip_tokens": 7}).build()(*inputs())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_compile_without_graph_breaks(name: str) -> None:
+    """Every kind of block traces as one graph, and a table of shapes costs at most one compilation each."""
+    torch._dynamo.reset()
+    model = random_model(name, **({"dual_attention": [0]} if name == "mmdit" else {}))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    seen: set[type] = set()
+    kept = []
+    for index, block in enumerate(model.blocks):
+        if type(block) not in seen:
+            seen.add(type(block))
+            kept.append(type(block).__name__)
+            model.blocks[index] = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
+    shapes = [(16, 16), (12, 20), (20, 12), (16, 16), (12, 20)]
+    for shape in shapes:
+        x, t_B, text = inputs(*shape)
+        model(x, t_B, text)
+    # (12, 20) and (20, 12) have equally many tokens: one graph serves both.
+    assert counter.frame_count <= 2 * len(kept)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not apex_available(), reason="NVIDIA apex is not installed")
+def test_apex_norms_equal_torchs() -> None:
+    x = torch.randn(3, 5, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+    for make in (rms_norm, layer_norm):
+        torch.testing.assert_close(make(64, "apex").to(x.device)(x), make(64, "torch").to(x.device)(x))
+
+
+@pytest.mark.skipif(apex_available(), reason="apex is installed here")
+def test_asking_for_absent_apex_is_an_error() -> None:
+    with pytest.raises(ModelError, match="not installed"):
+        small("mmdit", norm_backend="apex").build()

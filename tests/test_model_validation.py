@@ -1,0 +1,81 @@
+"""Keyed randomness and the validation protocols: independent of batches, ranks and order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.errors import ModelError
+from model.seeding import keyed_normal, keyed_uniform
+from model.text import TextCond
+from model.validation import VAL_PROTOCOLS, get_protocol, validation_losses
+
+
+class Batch(NamedTuple):
+    latent_BCHW: Tensor
+    text: TextCond
+    positions: Tensor
+
+
+def batch_of(positions: list[int]) -> Batch:
+    rows = len(positions)
+    latents = keyed_normal(7, positions, "latents", (2, 4, 4))
+    return Batch(latents, TextCond(torch.zeros(rows, 1, 1), torch.zeros(rows, 1)), torch.tensor(positions))
+
+
+def zero(x: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_keyed_draws_depend_on_nothing_but_their_key() -> None:
+    together = keyed_normal(3, [5, 9, 2**40], "noise", (2, 3))
+    for row, position in enumerate([5, 9, 2**40]):
+        assert torch.equal(keyed_normal(3, torch.tensor([position]), "noise", (2, 3))[0], together[row])
+    assert not torch.equal(keyed_normal(4, [5], "noise", (2, 3))[0], together[0])
+    assert not torch.equal(keyed_normal(3, [5], "other", (2, 3))[0], together[0])
+    assert keyed_uniform(0, [], "t").shape == (0,)
+    # Pinned: a run resumed by a later version must draw the same numbers.
+    assert keyed_uniform(0, [5], "t").item() == pytest.approx(0.9564, abs=1e-4)
+
+
+def test_keyed_draws_are_distributed_as_they_say() -> None:
+    normal = keyed_normal(0, range(500), "n", (400,)).flatten().double().sort().values
+    expected = torch.special.ndtr(normal)
+    rank = torch.arange(len(normal)) / len(normal)
+    assert float((expected - rank).abs().max()) < 1.95 / len(normal) ** 0.5
+    uniform = keyed_uniform(0, range(20_000), "u").sort().values
+    assert float((uniform - torch.arange(20_000) / 20_000).abs().max()) < 1.95 / 20_000**0.5
+    neighbours = keyed_uniform(0, range(20_001), "u")
+    assert abs(float(torch.corrcoef(torch.stack([neighbours[1:], neighbours[:-1]]))[0, 1])) < 0.03
+
+
+def test_protocols_are_three_different_ones() -> None:
+    assert VAL_PROTOCOLS["sd3"].levels == tuple(k / 8 for k in range(1, 9))
+    assert VAL_PROTOCOLS["mlperf"].levels == tuple(i / 8 for i in range(8))
+    assert VAL_PROTOCOLS["midpoint"].levels == tuple((i + 0.5) / 8 for i in range(8))
+    losses = torch.arange(16, dtype=torch.float64).view(2, 8)
+    assert VAL_PROTOCOLS["sd3"].mean(losses) == losses[:, :7].mean()
+    assert VAL_PROTOCOLS["mlperf"].mean(losses) == losses.mean()
+    with pytest.raises(ModelError, match="did you mean 'sd3'"):
+        get_protocol("sd")
+
+
+def test_validation_loss_does_not_depend_on_the_batch() -> None:
+    levels = VAL_PROTOCOLS["sd3"].levels
+    whole = validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=0)
+    parts = torch.cat([validation_losses(zero, batch_of(p), levels, seed=0) for p in ([3], [8, 1], [4])])
+    assert torch.equal(whole, parts)
+    assert whole.dtype == torch.float64
+    assert whole.shape == (4, 8)
+    assert not torch.equal(whole, validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=1))
+
+
+def test_validation_loss_of_the_zero_model_is_known() -> None:
+    """The target is noise - x0, both of unit variance: 2 at every level."""
+    losses = validation_losses(zero, batch_of(list(range(400))), (0.25, 1.0), seed=0)
+    assert losses.mean(0).tolist() == pytest.approx([2.0, 2.0], abs=0.1)
+    other = validation_losses(zero, batch_of(list(range(400))), (0.25,), seed=0, formulation="eps/cos")
+    assert float(other.mean()) == pytest.approx(1.0, abs=0.05)

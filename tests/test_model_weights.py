@@ -1,0 +1,232 @@
+"""Weights in and out: our files and their refusals, SD3 single files, diffusers folders, a whole SD3 pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.convert import convert
+from model.errors import ModelError
+from model.mmdit import MMDiTConfig
+from model.names import full_positions, to_sd3
+from model.sampler import sample
+from model.text import TextCond
+from model.weights import load_model, load_weights, read_meta, save_weights
+
+CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
+DUAL = MMDiTConfig.from_json({**CONFIG.to_json(), "depth": 3, "dual_attention": [0]})
+META = {"kind": "ema", "backbone": "mmdit", "config": CONFIG.to_json(), "images_seen": 7, "shift": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def weights_of(config: MMDiTConfig = CONFIG) -> dict[str, Tensor]:
+    model = config.build(seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.08, generator=generator)
+    return model.state_dict()
+
+
+def saved(folder: Path, config: MMDiTConfig = CONFIG) -> Path:
+    return save_weights(folder / "ema.safetensors", weights_of(config), {**META, "config": config.to_json()})
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_weights_round_trip_with_their_metadata(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    state, meta = load_weights(path)
+    assert_same(state, weights_of())
+    assert (meta["kind"], meta["images_seen"]) == ("ema", 7)
+    model, _ = load_model(path)
+    assert not model.training
+    assert [p.name for p in tmp_path.iterdir()] == ["ema.safetensors"]
+
+
+def test_unfit_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    good = weights_of()
+    first = "blocks.0.image.qkv.linear.weight"
+    cases = {
+        "1 missing .blocks.0.image.qkv.linear.weight.": {k: v for k, v in good.items() if k != first},
+        "1 unexpected .extra.": {**good, "extra": torch.zeros(1)},
+        r"1 misshapen .blocks.0.image.qkv.linear.weight: \(0,\)": {**good, first: torch.zeros(0)},
+        "1 not finite .blocks.0.image.qkv.linear.weight.": {**good, first: torch.full_like(good[first], torch.nan)},
+    }
+    for says, state in cases.items():
+        with pytest.raises(ModelError, match=says):
+            save_weights(tmp_path / "w.safetensors", state, META)
+    with pytest.raises(ModelError, match=r"raw\|ema"):
+        save_weights(tmp_path / "w.safetensors", good, {**META, "kind": "best"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = saved(tmp_path)
+    with pytest.raises(ModelError, match="no weights file"):
+        load_weights(tmp_path / "none.safetensors")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="not a readable"):
+        load_weights(torn)
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ModelError, match="convert"):
+        load_weights(tmp_path / "foreign.safetensors")
+    with pytest.raises(ModelError, match="not an SD3 file"):
+        convert(tmp_path / "foreign.safetensors", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("config", [CONFIG, DUAL, MMDiTConfig.from_json({**CONFIG.to_json(), "qk_norm": False})])
+@pytest.mark.parametrize("target", ["there.safetensors", "there"])
+def test_sd3_and_diffusers_files_come_back_as_they_went(tmp_path: Path, config: MMDiTConfig, target: str) -> None:
+    path = saved(tmp_path, config)
+    said = convert(path, tmp_path / target)
+    assert ("(sd3)" if target.endswith("safetensors") else "(diffusers)") in said
+    convert(tmp_path / target, tmp_path / "back.safetensors")
+    assert_same(load_weights(tmp_path / "back.safetensors")[0], weights_of(config))
+    assert read_meta(tmp_path / "back.safetensors")["config"] == config.to_json()
+
+
+def test_an_sd3_release_with_encoders_and_its_own_positions(tmp_path: Path) -> None:
+    """As Stability ships it: fp16, other networks in the same file, no metadata, positions of another target."""
+    from safetensors.torch import save_file
+
+    moved = MMDiTConfig.from_json({**CONFIG.to_json(), "pos_tokens": 10, "pos_base": 5})
+    tensors = {k: v.half().contiguous() for k, v in to_sd3(moved, weights_of()).items()}
+    tensors |= {"first_stage_model.x": torch.zeros(2), "text_encoders.clip_l.y": torch.zeros(2)}
+    save_file(tensors, tmp_path / "sd3_medium.safetensors")
+    convert(tmp_path / "sd3_medium.safetensors", tmp_path / "ours.safetensors", kind="raw")
+    state, meta = load_weights(tmp_path / "ours.safetensors")
+    config = MMDiTConfig.from_json(meta["config"])
+    assert config.pos_stored
+    assert meta["kind"] == "raw"
+    expected = full_positions(moved, {}).half().float()
+    assert torch.equal(full_positions(config, state), expected)
+    model, _ = load_model(tmp_path / "ours.safetensors")
+    assert torch.equal(model.positions.full_table(), expected)
+    del tensors["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.bias"]
+    save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(ModelError, match=r"missing .joint_blocks\.1\.x_block\.mlp\.fc1\.bias"):
+        convert(tmp_path / "less.safetensors", tmp_path / "x.safetensors")
+
+
+def test_qk_norm_can_be_added_to_weights_trained_without_it() -> None:
+    plain = MMDiTConfig.from_json({**CONFIG.to_json(), "qk_norm": False})
+    model = CONFIG.build()
+    missing, unexpected = model.load_state_dict(weights_of(plain), strict=False)
+    assert not unexpected
+    assert all(".norm_" in name for name in missing)
+    assert len(missing) == 4 * CONFIG.depth
+    assert all(torch.equal(model.state_dict()[name], torch.ones(64)) for name in missing)
+
+
+def write_vae(folder: Path) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(8)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=1.5,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def load_pipeline(folder: Path, **absent: None):
+    """from_pretrained, with every warning turned into a failure."""
+    from diffusers import StableDiffusion3Pipeline
+
+    records: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    handler = Keep(level=logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, **absent)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    ours = [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, ResourceWarning))]
+    assert records + ours == []
+    return pipeline
+
+
+def test_exported_pipeline_loads_silently_and_denoises_alike(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    convert(path, tmp_path / "pipe", vae=write_vae(tmp_path / "vae"))
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    absent = [f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
+    assert all(f"{name}=None" in card for name in absent)
+    pipeline = load_pipeline(tmp_path / "pipe", **dict.fromkeys(absent))
+    pipeline.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(9)
+    noise = torch.randn(2, 4, 16, 16, generator=g)
+    text, uncond = (TextCond(torch.randn(2, 6, 48, generator=g), torch.randn(2, 24, generator=g)) for _ in range(2))
+    theirs = pipeline(
+        prompt_embeds=text.context_BLD,
+        pooled_prompt_embeds=text.pooled_BP,
+        negative_prompt_embeds=uncond.context_BLD,
+        negative_pooled_prompt_embeds=uncond.pooled_BP,
+        latents=noise.clone(),
+        height=32,
+        width=32,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    model, _ = load_model(path)
+    ours = sample(model, noise, text, uncond, steps=10, guidance=3.0, formulation="rf", grid="released")
+    assert float((ours - theirs).abs().max()) <= 1e-4
+    assert float(ours.std()) > 0.1
+
+
+def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path) -> None:
+    from model.vae import Latents, load_vae
+
+    vae = load_vae(write_vae(tmp_path / "vae"))
+    latents = Latents.of(vae)
+    assert latents == Latents(channels=4, factor=2, shift=0.1, scale=1.5)
+    assert Latents.from_json(json.loads(json.dumps(latents.to_json("world:vae")))) == latents
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    moments = latents.encode(vae, images)
+    assert moments.dtype == torch.float16
+    assert moments.shape == (2, 8, 16, 16)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    latent = latents.normalise(latents.sample(moments, noise))
+    posterior = vae.encode(images).latent_dist
+    torch.testing.assert_close(latent, (posterior.mean + posterior.std * noise - 0.1) * 1.5, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(latents.normalise(latents.denormalise(latent)), latent)
+    with torch.no_grad():
+        decoded = vae.decode(latent / 1.5 + 0.1).sample.clamp(-1, 1)
+    torch.testing.assert_close(latents.decode(vae, latent), decoded)
+    with pytest.raises(ModelError, match="no autoencoder"):
+        load_vae(tmp_path)
