@@ -38,14 +38,14 @@ class BucketStage:
 
     table: tuple[str, ...]
     name: str = "bucket"
-    inputs: tuple[str, ...] = ("filter",)
+    inputs: tuple[str, ...] = ("measure",)
 
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "table": self.table}
 
     def open(self) -> Worker:
         def run(shard: ShardView) -> object:
-            widths, heights = shard.values("filter", "width"), shard.values("filter", "height")
+            widths, heights = shard.values("measure", "width"), shard.values("measure", "height")
             names = [
                 nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
                 for row in shard.rows

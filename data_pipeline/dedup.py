@@ -20,11 +20,11 @@ HASH_BITS = 64
 
 @dataclass(frozen=True)
 class SignatureStage:
-    """SHA-256 of the decoded pixels and a 64-bit DCT hash (imagehash.phash) of each row that passed the filter."""
+    """SHA-256 of the decoded pixels and a 64-bit DCT hash (imagehash.phash) of each row that could be decoded."""
 
     perceptual: bool = True
     name: str = "signature"
-    inputs: tuple[str, ...] = ("ingest", "filter")
+    inputs: tuple[str, ...] = ("ingest", "measure")
 
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "perceptual": self.perceptual}
@@ -33,14 +33,14 @@ class SignatureStage:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
-        statuses = shard.values("filter", "status")
+        statuses = shard.values("measure", "status")
         rows = [row for row in shard.rows if statuses[row] == OK]
         exact, perceptual = [], []
         for row in rows:
             try:
                 image = shard.image(row)
-            except ImageError as error:  # the filter has decoded it: only a broken object can bring us here
-                raise AssertionError(f"shard {shard.shard} row {row} passed the filter, but: {error}") from error
+            except ImageError as error:  # it was decoded to be measured: only a broken object can bring us here
+                raise AssertionError(f"shard {shard.shard} row {row} was decoded before, but: {error}") from error
             exact.append(hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32])
             perceptual.append(_phash(image) if self.perceptual else 0)
         return result(
@@ -60,13 +60,13 @@ class Dedup:
 
     distance: int | None = None
     name: str = "dedup"
-    inputs: tuple[str, ...] = ("signature",)
+    inputs: tuple[str, ...] = ("signature", "filter")
 
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "distance": self.distance}
 
     def run(self, signatures: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-        """Each shard's status per row; `signatures` come in order of precedence."""
+        """Each shard's status per row; `signatures` hold rows that passed the filter, in order of precedence."""
         names = list(signatures)
         shard_N = np.repeat(np.arange(len(names)), [len(signatures[name]) for name in names])
         row_N = _joined(signatures, "row", np.int64)

@@ -84,7 +84,7 @@ class TextStage:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return ("filter", "caption")
+        return ("measure", "caption")
 
     @property
     def encoder(self) -> EncoderSpec:
@@ -111,7 +111,7 @@ class TextStage:
 
         def run(shard: ShardView) -> pa.Table:
             captions = {
-                "original": shard.values("filter", "caption"),
+                "original": shard.values("measure", "caption"),
                 "synthetic": shard.values("caption", "caption"),
             }
             wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}

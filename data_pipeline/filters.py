@@ -1,10 +1,11 @@
-"""Filters: one status per row, with the reason. A row is never dropped: it only stops being ok.
+"""Measuring each row, and filters on what was measured: one status per row, with the reason.
 
-Statuses here: corrupt, too_small, too_large, aspect, bad_caption, or what ingest already said.
+A row is never dropped: it only stops being ok. Measuring knows no thresholds, so other thresholds cost no decoding and
+leave every later column as it is.
 """
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
@@ -16,26 +17,14 @@ _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners that emoji and several scrip
 
 
 @dataclass(frozen=True)
-class FilterStage:
-    """Decode, size, aspect and caption. `max_pixels` is a guard against decompression bombs."""
+class MeasureStage:
+    """Decodes: size or why there is none (corrupt, too_large), the cleaned caption, and where the row came from."""
 
-    min_side: int = 32
-    max_aspect: float = 3.0
-    max_pixels: int = MAX_PIXELS
-    max_caption_chars: int = 5000
-    require_caption: bool = True
-    name: str = "filter"
+    name: str = "measure"
     inputs: tuple[str, ...] = ("ingest",)
 
     def identity(self) -> dict[str, object]:
-        return {
-            "version": VERSION,
-            "min_side": self.min_side,
-            "max_aspect": self.max_aspect,
-            "max_pixels": self.max_pixels,
-            "max_caption_chars": self.max_caption_chars,
-            "require_caption": self.require_caption,
-        }
+        return {"version": VERSION, "max_pixels": MAX_PIXELS}
 
     def open(self) -> Worker:
         return self.run
@@ -43,42 +32,58 @@ class FilterStage:
     def run(self, shard: ShardView) -> pa.Table:
         table = shard.column("ingest").drop_columns(["image"]).to_pylist()
         by_row = {row["row"]: row for row in table}
-        done = [self._judge(shard, by_row[row]) for row in shard.rows]
+        done = [self._measure(shard, by_row[row]) for row in shard.rows]
         return result(
             shard.rows,
             [status for status, *_ in done],
-            reason=pa.array([reason for _, reason, *_ in done], pa.string()),
-            width=pa.array([size[0] for _, _, size, _ in done], pa.int32()),
-            height=pa.array([size[1] for _, _, size, _ in done], pa.int32()),
-            caption=pa.array([caption for *_, caption in done], pa.string()),
+            reason=pa.array([reason for _, reason, _ in done], pa.string()),
+            width=pa.array([size[0] for *_, size in done], pa.int32()),
+            height=pa.array([size[1] for *_, size in done], pa.int32()),
+            caption=pa.array([clean_caption(by_row[row]["caption"]) for row in shard.rows], pa.string()),
             key=pa.array([by_row[row]["key"] for row in shard.rows], pa.string()),
             source=pa.array([by_row[row]["source"] for row in shard.rows], pa.string()),
             info=pa.array([by_row[row]["info"] for row in shard.rows], pa.string()),
         )
 
-    def _judge(self, shard: ShardView, row: dict) -> tuple[str, str, tuple[int, int], str]:
-        caption = clean_caption(row["caption"])
+    def _measure(self, shard: ShardView, row: dict) -> tuple[str, str, tuple[int, int]]:
         if row["status"] != OK:
-            return row["status"], row["reason"], (0, 0), caption
+            return row["status"], row["reason"], (0, 0)
         try:
-            width, height = shard.image(row["row"]).size
+            return OK, "", shard.image(row["row"]).size
         except ImageError as error:
-            return error.status, error.reason, (0, 0), caption
-        status, reason = self._size(width, height)
-        if status == OK and (self.require_caption or caption):
-            status, reason = self._caption(caption)
-        return status, reason, (width, height), caption
+            return error.status, error.reason, (0, 0)
 
-    def _size(self, width: int, height: int) -> tuple[str, str]:
-        if width * height > self.max_pixels:
-            return "too_large", f"{width}x{height} pixels, at most {self.max_pixels:,}"
+
+@dataclass(frozen=True)
+class FilterStage:
+    """Thresholds. Statuses: too_small, aspect, bad_caption, or what was said before."""
+
+    min_side: int = 32
+    max_aspect: float = 3.0
+    max_caption_chars: int = 5000
+    name: str = "filter"
+    inputs: tuple[str, ...] = ("measure",)
+
+    def identity(self) -> dict[str, object]:
+        return {"version": VERSION, **asdict(self)}
+
+    def open(self) -> Worker:
+        return self.run
+
+    def run(self, shard: ShardView) -> pa.Table:
+        by_row = {row["row"]: row for row in shard.column("measure").to_pylist()}
+        judged = [self._judge(by_row[row]) for row in shard.rows]
+        reasons = pa.array([reason for _, reason in judged], pa.string())
+        return result(shard.rows, [status for status, _ in judged], reason=reasons)
+
+    def _judge(self, row: dict) -> tuple[str, str]:
+        width, height, caption = row["width"], row["height"], row["caption"]
+        if row["status"] != OK:
+            return row["status"], row["reason"]
         if min(width, height) < self.min_side:
             return "too_small", f"{width}x{height} pixels, at least {self.min_side} on each side"
         if max(width / height, height / width) > self.max_aspect:
             return "aspect", f"{width}x{height} pixels, at most 1:{self.max_aspect:g}"
-        return OK, ""
-
-    def _caption(self, caption: str) -> tuple[str, str]:
         if not caption:
             return "bad_caption", "no caption"
         if len(caption) > self.max_caption_chars:

@@ -126,10 +126,10 @@ def _samples(
     rows: Sequence[int],
     parts: Mapping[str, Mapping[str, Sequence[Part]]],
 ) -> Iterable[Sample]:
-    stages = ("filter", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
+    stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
     tables = {stage: _by_row(root, shard, stage, parts) for stage in stages}
     for row in rows:
-        facts, said = tables["filter"][row], tables["caption"][row]
+        facts, said = tables["measure"][row], tables["caption"][row]
         moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
         text = {}
         for caption, encoder in layout.slots:

@@ -63,7 +63,7 @@ class Pipeline:
         self._encode({shard: [r for r, (s, _) in rows.items() if s == OK] for shard, rows in statuses.items()})
         rows = self._accepted(statuses)
         info, entries = self._pack(rows)
-        rejected = write_rejected(self.root, statuses, self._read_all("filter", sorted(statuses)))
+        rejected = write_rejected(self.root, statuses, self._read_all("measure", sorted(statuses)))
         info = publish(self.root, info, entries, statuses)
         return Outcome(info, self.counts, rejected, self.failed, self.computed)
 
@@ -86,7 +86,7 @@ class Pipeline:
                 todo.append(_ingest_unit(unit, proven))
         by_id = {unit.id: unit for unit in units}
         task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
-        for report in self._work("ingest + filter + signature + bucket", task, todo):
+        for report in self._work("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest)
                 if manifest.stage == "ingest":
@@ -129,12 +129,13 @@ class Pipeline:
         stage, column = self.columns.dedup
         # validation first: of two equal images the one that must not be trained on stays
         shards = sorted(self.parts["signature"], key=lambda shard: (self.splits.get(shard) != "val", shard))
-        unit = fingerprint([[part.sha256 for part in self.parts["signature"][shard]] for shard in shards])
+        stages = ("signature", "filter")
+        unit = fingerprint([[part.sha256 for stage in stages for part in self.parts[stage][shard]] for shard in shards])
         known = column.manifests().get(unit)
         if known:
             self._take(known[0])
             return
-        read = self._read_all("signature", shards)
+        read = _only_ok(self._read_all("signature", shards), self._read_all("filter", shards))
         manifest = column.write(unit, stage.run(read))
         self.computed["dedup"] = sum(len(table) for table in read.values())
         self._take(manifest)
@@ -241,7 +242,7 @@ class Pipeline:
         return VaeMeta(**Latents.of(load_vae(resolve(self.plan.vae))).to_json(self.plan.vae))
 
     def _pack_unit(self, output: Output) -> Unit:
-        stages = ["filter", *(column.stage for _, column in self.columns.heavy)]
+        stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
         parts = {
             stage: {shard: [asdict(part) for part in self.parts[stage][shard]] for shard, _ in output.rows}
             for stage in stages
@@ -287,6 +288,15 @@ class Pipeline:
         if not self.keep_going:
             raise UserError(f"{line}; what worked is kept: run the same command again, or add --keep-going")
         log.error("%s; going on without them", line)
+
+
+def _only_ok(tables: Mapping[str, pa.Table], judged: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """Rows that passed the filter."""
+    kept = {}
+    for shard, table in tables.items():
+        good = {r for r, s in zip(*(judged[shard][name].to_pylist() for name in ("row", "status"))) if s == OK}
+        kept[shard] = table.filter(pa.array([row in good for row in table["row"].to_pylist()], pa.bool_()))
+    return kept
 
 
 def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:

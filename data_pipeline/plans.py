@@ -13,8 +13,7 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.columns import Column
 from data_pipeline.dedup import Dedup, SignatureStage
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.filters import FilterStage
-from data_pipeline.images import MAX_PIXELS
+from data_pipeline.filters import FilterStage, MeasureStage
 from data_pipeline.ingest import Ingest
 from data_pipeline.schema import fingerprint
 from data_pipeline.stage import Stage, stage_fingerprint
@@ -42,8 +41,6 @@ class Plan:
     """Images with a shorter side are set aside as too_small."""
     max_aspect: float = 3.0
     """More elongated images are set aside as aspect."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels are never unpacked: a guard against decompression bombs."""
     max_caption_chars: int = 5000
     """Longer captions are set aside as bad_caption."""
     dedup_distance: int | None = None
@@ -119,7 +116,8 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu") -> Columns:
     ingest = Ingest(plan.ingest_rows)
     made["ingest"] = fingerprint(["ingest", ingest.identity()])
     light = (
-        column(FilterStage(plan.min_side, plan.max_aspect, plan.max_pixels, plan.max_caption_chars)),
+        column(MeasureStage()),
+        column(FilterStage(plan.min_side, plan.max_aspect, plan.max_caption_chars)),
         column(SignatureStage(perceptual=plan.dedup_distance is not None)),
         column(BucketStage(bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect))),
     )

@@ -32,10 +32,10 @@ def assign_splits(accepted: Sequence[tuple[RowRef, str]], val_fraction: float) -
     ]
 
 
-def write_rejected(root: str, statuses: Statuses, filters: Mapping[str, pa.Table]) -> str:
+def write_rejected(root: str, statuses: Statuses, measured: Mapping[str, pa.Table]) -> str:
     """The dead-letter table: every row that did not make it, with its reason. Returns where it is."""
     bad = [(s, r, found) for s, rows in statuses.items() for r, found in rows.items() if found[0] != OK]
-    names = {s: dict(zip(t["row"].to_pylist(), t["source"].to_pylist())) for s, t in filters.items()}
+    names = {s: dict(zip(t["row"].to_pylist(), t["source"].to_pylist())) for s, t in measured.items()}
     table = pa.table(
         {
             "status": pa.array([status for *_, (status, _) in bad], pa.string()),

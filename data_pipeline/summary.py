@@ -3,7 +3,7 @@
 from data_pipeline.pipeline import Outcome
 from data_pipeline.stage import OK
 
-_ORDER = ("ingest", "filter", "signature", "bucket", "dedup", "caption", "latents")
+_ORDER = ("ingest", "measure", "filter", "signature", "bucket", "dedup", "caption", "latents")
 
 
 def summary(root: str, outcome: Outcome) -> str:

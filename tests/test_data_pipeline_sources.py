@@ -1,0 +1,208 @@
+"""Sources and ingest: every container gives its rows, and what is broken in it becomes a counted row."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_pipeline.columns import Column, read_part
+from data_pipeline.ingest import Ingest
+from data_pipeline.sources import parse_source
+from infra import storage
+from infra.errors import UserError
+
+
+def png(size=(40, 40), color="red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def ingest(tmp_path: Path, source_text: str, *, shard_rows: int = 1000, **columns: str) -> list[dict]:
+    """All rows of a source, through real objects and manifests."""
+    source, column = parse_source(source_text, **columns), Column(str(tmp_path / "root"), "ingest", "f" * 16)
+    rows = []
+    for unit in source.units():
+        manifest, _ = Ingest(shard_rows).run(source, unit, column)
+        for part in manifest.parts:
+            rows += [row | {"shard": part.shard} for row in read_part(column.root, part).to_pylist()]
+    return rows
+
+
+def statuses(rows: list[dict]) -> dict[str, str]:
+    return {row["source"]: row["status"] for row in rows}
+
+
+def test_img2dataset_tars_give_captions_keys_and_failed_downloads(tmp_path):
+    members = []
+    for n in range(5):
+        members += [(f"{n:09d}.png", png()), (f"{n:09d}.txt", f"caption {n}".encode())]
+        members.append((f"{n:09d}.json", json.dumps({"key": f"{n:09d}", "url": f"http://x/{n}"}).encode()))
+    members.append(("000000009.json", json.dumps({"status": "failed_to_download", "error_message": "404"}).encode()))
+    (tmp_path / "raw" / "train").mkdir(parents=True)
+    write_tar(tmp_path / "raw" / "train" / "00000.tar", members)
+    rows = ingest(tmp_path, f"wds:{tmp_path}/raw", shard_rows=4)
+    assert [row["caption"] for row in rows[:5]] == [f"caption {n}" for n in range(5)]
+    assert json.loads(rows[1]["info"]) == {"url": "http://x/1"}
+    assert [row["shard"][-3:] for row in rows] == ["000"] * 4 + ["001"] * 2
+    assert (rows[5]["status"], rows[5]["reason"]) == ("no_image", "404")
+    assert parse_source(f"wds:{tmp_path}/raw").units()[0].split == "train"
+
+
+def test_brace_patterns_name_tars_and_a_missing_one_is_named(tmp_path):
+    for n in range(3):
+        write_tar(tmp_path / f"{n:05d}.tar", [(f"{n}.png", png()), (f"{n}.txt", b"x")])
+    assert len(ingest(tmp_path, f"wds:{tmp_path}/{{00000..00002}}.tar")) == 3
+    assert len(parse_source(f"wds:{tmp_path}/{{00000,00001,00001}}.tar").units()) == 2
+    with pytest.raises(UserError, match=r"00003.tar: no such file \(1 of 4"):
+        parse_source(f"wds:{tmp_path}/{{00000..00003}}.tar").units()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
+def test_a_truncated_tar_keeps_its_whole_rows_and_counts_the_break(tmp_path, keep):
+    members = [(f"{n}.{kind}", data) for n in range(6) for kind, data in (("png", png()), ("txt", b"x"))]
+    path = write_tar(tmp_path / "a.tar", members)
+    whole = 512 * sum(1 + -(-len(data) // 512) for _, data in members)
+    path.write_bytes(path.read_bytes()[: int(whole * keep)])
+    rows = ingest(tmp_path, f"wds:{tmp_path}")
+    assert statuses(rows)["a.tar"] == "truncated_tar"
+    assert "a.tar" in rows[-1]["reason"]
+    good = [row for row in rows if row["status"] == "ok"]
+    assert len(good) == len(rows) - 1 >= 2
+    assert all(row["caption"] == "x" and row["image"] == png() for row in good)
+
+
+def test_a_tar_that_is_none_is_counted(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"this is not a tar" * 100)
+    assert statuses(ingest(tmp_path, f"wds:{tmp_path}")) == {"a.tar": "truncated_tar"}
+
+
+def test_entries_that_leave_the_folder_and_links_are_not_followed(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("../evil.png", "/etc/evil.png", "good.png", "good.txt"):
+            info = tarfile.TarInfo(name)
+            data = png() if name.endswith("png") else b"a caption"
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    found = statuses(ingest(tmp_path, f"wds:{tmp_path}"))
+    assert found == {"../evil.png": "bad_name", "/etc/evil.png": "bad_name", "good": "ok", "link.png": "bad_name"}
+
+
+def test_duplicate_keys_and_bad_bytes_in_captions_get_a_status(tmp_path):
+    members = [("a.png", png()), ("a.txt", b"x"), ("b.png", png()), ("b.txt", b"\xff\xfe\xff"), ("a.png", png())]
+    rows = ingest(tmp_path, f"wds:{write_tar(tmp_path / 'a.tar', members).parent}")
+    assert [row["status"] for row in rows] == ["ok", "bad_caption", "duplicate_key"]
+
+
+def test_a_folder_gives_images_with_the_texts_beside_them(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub dir").mkdir(parents=True)
+    (folder / "one.png").write_bytes(png())
+    (folder / "one.txt").write_text("caf\u00e9 \U0001f600", encoding="utf-8")
+    (folder / "sub dir" / "two.JPG").write_bytes(png())
+    (folder / "readme.md").write_text("no image")
+    rows = ingest(tmp_path, f"folder:{folder}")
+    assert [(row["source"], row["caption"]) for row in rows] == [
+        ("one.png", "caf\u00e9 \U0001f600"),
+        ("sub dir/two.JPG", ""),
+    ]
+    assert all(set(row["key"]) <= set("abcdefghijklmnopqrstuvwxyzJPG_-0123456789") for row in rows)
+    before = [unit.id for unit in parse_source(f"folder:{folder}").units()]
+    (folder / "one.txt").write_text("another caption")
+    assert [unit.id for unit in parse_source(f"folder:{folder}").units()] != before
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
+def test_parquet_with_bytes_structs_or_paths(tmp_path, kind):
+    folder = tmp_path / "in"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "pictures" / "0.png").write_bytes(png())
+    values = {
+        "bytes": [png(), None],
+        "struct": [{"bytes": png(), "path": "x.png"}, {"bytes": None, "path": None}],
+        "path": ["pictures/0.png", "pictures/gone.png"],
+    }[kind]
+    pq.write_table(pa.table({"image": values, "caption": ["a", "b"]}), folder / "train-0.parquet")
+    rows = ingest(tmp_path, f"parquet:{folder}")
+    assert rows[0]["image"] == png()
+    assert rows[1]["status"] == ("unreadable" if kind == "path" else "no_image")
+    assert parse_source(f"parquet:{folder}").units()[0].split == "train"
+
+
+def test_parquet_columns_are_found_or_asked_for(tmp_path):
+    pq.write_table(pa.table({"pic": [png()], "words": ["a"]}), tmp_path / "a.parquet")
+    rows = ingest(tmp_path, f"parquet:{tmp_path}", image_column="pic", caption_column="words")
+    assert rows[0]["caption"] == "a"
+    with pytest.raises(UserError, match=r"no image column.*pic, words: name it with --image-column"):
+        parse_source(f"parquet:{tmp_path}").units()
+    pq.write_table(pa.table({"url": ["http://x"], "caption": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="img2dataset"):
+        parse_source(f"parquet:{tmp_path}").units()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        parse_source(f"parquet:{tmp_path}").units()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("folder", "expected one of folder:URI"),
+        ("foldr:/x", "did you mean 'folder'"),
+        ("wds:", "names no place"),
+        ("folder:/nowhere/at/all", "no such file or folder"),
+        ("wds:/nowhere/at/all", "no such file or folder"),
+    ],
+)
+def test_sources_that_cannot_be_are_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_source(text).units()
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path):
+    for kind in ("folder", "wds", "parquet"):
+        with pytest.raises(UserError, match="holds no"):
+            parse_source(f"{kind}:{tmp_path}").units()
+
+
+def test_tars_and_folders_on_s3(s3, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("k.png", png()), ("k.txt", b"from s3")])
+    storage.write_bytes(f"{s3}/raw/val/a.tar", path.read_bytes())
+    storage.write_bytes(f"{s3}/pictures/x.png", png())
+    storage.write_bytes(f"{s3}/pictures/x.txt", b"one picture")
+    assert [r["caption"] for r in ingest(tmp_path, f"wds:{s3}/raw")] == ["from s3"]
+    assert [r["caption"] for r in ingest(tmp_path, f"wds:{s3}/raw/val/{{a,a}}.tar")] == ["from s3"]
+    assert [r["caption"] for r in ingest(tmp_path, f"folder:{s3}/pictures")] == ["one picture"]
+    with pytest.raises(UserError, match="no such"):
+        parse_source(f"wds:{s3}/nothing").units()
+
+
+def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):
+    column = Column(str(tmp_path), "ingest", "a" * 16)
+    table = pa.table({"row": pa.array([0], pa.int32()), "status": ["ok"]})
+    other = pa.table({"row": pa.array([0], pa.int32()), "status": ["late"]})
+    first = column.write("unit", {"s": table})
+    late = column.write("unit", {"s": other})  # a zombie that wakes up late changes nothing
+    assert late == first
+    assert column.manifests() == {"unit": [first]}
+    path = tmp_path / first.parts[0].object
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="not the bytes that its manifest names"):
+        read_part(str(tmp_path), first.parts[0])

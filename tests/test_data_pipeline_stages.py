@@ -1,0 +1,281 @@
+"""Stages one by one: filters on damaged and odd images, captions, buckets, duplicates, crops, the pack's plan."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
+from data_pipeline.caption import caption_images, judge
+from data_pipeline.dedup import Dedup, SignatureStage, first_of_near
+from data_pipeline.filters import FilterStage, MeasureStage, clean_caption
+from data_pipeline.images import ImageError, cover_crop, decode
+from data_pipeline.pack import RowRef, make_plan
+from data_pipeline.publish import assign_splits
+from data_pipeline.schema import Part, row_ranges
+from data_pipeline.stage import ShardView
+from infra.errors import UserError
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **given) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **given)
+    return out.getvalue()
+
+
+def gradient(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    low = rng.integers(0, 255, (6, 6, 3), np.uint8)
+    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG header that promises many pixels in few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    body = zlib.compress(bytes(10_000))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def shard_of(rows: list[tuple[bytes | None, str]]) -> ShardView:
+    count = len(rows)
+    table = pa.table(
+        {
+            "row": pa.array(range(count), pa.int32()),
+            "status": ["ok"] * count,
+            "reason": [""] * count,
+            "key": [f"k{n}" for n in range(count)],
+            "source": [f"s{n}" for n in range(count)],
+            "image": pa.array([image for image, _ in rows], pa.large_binary()),
+            "caption": [caption for _, caption in rows],
+            "info": ["{}"] * count,
+        }
+    )
+    return ShardView("", "shard", {}, range(count), {"ingest": table})
+
+
+def measured(rows: list[tuple[bytes | None, str]]) -> ShardView:
+    shard = shard_of(rows)
+    shard.tables["measure"] = MeasureStage().open()(shard)
+    return shard
+
+
+def filtered(rows: list[tuple[bytes | None, str]], **settings_) -> list[dict]:
+    return FilterStage(**settings_).open()(measured(rows)).to_pylist()
+
+
+GOOD = encoded(gradient())
+
+
+@pytest.mark.parametrize(
+    ("image", "status"),
+    [
+        (GOOD, "ok"),
+        (GOOD[:200], "corrupt"),
+        (b"", "corrupt"),
+        (b"<html>not found</html>", "corrupt"),
+        (GOOD[:60] + bytes(200) + GOOD[260:], "corrupt"),
+        (encoded(Image.new("RGB", (1, 1))), "too_small"),
+        (bomb(30_000, 30_000), "too_large"),
+        (bomb(2**31 - 1, 2**31 - 1), "too_large"),
+        (encoded(gradient(300, 64)), "aspect"),
+        (encoded(gradient(), "JPEG")[:-400], "corrupt"),
+        (encoded(gradient(), "WEBP"), "ok"),
+        (encoded(gradient(), "GIF", save_all=True, append_images=[gradient(seed=1)]), "ok"),
+        (encoded(gradient().convert("CMYK"), "JPEG"), "ok"),
+        (encoded(gradient().convert("P")), "ok"),
+        (encoded(gradient().convert("LA")), "ok"),
+        (encoded(gradient(), "BMP"), "ok"),
+    ],
+)
+def test_images_get_the_status_they_deserve(image, status):
+    (row,) = filtered([(image, "a caption")])
+    assert row["status"] == status, row["reason"]
+    assert (row["reason"] == "") == (status == "ok")
+
+
+def test_a_30000_pixel_image_is_refused_by_its_header_alone():
+    # the real thing: 900 million pixels of one color are under a megabyte as PNG
+    with pytest.raises(ImageError, match="900000000 pixels") as caught:
+        decode(io.BytesIO(bomb(30_000, 30_000)))
+    assert caught.value.status == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("caption", "status"),
+    [
+        ("a cat", "ok"),
+        ("\u0642\u0637\u0629 \u0635\u063a\u064a\u0631\u0629", "ok"),
+        ("\U0001f600\U0001f431", "ok"),
+        ("\u4e00\u53ea\u732b", "ok"),
+        ("", "bad_caption"),
+        ("  \u200b\u0000 \ufffd", "bad_caption"),
+        ("...!?", "bad_caption"),
+        ("x" * 100_000, "bad_caption"),
+    ],
+)
+def test_captions_in_any_script_pass_and_empty_ones_do_not(caption, status):
+    assert filtered([(GOOD, caption)])[0]["status"] == status
+
+
+def test_captions_are_cleaned_not_mangled():
+    assert clean_caption("  a\tcafe\u0301 \n\u202e cat\u0007 ") == "a caf\u00e9 cat"
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    assert clean_caption(family) == family
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=40))
+def test_cleaning_is_idempotent_and_single_spaced(text):
+    once = clean_caption(text)
+    assert clean_caption(once) == once
+    assert "  " not in once
+    assert once == once.strip()
+
+
+def test_modes_become_rgb_as_people_see_them():
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert decode(io.BytesIO(encoded(half))).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    assert decode(io.BytesIO(encoded(deep))).getpixel((0, 0)) == (155, 155, 155)
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned: width and height change places
+    assert decode(io.BytesIO(encoded(gradient(40, 20), "JPEG", exif=exif))).size == (20, 40)
+
+
+def test_cover_crop_keeps_the_center_and_the_scale():
+    image = gradient(64, 64)
+    assert cover_crop(image, 64, 64) is image
+    wide = Image.new("RGB", (300, 100), "blue")
+    wide.paste(Image.new("RGB", (100, 100), "red"), (100, 0))
+    middle = cover_crop(wide, 32, 32).crop((6, 0, 26, 32))  # a resampling filter looks a little over the edge
+    assert set(middle.get_flattened_data()) == {(255, 0, 0)}
+    assert cover_crop(gradient(200, 100), 88, 48).size == (88, 48)
+
+
+def test_bucket_tables_are_symmetric_multiples_within_bounds():
+    assert bucket_table(64, step=8) == ("64x64",)
+    table = bucket_table(1024, step=64, max_aspect=4)
+    shapes = [tuple(map(int, name.split("x"))) for name in table]
+    assert {(w, h) for h, w in shapes} == set(shapes)
+    assert all(h % 64 == 0 and w % 64 == 0 and max(h / w, w / h) <= 4 for h, w in shapes)
+    assert all(abs(h * w / 1024**2 - 1) < 0.13 for h, w in shapes)
+    assert nearest_bucket(1000, 1000, table) == "1024x1024"
+    wide, tall = nearest_bucket(3000, 1000, table), nearest_bucket(1000, 3000, table)
+    assert tuple(map(int, wide.split("x"))) == tuple(map(int, tall.split("x")))[::-1]
+    with pytest.raises(UserError, match="no multiple of 16"):
+        bucket_table(100, step=16)
+
+
+def test_the_bucket_stage_goes_by_the_measured_sizes():
+    shard = measured([(encoded(gradient(120, 60)), "a b"), (encoded(gradient(60, 60)), "c"), (b"", "d")])
+    table = BucketStage(bucket_table(64, step=8, max_aspect=2)).open()(shard)
+    assert table["bucket"].to_pylist() == ["48x88", "64x64", ""]
+
+
+def signatures(images: list[Image.Image]) -> dict[str, pa.Table]:
+    shard = measured([(encoded(image), "a caption") for image in images])
+    return {"s": SignatureStage().open()(shard)}
+
+
+def test_exact_and_perceptual_duplicates():
+    image, other = gradient(256, 256), gradient(256, 256, seed=9)
+    resized = image.resize((200, 200))
+    squeezed = Image.open(io.BytesIO(encoded(image, "JPEG", quality=60)))
+    found = signatures([image, other, resized, squeezed, image])
+    assert Dedup(None).run(found)["s"]["status"].to_pylist() == ["ok", "ok", "ok", "ok", "duplicate"]
+    near = Dedup(6).run(found)["s"]
+    assert near["status"].to_pylist() == ["ok", "ok", "duplicate", "duplicate", "duplicate"]
+    assert near["reason"].to_pylist()[2] == "of s row 0"
+
+
+def test_the_first_shard_in_order_keeps_a_duplicate():
+    table = signatures([gradient()])["s"]
+    result = Dedup().run({"val": table, "train": table})
+    assert (result["val"]["status"].to_pylist(), result["train"]["status"].to_pylist()) == (["ok"], ["duplicate"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30), st.integers(0, 8), st.randoms())
+def test_bands_find_what_comparing_all_pairs_finds(values, distance, random):
+    values = values + [v ^ (1 << random.randrange(64)) ^ (1 << random.randrange(64)) for v in values]
+    expected, kept = [], []
+    for number, value in enumerate(values):
+        near = [n for n in kept if (values[n] ^ value).bit_count() <= distance]
+        expected.append(min(near, default=-1))
+        if not near:
+            kept.append(number)
+    assert first_of_near(np.array(values, np.uint64), distance).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a red apple", ("ok", "a red apple")),
+        ("This image showcases a red apple", ("ok", "a red apple")),
+        ("   ", ("empty", "")),
+        ("I'm sorry, I cannot see", ("refusal", "")),
+        ("dog " * 30, ("runaway", "")),
+    ],
+)
+def test_synthetic_captions_are_judged(text, expected):
+    assert judge(text) == expected
+
+
+def test_one_bad_image_does_not_take_its_batch_along():
+    class Picky:
+        name, version = "picky", 1
+
+        def caption(self, images):
+            if any(image.width < 10 for image in images):
+                raise ValueError("too small for me")
+            return ["seen"] * len(images)
+
+    images = [gradient(20, 20), gradient(5, 5), gradient(20, 20)]
+    assert caption_images(Picky(), images) == ["seen", "", "seen"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["train", "val"])), max_size=60), st.integers(1, 9))
+def test_the_plan_holds_every_row_once(shards, shard_rows):
+    rows = [RowRef(shard, number, split, "64x64") for number, (shard, split) in enumerate(shards)]
+    outputs = make_plan(rows, {"x": "1"}, shard_rows=shard_rows)
+    flat = [(o.split, s, r) for o in outputs for s, numbers in o.rows for r in numbers]
+    assert sorted(flat) == sorted((row.split, row.shard, row.row) for row in rows)
+    assert all(o.num_rows <= shard_rows for o in outputs)
+    assert len({o.id for o in outputs}) == len(outputs)
+
+
+def test_appending_rows_leaves_full_output_shards_as_they_are():
+    rows = [RowRef("a", n, "train", "64x64") for n in range(25)]
+    before = {o.id for o in make_plan(rows, {}, shard_rows=10)}
+    after = {o.id for o in make_plan([*rows, RowRef("b", 0, "train", "64x64")], {}, shard_rows=10)}
+    assert len(before & after) == 2
+    assert before & {o.id for o in make_plan(rows, {"other": "column"}, shard_rows=10)} == set()
+
+
+def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
+    rows = [(RowRef("a", n, "", "64x64"), f"{n:032x}") for n in range(400)]
+    first, grown = assign_splits(rows[:200], 0.1), assign_splits(rows, 0.1)
+    assert grown[:200] == first
+    assert 20 <= sum(row.split == "val" for row in grown) <= 60
+    assert sum(row.split == "val" for row in assign_splits(rows[:3], 0.001)) == 1
+    assert {row.split for row in assign_splits(rows, 0)} == {"train"}
+    given = [(RowRef("a", 0, "train", "64x64"), "0" * 32)]
+    assert assign_splits(given, 0.9)[0].split == "train"
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_row_ranges_hold_the_same_rows(rows):
+    part = Part("s", "o", "h", 0, len(rows), row_ranges(rows))
+    assert part.row_numbers() == rows
+    assert Part.from_json({**vars(part), "rows": [list(pair) for pair in part.rows]}) == part
