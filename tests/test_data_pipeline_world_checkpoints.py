@@ -39,7 +39,7 @@ def test_clip_retrieves_held_out_scenes() -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(path)
     tokenizer = open_clip.get_tokenizer(path)
     figures = measure(model.eval(), tokenizer, num_scenes=NUM_SCENES)
-    assert min(value for name, value in figures.items() if name.endswith("r@1")) >= 0.7
+    assert min(value for name, value in figures.items() if name.endswith("r@1")) >= 0.85
     assert min(value for name, value in figures.items() if name.endswith("r@5")) >= 0.95
     ids_BL = tokenizer(["a photo of a dog", "A  DOG", "Gr\u00fc\u00df dich \U0001f642 " * 20])
     assert ids_BL.shape == (3, 16)
@@ -52,7 +52,7 @@ def test_captioner_says_what_it_sees() -> None:
 
     model, images, tokenizer = load(resolve("world:captioner"))
     figures = measure(model, tokenizer, num_scenes=NUM_SCENES)
-    assert min(value for name, value in figures.items() if name.endswith("/seen")) >= 0.3
+    assert min(value for name, value in figures.items() if name.endswith("/seen")) >= 0.93
     from PIL import Image
 
     from data_pipeline.world.scenes import make_scene
