@@ -68,13 +68,14 @@ def _shift(path: Path) -> Path:
 
 
 def _weights(path: Path) -> Path:
-    """w(lambda) normalised to its maximum on the range shown; constants do not matter."""
-    u = torch.linspace(1e-4, 1 - 1e-4, 2000, dtype=torch.float64)
-    figure, axes = _axes("log-SNR lambda", "w(lambda) / max", "Weight on the noise error under the unified loss")
+    """w(lambda) over its value at 0, on a logarithmic scale; constants do not matter, and rf lies under v/cos."""
+    u = torch.sigmoid(torch.linspace(-14, 14, 3000, dtype=torch.float64))
+    figure, axes = _axes("log-SNR lambda", "w(lambda) / w(0)", "Weight on the noise error under the unified loss")
     for name in SHOWN_FORMULATIONS:
         form = get_formulation(name)
         log_snr, weight = form.log_snr(u), form.weight(u)
         shown = log_snr.abs() < 10
-        axes.plot(log_snr[shown], weight[shown] / weight[shown].max(), label=name)
+        axes.semilogy(log_snr[shown], weight[shown] / weight[log_snr.abs().argmin()], label=name)
+    axes.set_ylim(1e-4, 1e3)
     axes.legend()
     return _save(figure, path)
