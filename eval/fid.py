@@ -15,7 +15,7 @@ from eval.judges import Judges, describe_judge
 from eval.metric import Prompt, Sample, Score
 from infra.errors import UserError
 
-REFERENCES = 2000
+REFERENCES = 1000
 CHUNK = 256
 
 

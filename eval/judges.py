@@ -66,7 +66,6 @@ class OfficialPaths:
 
 def world_judges(paths: OfficialPaths | None = None) -> Judges:
     from data_pipeline.checkpoints import resolve
-
     from data_pipeline.world.classes import CLASSES, COLORS
     from data_pipeline.world.grammar import plural
 

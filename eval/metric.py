@@ -141,16 +141,20 @@ class Clusters:
         return list(self._values) if strata is None else list(strata)
 
 
-def split_scores(clusters: Mapping[bool | None, Clusters], order: Sequence[str]) -> list[Score]:
+def split_scores(
+    clusters: Mapping[bool | None, Clusters], order: Sequence[str], *, not_overall: Sequence[str] = ()
+) -> list[Score]:
     """Scores per task and overall, for each of seen and unseen compositions (or plain when there is no such split).
 
-    `overall/unseen` averages the tasks that have unseen compositions; its details list them.
+    `overall/unseen` averages the tasks that have unseen compositions; its details list them. `not_overall` names tasks
+    on another scale.
     """
     suffix = {True: "/seen", False: "/unseen", None: ""}
     scores: list[Score] = []
     for split, values in clusters.items():
         tasks = [task for task in order if task in values.strata]
         scores.extend(values.score(f"{task}{suffix[split]}", [task]) for task in tasks)
+        tasks = [task for task in tasks if task not in not_overall]
         if tasks:
             scores.append(values.score(f"overall{suffix[split]}", tasks, tasks=tasks))
     return scores

@@ -1,80 +1,138 @@
-"""Draw prompts with exported weights: a labelled grid, and single images in GenEval's folder layout on request."""
+"""Draw prompts with exported weights: a labelled grid, and single images in an official folder layout on request."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
+from eval.compbench_files import sample_name
 from eval.generate import Job, Painter, Sampling
-from eval.geneval_files import write_folder
-from eval.pictures import labelled_grid, write_picture
+from eval.pictures import labelled_grid, read_picture, write_picture
 from eval.prompts import read_lines
 from infra.errors import UserError
 from infra.log import Progress
 
 SHOWN = 128  # small images are enlarged to this many pixels at least
+Layout = Literal["geneval", "compbench"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt to draw, with the metadata line that a GenEval folder carries."""
+
+    text: str
+    metadata: dict[str, Any]
 
 
 def sample(
     weights: str,
     prompts: tuple[str, ...],
-    out: str = "grid.png",
+    out: str | None = None,
     *,
     images_per_prompt: int = 4,
     scale: int | None = None,
     folders: str | None = None,
+    layout: Layout = "geneval",
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008 - frozen
 ) -> None:
-    """Draw prompts with exported weights into one labelled grid.
+    """Draw prompts with exported weights into one labelled grid, or into a benchmark's folders.
+
+    `python -m eval geneval prompts > p.jsonl`, then `--prompts p.jsonl --folders DIR`, draws the official GenEval set.
 
     Args:
         weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://)
-        prompts: what to draw, one string each; or one .txt (a prompt per line) or .jsonl file
-        out: the grid to write; its prompts and seeds go into a .json beside it
+        prompts: what to draw, one string each; or one .txt file (a prompt per line) or .jsonl file
+        out: the grid to write; its prompts and settings go into a .json beside it
         images_per_prompt: pictures of each prompt, side by side
         scale: enlarge pixels by this factor; by default pictures smaller than 128 pixels are
-        folders: write the single pictures here too, in GenEval's layout
+        folders: write the single pictures here; those already there are not drawn again
+        layout: of the folders: GenEval's, or T2I-CompBench's `<prompt>_<6 digits>.png`
         sampling: how pictures are drawn
     """
     if images_per_prompt < 1:
         raise UserError("--images-per-prompt must be 1 or more")
-    texts = expand(prompts)
+    if out is None and folders is None:
+        raise UserError("nowhere to write: give --out GRID.png, --folders DIR or both")
+    wanted = expand(prompts)
+    files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
-    rows = draw(painter, texts, images_per_prompt, sampling)
-    if folders is not None:
-        for index, (text, images) in enumerate(rows):
-            write_folder(folders, index, {"tag": "prompt", "include": [], "prompt": text}, images)
-    write_grid(out, rows, scale=scale)
-    beside = {"prompts": texts, "images_per_prompt": images_per_prompt, "sampling": sampling.protocol()}
-    Path(out).with_suffix(".json").write_text(json.dumps(beside, indent=1) + "\n", encoding="utf-8")
-    print(out)
+    rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
+    if layout == "geneval":
+        for index, w in enumerate(wanted if folders else []):
+            (Path(str(folders)) / f"{index:05d}" / "metadata.jsonl").write_text(
+                json.dumps(w.metadata), encoding="utf-8"
+            )
+    if out is not None:
+        write_grid(out, rows, scale=scale)
+        told = {"prompts": [w.text for w in wanted], "images_per_prompt": images_per_prompt}
+        text = json.dumps({**told, "sampling": sampling.protocol()}, indent=1)
+        Path(out).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    print(out or folders)
 
 
-def expand(prompts: Sequence[str]) -> list[str]:
-    """The prompts themselves, or those of the one file that was named."""
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        return read_lines(prompts[0])
-    texts = [text.strip() for text in prompts]
+def expand(prompts: Sequence[str]) -> list[Wanted]:
+    """The prompts themselves, or those of the one file that was named; GenEval metadata lines are kept whole."""
+    if len(prompts) == 1 and prompts[0].endswith(".jsonl"):
+        read_lines(prompts[0])  # refuses what is not there or has no prompt
+        lines = Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+        return [Wanted(str(record["prompt"]), record) for record in records]
+    from_file = len(prompts) == 1 and prompts[0].endswith(".txt")
+    texts = read_lines(prompts[0]) if from_file else [text.strip() for text in prompts]
     if not texts or not all(texts):
         raise UserError('nothing to draw: give --prompts "a photo of a red apple" ..., none of them empty')
-    return texts
+    return [Wanted(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
+
+
+def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prompt: int) -> dict[Job, Path]:
+    """Where each picture goes."""
+    files = {}
+    for index, w in enumerate(wanted):
+        for number in range(images_per_prompt):
+            if layout == "geneval":
+                path = root / f"{index:05d}" / "samples" / f"{number:04d}.png"
+            else:
+                path = root / sample_name(w.text, index * images_per_prompt + number)
+            files[Job(w.text, number=number)] = path
+    if len(files) < len(wanted) * images_per_prompt:
+        raise UserError("two prompts have the same words, so their folders would hold the same pictures: remove one")
+    return files
 
 
 def draw(
-    painter: Painter, texts: Sequence[str], images_per_prompt: int, sampling: Sampling
+    painter: Painter,
+    texts: Sequence[str],
+    images_per_prompt: int,
+    sampling: Sampling,
+    *,
+    files: Mapping[Job, Path] | None = None,
+    keep: bool = True,
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """Pictures per prompt, in order. The same words twice are drawn once and shown twice."""
-    jobs = [Job(text, number=number) for text in dict.fromkeys(texts) for number in range(images_per_prompt)]
-    with Progress(len(jobs), "images", desc="draw") as progress:
-        pictures = {}
-        for job, image in painter.paint(jobs, replace(sampling, batch=min(sampling.batch, len(jobs)))):
-            pictures[job] = image
+    """Pictures per prompt, in order; the same words twice are drawn once and shown twice.
+
+    With `files` each picture is written as soon as it is drawn, and one that is there already is not drawn again.
+    `keep` False keeps none in memory and returns nothing.
+    """
+    places = files or {}
+    cells = [(text, [Job(text, number=number) for number in range(images_per_prompt)]) for text in texts]
+    jobs = list(dict.fromkeys(job for _, row in cells for job in row))
+    missing = [job for job in jobs if job not in places or not places[job].exists()]
+    pictures: dict[Job, np.ndarray] = {}
+    with Progress(len(missing), "images", desc="draw") as progress:
+        for job, image in painter.paint(missing, sampling):
+            if job in places:
+                write_picture(places[job], image)
+            if keep:
+                pictures[job] = image
             progress.update(1)
-    return [(text, [pictures[Job(text, number=number)] for number in range(images_per_prompt)]) for text in texts]
+    if not keep:
+        return []
+    pictures |= {job: read_picture(places[job]) for job in jobs if job not in pictures}
+    return [(text, [pictures[job] for job in row]) for text, row in cells]
 
 
 def write_grid(out: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int | None = None) -> None:

@@ -35,7 +35,9 @@ class BlipVQA:
 
     def __init__(self, path: str | Path, *, device: str = "cpu", image_size: int | None = None) -> None:
         from transformers import AutoTokenizer, BlipForQuestionAnswering
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # a bar per checkpoint would bury our own
         if not (Path(path) / "config.json").exists():
             raise UserError(f"no BLIP-VQA checkpoint at {path}: expected a transformers folder with config.json")
         model: Any = BlipForQuestionAnswering.from_pretrained(str(path))

@@ -182,6 +182,19 @@ def test_detector_frame():
     assert detector_scale(300, 600) == pytest.approx(480 / 600)
 
 
+def test_answers_are_written_as_officially_and_read_back(tmp_path):
+    from eval.compbench_files import read_answers, write_answers
+
+    assert write_answers(tmp_path / "vqa_result.json", [0.12345, 1.0], as_text=True) == pytest.approx(0.56175)
+    assert (tmp_path / "vqa_result.json").read_text() == (
+        '[{"question_id": 0, "answer": "0.1235"}, {"question_id": 1, "answer": "1.0000"}]'
+    )
+    assert read_answers(tmp_path / "vqa_result.json") == [0.1235, 1.0]
+    (tmp_path / "bad.json").write_text("[{}]")
+    with pytest.raises(UserError, match="not a T2I-CompBench answer list"):
+        read_answers(tmp_path / "bad.json")
+
+
 def test_grammar_reader():
     reader = GrammarReader(["dog", "dogs", "teddy bear", "teddy bears", "kite", "kites"], ["red", "blue"])
     prompt = "a photo of a red teddy bear left of a blue kite"

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from eval.compbench_files import read_samples
 from eval.generate import Job, Painter, Sampling
+from eval.geneval_files import check_complete, read_folders
 from eval.metric import METRICS, Clusters, Prompt, Score
+from eval.prompts import world_geneval_prompts
 from eval.protocol import protocol_hash, protocol_of
 from eval.run import RunOptions, find_checkpoints, parse_metrics, run
 from eval.sample import sample
@@ -110,8 +113,45 @@ def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
     assert json.loads((tmp_path / "grid.json").read_text())["prompts"] == ["a red dog", 'a/b "quoted" cat']
     assert sorted(p.name for p in folders.rglob("*.png")) == ["0000.png", "0000.png", "0001.png", "0001.png"]
     assert json.loads((folders / "00001" / "metadata.jsonl").read_text())["prompt"] == 'a/b "quoted" cat'
+    with pytest.raises(UserError, match="cannot be"):
+        sample(str(weights), ("a/b cat",), folders=str(folders), layout="compbench")
+    pictures = {p: p.stat().st_mtime_ns for p in folders.rglob("*.png")}
+    next(iter(pictures)).unlink()
+    sample(str(weights), ("a red dog", 'a/b "quoted" cat'), folders=str(folders), images_per_prompt=2, sampling=QUICK)
+    again = {p: p.stat().st_mtime_ns for p in folders.rglob("*.png")}
+    assert sum(again[p] != pictures[p] for p in pictures) == 1, "only the missing picture is drawn"
+    with pytest.raises(UserError, match="nowhere to write"):
+        sample(str(weights), ("a dog",))
+    with pytest.raises(UserError, match="same words"):
+        sample(str(weights), ("a dog", "a dog"), folders=str(folders))
     with pytest.raises(UserError, match="nothing to draw"):
         sample(str(weights), (" ",), str(out))
+
+
+def test_metadata_files_make_the_official_folders(tmp_path):
+    weights = export(tmp_path / "ema.safetensors")
+    records = world_geneval_prompts(1)[:2]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in records))
+    sample(
+        str(weights), (str(tmp_path / "p.jsonl"),), folders=str(tmp_path / "set"), images_per_prompt=1, sampling=QUICK
+    )
+    found = read_folders(tmp_path / "set")
+    assert [f.metadata for f in found] == [dict(p.metadata) for p in records]
+    assert check_complete([f.metadata for f in found], [dict(p.metadata) for p in records], 1, allow_partial=False) == 0
+
+
+def test_compbench_layout_carries_prompt_and_index(tmp_path):
+    weights = export(tmp_path / "ema.safetensors")
+    sample(
+        str(weights),
+        ("a red dog", "a cat."),
+        folders=str(tmp_path / "s"),
+        layout="compbench",
+        images_per_prompt=2,
+        sampling=QUICK,
+    )
+    found = read_samples(tmp_path / "s")
+    assert [(f.prompt, f.number) for f in found] == [("a red dog", 0), ("a red dog", 1), ("a cat.", 2), ("a cat.", 3)]
 
 
 def options(runs, **changes):

@@ -1,0 +1,69 @@
+"""T2I-CompBench's files: `<prompt>_<6 digits>.png` samples, and answer lists {question_id, answer}.
+
+The prompt is read back from the file name, so a prompt that cannot be one is refused rather than changed.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from infra.errors import UserError
+
+_SAMPLE = re.compile(r"(?P<prompt>[^_]*)_(?P<index>\d+)\.png")
+LONGEST = 240  # bytes of a file name's prompt; file systems stop at 255
+
+
+class SampleFile(NamedTuple):
+    path: Path
+    prompt: str
+    number: int
+
+
+def sample_name(prompt: str, index: int) -> str:
+    """The official name; UserError for prompts that a file name cannot carry back."""
+    if "/" in prompt or "_" in prompt or not prompt.isprintable() or len(prompt.encode()) > LONGEST:
+        raise UserError(
+            f"T2I-CompBench's layout keeps the prompt in the file name, which {prompt[:60]!r} cannot be "
+            "(slash, underscore, line break or too long); write GenEval's layout instead"
+        )
+    return f"{prompt}_{index:06d}.png"
+
+
+def read_samples(folder: str | Path) -> list[SampleFile]:
+    """Samples in the order of their index; other files are ignored."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"no sample folder {folder}: expected files such as `{folder}/a red dog_000000.png`")
+    matches = ((path, _SAMPLE.fullmatch(path.name)) for path in root.iterdir() if path.is_file())
+    found = [SampleFile(path, match["prompt"], int(match["index"])) for path, match in matches if match]
+    if not found:
+        raise UserError(f"{folder} holds no samples of the form `<prompt>_<6 digits>.png`")
+    return sorted(found, key=lambda file: file.number)
+
+
+def write_answers(path: str | Path, answers: Sequence[float], *, as_text: bool = False) -> float:
+    """The official list of {question_id, answer}; BLIP's answers are strings of 4 decimals. Returns their mean."""
+    from infra import storage
+
+    given = [f"{answer:.4f}" if as_text else float(answer) for answer in answers]
+    records = [{"question_id": index, "answer": answer} for index, answer in enumerate(given)]
+    storage.write_bytes(str(path), json.dumps(records).encode())
+    return mean_answer(given)
+
+
+def read_answers(path: str | Path) -> list[float]:
+    """Answers by question_id, from any of the official result files."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [float(record["answer"]) for record in sorted(records, key=lambda r: int(r["question_id"]))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a T2I-CompBench answer list ({type(error).__name__}: {error})") from error
+
+
+def mean_answer(answers: Sequence[float | str]) -> float:
+    """A category's score: the mean answer."""
+    if not answers:
+        raise UserError("no answers, so there is no score")
+    return sum(float(answer) for answer in answers) / len(answers)
