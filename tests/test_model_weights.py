@@ -230,3 +230,52 @@ def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path) -> None:
     torch.testing.assert_close(latents.decode(vae, latent), decoded)
     with pytest.raises(ModelError, match="no autoencoder"):
         load_vae(tmp_path)
+
+
+def write_sd3_encoders(root: Path) -> dict[str, Path]:
+    """Tiny encoders of the classes that SD3's repository names, tokenizers included."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    torch.manual_seed(11)
+    out = {}
+    for seat, width, projection in (("clip_l", 16, 10), ("clip_g", 24, 14)):
+        vocab = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+        text = CLIPTextConfig(
+            vocab_size=4,
+            hidden_size=width,
+            intermediate_size=32,
+            projection_dim=projection,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=2,
+            eos_token_id=3,
+            pad_token_id=3,
+        )
+        CLIPTextModelWithProjection(text).save_pretrained(root / seat)
+        CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8).save_pretrained(root / seat)
+        out[seat] = root / seat
+    t5 = T5Config(vocab_size=8, d_model=48, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(t5).save_pretrained(root / "t5")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581b", -1.0), ("\u2581", -2.0)]
+    T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(root / "t5")
+    return {**out, "t5": root / "t5"}
+
+
+def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    encoders = write_sd3_encoders(tmp_path / "encoders")
+    convert(path, tmp_path / "pipe", vae=write_vae(tmp_path / "vae"), encoders=encoders)
+    assert "=None" not in (tmp_path / "pipe" / "README.md").read_text()
+    pipeline = load_pipeline(tmp_path / "pipe")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a b", num_inference_steps=2, height=32, width=32, output_type="pt", max_sequence_length=6).images
+    assert image.shape == (1, 3, 32, 32)
+    assert torch.isfinite(image).all()

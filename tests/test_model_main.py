@@ -1,0 +1,68 @@
+"""`python -m model`: its JSON, its plots, and its one-line refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.__main__ import main
+from model.flow import FORMULATIONS
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["model", *arguments])
+    main()
+
+
+def test_formulations_lists_exactly_61(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "formulations", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(FORMULATIONS)
+    assert len(rows) == 61
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["edm(-1.20,1.20)"]["network_time"] == "ln(sigma)/4"
+    assert by_name["edm/cos"]["sampling_grid"]["start"] == pytest.approx(80)
+    assert by_name["eps/linear"]["sampling_grid"]["start"] == pytest.approx(14.61, abs=0.01)
+    assert by_name["v/cos"]["loss_over_unified_loss"] == pytest.approx(0.6366, abs=1e-4)
+
+
+def test_info_describes_the_largest_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "info", "d38", "--json", "--no-qk-norm")
+    row = json.loads(capsys.readouterr().out)
+    assert row["parameters"] == 8_056_617_792
+    assert row["train_flops_1024"] == 3 * row["forward_flops_1024"]
+    # Without QK-norm a block keeps 23 numbers of 2 bytes per token and channel (with it 31).
+    tokens, values = 32 * 32 // 4 + 154, 38 * 2432
+    assert 20 < row["activation_bytes_256"] / (2 * tokens * values) < 30
+    run(monkeypatch, "info", "uvit-d4")
+    assert "uvit-d4" in capsys.readouterr().out
+
+
+def test_plots_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run(monkeypatch, "plot-densities", "--out", str(tmp_path / "figures"))
+    for name in ("densities.png", "shift.png", "weights.png"):
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("formulatons",), "did you mean 'formulations'"),
+        (("info", "d0"), "depth is 0"),
+        (("info", "dot-d4"), "did you mean 'dit'"),
+        (("info", "big"), "expected d24"),
+        (("convert", "/nowhere", "x"), "nothing at /nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error
+    assert error.count("\n") == 1
