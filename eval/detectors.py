@@ -3,6 +3,7 @@
 Shapes: N detections of one image, H and W its pixels. Boxes are x1, y1, x2, y2 in pixels of the image that was given.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,7 @@ class TransformersDetector:
             class_prob_QC = out.class_queries_logits[0].softmax(-1)[:, :-1]
             best, index = class_prob_QC.flatten().topk(min(self._top, class_prob_QC.numel()))
             query, label = index // class_prob_QC.shape[1], index % class_prob_QC.shape[1]
-            masks_NHW = torch.nn.functional.interpolate(
-                out.masks_queries_logits[0][query][None], size=image.shape[:2], mode="bilinear", align_corners=False
-            )[0]
+            masks_NHW = self._to_image(out.masks_queries_logits[0][query], inputs, image.shape[:2])
             inside_NHW = masks_NHW > 0
             area_N = inside_NHW.flatten(1).sum(1)
             quality_N = (masks_NHW.sigmoid() * inside_NHW).flatten(1).sum(1) / (area_N + 1e-6)
@@ -93,6 +92,15 @@ class TransformersDetector:
             labels=tuple(self.classes[int(i)] for i in label[keep]),
             masks_NHW=masks,
         )
+
+    def _to_image(self, masks_NHW: Any, inputs: Any, size: Sequence[int]) -> Any:
+        """Mask logits in the pixels of the image: the processor's padding is cut off before resizing."""
+        resize = functools.partial(self._torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
+        masks_NHW = resize(masks_NHW[None], size=inputs["pixel_values"].shape[-2:])[0]
+        if "pixel_mask" in inputs:
+            real_HW = inputs["pixel_mask"][0].bool()
+            masks_NHW = masks_NHW[:, : int(real_HW.any(1).sum()), : int(real_HW.any(0).sum())]
+        return resize(masks_NHW[None], size=tuple(size))[0]
 
 
 class SceneDetector:

@@ -1,0 +1,97 @@
+"""Detectors by path: Mask2Former's real class with random weights, and GenEval over folders of the world's scenes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.calibrate import control_image
+from eval.detectors import TransformersDetector, mask_box, weights_hash
+from eval.geneval_files import write_folder
+from eval.geneval_tool import judge, score
+from eval.judges import build_judges
+from eval.prompts import world_geneval_prompts
+from infra.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def mask2former(tmp_path_factory):
+    """A folder as `facebook/mask2former-swin-small-coco-instance` has it, tiny and untrained."""
+    import torch
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    folder = tmp_path_factory.mktemp("mask2former")
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6,
+        id2label={0: "person", 1: "mouse", 2: "dog"}, label2id={"person": 0, "mouse": 1, "dog": 2},
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, size_divisor=32).save_pretrained(folder)
+    return folder
+
+
+def test_mask2former_gives_boxes_masks_and_scores_in_the_pixels_of_the_image(mask2former):
+    detector = TransformersDetector(mask2former, keep_above=0.0)
+    assert detector.classes == ("person", "computer mouse", "dog"), "GenEval's spellings"
+    images = [np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((50, 70), (64, 64))]
+    for image, found in zip(images, detector.detect(images)):
+        assert len(found.labels) > 0
+        assert found.masks_NHW.shape == (len(found.labels), *image.shape[:2])
+        assert ((found.scores_N > 0) & (found.scores_N <= 1)).all()
+        for box, mask in zip(found.boxes_N4, found.masks_NHW):
+            assert (box == mask_box(mask)).all()
+    assert [len(d.labels) for d in TransformersDetector(mask2former, keep_above=1.0).detect(images)] == [0, 0]
+
+
+def test_mask_boxes_end_past_the_last_pixel():
+    mask = np.zeros((8, 9), dtype=bool)
+    mask[2:5, 3] = True
+    assert mask_box(mask).tolist() == [3, 2, 4, 5]
+
+
+def test_the_weights_hash_sees_contents_and_not_the_card(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"a")
+    first = weights_hash(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert weights_hash(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"b")
+    assert weights_hash(tmp_path) != first
+    with pytest.raises(UserError, match="no checkpoint"):
+        weights_hash(tmp_path / "missing")
+
+
+def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, capsys):
+    prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task != "counting"]
+    judges = build_judges("world")
+    for index, prompt in enumerate(prompts):
+        write_folder(
+            tmp_path / "set", index, dict(prompt.metadata), [control_image("ground_truth", prompts, index, judges)]
+        )
+    metadata, out = tmp_path / "m.jsonl", tmp_path / "results.jsonl"
+    metadata.write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in prompts))
+    score(tmp_path / "set", judges="world", metadata=metadata, images_per_prompt=1, out=str(out))
+    assert capsys.readouterr().out.endswith("Overall score (avg. over tasks): 1.00000\n")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["tag"] for row in rows} == {p.task for p in prompts}
+    with pytest.raises(UserError, match="prompts are not of this set"):
+        score(tmp_path / "set", judges="world", images_per_prompt=1)
+
+    plain = tmp_path / "plain.jsonl"  # no colors stored, so only the prompts that ask for none
+    plain.write_text("".join(json.dumps(r) + "\n" for r in rows if r["tag"] in ("single_object", "position")))
+    with pytest.raises(UserError, match="images are missing"):
+        judge(plain, metadata=metadata, images_per_prompt=1)
+    judge(plain, metadata=metadata, images_per_prompt=1, allow_partial=True)
+    printed = capsys.readouterr()
+    assert "partial set: 3 of 5 images are missing" in printed.err
+    assert "position         = 100.00% (1 / 1)" in printed.out
