@@ -114,7 +114,10 @@ def loss_curves(
             )  # fmt: skip
         ax.set_xlabel(xlabel)
         ax.set_title(ylabel)
-        _end_labels(ax, lines, theme)
+        if compute:  # these curves end beside each other's middles, so names at their ends would lie on other curves
+            _legend(figure, lines, theme)
+        else:
+            _end_labels(ax, lines, theme)
         return figure
 
     return draw

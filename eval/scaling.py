@@ -148,7 +148,7 @@ def fit_law(points: Points, *, delta: float = DELTA) -> Law:
     center_K = x_KP.mean(axis=1)
     x_KP = x_KP - center_K[:, None]
     starts_BQ = _starts(x_KP, y_P)
-    order = np.argsort(huber(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:24]
+    order = np.argsort(huber(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:12]
     bounds = [(y_P.min() - FLOOR_BELOW, y_P.max())] + [(None, None), ALPHA_RANGE] * len(x_KP)
 
     def value_and_slope(theta_Q: Array) -> tuple[float, Array]:

@@ -1,0 +1,225 @@
+"""The report: complete from good runs, smaller from bad ones; protocols are never mixed, names never trusted."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from eval_runs import LAW, grid, write_calibration, write_ladder, write_run
+
+from eval import report as reporting
+from eval.figure_style import count_text, log_ticks, power_text, ramp, spread
+from eval.figures import Line, loss_curves, render
+from eval.report import analyse, label_runs, markdown_text, page_context, to_json, write_report
+from eval.report_data import read_runs
+from eval.report_findings import duration
+from infra import storage
+from infra.errors import UserError
+
+NASTY = "<img src=x onerror=alert(1)>|`$x_1$&"
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """A three-rung ladder and its written report."""
+    root = tmp_path_factory.mktemp("ladder")
+    write_ladder(str(root / "runs"))
+    return write_report(str(root / "runs"), str(root / "report"))
+
+
+def words(report) -> str:
+    return "\n".join(finding.text for finding in report.findings)
+
+
+def page(report) -> str:
+    """The page without drawings (drawing is what takes time)."""
+    return (
+        reporting._environment(html=True)
+        .get_template("report.html.j2")
+        .render(page_context(report, to_json(report), []))
+    )
+
+
+def test_a_ladder_gives_page_figures_numbers_and_markdown(ladder):
+    folder = ladder.parent
+    told = json.loads((folder / "report.json").read_text())
+    names = {p.stem for p in (folder / "figures").glob("*.svg")}
+    assert {"loss_images", "loss_compute", "loss_levels", "progress", "correlation"} <= names
+    assert {"scores_world_geneval", "scores_world_compbench"} <= names
+    assert "law" not in names
+    assert {p.stem for p in (folder / "figures").glob("*.png")} == names | {f"{name}-dark" for name in names}
+    for file in (folder / "figures").glob("*.svg"):
+        ET.parse(file)
+    assert [run["label"] for run in told["runs"]] == ["depth 2", "depth 3", "depth 4"]
+    assert "3 model sizes" in told["scaling"]["reason"]
+    html, markdown = ladder.read_text(), (folder / "report.md").read_text()
+    for text in (html, markdown):
+        assert "No scaling law is drawn: 3 model sizes" in text
+        assert "ground truth 0.97, shuffled 0.04" in text
+        assert "Larger is better at every step of the ladder" in text
+    assert "optimizer.lr" in html
+    assert all(f"figures/{name}.png" in markdown for name in names)
+    assert html.count("data:image/webp;base64,") == 3 + 3  # one grid per rung, three steps of the deepest
+
+
+def test_the_page_is_self_contained(ladder):
+    html = ladder.read_text()
+    assert "<script" not in html
+    assert "default-src 'none'" in html
+    links = re.findall(r'(?:\bsrc|\bhref)="([^"]+)"', html) + re.findall(r"url\(([^)]+)\)", html)
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    namespaces = set(re.findall(r"https?://[^\"' <)]+", html))
+    assert all(url.startswith("http://www.w3.org/") for url in namespaces), namespaces
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_names_prompts_and_captions_are_data(tmp_path):
+    root = tmp_path / "runs"
+    write_run(str(root), 2, name="world-d2")
+    uri = write_run(str(root), 3, name="odd")
+    recipe = json.loads(storage.read_bytes(f"{uri}/recipe.json"))
+    recipe["model"]["depth"], recipe[NASTY] = 2, NASTY  # the same depth twice: runs are labelled by name
+    storage.write_bytes(f"{uri}/recipe.json", json.dumps(recipe).encode())
+    for file in storage.list_files(f"{uri}/samples", suffix=".json"):
+        storage.write_bytes(file, json.dumps({"prompts": [NASTY, "</li><script>alert(2)</script>"]}).encode())
+    (root / "odd").rename(root / NASTY.replace("/", ""))
+    report = analyse(read_runs(str(root)))
+    html = page(report)
+    assert "<img src=x" not in html
+    assert "<script" not in html
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html
+    assert "&lt;script&gt;alert(2)" in html
+    lines = [Line(NASTY, 0, (1.0, 2.0), (3.0, 2.0))]
+    draw = loss_curves(lines, xlabel="images", compute=False, ylabel="loss")
+    drawn = render("loss", draw, alt=NASTY, caption=NASTY, num_series=1)
+    texts = [element.text for element in ET.fromstring(drawn.wide_svg).iter() if element.tag.endswith("text")]
+    assert NASTY in texts
+    context = page_context(report, to_json(report), [drawn])
+    markdown = reporting._environment(html=False).get_template("report.md.j2").render(context)
+    assert re.search(r"(?<!\\)<", markdown) is None
+    assert "<img src=x" not in reporting._environment(html=True).get_template("report.html.j2").render(context)
+    assert markdown_text(f"a\nb {NASTY}") == r"a b \<img src=x onerror=alert(1)\>\|\`\$x\_1\$&"
+
+
+def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
+    write_ladder(str(tmp_path), (2, 3, 4, 6, 8), images=400_000, noise=0.0005, samples=False)
+    report = analyse(read_runs(str(tmp_path)))
+    scaling = report.scaling
+    assert scaling.reason is None
+    assert scaling.size.exponent(0).low < LAW["alpha"] < scaling.size.exponent(0).high
+    assert scaling.joint.law.exponents[1] == pytest.approx(LAW["beta"], rel=0.05)
+    assert scaling.next_rung.depth == 10
+    assert scaling.next_rung.loss.low < scaling.next_rung.loss.value < scaling.next_rung.loss.high
+    assert scaling.held_out.depth == 8
+    assert scaling.held_out.inside
+    assert "Prediction for depth 10" in words(report)
+    assert "Asked without depth 8" in page(report)
+    assert all(c.pearson and c.pearson.low is not None for _, _, c, _ in report.correlations)
+
+
+def test_numbers_under_other_protocols_are_not_compared(tmp_path):
+    for depth in (2, 3):
+        write_run(str(tmp_path), depth)
+    write_run(str(tmp_path), 4, protocol="p2")
+    report = analyse(read_runs(str(tmp_path)))
+    metric = "world_geneval/overall/seen"
+    assert set(report.found[metric].points) == {"world-d2", "world-d3"}
+    assert [left.run for left in report.found[metric].left_out] == ["world-d4"]
+    assert "Not compared" in words(report)
+    assert set(report.losses.points) == {"world-d2", "world-d3", "world-d4"}  # its losses are under the same protocol
+    text = page(report)
+    assert "Not compared" in text
+    assert report.found[metric].left_out[0].protocol in text
+
+
+def test_missing_pieces_make_a_smaller_report_that_says_so(tmp_path):
+    good = write_run(str(tmp_path), 2, scored=False)
+    storage.write_bytes(f"{tmp_path}/empty/recipe.json", b'{"name": "empty", "model": {"depth": 3}}')
+    storage.write_bytes(f"{tmp_path}/torn/plan.json", b'{"parameters": 12')
+    storage.write_bytes(f"{tmp_path}/torn/results/abc.jsonl", b"{")
+    storage.write_bytes(storage.list_files(f"{good}/samples", suffix=".png")[-1], b"not a picture")
+    report = analyse(read_runs(str(tmp_path)))
+    said = "\n".join(report.missing)
+    assert "empty: no plan.json" in said
+    assert "torn: no plan.json (unreadable" in said
+    assert "torn: no readable result rows" in said
+    assert "no scores" in said
+    text = page(report)
+    assert "cannot be shown" in text
+    assert "What is missing" in text
+
+
+def test_one_run_alone_and_the_run_folder_itself(tmp_path):
+    uri = write_run(str(tmp_path), 4)
+    for place in (str(tmp_path), uri):
+        report = analyse(read_runs(place))
+        assert [run.name for run in report.runs] == ["world-d4"]
+        assert "only one run" in "\n".join(report.missing)
+        assert "1 model size," in report.scaling.reason
+        assert "Scaling report" in page(report)
+
+
+def test_a_run_without_a_plan_still_has_its_loss(tmp_path):
+    uri = write_run(str(tmp_path), 3, samples=False)
+    Path(f"{uri}/plan.json").unlink()
+    report = analyse(read_runs(str(tmp_path)))
+    assert report.runs[0].parameters  # counted from the recipe's model
+    assert "three validation losses together with its size" in report.scaling.reason
+    assert "No figure against compute" in page(report)
+
+
+def test_judges_that_cannot_judge_are_called_out(tmp_path):
+    write_run(str(tmp_path), 2)
+    write_calibration(str(tmp_path), truth=0.8, shuffled=0.02)
+    assert "ground truth gets 0.80" in words(analyse(read_runs(str(tmp_path))))
+    write_calibration(str(tmp_path), truth=0.97, shuffled=0.3)
+    assert "shuffled gets 0.30" in words(analyse(read_runs(str(tmp_path))))
+
+
+def test_seeds_of_one_size_are_separate_runs(tmp_path):
+    for depth, seed in ((2, 0), (2, 1), (3, 0), (3, 1)):
+        write_run(str(tmp_path), depth, seed=seed, name=f"d{depth}-s{seed}", samples=False)
+    report = analyse(read_runs(str(tmp_path)))
+    assert set(label_runs(report.runs).values()) == {"d2-s0", "d2-s1", "d3-s0", "d3-s1"}
+    assert "2 model sizes" in report.scaling.reason
+    assert all(c.num_runs == 4 for _, _, c, _ in report.correlations)
+
+
+def test_nothing_to_report_on_is_one_line(tmp_path):
+    for place in (tmp_path / "not-there", tmp_path):
+        with pytest.raises(UserError, match="no runs there"):
+            write_report(str(place), str(tmp_path / "out"))
+    storage.write_bytes(f"{tmp_path}/photos/a.png", grid(2, 1.0))
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="local folder"):
+        write_report(str(tmp_path), "s3://bucket/report")
+
+
+def test_runs_on_s3_read_like_local_ones(s3, tmp_path):
+    for root in (s3, str(tmp_path)):
+        write_run(root, 2)
+        write_calibration(root)
+    remote, local = (analyse(read_runs(root)) for root in (s3, str(tmp_path)))
+    assert [f.text for f in remote.findings] == [f.text for f in local.findings]
+    assert "data:image/webp" in page(remote)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.31, 0.38), (0.56, 1.2), (1e3, 1.2e4), (3e12, 4e13), (1e6, 1e9), (1.0, 1.0001), (0.1, 1000.0)]
+)
+def test_log_axes_have_a_few_round_ticks_inside(low, high):
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert all(low <= tick <= high for tick in ticks)
+
+
+def test_small_words():
+    assert [count_text(v) for v in (950, 12_000, 999_999, 1.5e6, 2e9)] == ["950", "12k", "1M", "1.5M", "2B"]
+    assert power_text(1e14) == "10\u00b9\u2074"
+    assert power_text(2.5e-3) == "2.5\u00d710\u207b\u00b3"
+    assert [duration(s) for s in (5, 95, 7260, 200_000)] == ["5 s", "1 min 35 s", "2 h 01 min", "2 d 07 h"]
+    assert spread([1.0, 1.1, 5.0], 1.0) == pytest.approx([0.55, 1.55, 5.0])
+    assert len(set(ramp(("#000000", "#ffffff"), 7))) == 7

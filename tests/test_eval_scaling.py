@@ -1,0 +1,198 @@
+"""Scaling laws: known laws are found again, derivatives and frontiers are exact, too little is refused."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from eval.correlation import across_runs, equal_images, within_runs
+from eval.scaling import (
+    Curve,
+    Law,
+    Points,
+    fit_law,
+    flops_law,
+    frontier,
+    frontier_points,
+    huber,
+    joint_points,
+    log_loss_jacobian,
+    loss_at,
+    refit,
+    size_points,
+    thin,
+    too_little,
+)
+from eval.scaling_intervals import bootstrap
+
+IMAGES = np.geomspace(1e4, 1e6, 10)
+# (E, A, alpha, B, beta): Chinchilla's published fit, its replication, and one at the scale of the world's losses.
+LAWS = [(1.69, 406.4, 0.34, 410.7, 0.28), (1.8172, 482.01, 0.3478, 2085.43, 0.3658), (0.25, 3.0, 0.3, 20.0, 0.45)]
+
+
+def curves(law, sizes, images=IMAGES, noise=0.0, seed=0):
+    """Runs on the law with 6 N FLOPs per image; `noise` is each run's own offset in log loss."""
+    e, a, alpha, b, beta = law
+    rng = np.random.default_rng(seed)
+    return [
+        Curve(
+            f"r{i}",
+            int(n),
+            6.0 * int(n),
+            images,
+            (e + a / int(n) ** alpha + b / images**beta) * math.exp(noise * rng.normal()),
+        )
+        for i, n in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_noise_free_points_give_the_joint_law_back(law):
+    found = fit_law(joint_points(curves(law, np.geomspace(1e6, 1e8, 4))))
+    got = (found.floor, found.coefficients[0], found.exponents[0], found.coefficients[1], found.exponents[1])
+    np.testing.assert_allclose(got, law, rtol=0.01)
+
+
+@pytest.mark.parametrize(("floor", "factor", "exponent"), [(0.3, 4.0, 0.3), (0.05, 30.0, 0.12), (2.0, 1e4, 0.9)])
+def test_noise_free_points_give_a_law_of_one_variable_back(floor, factor, exponent):
+    x = np.geomspace(1e12, 1e15, 6) if factor == 30.0 else np.geomspace(1e6, 1e8, 5)
+    y = np.log(floor + factor / x**exponent)
+    found = fit_law(Points(np.log(x)[None], y, np.arange(len(x)), tuple("abcdef"[: len(x)])))
+    np.testing.assert_allclose(
+        (found.floor, found.coefficients[0], found.exponents[0]), (floor, factor, exponent), rtol=0.01
+    )
+
+
+def test_the_derivative_of_the_law_is_its_finite_difference():
+    rng = np.random.default_rng(0)
+    theta, x = np.array([[-1.0, 0.3, 0.4, -0.2, 0.7]]), rng.normal(size=(2, 7))
+    value, jacobian = log_loss_jacobian(theta, x)
+    for q in range(5):
+        moved = theta.copy()
+        moved[0, q] += 1e-6
+        numeric = (log_loss_jacobian(moved, x)[0] - value) / 1e-6
+        np.testing.assert_allclose(jacobian[0, :, q], numeric[0], atol=1e-5)
+
+
+def test_refitting_side_by_side_ends_where_the_many_starts_end():
+    points = joint_points(curves(LAWS[2], np.geomspace(1e6, 1e8, 5), noise=0.004))
+    law = fit_law(points)
+    center = points.x_KP.mean(axis=1)
+    truth = np.log([0.25, 3.0, 20.0])
+    start = np.array([[truth[0], truth[1] - 0.3 * center[0], 0.3, truth[2] - 0.45 * center[1], 0.45]])
+    again = refit(start, points.x_KP - center[:, None], points.y_P, iterations=200)
+    assert huber(again, points.x_KP - center[:, None], points.y_P)[0] == pytest.approx(law.objective, rel=1e-3)
+
+
+def test_one_bad_run_does_not_move_the_law():
+    """Huber's point: least squares would follow it."""
+    runs = curves(LAWS[2], np.geomspace(1e6, 1e9, 8))
+    runs[4] = dataclasses.replace(runs[4], loss=runs[4].loss * 1.05)
+    assert fit_law(size_points(runs)).exponents[0] == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize(("factor", "kappa"), [(6.0, 1.0), (250.0, 0.8)])
+def test_the_frontier_is_the_minimum_at_fixed_compute(factor, kappa):
+    e, a, alpha, b, beta = LAWS[1]
+    law = Law(np.array([math.log(e), math.log(a), alpha, math.log(b), beta]), 0.0)
+    best = frontier(law, factor, kappa)
+    for compute in (1e17, 1e20):
+        sizes = np.geomspace(1e3, 1e14, 200_001)
+        images = compute / (factor * sizes**kappa)
+        n = sizes[np.argmin(a / sizes**alpha + b / images**beta)]
+        assert best.size_factor * compute**best.size_exponent == pytest.approx(n, rel=1e-3)
+        d = best.images_factor * compute**best.images_exponent
+        assert factor * n**kappa * d == pytest.approx(compute, rel=1e-3)
+    if kappa == 1.0:  # Hoffmann et al.: a = beta / (alpha + beta)
+        assert best.size_exponent == pytest.approx(beta / (alpha + beta))
+
+
+def test_the_envelope_is_used_only_where_sizes_compete():
+    long = np.geomspace(1e3, 1e9, 60)
+    runs = curves(LAWS[0], np.geomspace(1e6, 1e9, 7), images=long)
+    points = frontier_points(runs)
+    assert points is not None
+    owners = {points.runs[i] for i in points.run_P}
+    assert not owners & {"r0", "r6"}
+    assert len(owners) >= 3
+    alpha, beta = LAWS[0][2], LAWS[0][4]
+    assert fit_law(points).exponents[0] == pytest.approx(alpha * beta / (alpha + beta), rel=0.1)
+    # Curves so short that the smaller model has always ended where the larger begins: no choice was ever observed.
+    short = [
+        dataclasses.replace(c, images=c.images[:3], loss=c.loss[:3]) for c in curves(LAWS[0], [1e6, 1e8, 1e10, 1e12])
+    ]
+    assert frontier_points(short) is None
+
+
+def test_too_little_is_refused_with_the_reason():
+    assert "3 model sizes" in too_little(curves(LAWS[2], [1e6, 1e7, 1e8]))
+    assert "3 model sizes" in too_little(curves(LAWS[2], [1e6, 1e7, 1e7, 1e8]))  # two seeds are no fourth size
+    assert "factor of 4.0" in too_little(curves(LAWS[2], [1e6, 2e6, 3e6, 4e6]))
+    assert too_little(curves(LAWS[2], [1e6, 2e6, 5e6, 1e7])) is None
+
+
+def test_curves_are_thinned_without_their_warm_up():
+    curve = Curve("r", 10, 60.0, np.arange(1, 1001, dtype=float), np.linspace(2, 1, 1000))
+    less = thin(curve)
+    assert len(less.images) <= 16
+    assert less.images[0] >= 100
+    assert less.images[-1] == 1000
+    assert loss_at(curve, 500.5) == pytest.approx(2 - 499.5 / 999, rel=1e-4)
+    assert math.isnan(loss_at(curve, 2000))
+    assert flops_law([curve, dataclasses.replace(curve, parameters=1000, flops_per_image=6000.0)]) == pytest.approx(
+        (6.0, 1.0)
+    )
+
+
+def test_more_points_on_a_curve_do_not_narrow_the_interval_but_more_runs_do():
+    def width(runs):
+        points = joint_points(runs)
+        interval = bootstrap(points, fit_law(points), replicates=100).exponent(0)
+        return interval.high - interval.low
+
+    few = curves(LAWS[2], np.geomspace(1e6, 1e8, 6), noise=0.003, images=np.geomspace(1e5, 1e6, 5))
+    dense = curves(LAWS[2], np.geomspace(1e6, 1e8, 6), noise=0.003, images=np.geomspace(1e5, 1e6, 15))
+    many = [dataclasses.replace(run, run=f"{run.run}-{copy}") for run in few for copy in range(4)]
+    assert width(dense) == pytest.approx(width(few), rel=0.3)
+    assert width(many) < 0.6 * width(few)
+
+
+def test_a_prediction_for_a_new_run_is_wider_than_for_the_law():
+    points = size_points(curves(LAWS[2], np.geomspace(1e6, 1e8, 5), noise=0.003))
+    boot = bootstrap(points, fit_law(points), replicates=300)
+    law, run = boot.loss(3e8), boot.loss(3e8, new_run=True)
+    assert run.high - run.low > law.high - law.low
+    assert law.low < law.value < law.high
+
+
+def test_correlation_is_scipys_and_resamples_runs():
+    from scipy.stats import pearsonr, spearmanr
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=9)
+    x[3] = x[4]  # a tie
+    y = -x + 0.3 * rng.normal(size=9)
+    found = across_runs(x, y)
+    assert found.pearson.value == pytest.approx(pearsonr(x, y).statistic)
+    assert found.spearman.value == pytest.approx(spearmanr(x, y).statistic)
+    assert found.pearson.low < found.pearson.value < found.pearson.high < 0
+
+
+def test_a_correlation_that_means_nothing_has_a_reason():
+    assert across_runs([1, 2], [1, 2]).pearson is None
+    three = across_runs([1, 2, 3], [3, 2, 1])
+    assert three.pearson.value == pytest.approx(-1)
+    assert three.pearson.low is None
+    assert "3 runs" in three.reason
+    assert "same value" in across_runs([1, 1, 1], [1, 2, 3]).reason
+    assert within_runs([([1, 2], [1, 2])]).pearson is None
+    assert within_runs([([1, 2, 3], [2, 4, 6])] * 5).pearson.low == pytest.approx(1)
+
+
+def test_runs_are_compared_where_most_of_them_were_measured():
+    loss = {"a": {10: 1.0, 20: 0.9}, "b": {10: 1.0, 20: 0.8, 30: 0.7}, "c": {10: 1.0}}
+    score = {"a": {10: 0.1, 20: 0.2}, "b": {10: 0.1, 20: 0.2, 30: 0.3}, "c": {10: 0.1}}
+    assert equal_images(loss, score) == 10
+    assert equal_images({"a": loss["a"]}, score) == 20
+    assert equal_images({}, score) is None
