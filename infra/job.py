@@ -81,13 +81,14 @@ def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
     Only processes started here are ended: `ray stop` would end those of every other job on the machine as well.
     """
     gpus = f" --num-gpus={job.gpus_per_node}" if job.gpus_per_node else ""
-    head = f'ray start --head --node-ip-address="${MASTER_ADDR}" --port={port} --include-dashboard=false{gpus} --block'
+    client = f"--ray-client-server-port=$(({port.lstrip('$')} + 1))"  # its default, 10001, would be shared as well
+    head = f'ray start --head --node-ip-address="${MASTER_ADDR}" --port={port} {client} --include-dashboard=false{gpus}'
     answers = f'(exec 3<>"/dev/tcp/${MASTER_ADDR}/{port}") 2>/dev/null'
     wait = f"for try in $(seq 150); do {answers} && break; sleep 2; done"
     return [
         "export RAY_raylet_start_wait_time_s=300",  # 30 s are too few on a busy machine or a slow shared folder
         f'if [ "${rank}" = 0 ]; then',
-        f"{head} > /dev/null &",
+        f"{head} --block > /dev/null &",
         "ray=$!",
         "trap 'kill $ray; wait $ray' EXIT",
         f'export RAY_ADDRESS="${MASTER_ADDR}:{port}"',

@@ -112,6 +112,7 @@ def ray_cluster() -> Iterator[Any]:
     import ray
 
     ray.init(
+        "local",  # never somebody else's that happens to run on this machine
         num_cpus=2,
         object_store_memory=200 * 2**20,
         include_dashboard=False,

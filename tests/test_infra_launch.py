@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import random
 import shlex
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -222,7 +224,7 @@ print("nodes", len(ray.nodes()), flush=True)
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_the_batch_script_makes_one_ray_of_two_nodes(two_nodes, tmp_path):
+def test_the_batch_script_makes_one_ray_of_two_nodes(ray_folder, two_nodes, tmp_path):
     (tmp_path / "count.py").write_text(COUNT)
     wanted = Job(name="count", command=("python", str(tmp_path / "count.py")), nodes=2)
     code, output = run_script(wanted, two_nodes, tmp_path / "log")
@@ -230,36 +232,51 @@ def test_the_batch_script_makes_one_ray_of_two_nodes(two_nodes, tmp_path):
     assert output.count("nodes 2") == 1
 
 
+def start_head(ports: dict[str, int], log: Path) -> subprocess.Popen[bytes] | None:
+    """A Ray head in its own process group once it says that it is up; None when it gave up starting."""
+    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
+    command += ["--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    command += [f"{name}={port}" for name, port in ports.items()]
+    with log.open("w") as out:
+        head = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    while "Ray runtime started" not in log.read_text():
+        time.sleep(0.5)
+        if head.poll() is not None:
+            return None
+    return head
+
+
 @pytest.fixture
-def ray_head(free_port, monkeypatch, tmp_path):
+def ray_folder(monkeypatch):
+    """A folder of its own for Ray, with a short name (sockets), so that nobody's `ray.init` finds this cluster."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_head(ray_folder, monkeypatch, tmp_path):
     """The address of a Ray cluster of its own that asks for a token, as a cluster should."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
-    # A busy machine needs longer than Ray's own patience.
-    module = "DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"
-    for name in ("DASHBOARD_STARTUP_TIMEOUT_S", module, "raylet_start_wait_time_s"):
-        monkeypatch.setenv(f"RAY_{name}", "300")
-    ports = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
-    chosen = {name: free_port() for name in ports}
-    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
-    command += ["--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
-    command += [f"{name}={port}" for name, port in chosen.items()]
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        answers = False
-        while not answers:  # the test's own time limit ends this
-            assert head.poll() is None, (tmp_path / "head.log").read_text()
-            time.sleep(0.5)
-            with socket.socket() as probe:
-                answers = probe.connect_ex(("127.0.0.1", chosen["--dashboard-port"])) == 0
-        yield f"http://127.0.0.1:{chosen['--dashboard-port']}"
-    finally:
-        head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
+    for limit in ("DASHBOARD_STARTUP_TIMEOUT_S", "DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"):
+        monkeypatch.setenv(f"RAY_{limit}", "300")  # Ray goes on without a dashboard where that was too slow
+    names = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
+    head = None
+    for _ in range(3):  # a raylet whose agent is not up within 15 s aborts; a busy machine needs another try
+        # Below the range from which Ray's own processes draw while it starts.
+        ports = dict(zip(names, random.sample(range(30000, 32000), len(names)), strict=True))
+        head = start_head(ports, tmp_path / "head.log")
+        if head:
+            break
+    assert head, (tmp_path / "head.log").read_text()
+    yield f"http://127.0.0.1:{ports['--dashboard-port']}"
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def _ray(job: Job) -> list[str]:
     address = f'export {MASTER_ADDR}=$(getent ahostsv4 "${MASTER_ADDR}" | head -n 1 | cut -d " " -f 1)'
     token = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n')"
     # Two jobs may share a machine: each takes a port of its own.
-    port = "export BEELINE_RAY_PORT=$((20000 + SLURM_JOB_ID % 10000))"
+    port = "export BEELINE_RAY_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))"
     node = ray_driver(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
     # The head's end is the job's end: --wait ends workers that do not notice.
     return [HEAD, address, token, port, f"{_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]
