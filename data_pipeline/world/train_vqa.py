@@ -146,11 +146,12 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
     if start_from:
         vqa.load_state_dict(load(start_from)[0].state_dict())
     module = _Module(vqa)
-    scenes = endless_scenes(seed)
+    # every third scene has two colors: telling whose is whose is learned last
+    scenes, paired = endless_scenes(seed), endless_scenes(seed, tags=("color_attr",))
     yes, no, stop = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "[SEP]"))
 
     def loss_of_step(step: int) -> Tensor:
-        batch = Batch([next(scenes) for _ in range(NUM_SCENES)], rng, words)
+        batch = Batch([next(scenes if i % 3 else paired) for i in range(NUM_SCENES)], rng, words)
         image_BPD = vqa.vision_model(batch.pixels_B3HW).last_hidden_state
         tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
         answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
@@ -167,7 +168,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         f"`BlipForQuestionAnswering` of transformers, {sum(p.numel() for p in vqa.parameters()):,} parameters, stored "
         "in half precision; processor and tokenizer beside it.",
         f"Data: split `judge_train` (all compositions), seed {seed}; {num_steps * NUM_SCENES:,} scenes, "
-        f"{NUM_QUESTIONS} questions each, half of them to be answered with no; 5 % of the images show nothing.",
+        f"{NUM_QUESTIONS} questions each, a third with two colors, half of the questions to be answered with no; 5 % of the images show nothing.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
         f"{went_on(start_from)}averaged weights.",
         f"Evaluated on 1,500 held-out scenes, seed {seed}, 8 questions each; calibration over ten bins of P(yes).",
