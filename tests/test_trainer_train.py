@@ -24,9 +24,9 @@ IMAGES, EVERY = 192, 64  # 24 steps of 8 images; a checkpoint every 8 steps
 CADENCE = ["--logging.log-every", "8", "--logging.save-every", str(EVERY), "--validation.every", str(EVERY)]
 # As the ladder takes them: NAME=VALUE.
 OPTIONS = [
-    "model.in-channels=4", "model.context-width=48", "model.pooled-width=32", "data.resolution=32", "data.text-tokens=16",
-    "data.latent-shape=4 8 8", "global-batch=8", "optimizer.lr=3e-3", "validation.samples=16", "validation.batch=8",
-    "logging.log-every=8", f"logging.save-every={EVERY}", f"validation.every={EVERY}",
+    "model.in-channels=4", "model.context-width=48", "model.pooled-width=32", "data.resolution=32",
+    "data.text-tokens=16", "data.latent-shape=4 8 8", "global-batch=8", "optimizer.lr=3e-3",
+    "validation.samples=16", "validation.batch=8", "logging.samples=0", "logging.log-every=8", f"logging.save-every={EVERY}", f"validation.every={EVERY}",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def straight(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def resumed(data, straight, tmp_path_factory) -> tuple[Path, str]:
     """The same run cut back to steps 8 and 16, step 16 damaged, continued on two ranks to the end; and what it said."""
-    run = tmp_path_factory.mktemp("resumed") / "run"
+    run = tmp_path_factory.mktemp("resumed") / "world-d2"
     cut(straight, run, keep=(8, 16))
     path = run / "checkpoints" / "step_0000016" / "rank_00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -71,10 +71,10 @@ def resumed(data, straight, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def elastic(data, straight, tmp_path_factory) -> Path:
     """Two ranks to step 8, one rank to step 24, cut back to step 16, two ranks to the end."""
-    one = tmp_path_factory.mktemp("elastic") / "one"
+    one = tmp_path_factory.mktemp("elastic") / "world-d2"
     cut(straight, one, keep=(8,))
     run_ranks(command(data, one), 1)
-    two = one.parent / "two"
+    two = tmp_path_factory.mktemp("elastic") / "world-d2"
     cut(one, two, keep=(16,))
     run_ranks(command(data, two), 2)
     return two
@@ -221,7 +221,7 @@ def test_export_from_a_checkpoint_equals_what_training_exported(data, straight, 
 )
 def test_dry_run_finds_what_does_not_fit(data, tmp_path, monkeypatch, more, says):
     monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run", "--dry-run", *more)[2:]])
-    with pytest.raises(ValueError, match="(?s).*") as caught:
+    with pytest.raises(ValueError, match=r"\w") as caught:
         main()
     assert says in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -116,6 +116,8 @@ class Logging:
     save_every: int | Literal["auto"] = "auto"
     keep: int = 3
     """Checkpoints kept; exported weights are always kept."""
+    samples: int = 0
+    """Captions of the val split that are drawn at each checkpoint (RUN/samples/)."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ def world(depth: int) -> Recipe:
         data=Data(resolution=64, latent_shape=(8, 16, 16), text_tokens=32),
         parallel=Parallel(persistence_threshold=0, reduce_bucket=4_000_000, prefetch=4_000_000),
         validation=Validation(samples=256, batch=32),
+        logging=Logging(samples=8),
     )
 
 

@@ -16,6 +16,7 @@ from trainer.plan import describe, make_plan
 from trainer.preflight import check_run_folder, fit, micro_batches, one_voice, with_init
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
+from trainer.samples import Sampler
 from trainer.state import State, StopSignal, load_init, open_batches, refuse_non_finite, restore, save
 from trainer.validate import Validator
 from trainer.zero.ema import ShardedEMA
@@ -53,6 +54,7 @@ def train(
         storage.write_bytes(storage.join(out, "plan.json"), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     validator = Validator(recipe, val) if val is not None else None
+    sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
     formulation = get_formulation(recipe.formulation)
     losses: list[float] = []
@@ -89,6 +91,9 @@ def train(
             with engine.weights(ema.first):
                 found = validator.run(engine, group)
             run_log.validation(found, profile=recipe.ema.profiles[0])
+        if sampler is not None and (last or due(state, recipe, "save")):
+            with engine.weights(ema.first):
+                sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
         if last or stop_votes or due(state, recipe, "save"):
             written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out)
             if last and not written:

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,8 +53,6 @@ def start(*, timeout_s: float = 1800.0) -> Group:
         os.environ["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
-        # DeepSpeed compiles a small shared-memory extension with ninja, which lies beside the interpreter.
-        _prepend_path(Path(os.sys.executable).parent)  # type: ignore[attr-defined]
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -66,6 +63,8 @@ def start(*, timeout_s: float = 1800.0) -> Group:
         torch.cuda.set_device(device)
     import deepspeed
 
+    # DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses.
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     try:
         deepspeed.init_distributed(
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False
@@ -80,12 +79,6 @@ def leave() -> None:
     """End the process group, so that the other ranks see an orderly end."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _prepend_path(folder: Path) -> None:
-    parts = os.environ.get("PATH", "").split(os.pathsep)
-    if str(folder) not in parts:
-        os.environ["PATH"] = os.pathsep.join([str(folder), *parts])
 
 
 def _free_port() -> int:

@@ -62,9 +62,9 @@ def write_rank_file(
         yield text
         for flats in tensors.values():
             for flat, parts in zip(flats, segments, strict=True):
-                host: Any = flat.detach().to("cpu", torch.float32).contiguous().numpy()
+                host = flat.detach().to("cpu", torch.float32).contiguous().numpy()
                 for start, stop in _runs(parts):
-                    yield memoryview(host[start:stop]).cast("B")
+                    yield host[start:stop].data.cast("B")
 
     written = _put(storage.join(folder, f"{stem(rank)}.safetensors"), data())
     described = _put(storage.join(folder, f"{stem(rank)}.json"), iter([json.dumps(index).encode()]))
