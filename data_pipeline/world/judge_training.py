@@ -108,9 +108,13 @@ def half(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.contiguous() for k, v in state.items()}
 
 
-def went_on(start_from: Path | None) -> str:
-    """For the card: whether a training went on from earlier weights."""
-    return "" if start_from is None else "started from an earlier run of the same script (other seed), "
+def earlier_runs(start_from: Path | None) -> list[str]:
+    """For the card: data and training of the weights that a training went on from, as their own card tells it."""
+    if start_from is None:
+        return []
+    told = (start_from / "README.md").read_text().splitlines()
+    lines = [line.removeprefix("- ") for line in told if line.startswith(("- Data:", "- Training:", "- Before"))]
+    return [line if line.startswith("Before") else f"Before that: {line}" for line in lines]
 
 
 def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, float]) -> None:

@@ -25,11 +25,11 @@ from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_metrics import average_precision
 from data_pipeline.world.judge_training import (
     augment,
+    earlier_runs,
     endless_scenes,
     held_out_scenes,
     logger,
     nothing,
-    went_on,
     write_card,
 )
 from data_pipeline.world.scenes import Scene
@@ -154,7 +154,8 @@ def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | N
         f"Data: split `judge_train` (all compositions), seed {seed}, {48 * num_steps:,} scenes, each seen once; "
         "4 % of the images replaced by ones without objects.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
-        f"{went_on(start_from)}averaged weights, temperature {temperature:.2f} fitted on 640 further training scenes.",
+        f"averaged weights, temperature {temperature:.2f} fitted on 640 further training scenes.",
+        *earlier_runs(start_from),
         f"Evaluated on 1,000 held-out scenes, seed {seed}.",
     ]
     write_card(out, "World detector", facts, figures)

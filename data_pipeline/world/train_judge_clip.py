@@ -23,11 +23,11 @@ from data_pipeline.world.fit import fit
 from data_pipeline.world.grammar import paraphrase
 from data_pipeline.world.judge_training import (
     augment,
+    earlier_runs,
     endless_scenes,
     half,
     held_out_scenes,
     logger,
-    went_on,
     write_card,
 )
 from data_pipeline.world.judge_wording import composition, contents, crop_prompt, nearly_true, save_tokenizer
@@ -231,7 +231,8 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
         f"Data: split `judge_train` (all compositions), seed {seed}; {num_steps:,} steps of {NUM_SCENES} scenes with "
         f"{NUM_WRONG} nearly true captions each and {NUM_CROPS} masked crops with 2 wrong colors each.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
-        f"{went_on(start_from)}averaged weights.",
+        "averaged weights.",
+        *earlier_runs(start_from),
         f"Evaluated on held-out scenes, seed {seed}: 1,500 with their own crops, retrieval among 500.",
     ]
     write_card(out, "World judge CLIP", facts, figures)

@@ -18,11 +18,11 @@ from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_training import (
     augment,
+    earlier_runs,
     endless_scenes,
     held_out_scenes,
     logger,
     nothing,
-    went_on,
     write_card,
 )
 from data_pipeline.world.judge_wording import Question, absent_questions, questions, save_tokenizer
@@ -168,9 +168,10 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         f"`BlipForQuestionAnswering` of transformers, {sum(p.numel() for p in vqa.parameters()):,} parameters, stored "
         "in half precision; processor and tokenizer beside it.",
         f"Data: split `judge_train` (all compositions), seed {seed}; {num_steps * NUM_SCENES:,} scenes, "
-        f"{NUM_QUESTIONS} questions each, a third with two colors, half of the questions to be answered with no; 5 % of the images show nothing.",
+        f"{NUM_QUESTIONS} questions each, half of them to be answered with no; 5 % of the images show nothing.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
-        f"{went_on(start_from)}averaged weights.",
+        "averaged weights.",
+        *earlier_runs(start_from),
         f"Evaluated on 1,500 held-out scenes, seed {seed}, 8 questions each; calibration over ten bins of P(yes).",
     ]
     write_card(out, "World VQA", facts, figures)
