@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
-from data_pipeline.checkpoints import resolve
 from data_pipeline.columns import Column, read_parts
 from data_pipeline.index import ShardEntry, table_bytes
 from data_pipeline.pack import CAPTIONS, Output, RowRef, make_plan, plan_table, read_proofs
-from data_pipeline.plans import Plan, build_columns
+from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.publish import assign_splits, publish, write_rejected
 from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
-from data_pipeline.schema import DatasetInfo, Manifest, Part, VaeMeta, fingerprint
+from data_pipeline.schema import DatasetInfo, Manifest, Part, fingerprint
 from data_pipeline.sources import Source, SourceUnit, source_to_json
 from data_pipeline.stage import OK
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
@@ -216,7 +215,7 @@ class Pipeline:
     def _pack(self, rows: Sequence[RowRef]) -> tuple[DatasetInfo, list[ShardEntry]]:
         info = DatasetInfo(
             text_spec=self.plan.text_spec,
-            vae=self._vae_meta(),
+            vae=vae_meta(self.plan.vae),
             resolution=self.plan.resolution,
             captions=CAPTIONS,
             columns=self.columns.fingerprints,
@@ -235,11 +234,6 @@ class Pipeline:
         entries = [proofs[output.id] for output in outputs if output.id in proofs]
         self.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
-
-    def _vae_meta(self) -> VaeMeta:
-        from model.vae import Latents, load_vae
-
-        return VaeMeta(**Latents.of(load_vae(resolve(self.plan.vae))).to_json(self.plan.vae))
 
     def _pack_unit(self, output: Output) -> Unit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]

@@ -1,7 +1,9 @@
 """Plans: everything that decides what a dataset will hold. A plan is a function that returns a frozen dataclass."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated
 
 import tyro
@@ -15,11 +17,12 @@ from data_pipeline.dedup import Dedup, SignatureStage
 from data_pipeline.encode import LatentStage, TextStage
 from data_pipeline.filters import FilterStage, MeasureStage
 from data_pipeline.ingest import Ingest
-from data_pipeline.schema import fingerprint
+from data_pipeline.schema import VaeMeta, fingerprint
 from data_pipeline.stage import Stage, stage_fingerprint
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
 from model.text import EncoderSpec, TextSpec
+from model.vae import Latents
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,16 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu") -> Columns:
     for encoder in plan.text_spec.encoders:
         heavy.append(column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), device=device)))
     return Columns((ingest, Column(root, "ingest", made["ingest"])), light, dedup, tuple(heavy))
+
+
+def vae_meta(checkpoint: str) -> VaeMeta:
+    """Shape and scaling of an autoencoder, from its config.json alone: the driver needs no network."""
+    path = resolve(checkpoint) / "config.json"
+    if not path.is_file():
+        raise UserError(f"no autoencoder at {path.parent}: expected a diffusers folder with config.json and weights")
+    defaults = {"shift_factor": None, "latent_channels": 4, "scaling_factor": 0.18215}  # those of AutoencoderKL
+    config = SimpleNamespace(**(defaults | json.loads(path.read_text())))
+    return VaeMeta(**Latents.of(SimpleNamespace(config=config)).to_json(checkpoint))
 
 
 def _hash(checkpoint: str) -> str:

@@ -130,6 +130,8 @@ def _ray(workers: Workers) -> Iterator[None]:
             ray.init(**quiet)
         else:
             log.info("starting Ray on this machine")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: any other load would starve the workers
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in reports
             cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
         # kept for the next pass; ray itself ends it with the process
