@@ -278,3 +278,58 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
 
 def test_metrics_are_a_literal_of_known_names():
     assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid"]
+
+
+def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
+    """Same samples, noise and protocol hash as trainer/validate.py, so that rows of both can be compared."""
+    from data_pipeline.loader import open_dataset
+    from data_pipeline.synthetic import TINY_TEXT, write_synthetic
+    from eval.val_loss import val_loss
+    from trainer.recipe import Recipe, Validation
+    from trainer.validate import Validator
+
+    info = write_synthetic(str(tmp_path / "data"), num_samples=32, val_samples=40)
+    config = MMDiTConfig(depth=1, in_channels=8, context_width=48, pooled_width=32, pos_max=16)
+    torch.manual_seed(0)
+    state = {k: v + 0.05 * torch.randn_like(v) for k, v in config.build().state_dict().items()}
+    path = export(tmp_path / "ema.safetensors")
+    from model.weights import read_meta
+
+    meta = read_meta(path) | {
+        "config": config.to_json(),
+        "text_spec": TINY_TEXT.to_json(),
+        "data_fingerprint": info.fingerprint,
+    }
+    painter = Painter(save_weights(path, state, meta))
+    scores, protocol = val_loss(painter, str(tmp_path / "data"))
+
+    recipe = Recipe(name="tiny", model=config, images=64, global_batch=8, validation=Validation())
+    validator = Validator(recipe, open_dataset(str(tmp_path / "data"), split="val"))
+    assert protocol == validator.protocol_hash
+
+    class Engine:
+        """The weights without ZeRO: what the trainer's engine is to its validator."""
+
+        def inference(self):
+            return torch.inference_mode()
+
+        def __call__(self, *given):
+            return painter.model(*given)
+
+    class Alone:
+        rank, world, device = 0, 1, torch.device("cpu")
+
+        def sum_(self, x):
+            return x
+
+    found = validator.run(Engine(), Alone())
+    assert found.sample_count == scores[0].sample_count == 40
+    assert scores[0].path == "sd3"
+    assert scores[0].value == pytest.approx(found.mean, rel=1e-9)
+    levels = {f"sd3/t{level:g}": loss for level, loss in found.per_level.items()}
+    assert {s.path: pytest.approx(s.value, rel=1e-9) for s in scores[1:]} == levels
+    assert scores[0].low < scores[0].value < scores[0].high
+
+    save_weights(path, state, meta | {"data_fingerprint": "another"})
+    with pytest.raises(UserError, match="trained on another"):
+        val_loss(Painter(path), str(tmp_path / "data"))
