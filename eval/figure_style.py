@@ -61,7 +61,7 @@ def drawing(theme: Theme) -> Iterator[None]:
     """matplotlib set up for one figure. Text is never parsed: a run may be called `$x_1$`."""
     import matplotlib as mpl
 
-    style: dict[str, Any] = {
+    style: dict[Any, Any] = {
         "font.family": "DejaVu Sans", "font.size": 8.5, "text.parse_math": False, "svg.fonttype": "none",
         "svg.hashsalt": "beeline", "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
         "text.color": theme["ink"], "axes.labelcolor": theme["muted"], "axes.edgecolor": theme["muted"],
@@ -151,15 +151,11 @@ def log_axis(
     """A log axis around the values, with at most six labelled round ticks and none of matplotlib's minor clutter."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axis, set_scale, set_limit = {
-        "x": (ax.xaxis, ax.set_xscale, ax.set_xlim),
-        "y": (ax.yaxis, ax.set_yscale, ax.set_ylim),
-    }[which]
     low, high = math.log(min(values)), math.log(max(values))
     span = max(high - low, 0.05)
     low, high = math.exp(low - pad[0] * span), math.exp(high + pad[1] * span)
-    set_scale("log")
-    set_limit(low, high)
+    ax.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    axis = ax.xaxis if which == "x" else ax.yaxis
     axis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))

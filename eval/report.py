@@ -153,6 +153,7 @@ def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]
         "figures": {figure.name: figure for figure in drawn},
         "pictures": pictures,
         "strip": strip,
+        "cooldown": any(tables.recipe_field(run, "schedule", "cooldown") for run in report.runs),
         "single_scores": [lines[0] for lines in told["scores"].values() if len(lines) == 1],
         "figure_names": {family: score_figure(family) for family in told["scores"]},
         "worldly": any(family.startswith("world_") for family in report.families),
@@ -290,17 +291,11 @@ class ReportOptions:
     """folder (or s3:// prefix) of run folders, or one run folder"""
     out: str = "report"
     """local folder to write into"""
-    samples: bool = True
-    """first draw sample grids of checkpoints that have none (world models take seconds)"""
 
 
 def main(args: Sequence[str]) -> None:
     """`python -m eval report`."""
     import tyro
 
-    from eval.rung_samples import draw_missing
-
     options = tyro.cli(ReportOptions, prog="python -m eval report", args=list(args))
-    if options.samples:
-        draw_missing(options.runs)
     print(write_report(options.runs, options.out))

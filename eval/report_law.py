@@ -131,7 +131,8 @@ def _next_rung(runs: Sequence[Run], curves: Sequence[Curve], boot: Bootstrap, im
     model = known[-1].recipe.get("model")
     parameters = counted_parameters({**model, "depth": depth}) if isinstance(model, Mapping) else None
     if parameters is None:
-        slope, base = np.polyfit(np.log([r.depth for r in known]), np.log([r.parameters for r in known]), deg=1)
+        depth_R = np.log([float(run.depth or 1) for run in known])
+        slope, base = np.polyfit(depth_R, np.log([float(run.parameters or 1) for run in known]), deg=1)
         parameters = round(math.exp(base + slope * math.log(depth)))
     return Prediction(depth, parameters, images, boot.loss(parameters, new_run=True))
 

@@ -28,7 +28,8 @@ class Picture:
 def rung_pictures(runs: Sequence[Run]) -> tuple[list[Picture], list[str]]:
     """Each run's last grid, of the same file name where all have one (same prompts and seeds); and what failed."""
     shared = set.intersection(*({_name(uri) for uri in run.samples} for run in runs)) if runs else set()
-    pictures, notes = [], []
+    pictures: list[Picture] = []
+    notes: list[str] = []
     for run in runs:
         candidates = [uri for uri in run.samples if _name(uri) in shared] or list(run.samples)
         if candidates:
@@ -75,12 +76,15 @@ def _encode(uri: str) -> tuple[str, int, int]:
 
 
 def _prompts(uri: str) -> tuple[str, ...]:
-    """From a JSON beside the image (`prompts`: list of texts), where there is one."""
-    beside = uri.rsplit(".", 1)[0] + ".json"
+    """From a JSON beside the image (`prompts`: list of texts), or the lines of captions.txt, as the trainer writes."""
+    beside, captions = uri.rsplit(".", 1)[0] + ".json", uri.rsplit("/", 1)[0] + "/captions.txt"
     try:
-        if not storage.exists(beside):
+        if storage.exists(beside):
+            found = json.loads(storage.read_bytes(beside)).get("prompts", [])
+        elif storage.exists(captions):
+            found = storage.read_bytes(captions).decode().splitlines()
+        else:
             return ()
-        found = json.loads(storage.read_bytes(beside)).get("prompts", [])
         return tuple(str(prompt) for prompt in found) if isinstance(found, list) else ()
     except (UserError, ValueError, AttributeError):
         return ()

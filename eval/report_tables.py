@@ -168,10 +168,16 @@ def _flatten(value: Any, path: str = "") -> dict[str, str]:
     return {path: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
 
 
+def recipe_field(run: Run, *path: str) -> Any:
+    """`recipe_field(run, "schedule", "cooldown")`, or None where the recipe has no such field."""
+    value: Any = run.recipe
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def _fingerprint(run: Run) -> str:
-    data = run.recipe.get("data")
-    found = data.get("fingerprint") if isinstance(data, Mapping) else None
-    return str(found or run.recipe.get("data_fingerprint") or run.plan.get("data_fingerprint") or "")
+    return str(recipe_field(run, "data", "fingerprint") or run.plan.get("data_fingerprint") or "")
 
 
 def _number(value: Any) -> float | None:

@@ -174,26 +174,37 @@ def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, it
     y_BP = np.broadcast_to(y_BP, (len(theta_BQ), x_KP.shape[1]))
     damping_B = np.full(len(theta_BQ), 1e-3)
     value_B = huber(theta_BQ, x_KP, y_BP, delta=delta)
-    lowest = y_BP.min(axis=1) - FLOOR_BELOW
+    settled_B = np.zeros(len(theta_BQ), dtype=int)
     for _ in range(iterations):
-        predicted, jacobian_BPQ = log_loss_jacobian(theta_BQ, x_KP)
-        residual_BP = y_BP - predicted
-        weight_BP = np.minimum(1.0, delta / np.maximum(np.abs(residual_BP), 1e-300))
-        weighted = jacobian_BPQ * weight_BP[..., None]
-        normal = np.einsum("bpi,bpj->bij", weighted, jacobian_BPQ)
-        scale = np.einsum("bii->bi", normal)
-        normal += (damping_B[:, None] * scale + 1e-12 * scale.max(axis=1, keepdims=True))[:, None, :] * np.eye(
-            theta_BQ.shape[1]
-        )
-        step = np.linalg.solve(normal, np.einsum("bpi,bp->bi", weighted, residual_BP)[..., None])[..., 0]
-        tried = theta_BQ + np.clip(step, -2, 2)
-        tried[:, 0] = np.maximum(tried[:, 0], lowest)
-        tried[:, 2::2] = np.clip(tried[:, 2::2], *ALPHA_RANGE)
-        value = huber(tried, x_KP, y_BP, delta=delta)
-        better = value <= value_B
-        theta_BQ[better], value_B[better] = tried[better], value[better]
-        damping_B = np.clip(np.where(better, damping_B / 4, damping_B * 5), 1e-12, 1e8)
+        active = np.flatnonzero(settled_B < 3)
+        if not len(active):
+            break
+        y, now = y_BP[active], value_B[active]
+        tried = _damped_step(theta_BQ[active], x_KP, y, damping_B[active], delta)
+        value = huber(tried, x_KP, y, delta=delta)
+        better = value <= now
+        theta_BQ[active[better]], value_B[active[better]] = tried[better], value[better]
+        damping_B[active] = np.clip(damping_B[active] * np.where(better, 0.25, 5.0), 1e-12, 1e8)
+        still = np.where(better, now - value <= 1e-7 * now, damping_B[active] >= 1e6)
+        settled_B[active] = np.where(still, settled_B[active] + 1, 0)
     return theta_BQ
+
+
+def _damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, delta: float) -> Array:
+    """One step of each fit, kept inside the bounds of `fit_law`."""
+    predicted_BP, jacobian_BPQ = log_loss_jacobian(theta_BQ, x_KP)
+    residual_BP = y_BP - predicted_BP
+    weight_BP = np.minimum(1.0, delta / np.maximum(np.abs(residual_BP), 1e-300))
+    weighted_BQP = (jacobian_BPQ * weight_BP[..., None]).transpose(0, 2, 1)
+    normal_BQQ = weighted_BQP @ jacobian_BPQ
+    scale_BQ = np.einsum("bii->bi", normal_BQQ)
+    ridge_BQ = damping_B[:, None] * scale_BQ + 1e-12 * scale_BQ.max(axis=1, keepdims=True)
+    normal_BQQ = normal_BQQ + ridge_BQ[:, None, :] * np.eye(theta_BQ.shape[1])
+    step_BQ = np.linalg.solve(normal_BQQ, weighted_BQP @ residual_BP[..., None])[..., 0]
+    tried_BQ = theta_BQ + np.clip(step_BQ, -2, 2)
+    tried_BQ[:, 0] = np.maximum(tried_BQ[:, 0], y_BP.min(axis=1) - FLOOR_BELOW)
+    tried_BQ[:, 2::2] = np.clip(tried_BQ[:, 2::2], *ALPHA_RANGE)
+    return tried_BQ
 
 
 def log_loss(theta_BQ: Array, x_KP: Array) -> Array:

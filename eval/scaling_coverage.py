@@ -32,8 +32,10 @@ class Ladder:
 
 def study(trials: int, *, ladder: Ladder = Ladder(), replicates: int = 200, seed: int = 0) -> dict[str, Any]:
     """Coverage per quantity with its 95 % binomial (Clopper-Pearson) interval."""
+    from tqdm import tqdm
+
     hits: dict[str, int] = {}
-    for trial in range(trials):
+    for trial in tqdm(range(trials), unit="ladders", disable=None):
         for name, hit in _trial(ladder, replicates, np.random.default_rng([seed, trial])).items():
             hits[name] = hits.get(name, 0) + hit
     quantities = [{"name": name, "coverage": hit / trials, **_binomial(hit, trials)} for name, hit in hits.items()]
