@@ -35,7 +35,7 @@ def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int
             parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
     losses_BV = torch.cat(parts)
     scores = [_score(protocol, losses_BV[:, : chosen.averaged].mean(1))]
-    scores += [_score(f"{protocol}/t{level:g}", losses_BV[:, k]) for k, level in enumerate(chosen.levels)]
+    scores += [_score(f"{protocol}/t{level:.3f}", losses_BV[:, k]) for k, level in enumerate(chosen.levels)]
     told = [protocol, chosen.levels, len(losses_BV), SEED, formulation, dataset.fingerprint]
     return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 

