@@ -336,6 +336,8 @@ def _together(values: Sequence[float], near: float) -> list[list[int]]:
 def _legend(figure: "Figure", rows: Sequence[Dots] | Sequence[Line], theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
+    longest = max(len(row.label) for row in rows)
+    columns = max(1, int(72 * float(figure.get_figwidth()) / (38 + 5.4 * longest)))
     handles = [
         Line2D(
             [], [], color=_color(theme, d.order), marker=MARKERS[d.order % len(MARKERS)], lw=1.4, ms=5, label=d.label
@@ -343,7 +345,7 @@ def _legend(figure: "Figure", rows: Sequence[Dots] | Sequence[Line], theme: Them
         for d in rows
     ]
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=4 if len(rows) < 5 else 5, frameon=False, handlelength=1.6,
+        handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6,
         columnspacing=1.2, fontsize=8, labelcolor=theme["ink"],
     )  # fmt: skip
 

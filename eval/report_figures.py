@@ -102,7 +102,7 @@ def _family(report: "Report", family: str, tasks: list[Task]) -> Plan:
             if (point := report.found[metric].at(run.name))
         }
         if scores:
-            rows.append(Dots(report.labels[run.name], _order(report, run.name), scores))
+            rows.append(Dots(_short(report.labels[run.name]), _order(report, run.name), scores))
     values = [p.value for row in rows for p in row.scores.values()]
     draw = figures.scores(rows, [task.name for task in tasks], splits, unit_range=min(values) >= 0 and max(values) <= 1)
     text = "Last checkpoint of each run; bars are 95 % intervals over prompts."
@@ -136,7 +136,12 @@ def _line(report: "Report", comparison: Comparison, run: str, *, scale: float = 
 
 def _as_line(report: "Report", run: str, points: list[tuple[float, float]]) -> Line:
     xs, ys = tuple(float(x) for x, _ in points), tuple(float(y) for _, y in points)
-    return Line(report.labels[run], _order(report, run), xs, ys)
+    return Line(_short(report.labels[run]), _order(report, run), xs, ys)
+
+
+def _short(label: str, most: int = 22) -> str:
+    """A figure has room for so much; the tables have the whole name."""
+    return label if len(label) <= most else label[: most - 3] + "..."
 
 
 def _order(report: "Report", run: str) -> int:
