@@ -38,7 +38,8 @@ else
     python -m eval sample --weights "$out/runs/world-d${depths##* }/weights/ema.safetensors" --out "$out/grid.png" \
     --prompts "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car"
   step "5/6  Judge every rung by the world's judges" \
-    python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid --prompts-per-task "$prompts"
+    python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \
+    --prompts-per-task "$prompts" --images-per-prompt 1 --captions 64 --checkpoints 2
   step "6/6  Write the report" \
     python -m eval report --runs "$out/runs" --out "$out/report"
   touch "$out/done"
