@@ -93,10 +93,12 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
     from data_pipeline.runner import Workers
     from data_pipeline.sources import parse_source
     from data_pipeline.summary import summary
+    from infra import storage
 
     if run.workers is not None and run.workers < 0:
         raise UserError(f"--workers {run.workers}: expected 0 (no Ray) or more")
     started = time.monotonic()
+    storage.exists(run.out)  # a place that cannot be written to shall be said before any work
     if run.source is None:
         source = world_source(run)
     else:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from data_pipeline.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 
@@ -44,12 +46,12 @@ class BucketStage:
         return {"version": VERSION, "table": self.table}
 
     def open(self) -> Worker:
-        def run(shard: ShardView) -> object:
+        def run(shard: ShardView) -> pa.Table:
             widths, heights = shard.values("measure", "width"), shard.values("measure", "height")
             names = [
                 nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
                 for row in shard.rows
             ]
-            return result(shard.rows, [OK] * len(names), bucket=names)
+            return result(shard.rows, [OK] * len(names), bucket=pa.array(names, pa.string()))
 
-        return run  # type: ignore[return-value]
+        return run

@@ -116,4 +116,4 @@ def read_parts(root: str, parts: Iterable[Part], columns: Sequence[str] | None =
     table = pa.concat_tables(tables)
     rows = table["row"].to_pylist()
     first = {row: at for at, row in reversed(list(enumerate(rows)))}
-    return table.take([first[row] for row in sorted(first)])
+    return table.take(pa.array([first[row] for row in sorted(first)], pa.int64()))

@@ -84,7 +84,6 @@ def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
     return fingerprint([stage.name, stage.identity(), {name: inputs[name] for name in stage.inputs}])
 
 
-def result(rows: Sequence[int], status: Sequence[str], **columns: pa.Array | Sequence[object]) -> pa.Table:
+def result(rows: Sequence[int], status: Sequence[str], **columns: pa.Array) -> pa.Table:
     """A stage's table: row number and status first."""
-    named = {name: values if isinstance(values, pa.Array) else pa.array(values) for name, values in columns.items()}
-    return pa.table({"row": pa.array(rows, pa.int32()), "status": pa.array(status, pa.string()), **named})
+    return pa.table({"row": pa.array(rows, pa.int32()), "status": pa.array(status, pa.string()), **columns})

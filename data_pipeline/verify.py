@@ -52,10 +52,9 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
     twice = [place for place, count in origins.items() if count > 1]
     if twice:
         findings.problems.append(f"{len(twice)} rows were packed more than once, e.g. {twice[0][0]} row {twice[0][1]}")
-    if sum(info.counts.values()) and sum(findings.samples.values()) != info.counts.get("ok", 0):
-        findings.problems.append(
-            f"{sum(findings.samples.values())} samples, but {info.counts.get('ok', 0)} rows are ok"
-        )
+    total, ok = sum(findings.samples.values()), info.counts.get("ok", 0)
+    if not findings.problems and total != ok:
+        findings.problems.append(f"{uri}: {total} samples in the shards, but {ok} rows are ok")
     return findings
 
 

@@ -1,0 +1,178 @@
+"""On real Ray workers: the same data as without Ray, workers that die, drivers that are killed in the middle."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.pipeline import Pipeline
+from data_pipeline.plans import world
+from data_pipeline.runner import Workers, run_tasks
+from data_pipeline.sources import parse_source
+from data_pipeline.verify import verify
+from data_pipeline.world.write import write_world
+from infra.errors import UserError
+
+PLAN = replace(world(), ingest_rows=8, pack_rows=16)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    write_world(str(folder), images=40, val_images=8, seed=5, images_per_shard=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, raw) -> str:
+    """The fingerprint of the data made without Ray and without trouble."""
+    root = tmp_path_factory.mktemp("reference")
+    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run().info.fingerprint
+
+
+def command(root: Path, raw: Path, workers: int) -> list[str]:
+    given = ["--ingest-rows", "8", "--pack-rows", "16", "--workers", str(workers)]
+    return [sys.executable, "-m", "data_pipeline", "run", "world", "--out", str(root), "--source", f"wds:{raw}", *given]
+
+
+def manifests(root: Path, stage: str) -> int:
+    return (
+        len(list((root / "columns" / stage).rglob("*.json")))
+        if stage != "pack"
+        else len(list((root / "pack").rglob("*/*.json")))
+    )
+
+
+def kill_when(process: subprocess.Popen, root: Path, stage: str, count: int, timeout: float = 540) -> bool:
+    """SIGKILL the process and all it started once so many manifests of a stage are there. False: it ended before."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until and process.poll() is None:
+        if manifests(root, stage) >= count:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.02)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"{stage} had {manifests(root, stage)} manifests after {timeout} s")
+    return False
+
+
+def check(root: Path, raw: Path, reference: str) -> None:
+    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run()
+    assert outcome.info.fingerprint == reference
+    assert outcome.info.counts == {"ok": 48}
+    findings = verify(str(root))
+    assert findings.problems == []
+    assert findings.samples == {"train": 40, "val": 8}
+
+
+def test_a_driver_killed_in_the_middle_goes_on_where_it_was(tmp_path, raw, reference):
+    root = tmp_path / "data"
+    process = subprocess.Popen(command(root, raw, 0), start_new_session=True, stderr=subprocess.DEVNULL)
+    assert kill_when(process, root, "latents", 2)
+    assert not (root / "dataset.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in root.rglob("*.json")}
+    check(root, raw, reference)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
+
+
+@pytest.mark.dist
+def test_ray_workers_make_the_same_data(tmp_path, raw, reference, ray_cluster):
+    root = tmp_path / "data"
+    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    assert outcome.info.fingerprint == reference
+    assert verify(str(root)).problems == []
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """Kills its own worker once, fails on one unit, works on the others."""
+
+    marks: str
+
+    def open(self):
+        def run(unit):
+            if unit["id"] == "deadly":
+                mark = Path(self.marks) / "died"
+                if not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if unit["id"] == "bad":
+                raise RuntimeError("a poisoned unit")
+            return {"rows": 1}
+
+        return run
+
+
+@dataclass(frozen=True)
+class Unopenable:
+    def open(self):
+        raise UserError("no weights at /nowhere")
+
+
+@pytest.mark.dist
+def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_cluster):
+    units = [{"id": name} for name in ("a", "deadly", "b", "bad", "c")]
+    reports = {r["id"]: r for r in run_tasks(Fragile(str(tmp_path)), units, Workers(2, cpus=0.5))}
+    assert (tmp_path / "died").exists()
+    assert Counter(r["error"] for r in reports.values()) == {"": 4, "RuntimeError: a poisoned unit": 1}
+    assert set(reports) == {"a", "deadly", "b", "bad", "c"}
+    (report,) = run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5))
+    assert (report["fatal"], report["error"]) == (True, "no weights at /nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ray_jobs_killed_at_seeded_points_lose_and_double_nothing(tmp_path, raw, reference):
+    draws = random.Random(11)
+    root = tmp_path / "data"
+    hits = Counter()
+    for stage, most in (("ingest", 3), ("measure", 5), ("caption", 4), ("latents", 5), ("text_t5", 6), ("pack", 2)):
+        process = subprocess.Popen(command(root, raw, 2), start_new_session=True, stderr=subprocess.DEVNULL)
+        hits[stage] += kill_when(process, root, stage, draws.randint(1, most))
+        # what Ray started in sessions of its own ends when its head is gone; give it a moment
+        time.sleep(5)
+    assert set(hits.values()) == {1}, hits
+    check(root, raw, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_port):
+    ray = str(Path(sys.executable).with_name("ray"))
+    port, dashboard = free_port(), free_port()
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    temp = Path("/tmp") / f"r{os.getpid()}"  # sockets below it must have short names
+    head = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    cluster = subprocess.Popen(
+        [*head, f"--temp-dir={temp}", "--object-store-memory=200000000"],
+        env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        work = tmp_path / "code"
+        for name in ("data_pipeline", "model", "infra"):
+            shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
+        root = tmp_path / "data"
+        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(work), "--"]
+        for _ in range(60):
+            done = subprocess.run([*submit, *command(root, raw, 2)], env=env, capture_output=True, text=True)
+            if "Failed to connect" not in done.stdout + done.stderr:
+                break
+            time.sleep(2)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "48 samples" not in done.stderr
+        check(root, raw, reference)
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)
+        cluster.wait()
+        shutil.rmtree(temp, ignore_errors=True)
