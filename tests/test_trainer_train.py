@@ -13,6 +13,7 @@ import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline.synthetic import write_synthetic
+from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.weights import load_weights, read_meta
@@ -174,6 +175,18 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_their_own_code(data, tmp_pa
     assert codes == [75, 75], said
     assert "stopped by signal" in said
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def test_a_run_folder_may_be_on_s3(data, s3, tmp_path):
+    run_ranks([*command(data, tmp_path), "--out", f"{s3}/run", "--images", "16", "--logging.save-every", "8"], 1)
+    said = run_ranks([*command(data, tmp_path), "--out", f"{s3}/run", "--images", "16", "--logging.save-every", "8"], 1)
+    assert "resumed" in said
+    assert "is trained already" in said
+    names = {uri.removeprefix(f"{s3}/run/") for uri in storage.list_files(f"{s3}/run")}
+    assert names >= {"recipe.json", "plan.json", "checkpoints/latest", "weights/ema.safetensors"}
+    assert images_trained(f"{s3}/run") == 16
+    assert ResultStore(f"{s3}/run/results").rows(metric="val_loss/sd3")
+    assert any(name.startswith("logs/train-") for name in names)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_line(data, tmp_path):

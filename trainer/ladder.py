@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 
 log = get_logger("ladder")
+DEFAULT_PORT = 29500  # of the deepspeed launcher; another training on this machine may hold it
 
 
 def climb(
@@ -69,7 +71,19 @@ def train_command(
         arguments += [f"--{name.removeprefix('--')}", *value.split()]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
-    return ["deepspeed", "--num_gpus", str(ranks), "--module", "trainer", *arguments]
+    port = [] if _port_is_free(DEFAULT_PORT) else ["--master_port", str(_free_port())]
+    return ["deepspeed", "--num_gpus", str(ranks), *port, "--module", "trainer", *arguments]
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def images_trained(run: str) -> int | None:

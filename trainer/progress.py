@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from infra import storage
+from infra.errors import UserError
 from infra.log import Progress
 from infra.results import ResultRow, ResultStore
 from infra.version import code_version
@@ -97,11 +98,19 @@ class RunLog:
         if self._board is not None:
             self._board.flush()
 
-    def close(self) -> None:
-        self.flush()
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """What led to a failure is kept too; a second failure while telling it must not hide the first."""
         self._progress.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self.flush()
+            if self._board is not None:
+                self._board.close()
+        except (UserError, OSError):
+            if error is None:
+                raise
 
     def _forget_after(self, images_seen: int) -> None:
         """Lines from behind the checkpoint that the run continues from will be told again."""

@@ -58,53 +58,56 @@ def train(
     batches = open_batches(recipe, dataset, group, state)
     formulation = get_formulation(recipe.formulation)
     losses: list[float] = []
+    if state.images_seen >= recipe.images:
+        log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")
 
-    while state.images_seen < recipe.images:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
-        for number in range(accumulation):
-            micro = next(batches)
-            loss_B = pretrain(
-                engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=group.device
-            )
-            engine.backward(loss_B.mean())
-            loss_sum += loss_B.detach().double().sum()
-            if number + 1 < accumulation:
-                engine.step(0.0, boundary=False)
-        # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
-        total, stop_votes = group.sum([loss_sum.item(), float(stop.asked)])
-        loss, lr = total / batch, recipe.lr_at(state.images_seen + batch)
-        refuse_non_finite(loss, "loss", state, recipe, micro)
-        result = engine.step(lr)
-        refuse_non_finite(result.grad_norm if result.applied else math.nan, "gradient", state, recipe, micro)
-        state.images_seen += batch
-        state.step += 1
-        ema.update(engine.masters, state.images_seen, batch)
-        run_log.advance(state.images_seen, loss, lr)
-        losses.append(loss)
-
-        last = state.images_seen >= recipe.images
-        if last or due(state, recipe, "log"):
-            mean = math.fsum(losses) / len(losses)
-            run_log.train(mean, lr=lr, grad_norm=result.grad_norm, step=state.step)
-            losses = []
-        if validator is not None and (last or due(state, recipe, "validate")):
-            with engine.weights(ema.first):
-                found = validator.run(engine, group)
-            run_log.validation(found, profile=recipe.ema.profiles[0])
-        if sampler is not None and (last or due(state, recipe, "save")):
-            with engine.weights(ema.first):
-                sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
-        if last or stop_votes or due(state, recipe, "save"):
-            written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out)
-            if last and not written:
-                raise UserError(
-                    f"{out}: the end of the run could not be written; make room, then run the same command again"
+    with run_log:
+        while state.images_seen < recipe.images:
+            loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
+            for number in range(accumulation):
+                micro = next(batches)
+                loss_B = pretrain(
+                    engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=group.device
                 )
-        if stop_votes and not last:
-            log.info("stopped by signal at %s images and saved; the same command continues", f"{state.images_seen:,}")
-            break
+                engine.backward(loss_B.mean())
+                loss_sum += loss_B.detach().double().sum()
+                if number + 1 < accumulation:
+                    engine.step(0.0, boundary=False)
+            # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
+            total, stop_votes = group.sum([loss_sum.item(), float(stop.asked)])
+            loss, lr = total / batch, recipe.lr_at(state.images_seen + batch)
+            refuse_non_finite(loss, "loss", state, recipe, micro)
+            result = engine.step(lr)
+            refuse_non_finite(result.grad_norm if result.applied else math.nan, "gradient", state, recipe, micro)
+            state.images_seen += batch
+            state.step += 1
+            ema.update(engine.masters, state.images_seen, batch)
+            run_log.advance(state.images_seen, loss, lr)
+            losses.append(loss)
 
-    run_log.close()
+            last = state.images_seen >= recipe.images
+            if last or due(state, recipe, "log"):
+                mean = math.fsum(losses) / len(losses)
+                run_log.train(mean, lr=lr, grad_norm=result.grad_norm, step=state.step)
+                losses = []
+            if validator is not None and (last or due(state, recipe, "validate")):
+                with engine.weights(ema.first):
+                    found = validator.run(engine, group)
+                run_log.validation(found, profile=recipe.ema.profiles[0])
+            if sampler is not None and (last or due(state, recipe, "save")):
+                with engine.weights(ema.first):
+                    sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
+            if last or stop_votes or due(state, recipe, "save"):
+                written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out)
+                if last and not written:
+                    raise UserError(
+                        f"{out}: the end of the run could not be written; make room, then run the same command again"
+                    )
+            if stop_votes and not last:
+                how = "saved" if written else "NOT saved: the last good checkpoint counts"
+                log.info("stopped by signal at %s images, %s; the same command continues", state.images_seen, how)
+                break
+
     batches.close()
     leave()
     if state.images_seen < recipe.images:

@@ -48,6 +48,7 @@ class Group:
 def start(*, timeout_s: float = 1800.0) -> Group:
     """Join the other ranks. Call once, first of all."""
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's CPU accelerator counts devices by it
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
