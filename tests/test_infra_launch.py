@@ -203,10 +203,11 @@ def run_script(job: Job, environment: dict[str, str], log: Path) -> tuple[int, s
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_the_batch_script_joins_deepspeed_over_two_nodes(two_nodes, tmp_path):
+def test_the_batch_script_joins_deepspeed_over_two_nodes(two_nodes, free_port, tmp_path):
     (tmp_path / "meet.py").write_text(MEET)
     environment = {"NOTE": "x y", "DS_ACCELERATOR": "cpu"}
-    wanted = Job(name="meet", command=("deepspeed", str(tmp_path / "meet.py")), nodes=2, env=environment)
+    command = ("deepspeed", "--master_port", str(free_port()), str(tmp_path / "meet.py"))
+    wanted = Job(name="meet", command=command, nodes=2, env=environment)
     code, output = run_script(wanted, {**two_nodes, "GRACE": "60"}, tmp_path / "log")
     assert code == 0, output
     assert output.count("ranks 2 of 2 x y") == 2
