@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plans import world
@@ -21,6 +22,7 @@ from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)
 ROOT = Path(__file__).parent.parent
 
