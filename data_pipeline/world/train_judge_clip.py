@@ -221,7 +221,7 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
         plain = F.binary_cross_entropy_with_logits(module.facts(image_BE[:NUM_SCENES]), batch.facts)
         return on_scenes + on_crops + plain
 
-    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=4e-3)
+    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=2.5e-3 if start_from else 4e-3)
     save_file(half(averaged.get_submodule("clip")), out / "open_clip_model.safetensors")
     figures = evaluate(out, seed)
     logger.info("judge_clip: %s", figures)

@@ -146,12 +146,12 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
     if start_from:
         vqa.load_state_dict(load(start_from)[0].state_dict())
     module = _Module(vqa)
-    # every third scene has two colors: telling whose is whose is learned last
+    # every fourth scene has two colors: telling whose is whose is learned last
     scenes, paired = endless_scenes(seed), endless_scenes(seed, tags=("color_attr",))
     yes, no, stop = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "[SEP]"))
 
     def loss_of_step(step: int) -> Tensor:
-        batch = Batch([next(scenes if i % 3 else paired) for i in range(NUM_SCENES)], rng, words)
+        batch = Batch([next(scenes if i % 4 else paired) for i in range(NUM_SCENES)], rng, words)
         image_BPD = vqa.vision_model(batch.pixels_B3HW).last_hidden_state
         tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
         answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
@@ -160,7 +160,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         stopped = F.cross_entropy(logits_Q2V[:, 1], torch.full_like(answers_Q, stop))
         return 2 * told + 0.1 * stopped + patch_loss(module, image_BPD[:, 1:], batch)
 
-    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=4e-3)
+    averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=2.5e-3 if start_from else 4e-3)
     save(averaged.get_submodule("vqa"), out)
     figures = evaluate(out, seed)
     logger.info("vqa: %s", figures)
