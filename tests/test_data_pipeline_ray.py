@@ -124,6 +124,8 @@ class Unopenable:
 
 @pytest.mark.dist
 def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_cluster):
+    # workers cannot import a test module: its classes travel by value
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     units = [{"id": name} for name in ("a", "deadly", "b", "bad", "c")]
     reports = {r["id"]: r for r in run_tasks(Fragile(str(tmp_path)), units, Workers(2, cpus=0.5))}
     assert (tmp_path / "died").exists()
@@ -172,7 +174,6 @@ def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_po
                 break
             time.sleep(2)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "48 samples" not in done.stderr
         check(root, raw, reference)
     finally:
         os.killpg(cluster.pid, signal.SIGKILL)
