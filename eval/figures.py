@@ -228,6 +228,8 @@ def progress(panels: Sequence[tuple[str, Sequence[Line]]]) -> Draw:
                 _plot(ax, line, theme)
             log_axis(ax, "x", [v for line in lines for v in line.x], count_text)
             ax.margins(y=0.12)
+            if min(v for line in lines for v in line.y) >= 0 > ax.get_ylim()[0]:
+                ax.set_ylim(bottom=0)
             ax.set_title(title)
             ax.set_xlabel("images seen")
             _end_labels(ax, lines, theme)

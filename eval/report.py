@@ -6,6 +6,7 @@ Pieces that are missing make a smaller report that says so.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -279,8 +280,8 @@ def _environment(*, html: bool) -> Any:
 
 def markdown_text(text: Any) -> str:
     """One line that Markdown shows literally, also inside a table."""
-    line = " ".join(str(text).split())
-    return "".join("\\" + char if char in "\\`*_{}[]<>#|$~" else char for char in line)
+    line = re.sub(r"([\\`*\[\]<>|$~])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", line)  # inside a word it is only an underscore
 
 
 @dataclass(frozen=True)

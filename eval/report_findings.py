@@ -208,8 +208,14 @@ def missing_findings(
 
     said = [f"{name(run)}: no {piece}" for run in runs for piece in run.missing]
     said += [f"{name(run)}: no sample images" for run in runs if not run.samples]
+    judged = set(families)
+    said += [
+        f"{name(run)}: no scores"
+        for run in runs
+        if judged and not judged & {row.metric.split("/")[0] for row in run.rows}
+    ]
     if not families:
-        said.append("no scores: run `python -m eval run` to judge images of the checkpoints")
+        said.append("no scores (python -m eval run judges images of the checkpoints)")
     if families and not calibration:
         said.append("no calibration of the judges (ground truth and shuffled scenes)")
     if len(runs) == 1:

@@ -29,6 +29,7 @@ def cost_of(run: Run) -> dict[str, Any]:
     seconds, speed = _last(run, "cost/seconds"), _last(run, "cost/images_per_second")
     images = max((row.images_seen for row in run.rows if row.metric.startswith(("cost/", "train_loss"))), default=0)
     images = images or run.images
+    speed = speed or (images / seconds if seconds and images else None)
     flops = run.flops_per_image * images if run.flops_per_image and images else None
     peak = _number(run.plan.get("peak_flops_per_second")) or _number(run.plan.get("device_peak_flops"))
     rate = run.flops_per_image * speed if run.flops_per_image and speed else None
