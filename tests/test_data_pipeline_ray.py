@@ -124,8 +124,6 @@ class Unopenable:
 
 @pytest.mark.dist
 def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_cluster):
-    # workers cannot import a test module: its classes travel by value
-    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     units = [{"id": name} for name in ("a", "deadly", "b", "bad", "c")]
     reports = {r["id"]: r for r in run_tasks(Fragile(str(tmp_path)), units, Workers(2, cpus=0.5))}
     assert (tmp_path / "died").exists()
