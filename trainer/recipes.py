@@ -24,7 +24,7 @@ def world(depth: int) -> Recipe:
         ema=EMA(profiles=("power:0.10",)),
         data=Data(resolution=64, latent_shape=(8, 16, 16), text_tokens=32),
         parallel=Parallel(persistence_threshold=0, reduce_bucket=4_000_000, prefetch=4_000_000),
-        validation=Validation(samples=256, batch=32),
+        validation=Validation(samples=128, batch=32),
         logging=Logging(samples=8),
     )
 
