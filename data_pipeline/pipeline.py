@@ -3,6 +3,7 @@
 The driver holds statuses and row numbers, never images or features.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -184,19 +185,26 @@ class Pipeline:
             for manifest in manifests:
                 if manifest.parts[0].shard in self.splits:
                     self._take(manifest)
-        found = self.parts.get(column.stage, {})
+        return self._rows_done(column.stage)
+
+    def _rows_done(self, stage: str) -> dict[str, set[int]]:
+        found = self.parts.get(stage, {})
         return {shard: set().union(*(part.row_numbers() for part in parts)) for shard, parts in found.items()}
 
     def _accepted(self, statuses: dict[str, dict[int, tuple[str, str]]]) -> list[RowRef]:
         """Rows that go into training shards, in a fixed order; others get their status in `statuses`."""
         shards = sorted(statuses)
-        encoded = [name for name in self.parts if name == "latents" or name.startswith("text_")]
-        for stage in encoded:
+        for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
             flawed = [shard for shard in shards if (stage, shard) in self.flawed]
             for shard, table in self._read_all(stage, flawed).items():
                 for row, status in zip(table["row"].to_pylist(), table["status"].to_pylist()):
                     if statuses[shard][row][0] == OK and status != OK:
                         statuses[shard][row] = status, f"{stage} gave values that are no numbers"
+            done = self._rows_done(stage)
+            for shard in shards:
+                reason = f"{stage}: {self.failed.get(shard, 'no result')}"
+                for row in [r for r, (s, _) in statuses[shard].items() if s == OK and r not in done.get(shard, ())]:
+                    statuses[shard][row] = "failed", reason
         buckets, exact = self._read_all("bucket", shards), self._read_all("signature", shards)
         accepted = []
         for shard in shards:
@@ -254,7 +262,7 @@ class Pipeline:
         failed: dict[str, str] = {}
         known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
         with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
-            bad: dict[str, int] = {}
+            bad: Counter[str] = Counter()
             for report in run_tasks(task, units, self.workers):
                 if report["error"]:
                     failed[report["id"]] = report["error"]
@@ -263,13 +271,10 @@ class Pipeline:
                     continue
                 done.append(report)
                 rows += report["rows"]
-                for stage, counts in report["counts"].items():
-                    for status, count in counts.items():
-                        name = status if status == OK else f"{stage}.{status}"
-                        bad[name] = max(bad.get(name, 0), 0) + (count if status != OK else 0)
+                bad += _not_ok(report)
                 if not known:
                     progress.total = round(rows / len(done) * len(units))
-                progress.update(report["rows"], **{name: n for name, n in bad.items() if n}, failed=len(failed))
+                progress.update(report["rows"], **bad, **({"failed_units": len(failed)} if failed else {}))
         self.computed[title] = rows
         if failed:
             self._handle(title, failed, len(units))
@@ -295,6 +300,12 @@ def _only_ok(tables: Mapping[str, pa.Table], judged: Mapping[str, pa.Table]) -> 
 
 def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:
     return {**asdict(unit), "known": {name: asdict(manifest) for name, manifest in proven.items()}}
+
+
+def _not_ok(report: Report) -> Counter[str]:
+    """Rows by status, as the last stage that judges them says."""
+    judging = {stage: counts for stage, counts in report["counts"].items() if stage not in ("ingest", "measure")}
+    return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})
 
 
 def _rows_of(unit: Unit) -> int:

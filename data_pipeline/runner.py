@@ -4,7 +4,6 @@ What moves between processes are small descriptions; each worker reads and write
 knows ray. With workers=0 everything happens in this process.
 """
 
-import contextlib
 import json
 import os
 import time
@@ -91,39 +90,38 @@ class _Actor:
 
 
 def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator[Report]:
+    _connect(workers)
     import ray
     from ray.data import ActorPoolStrategy
 
-    with _ray(workers):
-        total = max(1, int(ray.cluster_resources().get("CPU", 1) / max(workers.cpus, 0.01)))
-        size = min(workers.count or total, len(units))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        # a block above 1.5 times the target would be split, and one block is one unit here
-        context.target_max_block_size = None
-        items = [{"unit": json.dumps(unit)} for unit in units]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Actor,
-            fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
-            batch_size=1,
-            compute=ActorPoolStrategy(size=size),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus or None,
-        )
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            for report in batch["report"]:
-                yield json.loads(report)
+    total = max(1, int(ray.cluster_resources().get("CPU", 1) / max(workers.cpus, 0.01)))
+    size = min(workers.count or total, len(units))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # a block above 1.5 times the target would be split, and one block is one unit here
+    context.target_max_block_size = None
+    items = [{"unit": json.dumps(unit)} for unit in units]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Actor,
+        fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
+        batch_size=1,
+        compute=ActorPoolStrategy(size=size),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+    )
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        for report in batch["report"]:
+            yield json.loads(report)
 
 
-@contextlib.contextmanager
-def _ray(workers: Workers) -> Iterator[None]:
+def _connect(workers: Workers) -> None:
     """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine."""
     import logging
 
     import ray
 
-    if not ray.is_initialized():
+    if not ray.is_initialized():  # one start serves all passes; Ray ends it with the process
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if os.environ.get("RAY_ADDRESS"):
@@ -134,6 +132,4 @@ def _ray(workers: Workers) -> Iterator[None]:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in reports
             cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
-        # kept for the next pass; ray itself ends it with the process
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield

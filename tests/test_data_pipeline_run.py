@@ -56,8 +56,8 @@ def add_bad_rows(tar: Path) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def run(root: Path | str, raw: Path | str, plan: Plan = PLAN) -> Outcome:
-    return Pipeline(plan, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run()
+def run(root: Path | str, raw: Path | str, plan: Plan = PLAN, *, keep_going: bool = False) -> Outcome:
+    return Pipeline(plan, str(root), parse_source(f"wds:{raw}"), workers=Workers(0), keep_going=keep_going).run()
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +225,21 @@ def test_a_damaged_column_is_named_and_can_be_made_again(made, raw, copy):
     manifest.unlink()
     assert run(copy, raw).info.fingerprint == made[1].info.fingerprint
     assert verify(str(copy)).problems == []
+
+
+def test_a_shard_that_cannot_be_encoded_stops_the_run_or_is_left_out_when_told_so(raw, copy):
+    ingest = min((copy / "columns" / "ingest").rglob("*train-00000*.json")).read_text()
+    shard, data = (ingest.split(f'"{name}": "')[1].split('"')[0] for name in ("shard", "object"))
+    (copy / data).write_bytes(b"garbage")
+    for manifest in (copy / "columns" / "latents").rglob(f"{shard}.*.json"):
+        manifest.unlink()
+    with pytest.raises(UserError, match=r"1 of 1 units failed, first .*--keep-going"):
+        run(copy, raw)
+    outcome = run(copy, raw, keep_going=True)
+    assert outcome.failed.keys() == {shard}
+    assert outcome.info.counts["failed"] == 20
+    assert outcome.info.counts["ok"] == 32
+    assert open_dataset(str(copy)).num_samples == 24
 
 
 def test_a_source_without_a_usable_row_says_why(tmp_path):
