@@ -1,6 +1,8 @@
 """On real Ray workers: the same data as without Ray, workers that die, drivers that are killed in the middle."""
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,3 +131,50 @@ def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_clu
     assert set(reports) == {"a", "deadly", "b", "bad", "c"}
     (report,) = run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5))
     assert (report["fatal"], report["error"]) == (True, "no weights at /nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ray_jobs_killed_at_seeded_points_lose_and_double_nothing(tmp_path, raw, reference):
+    draws = random.Random(11)
+    root = tmp_path / "data"
+    hits = Counter()
+    for stage, most in (("ingest", 3), ("measure", 5), ("caption", 4), ("latents", 5), ("text_t5", 6), ("pack", 2)):
+        process = subprocess.Popen(command(root, raw, 2), start_new_session=True, stderr=subprocess.DEVNULL)
+        hits[stage] += kill_when(process, root, stage, draws.randint(1, most))
+        # what Ray started in sessions of its own ends when its head is gone; give it a moment
+        time.sleep(5)
+    assert set(hits.values()) == {1}, hits
+    check(root, raw, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_port):
+    ray = str(Path(sys.executable).with_name("ray"))
+    port, dashboard = free_port(), free_port()
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    temp = Path("/tmp") / f"r{os.getpid()}"  # sockets below it must have short names
+    head = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    cluster = subprocess.Popen(
+        [*head, f"--temp-dir={temp}", "--object-store-memory=200000000"],
+        env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        work = tmp_path / "code"
+        for name in ("data_pipeline", "model", "infra"):
+            shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
+        root = tmp_path / "data"
+        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(work), "--"]
+        for _ in range(60):
+            done = subprocess.run([*submit, *command(root, raw, 2)], env=env, capture_output=True, text=True)
+            if "Failed to connect" not in done.stdout + done.stderr:
+                break
+            time.sleep(2)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "48 samples" not in done.stderr
+        check(root, raw, reference)
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)
+        cluster.wait()
+        shutil.rmtree(temp, ignore_errors=True)
