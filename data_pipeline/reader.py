@@ -51,7 +51,7 @@ class SampleReader:
         uri = storage.join(self._index.uri, self._index.tars[shard])
         try:
             if storage.is_remote(uri):
-                data = np.frombuffer(storage.read_bytes(uri, offset, size), np.uint8)
+                data = np.frombuffer(bytearray(storage.read_bytes(uri, offset, size)), np.uint8)
             else:
                 data = self._pread(shard, uri, offset, size)
         except UnavailableError:
