@@ -24,7 +24,7 @@ class Ladder:
 
     sizes: int = 5
     decades: float = 2.0
-    checkpoints: int = 8
+    checkpoints: int = 6
     between: float = 0.003
     within: float = 0.001
     memory: float = 0.8
