@@ -60,6 +60,7 @@ FAMILIES: dict[str, Callable[[int], Recipe]] = {
 }
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "world-d1": lambda: world(1),
     "world-d2": lambda: world(2),
     "world-d3": lambda: world(3),
     "world-d4": lambda: world(4),
