@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The documentation that runs: raw images -> shards -> ladder of models -> scores -> report, on two CPU cores.
-# usage: bash infra/demo.sh [FOLDER]     (IMAGES, TRAIN_IMAGES, DEPTHS, PROMPTS in the environment change the size)
+# usage: bash infra/demo.sh [FOLDER]     (the variables below, set in the environment, change its size)
 # Every step skips what is already there, so an interrupted demo continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,8 @@ images=${IMAGES:-4000}               # scenes that enter the pipeline
 train_images=${TRAIN_IMAGES:-12000}  # images that each rung of the ladder sees
 depths=${DEPTHS:-2 3 4}
 prompts=${PROMPTS:-8}                # prompts per task and split when judging
+captions=${CAPTIONS:-64}             # images for CLIP score and FID
+checkpoints=${CHECKPOINTS:-2}        # checkpoints of each rung that are judged
 
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 bold=""; plain=""
@@ -39,7 +41,7 @@ else
     --prompts "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car"
   step "5/6  Judge every rung by the world's judges" \
     python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \
-    --prompts-per-task "$prompts" --images-per-prompt 1 --captions 64 --checkpoints 2
+    --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions" --checkpoints "$checkpoints"
   step "6/6  Write the report" \
     python -m eval report --runs "$out/runs" --out "$out/report"
   touch "$out/done"
