@@ -12,17 +12,20 @@ def world(depth: int) -> Recipe:
 
     deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
     Hardware: two CPU cores; images/s in trainer/README.md. The rate falls with the width as 1/sqrt(width): our choice.
+    Batch 16, for short runs live by their number of steps: after 1,700 images depth 3 stood at a training loss of 1.0
+    with it, 1.2 with batch 32, 1.5 with 64. Encoder dropout leaves 10 % of the samples without any text, as the
+    paper's 46.4 % does for three encoders; here there are two.
     """
     return Recipe(
         name=f"world-d{depth}",
         model=MMDiTConfig(depth=depth, in_channels=8, context_width=384, pooled_width=128),
-        images=102_400,
-        global_batch=64,
+        images=115_200,
+        global_batch=16,
         precision="fp32",
         optimizer=Optimizer(lr=1e-3 * (4 / depth) ** 0.5, betas=(0.9, 0.99)),
-        schedule=Schedule(warmup_images=6_400, cooldown=0.3),
+        schedule=Schedule(warmup_images=1_600, cooldown=0.3),
         ema=EMA(profiles=("power:0.10",)),
-        data=Data(resolution=64, latent_shape=(8, 16, 16), text_tokens=32),
+        data=Data(resolution=64, latent_shape=(8, 16, 16), text_tokens=32, encoder_dropout=0.316),
         parallel=Parallel(persistence_threshold=0, reduce_bucket=4_000_000, prefetch=4_000_000),
         validation=Validation(samples=128, batch=32),
         logging=Logging(samples=8),
