@@ -5,6 +5,7 @@ knows ray. With workers=0 everything happens in this process.
 """
 
 import json
+import logging
 import os
 import time
 import traceback
@@ -94,6 +95,9 @@ def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator
     import ray
     from ray.data import ActorPoolStrategy
 
+    quiet = logging.getLogger("ray.data")
+    quiet.setLevel(logging.ERROR)
+
     total = max(1, int(ray.cluster_resources().get("CPU", 1) / max(workers.cpus, 0.01)))
     size = min(workers.count or total, len(units))
     context = ray.data.DataContext.get_current()
@@ -110,6 +114,7 @@ def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
     )
+    quiet.setLevel(logging.ERROR)  # Ray sets it anew with the first dataset of a process
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         for report in batch["report"]:
             yield json.loads(report)
@@ -117,8 +122,6 @@ def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator
 
 def _connect(workers: Workers) -> None:
     """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine."""
-    import logging
-
     import ray
 
     if not ray.is_initialized():  # one start serves all passes; Ray ends it with the process
@@ -132,4 +135,3 @@ def _connect(workers: Workers) -> None:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in reports
             cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
