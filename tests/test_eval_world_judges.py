@@ -13,7 +13,7 @@ from infra.errors import UserError
 
 PER_TASK = 8
 # What ground truth must get at least. Answers of the VQA judge are probabilities, and color multiplies two of them.
-FLOORS = {"color": 0.6, "spatial": 0.9, "numeracy": 0.9, "complex": 0.7}
+FLOORS = {"color": 0.9, "spatial": 0.9, "numeracy": 0.9, "complex": 0.85}
 
 
 @pytest.fixture(scope="module")
