@@ -70,6 +70,7 @@ def convert(
     target: Annotated[Path, tyro.conf.Positional],
     to: Literal["beeline", "sd3", "diffusers"] | None = None,
     kind: Literal["raw", "ema"] = "ema",
+    add_qk_norm: bool = False,
     vae: Path | None = None,
     clip_l: Path | None = None,
     clip_g: Path | None = None,
@@ -82,6 +83,7 @@ def convert(
         target: What to write; a folder for diffusers, else a .safetensors file.
         to: Dialect to write. By default ours becomes diffusers (SD3 where target ends in .safetensors), others ours.
         kind: What weights from elsewhere are labelled as.
+        add_qk_norm: Add RMS-normalised queries and keys (scales 1) to weights trained without, to train on from there.
         vae: Autoencoder folder to put into the diffusers pipeline.
         clip_l: transformers folder of CLIP-L to put into the pipeline.
         clip_g: transformers folder of CLIP-G to put into the pipeline.
@@ -91,7 +93,7 @@ def convert(
 
     given = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
     encoders = {seat: path for seat, path in given.items() if path is not None}
-    print(run(source, target, to=to, kind=kind, vae=vae, encoders=encoders))
+    print(run(source, target, to=to, kind=kind, with_qk_norm=add_qk_norm, vae=vae, encoders=encoders))
 
 
 def _print(row: dict[str, Any], as_json: bool) -> None:

@@ -25,7 +25,7 @@ from model.names import (
     to_diffusers,
     to_sd3,
 )
-from model.weights import META_KEY, check_tensors, load_weights, save_weights
+from model.weights import META_KEY, add_qk_norm, check_tensors, load_weights, save_weights
 
 Dialect = Literal["beeline", "sd3", "diffusers"]
 # Component -> (class in diffusers or transformers, the encoder's seat).
@@ -42,15 +42,19 @@ def convert(
     *,
     to: Dialect | None = None,
     kind: Literal["raw", "ema"] = "ema",
+    with_qk_norm: bool = False,
     vae: Path | None = None,
     encoders: Mapping[str, Path] | None = None,
 ) -> str:
     """Read `source` in whatever dialect it has, write `target`; returns one line that says what was done.
 
     Without `to`: our weights become a diffusers folder (or an SD3 file where target ends in .safetensors), anything
-    else becomes ours. `kind` labels weights that come from elsewhere.
+    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm to weights without.
     """
     found, config, state, meta = read_any(Path(source), kind)
+    if with_qk_norm:
+        changed, state = add_qk_norm("mmdit", config.to_json(), state, str(source))
+        config = MMDiTConfig.from_json(changed)
     if to is None:
         to = "beeline" if found != "beeline" else "sd3" if target.suffix == ".safetensors" else "diffusers"
     if to == "beeline":

@@ -95,6 +95,22 @@ def expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:
         return config_from_json(meta["backbone"], meta["config"]).build().state_dict()
 
 
+def add_qk_norm(
+    backbone: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, weights) with RMS-normalised queries and keys, scales 1, for weights trained without (SD3 5.3.2).
+
+    The function changes: logits are now bounded by 8. Training goes on from there, it does not start anew.
+    """
+    if config.get("qk_norm"):
+        raise ModelError(f"{source} has QK-norm already")
+    normed = {**config, "qk_norm": True}
+    expected = expected_tensors({"backbone": backbone, "config": normed})
+    scales = {n: torch.ones(x.shape) for n, x in expected.items() if n not in state_dict and ".norm_" in n}
+    dtype = next(iter(state_dict.values())).dtype
+    return normed, {**state_dict, **{name: scale.to(dtype) for name, scale in scales.items()}}
+
+
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state_dict, meta), checked against the backbone that the file describes."""
     file, meta = _open(path)

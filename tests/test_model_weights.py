@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.convert import convert
 from model.errors import ModelError
@@ -125,14 +127,38 @@ def test_an_sd3_release_with_encoders_and_its_own_positions(tmp_path: Path) -> N
         convert(tmp_path / "less.safetensors", tmp_path / "x.safetensors")
 
 
-def test_qk_norm_can_be_added_to_weights_trained_without_it() -> None:
+def test_qk_norm_can_be_added_to_weights_trained_without_it(tmp_path: Path) -> None:
+    """All weights stay, scales of 1 join, and normalising the queries and keys by hand gives the same output."""
     plain = MMDiTConfig.from_json({**CONFIG.to_json(), "qk_norm": False})
-    model = CONFIG.build()
-    missing, unexpected = model.load_state_dict(weights_of(plain), strict=False)
-    assert not unexpected
-    assert all(".norm_" in name for name in missing)
-    assert len(missing) == 4 * CONFIG.depth
-    assert all(torch.equal(model.state_dict()[name], torch.ones(64)) for name in missing)
+    saved(tmp_path, plain)
+    convert(tmp_path / "ema.safetensors", tmp_path / "normed.safetensors", to="beeline", with_qk_norm=True)
+    state, meta = load_weights(tmp_path / "normed.safetensors")
+    assert meta["config"] == CONFIG.to_json()
+    assert meta["images_seen"] == 7
+    before = weights_of(plain)
+    assert_same({name: x for name, x in state.items() if name in before}, before)
+    added = set(state) - set(before)
+    assert len(added) == 4 * CONFIG.depth
+    assert all(torch.equal(state[name], torch.ones(64)) for name in added)
+    model, _ = load_model(tmp_path / "normed.safetensors")
+    bare = plain.build()
+    bare.load_state_dict(before)
+    g = torch.Generator().manual_seed(1)
+    x, t_B = torch.randn(2, 4, 16, 16, generator=g), torch.rand(2, generator=g)
+    text = TextCond(torch.randn(2, 6, 48, generator=g), torch.randn(2, 24, generator=g))
+    with NormalisedAttention():
+        torch.testing.assert_close(bare(x, t_B, text), model(x, t_B, text), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ModelError, match="has QK-norm already"):
+        convert(tmp_path / "normed.safetensors", tmp_path / "x.safetensors", to="beeline", with_qk_norm=True)
+
+
+class NormalisedAttention(TorchFunctionMode):
+    """Every attention reads queries and keys of root mean square 1."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            args = (*(x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def write_vae(folder: Path) -> Path:
