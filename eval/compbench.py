@@ -1,12 +1,13 @@
 """T2I-CompBench(++): the official formulas as pure functions of detections, probabilities and depth.
 
-Each follows the evaluator of the same category in Karine-Huang/T2I-CompBench, quirks included (README, Decisions).
-Boxes are x1, y1, x2, y2 in the detector's frame, where 2D distances are compared with 150 pixels (`detector_scale`).
+Each follows the evaluator of the same category in Karine-Huang/T2I-CompBench, quirks included (README, Decisions);
+`repaired` mends those of position. Boxes are x1, y1, x2, y2 in the detector's frame, where 2D distances are compared
+with 150 pixels (`detector_scale`).
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,7 @@ RENAMED = {
 }
 
 Box = Sequence[float]
+Rules = Literal["official", "repaired"]
 
 
 class Seen(NamedTuple):
@@ -76,9 +78,11 @@ def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
     return dx, dy, inner / union if union else 0.0
 
 
-def position_2d(locality: str | None, box1: Box, box2: Box) -> float:
+def position_2d(locality: str | None, box1: Box, box2: Box, rules: Rules = "official") -> float:
     """Soft score of `object 1 <locality> object 2`. "on top of" is recognised but has no rule: 0, as officially."""
     dx, dy, iou = _offset_and_iou(box1, box2)
+    if locality == "on top of" and rules == "repaired":
+        locality = "on the top of"
     if locality in ("next to", "on side of", "near"):
         near = abs(dx) < NEAR_PIXELS or abs(dy) < NEAR_PIXELS
         return 1.0 if near else NEAR_PIXELS / max(abs(dx), abs(dy))
@@ -93,25 +97,26 @@ def position_2d(locality: str | None, box1: Box, box2: Box) -> float:
     return 1.0 if iou < IOU_2D else IOU_2D / iou
 
 
-def position_3d(locality: str | None, box1: Box, box2: Box, depth_HW: np.ndarray) -> float:
+def position_3d(locality: str | None, box1: Box, box2: Box, depth_HW: np.ndarray, rules: Rules = "official") -> float:
     """Soft score from overlap and mean depth. The official code slices the H x W depth map as [x, y]: kept.
 
     A 2D phrase is scored as in 2D. An empty slice has no mean, so no order holds and the score is 0.
     """
     if locality in LOCALITIES_2D:
-        return position_2d(locality, box1, box2)
+        return position_2d(locality, box1, box2, rules)
     if locality not in LOCALITIES_3D:
         return 0.0
     iou = _offset_and_iou(box1, box2)[2]
-    difference = _mean_depth(depth_HW, box1) - _mean_depth(depth_HW, box2)
+    sliced_HW = depth_HW if rules == "official" else depth_HW.T
+    difference = _mean_depth(sliced_HW, box1) - _mean_depth(sliced_HW, box2)
     holds = difference > 0 if locality == "in front of" else difference < 0
-    if not holds or iou == IOU_3D:  # exactly one half falls through both official branches
+    if not holds or (iou == IOU_3D and rules == "official"):  # one half falls through both official branches
         return 0.0
-    return 1.0 if iou > IOU_3D else iou / IOU_3D
+    return 1.0 if iou >= IOU_3D else iou / IOU_3D
 
 
-def _mean_depth(depth_HW: np.ndarray, box: Box) -> float:
-    part = depth_HW[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])]
+def _mean_depth(depth_XY: np.ndarray, box: Box) -> float:
+    part = depth_XY[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])]
     return float(part.mean()) if part.size else math.nan
 
 
@@ -119,24 +124,35 @@ def _person(name: str) -> str:
     return "person" if name in PEOPLE else name
 
 
-def spatial_2d(seen: Sequence[Seen], obj1: str | None, obj2: str | None, locality: str | None) -> float:
+def spatial_2d(
+    seen: Sequence[Seen], obj1: str | None, obj2: str | None, locality: str | None, rules: Rules = "official"
+) -> float:
     """2D-spatial: first detection of each label; anything below 0.5 becomes 0."""
     first = _first(seen, obj1, exact=True)
     second = _first(seen, obj2, exact=True)
-    position = position_2d(locality, first.box, second.box) if first and second else 0.0
+    position = position_2d(locality, first.box, second.box, rules) if first and second else 0.0
     score = _with_confidence(first, second, position)
     return score if score >= 0.5 else 0.0
 
 
-def spatial_3d(seen: Sequence[Seen], obj1: str, obj2: str, locality: str | None, depth_HW: np.ndarray) -> float:
+def spatial_3d(
+    seen: Sequence[Seen],
+    obj1: str | None,
+    obj2: str | None,
+    locality: str | None,
+    depth_HW: np.ndarray,
+    rules: Rules = "official",
+) -> float:
     """3D-spatial: labels match by substring, no cut at 0.5. `depth_HW` is min-max normalised, larger is nearer."""
+    if obj1 is None or obj2 is None:
+        return 0.0  # no noun in the prompt: the official code stops there
     joined = " ".join(item.label for item in seen)
     if _person(obj1) in joined and _person(obj2) in joined:
         first, second = _last_until_both(seen, _person(obj1), _person(obj2))
     else:
         first = _first(seen, obj1, exact=False)
         second = None if first else _first(seen, obj2, exact=False)
-    position = position_3d(locality, first.box, second.box, depth_HW) if first and second else 0.0
+    position = position_3d(locality, first.box, second.box, depth_HW, rules) if first and second else 0.0
     return _with_confidence(first, second, position)
 
 

@@ -12,6 +12,19 @@ from typing import NamedTuple
 from infra.errors import UserError
 
 _SAMPLE = re.compile(r"(?P<prompt>[^_]*)_(?P<index>\d+)\.png")
+# Where the official evaluators leave their answers, under one folder per category.
+BLIP, BOXES_2D, CLIP, MERGED = (
+    f"{name}/vqa_result.json"
+    for name in ("annotation_blip", "labels/annotation_obj_detection_2d", "annotation_clip", "annotation_3_in_1")
+)
+ANSWER_FILES = {
+    **dict.fromkeys(("color", "shape", "texture"), BLIP),
+    "spatial": BOXES_2D,
+    "3d_spatial": "labels/annotation_obj_detection_3d/vqa_result.json",
+    "numeracy": "annotation_num/vqa_result.json",
+    "non_spatial": CLIP,
+    "complex": MERGED,
+}
 LONGEST = 240  # bytes of a file name's prompt; file systems stop at 255
 
 
@@ -31,24 +44,33 @@ def sample_name(prompt: str, index: int) -> str:
     return f"{prompt}_{index:06d}.png"
 
 
+def parse_name(name: str) -> tuple[str, int] | None:
+    """Prompt and index of an official file name."""
+    match = _SAMPLE.fullmatch(name)
+    return (match["prompt"], int(match["index"])) if match else None
+
+
 def read_samples(folder: str | Path) -> list[SampleFile]:
     """Samples in the order of their index; other files are ignored."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"no sample folder {folder}: expected files such as `{folder}/a red dog_000000.png`")
-    matches = ((path, _SAMPLE.fullmatch(path.name)) for path in root.iterdir() if path.is_file())
-    found = [SampleFile(path, match["prompt"], int(match["index"])) for path, match in matches if match]
+    names = ((path, parse_name(path.name)) for path in root.iterdir() if path.is_file())
+    found = [SampleFile(path, *name) for path, name in names if name]
     if not found:
         raise UserError(f"{folder} holds no samples of the form `<prompt>_<6 digits>.png`")
     return sorted(found, key=lambda file: file.number)
 
 
-def write_answers(path: str | Path, answers: Sequence[float], *, as_text: bool = False) -> float:
+def write_answers(
+    path: str | Path, answers: Sequence[float], *, as_text: bool = False, ids: Sequence[int] | None = None
+) -> float:
     """The official list of {question_id, answer}; BLIP's answers are strings of 4 decimals. Returns their mean."""
     from infra import storage
 
     given = [f"{answer:.4f}" if as_text else float(answer) for answer in answers]
-    records = [{"question_id": index, "answer": answer} for index, answer in enumerate(given)]
+    numbers = range(len(given)) if ids is None else ids
+    records = [{"question_id": index, "answer": answer} for index, answer in zip(numbers, given, strict=True)]
     storage.write_bytes(str(path), json.dumps(records).encode())
     return mean_answer(given)
 

@@ -4,7 +4,7 @@ World sets come for seen and for unseen compositions; every one has a scene that
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +62,24 @@ def compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[P
     Complex prompts carry their kind (spatial, action or both), read from the benchmark's complex_val_*.txt.
     """
     root, prompts = Path(folder), []
+    kind = complex_kinds(root) if (root / "complex_val.txt").exists() else None
     for category in COMPBENCH_CATEGORIES:
         file = root / f"{category}_val.txt"
         if not file.exists():
             continue
         for line in read_lines(file)[:per_task]:
-            metadata: Mapping[str, Any] = {"kind": _complex_kind(root, line)} if category == "complex" else {}
+            metadata: Mapping[str, Any] = {"kind": kind(line)} if category == "complex" and kind else {}
             prompts.append(Prompt(line, category, metadata=metadata))
     if not prompts:
         raise UserError(f"no T2I-CompBench prompt files in {folder}: expected color_val.txt and its siblings")
     return prompts
 
 
-def _complex_kind(root: Path, prompt: str) -> str:
-    for kind in ("spatial", "action"):  # in the official order
-        if _key(prompt) in {_key(line) for line in read_lines(root / f"complex_val_{kind}.txt")}:
-            return kind
-    return "both"
+def complex_kinds(folder: str | Path) -> Callable[[str], str]:
+    """The kind of a complex prompt (spatial, action, else both) by the benchmark's own lists, asked in its order."""
+    files = {kind: Path(folder) / f"complex_val_{kind}.txt" for kind in ("spatial", "action")}
+    lists = {kind: {_key(line) for line in read_lines(file)} for kind, file in files.items()}
+    return lambda prompt: next((kind for kind, known in lists.items() if _key(prompt) in known), "both")
 
 
 def _key(prompt: str) -> str:

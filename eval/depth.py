@@ -1,0 +1,68 @@
+"""Relative depth of images for T2I-CompBench++: DPT through transformers, by path, prepared as the benchmark does.
+
+Shapes: H and W are the pixels of UniDet's frame (short side 479, long side at most 480), where its boxes live too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval.detectors import weights_hash
+from infra.errors import UserError
+
+INPUT_SIDE = 480  # official: squeezed to 480 x 480, mean and std 0.5, whatever the checkpoint was trained at
+
+
+class Depth(Protocol):
+    name: str
+    version: str
+
+    def of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Per image its depth (H, W) in 0..1, larger is nearer, in UniDet's frame."""
+        ...
+
+
+class DptDepth:
+    """A DPTForDepthEstimation folder (the benchmark uses DPT-hybrid MiDaS: Intel/dpt-hybrid-midas on the hub)."""
+
+    name = "dpt"
+
+    def __init__(self, path: str | Path, *, device: str = "cpu", side: int = INPUT_SIDE) -> None:
+        from transformers import DPTForDepthEstimation
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"no depth checkpoint at {path}: expected a transformers folder of DPT with config.json")
+        model: Any = DPTForDepthEstimation.from_pretrained(str(path))
+        if model.config.is_hybrid:  # it refuses other sizes than its own, though it resizes its positions
+            model.dpt.embeddings.image_size = (side, side)
+        self._model, self._device, self._side = model.to(device).eval(), device, side
+        self.version = f"{weights_hash(path)}@{side}"
+
+    @torch.inference_mode()
+    def of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self._one(image) for image in images]
+
+    def _one(self, image: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(image).resize((self._side, self._side), Image.Resampling.BILINEAR)
+        x_1CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().div(255).sub(0.5).div(0.5)
+        near_HW = self._model(pixel_values=x_1CHW.to(self._device)).predicted_depth[0].float().cpu()
+        spread = near_HW.max() - near_HW.min()
+        near_HW = (near_HW - near_HW.min()) / spread if spread > 0 else torch.zeros_like(near_HW)
+        sized = torch.nn.functional.interpolate(
+            near_HW[None, None], size=image.shape[:2], mode="bilinear", align_corners=True
+        )
+        return to_frame((255 * sized[0, 0]).to(torch.uint8).numpy())
+
+
+def to_frame(depth_HW: np.ndarray) -> np.ndarray:
+    """An 8-bit depth picture (what the official code stores) as floats 0..1 in UniDet's frame."""
+    from torchvision.transforms.functional import resize
+
+    picture = Image.fromarray(np.asarray(depth_HW, dtype=np.uint8))
+    return np.asarray(resize(picture, 479, max_size=480), dtype=np.float32) / 255  # type: ignore[arg-type]
