@@ -26,6 +26,18 @@ def report_command() -> None:
     main(sys.argv[2:])
 
 
+def predict_command() -> None:
+    from eval.report_predict import main
+
+    main(sys.argv[2:])
+
+
+def serve_command() -> None:
+    from eval.service.serve import main
+
+    main(sys.argv[2:])
+
+
 def geneval_command() -> None:
     from eval.geneval_tool import judge, prompts, score
 
@@ -34,10 +46,28 @@ def geneval_command() -> None:
     )
 
 
+def compbench_command() -> None:
+    from eval.compbench_tool import judge, merge, score
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"judge": judge, "score": score, "merge": merge}, prog="python -m eval compbench", args=sys.argv[2:]
+    )
+
+
+def compare_command() -> None:
+    from eval.compare import compare
+
+    tyro.cli(compare, prog="python -m eval compare", args=sys.argv[2:])
+
+
 COMMANDS = {
     "sample": (sample_command, "draw prompts with exported weights into a labelled grid"),
     "run": (run_command, "evaluate every checkpoint of every run, once"),
     "report": (report_command, "write report.html, figures and report.json from run folders"),
+    "predict": (predict_command, "commit what the scaling law says about the next depth, before it is trained"),
+    "serve": (serve_command, "watch runs, evaluate each new checkpoint once, show everything in a browser"),
+    "compare": (compare_command, "is checkpoint B better than A? differences with intervals, paired by prompt"),
+    "compbench": (compbench_command, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
     "geneval": (geneval_command, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"),
 }
 

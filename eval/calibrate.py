@@ -24,7 +24,8 @@ SEED = 7
 def calibrate(store_uri: str, judges: Judges, tasks: Sequence[tuple[str, Sequence[Prompt]]]) -> None:
     """Score the controls of each (metric, prompts) that the store lacks."""
     store = ResultStore(store_uri)
-    for name, prompts in tasks:
+    shown = [(name, prompts) for name, prompts in tasks if all("include" in p.metadata for p in prompts)]
+    for name, prompts in shown:  # a scene can show what a prompt includes; written words it cannot
         protocol = protocol_of(METRICS[name](judges), prompts, {"images": "controls", "seed": SEED}, 1)
         key = keep_protocol(store_uri, protocol)
         done = {row.metric for row in store.rows(prefix="calibration") if row.protocol_hash == key}

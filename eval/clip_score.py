@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judges import Judges, describe_judge
-from eval.metric import Clusters, Prompt, Sample, Score
+from eval.metric import Clusters, Kept, Prompt, Sample, Score
 
 
 class ClipScore:
@@ -24,6 +24,15 @@ class ClipScore:
         cosines = self._judges.clip().cosines([s.image for s in samples], [s.prompt.text for s in samples])
         for sample, cosine in zip(samples, cosines):
             self._values.add("captions", sample.prompt_index, cosine)
+            if sample.prompt.task != "captions":  # PartiPrompts' categories
+                self._values.add(sample.prompt.task, sample.prompt_index, cosine)
 
     def compute(self) -> list[Score]:
-        return [self._values.score("")]
+        """Over all prompts, and per category where prompts have one."""
+        if not self._values:
+            return []
+        categories = sorted(name for name in self._values.strata if name != "captions")
+        return [self._values.score("", ["captions"]), *(self._values.score(name, [name]) for name in categories)]
+
+    def kept(self) -> Kept:
+        return self._values.kept()

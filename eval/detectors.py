@@ -59,6 +59,8 @@ class TransformersDetector:
         import torch
         from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"no detector at {path}: expected a transformers folder of Mask2Former with config.json")
         self.name, self.version = "mask2former", weights_hash(path)
         self._torch, self._device, self._keep_above, self._top = torch, device, keep_above, top
         self._processor = AutoImageProcessor.from_pretrained(str(path))

@@ -1,26 +1,37 @@
-"""Frechet distance on CLIP image features (SD3 section 5.1, after Sauer et al. 2021), float64 throughout.
+"""Frechet distance on CLIP image features (SD3 section 5.1, after Sauer et al. 2021) or Inception's, in float64.
 
-Features are the projected image embeddings, not normalised (clean-fid's CLIP convention). Shapes: N images, E width.
+CLIP features are the projected image embeddings, not normalised (clean-fid's CLIP convention).
+Shapes: N images, E width, P prompts.
 """
 
 import functools
 import itertools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from eval.judges import Judges, describe_judge
-from eval.metric import Prompt, Sample, Score
+from eval.metric import Kept, Prompt, Sample, Score
 from infra.errors import UserError
 
 REFERENCES = 1000
 CHUNK = 256
+RESAMPLES = 200
 
 
 class RankDeficientWarning(UserWarning):
     """Fewer samples than feature dimensions: the covariance is singular and the distance strongly biased."""
+
+
+class FeatureNetwork(Protocol):
+    """A feature space: pictures to (N, E)."""
+
+    name: str
+    version: str
+
+    def images(self, images: Sequence[np.ndarray]) -> Any: ...
 
 
 class Moments:
@@ -56,7 +67,7 @@ class Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    S1 S2 is similar to the symmetric S1^(1/2) S2 S1^(1/2), so two symmetric eigenproblems give the trace of the root:
+    S1 S2 is similar to the symmetric S2^(1/2) S1 S2^(1/2), so two symmetric eigenproblems give the trace of the root:
     no complex numbers, and singular covariances need no jitter.
     """
     for moments in (a, b):
@@ -67,52 +78,115 @@ def frechet_distance(a: Moments, b: Moments) -> float:
                 RankDeficientWarning,
                 stacklevel=2,
             )
-    cov_a, cov_b = a.covariance_EE, b.covariance_EE
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    inner = root @ cov_b @ root
-    trace_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
-    offset = a.mean_E - b.mean_E
-    return float(offset @ offset + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
+    return _distance(a.mean_E, a.covariance_EE, b.mean_E, b.covariance_EE, _root(b.covariance_EE))
 
 
-class FID:
-    name, higher_is_better = "fid", False
+def _root(covariance_EE: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance_EE)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
-    def __init__(self, judges: Judges) -> None:
-        self._judges = judges
-        self._moments: Moments | None = None
+
+def _distance(
+    mean_E: np.ndarray, cov_EE: np.ndarray, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, root_ref_EE: np.ndarray
+) -> float:
+    inner_EE = root_ref_EE @ cov_EE @ root_ref_EE
+    trace_root = np.sqrt(np.linalg.eigvalsh((inner_EE + inner_EE.T) / 2).clip(min=0)).sum()
+    offset_E = mean_E - mean_ref_E
+    return float(offset_E @ offset_E + np.trace(cov_EE) + np.trace(cov_ref_EE) - 2 * trace_root)
+
+
+def resampled_distances(
+    features_NE: np.ndarray, cluster_N: np.ndarray, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, *, seed: int = 0
+) -> np.ndarray:
+    """Distances of bootstrap samples of the prompts (with their images) to the fixed reference (RESAMPLES,).
+
+    The same seed draws the same prompts, so that two checkpoints are compared pair by pair. Repeated prompts make
+    every one of these distances larger than the distance itself: use their spread, not their level.
+    """
+    root_EE, x_NE = _root(cov_ref_EE), features_NE.astype(np.float64)
+    _, place_N = np.unique(cluster_N, return_inverse=True)
+    rng, num = np.random.default_rng(seed), int(place_N.max()) + 1
+    found = []
+    for _ in range(RESAMPLES):
+        weight_N = np.bincount(rng.integers(num, size=num), minlength=num)[place_N].astype(float)
+        total = weight_N.sum()
+        mean_E = weight_N @ x_NE / total
+        centered_NE = (x_NE - mean_E) * np.sqrt(weight_N)[:, None]
+        cov_EE = centered_NE.T @ centered_NE / (total - 1)
+        found.append(_distance(mean_E, cov_EE, mean_ref_E, cov_ref_EE, root_EE))
+    return np.array(found)
+
+
+class FeatureDistance:
+    """A Frechet distance as a metric: `features` gives (N, E) of pictures; the reference pictures are the judges'."""
+
+    higher_is_better = False
+
+    def __init__(self, name: str, judges: Judges, network: Callable[[], FeatureNetwork]) -> None:
+        self.name, self._judges, self._network = name, judges, network
+        self._features: list[np.ndarray] = []
+        self._prompts: list[int] = []
 
     def prompts(self, per_task: int) -> list[Prompt]:
         return self._judges.caption_prompts(per_task)
 
     def describe(self) -> dict[str, Any]:
-        return {"version": 1, "features": describe_judge(self._judges.clip()), "references": REFERENCES}
+        return {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
 
     def update(self, samples: Sequence[Sample]) -> None:
-        features_NE = self._judges.clip().images([sample.image for sample in samples]).numpy()
-        if self._moments is None:
-            self._moments = Moments(features_NE.shape[1])
-        self._moments.update(features_NE)
+        self._features.append(_features(self._network(), [sample.image for sample in samples]))
+        self._prompts += [sample.prompt_index for sample in samples]
 
     def compute(self) -> list[Score]:
-        if self._moments is None:
+        """The distance, with a 95 % interval from the spread of resampled distances around it (see above)."""
+        if not self._features:
             return []
-        reference = reference_moments(self._judges)
+        features_NE, reference = np.concatenate(self._features), reference_moments(self._judges, self._network)
+        own = Moments(features_NE.shape[1])
+        own.update(features_NE)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RankDeficientWarning)
-            value = frechet_distance(self._moments, reference)
+            value = frechet_distance(own, reference)
+        low = high = None
+        if len(set(self._prompts)) > 1:
+            again = resampled_distances(features_NE, np.array(self._prompts), reference.mean_E, reference.covariance_EE)
+            low, high = (max(0.0, value + float(x)) for x in np.percentile(again - again.mean(), [2.5, 97.5]))
         details = {"references": reference.count, "width": len(reference.mean_E), "rank_deficient": bool(caught)}
-        return [Score("", value, self._moments.count, details=details)]
+        return [Score("", value, own.count, low, high, details=details)]
+
+    def kept(self) -> Kept:
+        if not self._features:
+            return {}
+        reference = reference_moments(self._judges, self._network)
+        return {
+            "features": np.concatenate(self._features).astype(np.float32),
+            "cluster": np.array(self._prompts),
+            "reference_mean": reference.mean_E,
+            "reference_covariance": reference.covariance_EE,
+        }
+
+
+def clip_fid(judges: Judges) -> FeatureDistance:
+    return FeatureDistance("fid", judges, judges.clip)
+
+
+def inception_fid(judges: Judges) -> FeatureDistance:
+    if judges.inception is None:
+        raise UserError(f"judges {judges.name!r} have no Inception network: fid_inception needs --judges official")
+    return FeatureDistance("fid_inception", judges, judges.inception)
+
+
+def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarray:
+    return np.asarray(network.images(images), dtype=np.float32)
 
 
 @functools.lru_cache(maxsize=4)
-def reference_moments(judges: Judges) -> Moments:
+def reference_moments(judges: Judges, network: Callable[[], FeatureNetwork]) -> Moments:
     """Features of the real images, computed once for all checkpoints."""
     moments: Moments | None = None
     images = judges.reference_images(REFERENCES)
     while chunk := list(itertools.islice(images, CHUNK)):
-        features_NE = judges.clip().images(chunk).numpy()
+        features_NE = _features(network(), chunk)
         moments = moments or Moments(features_NE.shape[1])
         moments.update(features_NE)
     if moments is None:

@@ -5,7 +5,7 @@ Shapes: B images in a batch, C latent channels, H and W latent height and width.
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from infra.errors import UserError
 from model.encoders import TextEncoders, load_text_encoders
 from model.sampler import sample
 from model.seeding import keyed_normal
-from model.text import TextCond, TextSpec, unconditional
+from model.text import TextCond, TextSpec, assemble, unconditional
 from model.vae import Latents, load_vae
 from model.weights import load_model
 
@@ -39,11 +39,16 @@ class Sampling:
     unconditional: Literal["zeros", "empty_prompt"] = "zeros"
     """what guidance moves away from: dropped encoders (our training) or the empty caption (released SD3)"""
     seed: int = 0
+    without_t5: bool = False
+    """zeros in the T5 seat, as where that encoder is left out to save memory"""
     batch: int = 64
     device: str = "cpu"
 
     def protocol(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
+        told = {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
+        if not self.without_t5:  # as protocols were written before there was a choice: their hashes stay
+            del told["without_t5"]
+        return told
 
 
 class Job(NamedTuple):
@@ -88,11 +93,11 @@ class Painter:
 
     @torch.inference_mode()
     def _batch(self, jobs: Sequence[Job], sampling: Sampling) -> list[np.ndarray]:
-        text = self._condition([job.text for job in jobs])
+        text = self._condition([job.text for job in jobs], sampling.without_t5)
         if sampling.unconditional == "zeros":
             nothing = unconditional(self.spec, len(jobs)).to(self.device)
         else:
-            nothing = self._condition([""] * len(jobs))
+            nothing = self._condition([""] * len(jobs), sampling.without_t5)
         noise = [keyed_normal(sampling.seed, [job.number], job.purpose, self.shape_CHW) for job in jobs]
         latent_BCHW = sample(
             self.model,
@@ -110,12 +115,23 @@ class Painter:
         vae = _vae(self.meta["vae"]["checkpoint"], self.device)
         return to_pictures(self.latents.decode(vae, latent_BCHW))
 
-    def _condition(self, captions: Sequence[str]) -> TextCond:
+    def _condition(self, captions: Sequence[str], without_t5: bool) -> TextCond:
         """Each different caption goes through the encoders once."""
         known = list(dict.fromkeys(captions))
-        encoded = _encoders(self.spec, self.device).condition(known)
+        if without_t5:
+            spec = _without_t5(self.spec)
+            encoded = assemble(self.spec, _encoders(spec, self.device).encode(known))  # a missing seat gives zeros
+        else:
+            encoded = _encoders(self.spec, self.device).condition(known)
         rows = torch.tensor([known.index(caption) for caption in captions])
         return encoded[rows].to(self.device)
+
+
+def _without_t5(spec: TextSpec) -> TextSpec:
+    """The spec whose T5 is never loaded: what leaving it out saves."""
+    if spec.t5 is None:
+        raise UserError("these weights have no T5 seat, so there is nothing to leave out; drop --without-t5")
+    return replace(spec, encoders=tuple(encoder for encoder in spec.encoders if encoder.seat != "t5"))
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ from eval.detectors import Detections
 from eval.geneval import OFFICIAL_RULES, Rules, Verdict, decide, keep
 from eval.geneval_prompts import TASKS, Metadata
 from eval.judges import Judges, describe_judge
-from eval.metric import Clusters, Prompt, Sample, Score, split_scores
+from eval.metric import Clusters, Kept, Prompt, Sample, Score, split_kept, split_scores
 
 
 class GenEval:
@@ -46,3 +46,6 @@ class GenEval:
 
     def compute(self) -> list[Score]:
         return split_scores(self._by_split, TASKS)
+
+    def kept(self) -> Kept:
+        return split_kept(self._by_split)

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval import prompts
+from eval.compbench import RENAMED, Rules
+from eval.depth import Depth, DptDepth
 from eval.detectors import Detector, SceneDetector, TransformersDetector
+from eval.inception import Convention, InceptionFeatures
 from eval.language import GrammarReader, Reader, SpacyReader
 from eval.metric import Prompt
+from eval.typography import Ocr, RapidReader, prompts_with_words, typography_prompts
 from eval.vqa import VQA, BlipVQA
 from infra.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from eval.clip_model import ClipModel
+    from eval.fid import FeatureNetwork
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,16 @@ class Judges:
     geneval_prompts: Callable[[int | None], list[Prompt]]
     compbench_prompts: Callable[[int | None], list[Prompt]]
     caption_prompts: Callable[[int], list[Prompt]]
+    typography_prompts: Callable[[int], list[Prompt]]
+    ocr: Callable[[], Ocr]
     reference_images: Callable[[int], Iterator[np.ndarray]]
+    # T2I-CompBench's own seats: UniDet's, CLIP ViT-B/32's and DPT's (None: no 3D-spatial).
+    compbench_detector: Callable[[], Detector]
+    compbench_clip: Callable[[], "ClipModel"]
+    compbench_threshold: float = 0.5
+    compbench_rules: Rules = "official"
+    depth: Callable[[], Depth] | None = None
+    inception: Callable[[], "FeatureNetwork"] | None = None
     truth: Callable[[Prompt, int], np.ndarray] | None = None
     """An image that shows the prompt; only a world has one. Calibration needs it."""
 
@@ -57,10 +71,26 @@ class OfficialPaths:
     """spaCy model by name or path"""
     compbench: str | None = None
     """the user's copy of T2I-CompBench's examples/dataset"""
+    compbench_detector: str | None = None
+    """transformers folder of OWLv2, which stands in for UniDet (no maintained port exists)"""
+    compbench_threshold: float = 0.5
+    """score above which its boxes count: UniDet's value; OWLv2's scores run lower"""
+    compbench_clip: str | None = None
+    """OpenCLIP folder, or ViT-B-32=FILE (T2I-CompBench's CLIP; default: --official.clip)"""
+    compbench_rules: Rules = "official"
+    """official keeps the benchmark's slips of position (README); repaired mends them"""
+    depth: str | None = None
+    """transformers folder of DPT (3D-spatial; Intel/dpt-hybrid-midas on the hub)"""
     captions: str | None = None
-    """text or JSONL file of caption prompts (CLIP score, FID)"""
+    """caption prompts for CLIP score and FID: .txt, .jsonl, PartiPrompts.tsv or COCO's captions_val2014.json"""
     references: str | None = None
-    """folder of real images (FID)"""
+    """folder of real images (FID); COCO's captions choose theirs"""
+    typography: str | None = None
+    """prompts that quote the words to be written (default: our own 80)"""
+    inception: str | None = None
+    """Inception-v3 weights of pytorch-fid (fid_inception): pt_inception-2015-12-05-6726825d.pth"""
+    inception_convention: Convention = "clean-fid"
+    """how pictures are brought to 299 pixels: clean-fid or torch-fidelity"""
     device: str = "cpu"
 
 
@@ -74,23 +104,32 @@ def world_judges(paths: OfficialPaths | None = None) -> Judges:
 
         return ClipModel(resolve("world:judge_clip"))
 
+    detector = functools.cache(lambda: SceneDetector(resolve("world:detector")))
+    clip = functools.cache(clip)
     return Judges(
         name="world",
         prefix="world_",
-        detector=functools.cache(lambda: SceneDetector(resolve("world:detector"))),
-        clip=functools.cache(clip),
+        detector=detector,
+        clip=clip,
+        compbench_detector=detector,
+        compbench_clip=clip,
         vqa=functools.cache(lambda: BlipVQA(resolve("world:vqa"))),
         reader=functools.cache(lambda: GrammarReader([*CLASSES, *map(plural, CLASSES)], COLORS)),
         names=lambda: (list(CLASSES), [plural(name) for name in CLASSES]),
         geneval_prompts=lambda per_task: prompts.world_geneval_prompts(per_task or 50),
         compbench_prompts=lambda per_task: prompts.world_compbench_prompts(per_task or 50),
         caption_prompts=prompts.world_caption_prompts,
+        typography_prompts=typography_prompts,
+        ocr=functools.cache(RapidReader),
         reference_images=prompts.world_reference_images,
         truth=prompts.scene_image,
     )
 
 
 def official_judges(paths: OfficialPaths | None = None) -> Judges:
+    """The benchmarks' own judges from local checkpoints; each is asked for when its metric runs."""
+    from eval.prompt_files import read_prompts
+
     given = paths or OfficialPaths()
 
     def need(field: str) -> str:
@@ -99,23 +138,45 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
             raise UserError(f"judges `official` need --official.{field} PATH for this metric")
         return value
 
-    def clip() -> "ClipModel":
+    @functools.cache
+    def clip(field: str) -> "ClipModel":
         from eval.clip_model import ClipModel
 
-        return ClipModel(need("clip"), device=given.device)
+        return ClipModel(need(field), device=given.device)
+
+    def names() -> tuple[list[str], list[str]]:
+        return _read_names(Path(need("compbench")) / "new_objects.txt")
+
+    def substitute() -> Detector:
+        from eval.open_vocabulary import OpenVocabularyDetector
+
+        asked = [*names()[0], *RENAMED.values()]
+        return OpenVocabularyDetector(need("compbench_detector"), asked, device=given.device)
 
     return Judges(
         name="official",
         prefix="",
         detector=functools.cache(lambda: TransformersDetector(need("detector"), device=given.device)),
-        clip=functools.cache(clip),
+        clip=lambda: clip("clip"),
         vqa=functools.cache(lambda: BlipVQA(need("vqa"), device=given.device, image_size=480)),
         reader=functools.cache(lambda: SpacyReader(given.spacy)),
-        names=lambda: _read_names(Path(need("compbench")) / "new_objects.txt"),
+        names=functools.cache(names),
         geneval_prompts=prompts.geneval_prompts,
         compbench_prompts=lambda per_task: prompts.compbench_prompts(need("compbench"), per_task),
-        caption_prompts=lambda count: _captions(need("captions"), count),
-        reference_images=lambda count: _images(need("references"), count),
+        caption_prompts=lambda count: read_prompts(need("captions"), count),
+        typography_prompts=lambda count: (
+            prompts_with_words(given.typography, count) if given.typography else typography_prompts(count)
+        ),
+        ocr=functools.cache(RapidReader),
+        reference_images=lambda count: _images(given, need("references"), count),
+        compbench_detector=functools.cache(substitute),
+        compbench_clip=lambda: clip("compbench_clip" if given.compbench_clip else "clip"),
+        compbench_threshold=given.compbench_threshold,
+        compbench_rules=given.compbench_rules,
+        inception=functools.cache(
+            lambda: InceptionFeatures(need("inception"), convention=given.inception_convention, device=given.device)
+        ),
+        depth=functools.cache(lambda: DptDepth(need("depth"), device=given.device)) if given.depth else None,
     )
 
 
@@ -138,18 +199,13 @@ def _read_names(path: Path) -> tuple[list[str], list[str]]:
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def _captions(path: str, count: int) -> list[Prompt]:
-    lines = prompts.read_lines(path)[:count]
-    return [Prompt(text, "captions", source=str(index)) for index, text in enumerate(lines)]
-
-
-def _images(folder: str, count: int) -> Iterator[np.ndarray]:
+def _images(paths: OfficialPaths, folder: str, count: int) -> Iterator[np.ndarray]:
+    """Real pictures; those of the caption prompts where their file names them (COCO)."""
     from eval.pictures import read_picture
+    from eval.prompt_files import read_prompts, reference_files
 
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"no images under {folder}: expected .png, .jpg or .webp files")
-    return (read_picture(file) for file in files[:count])
+    prompts_there = read_prompts(paths.captions) if paths.captions else []
+    return (read_picture(file) for file in reference_files(folder, prompts_there)[:count])
 
 
 def describe_judge(judge: Any) -> list[str]:

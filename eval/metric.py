@@ -43,7 +43,12 @@ class Score:
     sample_count: int
     low: float | None = None
     high: float | None = None
+    higher_is_better: bool | None = None  # None: as the metric says
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Arrays by name. Names that begin with "reference" are the same for every checkpoint of a protocol.
+Kept = dict[str, np.ndarray]
 
 
 class Metric(Protocol):
@@ -59,6 +64,10 @@ class Metric(Protocol):
     def update(self, samples: Sequence[Sample]) -> None: ...
 
     def compute(self) -> list[Score]: ...
+
+    def kept(self) -> Kept:
+        """What a paired comparison with another checkpoint needs (eval/values.py keeps it beside the rows)."""
+        ...
 
 
 def _geneval(judges: "Judges") -> Metric:
@@ -80,9 +89,21 @@ def _clip_score(judges: "Judges") -> Metric:
 
 
 def _fid(judges: "Judges") -> Metric:
-    from eval.fid import FID
+    from eval.fid import clip_fid
 
-    return FID(judges)
+    return clip_fid(judges)
+
+
+def _fid_inception(judges: "Judges") -> Metric:
+    from eval.fid import inception_fid
+
+    return inception_fid(judges)
+
+
+def _typography(judges: "Judges") -> Metric:
+    from eval.typography import Typography
+
+    return Typography(judges)
 
 
 # val_loss is not here: it looks at the network, not at images (eval/val_loss.py).
@@ -91,6 +112,8 @@ METRICS: dict[str, Callable[["Judges"], Metric]] = {
     "compbench": _compbench,
     "clip_score": _clip_score,
     "fid": _fid,
+    "fid_inception": _fid_inception,
+    "typography": _typography,
 }
 
 
@@ -105,6 +128,13 @@ class Clusters:
 
     def __bool__(self) -> bool:
         return bool(self._values)
+
+    def kept(self) -> Kept:
+        """One row per cluster: stratum, cluster, the sum of its values and their number."""
+        rows = [(name, c, sum(v), len(v)) for name, found in self._values.items() for c, v in sorted(found.items())]
+        names, *columns = zip(*rows)
+        numbers = (np.array(column, dtype=float) for column in columns)
+        return {"stratum": np.array(names, dtype=str), **dict(zip(("cluster", "sum", "count"), numbers))}
 
     @property
     def strata(self) -> list[str]:
@@ -135,26 +165,40 @@ class Clusters:
 
     def score(self, path: str, strata: Iterable[str] | None = None, **details: Any) -> Score:
         low, high = self.interval(strata)
-        return Score(path, self.mean(strata), self.count(strata), low, high, details)
+        return Score(path, self.mean(strata), self.count(strata), low, high, details=details)
 
     def _pick(self, strata: Iterable[str] | None) -> list[str]:
         return list(self._values) if strata is None else list(strata)
 
 
+def split_kept(clusters: Mapping[bool | None, Clusters]) -> Kept:
+    """`kept` of every split, with the split's name as one more column."""
+    parts = [(SUFFIX[split].lstrip("/"), values.kept()) for split, values in clusters.items()]
+    told = {"split": np.array([name for name, part in parts for _ in part["stratum"]], dtype=str)}
+    return told | {key: np.concatenate([part[key] for _, part in parts]) for key in parts[0][1]} if parts else {}
+
+
+SUFFIX = {True: "/seen", False: "/unseen", None: ""}
+
+
 def split_scores(
-    clusters: Mapping[bool | None, Clusters], order: Sequence[str], *, not_overall: Sequence[str] = ()
+    clusters: Mapping[bool | None, Clusters],
+    order: Sequence[str],
+    *,
+    not_overall: Sequence[str] = (),
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Score]:
     """Scores per task and overall, for each of seen and unseen compositions (or plain when there is no such split).
 
     `overall/unseen` averages the tasks that have unseen compositions; its details list them. `not_overall` names tasks
-    on another scale.
+    on another scale; `details` of a task (or of "overall") join its rows.
     """
-    suffix = {True: "/seen", False: "/unseen", None: ""}
+    told = details or {}
     scores: list[Score] = []
     for split, values in clusters.items():
         tasks = [task for task in order if task in values.strata]
-        scores.extend(values.score(f"{task}{suffix[split]}", [task]) for task in tasks)
+        scores.extend(values.score(f"{task}{SUFFIX[split]}", [task], **told.get(task, {})) for task in tasks)
         tasks = [task for task in tasks if task not in not_overall]
         if tasks:
-            scores.append(values.score(f"overall{suffix[split]}", tasks, tasks=tasks))
+            scores.append(values.score(f"overall{SUFFIX[split]}", tasks, tasks=tasks, **told.get("overall", {})))
     return scores

@@ -7,8 +7,8 @@ again. Metrics that ask for the same words share the picture.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -19,6 +19,7 @@ from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import METRICS, Metric, Prompt, Sample, Score
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.val_loss import val_loss
+from eval.values import keep_values
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.log import Progress, get_logger
@@ -29,7 +30,7 @@ from model.errors import ModelError
 log = get_logger("eval")
 
 _CHECKPOINT = re.compile(r"(?P<run>.*?)/?weights/step_(?P<step>\d+)/ema\.safetensors$")
-CAPTION_METRICS = ("clip_score", "fid")
+CAPTION_METRICS = ("clip_score", "fid", "fid_inception")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RunOptions:
     runs: str
     """folder (or s3:// prefix) of run folders, or one run folder"""
     metrics: str = "val_loss,geneval,compbench,clip_score,fid"
-    """comma-separated: val_loss, geneval, compbench, clip_score, fid"""
+    """comma-separated: val_loss, geneval, compbench, clip_score, fid, fid_inception, typography"""
     prompts_per_task: int = 16
     """prompts of each task, for seen and for unseen compositions"""
     images_per_prompt: int = 2
@@ -51,6 +52,8 @@ class RunOptions:
     """dataset for val_loss where the trainer left no such rows"""
     judges: str = "world"
     """world, or official (needs local checkpoints)"""
+    t5: Literal["with", "without", "both"] = "with"
+    """draw with the text in the T5 seat, with zeros there (rows end in _no_t5), or both"""
     calibration: bool = True
     """score ground-truth, shuffled and noise images too, once per protocol"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -74,6 +77,7 @@ class Task:
     images_per_prompt: int
     protocol: Mapping[str, Any]
     name: str
+    without_t5: bool = False
 
     @property
     def hash(self) -> str:
@@ -112,7 +116,7 @@ def run(options: RunOptions) -> None:
             raise UserError(f"--{field_name.replace('_', '-')} must be 1 or more")
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
     judges = build_judges(options.judges, options.official)
-    tasks = [plan(name, judges, options) for name in names if name != "val_loss"]
+    tasks = plan_all(names, judges, options)
     if options.calibration and judges.truth is not None:
         calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
     failures = []
@@ -139,14 +143,24 @@ def parse_metrics(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plan(name: str, judges: Judges, options: RunOptions) -> Task:
+def plan_all(names: Sequence[str], judges: Judges, options: RunOptions) -> list[Task]:
+    """A task for every metric that looks at pictures, with and without T5 as asked."""
+    ways = {"with": (False,), "without": (True,), "both": (False, True)}[options.t5]
+    return [plan(name, judges, options, without_t5=way) for way in ways for name in names if name != "val_loss"]
+
+
+def plan(name: str, judges: Judges, options: RunOptions, *, without_t5: bool = False) -> Task:
     """Which prompts a metric draws here, and the protocol that this makes."""
     metric = METRICS[name](judges)
     captions = name in CAPTION_METRICS
     prompts = metric.prompts(options.captions if captions else options.prompts_per_task)
     per_prompt = 1 if captions else options.images_per_prompt
-    protocol = protocol_of(metric, prompts, options.sampling.protocol(), per_prompt)
-    return Task(name, tuple(prompts), per_prompt, protocol, f"{judges.prefix}{name}")
+    sampling = replace(options.sampling, without_t5=without_t5 or options.sampling.without_t5)
+    protocol = protocol_of(metric, prompts, sampling.protocol(), per_prompt)
+    suffix = "_no_t5" if sampling.without_t5 else ""
+    return Task(
+        name, tuple(prompts), per_prompt, protocol, f"{judges.prefix}{name}{suffix}", without_t5=sampling.without_t5
+    )
 
 
 def evaluate(checkpoint: Checkpoint, judges: Judges, tasks: Sequence[Task], options: RunOptions, *, loss: bool) -> None:
@@ -165,16 +179,36 @@ def evaluate(checkpoint: Checkpoint, judges: Judges, tasks: Sequence[Task], opti
     if not missing:
         log.info("%s at %s images: nothing to do", checkpoint.run, f"{origin['images_seen']:,}")
         return
-    metrics = {task.metric: METRICS[task.metric](judges) for task in missing}
-    _paint_and_judge(painter, missing, metrics, options.sampling, f"{checkpoint.run} step {checkpoint.step}")
-    for task in missing:
+    for without_t5 in (False, True):
+        mine = [task for task in missing if task.without_t5 is without_t5]
+        _measure(painter, mine, judges, options, store=store, origin=origin)
+
+
+def _measure(
+    painter: Painter,
+    tasks: Sequence[Task],
+    judges: Judges,
+    options: RunOptions,
+    *,
+    store: ResultStore,
+    origin: Mapping[str, Any],
+) -> None:
+    """Draw what these tasks ask for, which is drawn in one way, and store values, protocols and rows."""
+    if not tasks:
+        return
+    metrics = {task.metric: METRICS[task.metric](judges) for task in tasks}
+    sampling = replace(options.sampling, without_t5=tasks[0].without_t5)
+    label = f"{origin['run']} at {origin['images_seen']:,}{' without T5' if sampling.without_t5 else ''}"
+    _paint_and_judge(painter, tasks, metrics, sampling, label)
+    for task in tasks:
         keep_protocol(store.uri, task.protocol)
         metric = metrics[task.metric]
+        keep_values(store.uri, task.hash, origin["recipe_hash"], origin["images_seen"], metric.kept())
         scores = metric.compute()
         store.append(to_rows(task.name, scores, origin, task.hash, higher_is_better=metric.higher_is_better))
         for score in scores:
             if score.path.startswith("overall") or not score.path:
-                log.info("%s %s: %.4f", checkpoint.run, f"{task.name}/{score.path}".rstrip("/"), score.value)
+                log.info("%s %s: %.4f", origin["run"], f"{task.name}/{score.path}".rstrip("/"), score.value)
 
 
 def origin_of(checkpoint: Checkpoint, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +232,7 @@ def to_rows(
             **origin,
             metric=f"{name}/{score.path}".rstrip("/"),
             value=score.value,
-            higher_is_better=higher_is_better,
+            higher_is_better=higher_is_better if score.higher_is_better is None else score.higher_is_better,
             sample_count=score.sample_count,
             protocol_hash=protocol,
             low=score.low,

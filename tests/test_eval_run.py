@@ -277,7 +277,7 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
 
 
 def test_metrics_are_a_literal_of_known_names():
-    assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid"]
+    assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid", "fid_inception", "typography"]
 
 
 def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
