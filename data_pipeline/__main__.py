@@ -1,11 +1,11 @@
-"""python -m data_pipeline run | world | verify | inspect: from raw images to training shards."""
+"""python -m data_pipeline run | world | verify | report | inspect: from raw images to training shards."""
 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN --out URI`",
     "world": "write raw scenes of the embedded world as img2dataset would: `world --out URI --images N`",
     "verify": "read a dataset back and check every hash and count: `verify URI`",
+    "report": "what each threshold would keep of the rows: `report URI`",
     "inspect": "what a dataset holds, and a grid of samples with captions: `inspect URI --out grid.png`",
 }
 
@@ -44,9 +45,16 @@ class Run:
     cpus_per_worker: float = 1
     """CPUs (and torch threads) of each worker."""
     gpus_per_worker: float = 0
-    """GPUs of each worker, also fractions; above 0 the networks run there."""
+    """GPUs of each worker, also fractions (several workers overlap decoding with a GPU's work); above 0 the networks
+    run there."""
+    caption_workers: int | None = None
+    """Workers that only caption, before the others encode; the same workers do both if left out."""
+    caption_gpus: float | None = None
+    """GPUs of each captioning worker, where it needs more than the others."""
     keep_going: bool = False
     """Pack what is there even if some files or shards failed."""
+    until: Literal["gate", "pack"] = "pack"
+    """gate: stop before captions and latents, and say what each threshold would keep."""
 
 
 def main() -> None:
@@ -65,7 +73,7 @@ def main() -> None:
     if command == "run":
         _run(rest)
     else:
-        commands: dict[str, Callable[..., None]] = {"world": world, "verify": verify, "inspect": inspect}
+        commands = {"world": world, "verify": verify, "inspect": inspect, "report": report}
         tyro.cli(commands[command], prog=prog, args=rest)
 
 
@@ -104,13 +112,31 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
     else:
         source = parse_source(run.source, image_column=run.image_column, caption_column=run.caption_column)
     workers = Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker)
-    device = "cuda" if run.gpus_per_worker else "cpu"
-    pipeline = Pipeline(plan, run.out, source, workers=workers, keep_going=run.keep_going, device=device)
+    captioning = None
+    if run.caption_workers is not None or run.caption_gpus is not None:
+        gpus = run.gpus_per_worker if run.caption_gpus is None else run.caption_gpus
+        captioning = Workers(run.caption_workers or run.workers, run.cpus_per_worker, gpus)
+    pipeline = Pipeline(
+        plan, run.out, source, workers=workers, caption_workers=captioning, keep_going=run.keep_going
+    )
+    if run.until == "gate":
+        _print_gate(pipeline)
+        return
     outcome = pipeline.run()
     print(summary(run.out, outcome))
     print(f"\nfinished in {clock(time.monotonic() - started)}: {run.out}")
     if outcome.failed:
         raise UserError(f"{len(outcome.failed)} units failed and are not in the dataset: run the same command again")
+
+
+def _print_gate(pipeline: "Pipeline") -> None:  # type: ignore[name-defined]  # noqa: F821
+    """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
+    from data_pipeline.keep import keep_report, keep_table
+
+    statuses = pipeline.run_gate()
+    counts = Counter(status for rows in statuses.values() for status, _ in rows.values())
+    print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
+    print("\nthe gate lets pass " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
 
 
 def world_source(run: Run) -> "Source":  # type: ignore[name-defined]  # noqa: F821
@@ -161,6 +187,18 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
             f"{uri}: {len(findings.problems)} problems; delete the named objects with their manifests and run again"
         )
     print("everything is as its manifests say")
+
+
+def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
+    """How many rows each single threshold would keep, from what was measured; computes nothing anew.
+
+    Args:
+        uri: root of the dataset.
+    """
+    from data_pipeline.keep import keep_report, keep_table
+    from data_pipeline.schema import read_dataset_info
+
+    print(keep_table(keep_report(uri, read_dataset_info(uri).columns)))
 
 
 def inspect(

@@ -1,21 +1,33 @@
 """The caption column: what a captioner says of each image. The original caption stays where it is."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.captioners import CAPTIONERS, Captioner, CaptionerSpec
-from data_pipeline.checkpoints import resolve
+from data_pipeline.captioners import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
 from data_pipeline.filters import clean_caption
 from data_pipeline.stage import OK, ShardView, Worker, result
+from infra.errors import UserError
 from infra.log import get_logger
 
-VERSION = 1
+VERSION = 2  # 1 knew fewer openings and refusals
 MAX_CHARS = 2000
-_BOILERPLATE = ("this image showcases ", "the image showcases ", "this image shows ", "the image shows ")
-_REFUSALS = ("i'm sorry", "i am sorry", "i cannot", "i can't", "as an ai")
+_OPENING = re.compile(
+    r"(?:sure|certainly)?[,!.: ]*(?:here is a (?:factual )?description(?: of the image)?: )?"
+    r"(?:(?:this|the) (?:image|picture|photo|photograph) "
+    r"(?:showcases|shows|depicts|features|presents|displays|captures|is of|contains)(?: |[.:]?$)"
+    r"|in (?:this|the) (?:image|picture|photo|photograph),? )?",
+    re.IGNORECASE,
+)
+_REFUSALS = re.compile(
+    r"(?:i'm |i am |we are )(?:afraid|unable|not able)|(?:i'm |i am |we are )?sorry\b"
+    r"|i (?:cannot|can't|can not|won't)\b|as an? (?:ai|large language|language) "
+    r"|(?:this|the) (?:image|picture|content) (?:cannot|can't) be described",
+    re.IGNORECASE,
+)
 
 log = get_logger("caption")
 
@@ -32,12 +44,11 @@ class CaptionStage:
     inputs: tuple[str, ...] = ("ingest",)
 
     def identity(self) -> dict[str, object]:
-        settings = {key: value for key, value in asdict(self.spec).items() if key != "checkpoint"}
         version = getattr(CAPTIONERS[self.spec.name], "version", 0)
-        return {"version": VERSION, "captioner": version, "weights": self.weights, **settings}
+        return {"version": VERSION, "captioner": version, "weights": self.weights, **self.spec.identity()}
 
     def open(self) -> Worker:
-        captioner = CAPTIONERS[self.spec.name](self.spec, resolve(self.spec.checkpoint), self.device)
+        captioner = open_captioner(self.spec, self.device)
 
         def run(shard: ShardView) -> pa.Table:
             texts: list[str] = []
@@ -61,6 +72,8 @@ def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[
         if len(captions) != len(images):
             raise ValueError(f"{captioner.name} gave {len(captions)} captions for {len(images)} images")
         return captions
+    except UserError:  # no server, no budget: nothing that is wrong with an image
+        raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         if len(images) == 1:
             log.warning("%s failed on an image: %s", captioner.name, error)
@@ -71,16 +84,12 @@ def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[
 def judge(text: str) -> tuple[str, str]:
     """(status, caption): boilerplate openings trimmed; empty, refusing and runaway captions get a status."""
     caption = clean_caption(text)
-    lowered = caption.lower()
-    for opening in _BOILERPLATE:
-        if lowered.startswith(opening):
-            caption = caption[len(opening) :]
-            break
-    if not caption:
-        return "empty", ""
-    if lowered.startswith(_REFUSALS):
+    if _REFUSALS.match(caption):
         return "refusal", ""
-    words = lowered.split()
+    caption = _OPENING.sub("", caption, count=1)
+    if not any(character.isalnum() for character in caption):
+        return "empty", ""
+    words = caption.lower().split()
     if len(caption) > MAX_CHARS or (len(words) >= 12 and len(set(words)) * 4 < len(words)):
         return "runaway", ""
     return OK, caption

@@ -1,33 +1,19 @@
 """Captioners: images to captions, behind one interface. To add one, write a class and put a line into CAPTIONERS."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
+from data_pipeline.captioner_spec import Captioner, CaptionerSpec
+from data_pipeline.checkpoints import resolve
+from data_pipeline.cogvlm import CogVlmCaptioner
+from data_pipeline.vision_server import ServerCaptioner
+from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
 
-
-class Captioner(Protocol):
-    """`name` and `version` are part of the column's fingerprint; raise the version when captions change."""
-
-    name: str
-    version: int
-
-    def caption(self, images: Sequence[Image.Image]) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class CaptionerSpec:
-    """Which captioner, with which weights and generation settings. All of it identifies the captions."""
-
-    name: str
-    checkpoint: str
-    prompt: str = ""
-    max_new_tokens: int = 24
-    num_beams: int = 1
+__all__ = ["CAPTIONERS", "Captioner", "CaptionerSpec", "TransformersCaptioner", "captioner_weights", "open_captioner"]
 
 
 class TransformersCaptioner:
@@ -89,10 +75,21 @@ class _Pair:
 
 CAPTIONERS: dict[str, Callable[[CaptionerSpec, Path, str], Captioner]] = {
     "transformers": TransformersCaptioner,
+    "cogvlm": CogVlmCaptioner,
+    "server": ServerCaptioner,
 }
+_SERVED = ("server",)  # their weights lie elsewhere: the model's name and stated revision stand for them
 
 
-def check_captioner(name: str) -> None:
-    """UserError when there is no such captioner."""
-    if name not in CAPTIONERS:
-        raise UserError(f"unknown captioner {name!r}{nearest(name, CAPTIONERS)}: one of {', '.join(CAPTIONERS)}")
+def open_captioner(spec: CaptionerSpec, device: str) -> Captioner:
+    """The captioner with its weights loaded, or ready to ask its server."""
+    path = Path() if spec.name in _SERVED else resolve(spec.checkpoint)
+    return CAPTIONERS[spec.name](spec, path, device)
+
+
+def captioner_weights(spec: CaptionerSpec) -> str:
+    """What names the weights in a fingerprint; UserError for an unknown captioner or a checkpoint that is not there."""
+    if spec.name not in CAPTIONERS:
+        known = ", ".join(CAPTIONERS)
+        raise UserError(f"unknown captioner {spec.name!r}{nearest(spec.name, CAPTIONERS)}: one of {known}")
+    return f"served:{spec.checkpoint}" if spec.name in _SERVED else weights_hash(resolve(spec.checkpoint))

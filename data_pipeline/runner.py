@@ -30,23 +30,30 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers, and what each may use. `count` None takes as many as the cluster has CPUs for."""
+    """How many workers, and what each may use. `count` None lets the pool grow to what the cluster has CPUs for."""
 
     count: int | None = None
     cpus: float = 1
     gpus: float = 0
 
 
-def run_tasks(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator[Report]:
-    """One report per unit, in the order of completion. A report with `error` says what failed; others go on."""
+def run_tasks(
+    task: Task, units: Sequence[Unit], workers: Workers, *, runtime_env: Mapping[str, Any] | None = None
+) -> Iterator[Report]:
+    """One report per unit, in the order of completion. A report with `error` says what failed; others go on.
+
+    `runtime_env` is Ray's: the workers of this task get an environment of their own.
+    """
     if not units:
         return
     if workers.count == 0:
+        if runtime_env:
+            raise UserError("workers with an environment of their own (--captioner.pip) need Ray: --workers 1 or more")
         work = _Work(task, workers.cpus)
         for unit in units:
             yield work(unit)
         return
-    yield from _run_on_ray(task, units, workers)
+    yield from _run_on_ray(task, units, workers, runtime_env)
 
 
 class _Work:
@@ -90,7 +97,9 @@ class _Actor:
         return {"report": [json.dumps(self._work(json.loads(unit))) for unit in batch["unit"]]}
 
 
-def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator[Report]:
+def _run_on_ray(
+    task: Task, units: Sequence[Unit], workers: Workers, runtime_env: Mapping[str, Any] | None
+) -> Iterator[Report]:
     _connect(workers)
     import ray
     from ray.data import ActorPoolStrategy
@@ -110,9 +119,10 @@ def _run_on_ray(task: Task, units: Sequence[Unit], workers: Workers) -> Iterator
         _Actor,
         fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
         batch_size=1,
-        compute=ActorPoolStrategy(size=size),
+        compute=ActorPoolStrategy(min_size=size if workers.count else 1, max_size=size),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
+        **({"runtime_env": dict(runtime_env)} if runtime_env else {}),
     )
     quiet.setLevel(logging.ERROR)  # Ray sets it anew with the first dataset of a process
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):

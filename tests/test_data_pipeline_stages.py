@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
 from data_pipeline.caption import caption_images, judge
 from data_pipeline.dedup import Dedup, SignatureStage, first_of_near
-from data_pipeline.filters import FilterStage, MeasureStage, clean_caption
+from data_pipeline.filters import FilterStage, MeasureStage, Thresholds, clean_caption
 from data_pipeline.images import ImageError, cover_crop, decode
 from data_pipeline.pack import RowRef, make_plan
 from data_pipeline.publish import assign_splits
@@ -70,7 +70,7 @@ def measured(rows: list[tuple[bytes | None, str]]) -> ShardView:
 
 
 def filtered(rows: list[tuple[bytes | None, str]], **settings_) -> list[dict]:
-    return FilterStage(**settings_).open()(measured(rows)).to_pylist()
+    return FilterStage(Thresholds(**settings_)).open()(measured(rows)).to_pylist()
 
 
 GOOD = encoded(gradient())
@@ -195,7 +195,7 @@ def test_exact_and_perceptual_duplicates():
     assert Dedup(None).run(found)["s"]["status"].to_pylist() == ["ok", "ok", "ok", "ok", "duplicate"]
     near = Dedup(6).run(found)["s"]
     assert near["status"].to_pylist() == ["ok", "ok", "duplicate", "duplicate", "duplicate"]
-    assert near["reason"].to_pylist()[2] == "of s row 0"
+    assert near["reason"].to_pylist()[2] == "perceptual: of s row 0"
 
 
 def test_the_first_shard_in_order_keeps_a_duplicate():

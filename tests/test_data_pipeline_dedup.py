@@ -1,0 +1,150 @@
+"""Near duplicates by embedding: planted copies of scenes are found, scenes that only look alike stay."""
+
+import io
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.dedup import Dedup
+from data_pipeline.embed import EmbedStage, load_embedder, thumbnail
+from data_pipeline.semantic import Semantic, aligned_difference, thumb_crops
+from data_pipeline.stage import ShardView
+from data_pipeline.world.scenes import make_scene
+from infra.errors import UserError
+
+WORLD = Semantic(similarity=0.8, verify=15.0)
+
+
+def planted(scenes: int, copies: int, seed: int = 0) -> tuple[list[Image.Image], np.ndarray]:
+    """Scenes, then as many copies of each kind; the second is the number of each image's original, -1 for a scene."""
+    rng = random.Random(seed)
+    images = [Image.fromarray(make_scene(77, n, split="dedup").image) for n in range(scenes)]
+    origins = [-1] * scenes
+    for kind in (resized, recompressed, cropped):
+        for original in rng.sample(range(scenes), copies):
+            images.append(kind(images[original], rng))
+            origins.append(original)
+    return images, np.array(origins)
+
+
+def resized(image: Image.Image, rng: random.Random) -> Image.Image:
+    side = rng.choice([40, 48, 80, 96, 128])
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def recompressed(image: Image.Image, rng: random.Random) -> Image.Image:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=rng.choice([40, 60, 75, 90]))
+    return Image.open(out).convert("RGB")
+
+
+def cropped(image: Image.Image, rng: random.Random) -> Image.Image:
+    side = round(0.95 * image.width)
+    x, y = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    return image.crop((x, y, x + side, y + side))
+
+
+def embedding_table(images: list[Image.Image]) -> pa.Table:
+    embed = load_embedder(resolve("world:clip"), "cpu")
+    vectors = [v.tobytes() for first in range(0, len(images), 64) for v in embed(images[first : first + 64])]
+    return pa.table(
+        {
+            "row": pa.array(range(len(images)), pa.int32()),
+            "embedding": pa.array(vectors, pa.binary()),
+            "thumb": pa.array([thumbnail(image) for image in images], pa.binary()),
+        }
+    )
+
+
+def scores(first_N: np.ndarray, origin_N: np.ndarray) -> tuple[float, float]:
+    """(recall, precision) of what was flagged."""
+    flagged, copies = first_N >= 0, origin_N >= 0
+    return (flagged & copies).sum() / copies.sum(), (flagged & copies).sum() / max(1, flagged.sum())
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[pa.Table, np.ndarray]:
+    images, origins = planted(300, 30)
+    return embedding_table(images), origins
+
+
+def test_planted_copies_are_found_and_scenes_stay(world):
+    table, origins = world
+    places = [("s", n) for n in range(len(table))]
+    recall, precision = scores(WORLD.first(places, lambda _: table), origins)
+    assert recall >= 0.95
+    assert precision >= 0.98
+
+
+def test_shards_groups_and_memory_change_nothing(world):
+    table, _ = world
+    places = [(f"s{n % 4}", n // 4) for n in range(len(table))]
+    parts = {
+        f"s{k}": table.take(list(range(k, len(table), 4))).set_column(
+            0, "row", pa.array(range(len(range(k, len(table), 4))), pa.int32())
+        )
+        for k in range(4)
+    }
+    several = Semantic(similarity=0.8, verify=15.0, clusters=5)
+    one = several.first([("s", n) for n in range(len(table))], lambda _: table)
+    assert (several.first(places, parts.__getitem__, max_bytes=1) == several.first(places, parts.__getitem__)).all()
+    assert (one >= 0).sum() > 60
+
+
+def test_algorithm_1_flags_later_rows_by_similarity_alone():
+    vectors = np.eye(4, dtype=np.float16)[[0, 1, 0, 2, 1, 0]]
+    table = pa.table({
+        "row": pa.array(range(6), pa.int32()),
+        "embedding": [v.tobytes() for v in vectors],
+        "thumb": [bytes(32 * 32 * 3)] * 6,
+    })  # fmt: skip
+    places = [("s", n) for n in range(6)]
+    plain = Semantic(similarity=0.9, clusters=1)
+    assert plain.first(places, lambda _: table).tolist() == [-1, -1, 0, -1, 1, 0]
+    assert plain.first(places[::-1], lambda _: table).tolist() == [-1, -1, -1, 0, 1, 0]
+    skip = np.array([True] + [False] * 5)
+    assert plain.first(places, lambda _: table, skip=skip).tolist() == [-1, -1, -1, -1, 1, 2]
+    assert Semantic().first([], lambda _: table).tolist() == []
+
+
+def test_a_crop_is_nearer_than_another_picture():
+    rng = random.Random(1)
+    scenes = [Image.fromarray(make_scene(5, n, split="dedup").image) for n in range(2)]
+    a, b, crop = (thumb_crops(thumbnail(i)) for i in (*scenes, cropped(scenes[0], rng)))
+    assert aligned_difference(a, a) == 0
+    assert aligned_difference(a, crop) == aligned_difference(crop, a) < 16 < aligned_difference(a, b)
+
+
+def test_dedup_prefers_rows_that_will_be_kept_and_says_which_pass_found_what():
+    table = pa.table({"row": pa.array([0, 1], pa.int32()), "exact": ["x", "x"], "perceptual": [0, 0]})
+    assert Dedup().run({"s": table})["s"]["status"].to_pylist() == ["ok", "duplicate"]
+    found = Dedup().run({"s": table}, preferred={"s": {1}})["s"]
+    assert found["status"].to_pylist() == ["duplicate", "ok"]
+    assert found["reason"].to_pylist() == ["equal: of s row 1", ""]
+
+
+def test_a_torchscript_file_embeds_and_others_are_refused(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "tiny.torchscript.pt"))
+    stage = EmbedStage(str(tmp_path / "tiny.torchscript.pt"), "hash")
+    out = io.BytesIO()
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(out, "PNG")
+    rows, files = pa.array([0, 1], pa.int32()), pa.array([out.getvalue(), b""], pa.large_binary())
+    ingest = pa.table({"row": rows, "image": files})
+    measure = pa.table({"row": rows, "status": ["ok", "corrupt"]})
+    made = stage.open()(ShardView("", "s", {}, range(2), {"ingest": ingest, "measure": measure}))
+    vector = np.frombuffer(made["embedding"][0].as_py(), np.float16)
+    assert (made["row"].to_pylist(), vector.shape) == ([0], (3,))
+    assert abs(float(np.linalg.norm(vector.astype(float))) - 1) < 1e-3
+    (tmp_path / "bad.pt").write_bytes(b"not a model")
+    for path in (tmp_path, tmp_path / "bad.pt"):
+        with pytest.raises(UserError, match="TorchScript"):
+            load_embedder(path, "cpu")
