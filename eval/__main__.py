@@ -60,6 +60,18 @@ def compare_command() -> None:
     tyro.cli(compare, prog="python -m eval compare", args=sys.argv[2:])
 
 
+def autoencoder_command() -> None:
+    from eval.autoencoder import main
+
+    main(sys.argv[2:])
+
+
+def study_command() -> None:
+    from eval.study import main
+
+    main(sys.argv[2:])
+
+
 COMMANDS = {
     "sample": (sample_command, "draw prompts with exported weights into a labelled grid"),
     "run": (run_command, "evaluate every checkpoint of every run, once"),
@@ -67,6 +79,8 @@ COMMANDS = {
     "predict": (predict_command, "commit what the scaling law says about the next depth, before it is trained"),
     "serve": (serve_command, "watch runs, evaluate each new checkpoint once, show everything in a browser"),
     "compare": (compare_command, "is checkpoint B better than A? differences with intervals, paired by prompt"),
+    "autoencoder": (autoencoder_command, "what autoencoders lose: rFID, LPIPS, SSIM, PSNR (SD3's Table 3)"),
+    "study": (study_command, "rank formulations as SD3's section 5.1 does"),
     "compbench": (compbench_command, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
     "geneval": (geneval_command, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"),
 }
@@ -77,7 +91,7 @@ def main() -> None:
 
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        lines = "\n".join(f"  {command:<9} {text}" for command, (_, text) in COMMANDS.items())
+        lines = "\n".join(f"  {command:<11} {text}" for command, (_, text) in COMMANDS.items())
         print(f"usage: python -m eval COMMAND [options]\n\n{__doc__}\n\ncommands:\n{lines}")
         return
     if name not in COMMANDS:
