@@ -169,7 +169,7 @@ def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]
 def to_json(report: Report) -> dict[str, Any]:
     """report.json: all figures of the report, without the drawings."""
     compared = {**report.found, **{c.metric: c for c in (report.losses, *report.levels.values()) if c}}
-    return _plain(
+    return plain(
         {
             "format": 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,7 +180,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "loss_metric": report.losses.metric if report.losses else None,
             "losses": report.losses.points if report.losses else {},
             "loss_levels": {f"{t:g}": c.points for t, c in report.levels.items()},
-            "scaling": _scaling(report.scaling),
+            "scaling": scaling_json(report.scaling),
             "scores": {
                 family: tables.score_rows(family, tasks, report.found, report.labels)
                 for family, tasks in report.families.items()
@@ -213,7 +213,7 @@ def _run(run: Run, report: Report) -> dict[str, Any]:
     }
 
 
-def _scaling(scaling: Scaling) -> dict[str, Any]:
+def scaling_json(scaling: Scaling) -> dict[str, Any]:
     """The laws with 95 % intervals, or the reason why there are none."""
     if scaling.reason is not None:
         return {"reason": scaling.reason, "coverage": read_coverage()}
@@ -241,14 +241,14 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, tuples, sets and numpy numbers as JSON has them; a number that is none becomes null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value

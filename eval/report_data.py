@@ -25,6 +25,8 @@ class Run:
     rows: tuple[ResultRow, ...]
     samples: tuple[str, ...]
     missing: tuple[str, ...] = ()
+    began: str = ""
+    """when its first row was written (ISO time), "" before that"""
 
     @property
     def depth(self) -> int | None:
@@ -55,6 +57,7 @@ class ReportData:
     uri: str
     runs: tuple[Run, ...]
     calibration: tuple[ResultRow, ...]
+    predictions: tuple[ResultRow, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -65,24 +68,28 @@ def read_runs(uri: str) -> ReportData:
         raise UserError(f"{uri}: no runs there: expected a folder of run folders (recipe.json, plan.json, results/)")
     root = uri.rstrip("/")
     inside = [file.removeprefix(root).lstrip("/") for file in files]
-    names = sorted({path.split("/")[0] for path in inside if _is_piece(path, level=1)})
-    if not names and any(_is_piece(path, level=0) for path in inside):
-        runs = [_read_run(root.rsplit("/", 1)[-1], root, inside)]
+    names = sorted({path.split("/")[0] for path in inside if is_piece(path, level=1)})
+    if not names and any(is_piece(path, level=0) for path in inside):
+        runs = [read_run(root.rsplit("/", 1)[-1], root, inside)]
     else:
         runs = [
-            _read_run(name, storage.join(root, name), [p.split("/", 1)[1] for p in inside if p.startswith(name + "/")])
+            read_run(name, storage.join(root, name), [p.split("/", 1)[1] for p in inside if p.startswith(name + "/")])
             for name in names
         ]
     if not runs:
         raise UserError(f"{uri}: {len(files)} files, but no run folder (recipe.json, plan.json, results/) among them")
-    runs.sort(key=lambda run: (run.parameters or 0, run.depth or 0, _natural(run.name)))
-    shared = ResultStore(storage.join(root, "results")).rows() if any(p.startswith("results/") for p in inside) else []
+    runs.sort(key=lambda run: (run.parameters or 0, run.depth or 0, natural_key(run.name)))
+    shared: list[ResultRow] = []
+    if any(path.startswith("results/") for path in inside):
+        # All of them: of two predictions from the same curves the earlier one counts.
+        shared = ResultStore(storage.join(root, "results")).rows(latest=False)
     calibration = [row for row in shared if row.metric.startswith("calibration/")]
     calibration += [row for run in runs for row in run.rows if row.metric.startswith("calibration/")]
-    return ReportData(uri, tuple(runs), tuple({row.key: row for row in calibration}.values()))
+    predictions = tuple(row for row in shared if row.metric.startswith("prediction/"))
+    return ReportData(uri, tuple(runs), tuple({row.key: row for row in calibration}.values()), predictions)
 
 
-def _is_piece(path: str, *, level: int) -> bool:
+def is_piece(path: str, *, level: int) -> bool:
     """Does this path (relative to RUNS) show that the folder at `level` is a run?"""
     parts = path.split("/")
     if len(parts) <= level or (level == 1 and parts[0] in PIECES):
@@ -90,17 +97,20 @@ def _is_piece(path: str, *, level: int) -> bool:
     return parts[level] in ("recipe.json", "plan.json") or (parts[level] in PIECES and len(parts) > level + 1)
 
 
-def _read_run(name: str, uri: str, inside: Iterable[str]) -> Run:
+def read_run(name: str, uri: str, inside: Iterable[str], *, store: ResultStore | None = None) -> Run:
+    """The run in folder `uri` that holds the files `inside`; a store that is given again reads only what is new."""
     inside = list(inside)
     missing: list[str] = []
     recipe, plan = (_read_json(uri, file, inside, missing) for file in ("recipe.json", "plan.json"))
     rows: list[ResultRow] = []
     if any(path.startswith("results/") for path in inside):
-        rows = ResultStore(storage.join(uri, "results")).rows()
+        rows = (store or ResultStore(storage.join(uri, "results"))).rows()
     if not rows:
         missing.append("readable result rows (nothing was trained or evaluated yet)")
-    samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=_natural)
-    return Run(name, uri, recipe, plan, tuple(rows), tuple(storage.join(uri, path) for path in samples), tuple(missing))
+    samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=natural_key)
+    pictures = tuple(storage.join(uri, path) for path in samples)
+    began = min((row.created for row in rows), default="")
+    return Run(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
 
 
 def _read_json(uri: str, file: str, inside: list[str], missing: list[str]) -> Mapping[str, Any]:
@@ -137,6 +147,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _natural(text: str) -> list[tuple[int, int, str]]:
+def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key in which step_9 comes before step_10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]

@@ -56,7 +56,7 @@ def _try(run: Run, uri: str, pictures: list[Picture], notes: list[str]) -> None:
     except (UserError, OSError, ValueError, SyntaxError) as error:
         notes.append(f"{run.name}: sample {_name(uri)} cannot be shown: {error}")
         return
-    pictures.append(Picture(run.name, _name(uri), data, width, height, _prompts(uri)))
+    pictures.append(Picture(run.name, _name(uri), data, width, height, prompts_of(uri)))
 
 
 def _encode(uri: str) -> tuple[str, int, int]:
@@ -75,7 +75,7 @@ def _encode(uri: str) -> tuple[str, int, int]:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), image.width, image.height
 
 
-def _prompts(uri: str) -> tuple[str, ...]:
+def prompts_of(uri: str) -> tuple[str, ...]:
     """From a JSON beside the image (`prompts`: list of texts), or the lines of captions.txt, as the trainer writes."""
     beside, captions = uri.rsplit(".", 1)[0] + ".json", uri.rsplit("/", 1)[0] + "/captions.txt"
     try:

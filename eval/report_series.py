@@ -1,6 +1,6 @@
 """Result rows as comparable series: one value per run and images under one protocol; others are left out, and said."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,12 +72,7 @@ def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
     if not rows:
         return None
     owner = {id(row): run.name for run in runs for row in run.rows}
-
-    def weight(protocol: str) -> tuple[int, int, int, str]:
-        mine = [row for row in rows if row.protocol_hash == protocol]
-        return len({owner[id(row)] for row in mine}), len(mine), max(row.sample_count for row in mine), protocol
-
-    kept = max({row.protocol_hash for row in rows}, key=weight)
+    kept = pick_protocol([(owner[id(row)], row.protocol_hash, 1, row.sample_count) for row in rows])
     points: dict[str, list[Point]] = {}
     others: dict[str, ResultRow] = {}
     for row in sorted(rows, key=lambda row: row.images_seen):
@@ -96,6 +91,18 @@ def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
     return Comparison(metric, kept, rows[0].higher_is_better, ordered, left)
 
 
+def pick_protocol(measured: Sequence[tuple[str, str, int, int]]) -> str:
+    """From (run, protocol, points, sample count): the protocol of most runs, then most points, then most samples."""
+    runs: dict[str, set[str]] = {}
+    points: dict[str, int] = {}
+    samples: dict[str, int] = {}
+    for run, protocol, count, sample_count in measured:
+        runs.setdefault(protocol, set()).add(run)
+        points[protocol] = points.get(protocol, 0) + count
+        samples[protocol] = max(samples.get(protocol, 0), sample_count)
+    return max(runs, key=lambda protocol: (len(runs[protocol]), points[protocol], samples[protocol], protocol))
+
+
 def loss_when_scored(losses: Comparison, scores: Comparison) -> dict[str, dict[int, float]]:
     """run -> images of each scored checkpoint -> validation loss there, read between its neighbours on the curve."""
     found: dict[str, dict[int, float]] = {}
@@ -110,14 +117,24 @@ def loss_when_scored(losses: Comparison, scores: Comparison) -> dict[str, dict[i
 
 def main_loss(runs: Sequence[Run]) -> str | None:
     """Name of the validation loss that most runs have; the paper's protocol on a tie. Protocols are never mixed."""
-    names = [name for run in runs for name in {row.metric for row in run.rows if _is_loss(row.metric)}]
-    return max(set(names), key=lambda name: (names.count(name), name == f"{LOSS}sd3", name), default=None)
+    return most_common_loss(name for run in runs for name in {row.metric for row in run.rows})
+
+
+def most_common_loss(metrics: Iterable[str]) -> str | None:
+    """The same from each run's metric names, one after another."""
+    names = [name for name in metrics if _is_loss(name)]
+    return max(set(names), key=lambda name: (names.count(name), name == f"{LOSS}sd3"), default=None)
 
 
 def level_metrics(runs: Sequence[Run], loss: str) -> dict[float, str]:
     """Noise level -> metric name, for `val_loss/sd3/t0.125` and its siblings."""
+    return levels_among({row.metric for run in runs for row in run.rows}, loss)
+
+
+def levels_among(metrics: Iterable[str], loss: str) -> dict[float, str]:
+    """The same from the names alone."""
     found: dict[float, str] = {}
-    for name in {row.metric for run in runs for row in run.rows if row.metric.startswith(f"{loss}/t")}:
+    for name in (name for name in metrics if name.startswith(f"{loss}/t")):
         try:
             found[float(name.removeprefix(f"{loss}/t"))] = name
         except ValueError:
@@ -135,7 +152,12 @@ class Task:
 
 def score_families(runs: Sequence[Run]) -> dict[str, list[Task]]:
     """`world_geneval` -> its tasks, overall first. Known benchmarks first, then whatever else was measured."""
-    names = sorted({row.metric for run in runs for row in run.rows if row.metric.split("/")[0] not in NOT_SCORES})
+    return families_of({row.metric for run in runs for row in run.rows})
+
+
+def families_of(metrics: Iterable[str]) -> dict[str, list[Task]]:
+    """The same from the names alone."""
+    names = sorted(name for name in metrics if name.split("/")[0] not in NOT_SCORES)
     families: dict[str, dict[str, dict[str, str]]] = {}
     for name in names:
         family, *path = name.split("/")

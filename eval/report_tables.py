@@ -58,7 +58,7 @@ def plan_against_reality(run: Run) -> list[dict[str, Any]]:
 
 def recipe_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Fields in which the recipes differ: {"field": ..., "values": one text per run}."""
-    flat = [_flatten(run.recipe) for run in runs]
+    flat = [flatten(run.recipe) for run in runs]
     fields = sorted({name for recipe in flat for name in recipe} - UNTOLD)
     lines = [(name, [recipe.get(name, "") for recipe in flat]) for name in fields]
     return [{"field": name, "values": values} for name, values in lines if len(set(values)) > 1]
@@ -159,13 +159,13 @@ def _last(run: Run, metric: str) -> float | None:
     return max(rows, key=lambda row: (row.images_seen, row.created)).value if rows else None
 
 
-def _flatten(value: Any, path: str = "") -> dict[str, str]:
+def flatten(value: Any, path: str = "") -> dict[str, str]:
+    """A recipe as `optimizer.lr` -> its value in words."""
     if isinstance(value, Mapping):
-        return {
-            k: v
-            for key, inner in value.items()
-            for k, v in _flatten(inner, f"{path}.{key}" if path else str(key)).items()
-        }
+        parts = [flatten(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()]
+        return {name: text for part in parts for name, text in part.items()}
+    if isinstance(value, float):
+        return {path: f"{value:.6g}"}
     return {path: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
 
 

@@ -1,0 +1,245 @@
+"""Two checkpoints judged by people: the same prompts at the same seeds, blind, every answer kept, win rates at the end.
+
+RUNS/human/study-NAME/study.json says what is compared; votes/ holds one object per rater and pair, put only if absent:
+a second answer to the same pair is refused, whoever sends it. Left and right are drawn per rater and pair.
+"""
+
+import hashlib
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from infra import storage
+from infra.errors import MissingError, UserError, nearest
+from infra.log import get_logger
+
+log = get_logger("human")
+
+Choice = Literal["left", "right", "same"]
+# The three questions of the paper's study (its Figure 7).
+QUESTIONS = {
+    "prompt_following": "Which picture shows better what the prompt says?",
+    "aesthetics": "Which picture looks better?",
+    "typography": "Which picture writes the quoted words better?",
+}
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}$")
+_QUOTED = re.compile(r"\"[^\"]+\"|'[^']+'(?![a-z])|\u201c[^\u201d]+\u201d")
+Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Side:
+    run: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """`prompts` are the gallery's tiles in order; `secret` hides which side is which until the end."""
+
+    name: str
+    a: Side
+    b: Side
+    prompts: tuple[str, ...]
+    questions: tuple[str, ...]
+    gallery: str
+    secret: str
+    created: str
+
+    def asked(self, item: int) -> tuple[str, ...]:
+        """Typography is asked only where the prompt quotes words."""
+        quoted = bool(_QUOTED.search(self.prompts[item]))
+        return tuple(question for question in self.questions if question != "typography" or quoted)
+
+    def order(self, rater: str) -> list[int]:
+        """Each rater's own order of the pairs."""
+        items = [item for item in range(len(self.prompts)) if self.asked(item)]
+        return sorted(items, key=lambda item: self._draw("order", rater, item))
+
+    def left(self, rater: str, item: int) -> Literal["a", "b"]:
+        return "a" if self._draw("side", rater, item)[0] % 2 else "b"
+
+    def _draw(self, purpose: str, rater: str, item: int) -> bytes:
+        told = json.dumps([self.secret, purpose, rater, item]).encode()
+        return hashlib.sha256(told).digest()
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One rater's answers to one pair, as sides of the study: a, b or same."""
+
+    rater: str
+    item: int
+    answers: Mapping[str, str]
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of pairs that a wins (ties count half). `votes` are answers, `prompts` the independent units."""
+
+    question: str
+    value: float | None
+    low: float | None
+    high: float | None
+    wins_a: int
+    wins_b: int
+    ties: int
+    prompts: int
+    raters: int
+
+    @property
+    def votes(self) -> int:
+        return self.wins_a + self.wins_b + self.ties
+
+
+class Studies:
+    """The studies under one folder of runs."""
+
+    def __init__(self, runs: str) -> None:
+        self.root = storage.join(runs.rstrip("/") or runs, "human")
+        self._votes: dict[str, Vote | None] = {}  # objects never change, so each is read once
+
+    def names(self) -> list[str]:
+        found = [uri.removeprefix(self.root + "/") for uri in storage.list_files(self.root, suffix="/study.json")]
+        return sorted(path.split("/")[0].removeprefix("study-") for path in found if path.startswith("study-"))
+
+    def get(self, name: str) -> Study:
+        if not _NAME.match(name):
+            raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
+        try:
+            read = json.loads(storage.read_bytes(self._uri(name, "study.json")))
+            a, b = (Side(str(read[side]["run"]), int(read[side]["step"])) for side in ("a", "b"))
+            prompts, questions = tuple(map(str, read["prompts"])), tuple(map(str, read["questions"]))
+            return Study(
+                name, a, b, prompts, questions, str(read["gallery"]), str(read["secret"]), str(read["created"])
+            )
+        except MissingError as error:
+            raise UserError(f"no study named {name!r}{nearest(name, self.names())}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._uri(name, 'study.json')}: not a study ({error!r})") from error
+
+    def create(self, name: str, a: Side, b: Side, *, prompts: Sequence[str], gallery: str,
+               questions: Sequence[str] = tuple(QUESTIONS)) -> Study:  # fmt: skip
+        """A new study; an existing name is refused, for its votes would mix with others."""
+        if not _NAME.match(name):
+            raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
+        for question in questions:
+            if question not in QUESTIONS:
+                known = ", ".join(QUESTIONS)
+                raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
+        if a == b:
+            raise UserError("both sides are the same checkpoint: choose two different ones")
+        study = Study(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), _now())
+        if not study.order(""):
+            raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
+        data = json.dumps(asdict(study), indent=1).encode()
+        if not storage.write_bytes_if_absent(self._uri(name, "study.json"), data):
+            raise UserError(f"a study named {name!r} is there already: choose another name")
+        return study
+
+    def vote(self, study: Study, rater: str, item: int, answers: Mapping[str, str]) -> bool:
+        """Keep one rater's answers to one pair (left, right or same); False when there were some already."""
+        rater = clean_rater(rater)
+        if item not in study.order(rater):
+            raise UserError(f"study {study.name} has no pair {item}")
+        asked = study.asked(item)
+        if set(answers) != set(asked) or not set(answers.values()) <= {"left", "right", "same"}:
+            raise UserError(f"expected left, right or same for each of: {', '.join(asked)}")
+        left = study.left(rater, item)
+        sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
+        told = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
+        data = json.dumps({**told, "study": study.name, "created": _now()}).encode()
+        return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
+
+    def votes(self, study: Study) -> list[Vote]:
+        uris = storage.list_files(self._uri(study.name, "votes"), suffix=".json", recursive=False)
+        for uri in uris:
+            if uri not in self._votes:
+                self._votes[uri] = _read_vote(uri, study)
+        return [vote for uri in uris if (vote := self._votes[uri]) is not None]
+
+    def next(self, study: Study, rater: str) -> tuple[int | None, int, int]:
+        """(the rater's next pair or None, pairs done, pairs in all)."""
+        rater = clean_rater(rater)
+        order = study.order(rater)
+        done = {vote.item for vote in self.votes(study) if vote.rater == rater}
+        return next((item for item in order if item not in done), None), len(done & set(order)), len(order)
+
+    def results(self, study: Study) -> list[WinRate]:
+        votes = self.votes(study)
+        return [win_rate(question, votes) for question in study.questions]
+
+    def _uri(self, name: str, *parts: str) -> str:
+        return storage.join(self.root, f"study-{name}", *parts)
+
+
+def win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
+    """Wilson's interval with the sample size that the spread between prompts leaves (Kish's effective size).
+
+    Several answers to one prompt are not independent. Where all answers agree there is no spread to measure, and every
+    prompt counts once.
+    """
+    worth = {"a": 1.0, "b": 0.0, "same": 0.5}
+    mine = [(vote.item, vote.answers[question], vote.rater) for vote in votes if question in vote.answers]
+    counts = [sum(1 for _, answer, _ in mine if answer == side) for side in ("a", "b", "same")]
+    prompts: dict[int, list[float]] = {}
+    for item, answer, _ in mine:
+        prompts.setdefault(item, []).append(worth[answer])
+    raters = len({rater for _, _, rater in mine})
+    if not mine:
+        return WinRate(question, None, None, None, 0, 0, 0, 0, 0)
+    rate = sum(sum(values) for values in prompts.values()) / len(mine)
+    low, high = wilson(rate, effective_size(list(prompts.values()), rate))
+    return WinRate(question, rate, low, high, counts[0], counts[1], counts[2], len(prompts), raters)
+
+
+def effective_size(clusters: Sequence[Sequence[float]], mean: float) -> float:
+    """How many independent answers know as much: between the number of clusters' worth and the number of answers."""
+    total, number = sum(map(len, clusters)), len(clusters)
+    if number < 2 or mean in (0.0, 1.0):
+        return float(number)
+    spread = sum((sum(values) - len(values) * mean) ** 2 for values in clusters) * number / (number - 1) / total**2
+    return min(mean * (1 - mean) / spread, float(total)) if spread > 0 else float(number)
+
+
+def wilson(rate: float, size: float) -> tuple[float, float]:
+    """95 % score interval of a share."""
+    middle = (rate + Z**2 / (2 * size)) / (1 + Z**2 / size)
+    half = Z / (1 + Z**2 / size) * math.sqrt(rate * (1 - rate) / size + Z**2 / (4 * size**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def clean_rater(rater: str) -> str:
+    """A rater's name as it is kept: trimmed; empty, long or unprintable ones are refused."""
+    rater = " ".join(rater.split())
+    if not rater or len(rater) > 60 or not rater.isprintable():
+        raise UserError("give a name of 1 to 60 printable characters, the same each time")
+    return rater
+
+
+def _read_vote(uri: str, study: Study) -> Vote | None:
+    """None, with a warning, for what is torn or was put there by hand."""
+    try:
+        read: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        vote = Vote(str(read["rater"]), int(read["item"]), dict(read["answers"]), str(read["created"]))
+        valid = set(vote.answers.values()) <= {"a", "b", "same"} and 0 <= vote.item < len(study.prompts)
+        if valid and uri.endswith("/" + _vote_name(vote.rater, vote.item)):
+            return vote
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.warning("skipped %s: not a vote of this study (torn or edited); delete it", uri)
+    return None
+
+
+def _vote_name(rater: str, item: int) -> str:
+    return hashlib.sha256(json.dumps([rater, item]).encode()).hexdigest()[:32] + ".json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

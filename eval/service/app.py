@@ -1,0 +1,241 @@
+"""The web side of the service: pages, the JSON API behind them, and its OpenAPI description. All from one Snapshot."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Response
+from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.staticfiles import StaticFiles
+
+from eval.report_data import natural_key
+from eval.service import pictures, views
+from eval.service.access import Access
+from eval.service.claims import outcomes, reason_of
+from eval.service.gallery import read_sheet
+from eval.service.human_api import human_routes
+from eval.service.index import Index, Snapshot
+from eval.service.law import LawView
+from eval.service.watcher import Watcher
+from infra.errors import UserError
+from infra.version import code_version
+
+WEB = Path(__file__).parent.parent / "web"
+PAGES = {
+    "": ("Runs", "overview"),
+    "losses": ("Losses", "losses"),
+    "scores": ("Scores", "scores"),
+    "samples": ("Samples", "samples"),
+    "scaling": ("Scaling", "scaling"),
+    "plans": ("Plans", "plans"),
+    "compare": ("Side by side", "human"),
+    "failures": ("Failures", "failures"),
+    "run": ("Run", "run"),
+}
+Runs = Annotated[list[str] | None, Query(description="names of runs, repeated; all where none is given")]
+Images = Annotated[int | None, Query(description="at exactly that many images; the last value of each run otherwise")]
+
+
+class Json(Response):
+    """Plain data as it is: these answers are too large for a second pass through a schema."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        # A file name may hold bytes that are no text (lone surrogates): they travel as JSON's own escapes.
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes share."""
+
+    index: Index
+    watcher: Watcher
+    settings: str
+    law: LawView
+
+    @property
+    def now(self) -> Snapshot:
+        return self.index.snapshot
+
+
+def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
+    app = FastAPI(
+        title="beeline eval service",
+        version=code_version(),
+        description="Runs, losses, scores, samples and scaling laws as JSON. GET changes nothing.",
+        docs_url=None,  # FastAPI's own page loads its scripts from elsewhere; /api is ours
+        redoc_url=None,
+        default_response_class=Json,
+    )
+    parts = Parts(index, watcher, watcher.settings.hash if watcher.settings else "", LawView())
+    app.add_middleware(GZipMiddleware, minimum_size=1000)
+    app.middleware("http")(access)
+    _state_routes(app, parts)
+    _curve_routes(app, parts)
+    _picture_routes(app, parts)
+    human_routes(app, index)
+    _pages(app)
+    app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
+    return app
+
+
+def _state_routes(app: FastAPI, parts: Parts) -> None:
+    @app.get("/api/status", tags=["state"], summary="What is watched, and what is being evaluated")
+    def status() -> Response:
+        now = parts.now
+        told = {
+            "uri": now.uri, "generation": now.generation, "runs": len(now.runs), "created": now.created,
+            "reading": parts.index.reading, "version": code_version(), "time": time.time(), **parts.watcher.told(),
+        }  # fmt: skip
+        return Json(told)
+
+    @app.get("/api/runs", tags=["state"], summary="Every run: size, progress, last loss, overall scores")
+    def runs() -> Response:
+        return Json({"runs": views.run_list(parts.now, parts.settings), "metric": views.main_loss(parts.now)})
+
+    @app.get("/api/run", tags=["state"], summary="One run: recipe, cost, last value of every metric, checkpoints")
+    def run(name: str) -> Response:
+        return Json(_found(views.run_details(parts.now, name, parts.settings), f"no run named {name!r}"))
+
+    @app.get("/api/recipes", tags=["state"], summary="Fields in which recipes differ")
+    def recipes(run: Runs = None) -> Response:
+        return Json(views.recipes(parts.now, run or []))
+
+    @app.get("/api/plans", tags=["state"], summary="Plan against reality")
+    def plans(run: Runs = None) -> Response:
+        return Json({"runs": views.plans(parts.now, run or [])})
+
+    @app.get("/api/failures", tags=["state"], summary="What could not be evaluated or read, with reasons")
+    def failures() -> Response:
+        return Json(_failures(parts))
+
+
+def _failures(parts: Parts) -> dict[str, Any]:
+    now = parts.now
+    failed, unread = [], []
+    for run in now.runs:
+        for step, outcome in outcomes(run.evaluations, parts.settings).items() if parts.settings else []:
+            if outcome.state == "failed":
+                reason, at = reason_of(run.run.uri, parts.settings, step, outcome.attempt)
+                failed.append({"run": run.name, "step": step, "reason": reason, "at": at, "attempts": outcome.attempt})
+        unread += [{"run": run.name, "reason": reason} for reason in (*run.run.missing, *run.skipped)]
+    unread += [{"run": "", "reason": note} for note in now.notes]
+    return {"evaluations": failed, "unreadable": unread, "problem": parts.watcher.problem}
+
+
+def _curve_routes(app: FastAPI, parts: Parts) -> None:
+    @app.get("/api/metrics", tags=["numbers"], summary="Names of metrics; benchmarks with their tasks")
+    def metrics() -> Response:
+        families = {
+            name: [{"task": task.name, "metrics": task.metrics} for task in tasks]
+            for name, tasks in views.families(parts.now).items()
+        }
+        return Json({"loss": views.main_loss(parts.now), "families": families, "metrics": list(parts.now.metrics)})
+
+    @app.get("/api/series", tags=["numbers"], summary="One metric over images, per run, under one protocol")
+    def series(metric: str, run: Runs = None, points: Annotated[int, Query(ge=2, le=5000)] = 300) -> Response:
+        return Json(views.curves_of(parts.now, metric, run or [], points=points))
+
+    @app.get("/api/levels", tags=["numbers"], summary="Validation loss per noise level")
+    def levels(run: Runs = None, images: Images = None) -> Response:
+        return Json(views.levels_of(parts.now, run or [], images))
+
+    @app.get("/api/scores", tags=["numbers"], summary="A benchmark's tasks with intervals")
+    def scores(family: str, run: Runs = None, images: Images = None) -> Response:
+        if family not in views.families(parts.now):
+            raise HTTPException(404, f"no metric family named {family!r}")
+        return Json(views.scores_of(parts.now, family, run or [], images))
+
+    @app.get("/api/calibration", tags=["numbers"], summary="What the judges give to truth, shuffled scenes and noise")
+    def calibration() -> Response:
+        return Json({"lines": views.calibration(parts.now)})
+
+    @app.get("/api/scaling", tags=["numbers"], summary="Fitted laws, frontier, predictions; or `fitting`")
+    def scaling(run: Runs = None) -> Response:
+        return Json(parts.law.told(parts.now, run or []))
+
+
+def _picture_routes(app: FastAPI, parts: Parts) -> None:
+    @app.get("/api/sheets", tags=["pictures"], summary="Which sample pictures each run has")
+    def sheets(run: Runs = None) -> Response:
+        return Json({"runs": views.sheets(parts.now, run or [])})
+
+    @app.get("/api/picture", tags=["pictures"], summary="One sample picture, as WEBP", response_class=Response)
+    def picture(run: str, file: str, width: Annotated[int, Query(ge=16, le=2400)] = 640) -> Response:
+        return webp(lambda: pictures.thumbnail(_picture_uri(parts.now, run, file), width))
+
+    @app.get("/api/prompts", tags=["pictures"], summary="The prompts of a run's sample pictures, tile by tile")
+    def prompts(run: str) -> Response:
+        found = _found(parts.now.by_name.get(run), f"no run named {run!r}")
+        if found.gallery:
+            sheet = _told(lambda: read_sheet(list(found.gallery.values())[-1]))
+            return Json({"prompts": [tile.prompt for tile in sheet.tiles]})
+        from eval.report_pictures import prompts_of
+
+        return Json({"prompts": list(prompts_of(found.run.samples[-1])) if found.run.samples else []})
+
+
+def _picture_uri(now: Snapshot, run: str, file: str) -> str:
+    """Only what the index listed: a name in a request never becomes part of a path."""
+    found = _found(now.by_name.get(run), f"no run named {run!r}")
+    listed = {str(step): uri for step, uri in found.gallery.items()}
+    listed |= {uri.rsplit("/", 1)[-1]: uri for uri in found.run.samples}
+    return str(_found(listed.get(file), f"no picture named {file!r} in {run!r}"))
+
+
+def webp(make: Callable[[], bytes], *, cache: str = "private, max-age=3600") -> Response:
+    return Response(_told(make), media_type="image/webp", headers={"Cache-Control": cache})
+
+
+def _told(make: Callable[[], Any]) -> Any:
+    """Our own mistakes' words as the answer."""
+    try:
+        return make()
+    except UserError as error:
+        raise HTTPException(404, str(error)) from error
+
+
+def _found(value: Any, otherwise: str) -> Any:
+    if value is None:
+        raise HTTPException(404, otherwise)
+    return value
+
+
+def _pages(app: FastAPI) -> None:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB / "pages"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    shell = environment.get_template("page.html.j2")
+    menu = [(path, title) for path, (title, _) in PAGES.items() if path != "run"]
+
+    def serve(path: str, title: str, page: str) -> None:
+        html = shell.render(title=title, page=page, path=path, menu=menu, version=app.version)
+
+        def page_route() -> Response:
+            return Response(html, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+        app.add_api_route(f"/{path}", page_route, include_in_schema=False)
+
+    for path, (title, page) in PAGES.items():
+        serve(path, title, page)
+
+    @app.get("/api", include_in_schema=False)
+    def api() -> Response:
+        listed = [
+            {"path": path, "method": method.upper(), **told}
+            for path, methods in sorted(app.openapi()["paths"].items(), key=lambda item: natural_key(item[0]))
+            for method, told in methods.items()
+        ]
+        html = environment.get_template("api.html.j2").render(
+            title="API", page="api", path="api", menu=menu, version=app.version, routes=listed
+        )
+        return Response(html, media_type="text/html")

@@ -1,0 +1,116 @@
+"""A few prompts drawn from every checkpoint with the same seeds: what the pages show side by side, and people compare.
+
+RUN/gallery/step_XXXXXXX.png is one sheet of equal tiles, row by row; a .json beside it says what each tile is.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.generate import Job, Painter, Sampling
+from infra import storage
+from infra.errors import UserError
+
+COLUMNS = 4
+# One of each kind of composition: first seen ones, then unseen ones, then the next of each.
+WORLD_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+@dataclass(frozen=True)
+class Tile:
+    prompt: str
+    seed: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What a gallery picture holds. Sheets with one `key` show the same prompts at the same seeds, tile by tile."""
+
+    tiles: tuple[Tile, ...]
+    columns: int
+    tile_width: int
+    tile_height: int
+    images_seen: int
+    sampling: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        told = [[asdict(tile) for tile in self.tiles], self.sampling]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    @staticmethod
+    def parse(data: bytes) -> "Sheet":
+        """Raises UserError for anything that is not such a description."""
+        try:
+            read = json.loads(data)
+            tiles = tuple(Tile(str(t["prompt"]), int(t["seed"]), int(t["number"])) for t in read["tiles"])
+            columns, width, height = (int(read[name]) for name in ("columns", "tile_width", "tile_height"))
+            if not tiles or min(columns, width, height) < 1:
+                raise ValueError("sizes")
+            return Sheet(tiles, columns, width, height, int(read["images_seen"]), dict(read["sampling"]))
+        except (ValueError, KeyError, TypeError) as error:
+            told = f"not a gallery description ({error!r}); delete it and evaluate the checkpoint again"
+            raise UserError(told) from error
+
+
+def world_gallery(count: int) -> list[str]:
+    """`count` prompts of the world, one task after the other, seen and unseen compositions in turn."""
+    from data_pipeline.world.grammar import world_prompts
+    from eval.prompts import WORLD_SEED
+
+    found: list[str] = []
+    for turn in range(count):
+        for seen in (True, False):
+            for task in WORLD_TASKS:
+                rows = world_prompts(task, turn + 1, WORLD_SEED, seen) if seen or task != "single_object" else ()
+                if len(rows) > turn:
+                    found.append(str(rows[turn]["prompt"]))
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def draw_gallery(run_uri: str, step: int, painter: Painter, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Write the sheet of a checkpoint, its description last. One image per prompt."""
+    jobs = [Job(text, "gallery") for text in dict.fromkeys(prompts)]
+    images = [image for _, image in painter.paint(jobs, sampling)]
+    height, width = images[0].shape[:2]
+    tiles = tuple(Tile(job.text, sampling.seed, job.number) for job in jobs)
+    sheet = Sheet(tiles, COLUMNS, width, height, int(painter.meta["images_seen"]), sampling.protocol())
+    uri = sheet_uri(run_uri, step)
+    storage.write_bytes(uri, _png(images))
+    told = {**asdict(sheet), "key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
+    storage.write_bytes(description(uri), (json.dumps(told, indent=1) + "\n").encode())
+
+
+def sheet_uri(run_uri: str, step: int) -> str:
+    return storage.join(run_uri, "gallery", f"step_{step:07d}.png")
+
+
+def description(uri: str) -> str:
+    return uri.removesuffix(".png") + ".json"
+
+
+def read_sheet(uri: str) -> Sheet:
+    """The description beside a gallery picture."""
+    return Sheet.parse(storage.read_bytes(description(uri)))
+
+
+def _png(images: Sequence[np.ndarray]) -> bytes:
+    from PIL import Image
+
+    height, width = images[0].shape[:2]
+    rows = -(-len(images) // COLUMNS)
+    canvas = np.full((rows * height, min(COLUMNS, len(images)) * width, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // COLUMNS * height, index % COLUMNS * width
+        canvas[top : top + height, left : left + width] = image
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,267 @@
+"""What the JSON API answers, as plain data from a Snapshot. Nothing here reads the store."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.report import plain
+from eval.report_series import Task, families_of, levels_among, most_common_loss
+from eval.report_tables import calibration_table, flatten
+from eval.service.claims import outcomes
+from eval.service.index import Curves, IndexedRun, Series, Snapshot
+
+MOST_FIELDS = 60
+
+
+def main_loss(snapshot: Snapshot) -> str | None:
+    return most_common_loss(metric for run in snapshot.runs for metric in run.series)
+
+
+def families(snapshot: Snapshot) -> dict[str, list[Task]]:
+    return families_of(snapshot.metrics)
+
+
+def chosen(snapshot: Snapshot, names: Sequence[str]) -> tuple[IndexedRun, ...]:
+    """The named runs, in the order of the pages (by size); all where none is named."""
+    return tuple(run for run in snapshot.runs if run.name in set(names)) if names else snapshot.runs
+
+
+def run_list(snapshot: Snapshot, settings: str) -> list[dict[str, Any]]:
+    """One line per run: size, progress, last loss, overall scores, how far its evaluation is."""
+    loss = main_loss(snapshot)
+    headline = {
+        metric: snapshot.curves(metric)
+        for tasks in families(snapshot).values()
+        for metric in tasks[0].metrics.values()
+        if tasks[0].name == "overall"
+    }
+    losses = snapshot.curves(loss) if loss else None
+    return [_run_line(run, settings, losses, headline) for run in snapshot.runs]
+
+
+def _run_line(
+    run: IndexedRun, settings: str, losses: Curves | None, headline: Mapping[str, Curves | None]
+) -> dict[str, Any]:
+    states = [outcome.state for outcome in outcomes(run.evaluations, settings).values()] if settings else []
+    scores = {m: last_point(c.by_run.get(run.name)) for m, c in headline.items() if c is not None}
+    return {
+        "name": run.name,
+        "depth": run.run.depth,
+        "parameters": run.run.parameters,
+        "flops_per_image": run.run.flops_per_image,
+        "images": run.images,
+        "planned_images": _positive(run.run.recipe.get("images")),
+        "recipe_hash": run.recipe_hash,
+        "last": run.last,
+        "loss": last_point(losses.by_run.get(run.name)) if losses else None,
+        "scores": {metric: point for metric, point in scores.items() if point},
+        "cost": plain(run.cost),
+        "checkpoints": len(run.weights),
+        "evaluated": states.count("done"),
+        "failed": states.count("failed"),
+        "running": states.count("running"),
+        "problems": len(run.run.missing) + len(run.skipped),
+        "pictures": bool(run.gallery or run.run.samples),
+    }
+
+
+def last_point(series: Series | None) -> dict[str, Any] | None:
+    return point_at(series, None)
+
+
+def point_at(series: Series | None, images: int | None) -> dict[str, Any] | None:
+    """The point at that many images, or the last."""
+    if series is None or not len(series.images_P):
+        return None
+    at = len(series.images_P) - 1 if images is None else int(np.searchsorted(series.images_P, images))
+    if at >= len(series.images_P) or (images is not None and series.images_P[at] != images):
+        return None
+    value, low, high = (number(a[at]) for a in (series.value_P, series.low_P, series.high_P))
+    return {
+        "images": int(series.images_P[at]), "value": value, "low": low, "high": high, "count": int(series.count_P[at])
+    }  # fmt: skip
+
+
+def curves_of(snapshot: Snapshot, metric: str, names: Sequence[str], *, points: int) -> dict[str, Any]:
+    """A metric's points per run, at most `points` of each, and which runs were measured otherwise."""
+    found = snapshot.curves(metric)
+    if found is None:
+        return {"metric": metric, "runs": [], "left_out": {}, "higher_is_better": False, "protocol": None}
+    runs = [
+        {"name": run.name, "parameters": run.run.parameters, "depth": run.run.depth,
+         "flops_per_image": run.run.flops_per_image, **columns(found.by_run[run.name], points)}
+        for run in chosen(snapshot, names)
+        if run.name in found.by_run
+    ]  # fmt: skip
+    wanted = {run.name for run in chosen(snapshot, names)}
+    return {
+        "metric": metric,
+        "protocol": found.protocol,
+        "higher_is_better": found.higher_is_better,
+        "left_out": {run: protocols for run, protocols in found.left_out.items() if run in wanted},
+        "runs": runs,
+    }
+
+
+def columns(series: Series, points: int) -> dict[str, list[Any]]:
+    """Columns for a chart; a longer series is thinned evenly, its first and last point kept."""
+    pick = np.arange(len(series.images_P))
+    if len(pick) > points:
+        pick = np.unique(np.linspace(0, len(pick) - 1, points).round().astype(int))
+    return {
+        "images": series.images_P[pick].tolist(),
+        "value": numbers(series.value_P[pick]),
+        "low": numbers(series.low_P[pick]),
+        "high": numbers(series.high_P[pick]),
+        "count": series.count_P[pick].tolist(),
+    }
+
+
+def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> dict[str, Any]:
+    """Loss at each noise level, per run, at its last checkpoint or at `images`."""
+    loss = main_loss(snapshot)
+    levels = levels_among(snapshot.metrics, loss) if loss else {}
+    found = {t: snapshot.curves(metric) for t, metric in levels.items()}
+    runs = []
+    for run in chosen(snapshot, names):
+        points = [(t, point_at(c.by_run.get(run.name), images)) for t, c in found.items() if c is not None]
+        told = [(t, point) for t, point in points if point]
+        if told:
+            runs.append({
+                "name": run.name, "images": told[0][1]["images"], "t": [t for t, _ in told],
+                "value": [point["value"] for _, point in told],
+            })  # fmt: skip
+    return {"metric": loss, "levels": {f"{t:g}": metric for t, metric in levels.items()}, "runs": runs}
+
+
+def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int | None) -> dict[str, Any]:
+    """A benchmark's tasks with intervals: each run's last value, or the one at `images`."""
+    tasks = families(snapshot).get(family, [])
+    lines = []
+    for task in tasks:
+        for split, metric in sorted(task.metrics.items()):
+            found = snapshot.curves(metric)
+            cells = {run.name: point_at(found.by_run.get(run.name), images) for run in chosen(snapshot, names) if found}
+            lines.append(
+                {"task": task.name, "split": split, "metric": metric,
+                 "higher_is_better": bool(found and found.higher_is_better),
+                 "runs": {name: cell for name, cell in cells.items() if cell},
+                 "left_out": dict(found.left_out) if found else {}}
+            )  # fmt: skip
+    return {"family": family, "world": family.startswith("world_"), "lines": lines}
+
+
+def run_details(snapshot: Snapshot, name: str, settings: str) -> dict[str, Any] | None:
+    run = snapshot.by_name.get(name)
+    if run is None:
+        return None
+    numbers_of = {metric: last_point(c.by_run.get(name)) for metric in run.series if (c := snapshot.curves(metric))}
+    return {
+        "name": name,
+        "depth": run.run.depth,
+        "parameters": run.run.parameters,
+        "images": run.images,
+        "recipe_hash": run.recipe_hash,
+        "code_versions": list(run.code_versions),
+        "last": run.last,
+        "recipe": flatten(run.run.recipe),
+        "cost": plain(run.cost),
+        "numbers": {metric: point for metric, point in sorted(numbers_of.items()) if point},
+        "checkpoints": [{"step": step, "state": state} for step, state in _states(run, settings).items()],
+        "problems": [*run.run.missing, *run.skipped],
+    }
+
+
+def _states(run: IndexedRun, settings: str) -> dict[int, str]:
+    known = outcomes(run.evaluations, settings) if settings else {}
+    return {step: known[step].state if step in known else "new" for step in run.weights}
+
+
+def recipes(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
+    """Fields in which the chosen runs' recipes differ, one row per run."""
+    runs = chosen(snapshot, names)
+    flat = {run.name: flatten(run.run.recipe) for run in runs}
+    fields = sorted({field for recipe in flat.values() for field in recipe} - {"name"})
+    differ = [f for f in fields if len({recipe.get(f, "") for recipe in flat.values()}) > 1]
+    shown = differ[:MOST_FIELDS]
+    return {
+        "fields": shown,
+        "more": len(differ) - len(shown),
+        "same": len(fields) - len(differ),
+        "runs": [{"name": run, "values": [recipe.get(f, "") for f in shown]} for run, recipe in flat.items()],
+    }
+
+
+def plans(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Plan against reality: what plan.json says, and what was measured so far."""
+    found = []
+    for run in chosen(snapshot, names):
+        plan, cost = run.run.plan, run.cost
+        images = _positive(plan.get("images")) or _positive(run.run.recipe.get("images"))
+        lines = [dict(line) for line in run.planned]
+        lines += [
+            _planned("images", images, cost["images"]),
+            _planned("training FLOPs", _positive(plan.get("train_flops")) or _times(images, run), cost["flops"]),
+        ]
+        found.append({
+            "name": run.name, "parameters": run.run.parameters, "progress": _ratio(cost["images"], images),
+            "lines": [line for line in lines if line["planned"] is not None], "cost": plain(cost),
+        })  # fmt: skip
+    return plain(found)
+
+
+def _planned(name: str, planned: Any, measured: Any) -> dict[str, Any]:
+    return {"name": name, "planned": planned, "measured": measured or None, "ratio": _ratio(measured, planned)}
+
+
+def _times(images: Any, run: IndexedRun) -> float | None:
+    return images * run.run.flops_per_image if images and run.run.flops_per_image else None
+
+
+def _ratio(measured: Any, planned: Any) -> float | None:
+    return measured / planned if measured and planned else None
+
+
+def sheets(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Which pictures each run has: galleries drawn by the service, else the trainer's sample grids."""
+    found = []
+    for run in chosen(snapshot, names):
+        batch = _positive(run.run.recipe.get("global_batch"))
+        listed: list[tuple[str, int | None]] = [(str(step), step) for step in run.gallery]
+        listed = listed or [(uri.rsplit("/", 1)[-1], _digits(uri)) for uri in run.run.samples]
+        files = [
+            {"file": file, "step": step, "images": step * int(batch) if batch and step is not None else None}
+            for file, step in listed
+        ]
+        if files:
+            found.append({"name": run.name, "kind": "gallery" if run.gallery else "samples", "files": files})
+    return found
+
+
+def calibration(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """What the judges give to ground truth, to shuffled scenes and to noise."""
+    rows = {row.key: row for row in snapshot.shared if row.metric.startswith("calibration/")}
+    lines = calibration_table(list(rows.values()))
+    return plain([line for line in lines if "overall" in line["metric"] or "/" not in line["metric"]])
+
+
+def number(value: float) -> float | None:
+    """Six digits are more than any of these numbers has; JSON knows no nan."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def numbers(values_P: NDArray[np.float64]) -> list[float | None]:
+    return [number(value) for value in values_P.tolist()]
+
+
+def _positive(value: Any) -> float | int | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _digits(uri: str) -> int | None:
+    """The step in a sample's file name."""
+    digits = "".join(c for c in uri.rsplit("/", 1)[-1] if c.isdigit())
+    return int(digits) if digits else None

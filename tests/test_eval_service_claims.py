@@ -1,0 +1,178 @@
+"""Claims: one winner per attempt, outcomes from file names, abandoned claims; a watcher never does one twice."""
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import pytest
+from eval_runs import write_run
+
+from eval.run import RunOptions
+from eval.service import claims
+from eval.service.claims import Outcome, Owner, Watch, claim, outcomes
+from eval.service.index import Index
+from eval.service.watcher import Watcher
+from eval.service.worker import Failed, Settings
+from infra import storage
+
+
+def files(run_uri):
+    return [uri.removeprefix(run_uri + "/") for uri in storage.list_files(run_uri)]
+
+
+def test_of_many_claims_exactly_one_wins(tmp_path):
+    run = str(tmp_path / "run")
+    with ThreadPoolExecutor(8) as pool:
+        won = [c for c in pool.map(lambda _: claim(run, "s", 100), range(16)) if c is not None]
+    assert len(won) == 1
+    assert outcomes(files(run), "s") == {100: Outcome("running", 1, 0)}
+    assert outcomes(files(run), "other settings") == {}
+
+
+def test_outcomes_follow_the_last_attempt_and_count_the_silent_ones(tmp_path):
+    run = str(tmp_path / "run")
+    first = claim(run, "s", 5)
+    assert claim(run, "s", 5) is None
+    second = claim(run, "s", 5, after=first.attempt)  # the first was given up by everybody
+    second.end("failed", reason="no room")
+    assert outcomes(files(run), "s")[5] == Outcome("failed", 2, 1)
+    assert claims.reason_of(run, "s", 5, 2)[0] == "no room"
+    third = claim(run, "s", 5, after=2)
+    third.end("released")
+    assert outcomes(files(run), "s")[5] == Outcome("new", 3, 1)
+    claim(run, "s", 5, after=3).end("done")
+    assert outcomes(files(run), "s")[5].state == "done"
+    first.end("done")  # a process that was believed dead comes back: still one outcome
+    assert outcomes(files(run), "s")[5].state == "done"
+
+
+def test_a_claim_of_a_dead_process_on_this_machine_is_abandoned_at_once(tmp_path):
+    run = str(tmp_path / "run")
+    program = f"from eval.service.claims import claim; claim({run!r}, 's', 7)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert Watch().abandoned(run, "s", 7, 1)
+    claim(run, "s", 8)
+    assert not Watch().abandoned(run, "s", 8, 1)  # ours, and we live
+
+
+def test_a_claim_from_another_machine_is_abandoned_when_its_beat_stands_still(tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    folder = storage.join(run, "evaluations", "s", "step_0000007")
+    elsewhere = Owner("another-host", "boot", 1, "0.00")
+    storage.write_bytes(folder + "/0001.claim.json", json.dumps({"owner": asdict(elsewhere)}).encode())
+    clock = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    watch = Watch()
+    for beat in range(4):
+        assert not watch.abandoned(run, "s", 7, 1)
+        storage.write_bytes(folder + "/0001.beat.json", json.dumps({"beat": beat}).encode())
+        clock[0] += claims.STANDS_STILL - 1
+    assert not watch.abandoned(run, "s", 7, 1)  # a new beat starts the wait anew
+    clock[0] += claims.STANDS_STILL + 1
+    assert watch.abandoned(run, "s", 7, 1)
+    storage.write_bytes(folder + "/0001.claim.json", b'{"owner": "torn')
+    assert not Watch().abandoned(run, "s", 7, 1)
+
+
+class Counting:
+    """Stands for the evaluating process: remembers what it was asked, fails where it is told to."""
+
+    def __init__(self, done, lock, broken=()):
+        self.done, self.lock, self.broken = done, lock, broken
+
+    def evaluate(self, checkpoint, alive):
+        alive()
+        with self.lock:
+            self.done.append((checkpoint.run, checkpoint.step))
+        if checkpoint.step in self.broken:
+            raise Failed("cannot be read")
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def ladder(tmp_path):
+    root = str(tmp_path / "runs")
+    for depth in (2, 3):
+        uri = write_run(root, depth, scored=False, samples=False)
+        for step in (10, 20, 30):
+            storage.write_bytes(f"{uri}/weights/step_{step:07d}/ema.safetensors", b"weights")
+    return root
+
+
+def settings(root, **options):
+    return Settings(RunOptions(runs=root, metrics="none", **options))
+
+
+def test_two_services_on_one_store_do_each_checkpoint_once(ladder):
+    done, lock = [], threading.Lock()
+    watchers = [Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock)) for _ in range(3)]
+
+    def work(watcher):
+        while watcher.step():
+            pass
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, watchers))
+    for watcher in watchers:  # whoever found all claimed comes back until nothing is open
+        work(watcher)
+    expected = [(f"world-d{depth}", step) for depth in (2, 3) for step in (10, 20, 30)]
+    assert sorted(done) == expected
+    started_anew = Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock))
+    assert not started_anew.step()
+    assert sorted(done) == expected
+
+
+def test_the_newest_checkpoint_comes_first_and_last_means_last(ladder):
+    done = []
+    watcher = Watcher(Index(ladder), settings(ladder, checkpoints="last"), worker=Counting(done, threading.Lock()))
+    while watcher.step():
+        pass
+    assert done == [("world-d2", 30), ("world-d3", 30)]
+
+
+def test_a_failure_is_kept_with_its_reason_and_tried_again_only_when_asked(ladder):
+    done, lock = [], threading.Lock()
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock, broken={20}))
+    while watcher.step():
+        pass
+    assert len(done) == 6
+    run = watcher.index.snapshot.by_name["world-d2"]
+    assert outcomes(run.evaluations, watcher.settings.hash)[20] == Outcome("failed", 1, 0)
+    assert claims.reason_of(run.run.uri, watcher.settings.hash, 20, 1)[0] == "cannot be read"
+    again = Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock), retry=True)
+    while again.step():
+        pass
+    assert len(done) == 8
+    states = outcomes(again.index.snapshot.by_name["world-d2"].evaluations, again.settings.hash)
+    assert {outcome.state for outcome in states.values()} == {"done"}
+
+
+def test_a_checkpoint_that_kills_its_evaluation_again_and_again_is_given_up(ladder):
+    done = []
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Counting(done, threading.Lock()))
+    gone = {"owner": asdict(Owner(Owner.me().host, Owner.me().boot, 2**22 + 1, "1.00"))}
+    run = storage.join(ladder, "world-d2")
+    for attempt in range(claims.MOST_ATTEMPTS):
+        folder = storage.join(run, "evaluations", watcher.settings.hash, "step_0000020")
+        storage.write_bytes(f"{folder}/{attempt + 1:04d}.claim.json", json.dumps(gone).encode())
+    while watcher.step():
+        pass
+    assert ("world-d2", 20) not in done
+    assert len(done) == 5
+    reason, _ = claims.reason_of(run, watcher.settings.hash, 20, claims.MOST_ATTEMPTS + 1)
+    assert "died without a word" in reason
+
+
+def test_other_settings_are_evaluated_beside_these_and_batch_size_is_none(ladder):
+    from dataclasses import replace
+
+    one = settings(ladder)
+    assert settings(ladder, captions=7).hash != one.hash
+    assert Settings(one.options, gallery=("a cat",)).hash != one.hash
+    faster = replace(one.options, sampling=replace(one.options.sampling, batch=2, device="cuda"))
+    assert Settings(faster).hash == one.hash

@@ -1,0 +1,138 @@
+"""The index reads what changed and nothing else, keeps protocols apart, and survives what is torn, odd or gone."""
+
+import json
+
+import numpy as np
+import pytest
+from eval_runs import write_calibration, write_run
+
+from eval.report_data import read_runs
+from eval.report_series import compare
+from eval.service import views
+from eval.service.index import Index
+from infra import storage
+from infra.results import ResultRow, ResultStore
+
+
+def row(run, metric, value, images=100, protocol="p", **fields):
+    return ResultRow(run, "hash", "v1", images, metric, value, False, 4, protocol, **fields)
+
+
+def test_it_says_what_the_report_says(tmp_path):
+    root = str(tmp_path)
+    for depth in (2, 3):
+        write_run(root, depth)
+    write_run(root, 4, protocol="another")
+    write_calibration(root)
+    index = Index(root)
+    index.refresh()
+    data = read_runs(root)
+    assert [run.name for run in index.snapshot.runs] == [run.name for run in data.runs]
+    for metric in ("val_loss/sd3", "world_geneval/overall/seen", "val_loss/sd3/t0.5", "world_fid"):
+        theirs, ours = compare(data.runs, metric), index.snapshot.curves(metric)
+        assert theirs.protocol == ours.protocol
+        assert {left.run for left in theirs.left_out} == set(ours.left_out)
+        for run, points in theirs.points.items():
+            assert ours.by_run[run].images_P.tolist() == [p.images for p in points]
+            np.testing.assert_array_equal(ours.by_run[run].value_P, [p.value for p in points])
+    assert index.snapshot.curves("no/such") is None
+    assert views.calibration(index.snapshot)[0]["ground_truth"]["value"] == pytest.approx(0.972)
+
+
+def test_a_refresh_reads_only_runs_that_changed(tmp_path, monkeypatch):
+    root = str(tmp_path)
+    for depth in (2, 3):
+        write_run(root, depth, samples=False, scored=False)
+    index = Index(root)
+    assert index.refresh()
+    before = index.snapshot
+    assert not index.refresh()
+    assert index.snapshot is before
+    read = []
+    original = Index._read
+    monkeypatch.setattr(Index, "_read", lambda self, name, *a, **k: read.append(name) or original(self, name, *a, **k))
+    store = ResultStore(storage.join(root, "world-d3", "results"))
+    store.append([row("world-d3", "val_loss/sd3", 0.1, images=99_000)])
+    assert index.refresh()
+    assert read == ["world-d3"]
+    assert index.snapshot.by_name["world-d3"].images == 99_000
+    assert index.snapshot.by_name["world-d2"] is before.by_name["world-d2"]
+    assert before.by_name["world-d3"].images == 12_000  # a snapshot that is being shown does not change
+    (tmp_path / "world-d2" / "logs").mkdir()
+    (tmp_path / "world-d2" / "logs" / "train.jsonl").write_text("{}")
+    assert not index.refresh()
+
+
+def test_torn_rows_and_recipes_are_told_and_the_rest_is_shown(tmp_path):
+    root = str(tmp_path)
+    uri = write_run(root, 2, samples=False, scored=False)
+    (tmp_path / "world-d2" / "results" / "0123.jsonl").write_text('{"run": "world-d2", "met')
+    (tmp_path / "world-d2" / "recipe.json").write_text('{"name": ')
+    index = Index(root)
+    index.refresh()
+    run = index.snapshot.by_name["world-d2"]
+    assert run.series["val_loss/sd3"]
+    assert any("0123.jsonl" in said for said in run.skipped)
+    assert any("recipe.json" in said for said in run.run.missing)
+    ResultStore(uri + "/results").append([row("world-d2", "val_loss/sd3", 0.1, images=99_000)])
+    index.refresh()  # still told, though the store does not read the torn object again
+    assert any("0123.jsonl" in said for said in index.snapshot.by_name["world-d2"].skipped)
+    (tmp_path / "world-d2" / "results" / "0123.jsonl").unlink()
+    index.refresh()
+    assert index.snapshot.by_name["world-d2"].skipped == ()
+
+
+def test_runs_that_go_and_a_store_that_is_empty_or_one_run(tmp_path):
+    root = str(tmp_path)
+    index = Index(root)
+    assert index.refresh()
+    assert index.snapshot.runs == ()
+    write_run(root, 2, scored=False)
+    assert index.refresh()
+    alone = Index(root + "/world-d2/")
+    alone.refresh()
+    assert [run.name for run in alone.snapshot.runs] == ["world-d2"]
+    assert alone.snapshot.runs[0].run.depth == 2
+    for path in sorted((tmp_path / "world-d2").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert index.refresh()
+    assert index.snapshot.runs == ()
+
+
+def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp_path):
+    root = str(tmp_path)
+    uri = write_run(root, 2, scored=False)
+    for path in ("weights/step_0000100/ema.safetensors", "weights/ema.safetensors", "gallery/step_0000100.png",
+                 "gallery/step_0000100.json", "evaluations/s/step_0000100/0001.done.json", "notes.txt"):  # fmt: skip
+        storage.write_bytes(f"{uri}/{path}", b"x")
+    index = Index(root)
+    index.refresh()
+    run = index.snapshot.by_name["world-d2"]
+    assert run.weights == {100: f"{uri}/weights/step_0000100/ema.safetensors"}
+    assert run.gallery == {100: f"{uri}/gallery/step_0000100.png"}
+    assert views.run_list(index.snapshot, "s")[0]["evaluated"] == 1
+    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 0
+
+
+def test_nan_and_infinite_values_never_reach_json(tmp_path):
+    root = str(tmp_path)
+    uri = write_run(root, 2, scored=False)
+    store = ResultStore(uri + "/results")
+    store.append([row("world-d2", "odd", float("nan")), row("world-d2", "odd", float("inf"), images=200)])
+    store.append([row("world-d2", "odd", 3.0, images=300, low=float("nan"), high=4.0)])
+    index = Index(root)
+    index.refresh()
+    told = views.curves_of(index.snapshot, "odd", [], points=10)
+    json.dumps(told, allow_nan=False)
+    assert told["runs"][0]["value"] == [None, 3.0]
+    assert told["runs"][0]["low"] == [None, None]
+
+
+def test_long_series_are_thinned_with_both_ends(tmp_path):
+    uri = write_run(str(tmp_path), 2, scored=False)
+    ResultStore(uri + "/results").append([row("world-d2", "long", float(i), images=i) for i in range(1, 1001)])
+    index = Index(str(tmp_path))
+    index.refresh()
+    images = views.curves_of(index.snapshot, "long", [], points=50)["runs"][0]["images"]
+    assert len(images) == 50
+    assert (images[0], images[-1]) == (1, 1000)
