@@ -6,8 +6,8 @@ again. Metrics that ask for the same words share the picture.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import METRICS, Metric, Prompt, Sample, Score
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
+from eval.runner import Work, run_work
 from eval.val_loss import val_loss
 from eval.values import keep_values
 from infra import storage
@@ -25,7 +26,6 @@ from infra.errors import UserError, nearest
 from infra.log import Progress, get_logger
 from infra.results import ResultRow, ResultStore
 from infra.version import code_version
-from model.errors import ModelError
 
 log = get_logger("eval")
 
@@ -48,6 +48,10 @@ class RunOptions:
     """captions (one image each) for clip_score and fid"""
     checkpoints: str = "all"
     """all, last, or a number: that many of each run, evenly spread, the last one always among them"""
+    workers: int = 0
+    """Ray workers that share the checkpoints (RAY_ADDRESS, or a private Ray here); 0 does all in this process"""
+    gpus_per_worker: float = 0
+    """with --device cuda: the share of a GPU that each worker gets"""
     data: str | None = None
     """dataset for val_loss where the trainer left no such rows"""
     judges: str = "world"
@@ -119,17 +123,28 @@ def run(options: RunOptions) -> None:
     tasks = plan_all(names, judges, options)
     if options.calibration and judges.truth is not None:
         calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
-    failures = []
-    for checkpoint in checkpoints:
-        try:
-            evaluate(checkpoint, judges, tasks, options, loss="val_loss" in names)
-        except (UserError, ModelError) as error:
-            failures.append(checkpoint)
-            log.error("%s step %d not evaluated: %s", checkpoint.run, checkpoint.step, error)
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {len(checkpoints)} checkpoints could not be evaluated; see the lines above"
-        )
+    work = [Work(f"{c.run} step {c.step}", {"checkpoint": asdict(c)}) for c in checkpoints]
+    failed = run_work(EvaluateTask(options), work, workers=options.workers, gpus=options.gpus_per_worker)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints could not be evaluated; see the lines above")
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Evaluates one checkpoint per unit; judges are built once per worker."""
+
+    options: RunOptions
+
+    def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        names = parse_metrics(self.options.metrics)
+        judges = build_judges(self.options.judges, self.options.official)
+        tasks = plan_all(names, judges, self.options)
+
+        def work(unit: Mapping[str, Any]) -> dict[str, Any]:
+            evaluate(Checkpoint(**unit["checkpoint"]), judges, tasks, self.options, loss="val_loss" in names)
+            return {}
+
+        return work
 
 
 def parse_metrics(text: str) -> list[str]:

@@ -1,0 +1,302 @@
+"""`python -m eval study --runs RUNS --out DIR`: rank formulations as SD3's section 5.1 does, from their runs.
+
+Each run is drawn with its raw and its EMA weights under six sampler settings; CLIP score and FID of the same pictures
+are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as they land; none is drawn twice.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+import tyro
+
+from eval.generate import Job, Painter, Sampling
+from eval.judges import Judges, OfficialPaths, build_judges
+from eval.metric import METRICS, Metric, Prompt, Sample
+from eval.protocol import keep_protocol, protocol_hash, protocol_of
+from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
+from eval.runner import Work, run_work
+from eval.study_rank import TABLE_1, Cell, Ranking, against_paper, rank
+from infra import storage
+from infra.errors import UserError
+from infra.log import Progress, get_logger
+from infra.results import ResultStore
+
+log = get_logger("study")
+
+METRIC_NAMES = ("clip_score", "fid")
+KINDS = ("ema", "raw")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which runs, which settings, how many pictures."""
+
+    runs: str
+    """folder (or s3:// prefix) of runs of `trainer sweep formulations`, several seeds of each"""
+    out: str
+    """study.md and study.json go here"""
+    captions: int = 128
+    """pictures per run, kind of weights and setting (the paper: 1000)"""
+    settings: tuple[str, ...] = ("50x1.0", "50x2.5", "50x5.0", "5x5.0", "10x5.0", "25x5.0")
+    """STEPSxGUIDANCE, each with the Euler solver"""
+    judges: str = "world"
+    """world, or official (needs --official.clip, .captions and .references)"""
+    workers: int = 0
+    """Ray workers that share the runs; 0 does all in this process"""
+    gpus_per_worker: float = 0
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """steps, guidance and solver are the settings'; the rest counts"""
+    official: OfficialPaths = field(default_factory=OfficialPaths)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained run: variant, seed, dataset, and the checkpoint that is judged with both kinds of its weights."""
+
+    variant: str
+    seed: int
+    dataset: str
+    checkpoint: Checkpoint
+    weights: dict[str, str]
+    chosen: str
+    """how the checkpoint was chosen"""
+
+
+def main(argv: Sequence[str]) -> None:
+    study(tyro.cli(StudyOptions, prog="python -m eval study", description=study.__doc__, args=list(argv)))
+
+
+def study(options: StudyOptions) -> None:
+    """Measure what is missing, rank what is complete, write study.md and study.json."""
+    settings = [parse_setting(text) for text in options.settings]
+    if len(set(settings)) < len(settings) or options.captions < 2:
+        raise UserError("--settings must differ and --captions be 2 or more")
+    entries = find_entries(options.runs)
+    judges = build_judges(options.judges, options.official)
+    hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
+    work = [Work(f"{e.checkpoint.run}/{kind}", {"entry": _pack(e), "kind": kind}) for e in entries for kind in KINDS]
+    failed = run_work(StudyTask(options), work, workers=options.workers, gpus=options.gpus_per_worker)
+    cells = [cell for entry in entries for cell in _cells(entry, options, hashes)]
+    if not cells:
+        raise UserError("no run could be measured; see the lines above")
+    ranking = rank(cells)
+    text = as_markdown(ranking, options, entries)
+    print(text, end="")
+    record = {
+        "ranking": asdict(ranking),
+        "against_paper": against_paper(ranking),
+        "options": asdict(options),
+        "chosen": {e.checkpoint.run: e.chosen for e in entries},
+        "failed": failed,
+    }
+    storage.write_bytes(storage.join(options.out, "study.md"), text.encode())
+    storage.write_bytes(storage.join(options.out, "study.json"), (json.dumps(_plain(record), indent=1) + "\n").encode())
+    if failed:
+        raise UserError(f"{len(failed)} of {len(work)} measurements failed; see the lines above; run again for them")
+
+
+def parse_setting(text: str) -> tuple[int, float]:
+    steps, _, guidance = text.partition("x")
+    try:
+        parsed = int(steps), float(guidance)
+    except ValueError:
+        parsed = 0, math.nan
+    if parsed[0] < 1 or not math.isfinite(parsed[1]):
+        raise UserError(f"--settings {text!r}: expected STEPSxGUIDANCE such as 50x2.5")
+    return parsed
+
+
+def find_entries(runs: str) -> list[Entry]:
+    """One per run: the checkpoint with the least EMA validation loss that has raw weights too, else the last one."""
+    found: dict[str, list[Checkpoint]] = {}
+    for checkpoint in find_checkpoints(runs):
+        found.setdefault(checkpoint.run_uri, []).append(checkpoint)
+    entries = [_entry(checkpoints) for checkpoints in found.values()]
+    seen: dict[tuple[str, int, str], str] = {}
+    for entry in entries:
+        key = (entry.variant, entry.seed, entry.dataset)
+        if key in seen:
+            raise UserError(
+                f"{seen[key]} and {entry.checkpoint.run} are both {entry.variant} with seed {entry.seed} on one "
+                "dataset; move one of them away"
+            )
+        seen[key] = entry.checkpoint.run
+    return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset))
+
+
+def _entry(checkpoints: Sequence[Checkpoint]) -> Entry:
+    from model.weights import read_meta
+
+    run, last = checkpoints[0].run_uri, checkpoints[-1]
+    recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
+    if not storage.exists(recipe_uri):
+        raise UserError(f"{run} has no recipe.json: the study reads a run's seed from it")
+    seed = int(json.loads(storage.read_bytes(recipe_uri)).get("seed", 0))
+    raw = {c.step: storage.join(c.weights.rsplit("/", 1)[0], "raw.safetensors") for c in checkpoints}
+    raw = {step: uri for step, uri in raw.items() if storage.exists(uri)}
+    if last.step not in raw and storage.exists(last_raw):
+        raw[last.step] = last_raw
+    if not raw:
+        raise UserError(f"{run} has no raw weights (weights/raw.safetensors), which the study ranks beside the EMA")
+    metas = {c.step: read_meta(storage.localize(c.weights)) for c in checkpoints}
+    losses = {
+        row.images_seen: row.value for row in ResultStore(storage.join(run, "results")).rows(metric="val_loss/sd3")
+    }
+    both = [c for c in checkpoints if c.step in raw]
+    scored = [(losses[metas[c.step]["images_seen"]], c.step) for c in both if metas[c.step]["images_seen"] in losses]
+    step = min(scored)[1] if len(both) > 1 and scored else both[-1].step
+    chosen = next(c for c in checkpoints if c.step == step)
+    how = "least EMA validation loss" if len(both) > 1 and scored else "the only one with raw weights"
+    meta = metas[step]
+    weights = {"ema": chosen.weights, "raw": raw[step]}
+    return Entry(str(meta["formulation"]), seed, str(meta["data_fingerprint"]), chosen, weights, f"step {step}: {how}")
+
+
+def _pack(entry: Entry) -> dict[str, Any]:
+    return asdict(entry)
+
+
+def _unpack(record: dict[str, Any]) -> Entry:
+    return Entry(**{**record, "checkpoint": Checkpoint(**record["checkpoint"])})
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """Measures one run's EMA or raw weights under all settings; judges are built once per worker."""
+
+    options: StudyOptions
+
+    def open(self) -> Any:
+        judges = build_judges(self.options.judges, self.options.official)
+        return lambda unit: measure(_unpack(unit["entry"]), unit["kind"], judges, self.options)
+
+
+def _protocols(judges: Judges, options: StudyOptions) -> dict[str, dict[str, Any]]:
+    """By the part of a row's name that follows study/<kind>/: `50x5.0/fid` -> protocol."""
+    found = {}
+    for steps, guidance in map(parse_setting, options.settings):
+        sampling = replace(options.sampling, steps=steps, guidance=guidance, solver="euler")
+        for name in METRIC_NAMES:
+            metric = METRICS[name](judges)
+            prompts = metric.prompts(options.captions)
+            found[f"{steps}x{guidance}/{name}"] = protocol_of(metric, prompts, sampling.protocol(), 1)
+    return found
+
+
+def measure(entry: Entry, kind: str, judges: Judges, options: StudyOptions) -> dict[str, Any]:
+    """Every setting that lacks rows; each one's rows are stored before the next begins."""
+    store = ResultStore(storage.join(entry.checkpoint.run_uri, "results"))
+    protocols = _protocols(judges, options)
+    painter: Painter | None = None
+    drawn = 0
+    for steps, guidance in map(parse_setting, options.settings):
+        names = {name: f"{steps}x{guidance}/{name}" for name in METRIC_NAMES}
+        hashes = {name: protocol_hash(protocols[part]) for name, part in names.items()}
+        painter = painter or Painter(entry.weights[kind], device=options.sampling.device)
+        origin = origin_of(entry.checkpoint, painter.meta)
+        done = [
+            store.has(
+                origin["recipe_hash"],
+                f"study/{kind}/{part}",
+                images_seen=origin["images_seen"],
+                protocol_hash=hashes[name],
+            )
+            for name, part in names.items()
+        ]
+        if all(done):
+            continue
+        sampling = replace(options.sampling, steps=steps, guidance=guidance, solver="euler")
+        metrics = {name: METRICS[name](judges) for name in METRIC_NAMES}
+        prompts = judges.caption_prompts(options.captions)
+        _draw(painter, prompts, metrics, sampling, f"{entry.checkpoint.run} {kind} {steps}x{guidance}")
+        drawn += len(prompts)
+        for name, metric in metrics.items():
+            keep_protocol(store.uri, protocols[names[name]])
+            scores = [score for score in metric.compute() if not score.path]
+            row = f"study/{kind}/{names[name]}"
+            store.append(to_rows(row, scores, origin, hashes[name], higher_is_better=metric.higher_is_better))
+    return {"rows": drawn}
+
+
+def _draw(
+    painter: Painter, prompts: Sequence[Prompt], metrics: dict[str, Metric], sampling: Sampling, label: str
+) -> None:
+    """The same pictures for every metric."""
+    places = {Job(prompt.text, prompt.source): index for index, prompt in enumerate(prompts)}
+    with Progress(len(places), "images", desc=label) as progress:
+        for job, image in painter.paint(places, sampling):
+            index = places[job]
+            for metric in metrics.values():
+                metric.update([Sample(prompts[index], index, image)])
+            progress.update(1)
+
+
+def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[Cell]:
+    """Controls of this run that have both numbers, measured the way that is asked for now."""
+    rows = {
+        (row.metric, row.protocol_hash): row.value
+        for row in ResultStore(storage.join(entry.checkpoint.run_uri, "results")).rows(prefix="study")
+        if row.images_seen == _images(entry)
+    }
+    found = []
+    for kind in KINDS:
+        for steps, guidance in map(parse_setting, options.settings):
+            part = f"{steps}x{guidance}"
+            clip, fid = (rows.get((f"study/{kind}/{part}/{name}", hashes[f"{part}/{name}"])) for name in METRIC_NAMES)
+            if clip is not None and fid is not None:
+                found.append(Cell(entry.variant, entry.seed, (entry.dataset, kind, part), clip, fid))
+    return found
+
+
+def _images(entry: Entry) -> int:
+    from model.weights import read_meta
+
+    return int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
+
+
+def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry]) -> str:
+    """The seed noise first, then the table: no order is drawn inside a tier."""
+    seeds = ", ".join(map(str, ranking.seeds))
+    if math.isfinite(ranking.seed_noise):
+        noise = (
+            f"Seed-to-seed noise of an average rank: {ranking.seed_noise:.2f}. Variants less than "
+            f"{ranking.least_difference:.2f} apart are not told apart; they share a tier."
+        )
+    else:
+        noise = "One seed only: the noise of a rank is not known, so this is no order."
+    told = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.judges}"
+    lines = [
+        f"{noise} Seeds {seeds}; {told}.",
+        "",
+        "| tier | variant | all | few steps | most steps | by seed | SD3, Table 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ranking.rows:
+        by_seed = " ".join(f"{value:.2f}" for value in row.by_seed.values())
+        paper = f"{TABLE_1[row.variant]:.2f}" if row.variant in TABLE_1 else ""
+        lines.append(
+            f"| {row.tier} | {row.variant} | {row.overall:.2f} | {row.few_steps:.2f} | {row.many_steps:.2f} "
+            f"| {by_seed} | {paper} |"
+        )
+    lines += ["", *(f"Left out: {variant}: {why}." for variant, why in ranking.left_out.items())]
+    same = against_paper(ranking)
+    if same is not None:
+        lines.append(
+            f"Spearman's correlation with Table 1 over {same['variants']} variants: {same['spearman']:.2f} "
+            f"[{same['low']:.2f}, {same['high']:.2f}]."
+        )
+    ways = sorted({entry.chosen.split(": ")[1] for entry in entries})
+    lines.append(f"Checkpoint of a run: {'; '.join(ways)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON without nan."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
