@@ -15,7 +15,7 @@ from eval.service import claims
 from eval.service.claims import Outcome, Owner, Watch, claim, outcomes
 from eval.service.index import Index
 from eval.service.watcher import Watcher
-from eval.service.worker import Failed, Settings
+from eval.service.worker import Died, NotReady, Settings, name_of
 from infra import storage
 
 
@@ -83,12 +83,11 @@ class Counting:
     def __init__(self, done, lock, broken=()):
         self.done, self.lock, self.broken = done, lock, broken
 
-    def evaluate(self, checkpoint, alive):
+    def evaluate(self, checkpoints, alive):
         alive()
         with self.lock:
-            self.done.append((checkpoint.run, checkpoint.step))
-        if checkpoint.step in self.broken:
-            raise Failed("cannot be read")
+            self.done += [(checkpoint.run, checkpoint.step) for checkpoint in checkpoints]
+        return {name_of(c): "cannot be read" for c in checkpoints if c.step in self.broken}
 
     def stop(self):
         pass
@@ -166,6 +165,41 @@ def test_a_checkpoint_that_kills_its_evaluation_again_and_again_is_given_up(ladd
     assert len(done) == 5
     reason, _ = claims.reason_of(run, watcher.settings.hash, 20, claims.MOST_ATTEMPTS + 1)
     assert "died without a word" in reason
+
+
+class Dying(Counting):
+    """Ends in the middle whenever step 20 is among its work."""
+
+    def evaluate(self, checkpoints, alive):
+        if any(checkpoint.step == 20 for checkpoint in checkpoints):
+            raise Died("ended with code -9")
+        return super().evaluate(checkpoints, alive)
+
+
+def test_a_batch_that_dies_is_given_back_and_its_culprit_found_alone(ladder):
+    done = []
+    watcher = Watcher(Index(ladder), settings(ladder, workers=3), worker=Dying(done, threading.Lock()))
+    while watcher.step():
+        pass
+    assert sorted(done) == [(f"world-d{depth}", step) for depth in (2, 3) for step in (10, 30)]
+    run = watcher.index.snapshot.by_name["world-d3"]
+    states = outcomes(run.evaluations, watcher.settings.hash)
+    assert {step: outcome.state for step, outcome in states.items()} == {10: "done", 20: "failed", 30: "done"}
+
+
+def test_missing_judges_stop_the_evaluation_and_fail_no_checkpoint(ladder):
+    class Unready(Counting):
+        def evaluate(self, checkpoints, alive):
+            raise NotReady("no detector at /nowhere")
+
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Unready([], threading.Lock()))
+    watcher.step()
+    assert not watcher.step()
+    assert "no detector at /nowhere" in watcher.told()["problem"]
+    states = outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
+    assert {outcome.state for outcome in states.values()} == {"new"}
+    repaired = Watcher(Index(ladder), settings(ladder), worker=Counting([], threading.Lock()))
+    assert repaired.step()
 
 
 def test_other_settings_are_evaluated_beside_these_and_batch_size_is_none(ladder):

@@ -114,6 +114,30 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
     assert views.run_list(index.snapshot, "")[0]["evaluated"] == 0
 
 
+def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
+    from eval.human import Side, Studies
+    from eval.service.claims import claim, outcomes
+
+    root = storage.join(s3, "runs")
+    uri = write_run(root, 2, scored=False, checkpoints=1)
+    storage.write_bytes(f"{uri}/weights/step_0000100/ema.safetensors", b"x")
+    index = Index(root)
+    assert index.refresh()
+    assert not index.refresh()
+    assert index.snapshot.by_name["world-d2"].weights == {100: f"{uri}/weights/step_0000100/ema.safetensors"}
+    first = claim(uri, "s", 100)
+    assert claim(uri, "s", 100) is None
+    first.end("done")
+    assert index.refresh()
+    assert outcomes(index.snapshot.by_name["world-d2"].evaluations, "s")[100].state == "done"
+    studies = Studies(root)
+    study = studies.create("one", Side("a", 1), Side("b", 1), prompts=["a", "b"], gallery="g")
+    assert studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left"))
+    assert not studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "right"))
+    assert studies.names() == ["one"]
+    assert not index.refresh()  # studies are no runs
+
+
 def test_nan_and_infinite_values_never_reach_json(tmp_path):
     root = str(tmp_path)
     uri = write_run(root, 2, scored=False)

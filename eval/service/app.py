@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from eval.report_data import natural_key
 from eval.service import pictures, views
 from eval.service.access import Access
-from eval.service.claims import outcomes, reason_of
+from eval.service.claims import reason_of
 from eval.service.gallery import read_sheet
 from eval.service.human_api import human_routes
 from eval.service.index import Index, Snapshot
@@ -35,6 +35,7 @@ PAGES = {
     "failures": ("Failures", "failures"),
     "run": ("Run", "run"),
 }
+MOST_KEPT = 200
 Runs = Annotated[list[str] | None, Query(description="names of runs, repeated; all where none is given")]
 Images = Annotated[int | None, Query(description="at exactly that many images; the last value of each run otherwise")]
 
@@ -50,18 +51,29 @@ class Json(Response):
         return text.encode("utf-8", "backslashreplace")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
-    """What the routes share."""
+    """What the routes share. Answers are kept until the store has something new: open pages ask again and again."""
 
     index: Index
     watcher: Watcher
     settings: str
     law: LawView
+    _kept: tuple[int, dict[Any, Response]] = (-1, {})
 
     @property
     def now(self) -> Snapshot:
         return self.index.snapshot
+
+    def answer(self, key: Any, make: Callable[[Snapshot], Any]) -> Response:
+        now = self.index.snapshot
+        generation, kept = self._kept
+        if generation != now.generation or len(kept) > MOST_KEPT:
+            kept = {}
+            self._kept = (now.generation, kept)
+        if key not in kept:
+            kept[key] = Json(make(now))
+        return kept[key]
 
 
 def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
@@ -74,7 +86,7 @@ def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
         default_response_class=Json,
     )
     parts = Parts(index, watcher, watcher.settings.hash if watcher.settings else "", LawView())
-    app.add_middleware(GZipMiddleware, minimum_size=1000)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=4)
     app.middleware("http")(access)
     _state_routes(app, parts)
     _curve_routes(app, parts)
@@ -97,7 +109,9 @@ def _state_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/runs", tags=["state"], summary="Every run: size, progress, last loss, overall scores")
     def runs() -> Response:
-        return Json({"runs": views.run_list(parts.now, parts.settings), "metric": views.main_loss(parts.now)})
+        return parts.answer(
+            "runs", lambda now: {"runs": views.run_list(now, parts.settings), "metric": views.main_loss(now)}
+        )
 
     @app.get("/api/run", tags=["state"], summary="One run: recipe, cost, last value of every metric, checkpoints")
     def run(name: str) -> Response:
@@ -105,28 +119,28 @@ def _state_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/recipes", tags=["state"], summary="Fields in which recipes differ")
     def recipes(run: Runs = None) -> Response:
-        return Json(views.recipes(parts.now, run or []))
+        return parts.answer(("recipes", *(run or [])), lambda now: views.recipes(now, run or []))
 
     @app.get("/api/plans", tags=["state"], summary="Plan against reality")
     def plans(run: Runs = None) -> Response:
-        return Json({"runs": views.plans(parts.now, run or [])})
+        return parts.answer(("plans", *(run or [])), lambda now: {"runs": views.plans(now, run or [])})
 
     @app.get("/api/failures", tags=["state"], summary="What could not be evaluated or read, with reasons")
     def failures() -> Response:
-        return Json(_failures(parts))
+        told = parts.answer("failures", lambda now: _failures(now, parts.settings))
+        return Json({**json.loads(told.body), "problem": parts.watcher.told()["problem"]})
 
 
-def _failures(parts: Parts) -> dict[str, Any]:
-    now = parts.now
+def _failures(now: Snapshot, settings: str) -> dict[str, Any]:
     failed, unread = [], []
     for run in now.runs:
-        for step, outcome in outcomes(run.evaluations, parts.settings).items() if parts.settings else []:
+        for step, outcome in run.outcomes(settings).items():
             if outcome.state == "failed":
-                reason, at = reason_of(run.run.uri, parts.settings, step, outcome.attempt)
+                reason, at = reason_of(run.run.uri, settings, step, outcome.attempt)
                 failed.append({"run": run.name, "step": step, "reason": reason, "at": at, "attempts": outcome.attempt})
         unread += [{"run": run.name, "reason": reason} for reason in (*run.run.missing, *run.skipped)]
     unread += [{"run": "", "reason": note} for note in now.notes]
-    return {"evaluations": failed, "unreadable": unread, "problem": parts.watcher.problem}
+    return {"evaluations": failed, "unreadable": unread}
 
 
 def _curve_routes(app: FastAPI, parts: Parts) -> None:
@@ -140,17 +154,22 @@ def _curve_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/series", tags=["numbers"], summary="One metric over images, per run, under one protocol")
     def series(metric: str, run: Runs = None, points: Annotated[int, Query(ge=2, le=5000)] = 300) -> Response:
-        return Json(views.curves_of(parts.now, metric, run or [], points=points))
+        return parts.answer(
+            ("series", metric, points, *(run or [])),
+            lambda now: views.curves_of(now, metric, run or [], points=points),
+        )
 
     @app.get("/api/levels", tags=["numbers"], summary="Validation loss per noise level")
     def levels(run: Runs = None, images: Images = None) -> Response:
-        return Json(views.levels_of(parts.now, run or [], images))
+        return parts.answer(("levels", images, *(run or [])), lambda now: views.levels_of(now, run or [], images))
 
     @app.get("/api/scores", tags=["numbers"], summary="A benchmark's tasks with intervals")
     def scores(family: str, run: Runs = None, images: Images = None) -> Response:
         if family not in views.families(parts.now):
             raise HTTPException(404, f"no metric family named {family!r}")
-        return Json(views.scores_of(parts.now, family, run or [], images))
+        return parts.answer(
+            ("scores", family, images, *(run or [])), lambda now: views.scores_of(now, family, run or [], images)
+        )
 
     @app.get("/api/calibration", tags=["numbers"], summary="What the judges give to truth, shuffled scenes and noise")
     def calibration() -> Response:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from eval.report_data import Run, is_piece, natural_key, read_run
 from eval.report_series import pick_protocol
 from eval.report_tables import cost_of, plan_against_reality
+from eval.service.claims import Outcome, outcomes
 from infra import storage
-from infra.errors import UserError
 from infra.log import get_logger
 from infra.results import ResultRow, ResultStore
 
@@ -63,10 +63,17 @@ class IndexedRun:
     gallery: Mapping[int, str]
     evaluations: tuple[str, ...]
     skipped: tuple[str, ...]
+    _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         return self.run.name
+
+    def outcomes(self, settings: str) -> dict[int, Outcome]:
+        """Step -> how its evaluation under these settings stands; nothing where `settings` is empty."""
+        if settings not in self._outcomes:
+            self._outcomes[settings] = outcomes(self.evaluations, settings) if settings else {}
+        return self._outcomes[settings]
 
 
 @dataclass(frozen=True)
@@ -258,14 +265,3 @@ def _warnings(name: str) -> Iterator[list[str]]:
         yield heard
     finally:
         logger.removeHandler(listener)
-
-
-def read_json(uri: str) -> dict[str, Any] | None:
-    """A JSON object, or None where it is missing, torn or something else."""
-    import json
-
-    try:
-        found = json.loads(storage.read_bytes(uri))
-    except (UserError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from eval.report import plain
 from eval.report_series import Task, families_of, levels_among, most_common_loss
-from eval.report_tables import calibration_table, flatten
-from eval.service.claims import outcomes
+from eval.report_tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
 from eval.service.index import Curves, IndexedRun, Series, Snapshot
 
 MOST_FIELDS = 60
@@ -45,7 +44,7 @@ def run_list(snapshot: Snapshot, settings: str) -> list[dict[str, Any]]:
 def _run_line(
     run: IndexedRun, settings: str, losses: Curves | None, headline: Mapping[str, Curves | None]
 ) -> dict[str, Any]:
-    states = [outcome.state for outcome in outcomes(run.evaluations, settings).values()] if settings else []
+    states = [outcome.state for outcome in run.outcomes(settings).values()]
     scores = {m: last_point(c.by_run.get(run.name)) for m, c in headline.items() if c is not None}
     return {
         "name": run.name,
@@ -151,7 +150,14 @@ def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int
                  "runs": {name: cell for name, cell in cells.items() if cell},
                  "left_out": dict(found.left_out) if found else {}}
             )  # fmt: skip
-    return {"family": family, "world": family.startswith("world_"), "lines": lines}
+    # Only the official benchmark may have the paper's own figures beside it.
+    paper = {f"SD3 depth {depth}": dict(zip(PAPER_TASKS, values)) for depth, values in PAPER_GENEVAL.items()}
+    return {
+        "family": family,
+        "world": family.startswith("world_"),
+        "lines": lines,
+        "published": paper if family == "geneval" else {},
+    }
 
 
 def run_details(snapshot: Snapshot, name: str, settings: str) -> dict[str, Any] | None:
@@ -176,7 +182,7 @@ def run_details(snapshot: Snapshot, name: str, settings: str) -> dict[str, Any] 
 
 
 def _states(run: IndexedRun, settings: str) -> dict[int, str]:
-    known = outcomes(run.evaluations, settings) if settings else {}
+    known = run.outcomes(settings)
     return {step: known[step].state if step in known else "new" for step in run.weights}
 
 

@@ -1,15 +1,16 @@
 """The loop beside the pages: look at the store, claim a checkpoint nobody has evaluated, evaluate it, look again."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from eval.run import Checkpoint
-from eval.service.claims import MOST_ATTEMPTS, Claim, Outcome, Watch, claim, outcomes
+from eval.service.claims import MOST_ATTEMPTS, Claim, Outcome, Watch, claim
 from eval.service.index import Index, IndexedRun
-from eval.service.worker import Failed, Settings, Worker
+from eval.service.worker import Died, NotReady, Settings, Worker, name_of
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -17,16 +18,18 @@ log = get_logger("service")
 
 
 @dataclass(frozen=True)
-class Working:
-    run: str
-    step: int
-    since: float
+class Mine:
+    """A checkpoint that this service has claimed. `deaths`: claims of it that ended without a word."""
+
+    checkpoint: Checkpoint
+    claim: Claim
+    deaths: int
 
 
 class Evaluator(Protocol):
-    """Who does the work: a `Worker`. Raises Failed with the reason; calls `alive` every second or so."""
+    """Who does the work: a `Worker`. Returns reasons of the failed, raises Died or NotReady."""
 
-    def evaluate(self, checkpoint: Checkpoint, alive: Callable[[], None], /) -> None: ...
+    def evaluate(self, checkpoints: Sequence[Checkpoint], alive: Callable[[], None], /) -> dict[str, str]: ...
 
     def stop(self) -> None: ...
 
@@ -39,8 +42,11 @@ class Watcher:
         worker: Evaluator | None = None,
     ) -> None:  # fmt: skip
         self.index, self.settings, self.every = index, settings, every
-        self.working: Working | None = None
+        self.working: tuple[Checkpoint, ...] = ()
+        self.since = 0.0
         self.problem = ""
+        self.broken = ""
+        self.together = max(1, settings.options.workers) if settings is not None else 1
         self.looked = 0.0
         self.waiting = 0
         self._retry = retry
@@ -69,32 +75,37 @@ class Watcher:
                 if str(error) != self.problem:
                     log.warning("%s", error)
                 self.problem, busy = str(error), False
+            except Exception as error:  # a mistake of ours must not end the watching unseen
+                log.exception("the watcher failed and goes on")
+                self.problem, busy = f"internal error: {type(error).__name__}: {error}", False
             if not busy:
                 self._stopping.wait(self.every)
 
     def step(self) -> bool:
-        """One look, and one evaluation where there is one to do (True)."""
+        """One look, and one batch of evaluations where there is one to do (True)."""
         self.index.refresh()
         self.looked = time.time()
-        if self.settings is None:
+        if self.settings is None or self.broken:
             return False
         waiting = [
             (run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()
         ]
         self.waiting = len(waiting)
+        batch: list[Mine] = []
         for run, step, outcome in waiting:
-            if self._stopping.is_set():
-                return False
+            if len(batch) == self.together or self._stopping.is_set():
+                break
             mine = claim(run.run.uri, self.settings.hash, step, after=outcome.attempt)
             if mine is not None:
-                self._evaluate(run, step, mine, outcome)
-                return True
-        return False
+                checkpoint = Checkpoint(run.name, run.run.uri, step, run.weights[step])
+                batch.append(Mine(checkpoint, mine, outcome.deaths + (outcome.state == "running")))
+        self._evaluate(batch)
+        return bool(batch)
 
     def _open(self, run: IndexedRun) -> dict[int, Outcome]:
         """The checkpoints of a run that nobody has evaluated or is evaluating, the newest first."""
         assert self.settings is not None
-        known = outcomes(run.evaluations, self.settings.hash)
+        known = run.outcomes(self.settings.hash)
         steps = sorted(run.weights, reverse=True)
         if self.settings.options.checkpoints == "last":
             steps = steps[:1]
@@ -113,38 +124,58 @@ class Watcher:
             return self._watch.abandoned(run.run.uri, self.settings.hash, step, outcome.attempt)
         return outcome.state == "new"
 
-    def _evaluate(self, run: IndexedRun, step: int, mine: Claim, before: Outcome) -> None:
-        assert self.settings is not None
+    def _evaluate(self, batch: Sequence[Mine]) -> None:
+        """Every claim ends here: done, failed with its reason, or given back."""
         assert self._worker is not None
-        self._tried.add((run.name, step))
-        deaths = before.deaths + (before.state == "running")
-        if deaths >= MOST_ATTEMPTS:
-            mine.end("failed", reason=f"{deaths} evaluations of it died without a word (often a lack of memory)")
+        self._tried.update((mine.checkpoint.run, mine.checkpoint.step) for mine in batch)
+        for mine in batch:
+            if mine.deaths >= MOST_ATTEMPTS:
+                reason = f"{mine.deaths} evaluations of it died without a word (often a lack of memory)"
+                mine.claim.end("failed", reason=reason)
+        batch = [mine for mine in batch if mine.deaths < MOST_ATTEMPTS]
+        if not batch:
             return
-        began = time.monotonic()
-        self.working = Working(run.name, step, time.time())
-        log.info("evaluating %s step %d", run.name, step)
+        self.working, self.since, began = tuple(mine.checkpoint for mine in batch), time.time(), time.monotonic()
+        log.info("evaluating %s", ", ".join(map(name_of, self.working)))
+
+        def alive() -> None:
+            with contextlib.suppress(UserError, OSError):  # the work goes on while the store does not answer
+                for mine in batch:
+                    mine.claim.beat()
+
         try:
-            checkpoint = Checkpoint(run.name, run.run.uri, step, run.weights[step])
-            self._worker.evaluate(checkpoint, mine.beat)
-        except Failed as failed:
+            reasons = self._worker.evaluate(self.working, alive)
+            for mine in batch:
+                reason = reasons.get(name_of(mine.checkpoint), "")
+                mine.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
+        except NotReady as error:
+            self.broken = f"nothing is evaluated: {error}; repair that and start the service again"
+            log.error("%s", self.broken)
+            _give_back(batch, self.broken)
+        except Died as error:
             if self._stopping.is_set():
-                mine.end("released", reason="the service was stopped")
-                return
-            log.error("%s step %d not evaluated: %s", run.name, step, failed)
-            mine.end("failed", reason=str(failed), seconds=time.monotonic() - began)
-        else:
-            mine.end("done", seconds=time.monotonic() - began)
+                _give_back(batch, "the service was stopped")
+            elif len(batch) > 1:  # one of them; alone it will be known which
+                self.together = 1
+                _give_back(batch, str(error))
+            else:
+                log.error("%s not evaluated: %s", name_of(batch[0].checkpoint), error)
+                batch[0].claim.end("failed", reason=str(error), seconds=time.monotonic() - began)
         finally:
-            self.working = None
+            self.working = ()
 
     def told(self) -> dict[str, Any]:
         """For the status line."""
-        working = self.working
         return {
             "evaluates": self.settings is not None,
-            "working": {"run": working.run, "step": working.step, "since": working.since} if working else None,
+            "working": [{"run": checkpoint.run, "step": checkpoint.step} for checkpoint in self.working],
+            "since": self.since,
             "waiting": self.waiting,
-            "problem": self.problem,
+            "problem": self.problem or self.broken,
             "looked": self.looked,
         }
+
+
+def _give_back(batch: Sequence[Mine], reason: str) -> None:
+    for mine in batch:
+        mine.claim.end("released", reason=reason)

@@ -1,24 +1,29 @@
-"""The process that evaluates: loads the judges once, takes one checkpoint after another, answers with a reason or none.
+"""The process that evaluates: judges stay loaded, checkpoints come in, reasons of the failed ones go out.
 
-A process of its own, so that a crash or a shortage of memory there never takes the pages down.
+A process of its own, so that a crash or a shortage of memory there never takes the pages down. It works by itself or
+hands the checkpoints to Ray workers, as `--workers` says.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from eval.run import Checkpoint, RunOptions, parse_metrics
+from eval.judges import build_judges
+from eval.run import Checkpoint, EvaluateTask, RunOptions, parse_metrics, plan_all
+from eval.runner import Work, run_work
 from infra import storage
 from infra.errors import MissingError, UserError
 from infra.log import get_logger
 from model.errors import ModelError
 
 log = get_logger("service")
+NOT_IN_HASH = ("runs", "checkpoints", "workers", "gpus_per_worker", "data", "calibration")
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,17 @@ class Settings:
     @property
     def hash(self) -> str:
         """Of everything that decides the numbers; not of where runs are, nor of batch sizes and devices."""
-        options = asdict(self.options)
-        told: dict[str, Any] = {
-            name: options[name] for name in ("metrics", "prompts_per_task", "images_per_prompt", "captions", "judges")
-        }
-        told |= {"sampling": self.options.sampling.protocol(), "gallery": self.gallery, "official": options["official"]}
+        told = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
+        told |= {"sampling": self.options.sampling.protocol(), "gallery": self.gallery}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Failed(Exception):
-    """The evaluation of a checkpoint did not end well; the text is the reason."""
+class Died(Exception):
+    """The evaluating process ended in the middle of its work; the text says how."""
+
+
+class NotReady(Exception):
+    """Nothing can be evaluated (a judge's weights are not there); the text is the reason."""
 
 
 class Worker:
@@ -51,24 +57,27 @@ class Worker:
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def evaluate(self, checkpoint: Checkpoint, alive: Callable[[], None], *, poll: float = 1.0) -> None:
-        """Returns when it is done; raises Failed. `alive` is called about every `poll` seconds meanwhile."""
+    def evaluate(
+        self, checkpoints: Sequence[Checkpoint], alive: Callable[[], None], *, poll: float = 1.0
+    ) -> dict[str, str]:
+        """Reasons of those that failed, by `name_of`. `alive` is called about every `poll` seconds meanwhile."""
         pipe, process = self._ready()
         try:
-            pipe.send(checkpoint)
+            pipe.send(list(checkpoints))
             while not pipe.poll(poll):
                 alive()
                 if not process.is_alive() and not pipe.poll(0):
                     raise EOFError
-            reason = pipe.recv()
+            reasons, not_ready = pipe.recv()
         except (EOFError, OSError) as error:
             process.join(5)
             code = process.exitcode
             self.stop()
             killed = " (killed: often a lack of memory)" if code in (-9, 137) else ""
-            raise Failed(f"the evaluating process ended with code {code}{killed}") from error
-        if reason:
-            raise Failed(reason)
+            raise Died(f"the evaluating process ended with code {code}{killed}") from error
+        if not_ready:
+            raise NotReady(not_ready)
+        return reasons
 
     def stop(self) -> None:
         """End the process, whatever it does. The thread that waits for it sees its pipe end."""
@@ -89,65 +98,93 @@ class Worker:
         return self._pipe, self._process
 
 
+def name_of(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.run} step {checkpoint.step}"
+
+
 def _serve(pipe: Connection, settings: Settings) -> None:
-    """The process: checkpoints in, "" or a reason out, until the pipe closes."""
+    """The process: lists of checkpoints in, (reasons of the failed, why nothing works) out, until the pipe closes."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this process
+    options, task, prepared = settings.options, EvaluateAndDraw(settings), False
     while True:
         try:
-            checkpoint = pipe.recv()
+            checkpoints = pipe.recv()
         except EOFError:
             return
         try:
-            evaluate(checkpoint, settings)
-            reason = ""
-        except MissingError as error:
-            reason = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
+            if not prepared:
+                prepare(settings)
+                prepared = True
+            work = [Work(name_of(c), {"checkpoint": asdict(c)}) for c in checkpoints]
+            pipe.send((run_work(task, work, workers=options.workers, gpus=options.gpus_per_worker), ""))
         except (UserError, ModelError) as error:
-            reason = str(error)
+            pipe.send(({}, str(error)))
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        pipe.send(reason)
+            pipe.send(({}, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
 
 
-def evaluate(checkpoint: Checkpoint, settings: Settings) -> None:
-    """All rows that this checkpoint lacks, and its gallery. What is there already is not made again."""
+def prepare(settings: Settings) -> None:
+    """What must hold before any checkpoint: all judges are there, and it is known what they give to truth and noise."""
+    from eval.calibrate import calibrate
+
+    options = settings.options
+    if options.metrics == "none":
+        return
+    judges = build_judges(options.judges, options.official)
+    tasks = plan_all(parse_metrics(options.metrics), judges, options)
+    if options.calibration and judges.truth is not None:
+        calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
+
+
+@dataclass(frozen=True)
+class EvaluateAndDraw:
+    """The task of one checkpoint, here or on a Ray worker: all rows that it lacks, and its gallery."""
+
+    settings: Settings
+
+    def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        if self.settings not in _opened:  # judges stay loaded from one call to the next
+            options = self.settings.options
+            measure = EvaluateTask(options).open() if options.metrics != "none" else None
+            _opened[self.settings] = functools.partial(_work, self.settings, measure)
+        return _opened[self.settings]
+
+
+_opened: dict[Settings, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
+
+
+def _work(
+    settings: Settings, measure: Callable[[Mapping[str, Any]], dict[str, Any]] | None, unit: Mapping[str, Any]
+) -> dict[str, Any]:
+    try:
+        if measure is not None:
+            measure(unit)
+        _gallery(Checkpoint(**unit["checkpoint"]), settings)
+    except MissingError as error:
+        told = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
+        raise UserError(told) from error
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    return {}
+
+
+def _gallery(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Draw the sheet, unless it is there with these prompts."""
     from eval.generate import Painter
-    from eval.run import evaluate as evaluate_checkpoint
     from eval.service.gallery import draw_gallery, read_sheet, sheet_uri, world_gallery
 
     options = settings.options
-    if options.metrics != "none":
-        judges, tasks = _plan(options)
-        evaluate_checkpoint(checkpoint, judges, tasks, options, loss="val_loss" in parse_metrics(options.metrics))
     uri = sheet_uri(checkpoint.run_uri, checkpoint.step)
     prompts = list(settings.gallery) or (world_gallery(8) if options.judges == "world" else [])
-    if prompts:
-        try:
-            if storage.exists(uri) and [tile.prompt for tile in read_sheet(uri).tiles] == list(dict.fromkeys(prompts)):
-                return
-        except UserError:
-            log.info("%s: drawn again, its description was not readable", uri)
-        painter = Painter(checkpoint.weights, device=options.sampling.device)
-        draw_gallery(checkpoint.run_uri, checkpoint.step, painter, prompts, options.sampling)
-
-
-_planned: dict[RunOptions, tuple[Any, list[Any]]] = {}
-
-
-def _plan(options: RunOptions) -> tuple[Any, list[Any]]:
-    """Judges and tasks, once per process; the judges' own calibration is measured then too."""
-    from eval.calibrate import calibrate
-    from eval.judges import build_judges
-    from eval.run import plan
-
-    if options not in _planned:
-        judges = build_judges(options.judges, options.official)
-        names = [name for name in parse_metrics(options.metrics) if name != "val_loss"]
-        tasks = [plan(name, judges, options) for name in names]
-        if options.calibration and judges.truth is not None:
-            calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
-        _planned[options] = (judges, tasks)
-    return _planned[options]
+    if not prompts:
+        return
+    try:
+        if storage.exists(uri) and [tile.prompt for tile in read_sheet(uri).tiles] == list(dict.fromkeys(prompts)):
+            return
+    except UserError:
+        log.info("%s: drawn again, its description was not readable", uri)
+    painter = Painter(checkpoint.weights, device=options.sampling.device)
+    draw_gallery(checkpoint.run_uri, checkpoint.step, painter, prompts, options.sampling)

@@ -132,6 +132,8 @@ async function scores() {
     { title: "Images", value: (name) => mine.find((line) => line.runs[name])?.runs[name].images, show: (name) => count(mine.find((line) => line.runs[name])?.runs[name].images) },
     ...mine.map((line) => ({ title: words(line.task), value: (name) => line.runs[name]?.value, show: (name) => cell(line.runs[name]) })),
   ];
+  const published = Object.entries(found.published).filter((_, i, all) => i === 0 || i === all.length - 1)
+    .map(([name, scores]) => ({ name, points: mine.map((line, row) => ({ row, value: scores[line.task] })).filter((p) => p.value !== undefined) }));
   const unit = values.every((v) => v >= 0 && v <= 1);
   fill(
     el("div", { className: "controls" },
@@ -139,8 +141,9 @@ async function scores() {
       splits.length > 1 ? segments(Object.fromEntries(splits.map((s) => [s, { seen: "Seen compositions", unseen: "Unseen" }[s] ?? s])), split, pick("split"), "compositions") : null),
     found.world ? note("Scores by the small world's own judges on its own prompts: not GenEval or T2I-CompBench. Unseen compositions never occurred in training captions.") : null,
     runNames.length ? [
-      tasks.length > 1 ? dots(tasks, runNames.slice(0, MOST_DOTS).map(seriesOf), { unit, label: `${family} per task with 95 % intervals` }) : null,
+      tasks.length > 1 ? dots(tasks, runNames.slice(0, MOST_DOTS).map(seriesOf), { unit, shared: published, label: `${family} per task with 95 % intervals` }) : null,
       runNames.length > MOST_DOTS && tasks.length > 1 ? note(`The chart has the first ${MOST_DOTS} runs; the table has all ${runNames.length}.`) : null,
+      published.length ? note("Hollow: SD3's own models (Table 5 of the paper, 512 px, before DPO; other data and far more compute).") : null,
       table(columns, runNames, { tall: runNames.length > 25 }),
       note("Last value of each run; intervals are 95 %, over prompts. Where intervals overlap widely, no order is shown by them."),
       leftOut({ left_out: Object.assign({}, ...mine.map((line) => line.left_out)) }),
@@ -339,6 +342,8 @@ async function draw() {
   })();
   await drawing;
   drawing = null;
+  await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next))); // the charts draw in a frame
+  document.body.dataset.drawnAt ??= `${performance.now()}`;
   document.body.dataset.drawn = `${Number(document.body.dataset.drawn ?? 0) + 1}`;
 }
 
@@ -350,9 +355,10 @@ async function watch() {
     const parts = [told.problem || null];
     if (told.reading) parts.push(`reading run ${told.reading[0] + 1} of ${told.reading[1]}`);
     else if (!told.generation) parts.push("looking at the store");
-    if (told.working) parts.push(`evaluating ${told.working.run} step ${told.working.step} (${duration(told.time - told.working.since)})`);
-    if (told.waiting > 1) parts.push(`${told.waiting - 1} waiting`);
-    if (!told.problem && !told.working && told.generation) parts.push(told.evaluates ? "all checkpoints evaluated" : "evaluates nothing (--no-evaluate)");
+    const [one, ...others] = told.working;
+    if (one) parts.push(`evaluating ${one.run} step ${one.step}${others.length ? ` and ${others.length} more` : ""} (${duration(told.time - told.since)})`);
+    if (told.waiting > told.working.length) parts.push(`${told.waiting - told.working.length} waiting`);
+    if (!told.problem && !one && told.generation) parts.push(told.evaluates ? "all checkpoints evaluated" : "evaluates nothing (--no-evaluate)");
     place.textContent = parts.filter(Boolean).join(" \u00b7 ");
     place.className = told.problem ? "trouble" : "";
     if (generation !== told.generation) {

@@ -1,0 +1,156 @@
+"""The evaluating process: real weights in, rows and a gallery out; reasons for what cannot be; a crash is survived."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from test_eval_run import QUICK, export
+
+from eval.judges import OfficialPaths
+from eval.run import Checkpoint, RunOptions
+from eval.service.gallery import read_sheet, world_gallery
+from eval.service.index import Index
+from eval.service.watcher import Watcher
+from eval.service.worker import Died, EvaluateAndDraw, NotReady, Settings, Worker, prepare
+from infra import storage
+from infra.errors import UserError
+
+
+def checkpoint(root, step=10, **meta):
+    weights = f"{root}/tiny/weights/step_{step:07d}/ema.safetensors"
+    os.makedirs(os.path.dirname(weights), exist_ok=True)
+    export(weights, images_seen=step * 64, **meta)
+    return Checkpoint("tiny", f"{root}/tiny", step, weights)
+
+
+def settings(root, **options):
+    options = {"metrics": "none", "calibration": False, **options}
+    return Settings(RunOptions(runs=str(root), sampling=QUICK, **options), gallery=("a red dog", "a cat", "a red dog"))
+
+
+def work_of(given):
+    run = EvaluateAndDraw(given).open()
+    return lambda c: run({"checkpoint": {"run": c.run, "run_uri": c.run_uri, "step": c.step, "weights": c.weights}})
+
+
+def test_a_gallery_is_drawn_once_with_its_description(tmp_path):
+    mine = checkpoint(tmp_path)
+    work = work_of(settings(tmp_path))
+    work(mine)
+    uri = f"{tmp_path}/tiny/gallery/step_0000010.png"
+    sheet = read_sheet(uri)
+    assert [tile.prompt for tile in sheet.tiles] == ["a red dog", "a cat"]
+    assert (sheet.images_seen, sheet.tile_width) == (640, 64)
+    drawn = storage.read_bytes(uri)
+    storage.write_bytes(uri, drawn + b"mark")
+    work(mine)
+    assert storage.read_bytes(uri) == drawn + b"mark"  # what is there is not drawn again
+    storage.write_bytes(uri.replace(".png", ".json"), b"{")
+    work(mine)
+    assert storage.read_bytes(uri) == drawn  # a torn description is
+    assert len(set(world_gallery(20))) == 20
+
+
+def test_weights_that_disappear_are_a_failure_with_words(tmp_path):
+    mine = checkpoint(tmp_path)
+    os.unlink(mine.weights)
+    with pytest.raises(UserError, match="it was there when the evaluation began"):
+        work_of(settings(tmp_path))(mine)
+    assert not storage.exists(f"{tmp_path}/tiny/gallery")
+
+
+def test_weights_that_are_no_weights_are_a_failure_with_words(tmp_path):
+    mine = checkpoint(tmp_path)
+    storage.write_bytes(mine.weights, b"not safetensors")
+    with pytest.raises(UserError, match=r"ema\.safetensors"):
+        work_of(settings(tmp_path))(mine)
+
+
+def test_judges_that_are_not_there_are_found_before_any_checkpoint(tmp_path):
+    checkpoint(tmp_path)
+    nowhere = OfficialPaths(detector=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        prepare(settings(tmp_path, metrics="geneval", judges="official", official=nowhere))
+    with pytest.raises(UserError, match=r"--official\.detector"):
+        prepare(settings(tmp_path, metrics="geneval", judges="official"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_killed(tmp_path):
+    good, bad = checkpoint(tmp_path), checkpoint(tmp_path, 20)
+    os.unlink(bad.weights)
+    worker = Worker(settings(tmp_path))
+    beats = []
+    try:
+        reasons = worker.evaluate([good, bad], lambda: beats.append(1))
+        assert list(reasons) == ["tiny step 20"]
+        assert beats
+        process = worker._process
+        threading.Timer(0.2, os.kill, (process.pid, signal.SIGKILL)).start()
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(Died, match="code -9"):
+            worker.evaluate([good], lambda: None)
+        assert worker.evaluate([good], lambda: None) == {}
+        assert worker._process is not process
+    finally:
+        worker.stop()
+    unready = Worker(settings(tmp_path, metrics="geneval", judges="official"))
+    try:
+        with pytest.raises(NotReady, match=r"official\.detector"):
+            unready.evaluate([good], lambda: None)
+    finally:
+        unready.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_watched_run_gets_rows_and_pictures_and_a_restart_does_nothing_twice(tmp_path):
+    for step in (10, 20):
+        checkpoint(tmp_path, step)
+    given = settings(tmp_path, metrics="geneval,clip_score", prompts_per_task=1, images_per_prompt=1, captions=4)
+    watcher = Watcher(Index(str(tmp_path)), given, every=0.2)
+    watcher.start()
+    end = time.monotonic() + 600
+    try:
+        while True:
+            run = watcher.index.snapshot.by_name.get("tiny")
+            if run and sum(path.endswith(".done.json") for path in run.evaluations) == 2:
+                break
+            assert time.monotonic() < end, watcher.told()
+            time.sleep(0.5)
+    finally:
+        watcher.stop()
+    assert run.series["world_geneval/overall/seen"]
+    assert set(run.gallery) == {10, 20}
+    before = sorted(storage.list_files(str(tmp_path)))
+    again = Watcher(Index(str(tmp_path)), given)
+    assert not again.step()
+    assert sorted(storage.list_files(str(tmp_path))) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_says_its_address_answers_and_ends_on_ctrl_c(tmp_path):
+    checkpoint(tmp_path)
+    command = [sys.executable, "-m", "eval", "serve", "--runs", str(tmp_path), "--port", "0", "--no-evaluate"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().split()[-1]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address + "api/status") as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+    refused = subprocess.run([*command, "--host", "0.0.0.0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "--token-file" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
