@@ -1,8 +1,11 @@
-"""Does validation loss predict a score? Pearson and Spearman across runs at equal images, runs resampled.
+"""Does validation loss predict a score? Pearson and Spearman across runs at equal images, and within runs.
 
-Points of one curve move together, so a correlation over all points of all curves would claim far more than it knows.
+Points of one curve move together, so a correlation over all points of all curves would claim far more than it knows:
+the run is the unit. Intervals across runs are Fisher's z (a bootstrap of five runs draws the same three again and
+again and is too narrow); Spearman's has Bonett and Wright's variance (2000) and half a step of continuity.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +14,8 @@ import numpy as np
 from eval.scaling import Array
 
 MIN_RUNS = 3  # below, a coefficient is +1 or -1 by construction
-MIN_RUNS_INTERVAL = 5  # below, resampled runs are too often the same two or three
-RESAMPLES = 2000
+MIN_RUNS_INTERVAL = 4  # Fisher's z has the variance 1 / (runs - 3)
+Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def equal_images(one: Mapping[str, Mapping[int, float]], two: Mapping[str, Mappi
     return max(set(shared), key=lambda images: (shared.count(images), images), default=None)
 
 
-def across_runs(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Correlation:
+def across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
     """One point per run."""
     x_R, y_R = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(x_R) & np.isfinite(y_R)
@@ -47,61 +50,55 @@ def across_runs(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Cor
         return Correlation(len(x_R), reason=f"{_runs(len(x_R))} at equal images, and a coefficient needs {MIN_RUNS}")
     if np.ptp(x_R) == 0 or np.ptp(y_R) == 0:
         return Correlation(len(x_R), reason="all runs have the same value, so there is nothing to correlate")
-    pearson, spearman = _pearson(x_R[None], y_R[None])[0], _pearson(_ranks(x_R[None]), _ranks(y_R[None]))[0]
+    pearson, spearman = _pearson(x_R, y_R), _pearson(_ranks(x_R), _ranks(y_R))
     if len(x_R) < MIN_RUNS_INTERVAL:
-        reason = f"no interval: {_runs(len(x_R))}, and resampling runs needs {MIN_RUNS_INTERVAL}"
+        reason = f"no interval: {_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
         return Correlation(len(x_R), Coefficient(pearson), Coefficient(spearman), reason)
-    drawn = _resample(x_R, y_R, seed)
+    half_step = 6 / (len(x_R) * (len(x_R) ** 2 - 1))
     return Correlation(
         len(x_R),
-        _interval(pearson, _pearson(x_R[drawn], y_R[drawn])),
-        _interval(spearman, _pearson(_ranks(x_R[drawn]), _ranks(y_R[drawn]))),
+        _fisher(pearson, len(x_R), variance=1.0, step=0.0),
+        _fisher(spearman, len(x_R), variance=1 + spearman**2 / 2, step=half_step),
     )
 
 
-def within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Correlation:
-    """Mean over runs of each run's own Pearson coefficient along its checkpoints; the interval resamples runs."""
+def within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Correlation:
+    """Mean over runs of each run's own Pearson coefficient along its checkpoints, with Student's interval over runs."""
+    from scipy.stats import t
+
     each = [
-        _pearson(np.array([x], float), np.array([y], float))[0]
+        _pearson(np.array(x, float), np.array(y, float))
         for x, y in curves
         if len(x) >= MIN_RUNS and np.ptp(x) > 0 and np.ptp(y) > 0
     ]
     if not each:
         return Correlation(0, reason=f"no run has {MIN_RUNS} checkpoints with both numbers")
-    values = np.array(each)
-    if len(values) < MIN_RUNS_INTERVAL:
-        reason = f"no interval: {_runs(len(values))}, and resampling runs needs {MIN_RUNS_INTERVAL}"
-        return Correlation(len(values), Coefficient(float(values.mean())), reason=reason)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return Correlation(len(values), _interval(float(values.mean()), values[drawn].mean(axis=1)))
+    value, count = float(np.mean(each)), len(each)
+    if count < MIN_RUNS:
+        reason = f"no interval: {_runs(count)}, and one needs {MIN_RUNS}"
+        return Correlation(count, Coefficient(value), reason=reason)
+    half = float(t.ppf(0.975, count - 1) * np.std(each, ddof=1) / math.sqrt(count))
+    return Correlation(count, Coefficient(value, max(-1.0, value - half), min(1.0, value + half)))
 
 
-def _resample(x_R: Array, y_R: Array, seed: int) -> np.ndarray:
-    """Draws of runs with replacement in which both sides still vary (three different runs at least)."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(x_R), size=(4 * RESAMPLES, len(x_R)))
-    varied = (np.ptp(x_R[drawn], axis=1) > 0) & (np.ptp(y_R[drawn], axis=1) > 0)
-    different = (np.diff(np.sort(drawn, axis=1), axis=1) > 0).sum(axis=1) >= 2
-    return drawn[varied & different][:RESAMPLES]
+def _fisher(value: float, count: int, *, variance: float, step: float) -> Coefficient:
+    """tanh(atanh(r) +- 1.96 sqrt(variance / (n - 3))); `step` draws a coefficient of ranks away from +1 and -1."""
+    inner = math.copysign(min(max(abs(value) - step, 0.0), 1 - 1e-12), value)
+    half = Z * math.sqrt(variance / (count - 3))
+    low, high = math.tanh(math.atanh(inner) - half), math.tanh(math.atanh(inner) + half)
+    return Coefficient(value, min(low, value), max(high, value))
 
 
-def _pearson(x_BR: Array, y_BR: Array) -> list[float]:
-    x_BR = x_BR - x_BR.mean(axis=1, keepdims=True)
-    y_BR = y_BR - y_BR.mean(axis=1, keepdims=True)
-    scale = np.sqrt((x_BR**2).sum(axis=1) * (y_BR**2).sum(axis=1))
-    return [float(v) for v in np.clip((x_BR * y_BR).sum(axis=1) / np.where(scale > 0, scale, np.inf), -1, 1)]
+def _pearson(x_R: Array, y_R: Array) -> float:
+    x_R, y_R = x_R - x_R.mean(), y_R - y_R.mean()
+    return float(np.clip((x_R * y_R).sum() / math.sqrt((x_R**2).sum() * (y_R**2).sum()), -1, 1))
 
 
-def _ranks(x_BR: Array) -> Array:
-    """Ranks along the last axis, ties sharing their mean."""
-    below = (x_BR[:, None, :] < x_BR[:, :, None]).sum(axis=2)
-    equal = (x_BR[:, None, :] == x_BR[:, :, None]).sum(axis=2)
+def _ranks(x_R: Array) -> Array:
+    """Ranks, ties sharing their mean."""
+    below = (x_R[None, :] < x_R[:, None]).sum(axis=1)
+    equal = (x_R[None, :] == x_R[:, None]).sum(axis=1)
     return below + (equal - 1) / 2
-
-
-def _interval(value: float, drawn: Sequence[float] | Array) -> Coefficient:
-    low, high = np.quantile(np.asarray(drawn), [0.025, 0.975])
-    return Coefficient(value, float(low), float(high))
 
 
 def _runs(count: int) -> str:

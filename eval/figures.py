@@ -25,6 +25,7 @@ from eval.report_series import Point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Draw = Callable[[Theme, bool], "Figure"]
 
@@ -41,11 +42,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """One run's scores: (task, split) -> value with interval."""
+    """One run's scores: (task, split) -> value with interval. `published`: somebody else's, drawn hollow."""
 
     label: str
     order: int
     scores: dict[tuple[str, str], Point]
+    published: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def _plot(ax: "Axes", line: Line, theme: Theme, *, size: float = 4.5) -> None:
 def _dot(ax: "Axes", dots: Dots, point: Point | None, y: float, theme: Theme) -> None:
     if point is None:
         return
-    color = _color(theme, dots.order)
+    color = theme["accent"] if dots.published else _color(theme, dots.order)
     if point.low is not None and point.high is not None:
         ax.plot([point.low, point.high], [y, y], color=color, lw=1.4, alpha=0.6, solid_capstyle="butt", zorder=2)
     ax.plot(
@@ -302,8 +304,9 @@ def _dot(ax: "Axes", dots: Dots, point: Point | None, y: float, theme: Theme) ->
         color=color,
         marker=MARKERS[dots.order % len(MARKERS)],
         ms=5,
-        mec=theme["page"],
-        mew=0.5,
+        mfc=theme["page"] if dots.published else color,
+        mec=color if dots.published else theme["page"],
+        mew=1.2 if dots.published else 0.5,
         zorder=3,
     )
 
@@ -336,19 +339,23 @@ def _together(values: Sequence[float], near: float) -> list[list[int]]:
 
 
 def _legend(figure: "Figure", rows: Sequence[Dots] | Sequence[Line], theme: Theme) -> None:
-    from matplotlib.lines import Line2D
-
     longest = max(len(row.label) for row in rows)
     columns = max(1, int(72 * float(figure.get_figwidth()) / (38 + 5.4 * longest)))
-    handles = [
-        Line2D(
-            [], [], color=_color(theme, d.order), marker=MARKERS[d.order % len(MARKERS)], lw=1.4, ms=5, label=d.label
-        )
-        for d in rows
-    ]
+    handles = [_handle(row, theme) for row in rows]
     figure.legend(
         handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6,
         columnspacing=1.2, fontsize=8, labelcolor=theme["ink"],
+    )  # fmt: skip
+
+
+def _handle(row: Dots | Line, theme: Theme) -> "Line2D":
+    from matplotlib.lines import Line2D
+
+    published = isinstance(row, Dots) and row.published
+    color = theme["accent"] if published else _color(theme, row.order)
+    return Line2D(
+        [], [], color=color, marker=MARKERS[row.order % len(MARKERS)], lw=0 if published else 1.4, ms=5,
+        mfc=theme["page"] if published else color, label=row.label,
     )  # fmt: skip
 
 

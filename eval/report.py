@@ -24,6 +24,7 @@ from eval.report_data import ReportData, Run, read_runs
 from eval.report_figures import draw_all, score_figure
 from eval.report_law import Scaling, fit_ladder, read_coverage
 from eval.report_pictures import progress_pictures, rung_pictures
+from eval.report_predict import Graded, grade
 from eval.report_series import Comparison, Task, compare, level_metrics, loss_when_scored, main_loss, score_families
 from infra import storage
 from infra.errors import UserError
@@ -46,6 +47,7 @@ class Report:
     correlations: list[tuple[str, int | None, Correlation, Correlation]]
     calibration: list[dict[str, Any]]
     costs: dict[str, dict[str, Any]]
+    graded: list[Graded]
     findings: list[words.Finding]
     missing: list[str]
 
@@ -83,12 +85,14 @@ def analyse(data: ReportData) -> Report:
     correlations = [
         (metric, *correlate(losses, found[metric])) for metric in headline_metrics(families) if losses is not None
     ]
+    graded = grade(data.predictions, runs, losses)
     calibration = tables.calibration_table(data.calibration)
     costs = {run.name: tables.cost_of(run) for run in runs}
     sizes = {run.name: run.parameters or run.depth or 0 for run in runs}
     findings = [
         *words.loss_findings(losses, labels, sizes),
         *words.law_findings(scaling),
+        *words.prediction_findings(graded),
         *(f for family, tasks in families.items() for f in words.score_findings(family, tasks, found, labels)),
         *words.calibration_findings(calibration, any(name.startswith("world_") for name in families)),
         *words.correlation_findings([(metric, across) for metric, _, across, _ in correlations]),
@@ -97,8 +101,9 @@ def analyse(data: ReportData) -> Report:
     ]
     missing = words.missing_findings(runs, labels, families, calibration)
     return Report(
-        data, labels, losses, levels, families, found, scaling, correlations, calibration, costs, findings, missing
-    )
+        data, labels, losses, levels, families, found, scaling, correlations, calibration, costs, graded, findings,
+        missing,
+    )  # fmt: skip
 
 
 def label_runs(runs: Sequence[Run]) -> dict[str, str]:
@@ -181,6 +186,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "losses": report.losses.points if report.losses else {},
             "loss_levels": {f"{t:g}": c.points for t, c in report.levels.items()},
             "scaling": scaling_json(report.scaling),
+            "predictions": [{**dataclasses.asdict(found), "inside": found.inside} for found in report.graded],
             "scores": {
                 family: tables.score_rows(family, tasks, report.found, report.labels)
                 for family, tasks in report.families.items()

@@ -8,6 +8,7 @@ from eval.correlation import Correlation
 from eval.figure_style import count_text
 from eval.report_data import Run
 from eval.report_law import Scaling
+from eval.report_predict import Graded
 from eval.report_series import Comparison, LeftOut, Task
 
 Kind = Literal["good", "bad", "note"]
@@ -99,6 +100,26 @@ def law_findings(scaling: Scaling) -> list[Finding]:
                 f"Asked without {name}, the law says {back.loss.value:.4g} for it "
                 f"({back.loss.low:.4g} to {back.loss.high:.4g}); "
                 f"measured is {back.actual:.4g}, {hit} the interval.",
+            )
+        )
+    return found
+
+
+def prediction_findings(graded: Sequence[Graded]) -> list[Finding]:
+    """What came of predictions that were committed before their depth was trained."""
+    found = []
+    for p in graded:
+        if p.actual is None:
+            continue
+        hit = "inside" if p.inside else "outside"
+        late = "" if p.first else " It was committed after that run had begun, so it proves nothing."
+        kind: Kind = "note" if not p.first else "good" if p.inside else "bad"
+        found.append(
+            Finding(
+                kind,
+                f"Predicted on {p.created[:10]} for depth {p.depth} at {count_text(p.images)} images: "
+                f"{p.loss.value:.4g} ({p.loss.low:.4g} to {p.loss.high:.4g}); measured is {p.actual:.4g}, "
+                f"{hit} the interval.{late}",
             )
         )
     return found

@@ -107,7 +107,9 @@ def read_prediction(row: ResultRow) -> Graded | None:
     """From a stored row, or None where it is not one that can be read."""
     try:
         told: dict[str, Any] = json.loads(row.details)
-        loss = Interval(row.value, float(row.low or "nan"), float(row.high or "nan"))
+        if row.low is None or row.high is None:
+            return None
+        loss = Interval(row.value, row.low, row.high)
         metric = row.metric.removeprefix(PREFIX).rsplit("/", 1)[0]
         fitted_to = tuple(str(run) for run in told["fitted_to"])
         return Graded(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -13,9 +14,11 @@ from eval.figure_style import count_text, log_ticks, power_text, ramp, spread
 from eval.figures import Line, loss_curves, render
 from eval.report import analyse, label_runs, markdown_text, page_context, to_json, write_report
 from eval.report_data import read_runs
+from eval.report_figures import draw_all
 from eval.report_findings import duration
 from infra import storage
 from infra.errors import UserError
+from infra.results import ResultStore
 
 NASTY = "<img src=x onerror=alert(1)>|`$x_1$&"
 
@@ -132,6 +135,22 @@ def test_numbers_under_other_protocols_are_not_compared(tmp_path):
     text = page(report)
     assert "Not compared" in text
     assert report.found[metric].left_out[0].protocol in text
+
+
+def test_the_papers_points_stand_beside_the_official_benchmark_only(tmp_path):
+    uri = write_run(str(tmp_path), 2, samples=False)
+    world = analyse(read_runs(str(tmp_path)))
+    assert not any("SD3" in figure.wide_svg for figure in draw_all(world))
+    official = [
+        replace(row, metric=row.metric.removeprefix("world_").removesuffix("/seen"))
+        for row in world.runs[0].rows
+        if row.metric.startswith("world_geneval/") and row.metric.endswith("/seen")
+    ]
+    ResultStore(uri + "/results").append(official)
+    drawn = {figure.name: figure for figure in draw_all(analyse(read_runs(str(tmp_path))))}
+    assert "SD3 depth 38" in drawn["scores_geneval"].wide_svg
+    assert "other data" in drawn["scores_geneval"].caption
+    assert "SD3" not in drawn["scores_world_geneval"].wide_svg
 
 
 def test_missing_pieces_make_a_smaller_report_that_says_so(tmp_path):
