@@ -22,7 +22,7 @@ from eval.compbench_files import (
 from eval.compbench_stored import Stored, Words, read_stored, stored_line
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import Clusters, Prompt, Sample
-from eval.pictures import read_picture, write_picture
+from eval.pictures import read_pictures, refuse_unreadable, write_picture
 from eval.prompts import COMPBENCH_CATEGORIES, complex_kinds, read_lines
 from infra.errors import UserError
 from infra.log import Progress
@@ -107,19 +107,14 @@ def score(
     unreadable: list[str] = []
     with Progress(len(files), "images", desc=category) as progress:
         for start in range(0, len(files), BATCH):
-            part, images = _read(files[start : start + BATCH], unreadable)
+            part, images = read_pictures(files[start : start + BATCH], unreadable)
             metadata = [{"kind": kinds(file.prompt)} if kinds else {} for file in part]
             asked = [Sample(Prompt(f.prompt, category, metadata=m), 0, i) for f, m, i in zip(part, metadata, images)]
             for file, evidence in zip(part, gather(chosen, category, asked) if asked else []):
                 found.append(Stored(file.prompt, file.number, evidence))
                 lines.append(_keep(file, evidence, folder))
             progress.update(min(BATCH, len(files) - start))
-    if unreadable and not allow_partial:
-        raise UserError(f"{len(unreadable)} images unreadable, e.g. {unreadable[0]}; --allow-partial leaves them out")
-    if unreadable:
-        print(f"{category}: {len(unreadable)} of {len(files)} images could not be read", file=sys.stderr)
-    if not found:
-        raise UserError(f"no image of {samples} could be read, so there is no score")
+    refuse_unreadable(unreadable, len(files), allow_partial)
     from infra import storage
 
     storage.write_bytes(str(folder / "stored.jsonl"), "".join(f"{line}\n" for line in lines).encode())
@@ -150,17 +145,6 @@ def merge(folder: Path, dataset: Path, *, images_per_prompt: int = IMAGES_PER_PR
         values.add("complex", prompt, merged)
     write_answers(folder / MERGED, answers)
     _print("complex", values, "")
-
-
-def _read(files: Sequence[SampleFile], unreadable: list[str]) -> tuple[list[SampleFile], list]:
-    kept, images = [], []
-    for file in files:
-        try:
-            images.append(read_picture(file.path))
-            kept.append(file)
-        except UserError as error:
-            unreadable.append(str(error))
-    return kept, images
 
 
 def _keep(file: SampleFile, evidence: Evidence, folder: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from eval.clip_model import ClipColors
 from eval.geneval_files import (
     IMAGES_PER_PROMPT,
+    ImageFile,
     Summary,
     check_complete,
     judge_stored,
@@ -18,7 +19,9 @@ from eval.geneval_files import (
 )
 from eval.geneval_prompts import Metadata, metadata_lines, official_metadata, read_metadata
 from eval.judges import OfficialPaths, build_judges
-from eval.pictures import read_picture
+from eval.metric import Clusters
+from eval.pictures import read_pictures, refuse_unreadable
+from infra.errors import UserError, nearest
 from infra.log import Progress
 
 BATCH = 16
@@ -71,22 +74,36 @@ def score(
         out: write one official result line per image here
         metadata: the prompt set that must be complete (default: the official 553)
         images_per_prompt: images that every prompt must have
-        allow_partial: score an incomplete set and say how many images are missing
+        allow_partial: score an incomplete or partly unreadable set and say how many images are missing
     """
     files = read_folders(images)
     chosen = build_judges(judges, official)
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
     _check([file.metadata for file in files], metadata, images_per_prompt, allow_partial)
+    _known_classes(files, detector.classes)
     rows: list[dict[str, Any]] = []
+    unreadable: list[str] = []
     with Progress(len(files), "images", desc="judge") as progress:
         for start in range(0, len(files), BATCH):
-            part = files[start : start + BATCH]
-            pictures = [read_picture(file.path) for file in part]
-            for file, picture, found in zip(part, pictures, detector.detect(pictures)):
+            part, pictures = read_pictures(files[start : start + BATCH], unreadable)
+            for file, picture, found in zip(part, pictures, detector.detect(pictures) if pictures else []):
                 colorist = lambda name, items, p=picture, f=found: colors.of(p, f, name, items)  # noqa: E731
                 rows.append(result_row(str(file.path), found, file.metadata, colorist))
-            progress.update(len(part))
+            progress.update(min(BATCH, len(files) - start))
+    refuse_unreadable(unreadable, len(files), allow_partial)
     _report(rows, out)
+
+
+def _known_classes(files: Sequence[ImageFile], classes: Sequence[str]) -> None:
+    """A class that the detector cannot see would silently count as absent."""
+    for file in files:
+        asked = [*file.metadata.get("include", []), *file.metadata.get("exclude", [])]
+        unknown = next((clause["class"] for clause in asked if clause["class"] not in classes), None)
+        if unknown is not None:
+            raise UserError(
+                f"{file.path.parent.parent / 'metadata.jsonl'} asks for {unknown!r}, which the detector does not know"
+                f"{nearest(unknown, classes)}; it knows {len(classes)} classes"
+            )
 
 
 def _finish(
@@ -110,4 +127,15 @@ def _report(rows: list[dict[str, Any]], out: str | None) -> Summary:
     if out is not None:
         write_results(out, rows)
     print(summary.text())
+    print(_intervals(rows))
     return summary
+
+
+def _intervals(rows: Sequence[dict[str, Any]]) -> str:
+    """What the official summary lacks: 95 % bootstrap intervals, prompts drawn with their images."""
+    values, numbers = Clusters(), {text: n for n, text in enumerate(dict.fromkeys(row["metadata"] for row in rows))}
+    for row in rows:
+        values.add(row["tag"], numbers[row["metadata"]], row["correct"])
+    parts = {"overall": values.interval(), **{task: values.interval([task]) for task in values.strata}}
+    told = "; ".join(f"{name} {low:.2%} to {high:.2%}" for name, (low, high) in parts.items())
+    return f"95 % intervals over prompts: {told}"

@@ -1,7 +1,9 @@
 """Image files in and out: one reader that names a bad file, and labelled grids."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -18,6 +20,39 @@ def read_picture(path: str | Path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
+
+
+class PictureFile(Protocol):
+    @property
+    def path(self) -> Path: ...
+
+
+Found = TypeVar("Found", bound=PictureFile)
+
+
+def read_pictures(files: Sequence[Found], unreadable: list[str]) -> tuple[list[Found], list[np.ndarray]]:
+    """The files that can be read, and their pictures; what is wrong with the others joins `unreadable`."""
+    kept: list[Found] = []
+    images: list[np.ndarray] = []
+    for file in files:
+        try:
+            images.append(read_picture(file.path))
+            kept.append(file)
+        except UserError as error:
+            unreadable.append(str(error))
+    return kept, images
+
+
+def refuse_unreadable(unreadable: Sequence[str], total: int, allow_partial: bool) -> None:
+    """UserError, or (when a partial set is allowed) a line that says how many were left out."""
+    if len(unreadable) == total:
+        raise UserError(f"none of {total} images can be read, e.g. {unreadable[0]}")
+    if unreadable and not allow_partial:
+        raise UserError(
+            f"{len(unreadable)} of {total} images unreadable, e.g. {unreadable[0]}; --allow-partial leaves them out"
+        )
+    if unreadable:
+        print(f"{len(unreadable)} of {total} images could not be read", file=sys.stderr)
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:

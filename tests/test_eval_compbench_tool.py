@@ -271,7 +271,7 @@ def test_samples_that_are_broken_missing_or_repeated(tmp_path, capsys):
         write_picture(samples / sample_name("a photo of a red apple", index), picture(index, 64, 64))
     (samples / sample_name("a photo of a red apple", 3)).write_bytes(b"torn")
     (samples / "notes.txt").write_text("a stranger")
-    with pytest.raises(UserError, match="1 images unreadable"):
+    with pytest.raises(UserError, match="1 of 4 images unreadable"):
         score(samples, "color", out=tmp_path / "out", judges="world")
     assert not (tmp_path / "out").exists()
     score(samples, "color", out=tmp_path / "out", judges="world", allow_partial=True)

@@ -81,7 +81,9 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     metadata, out = tmp_path / "m.jsonl", tmp_path / "results.jsonl"
     metadata.write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in prompts))
     score(tmp_path / "set", judges="world", metadata=metadata, images_per_prompt=1, out=str(out))
-    assert capsys.readouterr().out.endswith("Overall score (avg. over tasks): 1.00000\n")
+    printed = capsys.readouterr().out
+    assert "Overall score (avg. over tasks): 1.00000\n" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("95 % intervals over prompts: overall 100.00% to 100.00%; ")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["tag"] for row in rows} == {p.task for p in prompts}
     with pytest.raises(UserError, match="prompts are not of this set"):
@@ -95,3 +97,56 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     printed = capsys.readouterr()
     assert "partial set: 3 of 5 images are missing" in printed.err
     assert "position         = 100.00% (1 / 1)" in printed.out
+
+
+def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
+    prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task == "single_object"]
+    image = control_image("ground_truth", prompts, 0, build_judges("world"))
+    folder = write_folder(tmp_path / "set", 0, dict(prompts[0].metadata), [image, image])
+    (folder / "samples" / "0001.png").write_bytes(b"torn")
+    metadata = tmp_path / "m.jsonl"
+    metadata.write_text(json.dumps(dict(prompts[0].metadata)) + "\n")
+    given = {"judges": "world", "metadata": metadata, "images_per_prompt": 2}
+    with pytest.raises(UserError, match=r"1 of 2 images unreadable, e\.g\. .*0001\.png"):
+        score(tmp_path / "set", **given)
+    score(tmp_path / "set", **given, allow_partial=True)
+    printed = capsys.readouterr()
+    assert "1 of 2 images could not be read" in printed.err
+    assert "Total images: 1" in printed.out
+    (folder / "samples" / "0000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of 2 images can be read"):
+        score(tmp_path / "set", **given, allow_partial=True)
+    stranger = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}], "prompt": "a unicorn"}
+    write_folder(tmp_path / "other", 0, stranger, [image])
+    with pytest.raises(UserError, match=r"00000/metadata\.jsonl asks for 'unicorn'"):
+        score(tmp_path / "other", judges="world", allow_partial=True)
+
+
+def test_a_scorer_without_weights_is_one_line(tmp_path):
+    from eval.clip_model import ClipModel
+    from eval.vqa import BlipVQA
+
+    for build in (TransformersDetector, ClipModel, BlipVQA):
+        with pytest.raises(UserError, match=r"no .* at"):
+            build(tmp_path / "missing")
+
+
+def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tmp_path, capsys):
+    """The whole official path on a checkpoint in the hub's layout: detector, CLIP colors, verdicts, summary."""
+    from data_pipeline.checkpoints import resolve
+    from eval.judges import OfficialPaths
+
+    record = {
+        "tag": "colors",
+        "include": [{"class": "dog", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red dog",
+    }
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    write_folder(tmp_path / "set", 0, record, [image] * 4)
+    (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
+    official = OfficialPaths(detector=str(mask2former), clip=str(resolve("world:judge_clip")))
+    score(tmp_path / "set", official=official, metadata=tmp_path / "m.jsonl", out=str(tmp_path / "r.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert set(rows[0]) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
+    assert "Overall score" in capsys.readouterr().out

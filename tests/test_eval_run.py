@@ -88,6 +88,72 @@ def test_guidance_and_the_unconditional_input_matter(painter):
         assert (painted(painter, JOBS[:1], **change)[JOBS[0]] != base).any(), change
 
 
+def test_leaving_t5_out_puts_zeros_in_its_seat(painter, tmp_path):
+    from data_pipeline.checkpoints import resolve
+    from model.encoders import load_text_encoders
+    from model.text import assemble
+
+    texts = ["a red dog", "a cat"]
+    features = load_text_encoders(SPEC, resolve).encode(texts)
+    zeros = assemble(SPEC, features, dropped={"t5": torch.ones(2, dtype=torch.bool)})
+    ours = painter._condition(texts, True)
+    assert torch.equal(ours.context_BLD, zeros.context_BLD)
+    assert torch.equal(ours.mask_BL, zeros.mask_BL)
+    assert torch.equal(ours.pooled_BP, zeros.pooled_BP)
+    assert not torch.equal(painter._condition(texts, False).context_BLD, zeros.context_BLD)
+    one_seat = TextSpec(encoders=SPEC.encoders[:1], layout="trimmed", context_width=384)
+    other = Painter(export(tmp_path / "ema.safetensors", text_spec=one_seat.to_json()))
+    with pytest.raises(UserError, match="no T5 seat"):
+        painted(other, JOBS[:1], without_t5=True)
+
+
+def test_scores_without_t5_have_names_and_protocols_of_their_own(tmp_path, monkeypatch):
+    export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
+    run(options(tmp_path, metrics="clip_score", t5="both", calibration=False))
+    rows = {r.metric: r for r in ResultStore(str(tmp_path / "d1" / "results")).rows()}
+    assert list(rows) == ["world_clip_score", "world_clip_score_no_t5"]
+    assert rows["world_clip_score"].value != rows["world_clip_score_no_t5"].value
+    protocols = [json.loads(p.read_text()) for p in (tmp_path / "d1/results/protocols").glob("*.json")]
+    assert sorted(p["sampling"].get("without_t5", False) for p in protocols) == [False, True]
+    kept = list((tmp_path / "d1" / "results" / "values").rglob("*.npz"))
+    assert len(kept) == 2
+
+
+def test_a_checkpoint_that_disappears_is_a_counted_failure(tmp_path):
+    from eval.run import EvaluateTask
+    from eval.runner import Work, run_work
+
+    there = export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
+    gone = export(tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40, recipe_hash="r2")
+    found = find_checkpoints(str(tmp_path))
+    gone.unlink()
+    work = [Work(c.run, {"checkpoint": vars(c)}) for c in found]
+    failed = run_work(EvaluateTask(options(tmp_path, metrics="clip_score", calibration=False)), work, workers=0)
+    assert list(failed) == ["d2"]
+    assert "ema.safetensors" in failed["d2"]
+    assert there.exists()
+    assert [r.metric for r in ResultStore(str(tmp_path / "d1" / "results")).rows()] == ["world_clip_score"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_checkpoints_are_shared_by_ray_workers_and_measured_once(tmp_path):
+    for step in (10, 20, 30):
+        path = tmp_path / "d1" / "weights" / f"step_{step:07d}" / "ema.safetensors"
+        export(path, images_seen=step * 4, seed=step)
+    (tmp_path / "d2" / "weights" / "step_0000010").mkdir(parents=True)
+    (tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors").write_bytes(b"torn")
+    given = options(tmp_path, metrics="clip_score", calibration=False, workers=2)
+    with pytest.raises(UserError, match="1 of 4 checkpoints"):
+        run(given)
+    rows = ResultStore(str(tmp_path / "d1" / "results")).rows()
+    assert [r.images_seen for r in sorted(rows, key=lambda r: r.images_seen)] == [40, 80, 120]
+    stored = objects(tmp_path)
+    with pytest.raises(UserError, match="1 of 4 checkpoints"):
+        run(given)
+    assert objects(tmp_path) == stored, "measured again"
+
+
 def test_weights_that_cannot_be_drawn_with_say_what_they_lack(tmp_path):
     path = export(tmp_path / "ema.safetensors", seed=1)
     from model.weights import load_weights
