@@ -1,7 +1,4 @@
-"""Where raw images come from: a folder, WebDataset tars, parquet files. A source lists units of work and reads one.
-
-A unit's id names what it holds (path, size, time): a changed file is a new unit, an unchanged one is never redone.
-"""
+"""Where raw images come from: folders, tars, parquet, and published layouts. A source lists units and reads one."""
 
 import dataclasses
 import json
@@ -9,52 +6,37 @@ import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.fetch import Fetch
 from data_pipeline.schema import fingerprint
+from data_pipeline.source_layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource, fetch_rows
+from data_pipeline.source_rows import (
+    FOLDER_ROWS,
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    SPLITS,
+    TEXT_SUFFIXES,
+    RawRow,
+    Source,
+    SourceUnit,
+    existing,
+    read_row,
+    split_of,
+    stamp,
+)
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError, nearest
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
-TEXT_SUFFIXES = ("txt", "text", "caption")
-SPLITS = ("train", "val")
-FOLDER_ROWS = 500
-MAX_IMAGE_BYTES = 256 * 2**20
 
+def parse_source(text: str, *, image_column: str = "", caption_column: str = "", fetch: Fetch | None = None) -> Source:
+    """`folder:/path`, `wds:URI` (folder or brace pattern), `parquet:/path`, `hf:`, `imagenet:`, `coco:` or `cc12m:`.
 
-class RawRow(NamedTuple):
-    """One row as found. `status` is ok or says what was wrong with the container's entry."""
-
-    key: str
-    image: bytes | None
-    caption: bytes | str | None
-    status: str = "ok"
-    reason: str = ""
-    info: Mapping[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class SourceUnit:
-    """What one ingest task reads: `where` is for the source that listed it. `split` is "" where pack shall decide."""
-
-    id: str
-    split: str
-    where: Mapping[str, Any]
-
-
-class Source(Protocol):
-    """A kind of input."""
-
-    def units(self) -> list[SourceUnit]: ...
-
-    def rows(self, unit: SourceUnit) -> Iterator[RawRow]: ...
-
-
-def parse_source(text: str, *, image_column: str = "", caption_column: str = "") -> Source:
-    """`folder:/path`, `wds:URI` (folder or brace pattern) or `parquet:/path`."""
+    `fetch` None leaves URLs in parquet files alone.
+    """
     kind, colon, where = text.partition(":")
     if not colon or kind not in SOURCES:
         raise UserError(
@@ -63,32 +45,12 @@ def parse_source(text: str, *, image_column: str = "", caption_column: str = "")
     if not where:
         raise UserError(f"source {text!r} names no place: write {kind}:/path or {kind}:s3://bucket/prefix")
     if kind == "parquet":
-        return ParquetSource(where, image_column, caption_column)
+        return ParquetSource(where, image_column, caption_column, fetch)
+    if kind == "hf":
+        return HfSource(where, image_column, caption_column)
+    if kind == "cc12m":
+        return Cc12mSource(where, fetch or Fetch())
     return SOURCES[kind](where)
-
-
-def _stamp(uri: str) -> list[object]:
-    """What changes when a file changes, without reading it."""
-    if storage.is_remote(uri):
-        return [storage.size(uri)]
-    state = storage.local_path(uri).stat()
-    return [state.st_size, state.st_mtime_ns]
-
-
-def _split_of(relative: str) -> str:
-    """train/00000.tar belongs to train; anything else to no split."""
-    first = relative.split("/", 1)[0]
-    return first if first in SPLITS and "/" in relative else ""
-
-
-def _existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
-    """Files of a folder with these endings, or the file itself; UserError when there are none."""
-    found = [name for name in storage.list_files(uri) if name.lower().endswith(suffixes)]
-    if not found:
-        if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
-            raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
-        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do")
-    return found
 
 
 @dataclass(frozen=True)
@@ -98,12 +60,12 @@ class FolderSource:
     uri: str
 
     def units(self) -> list[SourceUnit]:
-        names = _existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images")
+        names = existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images")
         root = self.uri.rstrip("/") + "/"
         texts = {name for name in storage.list_files(self.uri) if name.endswith(".txt")}
         by_split: dict[str, list[str]] = {}
         for name in names:
-            by_split.setdefault(_split_of(name.removeprefix(root)), []).append(name)
+            by_split.setdefault(split_of(name.removeprefix(root)), []).append(name)
         units = []
         for split, files in by_split.items():
             for first in range(0, len(files), FOLDER_ROWS):
@@ -114,7 +76,7 @@ class FolderSource:
 
     def _row(self, name: str, root: str, texts: set[str]) -> list[object]:
         text = name.rsplit(".", 1)[0] + ".txt"
-        stamps = [] if storage.is_remote(name) else [_stamp(uri) for uri in (name, text) if uri == name or uri in texts]
+        stamps = [] if storage.is_remote(name) else [stamp(uri) for uri in (name, text) if uri == name or uri in texts]
         return [name.removeprefix(root), text.removeprefix(root) if text in texts else None, *stamps]
 
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
@@ -146,13 +108,13 @@ class WdsSource:
                 raise MissingError(f"{missing[0]}: no such file ({len(missing)} of {len(tars)} of {self.uri} missing)")
             root = posixpath.commonpath([posixpath.dirname(tar) for tar in tars]) if len(tars) > 1 else ""
         else:
-            tars, root = _existing(self.uri, (".tar", ".tar.gz", ".tgz"), "tars"), self.uri
+            tars, root = existing(self.uri, (".tar", ".tar.gz", ".tgz"), "tars"), self.uri
         units = []
         for tar in dict.fromkeys(tars):  # a shard listed twice is read once
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
             stem = posixpath.basename(tar).split(".")[0]
-            split = _split_of(relative)
-            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, _stamp(tar)])[:10]}"
+            split = split_of(relative)
+            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, stamp(tar)])[:10]}"
             units.append(SourceUnit(label, split, {"tar": tar}))
         return units
 
@@ -236,10 +198,11 @@ class ParquetSource:
     uri: str
     image_column: str = ""
     caption_column: str = ""
+    fetch: Fetch | None = None
 
     def units(self) -> list[SourceUnit]:
         units = []
-        for file in _existing(self.uri, (".parquet",), "parquet files"):
+        for file in existing(self.uri, (".parquet",), "parquet files"):
             with storage.open_read(file) as stream:
                 parquet = _open_parquet(stream, file)
                 image, caption = self._columns(parquet.schema_arrow, file)
@@ -247,9 +210,9 @@ class ParquetSource:
                     where = {"file": file, "group": group, "image": image, "caption": caption}
                     relative = file.removeprefix(self.uri.rstrip("/") + "/")
                     stem = posixpath.basename(file).rsplit(".", 1)[0]
-                    split = _split_of(relative) or next((s for s in SPLITS if stem.startswith(f"{s}-")), "")
+                    split = split_of(relative) or next((s for s in SPLITS if stem.startswith(f"{s}-")), "")
                     label = (
-                        f"{split or 'all'}-{stem[-40:]}-{group:04d}-{fingerprint([relative, where, _stamp(file)])[:10]}"
+                        f"{split or 'all'}-{stem[-40:]}-{group:04d}-{fingerprint([relative, where, stamp(file)])[:10]}"
                     )
                     units.append(SourceUnit(label.replace(".", "_"), split, where))
         return units
@@ -262,9 +225,15 @@ class ParquetSource:
             ("caption", self.caption_column, CAPTION_COLUMNS),
         ):
             name = asked or next((k for k in known if k in names), "")
+            urls = [n for n in names if n.lower() == "url"]
+            if what == "image" and not name and urls:
+                if self.fetch is None:
+                    raise UserError(
+                        f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
+                        "or, for not too many, add --fetch-urls"
+                    )
+                name = urls[0]
             if name not in names:
-                if what == "image" and not asked and "url" in [n.lower() for n in names]:
-                    raise UserError(f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER")
                 raise UserError(
                     f"{file}: no {what} column {name or 'named ' + ' or '.join(known[:4])}; it has {', '.join(names)}: "
                     f"name it with --{what}-column{nearest(name, names) if name else ''}"
@@ -279,8 +248,14 @@ class ParquetSource:
             names = [where["image"], where["caption"]]
             has_key = "key" in parquet.schema_arrow.names
             table = parquet.read_row_group(where["group"], columns=[*names, *(["key"] if has_key else [])])
-        for number, row in enumerate(table.to_pylist()):
-            key = str(row["key"]) if has_key else f"{where['group']:04d}-{number:06d}"
+        rows = table.to_pylist()
+        keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{n:06d}" for n, row in enumerate(rows)]
+        if self.fetch is not None and where["image"].lower() == "url":
+            found = zip(keys, rows)
+            items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in found]
+            yield from fetch_rows(items, self.fetch, where["file"])
+            return
+        for key, row in zip(keys, rows):
             value = row[where["image"]]
             if isinstance(value, dict):
                 value = value.get("bytes") or value.get("path")
@@ -294,12 +269,7 @@ class ParquetSource:
     @staticmethod
     def _from_path(key: str, path: str, caption: str, file: str) -> RawRow:
         uri = path if storage.is_remote(path) or path.startswith("/") else storage.join(posixpath.dirname(file), path)
-        try:
-            return RawRow(key, storage.read_bytes(uri), caption)
-        except UnavailableError:
-            raise
-        except UserError as error:
-            return RawRow(key, None, caption, "unreadable", str(error))
+        return read_row(key, uri, caption)
 
 
 def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:
@@ -311,7 +281,15 @@ def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:
         raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0][:120]})") from error
 
 
-SOURCES: Mapping[str, Any] = {"folder": FolderSource, "wds": WdsSource, "parquet": ParquetSource}
+SOURCES: Mapping[str, Any] = {
+    "folder": FolderSource,
+    "wds": WdsSource,
+    "parquet": ParquetSource,
+    "hf": HfSource,
+    "imagenet": ImageNetSource,
+    "coco": CocoSource,
+    "cc12m": Cc12mSource,
+}
 
 
 def source_to_json(source: Source) -> dict[str, Any]:
@@ -321,4 +299,7 @@ def source_to_json(source: Source) -> dict[str, Any]:
 
 
 def source_from_json(data: Mapping[str, Any]) -> Source:
-    return SOURCES[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
+    given = {key: value for key, value in data.items() if key != "kind"}
+    if given.get("fetch"):
+        given["fetch"] = Fetch(**{**given["fetch"], "allow_private": tuple(given["fetch"]["allow_private"])})
+    return SOURCES[data["kind"]](**given)

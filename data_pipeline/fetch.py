@@ -1,0 +1,174 @@
+"""Images by URL, bounded in size, time and redirects. Addresses inside a network are refused unless they are allowed.
+
+The name is resolved once, every answer checked, and the connection made to the checked address: a name that changes its
+answer in between (DNS rebinding) gains nothing. Proxies of the environment are not used.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+_CHUNK = 64 * 2**10
+_REDIRECTS = (301, 302, 303, 307, 308)
+_AGENT = "Mozilla/5.0 (compatible; beeline)"
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bounds of one download."""
+
+    max_bytes: int = 32 * 2**20
+    """A longer answer is given up (too_large)."""
+    timeout_s: float = 15
+    """For all of it: name, connection, redirects and body."""
+    redirects: int = 4
+    """More of them are refused."""
+    threads: int = 32
+    """Downloads at a time per worker."""
+    allow_private: tuple[str, ...] = ()
+    """Hosts that may lie in a private network, as written in the URL."""
+
+
+class FetchError(Exception):
+    """Why there is no image: fetch_refused, fetch_failed or too_large. `network` when nobody answered at all."""
+
+    def __init__(self, status: str, reason: str, *, network: bool = False) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.network = status, reason, network
+
+
+def fetch(url: str, bounds: Fetch) -> bytes:
+    """The body behind a URL; FetchError otherwise."""
+    until = time.monotonic() + bounds.timeout_s
+    for _ in range(bounds.redirects + 1):
+        parts = _checked(url)
+        connection = _connect(parts, bounds, until)
+        try:
+            answer = _ask(connection, parts)
+            if answer.status in _REDIRECTS:
+                url = urljoin(url, answer.getheader("location") or "")
+                continue
+            if answer.status != 200:
+                raise FetchError("fetch_failed", f"status {answer.status}")
+            return _body(answer, connection, bounds, until)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise FetchError("fetch_failed", f"{type(error).__name__} from {parts.hostname}", network=True) from error
+        finally:
+            connection.close()
+    raise FetchError("fetch_refused", f"more than {bounds.redirects} redirects")
+
+
+def _checked(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for a port that is no number
+    except ValueError as error:
+        raise FetchError("fetch_refused", "not an address") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FetchError("fetch_refused", f"scheme {parts.scheme or 'none'}: only http and https are fetched")
+    return parts
+
+
+def _connect(parts: SplitResult, bounds: Fetch, until: float) -> "_PinnedHTTP | _PinnedHTTPS":
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise FetchError("fetch_failed", f"no such host {host}", network=True) from error
+    addresses = [str(item[4][0]) for item in found]
+    if host not in bounds.allow_private:
+        inside = [address for address in addresses if not _public(address)]
+        if inside:
+            raise FetchError("fetch_refused", f"{host} lies in a private network ({inside[0]})")
+    kind = _PinnedHTTPS if secure else _PinnedHTTP
+    return kind(host, port, addresses, _left(until))
+
+
+def _public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.split("%", 1)[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # an IPv4 address in disguise counts as what it is
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if embedded is not None:
+            ip = embedded
+        elif ip in ipaddress.ip_network("64:ff9b::/96"):
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.is_global and not ip.is_multicast
+
+
+class _PinnedHTTP(http.client.HTTPConnection):
+    """Connects to addresses that were checked, whatever the name says now.
+
+    `wire` stays when http.client lets go of `sock`: before the body of an answer that ends the connection.
+    """
+
+    wire: socket.socket
+
+    def __init__(self, host: str, port: int, addresses: Sequence[str], timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self._addresses = addresses
+
+    def connect(self) -> None:
+        self.wire = self.sock = _socket(self._addresses, self.port, self.timeout)
+
+
+class _PinnedHTTPS(http.client.HTTPSConnection):
+    wire: socket.socket
+
+    def __init__(self, host: str, port: int, addresses: Sequence[str], timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self._addresses = addresses
+
+    def connect(self) -> None:
+        plain = _socket(self._addresses, self.port, self.timeout)
+        self.wire = self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+
+
+def _socket(addresses: Sequence[str], port: int, timeout: float | None) -> socket.socket:
+    problem: OSError = OSError("no address")
+    for address in dict.fromkeys(addresses):
+        try:
+            return socket.create_connection((address, port), timeout=timeout)
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse:
+    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
+    headers = {"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+    connection.request("GET", path.replace(" ", "%20"), headers=headers)
+    return connection.getresponse()
+
+
+def _body(
+    answer: http.client.HTTPResponse, connection: "_PinnedHTTP | _PinnedHTTPS", bounds: Fetch, until: float
+) -> bytes:
+    stated = answer.getheader("content-length") or ""
+    if stated.isdigit() and int(stated) > bounds.max_bytes:
+        raise FetchError("too_large", f"{int(stated):,} bytes, at most {bounds.max_bytes:,}")
+    data = bytearray()
+    while True:
+        connection.wire.settimeout(_left(until))
+        chunk = answer.read1(_CHUNK)
+        if not chunk:
+            break
+        data += chunk
+        if len(data) > bounds.max_bytes:
+            raise FetchError("too_large", f"more than {bounds.max_bytes:,} bytes")
+    if stated.isdigit() and len(data) < int(stated):
+        raise FetchError("fetch_failed", f"cut short: {len(data):,} of {int(stated):,} bytes")
+    return bytes(data)
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise FetchError("fetch_failed", "took too long")
+    return left

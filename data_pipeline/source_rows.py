@@ -1,0 +1,79 @@
+"""What a source of raw images is, and what all of them need: rows, units of work, splits by folder, file stamps.
+
+A unit's id names what it holds (path, size, time): a changed file is a new unit, an unchanged one is never redone.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from infra import storage
+from infra.errors import MissingError, UnavailableError, UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+TEXT_SUFFIXES = ("txt", "text", "caption")
+SPLITS = ("train", "val")
+FOLDER_ROWS = 500
+MAX_IMAGE_BYTES = 256 * 2**20
+
+
+class RawRow(NamedTuple):
+    """One row as found. `status` is ok or says what was wrong with the container's entry."""
+
+    key: str
+    image: bytes | None
+    caption: bytes | str | None
+    status: str = "ok"
+    reason: str = ""
+    info: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class SourceUnit:
+    """What one ingest task reads: `where` is for the source that listed it. `split` is "" where pack shall decide."""
+
+    id: str
+    split: str
+    where: Mapping[str, Any]
+
+
+class Source(Protocol):
+    """A kind of input."""
+
+    def units(self) -> list[SourceUnit]: ...
+
+    def rows(self, unit: SourceUnit) -> Iterator[RawRow]: ...
+
+
+def stamp(uri: str) -> list[object]:
+    """What changes when a file changes, without reading it."""
+    if storage.is_remote(uri):
+        return [storage.size(uri)]
+    state = storage.local_path(uri).stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
+def split_of(relative: str) -> str:
+    """train/00000.tar belongs to train; anything else to no split."""
+    first = relative.split("/", 1)[0]
+    return first if first in SPLITS and "/" in relative else ""
+
+
+def existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
+    """Files of a folder with these endings, or the file itself; UserError when there are none."""
+    found = [name for name in storage.list_files(uri) if name.lower().endswith(suffixes)]
+    if not found:
+        if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
+            raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
+        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do")
+    return found
+
+
+def read_row(key: str, uri: str, caption: bytes | str | None) -> RawRow:
+    """A row whose image is a file; one that cannot be read is a counted row, a store that sleeps stops the unit."""
+    try:
+        return RawRow(key, storage.read_bytes(uri), caption)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        return RawRow(key, None, caption, "unreadable", str(error))
