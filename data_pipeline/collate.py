@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import LatentBatch
 from data_pipeline.index import ShardRows
-from data_pipeline.layout import SampleLayout
+from data_pipeline.layout import SampleLayout, Slots
 from data_pipeline.schema import VaeMeta
 from infra.errors import UserError, nearest
 from model.seeding import keyed_normal, keyed_uniform
@@ -71,13 +71,15 @@ def _seats(spec: TextSpec) -> dict[str, _Seat]:
 class Collator:
     """Makes LatentBatch objects for one text spec, VAE and set of captions."""
 
-    def __init__(self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...]) -> None:
-        self._spec, self._vae, self._captions = text_spec, vae, captions
+    def __init__(
+        self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...], int8_seats: tuple[str, ...] = ()
+    ) -> None:
+        self._spec, self._vae, self._captions, self._int8 = text_spec, vae, captions, int8_seats
         self._seats = _seats(text_spec)
 
     def layout(self, latent_shape: tuple[int, int, int]) -> SampleLayout:
         channels, height, width = latent_shape
-        return SampleLayout(self._spec, self._captions, (2 * channels, height, width))
+        return SampleLayout(self._spec, self._captions, (2 * channels, height, width), self._int8)
 
     def collate(
         self,
@@ -96,7 +98,7 @@ class Collator:
             raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
         caption_B = self._choose_captions(positions, tokens_BS, draws)
         position_B = torch.from_numpy(positions.astype(np.int64))
-        text = self._text(position_B, caption_B, tokens_BS, (slots.pooled_RS, slots.hidden_RS), data, draws)
+        text = self._text(position_B, caption_B, tokens_BS, slots, data, draws)
         moments = np.empty((len(data), *layout.moments_shape), np.float16)
         flat = moments.reshape(len(data), -1).view(np.uint8)
         for b, (bytes_, at) in enumerate(zip(data, slots.moments_R)):
@@ -136,12 +138,11 @@ class Collator:
         position_B: Tensor,
         caption_B: np.ndarray,
         tokens_BS: np.ndarray,
-        offsets: tuple[np.ndarray, np.ndarray],
+        slots: Slots,
         data: Sequence[np.ndarray],
         draws: Draws,
     ) -> TextCond:
         """The same as model.text.assemble, without the copies in between; dropped encoders are never touched."""
-        pooled_RS, hidden_RS = offsets
         spec, batch = self._spec, len(data)
         # numpy asks for huge pages, torch does not: 80 MB in small pages cost more than everything else here
         context_BLD = torch.from_numpy(np.zeros((batch, spec.context_tokens, spec.context_width), np.float32))
@@ -154,14 +155,19 @@ class Collator:
             mask_BL[dropped_B, seat.start : seat.start + seat.tokens] = True
             for b in np.flatnonzero(~dropped_B).tolist():
                 slot = caption_B[b] * len(spec.encoders) + number
-                count, at = int(tokens_BS[b, slot]), int(hidden_RS[b, slot])
-                hidden = data[b][at : at + count * seat.width * 2].view(np.float16).reshape(count, seat.width)
+                count, at = int(tokens_BS[b, slot]), int(slots.hidden_RS[b, slot])
+                dtype = np.dtype(np.int8 if seat.seat in self._int8 else np.float16)
+                size = count * seat.width * dtype.itemsize
+                hidden = data[b][at : at + size].view(dtype).reshape(count, seat.width)
                 # torch widens fp16 with vector instructions; numpy takes thirty times as long
                 target = context_BLD[b, seat.start : seat.start + count, seat.channel : seat.channel + seat.width]
                 target.copy_(torch.from_numpy(hidden))
+                if seat.seat in self._int8:
+                    at = int(slots.scale_RS[b, slot])
+                    target.mul_(torch.from_numpy(data[b][at : at + 4 * count].view(np.float32))[:, None])
                 mask_BL[b, seat.start : seat.start + count] = True
                 if seat.pooled:
-                    at = int(pooled_RS[b, slot])
+                    at = int(slots.pooled_RS[b, slot])
                     pooled = data[b][at : at + 4 * seat.pooled].view(np.float32)
                     pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled] = pooled
         mask = torch.from_numpy(mask_BL) if spec.layout == "trimmed" else None

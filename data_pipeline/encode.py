@@ -1,6 +1,7 @@
 """What training will read: autoencoder moments of each image, text features of each caption. One column per network.
 
-Everything is stored raw in fp16 (pooled vectors in fp32); scaling and dropping happen when it is loaded.
+Stored raw in fp16 (pooled vectors in fp32, text states on demand in int8 with a scale per token); scaling and dropping
+happen when it is loaded.
 """
 # Shapes: B batch, C latent channels, H and W height and width, L text tokens, P pooled width.
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.images import CROP_RULE, cover_crop
+from data_pipeline.layout import quantise
 from data_pipeline.stage import OK, ShardView, Worker, result
 from model.text import EncodedText, EncoderSpec, TextSpec
 
@@ -75,6 +77,7 @@ class TextStage:
     text_spec: TextSpec
     seat: str
     weights: str
+    int8: bool = False
     batch: int = 256
     device: str = "cpu"
 
@@ -98,7 +101,7 @@ class TextStage:
             "encoder": encoder,
             "layout": self.text_spec.layout,
             "convention": self.text_spec.convention,
-            "dtype": "float16",
+            "dtype": "int8 per token" if self.int8 else "float16",
         }
 
     def open(self) -> Worker:
@@ -116,7 +119,7 @@ class TextStage:
             }
             wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}
             states = self._encode(encoders, sorted(wanted, key=lambda text: (len(text), text)))
-            return _text_table(shard, captions, states)
+            return _text_table(shard, captions, states, self.int8)
 
         return run
 
@@ -136,7 +139,10 @@ class TextStage:
 
 
 def _text_table(
-    shard: ShardView, captions: Mapping[str, Mapping[int, object]], states: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    shard: ShardView,
+    captions: Mapping[str, Mapping[int, object]],
+    states: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    int8: bool,
 ) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     finite = [True] * len(shard.rows)
@@ -144,8 +150,14 @@ def _text_table(
         found = [states.get(str(texts.get(row) or "")) for row in shard.rows]
         finite = [good and (f is None or bool(np.isfinite(f[0]).all())) for good, f in zip(finite, found)]
         columns[f"{caption}_tokens"] = pa.array([0 if f is None else len(f[0]) for f in found], pa.int16())
+        hidden = [None if f is None else f[0] for f in found]
+        if int8:
+            small = [None if h is None else quantise(h) for h in hidden]
+            hidden = [None if q is None else q[0] for q in small]
+            scales = [None if q is None else q[1].tobytes() for q in small]
+            columns[f"{caption}_scale"] = pa.array(scales, pa.large_binary())
         columns[f"{caption}_hidden"] = pa.array(
-            [None if f is None else f[0].tobytes() for f in found], pa.large_binary()
+            [None if h is None else h.tobytes() for h in hidden], pa.large_binary()
         )
         columns[f"{caption}_pooled"] = pa.array(
             [None if f is None else f[1].tobytes() for f in found], pa.large_binary()

@@ -5,7 +5,7 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -100,7 +100,7 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
     """Put a split's table of shards under a content-addressed name; returns the name relative to `uri`."""
     ordered = sorted(entries, key=lambda e: (e.bucket, e.generation, e.sha256))
     names = ShardEntry.__dataclass_fields__
-    table = pa.table({name: pa.array([asdict(entry)[name] for entry in ordered]) for name in names})
+    table = pa.table({name: pa.array([getattr(entry, name) for entry in ordered]) for name in names})
     data = table_bytes(table)
     name = f"index/{split}-{storage.sha256_hex(data)[:16]}.parquet"
     storage.write_bytes(storage.join(uri, name), data)

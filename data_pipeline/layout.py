@@ -1,20 +1,38 @@
 """The bytes of one training sample: which arrays it holds, in which order, so that an index alone can find them.
 
-A sample is a safetensors file: fp32 pooled vectors first (alignment), then the fp16 moments, then the fp16 states of
-each caption and encoder, cut to the tokens that are stored. Absent captions have 0 tokens and no bytes.
+A sample is a safetensors file: fp32 pooled vectors and scales first (alignment), then the fp16 moments, then the states
+of each caption and encoder (fp16, or int8 with a scale per token), cut to the tokens that are stored. Absent captions
+have 0 tokens and no bytes.
 """
-# Shapes: R rows, S captions x seats (caption-major), C channels, H and W latent height and width.
+# Shapes: R rows, S captions x seats (caption-major), C channels, H and W latent height and width, L text tokens.
 
 import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from model.text import EncoderSpec, TextSpec
 
-_DTYPES = {"<f4": "F32", "<f2": "F16"}
+_DTYPES = {"<f4": "F32", "<f2": "F16", "|i1": "I8"}
+
+
+class TextFeatures(NamedTuple):
+    """One caption's output of one encoder; with `scale_L` the states are int8 and mean hidden_LW * scale_L[:, None]."""
+
+    hidden_LW: np.ndarray
+    pooled_P: np.ndarray
+    scale_L: np.ndarray | None = None
+
+
+def quantise(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 states, fp32 scale per token): the largest value of each token becomes 127."""
+    values = hidden_LW.astype(np.float32)
+    scale_L = np.abs(values).max(1, initial=0) / 127
+    scale_L = np.where(scale_L > 0, scale_L, 1).astype(np.float32)
+    return np.rint(values / scale_L[:, None]).astype(np.int8), scale_L
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class Slots:
 
     moments_R: np.ndarray
     pooled_RS: np.ndarray
+    scale_RS: np.ndarray
     hidden_RS: np.ndarray
     size_R: np.ndarray
 
@@ -34,6 +53,12 @@ class SampleLayout:
     text_spec: TextSpec
     captions: tuple[str, ...]
     moments_shape: tuple[int, int, int]
+    int8_seats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for encoder in self.text_spec.encoders:
+            if encoder.seat in self.int8_seats and encoder.width % 2:
+                raise ValueError(f"{encoder.seat}: int8 states of odd width {encoder.width} would misalign fp16 ones")
 
     @property
     def encoders(self) -> tuple[EncoderSpec, ...]:
@@ -49,38 +74,50 @@ class SampleLayout:
         tokens_RS = tokens_RS.astype(np.int64)
         present_RS = tokens_RS > 0
         pooled_size_RS = present_RS * np.array([encoder.pooled * 4 for _, encoder in self.slots])
-        hidden_size_RS = tokens_RS * np.array([encoder.width * 2 for _, encoder in self.slots])
+        small = np.array([encoder.seat in self.int8_seats for _, encoder in self.slots])
+        scale_size_RS = tokens_RS * small * 4
+        hidden_size_RS = tokens_RS * np.array([encoder.width for _, encoder in self.slots]) * np.where(small, 1, 2)
         moments_size = int(np.prod(self.moments_shape)) * 2
-        moments_R = pooled_size_RS.sum(1)
+        scales_R = pooled_size_RS.sum(1)
+        moments_R = scales_R + scale_size_RS.sum(1)
         pooled_RS = np.cumsum(pooled_size_RS, 1) - pooled_size_RS
+        scale_RS = scales_R[:, None] + np.cumsum(scale_size_RS, 1) - scale_size_RS
         hidden_RS = (moments_R + moments_size)[:, None] + np.cumsum(hidden_size_RS, 1) - hidden_size_RS
         return Slots(
             moments_R=moments_R,
             pooled_RS=np.where(present_RS, pooled_RS, -1),
+            scale_RS=np.where(present_RS & small, scale_RS, -1),
             hidden_RS=np.where(present_RS, hidden_RS, -1),
             size_R=moments_R + moments_size + hidden_size_RS.sum(1),
         )
 
     def encode(
-        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], tuple[np.ndarray, ...]]
     ) -> tuple[bytes, int, list[int]]:
-        """(safetensors bytes, header length, tokens per slot); `text[caption, seat]` is (hidden_LW, pooled_P)."""
+        """(safetensors bytes, header length, tokens per slot); `text[caption, seat]` are TextFeatures."""
         if moments_CHW.shape != self.moments_shape:
             raise ValueError(f"moments {moments_CHW.shape}, expected {self.moments_shape}")
-        pooled, hidden, tokens = [], [], []
+        pooled, scales, hidden, tokens = [], [], [], []
         for caption, encoder in self.slots:
             if (caption, encoder.seat) not in text:
                 tokens.append(0)
                 continue
-            hidden_LW, pooled_P = text[caption, encoder.seat]
+            hidden_LW, pooled_P, scale_L = TextFeatures(*text[caption, encoder.seat])
             if not 0 < len(hidden_LW) <= encoder.tokens or hidden_LW.shape[1] != encoder.width:
                 raise ValueError(f"{encoder.seat}: states {hidden_LW.shape}, at most {(encoder.tokens, encoder.width)}")
             tokens.append(len(hidden_LW))
-            hidden.append((f"{caption}.{encoder.seat}.hidden", hidden_LW.astype("<f2")))
+            name = f"{caption}.{encoder.seat}"
+            if encoder.seat in self.int8_seats:
+                if scale_L is None:
+                    hidden_LW, scale_L = quantise(hidden_LW)
+                scales.append((f"{name}.scale", scale_L.astype("<f4")))
+                hidden.append((f"{name}.hidden", hidden_LW.astype("|i1")))
+            else:
+                hidden.append((f"{name}.hidden", hidden_LW.astype("<f2")))
             if encoder.pooled:
-                pooled.append((f"{caption}.{encoder.seat}.pooled", pooled_P.astype("<f4")))
+                pooled.append((f"{name}.pooled", pooled_P.astype("<f4")))
         moments = ("moments", moments_CHW.astype("<f2"))
-        header, data = pack_safetensors([*pooled, moments, *hidden])
+        header, data = pack_safetensors([*pooled, *scales, moments, *hidden])
         return header + data, len(header), tokens
 
 
@@ -89,7 +126,7 @@ def pack_safetensors(arrays: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, b
     header: dict[str, dict[str, object]] = {}
     at = 0
     for name, array in arrays:
-        dtype = _DTYPES[array.dtype.newbyteorder("<").str]
+        dtype = _DTYPES[array.dtype.str if array.itemsize == 1 else array.dtype.newbyteorder("<").str]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()

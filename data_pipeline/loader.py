@@ -51,7 +51,7 @@ class Dataset:
                 f"{info.encoding}: rebuild the columns latents and text, then pack again"
             )
         self._reader = SampleReader(self.index)
-        self._collator = Collator(info.text_spec, info.vae, info.captions)
+        self._collator = Collator(info.text_spec, info.vae, info.captions, info.int8_seats)
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data_pipeline.columns import read_parts
 from data_pipeline.index import ShardEntry
-from data_pipeline.layout import SampleLayout
+from data_pipeline.layout import SampleLayout, TextFeatures
 from data_pipeline.schema import DatasetInfo, Part, fingerprint
 from data_pipeline.shards import Sample, write_shard
 from infra import storage
@@ -97,9 +97,7 @@ def pack_output(
     root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[Part]]]
 ) -> ShardEntry:
     """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
-    height, width = map(int, output.bucket.split("x"))
-    factor = info.vae.factor
-    layout = SampleLayout(info.text_spec, info.captions, (2 * info.vae.channels, height // factor, width // factor))
+    layout = info.layout(output.bucket)
     samples = (sample for shard, rows in output.rows for sample in _samples(root, layout, shard, rows, parts))
     entry = write_shard(
         root,
@@ -135,8 +133,13 @@ def _samples(
         for caption, encoder in layout.slots:
             states = tables[f"text_{encoder.seat}"][row]
             if states[f"{caption}_tokens"]:
-                hidden = np.frombuffer(states[f"{caption}_hidden"], np.float16).reshape(-1, encoder.width)
-                text[caption, str(encoder.seat)] = hidden, np.frombuffer(states[f"{caption}_pooled"], np.float32)
+                small = encoder.seat in layout.int8_seats
+                hidden = np.frombuffer(states[f"{caption}_hidden"], np.int8 if small else np.float16)
+                text[caption, str(encoder.seat)] = TextFeatures(
+                    hidden.reshape(-1, encoder.width),
+                    np.frombuffer(states[f"{caption}_pooled"], np.float32),
+                    np.frombuffer(states[f"{caption}_scale"], np.float32) if small else None,
+                )
         captions = {"original": facts["caption"], "synthetic": said["caption"]}
         info = {
             "source": facts["source"],

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.layout import SampleLayout
 from infra import storage
 from infra.errors import UserError
 from model.text import TextSpec
@@ -132,11 +133,20 @@ class DatasetInfo:
     splits: Mapping[str, SplitInfo]
     counts: Mapping[str, int] = field(default_factory=dict)
     code_version: str = ""
+    int8_seats: tuple[str, ...] = ()
 
     @property
     def encoding(self) -> str:
         """Fingerprint of everything a sample's bytes depend on apart from the images and captions themselves."""
-        return encoding_fingerprint(self.text_spec, self.vae, self.resolution, self.captions, self.columns)
+        return encoding_fingerprint(
+            self.text_spec, self.vae, self.resolution, self.captions, self.columns, self.int8_seats
+        )
+
+    def layout(self, bucket: str) -> SampleLayout:
+        """How the samples of a bucket lie in bytes."""
+        height, width = (int(side) // self.vae.factor for side in bucket.split("x"))
+        shape = (2 * self.vae.channels, height, width)
+        return SampleLayout(self.text_spec, self.captions, shape, self.int8_seats)
 
     @property
     def fingerprint(self) -> str:
@@ -154,10 +164,16 @@ class DatasetInfo:
 
 
 def encoding_fingerprint(
-    text_spec: TextSpec, vae: VaeMeta, resolution: int, captions: tuple[str, ...], columns: Mapping[str, str]
+    text_spec: TextSpec,
+    vae: VaeMeta,
+    resolution: int,
+    captions: tuple[str, ...],
+    columns: Mapping[str, str],
+    int8_seats: tuple[str, ...] = (),
 ) -> str:
     made_by = {name: value for name, value in columns.items() if name == "latents" or name.startswith("text_")}
-    return fingerprint([FORMAT, text_spec.to_json(), vae, resolution, captions, made_by])
+    found = [FORMAT, text_spec.to_json(), vae, resolution, captions, made_by]
+    return fingerprint([*found, int8_seats] if int8_seats else found)
 
 
 def read_dataset_info(uri: str) -> DatasetInfo:
@@ -181,6 +197,7 @@ def read_dataset_info(uri: str) -> DatasetInfo:
             splits={name: SplitInfo(**split) for name, split in raw["splits"].items()},
             counts=raw["counts"],
             code_version=raw["code_version"],
+            int8_seats=tuple(raw.get("int8_seats", ())),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a dataset description ({error}): run the pipeline's pack again") from error

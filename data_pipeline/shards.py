@@ -22,11 +22,11 @@ _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 class Sample(NamedTuple):
-    """One training sample. `text[caption, seat]` is (hidden_LW, pooled_P); `info` goes into KEY.json."""
+    """One training sample. `text[caption, seat]` are TextFeatures; `info` goes into KEY.json."""
 
     key: str
     moments_CHW: np.ndarray
-    text: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+    text: Mapping[tuple[str, str], tuple[np.ndarray, ...]]
     captions: Mapping[str, str]
     info: Mapping[str, object]
 

@@ -1,6 +1,7 @@
 """A small made-up dataset in the true format, for tests and dry runs: its latents depend on the caption."""
 # Shapes: C latent channels, H and W latent height and width, L text tokens, W also the width of an encoder.
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ def write_synthetic(
     buckets: Sequence[str] = ("64x64",),
     shard_rows: int = 128,
     synthetic_share: float = 1.0,
+    int8_seats: tuple[str, ...] = (),
 ) -> DatasetInfo:
     """Write train and val. `latent_shape` belongs to the first bucket; later buckets get smaller and smaller shares.
 
@@ -47,13 +49,13 @@ def write_synthetic(
     resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
     vae = VaeMeta("synthetic:vae", channels, factor, shift=0.1, scale=0.9)
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
-    encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns)
+    encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}
     for split, total in (("train", num_samples), ("val", val_samples)):
         entries: list[ShardEntry] = []
         for bucket, count in _shares(total, buckets).items():
             height, width = (int(n) // factor for n in bucket.split("x"))
-            layout = SampleLayout(text_spec, CAPTIONS, (2 * channels, height, width))
+            layout = SampleLayout(text_spec, CAPTIONS, (2 * channels, height, width), int8_seats)
             for first in range(0, count, shard_rows):
                 numbers = range(first, min(first + shard_rows, count))
                 samples = _samples(numbers, layout, prefix=f"{split}-{bucket}", seed=seed, share=synthetic_share)
@@ -70,9 +72,22 @@ def write_synthetic(
                 )
         name = write_split(uri, split, entries)
         splits[split] = SplitInfo(name, total, len(entries), _shares(total, buckets))
-    info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, {"ok": num_samples + val_samples})
+    counts = {"ok": num_samples + val_samples}
+    info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, counts, int8_seats=int8_seats)
     storage.write_bytes(storage.join(uri, DATASET_FILE), info.to_bytes())
     return info
+
+
+def index_entries(rows: int, *, buckets: Sequence[str], shard_rows: int = 1000) -> list[ShardEntry]:
+    """Index entries of a data set of any size, without its shards: for tests and benches of the index itself."""
+    entries = []
+    for bucket, count in _shares(rows, buckets).items():
+        for first in range(0, count, shard_rows):
+            sha = hashlib.sha256(f"{bucket}/{first}".encode()).hexdigest()
+            name = f"train/1024/{bucket}/{sha[:32]}"
+            size = min(shard_rows, count - first)
+            entries.append(ShardEntry(f"{name}.tar", f"{name}.parquet", bucket, size, size << 20, sha, sha, "made-up"))
+    return entries
 
 
 def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipeline.index import ShardEntry, read_table, rows_from_bytes
-from data_pipeline.layout import SampleLayout, checksum
+from data_pipeline.layout import checksum
 from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
 from infra import storage
 from infra.errors import MissingError, UserError
@@ -98,9 +98,7 @@ def _check_shard(uri: str, info: DatasetInfo, entry: ShardEntry) -> tuple[list[s
     rows = rows_from_bytes(table, rows_uri)
     if entry.encoding != info.encoding:
         problems.append(f"{tar_uri}: encoding {entry.encoding}, the dataset is {info.encoding}")
-    height, width = map(int, entry.bucket.split("x"))
-    shape = (2 * info.vae.channels, height // info.vae.factor, width // info.vae.factor)
-    sizes = SampleLayout(info.text_spec, info.captions, shape).offsets(rows.tokens_RS).size_R
+    sizes = info.layout(entry.bucket).offsets(rows.tokens_RS).size_R
     if len(rows) != entry.num_samples or not np.array_equal(sizes, rows.size_R):
         problems.append(f"{rows_uri}: counts or sizes differ from what the layout gives")
     view = memoryview(tar)
