@@ -9,14 +9,17 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data_pipeline.estimate import Scale
+from data_pipeline.fetch import Fetch
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
 
 COMMANDS = {
-    "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN --out URI`",
+    "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN|FILE.yaml --out URI`",
     "world": "write raw scenes of the embedded world as img2dataset would: `world --out URI --images N`",
     "verify": "read a dataset back and check every hash and count: `verify URI`",
     "report": "what each threshold would keep of the rows: `report URI`",
+    "estimate": "objects, bytes, requests, dollars and GPU-hours of a data set to come: `estimate --images 1e9`",
     "inspect": "what a dataset holds, and a grid of samples with captions: `inspect URI --out grid.png`",
 }
 
@@ -28,8 +31,14 @@ class Run:
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
     source: str | None = None
-    """Own data: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace pattern) or
-    parquet:/path. Without it the plan `world` draws its own scenes."""
+    """Own data: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace pattern),
+    parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it the plan
+    `world` draws its own scenes."""
+    split: Literal["all", "train", "val"] = "all"
+    """Take only this split of a source that has splits of its own (COCO's val for validation)."""
+    fetch_urls: bool = False
+    """parquet: fetch the images that a url column names."""
+    fetch: Fetch = Fetch()  # noqa: RUF009 - frozen
     image_column: str = ""
     """parquet: the column with image bytes or a local path; found by name if left out."""
     caption_column: str = ""
@@ -47,6 +56,8 @@ class Run:
     gpus_per_worker: float = 0
     """GPUs of each worker, also fractions (several workers overlap decoding with a GPU's work); above 0 the networks
     run there."""
+    dollars_per_hour: float | None = None
+    """Price of all machines together: shows dollars per million images beside the rate."""
     caption_workers: int | None = None
     """Workers that only caption, before the others encode; the same workers do both if left out."""
     caption_gpus: float | None = None
@@ -73,26 +84,36 @@ def main() -> None:
     if command == "run":
         _run(rest)
     else:
-        commands = {"world": world, "verify": verify, "inspect": inspect, "report": report}
+        commands = {"world": world, "verify": verify, "inspect": inspect, "report": report, "estimate": estimate}
         tyro.cli(commands[command], prog=prog, args=rest)
 
 
 def _run(args: list[str]) -> None:
     """Raw images to training shards. The same command again does only what is missing."""
+    from data_pipeline.plan_file import SUFFIXES, plan_file, read_plan_file
     from data_pipeline.plans import PLANS, Plan, get_plan
+    from infra import storage
 
     if not args or args[0] in ("-h", "--help"):
         print("usage: python -m data_pipeline run PLAN --out URI ... (run PLAN --help lists the options)\n")
-        print("\n".join(f"  {name:<9}{make.__doc__}" for name, make in PLANS.items()))
+        print("\n".join(f"  {name:<11}{make.__doc__}" for name, make in PLANS.items()))
+        print("  FILE.yaml  a file that names a plan and options (every run leaves its own as OUT/plan.yaml)")
         return
-    default = get_plan(args[0])
+    name, rest = args[0], args[1:]
+    if name.endswith(SUFFIXES):
+        name, options = read_plan_file(name)
+        rest = [*options, *rest]
+    default = get_plan(name)
 
     flat = tyro.conf.arg(name="")
 
     def call(run: Annotated[Run, flat], plan: Annotated[Plan, flat] = default) -> None:
-        run_plan(run, plan)
+        run_plan(run, plan.settled())
+        if run.until == "pack":
+            written = plan_file(name, run, plan, (Run(out=""), default))
+            storage.write_bytes(storage.join(run.out, "plan.yaml"), written)
 
-    tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=args[1:], description=_run.__doc__)
+    tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=rest, description=_run.__doc__)
 
 
 def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -110,14 +131,26 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
     if run.source is None:
         source = world_source(run)
     else:
-        source = parse_source(run.source, image_column=run.image_column, caption_column=run.caption_column)
+        source = parse_source(
+            run.source,
+            image_column=run.image_column,
+            caption_column=run.caption_column,
+            fetch=run.fetch if run.fetch_urls or run.source.startswith("cc12m:") else None,
+        )
     workers = Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker)
     captioning = None
     if run.caption_workers is not None or run.caption_gpus is not None:
         gpus = run.gpus_per_worker if run.caption_gpus is None else run.caption_gpus
         captioning = Workers(run.caption_workers or run.workers, run.cpus_per_worker, gpus)
     pipeline = Pipeline(
-        plan, run.out, source, workers=workers, caption_workers=captioning, keep_going=run.keep_going
+        plan,
+        run.out,
+        source,
+        workers=workers,
+        caption_workers=captioning,
+        keep_going=run.keep_going,
+        only_split=None if run.split == "all" else run.split,
+        dollars_per_hour=run.dollars_per_hour,
     )
     if run.until == "gate":
         _print_gate(pipeline)
@@ -199,6 +232,13 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     from data_pipeline.schema import read_dataset_info
 
     print(keep_table(keep_report(uri, read_dataset_info(uri).columns)))
+
+
+def estimate(scale: Annotated[Scale, tyro.conf.arg(name="")]) -> None:
+    """What a data set with SD3's encoders would take; every assumption is an option."""
+    from data_pipeline.estimate import estimate_table
+
+    print(estimate_table(scale))
 
 
 def inspect(

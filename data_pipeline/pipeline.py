@@ -3,6 +3,7 @@
 The driver holds statuses and row numbers, never images or features.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,9 +57,12 @@ class Pipeline:
         workers: Workers,
         caption_workers: Workers | None = None,
         keep_going: bool = False,
+        only_split: str | None = None,
+        dollars_per_hour: float | None = None,
     ) -> None:
         self.plan, self.root, self.source, self.workers, self.keep_going = plan, root, source, workers, keep_going
-        self.caption_workers = caption_workers
+        self.caption_workers, self.only_split = caption_workers, only_split
+        self.dollars_per_hour = dollars_per_hour
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.parts: dict[str, Parts] = {}
@@ -88,7 +92,9 @@ class Pipeline:
     # --- ingest, filter, signature, bucket: one pass over the source
 
     def _ingest(self) -> None:
-        units = self.source.units()
+        units = [unit for unit in self.source.units() if self.only_split in (None, unit.split)]
+        if not units:
+            raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
         ingest, column = self.columns.ingest
         known = {c.stage: c.manifests() for c in (column, *(c for _, c in self.columns.light))}
         todo, expected = [], 0
@@ -277,6 +283,7 @@ class Pipeline:
             splits={},
             counts=_totals(self.counts),
             code_version=code_version(),
+            int8_seats=self.plan.int8_seats,
         )
         made_by = {"encoding": info.encoding, **self.columns.fingerprints}
         outputs = make_plan(rows, made_by, shard_rows=self.plan.pack_rows)
@@ -315,6 +322,7 @@ class Pipeline:
             return []
         done, rows = [], 0
         failed: dict[str, str] = {}
+        started = time.monotonic()
         known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
         with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
@@ -329,11 +337,18 @@ class Pipeline:
                 bad += _not_ok(report)
                 if not known:
                     progress.total = round(rows / len(done) * len(units))
-                progress.update(report["rows"], **bad, **({"failed_units": len(failed)} if failed else {}))
+                extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
+                progress.update(report["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
         self.computed[title] = rows
         if failed:
             self._handle(title, failed, len(units))
         return done
+
+    def _price(self, rows: int, seconds: float) -> dict[str, object]:
+        """Dollars per million rows of this pass, where the price of the machines is known."""
+        if self.dollars_per_hour is None or not rows:
+            return {}
+        return {"dollars_per_million": self.dollars_per_hour * seconds / 3600 / rows * 1e6}
 
     def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
         self.failed |= failed

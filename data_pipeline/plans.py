@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -25,7 +25,7 @@ from data_pipeline.semantic import Semantic
 from data_pipeline.stage import Stage, stage_fingerprint
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
-from model.text import EncoderSpec, TextSpec
+from model.text import SEATS, EncoderSpec, TextSpec
 from model.vae import Latents
 
 
@@ -82,6 +82,40 @@ class Plan:
     """Samples of a training shard."""
     batch: int = 64
     """Images per forward pass of captioner and autoencoder."""
+    text_storage: Literal["fp16", "t5-int8", "int8"] = "fp16"
+    """Text states on disk: fp16, or int8 with a scale per token for the T5 seat alone or for all encoders."""
+
+    clip_l: str = ""
+    """Checkpoint for the CLIP-L seat, if not the plan's."""
+    clip_g: str = ""
+    """Checkpoint for the CLIP-G seat, if not the plan's."""
+    t5: str = ""
+    """Checkpoint for the T5 seat, if not the plan's."""
+    text_layout: Literal["", "padded", "trimmed"] = ""
+    """padded is SD3-exact, trimmed stores real tokens only; the plan's if left out."""
+    text_tokens: int | None = None
+    """Token limit of the T5 seat; the plan's if left out."""
+
+    def settled(self) -> "Plan":
+        """The plan with its text options written into the text spec."""
+        encoders = []
+        for encoder in self.text_spec.encoders:
+            tokens = self.text_tokens if encoder.seat == "t5" and self.text_tokens else encoder.tokens
+            checkpoint = getattr(self, encoder.seat) or encoder.checkpoint
+            encoders.append(replace(encoder, checkpoint=checkpoint, tokens=tokens))
+        seats = [encoder.seat for encoder in encoders]
+        for seat in SEATS:
+            if getattr(self, seat) and seat not in seats:
+                option = seat.replace("_", "-")
+                raise UserError(f"--{option}: plan {self.name} has no such text encoder, it has {', '.join(seats)}")
+        layout = self.text_layout or self.text_spec.layout
+        return replace(self, text_spec=replace(self.text_spec, encoders=tuple(encoders), layout=layout))
+
+    @property
+    def int8_seats(self) -> tuple[str, ...]:
+        """Encoders whose states are stored in int8."""
+        small = {"fp16": (), "t5-int8": ("t5",), "int8": SEATS}[self.text_storage]
+        return tuple(encoder.seat for encoder in self.text_spec.encoders if encoder.seat in small)
 
     @property
     def strict(self) -> Thresholds:
@@ -125,7 +159,37 @@ def world() -> Plan:
     )
 
 
-PLANS: dict[str, Callable[[], Plan]] = {"world": world}
+SD3_TEXT = TextSpec(
+    encoders=(
+        EncoderSpec("clip_l", "checkpoints/clip-l", "clip_hf", tokens=77, width=768, pooled=768),
+        EncoderSpec("clip_g", "checkpoints/clip-g", "clip_hf", tokens=77, width=1280, pooled=1280),
+        EncoderSpec("t5", "checkpoints/t5-v1_1-xxl", "t5_hf", tokens=77, width=4096, pooled=0),
+    ),
+    layout="padded",
+    context_width=4096,
+)
+
+
+def sd3() -> Plan:
+    """SD3's own networks at 256 pixels, CogVLM's captions, SSCD for duplicates; all are looked for in checkpoints/."""
+    return Plan(
+        name="sd3",
+        resolution=256,
+        bucket_step=16,
+        vae="checkpoints/sd3-vae",
+        text_spec=SD3_TEXT,
+        captioner=CaptionerSpec("cogvlm", "checkpoints/cogvlm-chat-hf", max_new_tokens=256),
+        min_side=256,
+        nsfw="opennsfw",
+        max_nsfw=0.3,
+        min_caption_quality=0.2,
+        gate=Gate(max_nsfw=0.5, min_caption_quality=0.1),
+        dedup_embedding="checkpoints/sscd_disc_mixup.torchscript.pt",
+        dedup_similarity=0.5,
+    )
+
+
+PLANS: dict[str, Callable[[], Plan]] = {"world": world, "sd3": sd3}
 
 
 def get_plan(name: str) -> Plan:
@@ -176,7 +240,10 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device:
         column(LatentStage(plan.vae, _hash(plan.vae), plan.batch, device)),
     ]
     for encoder in plan.text_spec.encoders:
-        heavy.append(column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), device=device)))
+        small = encoder.seat in plan.int8_seats
+        heavy.append(
+            column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), small, device=device))
+        )
     return Columns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 
