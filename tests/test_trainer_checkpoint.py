@@ -17,7 +17,7 @@ from infra.errors import UserError
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import copy_ranges, write_rank_file
+from trainer.zero.rankfile import Ranges, copy_ranges, write_rank_file
 
 SOLO = Group(0, 1, torch.device("cpu"))
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b": (1,), "c": (4, 4)}
@@ -57,7 +57,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, saved, loaded
         segments, master = partition(rank, loaded, full(1))
         _, moment = partition(rank, loaded, full(2))
         target = {"master": [torch.zeros_like(master)], "exp_avg": [torch.zeros_like(moment)]}
-        copy_ranges(str(tmp_path), saved, [segments], target)
+        copy_ranges(Ranges(str(tmp_path), saved), [segments], target)
         for name, wanted in (("master", master), ("exp_avg", moment)):
             torch.testing.assert_close(target[name][0], wanted.nan_to_num(0.0), rtol=0, atol=0)
 

@@ -189,12 +189,14 @@ def test_a_run_folder_may_be_on_s3(data, s3, tmp_path):
     assert any(name.startswith("logs/train-") for name in names)
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_line(data, tmp_path):
-    more = ["--optimizer.lr", "1e30", "--optimizer.clip-norm", "None"]
+def test_a_run_that_cannot_go_on_stops_with_a_line(data, tmp_path):
+    more = ["--optimizer.lr", "1e30", "--optimizer.clip-norm", "None", "--guard.max-skips", "1"]
     codes, said = finish(start_ranks(command(data, tmp_path / "run", *more), 1))
     assert codes == [2], said
+    assert "no checkpoint yet: going on, without that batch (1 of 1)" in said
     line = next(line for line in said.splitlines() if line.startswith("error:"))
-    assert "is not finite at images" in line
+    assert "the loss is nan at images 16 to 23" in line
+    assert "1 batches were left out already (--guard.max-skips 1)" in line
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "weights").exists()
 

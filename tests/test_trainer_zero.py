@@ -1,6 +1,7 @@
 """DeepSpeed on two real ranks: what is sharded, the EMA trap, restoring, export, validation, every ZeRO stage."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from data_pipeline.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
 from model.flops import parameter_count
 from model.weights import load_model, load_weights
+from trainer.recipe import check
 from trainer.validate import Validator
+from trainer.zero.engine import deepspeed_config
 from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
@@ -113,6 +116,35 @@ def test_every_way_to_spread_the_work_gives_the_same_run(found, name):
     assert other["adam_steps"] == 4
     share = PARAMETERS if name == "stage0" else PARAMETERS / 2
     assert other["local"] == pytest.approx(share, rel=0.2 if name in ("stage1", "stage2") else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "checkpoint", "persistent"])
+def test_discarded_gradients_leave_no_trace(found, name):
+    assert found["stages"][name]["discards"] == {"seen": True, "same": True, "clean": True, "counted": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hpz": 8, "quantized_weights": True, "quantized_gradients": True}, {"zero_hpz_partition_size": 8}),
+        ({"offload_optimizer": True}, {"offload_optimizer": "cpu"}),
+        (
+            {"offload_optimizer": True, "offload_parameters": "nvme", "nvme_path": "/nvme"},
+            {"offload_param": "nvme", "offload_optimizer": "cpu"},
+        ),
+    ],
+)
+def test_deepspeed_takes_the_switches_of_many_nodes(changes, says):
+    """As far as a machine without a GPU can tell: DeepSpeed's own validation of what we hand it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    recipe = dataclasses.replace(RECIPE, parallel=dataclasses.replace(RECIPE.parallel, **changes))
+    check(recipe)
+    config = deepspeed_config(recipe, Group(0, 1, torch.device("cpu")), accumulation=1)["zero_optimization"]
+    taken = DeepSpeedZeroConfig(**config)
+    for name, value in says.items():
+        found = getattr(taken, name)
+        assert getattr(found, "device", found) == value
 
 
 def test_whole_parameters_come_out_of_stage_2(found):

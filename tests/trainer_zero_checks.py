@@ -72,7 +72,7 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedE
     for number in range(count):
         total = 0.0
         for part in range(micro):
-            loss_B = pretrain(engine, next(batches), formulation=FORM, seed=0, shift=1.0, device=group.device)
+            loss_B, _ = pretrain(engine, next(batches), formulation=FORM, seed=0, shift=1.0, device=group.device)
             engine.backward(loss_B.mean())
             total += loss_B.double().sum().item()
             if part + 1 < micro:
@@ -92,6 +92,27 @@ def probe(engine: ZeroEngine) -> torch.Tensor:
     text = TextCond(torch.randn(3, 16, 48, generator=g), torch.randn(3, 32, generator=g))
     with engine.inference():
         return engine(torch.randn(3, 4, 8, 8, generator=g), torch.rand(3, generator=g), text).double()
+
+
+def discards(engine: ZeroEngine, group: Group) -> dict[str, bool]:
+    """Gradients thrown away, by our decision or because one is not finite, leave no trace; the next step is clean."""
+    g = torch.Generator().manual_seed(group.rank)
+    text = TextCond(torch.randn(4, 16, 48, generator=g), torch.randn(4, 32, generator=g))
+    inputs = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), text
+    kept, taken = [m.clone() for m in engine.masters], engine.adam_steps
+    engine.backward(engine(*inputs).square().mean() * 1e6)
+    thrown = engine.discard()
+    engine.backward(engine(*inputs).mean() * float("nan"))
+    skipped = engine.step(1e-2)
+    same = all(torch.equal(a, b) for a, b in zip(kept, engine.masters)) and engine.adam_steps == taken
+    engine.backward(engine(*inputs).square().mean())
+    once = engine.step(0.0).grad_norm
+    engine.backward(engine(*inputs).square().mean())
+    twice = engine.step(0.0).grad_norm
+    return {
+        "seen": not thrown.applied and not skipped.applied, "same": same,
+        "clean": abs(once - twice) <= 1e-5 * twice, "counted": engine.adam_steps == taken + 2,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -184,6 +205,8 @@ def main() -> None:
             "local": other.describe()["local"],
             "adam_steps": other.adam_steps,
         }
+        if micro == 1:
+            found["stages"][name]["discards"] = discards(other, group)
         if name == "stage2":
             whole = {n: other.whole(n, other.masters) for n in list(other.shapes)[:6]}
             found["whole_matches"] = all(

@@ -1,28 +1,37 @@
 """From shares to one safetensors file: raw or EMA weights, tensor by tensor, with metadata that names their origin."""
 
 import dataclasses
+import json
+import os
+import shutil
 import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipeline.checkpoints import resolve
 from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.results import ResultStore
 from infra.version import code_version
+from model.convert import convert
 from model.errors import ModelError
-from model.weights import save_weights
+from model.weights import META_KEY, expected_tensors, read_meta
 from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import copy_ranges
+from trainer.zero.rankfile import Ranges, copy_ranges, put
 
 log = get_logger("export")
+Meta = dict[str, Any]
 
 
 def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: int, run: str) -> dict[str, Any]:
@@ -47,32 +56,75 @@ def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: i
 
 
 def export(engine: ZeroEngine, tensors: list[Tensor], uris: list[str], meta: dict[str, Any], group: Group) -> bool:
-    """Write the weights whose shares are `tensors` to every URI; False when that failed. Collective."""
-    state_dict: dict[str, Tensor] = {}
-    for name in engine.shapes:
-        whole = engine.whole(name, tensors)
-        if group.rank == 0:
-            state_dict[name] = whole
+    """Write the weights whose shares are `tensors` to every URI; False when that failed. Collective.
+
+    One tensor after the other is put together and written: no rank ever holds more than one.
+    """
     problem = ""
+    asked = iter(engine.shapes)
     if group.rank == 0:
-        state_dict |= {n: b for n, b in engine.model.state_dict().items() if n not in engine.shapes}  # stored buffers
+        buffers = {n: b.cpu() for n, b in engine.model.state_dict().items() if n not in engine.shapes}
+        shapes = engine.shapes | {n: tuple(b.shape) for n, b in buffers.items()}
+
+        def read(name: str) -> Tensor:
+            return buffers[name] if name in buffers else engine.whole(next(asked), tensors)
+
         try:
-            for uri in uris:
-                write(uri, state_dict, meta)
+            write(uris, shapes, read, meta)
         except (UserError, ModelError, OSError) as error:
             problem = str(error)
             log.warning("weights not exported: %s", problem)
+    for name in asked:  # the other ranks, and rank 0 after a failure: whatever happens, all take part in each gather
+        engine.whole(name, tensors)
     return not group.any(bool(problem))
 
 
-def write(uri: str, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """One weights file, local or on S3."""
-    if not storage.is_remote(uri):
-        save_weights(storage.local_path(uri), state_dict, meta)
+def write(uris: list[str], shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta) -> None:
+    """One safetensors file at every URI, the tensors asked for in the order of `shapes`, each checked."""
+    put(uris[0], _pieces(uris[0], shapes, read, meta))
+    for uri in uris[1:]:
+        _copy(uris[0], uri)
+
+
+def _pieces(
+    uri: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta
+) -> Iterator[bytes | memoryview]:
+    expected = {name: tuple(x.shape) for name, x in expected_tensors(meta).items()}
+    if expected != shapes:
+        wrong = sorted({n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)})
+        raise ModelError(f"{uri}: {len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
+    header: dict[str, Any] = {"__metadata__": {META_KEY: json.dumps(meta), "format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        nbytes = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name, shape in shapes.items():
+        tensor = read(name).detach().to("cpu", torch.float32).contiguous()
+        if tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
+            raise ModelError(f"{uri}: {name} is {tuple(tensor.shape)} or not finite, expected finite {shape}")
+        yield tensor.reshape(-1).numpy().data.cast("B")
+
+
+def _copy(source: str, target: str) -> None:
+    """A second name for the same content: a hard link where the file system has them."""
+    if storage.is_remote(target):
+        storage.write_bytes(target, storage.read_bytes(source))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = save_weights(Path(folder) / "weights.safetensors", state_dict, meta)
-        storage.write_bytes(uri, path.read_bytes())
+    here, there = storage.local_path(source), storage.local_path(target)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    temp = there.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
+    try:
+        try:
+            os.link(here, temp)
+        except OSError:
+            shutil.copyfile(here, temp)
+        temp.replace(there)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def export_checkpoint(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
@@ -84,17 +136,62 @@ def export_checkpoint(folder: str, *, kind: str, profile: str | None, info: Data
     with torch.device("meta"):
         shapes = {name: tuple(param.shape) for name, param in recipe.model.build().named_parameters()}
     name = "master" if kind == "raw" else f"ema/{profile or recipe.ema.profiles[0]}"
-    flats = {n: torch.empty(torch.Size(shape).numel()) for n, shape in shapes.items()}
-    segments = [(Segment(n, shape, 0, flats[n].numel(), 0),) for n, shape in shapes.items()]
-    copy_ranges(found.uri, len(found.manifest["files"]), segments, {name: list(flats.values())})
-    state_dict = {n: flats[n].view(shape) for n, shape in shapes.items()}
-    buffers = (
-        {n: b for n, b in recipe.model.build().state_dict().items() if n not in shapes}
-        if recipe.model.pos_stored
-        else {}
-    )
+    ranges = Ranges(found.uri, len(found.manifest["files"]))
+    stored = recipe.model.build().state_dict() if recipe.model.pos_stored else {}
+    buffers = {n: b for n, b in stored.items() if n not in shapes}
+
+    def read(n: str) -> Tensor:
+        if n in buffers:
+            return buffers[n]
+        flat = torch.empty(torch.Size(shapes[n]).numel())
+        copy_ranges(ranges, [(Segment(n, shapes[n], 0, flat.numel(), 0),)], {name: [flat]})
+        return flat.view(shapes[n])
+
     meta = weights_meta(recipe, info, kind=kind, images_seen=int(found.state["images_seen"]), run=run)
     if kind == "ema" and profile:
         meta["ema_profile"] = profile
-    write(out, state_dict | buffers, meta)
-    return sum(flat.numel() for flat in flats.values())
+    write([out], shapes | {n: tuple(b.shape) for n, b in buffers.items()}, read, meta)
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def export_as(to: str, folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
+    """A checkpoint as our file, as one file with SD3's names, or as a diffusers folder; the number of parameters."""
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    if to == "beeline":
+        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=out)
+        card = model_card(run, read_meta(storage.localize(out)), file=out.rsplit("/", 1)[-1])
+        storage.write_bytes(f"{out}.md", card.encode())
+        return count
+    if storage.is_remote(out):
+        raise UserError(f"{out}: give a local folder; the diffusers library writes there")
+    with tempfile.TemporaryDirectory(dir=storage.local_path(out).absolute().parent) as temp:
+        ours = Path(temp) / "ours.safetensors"
+        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=str(ours))
+        meta = read_meta(ours)
+        target = storage.local_path(out)
+        if to == "sd3":
+            convert(ours, target, to="sd3")
+            target.with_name(f"{target.name}.md").write_text(model_card(run, meta, file=target.name))
+        else:
+            convert(ours, target, to="diffusers", vae=resolve(info.vae.checkpoint))
+            card = (target / "README.md").read_text()
+            (target / "README.md").write_text(card + "\n" + figures(run))
+    return count
+
+
+def model_card(run: str, meta: Meta, *, file: str) -> str:
+    """What the weights are, where they come from, what they reached."""
+    facts = [f"- {key}: {value}" for key, value in meta.items() if key not in ("config", "text_spec", "vae")]
+    config = ", ".join(f"{key} {value}" for key, value in meta["config"].items())
+    head = ["---", "tags: [text-to-image, rectified-flow]", "---", f"# {meta['run']}: {file}", ""]
+    return "\n".join([*head, *facts, f"- model: {config}", "", figures(run)])
+
+
+def figures(run: str) -> str:
+    """The last value of every figure in the run's results, as a table."""
+    rows = {row.metric: row for row in ResultStore(storage.join(run, "results")).rows()}
+    kept = [row for name, row in sorted(rows.items()) if not name.startswith("cost/bytes") and "/t" not in name]
+    if not kept:
+        return "No figures were written for this run yet.\n"
+    lines = [f"| {r.metric} | {r.value:.6g} | {r.images_seen:,} | {r.sample_count:,} |" for r in kept]
+    return "\n".join(["| figure | value | at images | samples |", "|---|---|---|---|", *lines]) + "\n"

@@ -8,17 +8,30 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from model.flops import train_flops_per_image
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 
 log = get_logger("ladder")
+UNSTABLE = "unstable.json"  # written by a run whose guard ended it
 DEFAULT_PORT = 29500  # of the deepspeed launcher; another training on this machine may hold it
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that shall exist: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
+
+    recipe: Recipe
+    run: str
+    images: int
+    options: tuple[str, ...] = ()
 
 
 def climb(
@@ -32,24 +45,92 @@ def climb(
     options: Sequence[str] = (),
 ) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
+    recipes = _rungs(family, depths)
+    jobs = [Job(r, storage.join(out, r.name), images or r.images, tuple(options)) for r in recipes]
+    return train_missing(jobs, data=data, num_ranks=num_ranks)
+
+
+def iso_flop(
+    family: str,
+    depths: Sequence[int],
+    budgets: Sequence[float],
+    *,
+    data: str,
+    out: str,
+    num_ranks: int | None = None,
+    options: Sequence[str] = (),
+    cooldown: float = 0.2,
+) -> list[str]:
+    """Train every depth for every budget of training FLOPs; the run folders.
+
+    One run at constant rate (OUT/<recipe>-trunk) serves all horizons of a depth: each horizon branches off where its
+    cooldown begins, into OUT/<recipe>-<budget>.
+    """
+    runs: list[str] = []
+    for recipe in _rungs(family, depths):
+        horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
+        starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
+        trunk, longest = storage.join(out, f"{recipe.name}-trunk"), max(starts.values())
+        saves = " ".join(str(start) for start in sorted(set(starts.values())))
+        constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
+        train_missing([Job(recipe, trunk, longest, (*options, *constant))], data=data, num_ranks=num_ranks)
+        for budget, images in horizons.items():
+            source = storage.join(trunk, "checkpoints", f"step_{starts[budget] // recipe.global_batch:07d}")
+            branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
+            run = storage.join(out, f"{recipe.name}-{budget:.0e}".replace("+", ""))
+            runs += train_missing([Job(recipe, run, images, (*options, *branch))], data=data, num_ranks=num_ranks)
+    return runs
+
+
+def images_for(recipe: Recipe, budget: float) -> int:
+    """Images that a budget of training FLOPs pays for, in whole batches."""
+    _, height, width = recipe.data.latent_shape
+    images = budget / train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    steps = round(images / recipe.global_batch)
+    if steps < 10:
+        raise UserError(f"{budget:g} FLOPs pay for {steps} steps of {recipe.name}: give a larger budget or less depth")
+    return steps * recipe.global_batch
+
+
+def branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
+    """Where the cooldown of a run of so many images begins, in whole batches."""
+    return int(images * (1 - cooldown)) // recipe.global_batch * recipe.global_batch
+
+
+def _rungs(family: str, depths: Sequence[int]) -> list[Recipe]:
     recipes = [get_family(family)(depth) for depth in sorted(set(depths))]
     unknown = [recipe.name for recipe in recipes if recipe.name not in RECIPES]
     if unknown:
         raise UserError(f"no recipe {', '.join(unknown)}; known: {', '.join(RECIPES)}")
+    return recipes
+
+
+def train_missing(
+    jobs: Sequence[Job], *, data: str, num_ranks: int | None, unstable_is_a_result: bool = False
+) -> list[str]:
+    """Train what is not trained yet, one after another; the run folders.
+
+    `unstable_is_a_result`: a run that its guard ended is told and passed over, as sweeps want.
+    """
     ranks = num_ranks or default_ranks()
-    runs = []
-    for number, recipe in enumerate(recipes, start=1):
-        run = storage.join(out, recipe.name)
-        runs.append(run)
-        wanted = images or recipe.images
-        done = images_trained(run)
-        if done is not None and done >= wanted:
-            log.info("rung %d/%d: %s is trained (%s images)", number, len(recipes), run, f"{done:,}")
+    for number, job in enumerate(jobs, start=1):
+        done = images_trained(job.run)
+        if done is not None and done >= job.images:
+            log.info("%d/%d: %s is trained (%s images)", number, len(jobs), job.run, f"{done:,}")
             continue
-        command = train_command(recipe, data=data, run=run, images=images, ranks=ranks, options=options)
-        print(f"rung {number}/{len(recipes)}: {shlex.join(command)}", flush=True)
-        _run(command, run)
-    return runs
+        if unstable_is_a_result and storage.exists(storage.join(job.run, UNSTABLE)):
+            log.info("%d/%d: %s was unstable", number, len(jobs), job.run)
+            continue
+        images = None if job.images == job.recipe.images else job.images
+        command = train_command(job.recipe, data=data, run=job.run, images=images, ranks=ranks, options=job.options)
+        print(f"{number}/{len(jobs)}: {shlex.join(command)}", flush=True)
+        try:
+            run_command(command, job.run)
+        except UserError:
+            if not (unstable_is_a_result and storage.exists(storage.join(job.run, UNSTABLE))):
+                raise
+            log.warning("%s was unstable: it counts as diverged", job.run)
+    return [job.run for job in jobs]
 
 
 def default_ranks() -> int:
@@ -101,7 +182,7 @@ def _metadata(uri: str) -> dict[str, Any]:
     return json.loads(header["__metadata__"]["beeline"])
 
 
-def _run(command: list[str], run: str) -> None:
+def run_command(command: list[str], run: str) -> None:
     """The command as a process group of its own: a signal to the ladder reaches every rank, which saves and leaves."""
     folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
@@ -122,5 +203,5 @@ def _run(command: list[str], run: str) -> None:
         raise SystemExit(75)
     if code != 0:
         raise UserError(
-            f"{run}: training ended with exit code {code}; its own message stands above: run the ladder again"
+            f"{run}: training ended with exit code {code}; its own message stands above: run the same command again"
         )

@@ -2,6 +2,7 @@
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from model.text import TextCond
 Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
 
 
+class Losses(NamedTuple):
+    """Of each sample, fp32, and the time at which it was noised."""
+
+    loss_B: Tensor
+    t_B: Tensor
+
+
 def pretrain(
     predict: Predict, batch: LatentBatch, *, formulation: Formulation, seed: int, shift: float, device: torch.device
-) -> Tensor:
-    """Loss per sample, fp32 (B,). Times and noise depend on (seed, position) only, never on rank or batch."""
+) -> Losses:
+    """Loss per sample. Times and noise depend on (seed, position) only, never on rank or batch."""
     x0_BCHW = batch.latent_BCHW.to(device, non_blocking=True)
     t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
     noise_BCHW = keyed_normal(seed, batch.positions, "noise", x0_BCHW.shape[1:]).to(device, non_blocking=True)
     drawn = formulation.sample(x0_BCHW, noise_BCHW, t_B)
     prediction_BCHW = predict(drawn.model_input, drawn.network_time_B, batch.text.to(device))
-    return formulation.loss_B(prediction_BCHW, drawn)
+    return Losses(formulation.loss_B(prediction_BCHW, drawn), t_B)

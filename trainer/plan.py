@@ -1,20 +1,49 @@
-"""What a run will need, before it starts: parameters, FLOPs, bytes per rank by ZeRO stage, bytes on disk."""
+"""What a run will need, before it starts: parameters, FLOPs exactly; bytes, seconds, dollars by a stated model."""
 
 import math
 from typing import Any
 
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
+from trainer.activations import activations_per_image
+from trainer.machines import Machine, this_machine, transfer_seconds
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
+USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels and NCCL
+STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, table 7: latent, CLIP-L, CLIP-G, T5
+DOLLARS_PER_GB_MONTH = 0.023
 
 
-def make_plan(recipe: Recipe, *, world: int) -> dict[str, Any]:
-    """plan.json. Parameters and FLOPs are exact; bytes are of the model's states, without activations and buffers."""
+def make_plan(
+    recipe: Recipe,
+    *,
+    world: int,
+    machine: Machine | None = None,
+    efficiency: float | None = None,
+    dollars_per_hour: float | None = None,
+    dataset_images: int | None = None,
+) -> dict[str, Any]:
+    """plan.json. `predicted` holds what a run measures under the same names (result rows)."""
+    machine = machine or this_machine()
+    efficiency = efficiency or machine.efficiency
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
     train_flops = train_flops_per_image(recipe.model, height, width, tokens)
+    micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
+    kept = activations_per_image(recipe)
+    activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * micro
+    per_stage = {
+        f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
+        for stage in range(4)
+    }
+    stage = recipe.parallel.zero_stage
+    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency)
+    step, steps = time["step_seconds"], recipe.steps
+    checkpoint = checkpoint_bytes(recipe, parameters)
+    weights_files = (recipe.logging_saves + 2) * 4 * parameters
+    hours = step * steps / 3600
+    price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
         "recipe": recipe.name,
         "recipe_hash": recipe.hash,
@@ -25,36 +54,153 @@ def make_plan(recipe: Recipe, *, world: int) -> dict[str, Any]:
         "forward_flops_per_image": forward_flops_per_image(recipe.model, height, width, tokens),
         "train_flops_per_image": train_flops,
         "images": recipe.images,
-        "steps": recipe.steps,
-        "train_flops": train_flops * recipe.steps * recipe.global_batch,
+        "steps": steps,
+        "train_flops": train_flops * steps * recipe.global_batch,
         "world_size": world,
-        "zero_stage": recipe.parallel.zero_stage,
-        "micro_batch": recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world),
-        "bytes_per_rank": {
-            f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world) for stage in range(4)
+        "zero_stage": stage,
+        "micro_batch": micro,
+        "machine": machine.name,
+        "device_peak_flops": machine.flops * world,
+        "efficiency": efficiency,
+        "bytes_per_rank": per_stage,
+        "activation_bytes_per_image": {
+            "kept": kept.kept(recompute=False), "recomputed": kept.kept(recompute=True),
         },
-        "checkpoint_bytes": 4 * parameters * (1 + ADAM_MOMENTS + len(recipe.ema.profiles)),
-    }
+        "advice": advice(recipe, per_stage, machine),
+        "checkpoint_bytes": checkpoint,
+        "storage_bytes": checkpoint * recipe.logging.keep + weights_files,
+        "time": time | {"hours": hours, "device_hours": hours * world},
+        "dollars": hours * world * price,
+        "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
+        "predicted": {
+            "cost/parameters": parameters,
+            "cost/checkpoint_bytes": checkpoint,
+            "cost/images_per_second": recipe.global_batch / step,
+            **{f"cost/bytes_per_rank/{name}": value for name, value in per_stage[f"stage{stage}"].items()
+               if name in ("weights", "masters", "moments", "gradients", "ema", "activations")},
+        },
+    }  # fmt: skip
 
 
-def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int) -> dict[str, int]:
-    """Model states on one rank under a ZeRO stage. The weights that compute are a copy of the fp32 masters, except
-    under stage 0, where fp32 weights are their own masters."""
+def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
+    """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
+    except under stage 0, where fp32 weights are their own masters. `gathered`: two blocks in use under stage 3."""
+    p = recipe.parallel
     compute = 2 if recipe.precision == "bf16" else 4
-    gradient = 4 if recipe.precision == "fp32" or recipe.parallel.fp32_reduce else 2
+    gradient = 4 if recipe.precision == "fp32" or p.fp32_reduce else 2
 
     def share(sharded: bool) -> float:
         return 1 / world if sharded else 1.0
 
-    found = {
+    found: dict[str, float] = {
         "weights": parameters * compute * share(stage >= 3),
         "masters": parameters * 4 * share(stage >= 1) if stage else 0,
         "moments": parameters * 4 * ADAM_MOMENTS * share(stage >= 1),
         "gradients": parameters * gradient * share(stage >= 2),
         "ema": parameters * 4 * len(recipe.ema.profiles) * share(stage >= 1),
     }
+    host = 0.0
+    if stage and p.offload_optimizer:
+        host += found["masters"] + found["moments"] + found["ema"] + parameters * 4 * share(stage >= 1)
+        found |= {"masters": 0, "moments": 0, "ema": 0}
+    if stage == 3 and p.offload_parameters != "no":
+        host += found["weights"]
+        found["weights"] = 0
+    if stage == 3:
+        block = recipe.model.block_parameters() / recipe.model.depth * compute
+        found["gathered"] = 2 * block if world > 1 else 0
+        found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
+    found["activations"] = activations
     whole = {name: math.ceil(value) for name, value in found.items()}
-    return whole | {"total": sum(whole.values())}
+    states = ("weights", "masters", "moments", "gradients", "ema")
+    return whole | {
+        "total": sum(whole[name] for name in states),
+        "device": sum(whole.values()),
+        "host": math.ceil(host),
+    }
+
+
+def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machine) -> str:
+    """The cheapest stage that fits: each higher one communicates more or earlier."""
+    room = USABLE * machine.memory
+    lowest = 1 if recipe.precision == "bf16" else 0
+    fitting = [stage for stage in range(lowest, 4) if per_stage[f"stage{stage}"]["device"] <= room]
+    mine = per_stage[f"stage{recipe.parallel.zero_stage}"]
+    if not fitting:
+        largest = max((n for n in mine if n not in ("total", "device", "host")), key=lambda n: mine[n])
+        how = {"activations": "a smaller --parallel.micro-batch or --parallel.checkpoint-blocks"}.get(
+            largest, "more ranks or --parallel.offload-optimizer"
+        )
+        return f"no stage fits {room / 2**30:.0f} GiB of a {machine.name}, most of it {largest}: use {how}"
+    if mine["device"] > room:
+        return f"stage {recipe.parallel.zero_stage} does not fit {room / 2**30:.0f} GiB; stage {fitting[0]} does"
+    used = per_stage[f"stage{fitting[0]}"]["device"] / 2**30
+    return f"stage {fitting[0]} is enough: {used:.1f} of {room / 2**30:.0f} GiB"
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    return 4 * parameters * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
+
+
+def step_time(recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float) -> dict[str, float]:
+    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links."""
+    p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
+    per_image = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    if p.checkpoint_blocks:
+        per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
+    moved = bytes_moved(recipe, parameters, world=world)
+    inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
+    communication = sum(transfer_seconds(machine, moved[name], world) for name in ("forward", "gradients", "publish"))
+    communication += transfer_seconds(machine, moved["backward"], inside or world)
+    step = max(compute, communication) if machine.overlap else compute + communication
+    return {
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "step_seconds": step,
+        "step_seconds_without_overlap": compute + communication,
+        "bytes_moved_per_step": sum(moved.values()),
+    }
+
+
+def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
+    """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch),
+    gradients (stages 2 and 3: each micro-batch), and masters back into the weights (stages 1 and 2)."""
+    p, compute = recipe.parallel, 2 if recipe.precision == "bf16" else 4
+    micro = p.micro_batch or math.ceil(recipe.global_batch / world)
+    passes = math.ceil(recipe.global_batch / world / micro)
+    gradient = 4.0 if recipe.precision == "fp32" or p.fp32_reduce else 2.0
+    if p.quantized_gradients:
+        gradient = 0.5
+    weights = 1 if p.quantized_weights else compute
+    reductions = passes if p.zero_stage >= 2 else 1
+    return {
+        "forward": parameters * weights * passes if p.zero_stage == 3 else 0,
+        "backward": parameters * weights * passes if p.zero_stage == 3 else 0,
+        # An all-reduce moves twice what a reduce-scatter does.
+        "gradients": parameters * gradient * reductions * (2 if p.zero_stage == 0 else 1),
+        "publish": parameters * compute if p.zero_stage in (1, 2) else 0,
+    }
+
+
+def precompute(
+    recipe: Recipe, machine: Machine, *, price: float, hours: float, dataset_images: int | None
+) -> dict[str, Any]:
+    """Encode once and store, or encode at every pass? Storage counts for as long as the run lasts, a month at least."""
+    unique = min(dataset_images or recipe.images, recipe.images)
+    online = recipe.images * machine.encode_seconds / 3600
+    once = unique * machine.encode_seconds / 3600
+    stored = unique * STORED_BYTES_PER_IMAGE
+    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / 730)
+    return {
+        "passes": recipe.images / unique,
+        "online_device_hours": online,
+        "once_device_hours": once,
+        "stored_bytes": stored,
+        "storing_dollars": storing,
+        "saved_dollars": (online - once) * price - storing,
+        "pays": (online - once) * price > storing,
+    }
 
 
 def describe(plan: dict[str, Any]) -> str:
@@ -64,11 +210,23 @@ def describe(plan: dict[str, Any]) -> str:
         f"{plan['image_tokens']} image + {plan['text_tokens']} text tokens",
         f"{plan['images']:,} images in {plan['steps']:,} steps, {plan['train_flops_per_image']:.3e} FLOPs an image to "
         f"train, {plan['train_flops']:.3e} in all",
-        f"model states per rank on {plan['world_size']} rank(s), GiB (the recipe uses stage {plan['zero_stage']}):",
+        f"bytes per rank on {plan['world_size']} rank(s) of {plan['machine']}, GiB (the recipe uses stage "
+        f"{plan['zero_stage']}, {plan['micro_batch']} image(s) at once; total: model states alone):",
     ]
-    names = list(next(iter(plan["bytes_per_rank"].values())))
-    lines.append("         " + "".join(f"{name:>11}" for name in names))
+    names = list(plan["bytes_per_rank"]["stage3"])
+    lines.append("         " + "".join(f"{name:>12}" for name in names))
     for stage, sizes in plan["bytes_per_rank"].items():
-        lines.append(f"  {stage}" + "".join(f"{sizes[name] / 2**30:11.3f}" for name in names))
-    lines.append(f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB")
+        lines.append(f"  {stage}" + "".join(f"{sizes.get(name, 0) / 2**30:12.3f}" for name in names))
+    time, pre = plan["time"], plan["precompute"]
+    lines += [
+        plan["advice"],
+        f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
+        f"{plan['efficiency']:.0%} of the peak, {time['communication_seconds']:.3g} s communicating); the run "
+        f"{time['hours']:,.1f} hours, {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}",
+        f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
+        f"{plan['storage_bytes'] / 2**30:.3f} GiB",
+        f"encoding once {'pays' if pre['pays'] else 'does not pay'}: {pre['once_device_hours']:,.1f} device-hours and "
+        f"{pre['stored_bytes'] / 1e9:,.0f} GB instead of {pre['online_device_hours']:,.1f} device-hours "
+        f"({pre['passes']:.3g} passes)",
+    ]
     return "\n".join(lines)

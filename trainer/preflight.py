@@ -16,6 +16,7 @@ from model.flow import get_formulation
 from model.validation import get_protocol
 from model.weights import read_meta
 from trainer.recipe import Recipe, check, differences
+from trainer.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
 
@@ -35,6 +36,7 @@ def one_voice() -> Iterator[None]:
 def fit(recipe: Recipe, data: str, *, world: int) -> tuple[Recipe, Dataset, Dataset | None]:
     """The recipe with the data's fingerprint in it, and the data opened (train split, val split if it is wanted)."""
     check(recipe)
+    check_trackers(recipe)
     get_formulation(recipe.formulation)
     get_protocol(recipe.validation.protocol)
     for profile in recipe.ema.profiles:
@@ -115,10 +117,13 @@ def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     path = storage.localize(init_from)
     meta = read_meta(path)
     wanted = recipe.model.to_json()
+    # Positions are a formula, and QK-norm may be added to weights without it (paper, section 5.3.2).
+    free = {"norm_backend"} | {key for key in wanted if key.startswith("pos_")}
+    found = {"backbone": meta["backbone"]} | meta["config"]
     wrong = [
-        f"{key}: weights {meta['config'].get(key)}, recipe {wanted[key]}"
-        for key in ("depth", "patch", "in_channels", "context_width", "pooled_width", "qk_norm", "dual_attention")
-        if meta["config"].get(key) != wanted[key]
+        f"{key}: weights {found.get(key)}, recipe {value}"
+        for key, value in ({"backbone": recipe.model.name} | wanted).items()
+        if key not in free and found.get(key) != value and not (key == "qk_norm" and value)
     ]
     if wrong:
         raise UserError(f"{init_from} is for another model than recipe {recipe.name}: {'; '.join(wrong)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from infra.log import Progress
 from infra.results import ResultRow, ResultStore
 from infra.version import code_version
 from trainer.recipe import Recipe
+from trainer.trackers import Trackers
 from trainer.validate import ValidationLoss
 from trainer.zero.group import Group
 
@@ -25,10 +27,12 @@ class RunLog:
         self._rows: list[ResultRow] = []
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
+        self._rates: list[float] = []
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
         self._store = ResultStore(storage.join(out, "results"))
         self._board: Any = None
+        self._trackers = Trackers(recipe, self.run, out) if self._talks else None
         if self._talks and not storage.is_remote(out):
             self._forget_after(images_seen)
             from torch.utils.tensorboard import SummaryWriter
@@ -48,13 +52,21 @@ class RunLog:
         )
         self.images_seen = images_seen
 
-    def train(self, loss: float, *, lr: float, grad_norm: float, step: int) -> None:
+    def rewind(self, images_seen: int) -> None:
+        """The run went back: what was told of the time after will be told again."""
+        self._progress.update(min(images_seen, self.recipe.images) - min(self.images_seen, self.recipe.images))
+        self.images_seen, self._last = images_seen, (images_seen, time.monotonic())
+        self._rows = [row for row in self._rows if row.images_seen <= images_seen]
+        self._lines = [line for line in self._lines if json.loads(line)["images_seen"] <= images_seen]
+
+    def train(self, loss: float, *, lr: float, grad_norm: float, step: int, **figures: float) -> None:
         """The mean loss since the last call, with what belongs to it."""
         now, (images, then) = time.monotonic(), self._last
         self._last = (self.images_seen, now)
         rate = (self.images_seen - images) / max(now - then, 1e-9)
-        figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate}
-        self._write("train", figures, step=step)
+        self._rates.append(rate)
+        told = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
+        self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)
 
     def validation(self, found: ValidationLoss, *, profile: str) -> None:
@@ -72,7 +84,9 @@ class RunLog:
     def cost(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""
         details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
-        for name, value in {"seconds": self.seconds, **figures}.items():
+        # The median: the first stretch warms up, others hold a validation or a save.
+        speed = {"images_per_second": statistics.median(self._rates)} if self._rates else {}
+        for name, value in {"seconds": self.seconds, **speed, **figures}.items():
             self._row(f"cost/{name}", value, self.images_seen, details=details)
 
     def flush(self) -> None:
@@ -104,6 +118,8 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """What led to a failure is kept too; a second failure while telling it must not hide the first."""
         self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close()
         try:
             self.flush()
             if self._board is not None:
@@ -125,6 +141,8 @@ class RunLog:
             return
         stamp = {"kind": kind, "images_seen": self.images_seen, "seconds": round(self.seconds, 3)}
         self._lines.append(json.dumps({**stamp, **more, **figures}) + "\n")
+        if self._trackers is not None:
+            self._trackers.log(kind, figures, self.images_seen)
         if self._board is not None:
             for name, value in figures.items():
                 # x-axis in images

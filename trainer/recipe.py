@@ -14,25 +14,30 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from infra.errors import UserError, nearest
-from model.mmdit import MMDiTConfig
+from model.backbone import config_from_json
+from model.errors import ModelError
+from model.trunk import TokenConfig
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) decides only what we see.
 HASHED = (
     "model", "formulation", "shift", "images", "global_batch", "seed", "precision", "optimizer", "schedule", "ema",
     "data", "init_weights",
 )  # fmt: skip
+# Came later: hashed where they differ from their default, so that older results keep their names.
+HASHED_IF_SET = ("guard",)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW. `torch`: torch's fused kernel; `apex`: NVIDIA's FusedAdam, an error where it is not installed."""
+    """AdamW. `torch`: torch's fused kernel; `apex`: NVIDIA's FusedAdam, an error where it is not installed;
+    `deepspeed_cpu`, `deepspeed_fused`: DeepSpeed's own, compiled at first use (the first for offload_optimizer)."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
-    kernel: Literal["torch", "apex"] = "torch"
+    kernel: Literal["torch", "apex", "deepspeed_cpu", "deepspeed_fused"] = "torch"
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,36 @@ class Parallel:
     """Reduce and accumulate gradients in fp32 although the model computes in bf16."""
     checkpoint_blocks: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile each block, one graph per bucket of latents."""
+    offload_optimizer: bool = False
+    """Keep masters and Adam's moments in the host's memory and step there (stages 1 to 3)."""
+    offload_parameters: Literal["no", "cpu", "nvme"] = "no"
+    """Keep the shards of the parameters elsewhere between uses (stage 3)."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk, for offload_parameters nvme."""
+    hpz: int = 1
+    """Ranks of a node that hold a second copy of the shards, so that the backward pass gathers inside the node
+    (ZeRO++ hpZ, stage 3); 1: off."""
+    quantized_weights: bool = False
+    """Gather parameters as int8 (ZeRO++ qwZ, CUDA only); changes the numbers a little."""
+    quantized_gradients: bool = False
+    """Reduce gradients as int4 (ZeRO++ qgZ, CUDA only); changes the numbers."""
+    reverse_lanes: bool = False
+    """The ranks exchange their shares of each batch: the same batch, summed in another order. `verify-resume`
+    measures with it how far rounding alone makes two runs drift apart."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What happens to a batch whose loss or gradient cannot be right: it is left out, the run goes back to its last
+    checkpoint."""
+
+    max_skips: int = 3
+    """Batches that a run may leave out; one more ends it."""
+    spike: float | None = 12.0
+    """A loss so many robust deviations above the median of the last 128 steps (and 1.5 times it) is a spike; None:
+    only what is not finite counts."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +149,18 @@ class Logging:
 
     log_every: int | Literal["auto"] = "auto"
     save_every: int | Literal["auto"] = "auto"
+    save_at: tuple[int, ...] = ()
+    """Further points, in images, at which a checkpoint is taken: where other runs shall branch off."""
     keep: int = 3
     """Checkpoints kept; exported weights are always kept."""
     samples: int = 0
     """Captions of the val split that are drawn at each checkpoint (RUN/samples/)."""
+    wandb: str | None = None
+    """Weights & Biases project that also gets the curves."""
+    mlflow: str | None = None
+    """MLflow tracking URI that also gets the curves."""
+    stall_s: float = 600.0
+    """Seconds without progress after which every rank's stack traces are written to RUN/logs/."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +168,7 @@ class Recipe:
     """Complete description of a run. `hash` is the identity of its results."""
 
     name: str
-    model: MMDiTConfig
+    model: TokenConfig
     images: int
     """Images to train on, counted with repetition."""
     global_batch: int
@@ -141,19 +184,23 @@ class Recipe:
     parallel: Parallel = field(default_factory=Parallel)
     validation: Validation = field(default_factory=Validation)
     logging: Logging = field(default_factory=Logging)
+    guard: Guard = field(default_factory=Guard)
     init_weights: str | None = None
     """sha256 of the weights the run started from (set by --init-from)."""
 
     @property
     def hash(self) -> str:
         """16 hex digits over everything that decides the weights, the data's fingerprint included."""
-        told = self.to_json()
-        text = json.dumps({name: told[name] for name in HASHED}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_hashed(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def steps(self) -> int:
         return -(-self.images // self.global_batch)
+
+    @property
+    def logging_saves(self) -> int:
+        """Checkpoints that a run takes; each leaves a file of EMA weights."""
+        return max(1, self.images // (self.cadence("save") or self.images))
 
     def cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
         """Images between two log lines, validations or checkpoints; None: never."""
@@ -198,7 +245,9 @@ def check(recipe: Recipe) -> None:
         "images": recipe.images, "global_batch": recipe.global_batch, "optimizer.lr": recipe.optimizer.lr,
         "validation.samples": recipe.validation.samples, "validation.batch": recipe.validation.batch,
         "logging.log_every": recipe.cadence("log"), "logging.save_every": recipe.cadence("save"),
-        "logging.keep": recipe.logging.keep, "shift": recipe.shift,
+        "logging.keep": recipe.logging.keep, "shift": recipe.shift, "logging.stall_s": recipe.logging.stall_s,
+        "guard.spike": 1 if recipe.guard.spike is None else recipe.guard.spike,
+        "guard.max_skips + 1": recipe.guard.max_skips + 1,
         "validation.every": 1 if recipe.validation.every is None else recipe.cadence("validate"),
         "parallel.micro_batch": 1 if recipe.parallel.micro_batch is None else recipe.parallel.micro_batch,
     }  # fmt: skip
@@ -216,8 +265,27 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"recipe {recipe.name}: ema.profiles {recipe.ema.profiles}: expected at least one, all different"
         )
-    if recipe.parallel.zero_stage == 0 and recipe.precision == "bf16":
-        raise UserError(f"recipe {recipe.name}: bf16 needs fp32 master weights: use --parallel.zero-stage 1, 2 or 3")
+    _check_parallel(recipe)
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    p = recipe.parallel
+    wrong = [
+        (p.zero_stage == 0 and recipe.precision == "bf16",
+         "bf16 needs fp32 master weights: use --parallel.zero-stage 1, 2 or 3"),
+        (p.zero_stage == 0 and p.offload_optimizer, "offload_optimizer needs --parallel.zero-stage 1, 2 or 3"),
+        (p.zero_stage != 3 and p.offload_parameters != "no", "offload_parameters needs --parallel.zero-stage 3"),
+        (p.zero_stage != 3 and (p.hpz > 1 or p.quantized_weights or p.quantized_gradients),
+         "hpz, quantized_weights and quantized_gradients need --parallel.zero-stage 3"),
+        (p.hpz < 1, f"parallel.hpz is {p.hpz}, expected at least 1"),
+        (p.offload_parameters == "nvme" and not p.nvme_path,
+         "offload_parameters nvme needs --parallel.nvme-path, a folder on a fast local disk"),
+        (p.offload_parameters != "no" and not p.offload_optimizer,
+         "offload_parameters keeps shards on the host, their masters belong there too: --parallel.offload-optimizer"),
+    ]  # fmt: skip
+    for found, says in wrong:
+        if found:
+            raise UserError(f"recipe {recipe.name}: {says}")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -231,22 +299,33 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         elif a != b:
             found.append(f"{path}: {a} -> {b}")
 
-    one, two = old.to_json(), new.to_json()
-    walk({n: one[n] for n in HASHED}, {n: two[n] for n in HASHED}, "")
+    walk(_hashed(old), _hashed(new), "")
     return found
 
 
+def _hashed(recipe: Recipe) -> dict[str, Any]:
+    """What the identity of a run is made of."""
+    told = recipe.to_json()
+    defaults = {f.name: f.default_factory for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET}
+    later = [name for name, make in defaults.items() if told[name] != _encode(make())]  # type: ignore[misc, operator]
+    return {name: told[name] for name in (*HASHED, *later)}
+
+
 def _encode(value: Any) -> Any:
-    if isinstance(value, MMDiTConfig):
-        return value.to_json()
+    if isinstance(value, TokenConfig):
+        return value.to_json() | ({} if value.name == "mmdit" else {"backbone": value.name})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _decode(kind: Any, value: Any, path: str) -> Any:
-    if kind is MMDiTConfig:
-        return MMDiTConfig.from_json(value)
+    if kind is TokenConfig:
+        fields = {key: item for key, item in value.items() if key != "backbone"}
+        try:
+            return config_from_json(value.get("backbone", "mmdit"), fields)
+        except ModelError as error:
+            raise UserError(f"{path}: {error}") from error
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{path} is {value!r}, expected an object with fields")

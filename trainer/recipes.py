@@ -1,20 +1,25 @@
 """The recipes by name. One dial, depth, makes a ladder: width 64*depth, heads = depth, everything else follows."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from infra.errors import UserError, nearest
 from model.mmdit import MMDiTConfig
+from trainer.paper import BACKBONES, DEPTHS, captions, high_resolution, pretrain_256, study
 from trainer.recipe import EMA, Data, Logging, Optimizer, Parallel, Recipe, Schedule, Validation
 
 
 def world(depth: int) -> Recipe:
     """The miniature world: 64x64 scenes as 64 image tokens with 32 text tokens, fp32, every parameter sharded.
 
-    deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
+    Command: deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
     Hardware: two CPU cores; images/s in trainer/README.md. The rate falls with the width as 1/sqrt(width): our choice.
     Batch 16, for short runs live by their number of steps: after 1,700 images depth 3 stood at a training loss of 1.0
     with it, 1.2 with batch 32, 1.5 with 64. Encoder dropout leaves 10 % of the samples without any text, as the
-    paper's 46.4 % does for three encoders; here there are two.
+    paper's 46.4 % does for three encoders; here there are two. Expected after a whole run: see the report that
+    infra/runs/world_long.sh makes.
     """
     return Recipe(
         name=f"world-d{depth}",
@@ -32,50 +37,51 @@ def world(depth: int) -> Recipe:
     )
 
 
-def pretrain_256(depth: int) -> Recipe:
-    """SD3's scaling runs: 256x256, batch 4096, 500,000 steps, same settings for all sizes (paper, section 5.3.3).
+def world_backbone(backbone: str, depth: int) -> Recipe:
+    """The backbone ablation (paper, figure 4) in the miniature world: all else as `world-dN`.
 
-    deepspeed --hostfile HOSTS --module trainer train d24 --data s3://... --out s3://...
-    From the paper: depths, width and heads, batch, steps, patch 2, 16 latent channels, logit-normal times, 50/50
-    captions, encoder dropout 46.4 %. Our choice (the paper is silent): rate 1e-4 with 1000 warm-up steps (as in its
-    study of formulations), betas, clipping, QK-norm from the start, EMA 0.99 every 100 steps plus two power profiles.
-    Depth 38 needed its rate lowered at 300,000 steps to avoid divergence. Not run yet.
+    Command: deepspeed --num_gpus 2 --module trainer train world-uvit-d2 --data URI --out RUN
+    Hardware and time: two CPU cores, as `world-dN`. Expected: validation loss in the paper's order, dit > uvit >
+    cross_dit > mmdit >= mmdit3; not run yet.
     """
-    batch = 4096
-    return Recipe(
-        name=f"d{depth}",
-        model=MMDiTConfig(depth=depth),
-        images=500_000 * batch,
-        global_batch=batch,
-        optimizer=Optimizer(lr=1e-4),
-        schedule=Schedule(warmup_images=1000 * batch),
-        ema=EMA(profiles=("power:0.10", "power:0.05", f"decay:0.99@{100 * batch}")),
-        data=Data(resolution=256, latent_shape=(16, 32, 32), text_tokens=154),
-        parallel=Parallel(zero_stage=3 if depth >= 24 else 2, checkpoint_blocks=depth >= 24),
-        validation=Validation(every=50_000 * batch, samples=4096, batch=64),
-        logging=Logging(log_every=100 * batch, save_every=5_000 * batch),
-    )
+    more: dict[str, Any] = {"clip_tokens": 16} if backbone == "mmdit3" else {}
+    model = BACKBONES[backbone](depth=depth, in_channels=8, context_width=384, pooled_width=128, **more)
+    return replace(world(depth), name=f"world-{backbone}-d{depth}", model=model)
+
+
+def world_captions(original: float, depth: int) -> Recipe:
+    """The caption ablation (paper, table 4) in the miniature world: original captions alone, or half synthetic ones.
+
+    Command: deepspeed --num_gpus 2 --module trainer train world-captions-original-d3 --data URI --out RUN
+    Hardware and time: two CPU cores, as `world-dN`. Expected: the mixture scores better on world_geneval; not run yet.
+    """
+    base = world(depth)
+    name = "original" if original == 1 else "mixed"
+    data = replace(base.data, original_captions=original)
+    return replace(base, name=f"world-captions-{name}-d{depth}", data=data)
 
 
 FAMILIES: dict[str, Callable[[int], Recipe]] = {
     "world": world,
     "pretrain-256": pretrain_256,
+    **{f"world-{name}": partial(world_backbone, name) for name in BACKBONES if name != "mmdit"},
 }
 
+WORLD_DEPTHS = (1, 2, 3, 4, 5, 6)
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "world-d1": lambda: world(1),
-    "world-d2": lambda: world(2),
-    "world-d3": lambda: world(3),
-    "world-d4": lambda: world(4),
-    "world-d5": lambda: world(5),
-    "world-d6": lambda: world(6),
-    "d15": lambda: pretrain_256(15),
-    "d18": lambda: pretrain_256(18),
-    "d21": lambda: pretrain_256(21),
-    "d24": lambda: pretrain_256(24),
-    "d30": lambda: pretrain_256(30),
-    "d38": lambda: pretrain_256(38),
-}
+    **{f"world-d{depth}": partial(world, depth) for depth in WORLD_DEPTHS},
+    **{f"d{depth}": partial(pretrain_256, depth) for depth in DEPTHS},
+    **{f"d{depth}-{size}": partial(high_resolution, depth, size) for size in (512, 1024) for depth in DEPTHS},
+    "captions-original": partial(captions, 1.0),
+    "captions-mixed": partial(captions, 0.5),
+    **{f"study-{name}": partial(study, name) for name in BACKBONES},
+    **{
+        f"world-{name}-d{depth}": partial(world_backbone, name, depth)
+        for name in BACKBONES if name != "mmdit" for depth in (2, 3, 4)
+    },
+    **{f"world-captions-original-d{depth}": partial(world_captions, 1.0, depth) for depth in (2, 3, 4)},
+    **{f"world-captions-mixed-d{depth}": partial(world_captions, 0.5, depth) for depth in (2, 3, 4)},
+}  # fmt: skip
 
 
 def get_recipe(name: str) -> Recipe:

@@ -1,19 +1,18 @@
 """What survives an interruption: saving, restoring, and stopping in time."""
 
-import math
 import signal
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from data_pipeline.batch import LatentBatch
+import torch
+
 from data_pipeline.loader import Batches, Dataset
 from data_pipeline.order import Exceptions
 from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.weights import load_weights
 from trainer.export import export, weights_meta
 from trainer.progress import RunLog
 from trainer.recipe import Recipe, differences
@@ -28,10 +27,6 @@ log = get_logger("train")
 MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
-class NonFiniteLoss(UserError):
-    """The loss or a gradient is nan or inf; the optimizer has not seen it."""
-
-
 @dataclass
 class State:
     """What a checkpoint keeps besides tensors: one integer for the data, and what the data leaves out."""
@@ -40,6 +35,8 @@ class State:
     step: int = 0
     seconds: float = 0.0
     exceptions: Exceptions = field(default_factory=Exceptions)
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps, by which the guard knows a spike."""
 
 
 class StopSignal:
@@ -66,6 +63,18 @@ def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> chec
     return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
 
 
+def measured(engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share) -> dict[str, float]:
+    """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
+    group, sizes = engine.group, engine.bytes_by_category()
+    sizes["ema"] = sum(x.numel() * x.element_size() for shards in ema.shards.values() for x in shards)
+    numel = sum(s.numel for parts in share.segments for s in parts)
+    [total] = group.sum([float(numel * 4 * len(share.tensors))])
+    largest = group.max([float(size) for size in sizes.values()])
+    parameters = engine.describe()["parameters"]
+    named = {f"bytes_per_rank/{name}": size for name, size in zip(sizes, largest)}
+    return {"parameters": float(parameters), "checkpoint_bytes": total, **named}
+
+
 def save(
     recipe: Recipe,
     engine: ZeroEngine,
@@ -87,7 +96,8 @@ def save(
     uris = [storage.join(folder, step, "ema.safetensors"), storage.join(folder, "ema.safetensors")]
     exported = export(engine, ema.first, uris, meta("ema"), group)
     exported &= export(engine, engine.masters, [storage.join(folder, "raw.safetensors")], meta("raw"), group)
-    run_log.cost()
+    share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
+    run_log.cost(**measured(engine, ema, share))
     problem = ""
     try:
         run_log.flush()
@@ -100,9 +110,9 @@ def save(
         "seconds": run_log.seconds,
         "recipe": recipe.to_json(),
         "recipe_hash": recipe.hash,
+        "recent": state.recent,
     }
     root = storage.join(out, "checkpoints")
-    share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
     saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=recipe.logging.keep)
     if group.rank == 0 and saved:
         log.info("saved %s at %s images", step, f"{state.images_seen:,}")
@@ -143,13 +153,23 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     exceptions = Exceptions()
     for extra in found.extras:
         exceptions |= Exceptions.from_json(extra["exceptions"])
-    return State(int(kept["images_seen"]), found.step, float(kept["seconds"]), exceptions)
+    seconds, recent = float(kept["seconds"]), list(kept.get("recent", []))
+    return State(int(kept["images_seen"]), found.step, seconds, exceptions, recent)
 
 
 def load_init(engine: ZeroEngine, uri: str) -> None:
-    """Start from exported weights; Adam and the EMA start anew. Collective."""
-    state_dict, _ = load_weights(storage.localize(uri))
-    engine.load_whole(lambda name: state_dict[name])
+    """Start from exported weights; Adam and the EMA start anew. QK-norms that they lack begin as ones. Collective."""
+    from safetensors import safe_open
+
+    with safe_open(str(storage.localize(uri)), framework="pt") as file:
+        names = set(file.keys())
+
+        def read(name: str) -> torch.Tensor:
+            if name not in names and name.rsplit(".", 2)[-2] in ("norm_q", "norm_k"):
+                return torch.ones(engine.shapes[name])
+            return file.get_tensor(name)
+
+        engine.load_whole(read)
 
 
 def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Batches:
@@ -164,21 +184,10 @@ def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -
         seed=recipe.seed,
         start=state.step * recipe.global_batch,
         global_batch=recipe.global_batch,
-        rank=group.rank,
+        rank=group.world - 1 - group.rank if recipe.parallel.reverse_lanes else group.rank,
         world_size=group.world,
         caption_weights=weights,
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
-    )
-
-
-def refuse_non_finite(value: float, what: str, state: State, recipe: Recipe, batch: LatentBatch) -> None:
-    """Stop before the optimizer sees it, saying where it happened."""
-    if math.isfinite(value):
-        return
-    first = state.step * recipe.global_batch
-    raise NonFiniteLoss(
-        f"{what} is not finite at images {first:,} to {first + recipe.global_batch - 1:,} (keys {batch.keys[0]} ...); "
-        "the step was not taken: look at these images, or start from the last checkpoint with a lower --optimizer.lr"
     )

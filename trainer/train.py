@@ -7,21 +7,26 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.flow import get_formulation
+from trainer.guard import keep_recent, problem_of, roll_back
+from trainer.machines import this_machine
+from trainer.monitor import Monitor
 from trainer.objective import pretrain
 from trainer.plan import describe, make_plan
 from trainer.preflight import check_run_folder, fit, micro_batches, one_voice, with_init
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
 from trainer.samples import Sampler
-from trainer.state import State, StopSignal, load_init, open_batches, refuse_non_finite, restore, save
+from trainer.state import StopSignal, load_init, open_batches, restore, save
 from trainer.validate import Validator
+from trainer.watch import Watch, together
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
-from trainer.zero.group import leave, start
+from trainer.zero.group import Group, leave, start
 
 log = get_logger("train")
 PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
@@ -35,14 +40,33 @@ def train(
     with one_voice():
         recipe, dataset, val = fit(with_init(recipe, init_from), data, world=world)
         check_run_folder(recipe, out, resume)
-        plan = make_plan(recipe, world=world)
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(plan) + "\ndry run: the data fits the recipe; nothing was written")
+            print(describe(make_plan(recipe, world=world)) + "\ndry run: the data fits the recipe; nothing was written")
         return
 
-    group, stop = start(), StopSignal()
-    batch, accumulation = recipe.global_batch, micro_batches(recipe, world)
+    group = start()
+    with together(Watch(group, out, stall_s=recipe.logging.stall_s)) as watch:
+        done = run(recipe, dataset, val, group, watch, out=out, resume=resume, init_from=init_from)
+    leave()
+    if not done:
+        raise SystemExit(PREEMPTED)
+
+
+def run(
+    recipe: Recipe,
+    dataset: Dataset,
+    val: Dataset | None,
+    group: Group,
+    watch: Watch,
+    *,
+    out: str,
+    resume: str,
+    init_from: str | None,
+) -> bool:
+    """What each rank does from the first step to the last; False when it was asked to stop before."""
+    stop, plan = StopSignal(), make_plan(recipe, world=group.world)
+    batch, accumulation = recipe.global_batch, micro_batches(recipe, group.world)
     engine = ZeroEngine(recipe, group, accumulation=accumulation)
     if init_from is not None:
         load_init(engine, init_from)
@@ -56,48 +80,66 @@ def train(
     validator = Validator(recipe, val) if val is not None else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
-    formulation = get_formulation(recipe.formulation)
+    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, engine.model, group, this_machine())
     losses: list[float] = []
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")
 
     with run_log:
         while state.images_seen < recipe.images:
-            loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
+            loss_sum, keys = torch.zeros((), dtype=torch.float64, device=group.device), []
             for number in range(accumulation):
-                micro = next(batches)
-                loss_B = pretrain(
-                    engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=group.device
-                )
-                engine.backward(loss_B.mean())
-                loss_sum += loss_B.detach().double().sum()
+                watch.at("reading data", state.step)
+                with monitor.waiting():
+                    micro = next(batches)
+                keys += micro.keys
+                watch.at("computing", state.step)
+                with monitor.looking(number == 0 and due(recipe, "log", state.images_seen + batch)):
+                    losses_B = pretrain(
+                        engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift,
+                        device=group.device,
+                    )  # fmt: skip
+                engine.backward(losses_B.loss_B.mean())
+                loss_sum += losses_B.loss_B.detach().double().sum()
+                monitor.add(losses_B)
                 if number + 1 < accumulation:
                     engine.step(0.0, boundary=False)
             # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
             total, stop_votes = group.sum([loss_sum.item(), float(stop.asked)])
             loss, lr = total / batch, recipe.lr_at(state.images_seen + batch)
-            refuse_non_finite(loss, "loss", state, recipe, micro)
-            result = engine.step(lr)
-            refuse_non_finite(result.grad_norm if result.applied else math.nan, "gradient", state, recipe, micro)
+            problem = problem_of(loss, state.recent, recipe.guard)
+            result = engine.discard() if problem else engine.step(lr)
+            if problem or not result.applied:
+                problem = problem or "the gradient is not finite"
+                state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
+                batches.close()
+                batches, losses = open_batches(recipe, dataset, group, state), []
+                run_log.rewind(state.images_seen)
+                monitor.take()
+                continue
             state.images_seen += batch
             state.step += 1
+            keep_recent(state, loss)
             ema.update(engine.masters, state.images_seen, batch)
             run_log.advance(state.images_seen, loss, lr)
             losses.append(loss)
 
             last = state.images_seen >= recipe.images
-            if last or due(state, recipe, "log"):
+            if last or due(recipe, "log", state.images_seen):
                 mean = math.fsum(losses) / len(losses)
-                run_log.train(mean, lr=lr, grad_norm=result.grad_norm, step=state.step)
+                run_log.train(mean, lr=lr, grad_norm=result.grad_norm, step=state.step, **monitor.take())
                 losses = []
-            if validator is not None and (last or due(state, recipe, "validate")):
+            if validator is not None and (last or due(recipe, "validate", state.images_seen)):
+                watch.at("validating", state.step)
                 with engine.weights(ema.first):
                     found = validator.run(engine, group)
                 run_log.validation(found, profile=recipe.ema.profiles[0])
-            if sampler is not None and (last or due(state, recipe, "save")):
+            if sampler is not None and (last or due(recipe, "save", state.images_seen)):
+                watch.at("sampling", state.step)
                 with engine.weights(ema.first):
                     sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
-            if last or stop_votes or due(state, recipe, "save"):
+            if last or stop_votes or due(recipe, "save", state.images_seen):
+                watch.at("saving", state.step)
                 written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out)
                 if last and not written:
                     raise UserError(
@@ -109,12 +151,12 @@ def train(
                 break
 
     batches.close()
-    leave()
-    if state.images_seen < recipe.images:
-        raise SystemExit(PREEMPTED)
+    return state.images_seen >= recipe.images
 
 
-def due(state: State, recipe: Recipe, what: Literal["log", "validate", "save"]) -> bool:
-    """Did this step cross a multiple of the cadence? So a recipe keeps its meaning when the batch size changes."""
-    every = recipe.cadence(what)
-    return every is not None and state.images_seen // every > (state.images_seen - recipe.global_batch) // every
+def due(recipe: Recipe, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
+    """Does the step that ends there cross a multiple of the cadence? So the batch size may change freely."""
+    every, before = recipe.cadence(what), images_seen - recipe.global_batch
+    if what == "save" and any(before < at <= images_seen for at in recipe.logging.save_at):
+        return True
+    return every is not None and images_seen // every > before // every

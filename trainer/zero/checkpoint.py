@@ -20,7 +20,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import copy_ranges, file_hash, read_index, write_rank_file
+from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, read_index, write_rank_file
 
 log = get_logger("checkpoint")
 FORMAT = 1
@@ -137,7 +137,7 @@ def load(found: Found, share: Share, group: Group) -> None:
     """Fill the tensors of `share` in place, whatever number of ranks wrote them. Collective only in its verdict."""
     problem = ""
     try:
-        copy_ranges(found.uri, len(found.manifest["files"]), share.segments, share.tensors)
+        copy_ranges(Ranges(found.uri, len(found.manifest["files"])), share.segments, share.tensors)
     except (UserError, OSError) as error:
         problem = str(error)
     if group.any(bool(problem)):
@@ -180,9 +180,14 @@ def _step_folders(root: str) -> Iterator[str]:
 
 
 def _remove(folder: str) -> None:
-    """The manifest first: a half-removed checkpoint must not look whole."""
-    storage.delete(storage.join(folder, MANIFEST))
-    for uri in storage.list_files(folder):
-        storage.delete(uri)
+    """The manifest first: a half-removed checkpoint must not look whole. What cannot be removed now stays for the
+    next save to remove."""
+    try:
+        storage.delete(storage.join(folder, MANIFEST))
+        for uri in storage.list_files(folder):
+            storage.delete(uri)
+    except (UserError, OSError) as error:
+        log.warning("%s: not removed: %s", folder, error)
+        return
     if not storage.is_remote(folder):
         shutil.rmtree(storage.local_path(folder), ignore_errors=True)  # with what a killed save left unfinished

@@ -49,6 +49,8 @@ class ZeroEngine:
             model = make()
         model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+        if recipe.parallel.compile:
+            compile_blocks(model)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in model.blocks}))  # type: ignore[union-attr]
         else:
@@ -59,6 +61,7 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.partition = partition_of(self._engine, model, stage=self.stage)
+        self._gradient_bytes = 0
         self._adam: torch.optim.Optimizer = self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
 
     # --- training
@@ -75,14 +78,52 @@ class ZeroEngine:
         """Clip and step; call after every backward (`boundary` False: another micro-batch of the same step follows)."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        before = self._engine.skipped_steps
-        self._engine.step()
+        before, finite = self._engine.skipped_steps, [True]
+        if boundary and not self._gradient_bytes:
+            storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in self.partition.gradients()}
+            self._gradient_bytes = sum(storages.values())
+        with self._watched(finite):
+            self._engine.step()
         if not boundary:
             return StepResult(float("nan"), True)
         norm = self._engine.get_global_grad_norm()
         value = float(norm) if norm is not None else float("nan")
         skipped = self._engine.skipped_steps > before or getattr(self._engine.optimizer, "overflow", False)
-        return StepResult(value, not skipped)
+        return StepResult(value, finite[0] and not skipped)
+
+    def discard(self) -> StepResult:
+        """Instead of `step`: throw this step's gradients away; weights and Adam stay as they are. Collective."""
+        optimizer = self._engine.optimizer
+        # DeepSpeed forgets gradients when their norm is invalid: hand it such a norm.
+        name = {0: "step", 3: "_get_norm_groups"}.get(self.stage, "scaled_global_norm")
+        bad = torch.tensor(-1.0, device=self.group.device)
+        stand_in = {0: lambda: None, 3: lambda: [bad]}.get(self.stage, lambda: bad)
+        setattr(optimizer, name, stand_in)
+        try:
+            self._engine.step()
+        finally:
+            delattr(optimizer, name)  # the class's own again
+        return StepResult(float("nan"), False)
+
+    @contextlib.contextmanager
+    def _watched(self, finite: list[bool]) -> Iterator[None]:
+        """Without ZeRO DeepSpeed steps on any gradient in fp32: look first. Gradients are the same on all ranks."""
+        if self.stage:
+            yield
+            return
+        take = self._adam.step
+
+        def step() -> None:
+            grads = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
+            finite[0] = bool(torch.stack([grad.isfinite().all() for grad in grads]).all())
+            if finite[0]:
+                take()
+
+        self._adam.step = step  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del self._adam.step
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -134,9 +175,11 @@ class ZeroEngine:
             key = self._key(index)
             state: dict[str, Any] = {name: values[name][index].view(key.shape) for name in MOMENTS}
             if self.recipe.optimizer.kernel == "torch":
-                state["step"] = torch.tensor(float(steps), device=self.group.device)
+                state["step"] = torch.tensor(float(steps), device=key.device)
+            elif self.recipe.optimizer.kernel == "deepspeed_cpu":
+                state["step"] = steps
             self._adam.state[key] = state
-        if self.recipe.optimizer.kernel == "apex":
+        if self.recipe.optimizer.kernel in ("apex", "deepspeed_fused"):
             for group in self._adam.param_groups:
                 group["step"] = steps
 
@@ -166,6 +209,17 @@ class ZeroEngine:
                 source = read(s.name).reshape(-1)[s.start : s.start + s.numel]
                 flat.master.data[s.offset : s.offset + s.numel] = source.to(flat.master)
         self.publish()
+
+    def bytes_by_category(self) -> dict[str, int]:
+        """What lies on this rank, in tensors that exist (gradients as of the last step): graded against the plan."""
+        moments = sum(m.numel() * m.element_size() for name in MOMENTS for m in self.moments(name))
+        masters = sum(m.numel() * m.element_size() for m in self.masters) if self.stage else 0
+        return {
+            "weights": self.partition.weight_bytes(),
+            "masters": masters,
+            "moments": moments,
+            "gradients": self._gradient_bytes,
+        }
 
     def describe(self) -> dict[str, int]:
         """Elements on this rank: of the masters, and of all parameters together."""
@@ -198,13 +252,35 @@ def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict
             "stage3_prefetch_bucket_size": p.prefetch,
             "stage3_max_live_parameters": p.max_live,
             "stage3_max_reuse_distance": p.max_live,
+            "zero_hpz_partition_size": p.hpz,
+            "zero_quantized_weights": p.quantized_weights,
+            "zero_quantized_gradients": p.quantized_gradients,
         }
+        if p.offload_parameters != "no":
+            pin = group.device.type == "cuda"
+            where = {"device": p.offload_parameters, "nvme_path": p.nvme_path, "pin_memory": pin}
+            config["zero_optimization"]["offload_param"] = {k: v for k, v in where.items() if v is not None}
+    if p.offload_optimizer:
+        # The optimizer states stay in the host's memory: checkpoints and EMA read them there.
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
+        config["zero_force_ds_cpu_optimizer"] = recipe.optimizer.kernel == "deepspeed_cpu"
     if recipe.precision == "bf16":
         config["bf16"] = {"enabled": True}
         if p.fp32_reduce:
             config["communication_data_type"] = "fp32"
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each block's forward, inside DeepSpeed's hooks, which gather its parameters first.
+
+    Shapes are static, so each bucket of latents costs one graph per class of block; more than 64 are an error.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
 
 
 def _quieten(deepspeed: Any) -> None:

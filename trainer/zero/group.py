@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,13 @@ class Group:
             dist.all_reduce(values)
         return values.tolist()
 
+    def max(self, numbers: Sequence[float]) -> list[float]:
+        """Element-wise maximum over the ranks."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.tolist()
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
         return self.sum([float(flag)])[0] > 0
@@ -39,6 +47,15 @@ class Group:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, on all ranks."""
+        data = text.encode()
+        sizes = [int(n) for n in self.sum([len(data) if r == self.rank else 0 for r in range(self.world)])]
+        rows = torch.zeros(self.world, max(sizes), dtype=torch.uint8, device=self.device)
+        rows[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.sum_(rows)
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows.cpu(), sizes)]
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -74,6 +91,21 @@ def start(*, timeout_s: float = 1800.0) -> Group:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"ranks could not meet at {where}: {error}; is the port in use? try --master_port") from error
     return Group(rank, world, device)
+
+
+def meeting_store() -> Any:
+    """A connection of one's own to the store where the ranks met: safe to use from another thread."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Does this error, or what led to it, say that another rank is gone?"""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "onnection closed")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def leave() -> None:

@@ -21,4 +21,10 @@ def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opt
                 "build NVIDIA/apex or use --optimizer.kernel torch"
             ) from error
         return FusedAdam(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, adam_w_mode=True)
+    if o.kernel in ("deepspeed_cpu", "deepspeed_fused"):
+        import deepspeed
+
+        cpu = o.kernel == "deepspeed_cpu"
+        kernel = deepspeed.ops.adam.DeepSpeedCPUAdam if cpu else deepspeed.ops.adam.FusedAdam
+        return kernel(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)

@@ -38,6 +38,12 @@ class Partition(Protocol):
     replicated: bool
     """Every rank holds everything: only rank 0's share counts when collecting."""
 
+    def weight_bytes(self) -> int:
+        """Of the weights that compute, as they lie on this rank between steps."""
+
+    def gradients(self) -> list[Tensor]:
+        """Whatever holds gradients between the last backward pass of a step and the step."""
+
     def show(self, tensors: Sequence[Tensor]) -> None:
         """Make forward passes compute with these values (one per flat). The masters stay as they are. Collective."""
 
@@ -69,6 +75,13 @@ class Stage3Partition:
                 found.append(Segment(names[id(param)], tuple(param.ds_shape), start, numel, offset))
             offset += share
         return tuple(found)
+
+    def weight_bytes(self) -> int:
+        shards = [param.ds_tensor for group in self._optimizer.fp16_groups for param in group]
+        return sum(shard.numel() * shard.element_size() for shard in shards)
+
+    def gradients(self) -> list[Tensor]:
+        return [self._optimizer.grad_partitions_flat_buffer]
 
     def show(self, tensors: Sequence[Tensor]) -> None:
         # Gathered parameters outlive the forward pass (reuse distance, persistence threshold): without emptying that
@@ -104,6 +117,14 @@ class Stage12Partition:
             found.append(Segment(names[id(param)], tuple(param.shape), inside.start, inside.numel, flat.start))
         return tuple(sorted(found, key=lambda s: s.offset))
 
+    def weight_bytes(self) -> int:
+        return sum(flat.numel() * flat.element_size() for flat in self._optimizer.bit16_groups_flat)
+
+    def gradients(self) -> list[Tensor]:
+        kept = [grad for group in self._optimizer.averaged_gradients.values() for grad in group or ()]
+        own = [param.grad for group in self._optimizer.bit16_groups for param in group]
+        return [grad for grad in (*kept, *own) if grad is not None]
+
     def show(self, tensors: Sequence[Tensor]) -> None:
         from deepspeed.runtime.utils import all_gather_dp_groups
 
@@ -133,6 +154,13 @@ class Stage0Partition:
             for name, param in model.named_parameters()
         ]
         self._displaced: list[Tensor] | None = None
+        self._model = model
+
+    def weight_bytes(self) -> int:
+        return sum(flat.master.numel() * flat.master.element_size() for flat in self.flats)
+
+    def gradients(self) -> list[Tensor]:
+        return [param.grad for param in self._model.parameters() if param.grad is not None]
 
     def show(self, tensors: Sequence[Tensor]) -> None:
         if self._displaced is None:

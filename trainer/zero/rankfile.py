@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +66,8 @@ def write_rank_file(
                 for start, stop in _runs(parts):
                     yield host[start:stop].data.cast("B")
 
-    written = _put(storage.join(folder, f"{stem(rank)}.safetensors"), data())
-    described = _put(storage.join(folder, f"{stem(rank)}.json"), iter([json.dumps(index).encode()]))
+    written = put(storage.join(folder, f"{stem(rank)}.safetensors"), data())
+    described = put(storage.join(folder, f"{stem(rank)}.json"), iter([json.dumps(index).encode()]))
     return tuple(int.from_bytes(digest[i : i + 4], "big") for digest in (written, described) for i in range(0, 32, 4))
 
 
@@ -88,11 +88,25 @@ def file_hash(uri: str) -> str:
     return digest.hexdigest()
 
 
-def copy_ranges(
-    folder: str, num_files: int, segments: Sequence[Sequence[Segment]], tensors: dict[str, list[Tensor]]
-) -> None:
+class Ranges:
+    """Which range of which parameter lies where in the rank files of a checkpoint; read once, asked often."""
+
+    def __init__(self, folder: str, num_files: int) -> None:
+        self.folder = folder
+        self.sources: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)  # (start, numel, rank, at)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for rank in range(num_files):
+            at = 0
+            for name, shape, start, numel in read_index(folder, rank)["segments"]:
+                self.sources[name].append((start, numel, rank, at))
+                self.shapes[name] = tuple(shape)
+                at += numel
+
+
+def copy_ranges(ranges: Ranges, segments: Sequence[Sequence[Segment]], tensors: dict[str, list[Tensor]]) -> None:
     """Fill `tensors` in place from the rank files that hold the ranges, reading those ranges only."""
-    copies = _plan(folder, num_files, segments)
+    folder = ranges.folder
+    copies = _plan(ranges, segments)
     headers = {rank: _header(folder, rank) for rank in sorted({copy.rank for copy in copies})}
 
     def fill(job: tuple[str, Copy]) -> None:
@@ -113,16 +127,9 @@ def copy_ranges(
         list(pool.map(fill, jobs))
 
 
-def _plan(folder: str, num_files: int, segments: Sequence[Sequence[Segment]]) -> list[Copy]:
+def _plan(ranges: Ranges, segments: Sequence[Sequence[Segment]]) -> list[Copy]:
     """Which ranges to fetch, neighbours joined: with the same number of ranks that is one read per tensor."""
-    sources: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)  # name -> (start, numel, rank, at)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rank in range(num_files):
-        at = 0
-        for name, shape, start, numel in read_index(folder, rank)["segments"]:
-            sources[name].append((start, numel, rank, at))
-            shapes[name] = tuple(shape)
-            at += numel
+    folder, sources, shapes = ranges.folder, ranges.sources, ranges.shapes
     found: list[Copy] = []
     for flat, parts in enumerate(segments):
         for s in parts:
@@ -179,7 +186,7 @@ def _runs(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _put(uri: str, pieces: Iterator[bytes | memoryview]) -> bytes:
+def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
     """Write a whole object atomically and give its sha256."""
     digest = hashlib.sha256()
     if storage.is_remote(uri):

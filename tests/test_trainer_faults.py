@@ -1,0 +1,215 @@
+"""When things go wrong in a run of real ranks: bad numbers, spikes, a killed rank, a stuck rank, a full disk, no S3."""
+
+import json
+import os
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_infra_faults import Wire
+from trainer_launch import TINY, finish, run_ranks, start_ranks
+
+from data_pipeline import synthetic
+from infra import storage
+from trainer.guard import ENOUGH, problem_of
+from trainer.recipe import Guard
+from trainer.watch import Watch
+from trainer.zero.group import Group
+
+pytestmark = pytest.mark.dist
+CADENCE = ["--logging.log-every", "8", "--validation.every", "None"]
+BAD = 77  # the sample that spoils its batch
+
+
+def command(data: Path, out: Path | str, images: int, *more: str) -> list[str]:
+    arguments = ["-m", "trainer", "train", "world-d2", "--data", str(data), "--out", str(out), "--images", str(images)]
+    return [*arguments, *TINY, *CADENCE, *more]
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    assert len({line["images_seen"] for line in lines if line["kind"] == "train"}) == len(lines)
+    return {line["images_seen"]: line["loss"] for line in lines}
+
+
+def write(path: Path, spoil: float | None = None) -> Path:
+    """256 samples; one of them has latents that are `spoil`."""
+    made = synthetic._samples
+
+    def spoiled(*args, **kwargs):
+        for sample in made(*args, **kwargs):
+            if spoil is not None and sample.key.startswith("train") and sample.info["number"] == BAD:
+                sample.moments_CHW[: len(sample.moments_CHW) // 2] = spoil
+            yield sample
+
+    synthetic._samples = spoiled
+    try:
+        synthetic.write_synthetic(
+            str(path), num_samples=256, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",)
+        )
+    finally:
+        synthetic._samples = made
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "recent", "spike", "says"),
+    [
+        (float("nan"), [], 12.0, "the loss is nan"),
+        (float("inf"), [1.0] * 50, None, "the loss is inf"),
+        (1e9, [1.0] * 50, None, ""),
+        (1e9, [1.0] * (ENOUGH - 1), 12.0, ""),
+        (1.49, [1.0] * 50, 12.0, ""),
+        (1.51, [1.0] * 50, 12.0, "jumped to 1.51 from a median of 1 over 50 steps"),
+        (1.9, [0.9, 1.0, 1.1] * 20, 12.0, ""),
+        (3.0, [0.9, 1.0, 1.1] * 20, 12.0, "jumped"),
+    ],
+)
+def test_which_losses_are_refused(loss, recent, spike, says):
+    problem = problem_of(loss, recent, Guard(spike=spike))
+    assert says in problem
+    assert bool(problem) is bool(says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spoil", "ranks", "says"), [(np.nan, 2, "the loss is nan"), (5e4, 1, "the loss jumped to")])
+def test_a_bad_batch_is_told_left_out_and_the_run_goes_back(tmp_path, spoil, ranks, says):
+    """Every sample comes once; the spoiled one's batch is replaced. Counts stay right on all ranks."""
+    path, run = write(tmp_path / "data", spoil), tmp_path / "run"
+    bad_step = next(step for step in range(32) if BAD in batch_numbers(path, step))
+    assert 16 < bad_step < 24
+    said = run_ranks(command(path, run, 256, "--logging.save-every", "64", "--seed", str(SEED)), ranks)
+    line = next(line for line in said.splitlines() if "the step was not taken" in line)
+    assert says in line
+    assert "back to the checkpoint at 128 images, without that batch (1 of 3)" in line
+    dumps = [json.loads(file.read_text()) for file in sorted((run / "skipped").iterdir())]
+    assert [dump["images_seen"] for dump in dumps] == [bad_step * 8] * ranks
+    keys = [key for dump in dumps for key in dump["keys"]]
+    assert len(keys) == 8
+    assert f"train-32x32-{BAD:06d}" in keys
+    found = losses(run)
+    assert list(found) == list(range(8, 257, 8))
+    assert max(found.values()) < 10
+    manifest = json.loads((run / "checkpoints" / "step_0000032" / "manifest.json").read_text())
+    assert (manifest["state"]["images_seen"], manifest["state"]["adam_steps"]) == (256, 32)
+    kept = json.loads((run / "checkpoints" / "step_0000032" / "rank_00000.json").read_text())["extra"]
+    assert kept["exceptions"]["positions"] == list(range(bad_step * 8, bad_step * 8 + 8))
+
+
+SEED = 4
+
+
+def batch_numbers(path: Path, step: int) -> set[int]:
+    """Numbers of the samples in a global batch."""
+    from data_pipeline.loader import open_dataset
+
+    batches = open_dataset(str(path)).batches(seed=SEED, start=step * 8, global_batch=8)
+    keys = next(batches).keys
+    batches.close()
+    return {int(key.rsplit("-", 1)[-1]) for key in keys}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigkill_of_a_rank_ends_all_within_a_minute_in_one_line(data, tmp_path, victim):
+    run = tmp_path / "run"
+    processes = start_ranks(command(data, run, 80_000, "--logging.save-every", "8"), 2)
+    while not (run / "checkpoints" / "latest").exists() and processes[0].poll() is None:
+        time.sleep(0.5)
+    processes[victim].kill()
+    killed = time.monotonic()
+    codes, said = finish(processes, timeout=120)
+    assert time.monotonic() - killed < 60
+    assert codes == ([-9, 76] if victim == 0 else [76, -9]), said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"rank {victim} ended without a word" in errors[0]
+    assert "the same command continues" in errors[0]
+    assert "Traceback" not in said
+
+
+class Store:
+    """What ranks share, without a network."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.values[key] for key in keys]
+
+
+def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.watch.BEAT_S", 0.1)
+    store = Store()
+    ranks = [Watch(Group(r, 2, torch.device("cpu")), str(tmp_path), stall_s=1.5, store=store) for r in range(2)]
+    ranks[1].at("reading data", 7)
+    time.sleep(1.0)
+    ranks[0].at("computing", 7)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("logs/stall_*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(0.5)
+    for watch in ranks:
+        watch.close()
+    said = capsys.readouterr().err
+    assert "no progress" in said
+    assert "longest without progress: rank 1 at step 7: reading data;" in said
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [
+        "stall_rank_00000_step_0000007.txt", "stall_rank_00001_step_0000007.txt",
+    ]  # fmt: skip
+    assert "test_a_stuck_rank" in (tmp_path / "logs" / "stall_rank_00001_step_0000007.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_a_save_leaves_the_run_alive(data, tmp_path):
+    """No file may grow beyond 1 MB for a while: saves fail, training goes on, and saves again when there is room."""
+    run = tmp_path / "run"
+    process = start_ranks(command(data, run, 512, "--logging.save-every", "64"), 1)[0]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    said = until(process, "training goes on")
+    assert not (run / "checkpoints" / "latest").exists()
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    codes, rest = finish([process])
+    assert codes == [0], said + rest
+    assert (run / "checkpoints" / "latest").read_text() == "step_0000064\n"
+    assert list(losses(run)) == list(range(8, 513, 8))
+
+
+def until(process: subprocess.Popen[str], words: str) -> str:
+    """What a process said, to the line with these words."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+@pytest.mark.slow
+def test_a_failing_s3_in_a_save_leaves_the_run_alive(data, s3, tmp_path, monkeypatch):
+    wire = Wire(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{wire.port}")
+    monkeypatch.setenv("BEELINE_S3_ATTEMPTS", "1")
+    process = start_ranks(command(data, f"{s3}/run", 1024, "--logging.save-every", "64"), 1)[0]
+    said = until(process, "saved step_")
+    wire.break_it()
+    said += until(process, "training goes on")
+    wire.cut = False
+    codes, rest = finish([process])
+    assert codes == [0], said + rest
+    assert storage.read_bytes(f"{s3}/run/checkpoints/latest") == b"step_0000128\n"

@@ -1,0 +1,109 @@
+"""A loss or gradient that cannot be right never reaches the optimizer: the batch is told, left out, and the run goes
+back to its last good checkpoint. A run may do that a few times, then it stops.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+
+from data_pipeline.loader import Batches
+from data_pipeline.order import Exceptions
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from trainer.ladder import UNSTABLE
+from trainer.recipe import Guard, Recipe
+from trainer.state import State, restore
+from trainer.zero.ema import ShardedEMA
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group
+
+log = get_logger("guard")
+WINDOW, ENOUGH = 128, 16
+LEAST = 1.5  # a spike is at least so many times the median
+
+
+class Unstable(UserError):
+    """The run met more bad batches than it may leave out."""
+
+
+def problem_of(loss: float, recent: Sequence[float], guard: Guard) -> str:
+    """Why a step with this loss must not be taken; "" when it may. `recent` are the losses of the steps before it."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if guard.spike is None or len(recent) < ENOUGH:
+        return ""
+    median = statistics.median(recent)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)  # sigma of a normal distribution
+    if loss > max(LEAST * median, median + guard.spike * deviation):
+        return f"the loss jumped to {loss:.4g} from a median of {median:.4g} over {len(recent)} steps"
+    return ""
+
+
+def keep_recent(state: State, loss: float) -> None:
+    """The losses that the next one is judged by."""
+    state.recent.append(loss)
+    del state.recent[:-WINDOW]
+
+
+def roll_back(
+    problem: str,
+    keys: list[str],
+    recipe: Recipe,
+    engine: ZeroEngine,
+    ema: ShardedEMA,
+    state: State,
+    batches: Batches,
+    *,
+    out: str,
+) -> State:
+    """The state to go on from, with the bad batch among its exceptions; Unstable when it was one too many. Collective.
+
+    Without a checkpoint the run goes on from where it is: the bad step was not taken.
+    """
+    group, batch = engine.group, recipe.global_batch
+    first = state.step * batch
+    where = f"images {first:,} to {first + batch - 1:,}"
+    _tell(problem, keys, state, group, out=out)
+    positions = frozenset(range(first, first + batch))
+    exceptions = _of_all_ranks(batches.exceptions, group) | state.exceptions | Exceptions(positions=positions)
+    skips = len(exceptions.positions) // batch
+    if skips > recipe.guard.max_skips:
+        if group.rank == 0:
+            storage.write_bytes(storage.join(out, UNSTABLE), json.dumps({"problem": problem, "images": first}).encode())
+        raise Unstable(
+            f"{problem} at {where} (keys {keys[0]} ...), and {skips - 1} batches were left out already "
+            f"(--guard.max-skips {recipe.guard.max_skips}): the step was not taken; look at these images, or start "
+            "from the last checkpoint with a lower --optimizer.lr"
+        )
+    found = restore(recipe, engine, ema, out=out, resume="latest")
+    back = found if found.step else state
+    back.exceptions = back.exceptions | exceptions
+    if group.rank == 0:
+        then = f"back to the checkpoint at {back.images_seen:,} images" if found.step else "no checkpoint yet: going on"
+        log.warning(
+            "%s at %s: the step was not taken; %s, without that batch (%d of %d)",
+            problem, where, then, skips, recipe.guard.max_skips,
+        )  # fmt: skip
+    return back
+
+
+def _tell(problem: str, keys: list[str], state: State, group: Group, *, out: str) -> None:
+    """RUN/skipped/: which images these were, one file per rank."""
+    uri = storage.join(out, "skipped", f"step_{state.step:07d}_rank_{group.rank:05d}.json")
+    told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
+    try:
+        storage.write_bytes(uri, json.dumps(told, indent=1).encode())
+    except (UserError, OSError) as error:
+        log.warning("the keys of the bad batch are not written: %s", error)
+
+
+def _of_all_ranks(mine: Exceptions, group: Group) -> Exceptions:
+    """Shards that any rank quarantined: after going back all ranks must leave out the same."""
+    if group.world == 1:
+        return mine
+    found = Exceptions()
+    for told in group.gather(json.dumps(mine.to_json())):
+        found |= Exceptions.from_json(json.loads(told))
+    return found

@@ -1,0 +1,72 @@
+"""What the planner knows of machines: speeds, memory, links, prices. From data sheets; prices are our assumption."""
+
+from dataclasses import dataclass
+
+from infra.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and what joins it to others. Links count bytes per second and device, in one direction."""
+
+    name: str
+    flops: float
+    """Peak dense FLOP/s: bf16 on GPUs, fp32 on the CPU."""
+    memory: float
+    per_node: int
+    link_inside: float
+    link_between: float
+    dollars_per_hour: float
+    """Of one device, rented; --dollars-per-gpu-hour overrides."""
+    efficiency: float = 0.4
+    """Share of the peak that a step of this kind reaches; --efficiency or --calibrate overrides."""
+    overlap: bool = True
+    """Communication hides behind computing."""
+    encode_seconds: float = 0.0
+    """VAE and the three SD3 text encoders for one image with one caption (SD3 paper, table 7: 23.1 ms)."""
+
+
+GIB = 2.0**30
+MACHINES: dict[str, Machine] = {
+    m.name: m
+    for m in (
+        Machine("a100-40", 312e12, 40 * GIB, 8, 300e9, 25e9, 1.3, encode_seconds=0.0231),
+        Machine("a100-80", 312e12, 80 * GIB, 8, 300e9, 25e9, 1.6, encode_seconds=0.0231),
+        Machine("h100-80", 989e12, 80 * GIB, 8, 450e9, 50e9, 2.5, encode_seconds=0.0231 * 312 / 989),
+        Machine("h200-141", 989e12, 141 * GIB, 8, 450e9, 50e9, 3.0, encode_seconds=0.0231 * 312 / 989),
+        Machine("b200-180", 2250e12, 180 * GIB, 8, 900e9, 50e9, 4.5, encode_seconds=0.0231 * 312 / 2250),
+        # One core of an AMD Zen 3 server: half of the 127 GFLOP/s that two of them reach in fp32 matmuls.
+        Machine("cpu", 63.5e9, 12 * GIB, 1024, 5e9, 1e9, 0.03, efficiency=0.45, overlap=False, encode_seconds=0.02),
+    )
+}
+
+
+def get_machine(name: str) -> Machine:
+    """A machine by name; UserError with the nearest known one."""
+    if name not in MACHINES:
+        raise UserError(f"unknown machine {name!r}{nearest(name, MACHINES)}; known: {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def this_machine() -> Machine:
+    """The nearest entry for the device that this process would train on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return MACHINES["cpu"]
+    name, memory = torch.cuda.get_device_name().lower(), torch.cuda.get_device_properties(0).total_memory
+    fitting = [m for m in MACHINES.values() if m.name.split("-")[0] in name]
+    return min(fitting, key=lambda m: abs(m.memory - memory)) if fitting else MACHINES["a100-80"]
+
+
+def transfer_seconds(machine: Machine, nbytes: float, ranks: int) -> float:
+    """To all-gather (or reduce-scatter) a tensor of `nbytes` over all ranks.
+
+    Each device takes in the whole over its link inside the node; each node takes in what other nodes hold over all of
+    its adapters. The two go on at once: the slower one counts.
+    """
+    inside = min(ranks, machine.per_node)
+    nodes = -(-ranks // machine.per_node)
+    local = nbytes * (ranks - 1) / ranks / machine.link_inside
+    remote = nbytes * (nodes - 1) / nodes / (inside * machine.link_between)
+    return max(local, remote)

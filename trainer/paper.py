@@ -1,0 +1,128 @@
+"""The recipes of the SD3 paper (Esser et al. 2024). What it does not state is our choice, and marked so."""
+
+from dataclasses import replace
+
+from model.cross_dit import CrossDiTConfig
+from model.dit import DiTConfig
+from model.mmdit import MMDiTConfig
+from model.mmdit3 import MMDiT3Config
+from model.trunk import TokenConfig
+from model.uvit import UViTConfig
+from trainer.recipe import EMA, Data, Logging, Optimizer, Parallel, Recipe, Schedule, Validation
+
+DEPTHS = (15, 18, 21, 24, 30, 38)
+BACKBONES: dict[str, type[TokenConfig]] = {
+    "dit": DiTConfig,
+    "cross_dit": CrossDiTConfig,
+    "uvit": UViTConfig,
+    "mmdit": MMDiTConfig,
+    "mmdit3": MMDiT3Config,
+}
+
+
+def pretrain_256(depth: int) -> Recipe:
+    """SD3's scaling runs: 256x256, batch 4096, 500,000 steps, same settings for all sizes (paper, section 5.3.3).
+
+    Command: deepspeed --hostfile HOSTS --module trainer train d24 --data s3://... --out s3://...
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100, 0.8 days (d15) to 6.4 days (d38).
+    Expected: GenEval after the 512 stage 0.58 (d18), 0.62 (d24), 0.64 (d30), 0.68 (d38) (table 5). Not run yet.
+    From the paper: depths, width and heads, batch, steps, patch 2, 16 latent channels, logit-normal times, 50/50
+    captions, encoder dropout 46.4 %. Our choice (the paper is silent): rate 1e-4 with 1000 warm-up steps (as in its
+    study of formulations), betas, clipping, QK-norm from the start, EMA 0.99 every 100 steps plus two power profiles.
+    Depth 38 needed its rate lowered at 300,000 steps to avoid divergence: save, then --resume PATH with a lower rate.
+    """
+    batch = 4096
+    return Recipe(
+        name=f"d{depth}",
+        model=MMDiTConfig(depth=depth),
+        images=500_000 * batch,
+        global_batch=batch,
+        optimizer=Optimizer(lr=1e-4),
+        schedule=Schedule(warmup_images=1000 * batch),
+        ema=EMA(profiles=("power:0.10", "power:0.05", f"decay:0.99@{100 * batch}")),
+        data=Data(resolution=256, latent_shape=(16, 32, 32), text_tokens=154),
+        parallel=Parallel(zero_stage=3 if depth >= 24 else 2, checkpoint_blocks=depth >= 24),
+        validation=Validation(every=50_000 * batch, samples=4096, batch=64),
+        logging=Logging(log_every=100 * batch, save_every=5_000 * batch),
+    )
+
+
+def high_resolution(depth: int, resolution: int) -> Recipe:
+    """The stages after 256 px: 512 or 1024 px in mixed aspect ratios, from the weights of the stage before.
+
+    Command: deepspeed --hostfile HOSTS --module trainer train d24-512 --data s3://... --out s3://...
+        --init-from RUNS/d24/weights/ema.safetensors   (and d24-1024 from d24-512's)
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100; a step of d24 takes 0.9 s at 512, 3.8 s at 1024 px.
+    Expected: GenEval 0.62 for d24-512, 0.68 for d38-512, 0.74 for d38-1024 with DPO (table 5). Not run yet.
+    From the paper (section 5.3.2): QK-norm in both streams (added to weights that lack it), the position grid extended
+    and scaled by 256/S, AdamW with eps 1e-15, bf16, at 1024 px times shifted by 3.0. Our choice (the paper is silent):
+    shift sqrt(3) at 512 px, halfway on the logarithmic scale; batch 1024, 100,000 steps, rate 5e-5 with a cooldown;
+    grids for aspects up to 1:4.
+    """
+    base, batch = pretrain_256(depth), 1024
+    side = resolution // 16
+    return replace(
+        base,
+        name=f"d{depth}-{resolution}",
+        model=MMDiTConfig(depth=depth, pos_tokens=side, pos_max=2 * side),
+        images=100_000 * batch,
+        global_batch=batch,
+        shift=3.0 if resolution == 1024 else 3.0**0.5,
+        optimizer=Optimizer(lr=5e-5, eps=1e-15),
+        schedule=Schedule(warmup_images=1000 * batch, cooldown=0.2),
+        ema=EMA(profiles=("power:0.10", "power:0.05", f"decay:0.99@{100 * batch}")),
+        data=Data(resolution=resolution, latent_shape=(16, 2 * side, 2 * side), text_tokens=154),
+        parallel=Parallel(
+            zero_stage=3 if depth >= 24 else 2, checkpoint_blocks=True, micro_batch=8 if resolution == 512 else 2
+        ),
+        validation=Validation(every=10_000 * batch, samples=2048, batch=16),
+        logging=Logging(log_every=100 * batch, save_every=2_000 * batch),
+    )
+
+
+def captions(original: float) -> Recipe:
+    """The caption ablation: depth 15 with original captions alone, or half of them synthetic (table 4).
+
+    Command: deepspeed --num_gpus 8 --module trainer train captions-mixed --data s3://... --out RUN
+    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 3.2 days each.
+    Expected: GenEval 43.3 with original, 49.8 with mixed captions. Not run yet.
+    From the paper: depth 15, 250,000 steps at 256 px (recalled, not verified). Our choice: batch 2048, the rest as d15.
+    """
+    batch = 2048
+    name = "captions-original" if original == 1 else "captions-mixed"
+    base = pretrain_256(15)
+    return replace(
+        base,
+        name=name,
+        images=250_000 * batch,
+        global_batch=batch,
+        schedule=Schedule(warmup_images=1000 * batch),
+        ema=EMA(profiles=("power:0.10", f"decay:0.99@{100 * batch}")),
+        data=replace(base.data, original_captions=original),
+        validation=Validation(every=25_000 * batch, samples=4096, batch=64),
+        logging=Logging(log_every=100 * batch, save_every=5_000 * batch),
+    )
+
+
+def study(backbone: str = "mmdit") -> Recipe:
+    """The setup of section 5.1: formulations (`sweep formulations study`) and backbones (figure 4) on CC12M.
+
+    Command: deepspeed --num_gpus 8 --module trainer train study-cross_dit --data s3://... --out RUN
+    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 0.7 days (study-mmdit); the others are smaller.
+    Expected: validation loss dit > uvit > cross_dit > mmdit, mmdit3 a little lower still (figure 4). Not run yet.
+    From the paper: batch 1024, AdamW at 1e-4 with 1000 warm-up steps, EMA 0.99 every 100 steps, eight levels of
+    validation. Our choice (not stated): depth 15, 100,000 steps, 256 px, QK-norm.
+    """
+    batch = 1024
+    base = pretrain_256(15)
+    return replace(
+        base,
+        name=f"study-{backbone}",
+        model=BACKBONES[backbone](depth=15),
+        images=100_000 * batch,
+        global_batch=batch,
+        schedule=Schedule(warmup_images=1000 * batch),
+        ema=EMA(profiles=(f"decay:0.99@{100 * batch}", "power:0.10")),
+        validation=Validation(every=5_000 * batch, samples=4096, batch=64),
+        logging=Logging(log_every=100 * batch, save_every=5_000 * batch),
+    )
