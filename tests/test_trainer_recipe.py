@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -9,11 +10,16 @@ import pytest
 import torch
 
 from infra.errors import UserError
+from model.dit import DiTConfig
+from model.flops import parameter_count
 from model.mmdit import MMDiTConfig
+from trainer import recipes
 from trainer.__main__ import main
+from trainer.machines import get_machine, transfer_seconds
+from trainer.paper import BACKBONES
 from trainer.plan import bytes_per_rank, describe, make_plan
 from trainer.preflight import micro_batches
-from trainer.recipe import Data, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
+from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
 
@@ -29,6 +35,7 @@ def test_hash_knows_what_decides_the_weights_and_nothing_else():
         recipe(parallel=Parallel(zero_stage=1, micro_batch=5)),
         recipe(logging=Logging(log_every=1)),
         recipe(validation=Validation(every=None)),
+        recipe(guard=Guard()),
     ]
     assert {r.hash for r in same} == {base.hash}
     other = [
@@ -39,21 +46,54 @@ def test_hash_knows_what_decides_the_weights_and_nothing_else():
         recipe(data=Data(fingerprint="abc")),
         recipe(model=MMDiTConfig(depth=3)),
         recipe(init_weights="00"),
+        recipe(guard=Guard(spike=None)),
+        recipe(model=DiTConfig(depth=2)),
     ]
     assert len({r.hash for r in [base, *other]}) == len(other) + 1
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_json_and_is_planned_exactly(name):
+LARGE = [name for name in RECIPES if name.removesuffix("-512").removesuffix("-1024") in ("d21", "d24", "d30", "d38")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in RECIPES])
+def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
+    """Built, validated, run forward on the meta device (where activations are counted) and planned."""
     r = get_recipe(name)
     check(r)
+    assert r.name == name
     assert Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
     with torch.device("meta"):
         model = r.model.build()
     plan = make_plan(r, world=8)
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
     assert plan["train_flops_per_image"] == 3 * plan["forward_flops_per_image"]
+    kept = plan["activation_bytes_per_image"]
+    assert kept["kept"] > 0
+    assert kept["recomputed"] < kept["kept"] or r.model.depth == 1
     assert name in describe(plan)
+
+
+def test_every_docstring_says_command_hardware_and_what_to_expect():
+    for name in ("world", "world_backbone", "world_captions", "pretrain_256", "high_resolution", "captions", "study"):
+        text = getattr(recipes, name).__doc__
+        assert "Command: deepspeed" in text, name
+        assert "Hardware" in text, name
+        assert "xpected" in text, name
+    # The command of a docstring names a recipe that exists.
+    for found in re.findall(
+        r"trainer train (\S+) ", "".join(f.__doc__ or "" for f in vars(recipes).values() if callable(f))
+    ):
+        assert found in RECIPES, found
+
+
+def test_the_paper_s_recipes_say_what_the_paper_says():
+    d24, high = get_recipe("d24"), get_recipe("d24-1024")
+    assert (d24.global_batch, d24.steps, d24.data.encoder_dropout) == (4096, 500_000, 0.464)
+    assert (high.shift, high.optimizer.eps, high.precision, high.model.qk_norm) == (3.0, 1e-15, "bf16", True)
+    assert (high.model.pos_tokens, high.model.pos_base, high.model.pos_max) == (64, 16, 128)
+    assert get_recipe("captions-original").data.original_captions == 1.0
+    assert {get_recipe(f"study-{name}").model.name for name in BACKBONES} == set(BACKBONES)
+    assert parameter_count(d24.model) == 2_028_334_144  # 2,028,328,000 and 256 for the QK-norms of each block
 
 
 def test_plan_bytes_by_stage():
@@ -62,6 +102,53 @@ def test_plan_bytes_by_stage():
     assert total[3] == 100 * (2 + 4 + 8 + 4 + 4)
     assert total[1] == 800 * (2 + 4) + 100 * (4 + 8 + 4)
     assert total[0] > total[1] > total[2] > total[3]
+
+
+def test_plan_against_arithmetic():
+    """64 H100 in 8 nodes, bf16, stage 3, recomputing: every figure by hand."""
+    r = dataclasses.replace(get_recipe("d15"), parallel=Parallel(zero_stage=3, micro_batch=16), images=4096 * 1000)
+    h100, p = get_machine("h100-80"), 496_070_464
+    plan = make_plan(r, world=64, machine=h100, dataset_images=10**6)
+    compute = plan["train_flops_per_image"] * 64 / (989e12 * 0.4)
+    gathered = 2 * p * (7 / 8) / (8 * 50e9)  # between nodes; inside a node 2 p (63/64) / 450e9 is less
+    reduced = 4 * p * (7 / 8) / (8 * 50e9)
+    assert plan["time"]["compute_seconds"] == pytest.approx(compute)
+    assert plan["time"]["communication_seconds"] == pytest.approx(4 * (2 * gathered + reduced))
+    assert plan["time"]["step_seconds"] == max(plan["time"]["compute_seconds"], plan["time"]["communication_seconds"])
+    assert plan["time"]["hours"] == pytest.approx(plan["time"]["step_seconds"] * 1000 / 3600)
+    assert plan["dollars"] == pytest.approx(plan["time"]["hours"] * 64 * 2.5)
+    assert plan["checkpoint_bytes"] == p * 4 * (1 + 2 + 3)
+    assert plan["precompute"]["passes"] == pytest.approx(4.096)
+    # 3.1 million images encoded again cost 6.3 hours, $16; a month of storing 1.02 TB costs $23.
+    assert not plan["precompute"]["pays"]
+    assert make_plan(r, world=64, machine=h100, dataset_images=10**5)["precompute"]["pays"]
+    assert "stage 1 is enough" in plan["advice"]
+    hpz = make_plan(dataclasses.replace(r, parallel=dataclasses.replace(r.parallel, hpz=8)), world=64, machine=h100)
+    assert hpz["time"]["communication_seconds"] < plan["time"]["communication_seconds"]
+    assert hpz["bytes_per_rank"]["stage3"]["second_copy"] == p * 2 / 8
+
+
+def test_offload_moves_bytes_to_the_host():
+    r = recipe(precision="bf16", parallel=Parallel(offload_optimizer=True))
+    sizes = bytes_per_rank(r, 800, stage=3, world=8)
+    assert (sizes["masters"], sizes["moments"], sizes["ema"]) == (0, 0, 0)
+    assert sizes["host"] == 100 * (4 + 8 + 4 + 4)
+
+
+def test_what_does_not_fit_is_said():
+    r = get_recipe("d15")
+    assert "no stage fits" in make_plan(r, world=1, machine=get_machine("a100-40"))["advice"]
+    with pytest.raises(UserError, match=r"unknown machine 'h100'.*did you mean 'h100-80'"):
+        get_machine("h100")
+
+
+def test_link_times():
+    h100 = get_machine("h100-80")
+    assert transfer_seconds(h100, 450e9, 8) == pytest.approx(7 / 8)
+    assert transfer_seconds(h100, 450e9, 16) == pytest.approx(15 / 16)  # the link inside the node is the slower part
+    a100 = get_machine("a100-80")
+    assert transfer_seconds(a100, 200e9, 64) == pytest.approx(200e9 * 7 / 8 / 200e9)  # between nodes: 25 GB/s each
+    assert transfer_seconds(h100, 1e9, 1) == 0
 
 
 def test_json_refuses_what_it_does_not_know():
@@ -135,7 +222,7 @@ def test_names_are_refused_with_the_nearest():
         get_recipe("wrold-d4")
     with pytest.raises(UserError, match="did you mean 'world'"):
         get_family("worlds")
-    assert set(FAMILIES) == {"world", "pretrain-256"}
+    assert {"world", "pretrain-256", "world-uvit"} <= set(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +236,8 @@ def test_names_are_refused_with_the_nearest():
         (["train", "world-d4", "--data", "/no/such", "--out", "y"], None, "/no/such"),
         (["plan", "world-d4", "--images", "many"], 2, "many"),
         (["ladder", "wrld", "--data", "x", "--out", "y"], None, "did you mean 'world'"),
+        (["plan", "d15", "--gpu", "h100"], None, "did you mean 'h100-80'"),
+        (["plan", "/no/run"], None, "no plan.json there"),
         (["export", "/no/run", "--data", "x", "--out", "y"], None, "no such checkpoint"),
     ],
 )

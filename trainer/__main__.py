@@ -1,9 +1,10 @@
 """The command line: `python -m trainer ...`, or `deepspeed --num_gpus 2 --module trainer train RECIPE ...`."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,13 +18,17 @@ USAGE = f"""Train SD3-class text-to-image models with DeepSpeed ZeRO.
   deepspeed --num_gpus 2 --module trainer train RECIPE --data URI --out RUN    two ranks (GPUs, or CPU cores)
   python -m trainer train RECIPE --data URI --out RUN                          one process
   python -m trainer ladder world --depths 2 3 4 --data URI --out RUNS          the rungs that are missing
-  python -m trainer plan RECIPE --ranks 8                                      parameters, FLOPs, memory
+  python -m trainer sweep lr world --depths 2 3 --data URI --out RUNS          loss against learning rate
+  python -m trainer sweep formulations world-d2 --data URI --out RUNS          any of the 61 formulations
+  python -m trainer plan RECIPE --gpus 64 --gpu h100-80                        memory, time, dollars
+  python -m trainer plan RUN/                                                  the plan of a run against what it took
   python -m trainer export RUN --data URI --out FILE                           weights from a checkpoint
+  python -m trainer verify-resume RECIPE --data URI --out NEW                  proof that resuming continues a run
 
 Recipes: {", ".join(RECIPES)}
 `python -m trainer COMMAND --help` shows every option, `python -m trainer train RECIPE --help` every field of a recipe.
 Run the same command again to continue an interrupted run. Exit codes: 0 done, 2 a mistake of yours (one line says
-which), 75 stopped by SIGTERM or Ctrl-C after saving.
+which), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another rank was lost.
 """
 ROOT = tyro.conf.arg(name="")  # a recipe's fields stand at the top: --images, --optimizer.lr
 
@@ -55,6 +60,8 @@ class LadderArgs:
     """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
     depths: tuple[int, ...] = (2, 3, 4)
     """Depths of the rungs."""
+    budgets: tuple[float, ...] = ()
+    """Budgets of training FLOPs (1e13 3e13 ...): each depth is trained for each, from one run at constant rate."""
     images: int | None = None
     """Images per rung; default: the recipe's."""
     num_ranks: int | None = None
@@ -64,26 +71,78 @@ class LadderArgs:
 
 
 @dataclass(frozen=True)
+class SweepArgs:
+    """Train a recipe's variants that are missing: learning rates on rungs of a ladder, or formulations."""
+
+    data: str
+    """Dataset made by `python -m data_pipeline run`."""
+    out: str
+    """Folder of run folders."""
+    depths: tuple[int, ...] = (2, 3)
+    """Rungs (sweep lr)."""
+    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    """Learning rates (sweep lr)."""
+    formulations: tuple[str, ...] = ()
+    """Names as `python -m model formulations` lists them; none: all 61 (sweep formulations)."""
+    images: int | None = None
+    """Images per run; default: the recipe's."""
+    num_ranks: int | None = None
+    """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
+    options: tuple[str, ...] = ()
+    """Overrides handed to every run, as NAME=VALUE."""
+
+
+@dataclass(frozen=True)
 class PlanArgs:
-    """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage."""
+    """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage, seconds, hours, dollars, storage."""
 
     recipe: Annotated[Recipe, ROOT]
-    ranks: int = 1
+    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 1
     """Number of ranks to plan for."""
+    gpu: str | None = None
+    """Kind of device (a wrong name lists them); default: this machine's."""
+    efficiency: float | None = None
+    """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
+    calibrate: str | None = None
+    """Run folder whose measured speed gives the efficiency instead."""
+    dollars_per_gpu_hour: float | None = None
+    """Price of one device; default: a guess of ours for each kind."""
+    dataset_images: int | None = None
+    """Different images in the data set: decides whether encoding them once pays."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
+class VerifyArgs:
+    """Prove on this recipe, data and machine that resuming continues the same run, on as many and on other ranks."""
+
+    data: str
+    """Dataset made by `python -m data_pipeline run`."""
+    out: str
+    """A new folder for the short runs; it can be removed afterwards."""
+    recipe: Annotated[Recipe, ROOT]
+    steps: int = 8
+    """Steps of each run; the resume happens in the middle."""
+    num_ranks: int = 2
+    """Processes."""
+    other_ranks: int = 1
+    """Processes that the run is continued on."""
+
+
+@dataclass(frozen=True)
 class ExportArgs:
-    """Write weights from a checkpoint as one safetensors file (no DeepSpeed, one process)."""
+    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     data: str
     """The dataset it was trained on: its text and VAE settings go into the file."""
     out: str
-    """File to write."""
+    """File (or, as diffusers, folder) to write."""
+    format: Literal["beeline", "sd3", "diffusers"] = "beeline"
+    """beeline: our safetensors file; sd3: a single file with SD3's names; diffusers: a pipeline folder with model
+    card."""
     kind: str = "ema"
     """ema or raw."""
     profile: str | None = None
@@ -115,8 +174,16 @@ def run_ladder(arguments: list[str]) -> None:
     family, rest = _first(arguments, "ladder", "a ladder, for example world")
     get_family(family)
     args = _parse(LadderArgs, rest, "ladder " + family)
-    from trainer.ladder import climb
+    from trainer.ladder import climb, iso_flop
 
+    if args.budgets:
+        if args.images is not None:
+            raise UserError("--budgets says how long each run is: leave --images out")
+        iso_flop(
+            family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
+            options=args.options,
+        )  # fmt: skip
+        return
     climb(
         family,
         args.depths,
@@ -128,14 +195,45 @@ def run_ladder(arguments: list[str]) -> None:
     )
 
 
+def run_sweep(arguments: list[str]) -> None:
+    what, rest = _first(arguments, "sweep", "what to sweep: lr or formulations")
+    if what not in SWEEPS:
+        raise UserError(f"unknown sweep {what!r}{nearest(what, SWEEPS)}; known: {', '.join(SWEEPS)}")
+    name, rest = _first(rest, f"sweep {what}", "a ladder, as world" if what == "lr" else "a recipe, as world-d2")
+    (get_family if what == "lr" else get_recipe)(name)
+    args = _parse(SweepArgs, rest, f"sweep {what} {name}")
+    from trainer.sweep import sweep_formulations, sweep_rates
+
+    more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "options")}
+    if what == "lr":
+        print(sweep_rates(name, args.depths, args.rates, **more))
+    else:
+        sweep_formulations(name, args.formulations, **more)
+
+
 def run_plan(arguments: list[str]) -> None:
     import json
 
     from trainer.plan import describe, make_plan
 
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES and "/" in arguments[0]:
+        from trainer.reality import compare
+
+        print(compare(arguments[0]))
+        return
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
-    plan = make_plan(args.recipe, world=args.ranks)
+    from trainer.machines import get_machine
+    from trainer.reality import measured_efficiency
+
+    plan = make_plan(
+        args.recipe,
+        world=args.gpus,
+        machine=get_machine(args.gpu) if args.gpu else None,
+        efficiency=measured_efficiency(args.calibrate) if args.calibrate else args.efficiency,
+        dollars_per_hour=args.dollars_per_gpu_hour,
+        dataset_images=args.dataset_images,
+    )
     print(json.dumps(plan, indent=1) if args.json else describe(plan))
 
 
@@ -143,7 +241,7 @@ def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
     from data_pipeline.loader import open_dataset
     from infra import storage
-    from trainer.export import export_checkpoint
+    from trainer.export import export_as
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
@@ -153,14 +251,50 @@ def run_export(arguments: list[str]) -> None:
         folders = [uri for uri in folders if uri.endswith(f"/step_{args.step:07d}")]
     if not folders:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
-    count = export_checkpoint(
-        folders[0], kind=args.kind, profile=args.profile, info=open_dataset(args.data).info,
-        run=args.run.rstrip("/").rsplit("/", 1)[-1], out=args.out,
+    count = export_as(
+        args.format, folders[0], kind=args.kind, profile=args.profile, info=open_dataset(args.data).info,
+        run=args.run, out=args.out,
     )  # fmt: skip
     print(f"{args.out}: {count:,} parameters from {folders[0]}")
 
 
-COMMANDS = {"train": run_train, "ladder": run_ladder, "plan": run_plan, "export": run_export}
+def run_verify(arguments: list[str]) -> None:
+    from pathlib import Path
+
+    recipe, rest = _named_recipe(arguments, "verify-resume")
+    args = _parse(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
+    from trainer.verify import describe, verify_resume
+
+    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
+    verdicts = verify_resume(
+        args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
+        other_ranks=args.other_ranks,
+    )  # fmt: skip
+    print(describe(verdicts))
+    if not all(verdict.kept for verdict in verdicts):
+        raise SystemExit(1)
+
+
+SWEEPS = ("lr", "formulations")
+COMMANDS = {
+    "train": run_train,
+    "ladder": run_ladder,
+    "sweep": run_sweep,
+    "plan": run_plan,
+    "export": run_export,
+    "verify-resume": run_verify,
+}
+
+
+def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """The arguments less these options and their values."""
+    kept, skip = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            skip = word.split("=")[0].replace("_", "-") in names
+        if not skip:
+            kept.append(word)
+    return kept
 
 
 def _first(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
@@ -185,9 +319,18 @@ def _parse(kind: type, arguments: list[str], prog: str, **defaults: Any) -> Any:
         import time
 
         time.sleep(0.0 if _parses(kind, arguments, **defaults) else 3.0)
+    arguments = _whole_numbers(arguments)
     return tyro.cli(
         kind, args=arguments, prog=f"trainer {prog}", console_outputs=first, **_with_defaults(kind, defaults)
     )
+
+
+def _whole_numbers(arguments: list[str]) -> list[str]:
+    """`--images 2e9` as people write it."""
+    return [
+        str(int(float(word))) if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", word) and float(word).is_integer() else word
+        for word in arguments
+    ]
 
 
 def _parses(kind: type, arguments: list[str], **defaults: Any) -> bool:
