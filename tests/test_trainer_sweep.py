@@ -1,0 +1,122 @@
+"""Sweeps and isoFLOP ladders: what is asked for, what is skipped, the law; runs are recorded, not trained."""
+
+import json
+import math
+
+import pytest
+
+from infra.errors import UserError
+from infra.results import ResultRow, ResultStore
+from model.flops import train_flops_per_image
+from model.flow import FORMULATIONS
+from trainer import ladder, sweep
+from trainer.ladder import UNSTABLE, branch_point, images_for, iso_flop
+from trainer.recipes import get_recipe
+from trainer.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
+
+MORE = {"data": "D", "num_ranks": 1, "options": ("logging.samples=0",)}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands that would have trained; each then counts as trained for the images it names."""
+    asked, trained = [], {}
+
+    def record(command, run):
+        asked.append(command)
+        at = command.index("--images") if "--images" in command else None
+        trained[run] = int(command[at + 1]) if at else 10**9
+
+    monkeypatch.setattr(ladder, "run_command", record)
+    monkeypatch.setattr(ladder, "images_trained", trained.get)
+    return asked
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(f"--{name}") + 1]
+
+
+def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
+    budgets = (3e13, 1e14)
+    runs = iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
+    assert [run.rsplit("/", 1)[-1] for run in runs] == [
+        "world-d2-3e13",
+        "world-d2-1e14",
+        "world-d3-3e13",
+        "world-d3-1e14",
+    ]
+    assert len(commands) == 2 * (1 + 2)
+    recipe = get_recipe("world-d2")
+    trunk, short, long = commands[:3]
+    horizons = [images_for(recipe, budget) for budget in budgets]
+    starts = [branch_point(recipe, images, 0.2) for images in horizons]
+    assert option(trunk, "images") == str(starts[1])
+    assert trunk[trunk.index("--logging.save-at") + 1 :][:2] == [str(start) for start in starts]
+    assert option(trunk, "schedule.cooldown") == "0"
+    for command, start, images in ((short, starts[0], horizons[0]), (long, starts[1], horizons[1])):
+        assert option(command, "resume").endswith(f"world-d2-trunk/checkpoints/step_{start // 16:07d}")
+        assert option(command, "images") == str(images)
+        assert option(command, "schedule.cooldown") == "0.2"
+        flops = images * train_flops_per_image(recipe.model, 16, 16, 32)
+        assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
+    iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
+    assert len(commands) == 6  # all is there
+
+
+def test_a_budget_too_small_is_refused(commands, tmp_path):
+    with pytest.raises(UserError, match="1e\\+10 FLOPs pay for 3 steps of world-d2"):
+        iso_flop("world", [2], [1e10], data="D", out=str(tmp_path), num_ranks=1)
+    assert not commands
+
+
+def test_all_61_formulations_or_any_of_them(commands, tmp_path):
+    runs = sweep_formulations("world-d2", (), out=str(tmp_path), images=160, **MORE)
+    assert len(set(runs)) == len(commands) == len(FORMULATIONS) == 61
+    assert {option(command, "formulation") for command in commands} == set(FORMULATIONS)
+    assert option(commands[0], "logging.samples") == "0"
+    sweep_formulations("world-d2", ("rf", "v/cos"), out=str(tmp_path), images=160, **MORE)
+    assert len(commands) == 61  # nothing is missing
+    sweep_formulations("world-d2", ("rf", "v/cos"), out=str(tmp_path), images=320, **MORE)
+    assert len(commands) == 63
+    assert folder_name("rf/lognorm(0.00,1.00)") == "rf-lognorm_0.00_1.00"
+    with pytest.raises(UserError, match=r"unknown formulation 'v/coz'.*'v/cos'"):
+        sweep_formulations("world-d2", ("v/coz",), out=str(tmp_path), images=160, **MORE)
+
+
+def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):
+    """Runs whose losses are parabolas in log(rate), best at 0.4 / width; one of them diverged."""
+    record = ladder.run_command
+
+    def trained(command, run):
+        record(command, run)
+        rate, width = float(option(command, "optimizer.lr")), 64 * int(command[command.index("train") + 1][-1])
+        if rate > 0.1:
+            (tmp_path / run / UNSTABLE).parent.mkdir(parents=True)
+            (tmp_path / run / UNSTABLE).write_text("{}")
+            raise UserError("the run ended")
+        loss = 0.5 + 0.1 * math.log(rate / (0.4 / width)) ** 2
+        row = ResultRow(run="r", recipe_hash="h", code_version="v", images_seen=160, metric="val_loss/sd3", value=loss,
+                        higher_is_better=False, sample_count=8, protocol_hash="p")  # fmt: skip
+        ResultStore(f"{run}/results").append([row])
+
+    monkeypatch.setattr(ladder, "run_command", trained)
+    rates = (1e-3, 2e-3, 4e-3, 8e-3, 0.5)
+    told = sweep_rates("world", (2, 3), rates, out=str(tmp_path), images=160, **MORE)
+    law = json.loads((tmp_path / "sweep.json").read_text())["law"]
+    assert law["exponent"] == pytest.approx(-1, abs=1e-6)
+    assert law["scale"] == pytest.approx(0.4, rel=1e-6)
+    assert "width^-1.00" in told
+    assert "nan" in told
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    before = len(commands)
+    sweep_rates("world", (2, 3), rates, out=str(tmp_path), images=160, **MORE)
+    assert len(commands) == before  # the unstable ones are results too
+
+
+def test_no_best_rate_at_the_edge():
+    points = [Point(2, 128, rate, loss) for rate, loss in ((1e-4, 1.0), (1e-3, 0.9), (1e-2, 0.8))]
+    assert best_rate(points) is None
+    assert best_rate([*points, Point(2, 128, 1e-1, 0.85)]) == pytest.approx(1.468e-2, rel=1e-3)
+    assert best_rate(points[:2]) is None
+    assert transfer_law(points)["exponent"] is None
+    assert sweep.final_loss("/no/run", get_recipe("world-d2")) != 0

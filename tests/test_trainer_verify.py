@@ -1,0 +1,91 @@
+"""`verify-resume`: what it compares, on folders made by hand; and the command itself, with real ranks."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.errors import UserError
+from model.weights import save_weights
+from trainer.__main__ import _without
+from trainer.recipes import get_recipe
+from trainer.verify import close, cut, describe, drift, same, verify_resume
+
+CONFIG = dataclasses.replace(get_recipe("world-d1").model, in_channels=4, context_width=16, pooled_width=16)
+
+
+def make(path: Path, losses: list[float], weight: float = 0.5) -> Path:
+    """A run folder with these losses, one a step of 8 images, and constant weights."""
+    (path / "logs").mkdir(parents=True)
+    lines = [{"kind": "train", "images_seen": 8 * n, "loss": loss} for n, loss in enumerate(losses, start=1)]
+    (path / "logs" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = {name: torch.full_like(x, weight) for name, x in CONFIG.build().state_dict().items()}
+    for kind in ("ema", "raw"):
+        meta = {"kind": kind, "backbone": "mmdit", "config": CONFIG.to_json()}
+        save_weights(path / "weights" / f"{kind}.safetensors", state, meta)
+    return path
+
+
+def test_equal_runs_are_equal_and_others_are_not(tmp_path):
+    one = make(tmp_path / "one", [2.0, 1.5, 1.0, 0.5])
+    assert all(v.kept for v in same(one, make(tmp_path / "two", [2.0, 1.5, 1.0, 0.5]), "x"))
+    found = same(one, make(tmp_path / "three", [2.0, 1.5, 1.0 + 1e-15, 0.5], 0.5 + 1e-7), "x")
+    assert [v.kept for v in found] == [False, False, False]
+    assert "first difference at 24 images" in found[0].found
+    assert describe(found).startswith("BROKEN  x: losses bit-equal")
+
+
+def test_fp32_may_differ_by_rounding_only(tmp_path):
+    one = make(tmp_path / "one", [2.0, 1.5, 1.0, 0.5])
+    assert close(one, make(tmp_path / "two", [2.0, 1.5, 1.0, 0.5 * (1 + 9e-6)]), "x").kept
+    assert not close(one, make(tmp_path / "three", [2.0, 1.5, 1.0, 0.5 * (1 + 2e-5)]), "x").kept
+    with pytest.raises(UserError, match="logged other steps"):
+        close(one, make(tmp_path / "four", [2.0, 1.5]), "x")
+
+
+def test_bf16_may_drift_as_far_as_exchanging_the_ranks_makes_it(tmp_path):
+    one = make(tmp_path / "one", [2.0, 1.5, 1.0, 0.5])
+    other = make(tmp_path / "other", [2.0, 1.5, 1.0 + 5e-6, 0.5 * 1.002])
+    wide, narrow = (make(tmp_path / n, [2.0, 1.5, 1.0, 0.5 * (1 + e)]) for n, e in (("wide", 0.003), ("narrow", 1e-4)))
+    assert [v.kept for v in drift(one, other, wide, "x", first=3)] == [True, True]
+    assert [v.kept for v in drift(one, other, narrow, "x", first=3)] == [True, False]
+    assert not drift(one, make(tmp_path / "off", [2.0, 1.5, 1.1, 0.5]), wide, "x", first=3)[0].kept
+
+
+def test_a_cut_run_is_what_a_kill_would_have_left(tmp_path):
+    one = make(tmp_path / "one", [2.0, 1.5])
+    for step in (1, 2):
+        (one / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
+    cut(one, tmp_path / "two", step=1)
+    assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step_0000001"]
+    assert list((tmp_path / "two" / "weights").iterdir()) == []
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "x").touch()
+    more = {"data": "d", "ranks": 2, "other_ranks": 1}
+    with pytest.raises(UserError, match="is not empty"):
+        verify_resume(get_recipe("world-d2"), [], out=tmp_path, steps=4, **more)
+    with pytest.raises(UserError, match="--steps 5: expected an even number"):
+        verify_resume(get_recipe("world-d2"), [], out=tmp_path / "new", steps=5, **more)
+
+
+def test_the_user_s_own_overrides_reach_every_run():
+    words = [
+        "--data",
+        "D",
+        "--optimizer.lr",
+        "1e-3",
+        "--steps",
+        "8",
+        "--data.latent-shape",
+        "4",
+        "8",
+        "8",
+        "--num_ranks=2",
+    ]
+    assert _without(words, ("--data", "--steps", "--num-ranks")) == [
+        "--optimizer.lr", "1e-3", "--data.latent-shape", "4", "8", "8",
+    ]  # fmt: skip
