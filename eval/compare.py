@@ -162,7 +162,7 @@ def _difference(a: Side, b: Side, row_a: ResultRow, row_b: ResultRow) -> Differe
     if None in (row_a.low, row_a.high, row_b.low, row_b.high):
         return _told(row_a, row_b, -np.inf, np.inf, "no interval was stored")
     half = [(row.high - row.low) / 2 for row in (row_a, row_b)]  # type: ignore[operator]
-    spread = float(np.hypot(*half))
+    spread = float(np.hypot(half[0], half[1]))
     return _told(row_a, row_b, change - spread, change + spread, "unpaired")
 
 

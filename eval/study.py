@@ -7,8 +7,8 @@ are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as the
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import tyro
 
@@ -23,6 +23,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 from infra.results import ResultStore
+from model.weights import read_meta
 
 log = get_logger("study")
 
@@ -47,9 +48,13 @@ class StudyOptions:
     workers: int = 0
     """Ray workers that share the runs; 0 does all in this process"""
     gpus_per_worker: float = 0
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    """steps, guidance and solver are the settings'; the rest counts"""
+    seed: int = 0
+    batch: int = 64
+    device: str = "cpu"
     official: OfficialPaths = field(default_factory=OfficialPaths)
+
+    def sampling(self, steps: int, guidance: float) -> Sampling:
+        return Sampling(steps, guidance, "euler", seed=self.seed, batch=self.batch, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,6 @@ def find_entries(runs: str) -> list[Entry]:
 
 
 def _entry(checkpoints: Sequence[Checkpoint]) -> Entry:
-    from model.weights import read_meta
-
     run, last = checkpoints[0].run_uri, checkpoints[-1]
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
     if not storage.exists(recipe_uri):
@@ -178,7 +181,7 @@ def _protocols(judges: Judges, options: StudyOptions) -> dict[str, dict[str, Any
     """By the part of a row's name that follows study/<kind>/: `50x5.0/fid` -> protocol."""
     found = {}
     for steps, guidance in map(parse_setting, options.settings):
-        sampling = replace(options.sampling, steps=steps, guidance=guidance, solver="euler")
+        sampling = options.sampling(steps, guidance)
         for name in METRIC_NAMES:
             metric = METRICS[name](judges)
             prompts = metric.prompts(options.captions)
@@ -190,13 +193,12 @@ def measure(entry: Entry, kind: str, judges: Judges, options: StudyOptions) -> d
     """Every setting that lacks rows; each one's rows are stored before the next begins."""
     store = ResultStore(storage.join(entry.checkpoint.run_uri, "results"))
     protocols = _protocols(judges, options)
+    origin = origin_of(entry.checkpoint, read_meta(storage.localize(entry.weights[kind])))
     painter: Painter | None = None
     drawn = 0
     for steps, guidance in map(parse_setting, options.settings):
         names = {name: f"{steps}x{guidance}/{name}" for name in METRIC_NAMES}
         hashes = {name: protocol_hash(protocols[part]) for name, part in names.items()}
-        painter = painter or Painter(entry.weights[kind], device=options.sampling.device)
-        origin = origin_of(entry.checkpoint, painter.meta)
         done = [
             store.has(
                 origin["recipe_hash"],
@@ -208,7 +210,8 @@ def measure(entry: Entry, kind: str, judges: Judges, options: StudyOptions) -> d
         ]
         if all(done):
             continue
-        sampling = replace(options.sampling, steps=steps, guidance=guidance, solver="euler")
+        painter = painter or Painter(entry.weights[kind], device=options.device)
+        sampling = options.sampling(steps, guidance)
         metrics = {name: METRICS[name](judges) for name in METRIC_NAMES}
         prompts = judges.caption_prompts(options.captions)
         _draw(painter, prompts, metrics, sampling, f"{entry.checkpoint.run} {kind} {steps}x{guidance}")
@@ -252,8 +255,6 @@ def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[
 
 
 def _images(entry: Entry) -> int:
-    from model.weights import read_meta
-
     return int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_eval_run import export
 
-from eval.generate import Sampling
 from eval.study import StudyOptions, find_entries, parse_setting, study
 from eval.study_rank import TABLE_1, Cell, against_paper, front_numbers, rank, seed_noise
 from infra.errors import UserError
@@ -117,12 +116,8 @@ def make_run(root, name, formulation, seed):
     run = root / name
     changes = {"formulation": formulation, "run": name, "recipe_hash": f"{name}-hash"}
     export(run / "weights" / "step_0000010" / "ema.safetensors", images_seen=40, **changes)
-    export(
-        run / "weights" / "step_0000020" / "ema.safetensors", images_seen=80, seed=seed, **changes
-    )
-    export(
-        run / "weights" / "raw.safetensors", images_seen=80, seed=seed + 9, kind="raw", **changes
-    )
+    export(run / "weights" / "step_0000020" / "ema.safetensors", images_seen=80, seed=seed, **changes)
+    export(run / "weights" / "raw.safetensors", images_seen=80, seed=seed + 9, kind="raw", **changes)
     (run / "recipe.json").write_text(json.dumps({"seed": seed, "formulation": formulation}))
     return run
 
@@ -152,13 +147,11 @@ def test_the_checkpoint_with_the_least_validation_loss_is_judged_where_it_has_ra
 
 
 def test_a_study_of_tiny_real_runs_is_measured_once_and_resumed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.fid.REFERENCES", 150)
+    monkeypatch.setattr("eval.fid.REFERENCES", 40)
     runs = tmp_path / "runs"
     for name, formulation, seed in (("a", "rf", 0), ("b", "v/cos", 0)):
         make_run(runs, name, formulation, seed)
-    options = StudyOptions(
-        str(runs), str(tmp_path / "out"), captions=3, settings=("1x1.0", "2x5.0"), sampling=Sampling(batch=4)
-    )
+    options = StudyOptions(str(runs), str(tmp_path / "out"), captions=2, settings=("1x1.0", "2x5.0"), batch=4)
     study(options)
     printed = capsys.readouterr().out
     assert "One seed only" in printed
