@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -84,7 +85,13 @@ def main() -> None:
     if command == "run":
         _run(rest)
     else:
-        commands = {"world": world, "verify": verify, "inspect": inspect, "report": report, "estimate": estimate}
+        commands: dict[str, Callable[..., None]] = {
+            "world": world,
+            "verify": verify,
+            "inspect": inspect,
+            "report": report,
+            "estimate": estimate,
+        }
         tyro.cli(commands[command], prog=prog, args=rest)
 
 

@@ -27,6 +27,9 @@ class TextFeatures(NamedTuple):
     scale_L: np.ndarray | None = None
 
 
+Features = TextFeatures | tuple[np.ndarray, np.ndarray]
+
+
 def quantise(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 states, fp32 scale per token): the largest value of each token becomes 127."""
     values = hidden_LW.astype(np.float32)
@@ -92,7 +95,7 @@ class SampleLayout:
         )
 
     def encode(
-        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], tuple[np.ndarray, ...]]
+        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], Features]
     ) -> tuple[bytes, int, list[int]]:
         """(safetensors bytes, header length, tokens per slot); `text[caption, seat]` are TextFeatures."""
         if moments_CHW.shape != self.moments_shape:

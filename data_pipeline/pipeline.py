@@ -3,8 +3,6 @@
 The driver holds statuses and row numbers, never images or features.
 """
 
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -14,22 +12,20 @@ from typing import Any
 import pyarrow as pa
 
 from data_pipeline.columns import Column, read_parts
+from data_pipeline.crew import Crew
 from data_pipeline.gate import Statuses, merge_statuses, only_ok, strict_statuses
 from data_pipeline.index import ShardEntry, table_bytes
 from data_pipeline.pack import CAPTIONS, Output, RowRef, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.publish import assign_splits, publish, write_rejected
-from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
+from data_pipeline.runner import Unit, Workers
 from data_pipeline.schema import DatasetInfo, Manifest, Part, fingerprint
 from data_pipeline.sources import Source, SourceUnit, source_to_json
 from data_pipeline.stage import OK, Stage
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
 from infra import storage
 from infra.errors import UserError
-from infra.log import Progress, get_logger
 from infra.version import code_version
-
-log = get_logger("pipeline")
 
 Parts = dict[str, list[Part]]
 
@@ -60,9 +56,9 @@ class Pipeline:
         only_split: str | None = None,
         dollars_per_hour: float | None = None,
     ) -> None:
-        self.plan, self.root, self.source, self.workers, self.keep_going = plan, root, source, workers, keep_going
+        self.plan, self.root, self.source = plan, root, source
+        self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
         self.caption_workers, self.only_split = caption_workers, only_split
-        self.dollars_per_hour = dollars_per_hour
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.parts: dict[str, Parts] = {}
@@ -70,8 +66,6 @@ class Pipeline:
         self.flawed: set[tuple[str, str]] = set()
         self.strict: Statuses = {}
         self.counts: dict[str, dict[str, int]] = {}
-        self.failed: dict[str, str] = {}
-        self.computed: dict[str, int] = {}
 
     def run_gate(self) -> Statuses:
         """Everything that is cheap: (status, reason) of every row before captions and latents are made."""
@@ -87,7 +81,7 @@ class Pipeline:
         info, entries = self._pack(rows)
         rejected = write_rejected(self.root, statuses, self._read_all("measure", sorted(statuses)))
         info = publish(self.root, info, entries, statuses)
-        return Outcome(info, self.counts, rejected, self.failed, self.computed)
+        return Outcome(info, self.counts, rejected, self.crew.failed, self.crew.computed)
 
     # --- ingest, filter, signature, bucket: one pass over the source
 
@@ -110,7 +104,7 @@ class Pipeline:
                 todo.append(_ingest_unit(unit, proven))
         by_id = {unit.id: unit for unit in units}
         task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
-        for report in self._work("ingest + measure + filter", task, todo):
+        for report in self.crew.work("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest)
                 if manifest.stage == "ingest":
@@ -167,7 +161,7 @@ class Pipeline:
         read = only_ok(self._read_all("signature", shards), self._read_all("filter", shards))
         made = stage.run(read, load=partial(self._read_one, "embed"), preferred=preferred or None)
         manifest = column.write(unit, made)
-        self.computed["dedup"] = sum(len(table) for table in read.values())
+        self.crew.computed["dedup"] = sum(len(table) for table in read.values())
         self._take(manifest)
 
     def _strict(self) -> Statuses:
@@ -200,10 +194,10 @@ class Pipeline:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
         if self.caption_workers is None and environment is None:
-            self._encode(heavy, wanted, self.workers)
+            self._encode(heavy, wanted, self.crew.workers)
             return
-        self._encode(heavy[:1], wanted, self.caption_workers or self.workers, environment)
-        self._encode(heavy[1:], wanted, self.workers)
+        self._encode(heavy[:1], wanted, self.caption_workers or self.crew.workers, environment)
+        self._encode(heavy[1:], wanted, self.crew.workers)
 
     def _encode(
         self,
@@ -225,7 +219,7 @@ class Pipeline:
                 parts = {stage: [asdict(p) for p in found.get(shard, [])] for stage, found in self.parts.items()}
                 todo.append({"id": shard, "shard": shard, "missing": missing, "parts": parts})
         task, title = ColumnTask(self.root, pairs), " + ".join(column.stage for column in stages)
-        for report in self._work(title, task, todo, workers=workers, environment=environment):
+        for report in self.crew.work(title, task, todo, workers=workers, environment=environment):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest)
 
@@ -255,7 +249,7 @@ class Pipeline:
                         statuses[shard][row] = status, f"{stage} gave values that are no numbers"
             done = self._rows_done(stage)
             for shard in shards:
-                reason = f"{stage}: {self.failed.get(shard, 'no result')}"
+                reason = f"{stage}: {self.crew.failed.get(shard, 'no result')}"
                 for row in [r for r, (s, _) in statuses[shard].items() if s == OK and r not in done.get(shard, ())]:
                     statuses[shard][row] = "failed", reason
         buckets, exact = self._read_all("bucket", shards), self._read_all("signature", shards)
@@ -291,7 +285,7 @@ class Pipeline:
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
         proofs = read_proofs(self.root, info.encoding)
         todo = [self._pack_unit(output) for output in outputs if output.id not in proofs]
-        for report in self._work("pack", PackTask(self.root, info), todo):
+        for report in self.crew.work("pack", PackTask(self.root, info), todo):
             proofs[report["id"]] = ShardEntry(**report["entry"])
         entries = [proofs[output.id] for output in outputs if output.id in proofs]
         self.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
@@ -305,74 +299,9 @@ class Pipeline:
         }
         return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": output.rows, "parts": parts}
 
-    # --- work with progress
-
-    def _work(
-        self,
-        title: str,
-        task: Task,
-        units: Sequence[Unit],
-        *,
-        workers: Workers | None = None,
-        environment: Mapping[str, Any] | None = None,
-    ) -> list[Report]:
-        """Reports of the units that worked. The others stop the run before anything is published."""
-        if not units:
-            log.info("%s: nothing missing", title)
-            return []
-        done, rows = [], 0
-        failed: dict[str, str] = {}
-        started = time.monotonic()
-        known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
-        with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
-            bad: Counter[str] = Counter()
-            for report in run_tasks(task, units, workers or self.workers, runtime_env=environment):
-                if report["error"]:
-                    failed[report["id"]] = report["error"]
-                    if report["fatal"]:
-                        raise UserError(f"{title}: no worker can start: {report['error']}")
-                    continue
-                done.append(report)
-                rows += report["rows"]
-                bad += _not_ok(report)
-                if not known:
-                    progress.total = round(rows / len(done) * len(units))
-                extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
-                progress.update(report["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
-        self.computed[title] = rows
-        if failed:
-            self._handle(title, failed, len(units))
-        return done
-
-    def _price(self, rows: int, seconds: float) -> dict[str, object]:
-        """Dollars per million rows of this pass, where the price of the machines is known."""
-        if self.dollars_per_hour is None or not rows:
-            return {}
-        return {"dollars_per_million": self.dollars_per_hour * seconds / 3600 / rows * 1e6}
-
-    def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
-        self.failed |= failed
-        name, reason = next(iter(failed.items()))
-        line = f"{title}: {len(failed)} of {total} units failed, first {name}: {reason}"
-        if not self.keep_going:
-            raise UserError(f"{line}; what worked is kept: run the same command again, or add --keep-going")
-        log.error("%s; going on without them", line)
-
 
 def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:
     return {**asdict(unit), "known": {name: asdict(manifest) for name, manifest in proven.items()}}
-
-
-def _not_ok(report: Report) -> Counter[str]:
-    """Rows by status, as the last stage that judges them says."""
-    judging = {stage: counts for stage, counts in report["counts"].items() if stage not in ("ingest", "measure")}
-    return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})
-
-
-def _rows_of(unit: Unit) -> int:
-    if "missing" in unit:
-        return max(len(rows) for rows in unit["missing"].values())
-    return sum(len(rows) for _, rows in unit["rows"])
 
 
 def _totals(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

@@ -89,14 +89,14 @@ class Aesthetic:
         self._weight_D, self._bias = load_head(resolve(head))
         self._embed = load_embedder(resolve(clip), device)
 
-    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
         vector_BD = self._embed(images).astype(np.float32)
         if vector_BD.shape[1] != len(self._weight_D):
             raise UserError(
                 f"the aesthetic head reads {len(self._weight_D)} features, the CLIP gives {vector_BD.shape[1]}: "
                 "name the CLIP that the head was fitted on"
             )
-        return vector_BD @ self._weight_D + self._bias
+        return (vector_BD @ self._weight_D + self._bias).tolist()
 
 
 def load_head(path: Path) -> tuple[np.ndarray, float]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.index import ShardEntry, ShardRows, rows_bytes
-from data_pipeline.layout import SampleLayout, checksum
+from data_pipeline.layout import Features, SampleLayout, checksum
 from infra import storage
 
 _BLOCK = 512
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
     key: str
     moments_CHW: np.ndarray
-    text: Mapping[tuple[str, str], tuple[np.ndarray, ...]]
+    text: Mapping[tuple[str, str], Features]
     captions: Mapping[str, str]
     info: Mapping[str, object]
 
