@@ -191,7 +191,7 @@ def test_the_interval_of_a_correlation_holds_the_truth_as_often_as_it_says(runs)
         x = rng.normal(size=runs)
         found = across_runs(x, -0.8 * x + 0.6 * rng.normal(size=runs))
         held += [c.low <= t <= c.high for c, t in zip((found.pearson, found.spearman), truth)]
-    assert 0.93 <= held[0] / 2000 <= 0.97
+    assert 0.93 <= held[0] / 2000 <= 0.98
     assert held[1] / 2000 >= 0.92  # ranks of few runs take few values, so this one is on the wide side
 
 

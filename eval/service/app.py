@@ -46,6 +46,8 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
+        if isinstance(content, bytes):
+            return content
         # A file name may hold bytes that are no text (lone surrogates): they travel as JSON's own escapes.
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8", "backslashreplace")
@@ -59,7 +61,7 @@ class Parts:
     watcher: Watcher
     settings: str
     law: LawView
-    _kept: tuple[int, dict[Any, Response]] = (-1, {})
+    _kept: tuple[int, dict[Any, bytes]] = (-1, {})
 
     @property
     def now(self) -> Snapshot:
@@ -72,8 +74,8 @@ class Parts:
             kept = {}
             self._kept = (now.generation, kept)
         if key not in kept:
-            kept[key] = Json(make(now))
-        return kept[key]
+            kept[key] = bytes(Json(make(now)).body)
+        return Json(kept[key])  # a new one: compression changes an answer's headers
 
 
 def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
@@ -128,7 +130,7 @@ def _state_routes(app: FastAPI, parts: Parts) -> None:
     @app.get("/api/failures", tags=["state"], summary="What could not be evaluated or read, with reasons")
     def failures() -> Response:
         told = parts.answer("failures", lambda now: _failures(now, parts.settings))
-        return Json({**json.loads(told.body), "problem": parts.watcher.told()["problem"]})
+        return Json({**json.loads(bytes(told.body)), "problem": parts.watcher.told()["problem"]})
 
 
 def _failures(now: Snapshot, settings: str) -> dict[str, Any]:
