@@ -71,11 +71,16 @@ def compare(
     for line in refused:
         print(f"not compared: {line}")
     if out is not None:
-        told = [vars(d) | {"verdict": d.verdict} for d in differences]
+        told = [_record(d) for d in differences]
         text = json.dumps({"a": first.name, "b": second.name, "differences": told, "refused": refused}, indent=1)
         storage.write_bytes(out, (text + "\n").encode())
     if not differences:
         raise UserError("nothing that both checkpoints have can be compared; see the lines above")
+
+
+def _record(d: Difference) -> dict[str, Any]:
+    known = bool(np.isfinite([d.low, d.high]).all())
+    return vars(d) | {"verdict": d.verdict} | ({} if known else {"low": None, "high": None})
 
 
 def read_side(where: str) -> Side:
@@ -213,12 +218,15 @@ def _mean(table: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return table[drawn, 1].sum(1) / table[drawn, 2].sum(1)
 
 
+def _interval(d: Difference) -> str:
+    return f"[{d.low:+9.4f}, {d.high:+9.4f}]" if np.isfinite([d.low, d.high]).all() else "unknown"
+
+
 def table(a: Side, b: Side, differences: Sequence[Difference]) -> list[str]:
     wide = max([len(d.metric) for d in differences], default=6)
     head = f"{'metric':<{wide}}  {a.name:>16}  {b.name:>16}  {'B - A':>9}  {'95 % interval':^22}"
     lines = [
-        f"{d.metric:<{wide}}  {d.a:>16.4f}  {d.b:>16.4f}  {d.b - d.a:>+9.4f}  [{d.low:+9.4f}, {d.high:+9.4f}]"
-        f"  {d.verdict} ({d.how})"
+        f"{d.metric:<{wide}}  {d.a:>16.4f}  {d.b:>16.4f}  {d.b - d.a:>+9.4f}  {_interval(d):<22}  {d.verdict} ({d.how})"
         for d in differences
     ]
     return [head, *lines]

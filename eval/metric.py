@@ -151,6 +151,8 @@ class Clusters:
         """95 % percentile bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
 
         Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
+        Where a stratum is all 0 or all 1 there is nothing to draw: 0 of 20 prompts does not prove 0, so its mean is
+        drawn from Jeffreys' posterior of a share of that many prompts.
         """
         rng = np.random.default_rng(seed)
         total = np.zeros(RESAMPLES)
@@ -158,10 +160,15 @@ class Clusters:
         for name in names:
             sums = np.array([np.sum(v) for v in self._values[name].values()])
             sizes = np.array([len(v) for v in self._values[name].values()])
-            drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
-            total += sums[drawn].sum(1) / sizes[drawn].sum(1)
+            ones = sums.sum() / sizes.sum()
+            if ones in (0, 1) and all(x == ones for v in self._values[name].values() for x in v):
+                total += rng.beta(0.5 + ones * len(sums), 0.5 + (1 - ones) * len(sums), size=RESAMPLES)
+            else:
+                drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
+                total += sums[drawn].sum(1) / sizes[drawn].sum(1)
         low, high = np.percentile(total / len(names), [2.5, 97.5])
-        return float(low), float(high)
+        mean = self.mean(names)  # at an end of the scale no draw reaches it
+        return min(float(low), mean), max(float(high), mean)
 
     def score(self, path: str, strata: Iterable[str] | None = None, **details: Any) -> Score:
         low, high = self.interval(strata)

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from scipy.stats import beta
 
 from eval.fid import Moments, RankDeficientWarning, frechet_distance
 from eval.metric import Clusters, split_scores
@@ -102,6 +103,22 @@ def test_bootstrap_draws_prompts_not_images():
         return high - low
 
     assert width(clusters(correlated=True)) / width(clusters(correlated=False)) == pytest.approx(8**0.5, rel=0.25)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_none_of_twenty_does_not_prove_none(value):
+    """All images wrong (or right) leave nothing to resample; the interval is then Jeffreys' over prompts."""
+    values = Clusters()
+    for prompt in range(20):
+        for _ in range(4):
+            values.add("task", prompt, value)
+    low, high = values.interval()
+    expected = beta.ppf(0.975, 0.5, 20.5)
+    assert max(abs(low - value), abs(high - value)) == pytest.approx(expected, abs=0.02)
+    assert value in (low, high)
+    values.add("other", 20, 0.4)  # a number that is no share draws itself
+    values.add("other", 21, 0.6)
+    assert values.interval(["other"]) == (0.4, 0.6)
 
 
 def test_bootstrap_is_the_same_twice():
