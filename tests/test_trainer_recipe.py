@@ -14,7 +14,7 @@ from model.dit import DiTConfig
 from model.flops import parameter_count
 from model.mmdit import MMDiTConfig
 from trainer import recipes
-from trainer.__main__ import main
+from trainer.__main__ import TrainArgs, _parse, main
 from trainer.machines import get_machine, transfer_seconds
 from trainer.paper import BACKBONES
 from trainer.plan import bytes_per_rank, describe, make_plan
@@ -265,3 +265,15 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown recipe 'world-d9'")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_switches_that_commands_hand_on_are_understood():
+    """verify-resume and the documentation write switches without a value."""
+    words = ["--data", "D", "--out", "O", "--parallel.reverse-lanes", "--parallel.checkpoint-blocks", "--images", "2e9"]
+    args = _parse(TrainArgs, words, "train", recipe=get_recipe("d15"))
+    assert args.recipe.parallel.reverse_lanes
+    assert args.recipe.parallel.checkpoint_blocks
+    assert args.recipe.images == 2_000_000_000
+    for name in ("world-uvit-d2", "world-mmdit3-d2"):  # fields of other networks are options too
+        args = _parse(TrainArgs, ["--data", "D", "--out", "O", "--model.depth", "3"], "train", recipe=get_recipe(name))
+        assert (args.recipe.model.depth, args.recipe.model.name) == (3, name.split("-")[1])

@@ -70,7 +70,7 @@ def verify_resume(
             verdicts.append(close(straight, other, f"{ranks} -> {other_ranks} ranks, fp32"))
         else:
             cut(straight, out / "exchanged", step=half)
-            exchanged = run("exchanged", ranks, "--parallel.reverse-lanes", "True") if ranks > 1 else None
+            exchanged = run("exchanged", ranks, "--parallel.reverse-lanes") if ranks > 1 else None
             verdicts += drift(straight, other, exchanged, f"{ranks} -> {other_ranks} ranks, bf16", first=half + 1)
     return verdicts
 
