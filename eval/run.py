@@ -173,9 +173,19 @@ def plan(name: str, judges: Judges, options: RunOptions, *, without_t5: bool = F
     sampling = replace(options.sampling, without_t5=without_t5 or options.sampling.without_t5)
     protocol = protocol_of(metric, prompts, sampling.protocol(), per_prompt)
     suffix = "_no_t5" if sampling.without_t5 else ""
-    return Task(
-        name, tuple(prompts), per_prompt, protocol, f"{judges.prefix}{name}{suffix}", without_t5=sampling.without_t5
-    )
+    called = f"{score_name(name, judges, prompts, per_prompt)}{suffix}"
+    return Task(name, tuple(prompts), per_prompt, protocol, called, without_t5=sampling.without_t5)
+
+
+def score_name(name: str, judges: Judges, prompts: Sequence[Prompt], images_per_prompt: int) -> str:
+    """What rows call the metric: a benchmark's own name only for its whole prompt set with all its images."""
+    whole = {"geneval": (judges.geneval_prompts, 4), "compbench": (judges.compbench_prompts, 10)}
+    if judges.prefix or name not in whole:
+        return f"{judges.prefix}{name}"
+    everything, images = whole[name]
+    tasks = {prompt.task for prompt in prompts}
+    wanted = [prompt for prompt in everything(None) if prompt.task in tasks]
+    return name if len(prompts) == len(wanted) and images_per_prompt >= images else f"{name}_partial"
 
 
 def evaluate(checkpoint: Checkpoint, judges: Judges, tasks: Sequence[Task], options: RunOptions, *, loss: bool) -> None:

@@ -52,7 +52,7 @@ class RapidReader:
 
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
-            raise UserError("typography needs the OCR package: pip install rapidocr-onnxruntime") from error
+            raise UserError(f"typography needs its OCR ({error}): pip install rapidocr-onnxruntime") from error
         self._ocr = RapidOCR()
         self.version = version("rapidocr-onnxruntime")
 

@@ -342,6 +342,22 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
     assert len({protocol_hash(p) for p in [base, *others]}) == 8
 
 
+def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
+    from eval.judges import OfficialPaths, build_judges
+    from eval.run import score_name
+
+    (tmp_path / "color_val.txt").write_text("a red dog\na blue cat\n")
+    official, world = build_judges("official", OfficialPaths(compbench=str(tmp_path))), build_judges("world")
+    whole, part = official.geneval_prompts(None), official.geneval_prompts(16)
+    assert score_name("geneval", official, whole, 4) == "geneval"
+    assert score_name("geneval", official, whole, 2) == "geneval_partial"
+    assert score_name("geneval", official, part, 4) == "geneval_partial"
+    assert score_name("compbench", official, official.compbench_prompts(None), 10) == "compbench"
+    assert score_name("compbench", official, official.compbench_prompts(1), 10) == "compbench_partial"
+    assert score_name("geneval", world, whole, 4) == "world_geneval"
+    assert score_name("fid", official, part, 1) == "fid"
+
+
 def test_metrics_are_a_literal_of_known_names():
     assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid", "fid_inception", "typography"]
 
