@@ -24,7 +24,7 @@ def pretrain_256(depth: int) -> Recipe:
     """SD3's scaling runs: 256x256, batch 4096, 500,000 steps, same settings for all sizes (paper, section 5.3.3).
 
     Command: deepspeed --hostfile HOSTS --module trainer train d24 --data s3://... --out s3://...
-    Hardware and time (planned, 40 % of an H100's peak): 64 H100, 0.8 days (d15) to 6.4 days (d38).
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100, 0.4 days (d15) to 8.5 days (d38).
     Expected: GenEval after the 512 stage 0.58 (d18), 0.62 (d24), 0.64 (d30), 0.68 (d38) (table 5). Not run yet.
     From the paper: depths, width and heads, batch, steps, patch 2, 16 latent channels, logit-normal times, 50/50
     captions, encoder dropout 46.4 %. Our choice (the paper is silent): rate 1e-4 with 1000 warm-up steps (as in its
@@ -52,7 +52,7 @@ def high_resolution(depth: int, resolution: int) -> Recipe:
 
     Command: deepspeed --hostfile HOSTS --module trainer train d24-512 --data s3://... --out s3://...
         --init-from RUNS/d24/weights/ema.safetensors   (and d24-1024 from d24-512's)
-    Hardware and time (planned, 40 % of an H100's peak): 64 H100; a step of d24 takes 0.9 s at 512, 3.8 s at 1024 px.
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100; a step of d24 takes 0.3 s at 512, 1.4 s at 1024 px.
     Expected: GenEval 0.62 for d24-512, 0.68 for d38-512, 0.74 for d38-1024 with DPO (table 5). Not run yet.
     From the paper (section 5.3.2): QK-norm in both streams (added to weights that lack it), the position grid extended
     and scaled by 256/S, AdamW with eps 1e-15, bf16, at 1024 px times shifted by 3.0. Our choice (the paper is silent):
@@ -84,7 +84,7 @@ def captions(original: float) -> Recipe:
     """The caption ablation: depth 15 with original captions alone, or half of them synthetic (table 4).
 
     Command: deepspeed --num_gpus 8 --module trainer train captions-mixed --data s3://... --out RUN
-    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 3.2 days each.
+    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 0.8 days each.
     Expected: GenEval 43.3 with original, 49.8 with mixed captions. Not run yet.
     From the paper: depth 15, 250,000 steps at 256 px (recalled, not verified). Our choice: batch 2048, the rest as d15.
     """
@@ -108,7 +108,7 @@ def study(backbone: str = "mmdit") -> Recipe:
     """The setup of section 5.1: formulations (`sweep formulations study`) and backbones (figure 4) on CC12M.
 
     Command: deepspeed --num_gpus 8 --module trainer train study-cross_dit --data s3://... --out RUN
-    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 0.7 days (study-mmdit); the others are smaller.
+    Hardware and time (planned, 40 % of an H100's peak): 8 H100, 0.13 to 0.21 days each.
     Expected: validation loss dit > uvit > cross_dit > mmdit, mmdit3 a little lower still (figure 4). Not run yet.
     From the paper: batch 1024, AdamW at 1e-4 with 1000 warm-up steps, EMA 0.99 every 100 steps, eight levels of
     validation. Our choice (not stated): depth 15, 100,000 steps, 256 px, QK-norm.
