@@ -53,6 +53,8 @@ def show_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
 
 def write_grid(shown: Sequence[Shown], out: str) -> None:
     """`out` ends in .png or .html."""
+    if not shown:
+        raise UserError(f"{out}: no samples to show; ask for at least one and look at what the split holds")
     if out.endswith(".html"):
         storage.write_bytes(out, grid_html(shown).encode())
     elif out.endswith(".png"):

@@ -1,5 +1,6 @@
 """Image files in and out: one reader that names a bad file, and labelled grids."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,15 @@ def refuse_unreadable(unreadable: Sequence[str], total: int, allow_partial: bool
         )
     if unreadable:
         print(f"{len(unreadable)} of {total} images could not be read", file=sys.stderr)
+
+
+def refuse_target(path: str | Path) -> None:
+    """UserError where a picture cannot be written: to be asked before minutes are spent on drawing it."""
+    target = Path(path)
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"cannot write {path}: unknown kind of picture; use a name that ends in .png or .jpg")
+    if target.is_dir() or not os.access(next(p for p in (target.parent, *target.parents) if p.exists()), os.W_OK):
+        raise UserError(f"cannot write {path}: a folder, or in a folder that is not yours to write to")
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:

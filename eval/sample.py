@@ -11,7 +11,7 @@ import tyro
 
 from eval.compbench_files import sample_name
 from eval.generate import Job, Painter, Sampling
-from eval.pictures import labelled_grid, read_picture, write_picture
+from eval.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.prompts import read_lines
 from infra.errors import UserError
 from infra.log import Progress
@@ -58,6 +58,8 @@ def sample(
     if out is None and folders is None:
         raise UserError("nowhere to write: give --out GRID.png, --folders DIR or both")
     wanted = expand(prompts)
+    if out is not None:
+        refuse_target(out)
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)

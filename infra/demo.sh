@@ -18,14 +18,20 @@ bold=""; plain=""
 if [ -t 1 ]; then bold=$'\e[1m'; plain=$'\e[0m'; fi
 
 step() {  # step "what happens" command...
-  printf '\n%s== %s%s\n$ %s\n' "$bold" "$1" "$plain" "${*:2}"
+  printf '\n%s== %s%s\n$' "$bold" "$1" "$plain"
+  local word
+  for word in "${@:2}"; do
+    if [[ $word =~ ^[A-Za-z0-9_./,:=-]+$ ]]; then printf ' %s' "$word"; else printf ' "%s"' "$word"; fi
+  done
+  printf '\n'
   "${@:2}"
 }
 
-if [ -f "$out/done" ]; then
+settings="$images scenes, $train_images training images, depths $depths, $prompts prompts, $captions captions, $checkpoints checkpoints"
+if [ -f "$out/report/report.html" ] && [ "$(cat "$out/done" 2>/dev/null)" = "$settings" ]; then
   printf 'This demo is finished; remove %s to run it again.\n' "$out"
 else
-  mkdir -p "$out"
+  mkdir -p "$out"; rm -f "$out/done"
   started=$SECONDS
   step "1/6  Raw images through filter, dedup, bucket, caption, encode and pack, on Ray" \
     python -m data_pipeline run world --out "$out/data" --images "$images"
@@ -44,7 +50,7 @@ else
     --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions" --checkpoints "$checkpoints"
   step "6/6  Write the report" \
     python -m eval report --runs "$out/runs" --out "$out/report"
-  touch "$out/done"
+  echo "$settings" > "$out/done"
   printf '\nDone in %d minutes.\n' $(((SECONDS - started) / 60))
 fi
 

@@ -49,10 +49,13 @@ def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            where = f" while writing {error.filename}" if error.filename else ""
+            _say(f"disk full{where}: free some space or choose another place, then run the same command again")
+        elif error.filename is not None and os.environ.get("BEELINE_LOG") != "debug":
+            _say(f"{error.filename}: {error.strerror}; BEELINE_LOG=debug shows where")
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        _say(f"disk full{where}: free some space or choose another place, then run the same command again")
         sys.exit(2)
     sys.exit(0)
 

@@ -218,6 +218,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         (KeyError("gone"), 2, "error: 'gone'\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
         (OSError(DISK_FULL[0], "No space left", "/x/y"), 2, "error: disk full while writing /x/y: "),
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied; BEELINE_LOG=debug"),
     ],
 )
 def test_run_cli_ends_with_one_line(error, code, line, capsys):
@@ -246,3 +247,13 @@ def test_nearest_and_kinds():
     assert nearest("zzz", ["world-d4"]) == ""
     assert str(MissingError("x: no such file")) == "x: no such file"
     assert isinstance(MissingError("x"), FileNotFoundError)
+
+
+def test_debugging_keeps_the_traceback_of_a_file_error(monkeypatch):
+    monkeypatch.setenv("BEELINE_LOG", "debug")
+
+    def main() -> None:
+        Path("/nowhere/at/all").read_bytes()
+
+    with pytest.raises(FileNotFoundError):
+        run_cli(main)

@@ -22,8 +22,8 @@ from infra.job import Job
 from infra.launch import TARGETS, get_target
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ("deepspeed", "--num_gpus", "8", "--module", "trainer", "train", "mmdit-d15", "--data", "s3://b/it's here")
-DATA = ("python", "-m", "data_pipeline", "run", "cc12m", "--out", "s3://b/x y")
+TRAIN = ("deepspeed", "--num_gpus", "8", "--module", "trainer", "train", "d15", "--data", "s3://b/it's here")
+DATA = ("python", "-m", "data_pipeline", "run", "sd3", "--out", "s3://b/x y")
 OPTIONS = {"slurm": {"partition": "gpu"}, "skypilot": {"accelerator": "H100"}, "kubernetes": {"namespace": "team"}}
 
 
