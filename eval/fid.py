@@ -172,7 +172,7 @@ def clip_fid(judges: Judges) -> FeatureDistance:
 
 def inception_fid(judges: Judges) -> FeatureDistance:
     if judges.inception is None:
-        raise UserError(f"judges {judges.name!r} have no Inception network: fid_inception needs --judges official")
+        raise UserError("fid_inception needs --official.inception FILE, the weights of its network")
     return FeatureDistance("fid_inception", judges, judges.inception)
 
 

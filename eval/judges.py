@@ -121,6 +121,7 @@ def world_judges(paths: OfficialPaths | None = None) -> Judges:
         caption_prompts=prompts.world_caption_prompts,
         typography_prompts=typography_prompts,
         ocr=functools.cache(RapidReader),
+        inception=_inception(paths) if paths and paths.inception else None,
         reference_images=prompts.world_reference_images,
         truth=prompts.scene_image,
     )
@@ -173,9 +174,7 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
         compbench_clip=lambda: clip("compbench_clip" if given.compbench_clip else "clip"),
         compbench_threshold=given.compbench_threshold,
         compbench_rules=given.compbench_rules,
-        inception=functools.cache(
-            lambda: InceptionFeatures(need("inception"), convention=given.inception_convention, device=given.device)
-        ),
+        inception=_inception(given),
         depth=functools.cache(lambda: DptDepth(need("depth"), device=given.device)) if given.depth else None,
     )
 
@@ -197,6 +196,17 @@ def _read_names(path: Path) -> tuple[list[str], list[str]]:
     if any(len(pair) < 2 for pair in pairs):
         raise UserError(f"{path}: expected `singular - plural` on every line")
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _inception(paths: OfficialPaths) -> Callable[[], InceptionFeatures]:
+    """The same for every judge: Inception knows neither world nor benchmark."""
+
+    def build() -> InceptionFeatures:
+        if paths.inception is None:
+            raise UserError("fid_inception needs --official.inception FILE, the weights of its network")
+        return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.device)
+
+    return functools.cache(build)
 
 
 def _images(paths: OfficialPaths, folder: str, count: int) -> Iterator[np.ndarray]:

@@ -89,8 +89,11 @@ def test_weights_that_are_none_are_refused(weights, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"lacks \d+ tensors of Inception-v3"):
         InceptionFeatures(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="--judges official"):
-        inception_fid(build_judges("world"))
+    for judges in (build_judges("world"), build_judges("official")):
+        with pytest.raises(UserError, match=r"needs --official\.inception FILE"):
+            inception_fid(judges).describe()
+    world = build_judges("world", OfficialPaths(inception=str(weights)))
+    assert inception_fid(world).describe()["features"][0] == "inception/clean-fid"
 
 
 class Pixels:
