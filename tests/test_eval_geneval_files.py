@@ -112,3 +112,18 @@ def test_metadata_files_are_checked(tmp_path):
     forward = {"class": "dog", "count": 1, "position": ["above", 0]}
     with pytest.raises(UserError, match="not before it"):
         parse_metadata({"tag": "position", "prompt": "", "include": [forward]}, "here")
+
+
+@pytest.mark.parametrize("prompt", ['a sign that says "no/yes"', "two\nlines", "it's 100 % <b>bold", "../../etc"])
+def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_file_names(tmp_path, prompt):
+    from eval.compbench_files import parse_name, sample_name
+
+    record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
+    write_folder(tmp_path, 0, record, [GRAY])
+    assert [f.metadata["prompt"] for f in read_folders(tmp_path)] == [prompt]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0000.png", "metadata.jsonl"]
+    if "/" in prompt or "\n" in prompt:
+        with pytest.raises(UserError, match="which .* cannot be"):
+            sample_name(prompt, 0)
+    else:
+        assert parse_name(sample_name(prompt, 7)) == (prompt, 7)
