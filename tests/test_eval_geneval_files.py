@@ -123,7 +123,7 @@ def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_fil
     assert [f.metadata["prompt"] for f in read_folders(tmp_path)] == [prompt]
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0000.png", "metadata.jsonl"]
     if "/" in prompt or "\n" in prompt:
-        with pytest.raises(UserError, match="which .* cannot be"):
+        with pytest.raises(UserError, match=r"which .* cannot be"):
             sample_name(prompt, 0)
     else:
         assert parse_name(sample_name(prompt, 7)) == (prompt, 7)
