@@ -36,9 +36,7 @@ def attention_seen(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -
     """Statistics of softmax(q k^T / sqrt(K) + bias); masked keys count in neither figure."""
     logits_BHNS = q_BHNK.float() @ k_BHSK.float().mT / math.sqrt(q_BHNK.shape[-1])
     biased = logits_BHNS if bias is None else logits_BHNS + bias.float()
-    # logsumexp - sum(p * logit) is the entropy; a masked key has p = 0 and logit -inf, hence the unbiased logits.
-    share_BHNS = biased.softmax(-1)
-    entropy_BHN = biased.logsumexp(-1) - (share_BHNS * logits_BHNS).sum(-1)
+    entropy_BHN = torch.special.entr(biased.softmax(-1)).sum(-1)
     reachable = logits_BHNS if bias is None else logits_BHNS.masked_fill(torch.isneginf(bias), 0.0)
     return AttentionSeen(
         float(reachable.abs().max()), float(entropy_BHN.mean()), float(entropy_BHN.min()), k_BHSK.shape[2]
