@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipeline.checkpoints import resolve
 from eval.detectors import weights_hash
-from eval.fid import FeatureNetwork, Moments, RankDeficientWarning, frechet_distance, resampled_distances
+from eval.fid import FeatureNetwork, Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
 from eval.fidelity import Backbone, Lpips, psnr, ssim
 from eval.generate import to_pictures
 from eval.inception import Convention, InceptionFeatures
@@ -174,14 +174,14 @@ def _by_size(
 
 
 def _rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, float]:
-    """Reconstructions against the very pictures; the interval is over pictures, the reference stays."""
+    """Reconstructions against the very pictures, which are drawn together: their difference is small and steady."""
     real, again = Moments(real_NE.shape[1]), Moments(real_NE.shape[1])
     real.update(real_NE)
     again.update(again_NE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankDeficientWarning)  # the count stands in the report
         value = frechet_distance(again, real)
-    drawn = resampled_distances(again_NE, np.arange(len(again_NE)), real.mean_E, real.covariance_EE)
+    drawn = resampled_pair_distances(again_NE, real_NE)
     low, high = np.percentile(drawn - drawn.mean(), [2.5, 97.5])
     return value, max(0.0, value + float(low)), value + float(high)
 

@@ -7,7 +7,7 @@ Shapes: N images, E width, P prompts.
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from infra.errors import UserError
 
 REFERENCES = 1000
 CHUNK = 256
-RESAMPLES = 200
+RESAMPLES, WIDE = 200, 1024
 
 
 class RankDeficientWarning(UserWarning):
@@ -98,23 +98,53 @@ def _distance(
 def resampled_distances(
     features_NE: np.ndarray, cluster_N: np.ndarray, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, *, seed: int = 0
 ) -> np.ndarray:
-    """Distances of bootstrap samples of the prompts (with their images) to the fixed reference (RESAMPLES,).
+    """Distances of bootstrap samples of the prompts (with their images) to the fixed reference, 200 of them or 50.
 
     The same seed draws the same prompts, so that two checkpoints are compared pair by pair. Repeated prompts make
     every one of these distances larger than the distance itself: use their spread, not their level.
     """
-    root_EE, x_NE = _root(cov_ref_EE), features_NE.astype(np.float64)
+    root_EE, x_NE, trace_ref = _root(cov_ref_EE), features_NE.astype(np.float64), np.trace(cov_ref_EE)
+    found = []
+    for weight_N in _draws(cluster_N, min(x_NE.shape), seed):
+        mean_E, rows_NE = _scaled(x_NE, weight_N)
+        y_NE = rows_NE @ root_EE  # the root's trace is the nuclear norm of y: the smaller Gram matrix gives it
+        gram = y_NE @ y_NE.T if len(y_NE) < y_NE.shape[1] else y_NE.T @ y_NE
+        trace_root = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
+        offset_E = mean_E - mean_ref_E
+        found.append(offset_E @ offset_E + (rows_NE**2).sum() + trace_ref - 2 * trace_root)
+    return np.array(found)
+
+
+def resampled_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Distances of two sets whose rows belong together (a picture and its reconstruction), drawn together."""
+    found = []
+    for weight_N in _draws(np.arange(len(a_NE)), min(a_NE.shape), seed):
+        (mean_a, rows_a), (mean_b, rows_b) = (_scaled(x.astype(np.float64), weight_N) for x in (a_NE, b_NE))
+        if len(rows_a) > rows_a.shape[1]:  # covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'
+            small_a, small_b = np.linalg.qr(rows_a, mode="r"), np.linalg.qr(rows_b, mode="r")
+        else:
+            small_a, small_b = rows_a, rows_b
+        trace_root = np.linalg.svd(small_a @ small_b.T, compute_uv=False).sum()
+        offset_E = mean_a - mean_b
+        found.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
+    return np.array(found)
+
+
+def _draws(cluster_N: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each row counts in each bootstrap sample of the clusters; fewer samples where one costs seconds."""
     _, place_N = np.unique(cluster_N, return_inverse=True)
     rng, num = np.random.default_rng(seed), int(place_N.max()) + 1
-    found = []
-    for _ in range(RESAMPLES):
-        weight_N = np.bincount(rng.integers(num, size=num), minlength=num)[place_N].astype(float)
-        total = weight_N.sum()
-        mean_E = weight_N @ x_NE / total
-        centered_NE = (x_NE - mean_E) * np.sqrt(weight_N)[:, None]
-        cov_EE = centered_NE.T @ centered_NE / (total - 1)
-        found.append(_distance(mean_E, cov_EE, mean_ref_E, cov_ref_EE, root_EE))
-    return np.array(found)
+    for _ in range(RESAMPLES if size <= WIDE else RESAMPLES // 4):
+        yield np.bincount(rng.integers(num, size=num), minlength=num)[place_N].astype(float)
+
+
+def _scaled(x_NE: np.ndarray, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted mean, and rows whose products sum to the unbiased covariance."""
+    there = weight_N > 0
+    x_NE, weight_N = x_NE[there], weight_N[there]
+    total = weight_N.sum()
+    mean_E = weight_N @ x_NE / total
+    return mean_E, (x_NE - mean_E) * np.sqrt(weight_N / (total - 1))[:, None]
 
 
 class FeatureDistance:

@@ -7,7 +7,13 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import beta
 
-from eval.fid import Moments, RankDeficientWarning, frechet_distance
+from eval.fid import (
+    Moments,
+    RankDeficientWarning,
+    frechet_distance,
+    resampled_distances,
+    resampled_pair_distances,
+)
 from eval.metric import Clusters, split_scores
 from eval.pictures import labelled_grid, read_picture, write_picture
 from eval.prompts import compbench_prompts, geneval_prompts, read_lines
@@ -66,6 +72,22 @@ def test_rank_deficient_covariances_survive_with_a_warning():
     with pytest.warns(RankDeficientWarning, match="20 images for features of width 64"):
         value = frechet_distance(moments(a), moments(b))
     assert value == pytest.approx(by_scipy(a, b), rel=1e-4)  # scipy itself is only this good on a singular product
+
+
+@pytest.mark.parametrize(("count", "width"), [(30, 6), (12, 20)])
+def test_resampled_distances_are_those_of_the_repeated_rows(count, width, monkeypatch):
+    monkeypatch.setattr("eval.fid.RESAMPLES", 3)
+    a, b = features(count, width, 6), features(count, width, 7)
+    reference = moments(features(200, width, 8))
+    found = resampled_distances(a, np.arange(count), reference.mean_E, reference.covariance_EE, seed=9)
+    pairs = resampled_pair_distances(a, b, seed=9)
+    rng = np.random.default_rng(9)
+    for one, pair in zip(found, pairs, strict=True):
+        rows = rng.integers(count, size=count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RankDeficientWarning)
+            assert one == pytest.approx(frechet_distance(moments(a[rows]), reference), rel=1e-6)
+            assert pair == pytest.approx(frechet_distance(moments(a[rows]), moments(b[rows])), rel=1e-6)
 
 
 def test_moments_refuse_what_is_not_finite_and_single_images():
