@@ -120,14 +120,16 @@ def resampled_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 
     found = []
     for weight_N in _draws(np.arange(len(a_NE)), min(a_NE.shape), seed):
         (mean_a, rows_a), (mean_b, rows_b) = (_scaled(x.astype(np.float64), weight_N) for x in (a_NE, b_NE))
-        if len(rows_a) > rows_a.shape[1]:  # covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'
-            small_a, small_b = np.linalg.qr(rows_a, mode="r"), np.linalg.qr(rows_b, mode="r")
-        else:
-            small_a, small_b = rows_a, rows_b
-        trace_root = np.linalg.svd(small_a @ small_b.T, compute_uv=False).sum()
+        # Covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'.
+        trace_root = np.linalg.svdvals(_factor(rows_a) @ _factor(rows_b).T).sum()
         offset_E = mean_a - mean_b
         found.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
     return np.array(found)
+
+
+def _factor(rows_NE: np.ndarray) -> np.ndarray:
+    """The same product A'A from at most E rows."""
+    return rows_NE if len(rows_NE) <= rows_NE.shape[1] else np.asarray(np.linalg.qr(rows_NE, mode="r"))
 
 
 def _draws(cluster_N: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
