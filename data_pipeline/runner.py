@@ -18,6 +18,8 @@ from infra.log import get_logger
 
 log = get_logger("runner")
 
+_SMALL_POOL = 8
+
 Unit = Mapping[str, Any]
 Report = dict[str, Any]
 
@@ -119,7 +121,8 @@ def _run_on_ray(
         _Actor,
         fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=size if workers.count else 1, max_size=size),
+        # a pool that grows pays off on a cluster; on one machine it only starts late
+        compute=ActorPoolStrategy(min_size=size if workers.count or size <= _SMALL_POOL else 1, max_size=size),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
         **({"runtime_env": dict(runtime_env)} if runtime_env else {}),

