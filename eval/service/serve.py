@@ -85,6 +85,7 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(128)  # whoever reads our address may connect at once, and waits until the server answers
         return found
     except OSError as error:
         what = error.strerror or str(error)
