@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from trainer_launch import TINY
 
+from data_pipeline.synthetic import write_synthetic
 from infra.errors import UserError
 from model.weights import save_weights
 from trainer.__main__ import _without
@@ -89,3 +93,17 @@ def test_the_user_s_own_overrides_reach_every_run():
     assert _without(words, ("--data", "--steps", "--num-ranks")) == [
         "--optimizer.lr", "1e-3", "--data.latent-shape", "4", "8", "8",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_command_proves_it_with_real_ranks(tmp_path):
+    write_synthetic(str(tmp_path / "data"), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
+    words = ["world-d2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--steps", "6", *TINY]
+    command = [sys.executable, "-m", "trainer", "verify-resume", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith(("kept", "BROKEN"))]
+    assert len(told) == 4
+    assert all(line.startswith("kept") for line in told)
+    assert "2 -> 1 ranks, fp32: losses within 1e-05" in told[3]

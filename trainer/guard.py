@@ -68,7 +68,7 @@ def roll_back(
     _tell(problem, keys, state, group, out=out)
     positions = frozenset(range(first, first + batch))
     exceptions = _of_all_ranks(batches.exceptions, group) | state.exceptions | Exceptions(positions=positions)
-    skips = len(exceptions.positions) // batch
+    skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
     if skips > recipe.guard.max_skips:
         if group.rank == 0:
             storage.write_bytes(storage.join(out, UNSTABLE), json.dumps({"problem": problem, "images": first}).encode())
@@ -79,7 +79,7 @@ def roll_back(
         )
     found = restore(recipe, engine, ema, out=out, resume="latest")
     back = found if found.step else state
-    back.exceptions = back.exceptions | exceptions
+    back.exceptions, back.skips = back.exceptions | exceptions, skips
     if group.rank == 0:
         then = f"back to the checkpoint at {back.images_seen:,} images" if found.step else "no checkpoint yet: going on"
         log.warning(

@@ -35,6 +35,8 @@ class State:
     step: int = 0
     seconds: float = 0.0
     exceptions: Exceptions = field(default_factory=Exceptions)
+    skips: int = 0
+    """Batches left out because they could not be right."""
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps, by which the guard knows a spike."""
 
@@ -111,6 +113,7 @@ def save(
         "recipe": recipe.to_json(),
         "recipe_hash": recipe.hash,
         "recent": state.recent,
+        "skips": state.skips,
     }
     root = storage.join(out, "checkpoints")
     saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=recipe.logging.keep)
@@ -154,7 +157,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     for extra in found.extras:
         exceptions |= Exceptions.from_json(extra["exceptions"])
     seconds, recent = float(kept["seconds"]), list(kept.get("recent", []))
-    return State(int(kept["images_seen"]), found.step, seconds, exceptions, recent)
+    return State(int(kept["images_seen"]), found.step, seconds, exceptions, int(kept.get("skips", 0)), recent)
 
 
 def load_init(engine: ZeroEngine, uri: str) -> None:

@@ -5,6 +5,7 @@ Stages 0 to 3 by recipe. Under stage 3 every block of the backbone is a leaf mod
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,18 +79,26 @@ class ZeroEngine:
         """Clip and step; call after every backward (`boundary` False: another micro-batch of the same step follows)."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        before, finite = self._engine.skipped_steps, [True]
-        if boundary and not self._gradient_bytes:
-            storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in self.partition.gradients()}
-            self._gradient_bytes = sum(storages.values())
-        with self._watched(finite):
-            self._engine.step()
+        before = self._engine.skipped_steps
         if not boundary:
+            self._engine.step()
             return StepResult(float("nan"), True)
+        gradients = self.partition.gradients()
+        if not self._gradient_bytes:
+            storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in gradients}
+            self._gradient_bytes = sum(storages.values())
+        if self.stage == 0:
+            # Without ZeRO DeepSpeed steps on any gradient and tells no norm. Gradients are the same on all ranks.
+            value = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(value):
+                return self.discard()
+            self._engine.step()
+            return StepResult(value, True)
+        self._engine.step()
         norm = self._engine.get_global_grad_norm()
         value = float(norm) if norm is not None else float("nan")
         skipped = self._engine.skipped_steps > before or getattr(self._engine.optimizer, "overflow", False)
-        return StepResult(value, finite[0] and not skipped)
+        return StepResult(value, not skipped)
 
     def discard(self) -> StepResult:
         """Instead of `step`: throw this step's gradients away; weights and Adam stay as they are. Collective."""
@@ -104,26 +113,6 @@ class ZeroEngine:
         finally:
             delattr(optimizer, name)  # the class's own again
         return StepResult(float("nan"), False)
-
-    @contextlib.contextmanager
-    def _watched(self, finite: list[bool]) -> Iterator[None]:
-        """Without ZeRO DeepSpeed steps on any gradient in fp32: look first. Gradients are the same on all ranks."""
-        if self.stage:
-            yield
-            return
-        take = self._adam.step
-
-        def step() -> None:
-            grads = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
-            finite[0] = bool(torch.stack([grad.isfinite().all() for grad in grads]).all())
-            if finite[0]:
-                take()
-
-        self._adam.step = step  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del self._adam.step
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
