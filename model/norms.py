@@ -18,15 +18,23 @@ EPS = 1e-6
 
 
 def apex_available() -> bool:
-    """True when NVIDIA's apex (built from source; the PyPI package of that name is another project) can be imported."""
-    return importlib.util.find_spec("apex.normalization") is not None if importlib.util.find_spec("apex") else False
+    """True when NVIDIA's apex is built with its CUDA kernels; the PyPI package of that name is another project.
+
+    Built without them, apex.normalization can be imported and fails at the first layer: so ask for the kernels.
+    """
+    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("fused_layer_norm_cuda") is None:
+        return False
+    return importlib.util.find_spec("apex.normalization") is not None
 
 
 def _require(backend: str) -> None:
     if backend not in ("torch", "apex"):
         raise ModelError(f"norm backend {backend!r} is not one of torch, apex")
     if backend == "apex" and not apex_available():
-        raise ModelError("norm_backend=apex was asked for, but NVIDIA apex is not installed; build it or use torch")
+        raise ModelError(
+            "norm_backend=apex was asked for, but NVIDIA apex with its CUDA kernels (fused_layer_norm_cuda) is not "
+            "installed; build it or use torch"
+        )
 
 
 def rms_norm(width: int, backend: NormBackend = "torch") -> nn.Module:

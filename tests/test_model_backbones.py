@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -143,11 +145,57 @@ def test_blocks_compile_without_graph_breaks(name: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not apex_available(), reason="NVIDIA apex is not installed")
-def test_apex_norms_equal_torchs() -> None:
-    x = torch.randn(3, 5, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_compiled_by_inductor_compute_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real kernels, forward and backward, over a bucket table: at most one compilation per block and shape."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = random_model(name)
+    shapes = [(16, 16), (12, 20), (20, 12), (16, 16)]
+
+    def gradients(shape: tuple[int, int]) -> list[Tensor]:
+        model.zero_grad()
+        out = model(*inputs(*shape))
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    plain = [gradients(shape) for shape in shapes]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
+    for shape, expected in zip(shapes, plain, strict=True):
+        for ours, theirs in zip(gradients(shape), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-6, rtol=1e-4)
+    assert counter.frame_count <= 2 * len(model.blocks)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not apex_available(), reason="NVIDIA apex with its CUDA kernels is not installed")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="apex's fused kernels run on CUDA tensors only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apex_norms_equal_torchs(dtype: torch.dtype) -> None:
+    """Outputs and gradients of both norms, on contiguous tokens and on queries as they lie in a fused qkv."""
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randn(3, 5, 64, device="cuda", dtype=dtype, generator=generator)
+    queries = torch.randn(3, 5, 3, 2, 64, device="cuda", dtype=dtype, generator=generator)[:, :, 0]
+    push = torch.randn(queries.shape, device="cuda", dtype=dtype, generator=generator)
     for make in (rms_norm, layer_norm):
-        torch.testing.assert_close(make(64, "apex").to(x.device)(x), make(64, "torch").to(x.device)(x))
+        for x, weight in ((tokens, push[:, :, 0]), (queries, push)):
+            results = []
+            for backend in ("torch", "apex"):
+                norm, leaf = make(64, backend).to("cuda", dtype), x.detach().requires_grad_()
+                for parameter in norm.parameters():
+                    parameter.data.copy_(torch.linspace(0.5, 2, 64))
+                out = norm(leaf)
+                (out * weight).sum().backward()
+                results.append([out, leaf.grad, *(p.grad for p in norm.parameters())])
+            assert len(results[0]) == (3 if make is rms_norm else 2)
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, **close)
 
 
 @pytest.mark.skipif(apex_available(), reason="apex is installed here")
