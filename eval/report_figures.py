@@ -130,6 +130,8 @@ def _correlations(report: "Report") -> Plan:
             continue
         x, y = loss_when_scored(report.losses, report.found[metric]), report.found[metric].values()
         runs = [run for run in x if images in x[run]]
+        if len({y[run][images] for run in runs}) == 1:
+            continue  # a flat line says nothing
         dots = tuple(_as_line(report, run, [(x[run][images], y[run][images])]) for run in runs)
         lines = tuple(
             _as_line(report, run, [(x[run][i], y[run][i]) for i in x[run]]) for run in runs if len(x[run]) > 1

@@ -135,6 +135,9 @@ def score_findings(
     main = overall.metrics.get("seen", overall.metrics.get("all", next(iter(overall.metrics.values()))))
     comparison = found[main]
     ends = {run: points[-1] for run, points in comparison.points.items()}
+    if len(ends) > 1 and len({end.value for end in ends.values()}) == 1:
+        value = next(iter(ends.values())).value
+        return [Finding("bad" if value == 0 else "note", f"{family} is {value:.3g} for every run: no order to speak of.")]
     pick = max if comparison.higher_is_better else min
     run = pick(ends, key=lambda name: ends[name].value)
     said = []
@@ -261,7 +264,8 @@ def tiles(
         ends = {run: points[-1].value for run, points in found[metric].points.items()}
         run = (max if found[metric].higher_is_better else min)(ends, key=lambda name: ends[name])
         where = ", seen compositions" if metric.endswith("/seen") else ""
-        made.append({"value": f"{ends[run]:.3g}", "text": f"best {family}{where} ({labels[run]})"})
+        whose = labels[run] if len(ends) == 1 or len(set(ends.values())) > 1 else "every run"
+        made.append({"value": f"{ends[run]:.3g}", "text": f"best {family}{where} ({whose})"})
     images = [cost["images"] for cost in costs.values() if cost["images"]]
     seconds = [cost["seconds"] for cost in costs.values() if cost["seconds"] is not None]
     if images:

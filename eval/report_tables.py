@@ -123,8 +123,8 @@ def protocols(found: Mapping[str, Comparison]) -> list[dict[str, Any]]:
 
 
 def _verdict(line: Mapping[str, Any]) -> str | None:
-    """Only a share of right images has a known ceiling and floor; a CLIP score, a FID or a mean of cosines has none."""
-    if not line["metric"].split("/")[0].endswith("geneval") or "overall" not in line["metric"]:
+    """Shares of right images and means of probabilities have a known ceiling and floor; a CLIP score or a FID has none."""
+    if not line["metric"].split("/")[0].endswith(("geneval", "compbench")) or "overall" not in line["metric"]:
         return None
     truth, shuffled = line.get("ground_truth"), line.get("shuffled")
     if truth and truth["value"] < TRUTH_AT_LEAST:

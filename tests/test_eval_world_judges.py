@@ -45,6 +45,12 @@ def test_geneval_of_ground_truth_shuffled_and_noise(geneval, split):
 
 
 @pytest.mark.parametrize("split", ["seen", "unseen"])
+def test_compbench_overall_of_ground_truth_and_shuffled(compbench, split):
+    assert compbench["ground_truth"][f"overall/{split}"].value >= 0.95
+    assert compbench["shuffled"][f"overall/{split}"].value <= 0.10
+
+
+@pytest.mark.parametrize("split", ["seen", "unseen"])
 @pytest.mark.parametrize(("category", "floor"), FLOORS.items())
 def test_compbench_tells_ground_truth_from_shuffled(compbench, category, floor, split):
     path = f"{category}/{split}"
