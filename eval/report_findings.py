@@ -137,7 +137,8 @@ def score_findings(
     ends = {run: points[-1] for run, points in comparison.points.items()}
     if len(ends) > 1 and len({end.value for end in ends.values()}) == 1:
         value = next(iter(ends.values())).value
-        return [Finding("bad" if value == 0 else "note", f"{family} is {value:.3g} for every run: no order to speak of.")]
+        kind: Kind = "bad" if value == 0 else "note"
+        return [Finding(kind, f"{family} is {value:.3g} for every run: no order to speak of.")]
     pick = max if comparison.higher_is_better else min
     run = pick(ends, key=lambda name: ends[name].value)
     said = []

@@ -123,7 +123,7 @@ def protocols(found: Mapping[str, Comparison]) -> list[dict[str, Any]]:
 
 
 def _verdict(line: Mapping[str, Any]) -> str | None:
-    """Shares of right images and means of probabilities have a known ceiling and floor; a CLIP score or a FID has none."""
+    """Shares of right images and means of probabilities have a known ceiling; a CLIP score or a FID has none."""
     if not line["metric"].split("/")[0].endswith(("geneval", "compbench")) or "overall" not in line["metric"]:
         return None
     truth, shuffled = line.get("ground_truth"), line.get("shuffled")
