@@ -142,7 +142,7 @@ def test_the_command_says_its_address_answers_and_ends_on_ctrl_c(tmp_path):
         with urllib.request.urlopen(address + "api/status") as answer:
             assert answer.status == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(60) in (0, 130)  # 0 where uvicorn was asked while it was shutting a connection
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
