@@ -6,18 +6,24 @@ from pathlib import Path
 
 from infra.errors import UserError
 
-_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".onnx")
+_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".onnx")
 
 
-@lru_cache(maxsize=64)
-def weights_hash(path: Path) -> str:
+def weights_hash(path: str | Path) -> str:
     """Sixteen hex digits over names and contents of weights, configs and vocabularies in a folder (or one file)."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
     if not files:
-        raise UserError(f"{path}: no weights there (looked for {', '.join(_SUFFIXES[:3])})")
+        raise UserError(f"{root}: no weights there (looked for {', '.join(_SUFFIXES[:3])})")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() if file == path else file.relative_to(path).as_posix().encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file.name.encode() if file == root else file.relative_to(root).as_posix().encode())
+        digest.update(_content(file, file.stat().st_mtime_ns, file.stat().st_size))
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _content(file: Path, changed_ns: int, size: int) -> bytes:
+    """Several stages ask for the same gigabytes: read once, unless time or size of the file say that it changed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.checkpoints import resolve
-from eval.detectors import weights_hash
+from data_pipeline.weights import weights_hash
 from eval.fid import FeatureNetwork, Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
 from eval.fidelity import Backbone, Lpips, psnr, ssim
 from eval.generate import to_pictures

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.detectors import Detections, weights_hash
+from data_pipeline.weights import weights_hash
+from eval.detectors import Detections
 from eval.geneval import Found
 from eval.geneval_prompts import COLORS
 from infra.errors import UserError

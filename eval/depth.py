@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval.detectors import weights_hash
+from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 INPUT_SIDE = 480  # official: squeezed to 480 x 480, mean and std 0.5, whatever the checkpoint was trained at

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 # COCO's spellings where GenEval writes another one (its object_names.txt).
@@ -131,22 +132,3 @@ def mask_box(mask_HW: np.ndarray) -> np.ndarray:
     """Tight x1, y1, x2, y2 of a mask; x2 and y2 are one past the last pixel."""
     columns, rows = np.flatnonzero(mask_HW.any(0)), np.flatnonzero(mask_HW.any(1))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
-
-
-def weights_hash(path: str | Path) -> str:
-    """First 16 hex digits over every file of a checkpoint folder (or one file): names and contents."""
-    import hashlib
-
-    root = Path(path)
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    if not files:
-        raise UserError(f"no checkpoint at {path}: expected a file or a folder with weights")
-    digest = hashlib.sha256()
-    for file in files:
-        if file.name == "README.md":
-            continue
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()[:16]

@@ -11,12 +11,12 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from infra import storage
 from infra.errors import MissingError, UserError, nearest
 from infra.log import get_logger
+from infra.results import now
 
 log = get_logger("human")
 
@@ -135,7 +135,7 @@ class Studies:
                 raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
         if a == b:
             raise UserError("both sides are the same checkpoint: choose two different ones")
-        study = Study(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), _now())
+        study = Study(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), now())
         if not study.order(""):
             raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
         data = json.dumps(asdict(study), indent=1).encode()
@@ -154,7 +154,7 @@ class Studies:
         left = study.left(rater, item)
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
         told = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
-        data = json.dumps({**told, "study": study.name, "created": _now()}).encode()
+        data = json.dumps({**told, "study": study.name, "created": now()}).encode()
         return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
 
     def votes(self, study: Study) -> list[Vote]:
@@ -239,7 +239,3 @@ def _read_vote(uri: str, study: Study) -> Vote | None:
 
 def _vote_name(rater: str, item: int) -> str:
     return hashlib.sha256(json.dumps([rater, item]).encode()).hexdigest()[:32] + ".json"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from eval.detectors import weights_hash
+from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 SIDE, BATCH, CLASSES = 299, 32, 1008

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.detectors import Detections, weights_hash
+from data_pipeline.weights import weights_hash
+from eval.detectors import Detections
 from infra.errors import UserError
 
 FAMILIES = ("owlv2", "owlvit")

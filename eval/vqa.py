@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.detectors import weights_hash
+from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 BATCH = 64

@@ -6,7 +6,7 @@ Safe for many writers and for kills: an object's name is the hash of its content
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 log = get_logger("results")
 
 
-def _now() -> str:
+def now() -> str:
+    """The moment as result rows and other records tell it: ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -42,7 +43,7 @@ class ResultRow:
     low: float | None = None
     high: float | None = None
     details: str = ""
-    created: str = field(default_factory=_now)
+    created: str = field(default_factory=now)
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
@@ -174,8 +175,3 @@ class ResultStore:
         except (ValueError, TypeError, AttributeError) as error:
             log.warning("skipped %s: not result rows (%s)", uri, error)
             return []
-
-
-def read_stores(uris: Sequence[str]) -> list[ResultRow]:
-    """The latest rows of several stores (one per run of a ladder) in one list."""
-    return [row for uri in uris for row in ResultStore(uri).rows()]

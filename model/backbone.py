@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,12 +22,12 @@ class Backbone(Protocol):
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
 
 
-BACKBONES: dict[str, Callable[[dict[str, Any]], TokenConfig]] = {
-    "mmdit": MMDiTConfig.from_json,
-    "mmdit3": MMDiT3Config.from_json,
-    "dit": DiTConfig.from_json,
-    "cross_dit": CrossDiTConfig.from_json,
-    "uvit": UViTConfig.from_json,
+BACKBONES: dict[str, type[TokenConfig]] = {
+    "mmdit": MMDiTConfig,
+    "mmdit3": MMDiT3Config,
+    "dit": DiTConfig,
+    "cross_dit": CrossDiTConfig,
+    "uvit": UViTConfig,
 }
 
 
@@ -36,4 +35,4 @@ def config_from_json(backbone: str, config: dict[str, Any]) -> TokenConfig:
     """The config of a backbone by its registered name."""
     if backbone not in BACKBONES:
         raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
-    return BACKBONES[backbone](config)
+    return BACKBONES[backbone].from_json(config)

@@ -34,21 +34,30 @@ class AttentionSeen(NamedTuple):
 @torch.no_grad()
 def attention_seen(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -> AttentionSeen:
     """Statistics of softmax(q k^T / sqrt(K) + bias); masked keys count in neither figure."""
-    logits_BHNS = q_BHNK.float() @ k_BHSK.float().mT / math.sqrt(q_BHNK.shape[-1])
-    biased = logits_BHNS if bias is None else logits_BHNS + bias.float()
-    entropy_BHN = torch.special.entr(biased.softmax(-1)).sum(-1)
-    reachable = logits_BHNS if bias is None else logits_BHNS.masked_fill(torch.isneginf(bias), 0.0)
-    return AttentionSeen(
-        float(reachable.abs().max()), float(entropy_BHN.mean()), float(entropy_BHN.min()), k_BHSK.shape[2]
-    )
+    largest, entropies = 0.0, []
+    for head in range(q_BHNK.shape[1]):  # one at a time: at 1024 px a matrix has 18 million entries
+        logits_BNS = q_BHNK[:, head].float() @ k_BHSK[:, head].float().mT / math.sqrt(q_BHNK.shape[-1])
+        if bias is not None:  # one bias for all heads: (B or 1, 1, N or 1, S)
+            masked = torch.isneginf(bias[:, 0])
+            largest = max(largest, float(logits_BNS.masked_fill(masked, 0.0).abs().max()))
+            logits_BNS = logits_BNS + bias[:, 0].float()
+        else:
+            largest = max(largest, float(logits_BNS.abs().max()))
+        entropies.append(torch.special.entr(logits_BNS.softmax(-1)).sum(-1))
+    entropy_HBN = torch.stack(entropies)
+    return AttentionSeen(largest, float(entropy_HBN.mean()), float(entropy_HBN.min()), k_BHSK.shape[2])
 
 
 class AttentionProbe(TorchFunctionMode):
-    """Records every scaled_dot_product_attention called inside the `with`; what it returns is unchanged."""
+    """Records every scaled_dot_product_attention called inside the `with`; what it returns is unchanged.
 
-    def __init__(self) -> None:
+    `samples`: look only at so many of a batch. Blocks must not be compiled: they would be traced anew.
+    """
+
+    def __init__(self, *, samples: int | None = None) -> None:
         super().__init__()
         self.seen: list[AttentionSeen] = []
+        self._samples = slice(samples)
 
     def __torch_function__(
         self,
@@ -59,5 +68,7 @@ class AttentionProbe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.seen.append(attention_seen(args[0], args[1], kwargs.get("attn_mask")))
+            bias = kwargs.get("attn_mask")
+            few = None if bias is None else bias[self._samples]
+            self.seen.append(attention_seen(args[0][self._samples], args[1][self._samples], few))
         return func(*args, **kwargs)

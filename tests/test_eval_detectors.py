@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.calibrate import control_image
-from eval.detectors import TransformersDetector, mask_box, weights_hash
+from eval.detectors import TransformersDetector, mask_box
 from eval.geneval_files import write_folder
 from eval.geneval_tool import judge, score
 from eval.judges import build_judges
@@ -58,17 +58,6 @@ def test_mask_boxes_end_past_the_last_pixel():
     mask = np.zeros((8, 9), dtype=bool)
     mask[2:5, 3] = True
     assert mask_box(mask).tolist() == [3, 2, 4, 5]
-
-
-def test_the_weights_hash_sees_contents_and_not_the_card(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"a")
-    first = weights_hash(tmp_path)
-    (tmp_path / "README.md").write_text("a card")
-    assert weights_hash(tmp_path) == first
-    (tmp_path / "model.safetensors").write_bytes(b"b")
-    assert weights_hash(tmp_path) != first
-    with pytest.raises(UserError, match="no checkpoint"):
-        weights_hash(tmp_path / "missing")
 
 
 def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, capsys):

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from infra.errors import UserError
+from model.backbone import BACKBONES
 from model.dit import DiTConfig
 from model.flops import parameter_count
 from model.mmdit import MMDiTConfig
 from trainer import recipes
 from trainer.__main__ import TrainArgs, _parse, main
 from trainer.machines import get_machine, transfer_seconds
-from trainer.paper import BACKBONES
 from trainer.plan import bytes_per_rank, describe, make_plan
 from trainer.preflight import micro_batches
 from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences

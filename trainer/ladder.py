@@ -18,6 +18,7 @@ from infra.log import get_logger
 from model.flops import train_flops_per_image
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
+from trainer.zero.group import free_port
 
 log = get_logger("ladder")
 UNSTABLE = "unstable.json"  # written by a run whose guard ended it
@@ -152,19 +153,13 @@ def train_command(
         arguments += [f"--{name.removeprefix('--')}", *value.split()]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
-    port = [] if _port_is_free(DEFAULT_PORT) else ["--master_port", str(_free_port())]
+    port = [] if _port_is_free(DEFAULT_PORT) else ["--master_port", str(free_port())]
     return ["deepspeed", "--num_gpus", str(ranks), *port, "--module", "trainer", *arguments]
 
 
 def _port_is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def images_trained(run: str) -> int | None:

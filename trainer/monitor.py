@@ -2,30 +2,28 @@
 
 Everything is local until `take`, which adds up over the ranks when a line is due.
 """
-# Shapes: B batch, N image tokens, S all tokens, H heads, K head width.
+# Shapes: B batch.
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from model.attention import QKV
+from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
 from trainer.objective import Losses
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 
 BINS = 8
-LAST_BLOCKS = 5  # the SD3 paper averages the last five blocks of its depth-24 model (figure 5)
+LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth-24 model (figure 5)
 
 
 class Monitor:
     """Figures since the last `take`."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, group: Group, machine: Machine) -> None:
+    def __init__(self, recipe: Recipe, group: Group, machine: Machine) -> None:
         self.group, self._machine = group, machine
         _, height, width = recipe.data.latent_shape
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
@@ -33,8 +31,8 @@ class Monitor:
         self._flops = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
         self._sums = torch.zeros(2, BINS, dtype=torch.float64)
         self._waited, self._since, self._images = 0.0, time.monotonic(), 0
-        # Hooks would be traced into compiled blocks.
-        self.attention = None if recipe.parallel.compile else AttentionWatch(model)
+        self._eager = not recipe.parallel.compile
+        self._attention: list[AttentionSeen] = []
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -45,12 +43,13 @@ class Monitor:
 
     @contextlib.contextmanager
     def looking(self, on: bool) -> Iterator[None]:
-        """Around the forward pass whose attention is to be told."""
-        if self.attention is not None:
-            self.attention.on = on
-        yield
-        if self.attention is not None:
-            self.attention.on = False
+        """Around the forward pass whose attention is to be told, of one sample."""
+        if not (on and self._eager):
+            yield
+            return
+        with AttentionProbe(samples=1) as probe:
+            yield
+        self._attention += probe.seen[-LAST:]
 
     def add(self, losses: Losses) -> None:
         """Losses of one micro-batch, to the bins of their times."""
@@ -62,12 +61,10 @@ class Monitor:
     def take(self) -> dict[str, float]:
         """Figures of all ranks; starts anew. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
-        attention = self.attention.take() if self.attention is not None else None
-        told = [*self._sums.flatten().tolist(), float(self._images)]
-        summed = self.group.sum([*told, attention.entropy if attention else 0.0])
-        largest = self.group.max(
-            [self._waited / seconds, float(memory_bytes(self.group.device)), attention.largest if attention else 0.0]
-        )
+        entropy = sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1)
+        summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy])
+        logit = max((seen.max_logit for seen in self._attention), default=0.0)
+        largest = self.group.max([self._waited / seconds, float(memory_bytes(self.group.device)), logit])
         rate = summed[2 * BINS] / seconds
         figures = {
             f"loss/t{(i + 0.5) / BINS:.4f}": summed[i] / summed[BINS + i] for i in range(BINS) if summed[BINS + i]
@@ -77,73 +74,12 @@ class Monitor:
             "mfu": self._flops * rate / (self._machine.flops * self.group.world),
             "memory_gib": largest[1] / 2**30,
         }
-        if attention is not None:
+        if self._attention:
             figures |= {"attention/max_logit": largest[2], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
         self._sums.zero_()
+        self._attention.clear()
         self._waited, self._since, self._images = 0.0, time.monotonic(), 0
         return figures
-
-
-class Attention:
-    """Of the last blocks: the largest scaled logit, and the mean entropy of a query's weights in nats."""
-
-    def __init__(self) -> None:
-        self.largest, self._entropies = 0.0, [0.0, 0.0]
-
-    @property
-    def entropy(self) -> float:
-        return self._entropies[0] / max(self._entropies[1], 1.0)
-
-    def add(self, q_NHK: Tensor, k_SHK: Tensor, allowed_S: Tensor | None) -> None:
-        for head in range(q_NHK.shape[1]):  # one at a time: at 1024 px a matrix has 18 million entries
-            logits_NS = q_NHK[:, head].float() @ k_SHK[:, head].float().T / q_NHK.shape[-1] ** 0.5
-            if allowed_S is not None:
-                logits_NS = logits_NS[:, allowed_S]
-            log_p_NS = logits_NS.log_softmax(-1)
-            self._entropies[0] += -(log_p_NS.exp() * log_p_NS).sum().item()
-            self._entropies[1] += len(log_p_NS)
-            self.largest = max(self.largest, logits_NS.max().item())
-
-
-class AttentionWatch:
-    """Reads queries and keys of one sample where the blocks make them. Silent unless `on`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.on, self._found = False, Attention()
-        blocks: Any = model.blocks
-        for block in list(blocks)[-LAST_BLOCKS:]:
-            projections = [module for name, module in block.named_modules() if name in JOINED]
-            if projections:
-                self._watch(block, projections)
-
-    def take(self) -> Attention | None:
-        """What was found since the last time; None when nothing was."""
-        found, self._found = self._found, Attention()
-        return found if found._entropies[1] else None
-
-    def _watch(self, block: nn.Module, projections: list[nn.Module]) -> None:
-        seen: list[QKV] = []
-
-        def keep(module: nn.Module, given: Any, made: QKV) -> None:
-            if self.on:
-                seen.append(QKV(*(x[0].detach() for x in made)))
-
-        def finish(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-            if self.on and len(seen) == len(projections):
-                q, k = (torch.cat([getattr(x, name) for x in seen]) for name in ("q", "k"))
-                image = seen[0].q.shape[0] if len(seen) > 1 else len(q)
-                biases = [x for x in given if isinstance(x, Tensor) and x.dim() == 4 and x.shape[-1] == len(k)]
-                allowed_S = biases[0][0, 0, 0] == 0 if biases else None
-                self._found.add(q[:image], k, allowed_S)
-            seen.clear()
-
-        for projection in projections:
-            projection.register_forward_hook(keep)
-        block.register_forward_hook(finish)
-
-
-# Projections whose queries and keys meet in one attention, in the order in which the block joins them.
-JOINED = ("image.qkv", "text.qkv", "clip.qkv", "t5.qkv", "stream.qkv")
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -2,22 +2,11 @@
 
 from dataclasses import replace
 
-from model.cross_dit import CrossDiTConfig
-from model.dit import DiTConfig
+from model.backbone import BACKBONES
 from model.mmdit import MMDiTConfig
-from model.mmdit3 import MMDiT3Config
-from model.trunk import TokenConfig
-from model.uvit import UViTConfig
 from trainer.recipe import EMA, Data, Logging, Optimizer, Parallel, Recipe, Schedule, Validation
 
 DEPTHS = (15, 18, 21, 24, 30, 38)
-BACKBONES: dict[str, type[TokenConfig]] = {
-    "dit": DiTConfig,
-    "cross_dit": CrossDiTConfig,
-    "uvit": UViTConfig,
-    "mmdit": MMDiTConfig,
-    "mmdit3": MMDiT3Config,
-}
 
 
 def pretrain_256(depth: int) -> Recipe:

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from infra.errors import UserError, nearest
+from model.backbone import BACKBONES
 from model.mmdit import MMDiTConfig
-from trainer.paper import BACKBONES, DEPTHS, captions, high_resolution, pretrain_256, study
+from trainer.paper import DEPTHS, captions, high_resolution, pretrain_256, study
 from trainer.recipe import EMA, Data, Logging, Optimizer, Parallel, Recipe, Schedule, Validation
 
 

@@ -80,7 +80,7 @@ def run(
     validator = Validator(recipe, val) if val is not None else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
-    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, engine.model, group, this_machine())
+    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine())
     losses: list[float] = []
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")

@@ -12,12 +12,12 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from infra import storage
 from infra.errors import MissingError, UserError
+from infra.results import now
 
 State = Literal["new", "running", "done", "failed"]
 _FILE = re.compile(r"evaluations/(?P<settings>[^/]+)/step_(?P<step>\d+)/(?P<attempt>\d+)\.(?P<kind>\w+)\.json$")
@@ -91,14 +91,14 @@ class Claim:
             self._last = time.monotonic()
 
     def end(self, state: Literal["done", "failed", "released"], *, reason: str = "", seconds: float = 0.0) -> None:
-        told = {"reason": reason, "seconds": round(seconds, 1), "at": _now()}
+        told = {"reason": reason, "seconds": round(seconds, 1), "at": now()}
         storage.write_bytes(_file(self.folder, self.attempt, state), json.dumps(told).encode())
 
 
 def claim(run_uri: str, settings: str, step: int, *, after: int = 0) -> Claim | None:
     """The next attempt after number `after`, or None where somebody else was first."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-    told = {"owner": asdict(Owner.me()), "at": _now()}
+    told = {"owner": asdict(Owner.me()), "at": now()}
     if storage.write_bytes_if_absent(_file(folder, after + 1, "claim"), json.dumps(told).encode()):
         return Claim(folder, after + 1)
     return None
@@ -167,7 +167,3 @@ def _process_start(pid: int) -> str:
         return f"{psutil.Process(pid).create_time():.2f}"
     except psutil.Error:
         return ""
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
