@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from PIL import Image
+
 from eval.report_data import Run
 from infra import storage
 from infra.errors import UserError
 
-MOST_PIXELS = 1100  # of the longer side on the page
-MOST_BYTES = 30 * 2**20  # of a file that is opened at all
+WIDEST = 1100  # pixels of a picture on the page
+MOST_BYTES, MOST_PIXELS = 200 * 2**20, 150e6  # of a file that is opened at all
 STRIP = 4
 
 
@@ -53,26 +55,37 @@ def progress_pictures(run: Run) -> tuple[list[Picture], list[str]]:
 def _try(run: Run, uri: str, pictures: list[Picture], notes: list[str]) -> None:
     try:
         data, width, height = _encode(uri)
-    except (UserError, OSError, ValueError, SyntaxError) as error:
+    except UserError as error:
         notes.append(f"{run.name}: sample {_name(uri)} cannot be shown: {error}")
         return
     pictures.append(Picture(run.name, _name(uri), data, width, height, prompts_of(uri)))
 
 
 def _encode(uri: str) -> tuple[str, int, int]:
-    """Reads and writes the pixels anew: what is embedded is a picture and nothing else."""
-    from PIL import Image
+    image = open_picture(uri)
+    image.thumbnail((WIDEST, WIDEST * 4), Image.Resampling.LANCZOS)
+    return "data:image/webp;base64," + base64.b64encode(webp(image)).decode(), image.width, image.height
 
+
+def open_picture(uri: str) -> Image.Image:
+    """The pixels alone, whatever else the file holds; UserError for what no page can show."""
     if storage.size(uri) > MOST_BYTES:
-        raise UserError(f"file of over {MOST_BYTES >> 20} MB")
-    with Image.open(io.BytesIO(storage.read_bytes(uri)), formats=("PNG",)) as opened:
-        if opened.width * opened.height > 64e6:
-            raise UserError(f"{opened.width} x {opened.height} pixels")
-        image = opened.convert("RGB")
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS * 4), Image.Resampling.LANCZOS)
+        raise UserError(f"{uri}: over {MOST_BYTES >> 20} MB, too large for a page")
+    try:
+        with Image.open(io.BytesIO(storage.read_bytes(uri)), formats=("PNG", "JPEG", "WEBP")) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise UserError(f"{uri}: {opened.width} x {opened.height} pixels, too many for a page")
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{uri}: not a readable picture") from error
+
+
+def webp(image: Image.Image, *, lossless: bool = False) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), image.width, image.height
+    image.save(buffer, "WEBP", quality=88, lossless=lossless, method=2)
+    return buffer.getvalue()
 
 
 def prompts_of(uri: str) -> tuple[str, ...]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from data_pipeline.world.classes import ATTRIBUTION
 
+LICENCE = f"""{ATTRIBUTION}.
+The weights were trained on scenes made from these drawings and are shared under the same licence, CC BY-SA 4.0."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -44,7 +47,6 @@ def write_card(
 
 It knows the drawings of the world and nothing else; its scores say nothing about photographs.
 
-{ATTRIBUTION}.
-The weights were trained on scenes made from these drawings and are shared under the same licence, CC BY-SA 4.0.
+{LICENCE}
 """
     (folder / "README.md").write_text(text, encoding="ascii")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from data_pipeline.world.classes import ATTRIBUTION
+from data_pipeline.world.cards import LICENCE
 from data_pipeline.world.scenes import Scene, make_scene
 from infra.log import get_logger
 
@@ -122,5 +122,5 @@ def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, fl
     lines = [f"# {title}", "", *[f"- {fact}" for fact in facts], "", "Held-out scenes (split `judge_val`):", ""]
     lines += ["| figure | value |", "|---|---|", *[f"| {name} | {value:.4f} |" for name, value in figures.items()], ""]
     lines += ["It judges images of the world only; its scores are named `world_*`, never after the benchmark.", ""]
-    lines += [f"{ATTRIBUTION}. These weights were trained on those drawings.", ""]
+    lines += [LICENCE, ""]
     (folder / "README.md").write_text("\n".join(lines))
