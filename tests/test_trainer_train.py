@@ -16,6 +16,7 @@ from data_pipeline.synthetic import write_synthetic
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
+from model.convert import convert
 from model.weights import load_weights, read_meta
 from trainer.__main__ import main
 from trainer.ladder import climb, images_trained
@@ -221,6 +222,18 @@ def test_export_from_a_checkpoint_equals_what_training_exported(data, straight, 
         assert all(torch.equal(trained[name], found[name]) for name in trained)
         assert again | {"code_version": ""} == meta | {"code_version": ""}
     assert "parameters from" in capsys.readouterr().out
+
+
+def test_export_with_sd3_names_comes_back_as_it_was(data, straight, tmp_path, monkeypatch):
+    out, back = tmp_path / "sd3.safetensors", tmp_path / "back.safetensors"
+    words = ["export", str(straight), "--data", str(data), "--kind", "ema", "--format", "sd3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["trainer", *words])
+    main()
+    assert "val_loss/sd3" in out.with_name("sd3.safetensors.md").read_text()
+    convert(out, back, to="beeline")
+    trained, _ = load_weights(straight / "weights" / "ema.safetensors")
+    found, _ = load_weights(back)
+    assert all(torch.equal(trained[name], found[name]) for name in trained)
 
 
 @pytest.mark.parametrize(
