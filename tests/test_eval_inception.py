@@ -81,7 +81,7 @@ def test_features_by_path_and_by_convention(weights):
 def test_weights_that_are_none_are_refused(weights, tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no weights there"):
         InceptionFeatures(tmp_path / "missing.pth")
     (tmp_path / "torn.pth").write_bytes(b"torn")
     with pytest.raises(UserError, match="not Inception weights"):
