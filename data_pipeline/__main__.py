@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -134,6 +135,12 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
     if run.workers is not None and run.workers < 0:
         raise UserError(f"--workers {run.workers}: expected 0 (no Ray) or more")
     started = time.monotonic()
+    # Ray unpacks the working directory of a submitted job below this name and deletes it afterwards
+    if "working_dir_files" in Path.cwd().parts and not storage.is_remote(run.out) and not Path(run.out).is_absolute():
+        raise UserError(
+            f"--out {run.out}: a submitted job runs in a temporary copy of the working directory, which is deleted: "
+            "give an absolute path that every node sees, or s3://bucket/prefix"
+        )
     storage.exists(run.out)  # a place that cannot be written to shall be said before any work
     if run.source is None:
         source = world_source(run)

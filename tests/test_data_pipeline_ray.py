@@ -161,19 +161,18 @@ def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_po
         env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        work = tmp_path / "code"
-        for name in ("data_pipeline", "model", "infra"):
-            shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
         root = tmp_path / "data"
-        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(work), "--"]
+        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--"]
         for _ in range(60):
             done = subprocess.run([*submit, *command(root, raw, 2)], env=env, capture_output=True, text=True)
             if "Failed to connect" not in done.stdout + done.stderr:
                 break
             time.sleep(2)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "48 samples" not in done.stderr
         check(root, raw, reference)
+        relative = subprocess.run([*submit, *command("data", raw, 2)], env=env, capture_output=True, text=True)
+        assert relative.returncode != 0
+        assert "--out data: a submitted job runs in a temporary copy" in relative.stdout + relative.stderr
     finally:
         os.killpg(cluster.pid, signal.SIGKILL)
         cluster.wait()

@@ -20,8 +20,8 @@ def test_autoencoder_reconstructs_held_out_scenes() -> None:
 
     vae = AutoencoderKL.from_pretrained(resolve("world:vae"))
     figures = measure(vae, num_scenes=50)
-    assert figures["psnr"] >= 31.5
-    assert figures["psnr_of_mean_error"] >= 31
+    assert figures["psnr"] >= 29.5
+    assert figures["psnr_of_mean_error"] >= 29
     with torch.no_grad():
         latent_BCHW = vae.encode(held_out(1, 0, 50, seen=True)).latent_dist.sample(torch.Generator().manual_seed(0))
     assert latent_BCHW.shape[1:] == (8, 16, 16)

@@ -97,7 +97,7 @@ def test_the_report_of_autoencoders_with_4_8_and_16_channels(tmp_path, capsys, a
     by_channels = {f["channels"]: f for f in found["autoencoders"]}
     assert list(by_channels) == [4, 8, 16]
     world, untrained = by_channels[8]["values"], by_channels[4]["values"]
-    assert 30 < world["psnr"][0] < 36, "the model card says 32.8"
+    assert 28 < world["psnr"][0] < 34, "the model card says 30.6"
     assert world["psnr"][1] < world["psnr"][0] < world["psnr"][2]
     for name, better in (("psnr", 1), ("ssim", 1), ("rfid", -1)):
         assert better * (world[name][0] - untrained[name][0]) > 0, name

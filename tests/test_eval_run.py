@@ -41,7 +41,7 @@ def export(path, *, images_seen=1000, seed=0, recipe_hash="r1", **changes):
     meta = {
         "kind": "ema", "backbone": "mmdit", "config": config.to_json(), "formulation": "rf/lognorm(0.00,1.00)",
         "shift": 1.0, "text_spec": SPEC.to_json(), "resolution": 64, "recipe_hash": recipe_hash,
-        "vae": {"checkpoint": "world:vae", "channels": 8, "factor": 4, "shift": 0.038052, "scale": 0.768568},
+        "vae": {"checkpoint": "world:vae", "channels": 8, "factor": 4, "shift": -0.021984, "scale": 0.507245},
         "data_fingerprint": "d", "images_seen": images_seen, "code_version": "t", "run": "tiny",
     }  # fmt: skip
     return save_weights(path, state, meta | changes)

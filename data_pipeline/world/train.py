@@ -17,6 +17,8 @@ def vae(
     minutes: float = 25.0,
     seed: int = 11,
     threads: int = 1,
+    channels: int = 8,
+    decoder_only: bool = False,
     out: Path = CHECKPOINTS / "vae",
     start_from: Path | None = None,
     lr: float = 1e-2,
@@ -25,7 +27,9 @@ def vae(
     from data_pipeline.world.train_vae import train_vae
 
     torch.set_num_threads(threads)
-    train_vae(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
+    train_vae(
+        out, minutes=minutes, seed=seed, channels=channels, decoder_only=decoder_only, start_from=start_from, lr=lr
+    )
 
 
 def clip(

@@ -1,7 +1,10 @@
 """Trains the world's autoencoder: `python -m data_pipeline.world.train vae --minutes 25 --seed 11`.
 
 A diffusers `AutoencoderKL` with factor 4 and 8 latent channels. The loss is led by the squared error, because PSNR is
-the promised figure; a small KL keeps the latent space smooth for the flow that is trained on it.
+the promised figure. Latents that were shrunk must decode to the scene that was shrunk (EQ-VAE, Kouzelis et al. 2025,
+arXiv 2502.09509): without it their spectrum is nearly white, and the flow that is trained on them draws crackle
+where a shape should be. A small KL bounds their size. Last, with `--decoder-only`, the decoder learns to overlook
+the errors that a generator leaves in its latents; the encoder, and with it every stored latent, stays as it is.
 Shapes: B images, C channels, H and W pixels (or latent cells).
 """
 
@@ -21,9 +24,14 @@ from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, make_scene
 
 KL_WEIGHT = 1e-4
+SHRINK_WEIGHT = 0.5
+SHRINK_BY = (2, 4)
+MOST_NOISE = 0.3
+"""On the latents of a decoder-only training, in their standard deviations: uniform from none to this, per scene."""
 CROP = SIZE // 2
 CROP_SHARE = 0.6
 """Share of the time spent on crops (four in the place of one scene); whole scenes follow, as group norm sees them."""
+CHANNELS = 8
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -31,7 +39,6 @@ CONFIG: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "block_out_channels": [16, 32, 64],
     "layers_per_block": 1,
-    "latent_channels": 8,
     "norm_num_groups": 8,
     "sample_size": SIZE,
     "mid_block_add_attention": False,
@@ -93,7 +100,15 @@ def latent_statistics(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[f
 
 
 def train_vae(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 1e-2, batch: int = 2
+    out: Path,
+    *,
+    minutes: float,
+    seed: int,
+    channels: int = CHANNELS,
+    decoder_only: bool = False,
+    start_from: Path | None = None,
+    lr: float = 1e-2,
+    batch: int = 2,
 ) -> dict[str, float]:
     """Train, measure, write the diffusers folder with its model card; the held-out figures."""
     from diffusers import AutoencoderKL
@@ -104,10 +119,13 @@ def train_vae(
     if start_from:
         vae = AutoencoderKL.from_pretrained(start_from).float()
     else:
-        vae = AutoencoderKL(**CONFIG)  # type: ignore[arg-type]
+        vae = AutoencoderKL(**CONFIG, latent_channels=channels)  # type: ignore[arg-type]
         # Start with almost no posterior noise: a fresh encoder's unit noise drowns its latents for many steps.
-        torch.nn.init.constant_(vae.encoder.conv_out.bias[CONFIG["latent_channels"] :], -5.0)
+        torch.nn.init.constant_(vae.encoder.conv_out.bias[channels:], -5.0)
     vae = vae.to(memory_format=torch.channels_last)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+    rng = torch.Generator().manual_seed(seed)
     begin = time.monotonic()
 
     def loss_of_step(step: int) -> Tensor:
@@ -117,14 +135,25 @@ def train_vae(
             images = [make_scene(seed, i, split="vae").image for i in range(step * batch, (step + 1) * batch)]
         x_BCHW = pixels(images)
         posterior = vae.encode(x_BCHW).latent_dist
-        y_BCHW = vae.decode(posterior.sample()).sample
-        return F.mse_loss(y_BCHW, x_BCHW) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        if decoder_only:
+            most = MOST_NOISE / vae.config.scaling_factor
+            mode_BCHW = posterior.mode()
+            sigma_B111 = most * torch.rand(len(images), 1, 1, 1, generator=rng)
+            noisy_BCHW = mode_BCHW + sigma_B111 * torch.randn(mode_BCHW.shape, generator=rng)
+            return F.mse_loss(vae.decode(noisy_BCHW).sample, x_BCHW)
+        z_BCHW = posterior.sample()
+        loss = F.mse_loss(vae.decode(z_BCHW).sample, x_BCHW)
+        for by in SHRINK_BY:
+            shrunk_BCHW = vae.decode(F.avg_pool2d(z_BCHW, by)).sample
+            loss = loss + SHRINK_WEIGHT / len(SHRINK_BY) * F.mse_loss(shrunk_BCHW, F.avg_pool2d(x_BCHW, by))
+        return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
     average, steps = fit(vae, loss_of_step, minutes=minutes, muon_lr=lr)
     save(average, out, seed=seed)
     figures = measure(AutoencoderKL.from_pretrained(out))
     logger.info("%s", json.dumps(figures))
-    command = f"`python -m data_pipeline.world.train vae --minutes {minutes:g} --seed {seed}`"
+    option = " --decoder-only" if decoder_only else ""
+    command = f"`python -m data_pipeline.world.train vae --minutes {minutes:g} --seed {seed}{option}`"
     trained = f"{history}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
     _card(out, figures, trained=trained)
     return figures

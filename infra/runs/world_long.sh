@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 out=${1:-work-long}
-IMAGES=20000 TRAIN_IMAGES=57600 DEPTHS="1 2 3 4" PROMPTS=24 CAPTIONS=256 CHECKPOINTS=2 bash infra/demo.sh "$out"
+IMAGES=20000 TRAIN_IMAGES=57600 DEPTHS="1 2 3 4" PROMPTS=16 CAPTIONS=128 CHECKPOINTS=2 bash infra/demo.sh "$out"
 
 kept=infra/docs/runs/world_long
 mkdir -p "$kept"
