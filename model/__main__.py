@@ -1,4 +1,4 @@
-"""`python -m model info|formulations|plot-densities|convert`: describe models, list objectives, convert weights."""
+"""`python -m model info|formulations|plot-densities|convert|merge`: describe models and objectives, convert weights."""
 
 from __future__ import annotations
 
@@ -96,6 +96,23 @@ def convert(
     print(run(source, target, to=to, kind=kind, with_qk_norm=add_qk_norm, vae=vae, encoders=encoders))
 
 
+def merge(
+    base: Annotated[Path, tyro.conf.Positional],
+    adapter: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+) -> None:
+    """Merge a LoRA adapter into the weights that it was trained on.
+
+    Args:
+        base: Our .safetensors file.
+        adapter: Folder that `python -m trainer export RUN --lora adapter` wrote (peft's layout).
+        target: The .safetensors file to write: ordinary weights.
+    """
+    from model.lora import merge_files
+
+    print(merge_files(base, adapter, target))
+
+
 def _print(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(row, indent=1))
@@ -109,6 +126,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "formulations": formulations,
     "plot-densities": plot_densities,
     "convert": convert,
+    "merge": merge,
 }
 
 

@@ -1,0 +1,162 @@
+"""Low-rank adapters on every Linear of a network: W x + (alpha/r) B A x, with B zero at the start (arXiv 2106.09685).
+
+The network's own parameters are frozen and keep their names; switched off, it computes bit for bit what it did without
+adapters, so one set of weights serves as policy and as reference. Files have peft's layout, under our module names.
+"""
+# Shapes: I inputs, O outputs of a linear layer, R rank.
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.errors import ModelError
+from model.weights import META_KEY, load_weights, save_weights
+
+PART = ".lora."
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PEFT = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_PREFIX = "base_model.model."
+
+
+class Adapter(nn.Module):
+    """The low-rank part of one linear layer; A starts as peft's does (Kaiming uniform, a = sqrt 5), B as zeros."""
+
+    def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float):
+        super().__init__()
+        self.scale, self.on = scale, True
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.a), self.b) * self.scale
+
+
+def add_adapters(model: nn.Module, *, rank: int, alpha: float, seed: int = 0) -> None:
+    """Freeze the model and give each nn.Linear (the patch convolution is none) an adapter that trains."""
+    model.requires_grad_(False)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for linear in linears:
+            linear.lora = Adapter(linear.in_features, linear.out_features, rank=rank, scale=alpha / rank)
+            linear.register_forward_hook(_add)
+
+
+def _add(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    adapter: Any = linear.lora
+    return output + adapter(inputs[0]) if adapter.on else output
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The network without its adapters: the reference."""
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.on = True
+
+
+def is_adapter(name: str) -> bool:
+    """Is this parameter part of an adapter?"""
+    return PART in name
+
+
+def adapter_of(name: str) -> tuple[str, str]:
+    """Names of A and B for the name of a linear layer's weight."""
+    module = name.removesuffix(".weight")
+    return f"{module}{PART}a", f"{module}{PART}b"
+
+
+def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+    """W + scale * B A, computed and returned in fp32."""
+    return weight_OI.float() + scale * (b_OR.float() @ a_RI.float())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of the adapters that `add_adapters` gave the model."""
+    return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+
+
+def peft_name(name: str) -> str:
+    """`blocks.0.mlp.lora.a` as peft calls it: `base_model.model.blocks.0.mlp.lora_A.weight`."""
+    module, part = name.rsplit(PART, 1)
+    return f"{_PREFIX}{module}.{_PEFT[part]}"
+
+
+def peft_config(names: Iterable[str], *, rank: int, alpha: float) -> dict[str, Any]:
+    """adapter_config.json for adapters with these parameter names."""
+    modules = sorted({name.rsplit(PART, 1)[0] for name in names})
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "inference_mode": True,
+        "base_model_name_or_path": None, "task_type": None,
+    }  # fmt: skip
+
+
+def merge_files(base: str | Path, folder: str | Path, out: str | Path) -> Path:
+    """Weights with an adapter (a folder that the trainer exported) merged in: an ordinary weights file."""
+    state_dict, meta = load_weights(base)
+    adapters, scale, trained = _read_adapter(Path(folder))
+    wanted = {part for name in state_dict if adapter_of(name)[0] in adapters for part in adapter_of(name)}
+    strange = sorted(set(adapters) - wanted)
+    if strange:
+        raise ModelError(f"{folder}: {len(strange)} tensors belong to no layer of {base} ({strange[0]} ...)")
+    for name in list(state_dict):
+        a, b = adapter_of(name)
+        if a in adapters:
+            given, fits = (adapters[b].shape[0], adapters[a].shape[1]), tuple(state_dict[name].shape)
+            if given != fits:
+                raise ModelError(f"{folder}: the adapter of {name} is for {given}, the weights of {base} are {fits}")
+            state_dict[name] = merged(state_dict[name], adapters[a], adapters[b], scale=scale)
+    kept = {key: trained[key] for key in trained if key not in ("backbone", "config")}
+    return save_weights(out, state_dict, {**meta, **kept})
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, Any]]:
+    """(tensors under our names, alpha/r, what the file says of its training)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            told = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
+        scale = config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: no adapter there, expected {CONFIG_FILE} and {WEIGHTS_FILE} ({' '.join(str(error).split())})"
+        ) from None
+    ours: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        for part, suffix in _PEFT.items():
+            if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
+                ours[name.removeprefix(_PREFIX).removesuffix(f".{suffix}") + PART + part] = tensor
+    if len(ours) < len(found):
+        raise ModelError(f"{folder}: {len(found) - len(ours)} tensors are no LoRA of a linear layer")
+    return ours, scale, told
+
+
+def merging(
+    read: Callable[[str], Tensor], adapter: Callable[[str], Tensor], names: Iterable[str], *, scale: float
+) -> Callable[[str], Tensor]:
+    """A reader of merged weights, tensor by tensor: `read` gives the base's, `adapter` those named in `names`."""
+    known = set(names)
+
+    def merged_weight(name: str) -> Tensor:
+        a, b = adapter_of(name)
+        return merged(read(name), adapter(a), adapter(b), scale=scale) if a in known else read(name)
+
+    return merged_weight

@@ -1,0 +1,138 @@
+"""Adapters: nothing changes at zero, merging equals running, only they train, files go round through peft too."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from model.backbone import BACKBONES
+from model.errors import ModelError
+from model.lora import (
+    CONFIG_FILE, WEIGHTS_FILE, add_adapters, adapter_of, is_adapter, merge_files, merged, parameter_count, peft_config,
+    peft_name, switched_off,
+)  # fmt: skip
+from model.mmdit import MMDiTConfig
+from model.text import TextCond
+from model.weights import load_weights, save_weights
+
+RANK, ALPHA = 4, 6.0
+CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
+
+
+def build(config=CONFIG) -> nn.Module:
+    """Nothing at zero, so that every layer has a say."""
+    model = config.build()
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.03 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel()))
+    return model
+
+
+def adapted(config=CONFIG, *, trained: bool) -> nn.Module:
+    model = build(config)
+    add_adapters(model, rank=RANK, alpha=ALPHA, seed=1)
+    if trained:
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if is_adapter(name):
+                    param.copy_(0.1 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel())))
+    return model
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    text = TextCond(torch.randn(3, 16, 48, generator=g), torch.randn(3, 32, generator=g))
+    return torch.randn(3, 4, 8, 8, generator=g), torch.rand(3, generator=g), text
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_new_adapters_change_nothing_bit_for_bit(name):
+    more = {"clip_tokens": 8} if name == "mmdit3" else {}
+    config = BACKBONES[name](depth=2, in_channels=4, context_width=48, pooled_width=32, **more)
+    plain, model = build(config), adapted(config, trained=False)
+    assert torch.equal(plain(*inputs()), model(*inputs()))
+    linears = [m for m in plain.modules() if isinstance(m, nn.Linear)]
+    assert parameter_count(model) == sum(RANK * (m.in_features + m.out_features) for m in linears)
+    # Every one of them is called as a module, or its adapter would never be heard.
+    heard = []
+    for module in model.modules():
+        if hasattr(module, "lora"):
+            module.lora.register_forward_hook(lambda m, i, o: heard.append(m))
+    model(*inputs())
+    assert len({id(m) for m in heard}) == len(linears)
+
+
+def test_switched_off_it_is_the_reference_bit_for_bit():
+    plain, model = build(), adapted(trained=True)
+    with switched_off(model):
+        assert torch.equal(plain(*inputs()), model(*inputs()))
+    assert not torch.allclose(plain(*inputs()), model(*inputs()), atol=1e-2)
+
+
+def test_merged_weights_compute_what_the_adapters_do():
+    model = adapted(trained=True)
+    state = dict(model.named_parameters())
+    plain = build()
+    for name, param in plain.named_parameters():
+        a, b = adapter_of(name)
+        if a in state:
+            param.data = merged(state[name], state[a], state[b], scale=ALPHA / RANK)
+    torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_only_adapters_get_gradients():
+    model = adapted(trained=True)
+    model(*inputs()).square().mean().backward()
+    for name, param in model.named_parameters():
+        assert param.requires_grad is is_adapter(name), name
+        assert (param.grad is not None) is is_adapter(name), name
+    dead = [n for n, p in model.named_parameters() if is_adapter(n) and not p.grad.any()]
+    assert not dead
+
+
+def write(folder, model) -> None:
+    """What the trainer's export writes, by safetensors' own writer."""
+    from safetensors.torch import save_file
+
+    adapters = {name: param.detach() for name, param in model.named_parameters() if is_adapter(name)}
+    folder.mkdir()
+    save_file({peft_name(n): x.contiguous() for n, x in adapters.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(peft_config(adapters, rank=RANK, alpha=ALPHA)))
+
+
+@pytest.fixture
+def base(tmp_path):
+    meta = {"kind": "ema", "backbone": "mmdit", "config": CONFIG.to_json()}
+    return save_weights(tmp_path / "base.safetensors", build().state_dict(), meta)
+
+
+def test_files_merge_to_ordinary_weights(tmp_path, base):
+    model = adapted(trained=True)
+    write(tmp_path / "adapter", model)
+    state, _ = load_weights(merge_files(base, tmp_path / "adapter", tmp_path / "merged.safetensors"))
+    plain = build()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_peft_reads_the_adapter(tmp_path):
+    peft = pytest.importorskip("peft")  # an extra of its own: pip install beeline[dpo]
+    model = adapted(trained=True)
+    write(tmp_path / "adapter", model)
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(theirs(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, base):
+    with pytest.raises(ModelError, match="no adapter there"):
+        merge_files(base, tmp_path / "nowhere", tmp_path / "out.safetensors")
+    other = MMDiTConfig(depth=3, in_channels=4, context_width=48, pooled_width=32)
+    write(tmp_path / "deeper", adapted(other, trained=False))
+    with pytest.raises(ModelError, match=r"belong to no layer|the adapter of"):
+        merge_files(base, tmp_path / "deeper", tmp_path / "out.safetensors")
+    write(tmp_path / "cut", adapted(trained=False))
+    content = (tmp_path / "cut" / WEIGHTS_FILE).read_bytes()
+    (tmp_path / "cut" / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="no adapter there"):
+        merge_files(base, tmp_path / "cut", tmp_path / "out.safetensors")
