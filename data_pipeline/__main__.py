@@ -19,6 +19,7 @@ from infra.log import clock
 COMMANDS = {
     "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN|FILE.yaml --out URI`",
     "world": "write raw scenes of the embedded world as img2dataset would: `world --out URI --images N`",
+    "pairs": "people's preference pairs (JSON lines of caption and two pictures) as training shards: `pairs PLAN FILE`",
     "verify": "read a dataset back and check every hash and count: `verify URI`",
     "report": "what each threshold would keep of the rows: `report URI`",
     "estimate": "objects, bytes, requests, dollars and GPU-hours of a data set to come: `estimate --images 1e9`",
@@ -88,6 +89,7 @@ def main() -> None:
     else:
         commands: dict[str, Callable[..., None]] = {
             "world": world,
+            "pairs": pairs,
             "verify": verify,
             "inspect": inspect,
             "report": report,
@@ -213,6 +215,40 @@ def world(out: str, *, images: int = 20_000, seed: int = 0, val_images: int | No
     from data_pipeline.world.write import write_world
 
     write_world(out, images=images, val_images=val_images or max(1, min(1000, images // 8)), seed=seed)
+
+
+def pairs(
+    plan: Annotated[str, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional],
+    *,
+    out: str,
+    val_fraction: float = 0.02,
+    device: str = "cpu",
+) -> None:
+    """Preference pairs for DPO, cut to squares and encoded by a plan's networks; the last lines become split val.
+
+    Args:
+        plan: world or sd3: its autoencoder, text encoders and resolution.
+        source: JSON lines {"caption": ..., "preferred": PATH, "rejected": PATH}, paths relative to the file.
+        out: root of the dataset to write.
+        val_fraction: share of the pairs kept for validation.
+        device: where the networks run.
+    """
+    from data_pipeline.pairs import read_pairs, write_pairs
+    from data_pipeline.plans import get_plan, vae_meta
+    from infra import storage
+
+    chosen, found = get_plan(plan), read_pairs(source)
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction}: expected a share of at least 0 and below 1")
+    num_val = round(len(found) * val_fraction)
+    splits = {"train": found[: len(found) - num_val], "val": found[len(found) - num_val :]}
+    info = write_pairs(
+        out, {name: part for name, part in splits.items() if part}, text_spec=chosen.text_spec,
+        vae=vae_meta(chosen.vae), resolution=chosen.resolution,
+        made_by={"source": storage.sha256_hex(storage.read_bytes(source))}, device=device,
+    )  # fmt: skip
+    print(f"{out}: {len(found)} pairs, {num_val} of them for validation; fingerprint {info.fingerprint}")
 
 
 def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -> None:

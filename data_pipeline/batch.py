@@ -16,3 +16,5 @@ class LatentBatch(NamedTuple):
     positions: LongTensor
     keys: list[str]
     captions: list[str]
+    rejected_BCHW: Tensor | None = None
+    """Of preference pairs: the other picture's latents, of the same captions and draws (data_pipeline/pairs.py)."""

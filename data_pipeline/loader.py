@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from data_pipeline.batch import LatentBatch
 from data_pipeline.collate import Collator, Draws, Posterior
@@ -28,6 +29,7 @@ log = get_logger("loader")
 BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
 ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
 MAX_QUARANTINED = 0.05
+Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/pairs.py)
 
 
 def open_dataset(uri: str, *, split: str = "train") -> Dataset:
@@ -108,10 +110,12 @@ class Dataset:
         micro_batch: int | None = None,
         prefetch: int = 2,
         block_shards: int = BLOCK_SHARDS,
+        partner: Partner | None = None,
     ) -> Batches:
         """Endless batches from sample position `start` on: this rank's lane of each global batch.
 
-        `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it.
+        `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it. `partner` finds what
+        makes pairs of the samples.
         """
         lane, rest = divmod(global_batch, world_size)
         if global_batch < 1 or rest:
@@ -125,7 +129,7 @@ class Dataset:
         order = self.order(seed=seed, global_batch=global_batch, block_shards=block_shards)
         return Batches(
             self, order, draws, start=start, lane=slice(rank * lane, (rank + 1) * lane),
-            micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch,
+            micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, partner=partner,
         )  # fmt: skip
 
     def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> Order:
@@ -158,8 +162,12 @@ class Dataset:
         draws = Draws(seed, {caption: 1.0}, encoder_dropout, posterior)
         draws.check(self.info.captions)
         shards, rows = self.index.locate(numbers)
+        return self.at(list(zip(shards.tolist(), rows.tolist())), numbers.tolist(), draws)
+
+    def at(self, places: Sequence[tuple[int, int]], positions: Sequence[int], draws: Draws) -> LatentBatch:
+        """Samples by (shard, row) of one bucket, drawn as if they stood at `positions`."""
         try:
-            return self._load(numbers, list(zip(shards.tolist(), rows.tolist())), names.pop(), draws)
+            return self._load(np.asarray(positions, np.int64), places, self.index.buckets[places[0][0]], draws)
         except ShardError as error:
             raise UserError(f"{error.reason}; run `python -m data_pipeline verify {self.uri}`") from error
 
@@ -186,9 +194,10 @@ class Batches(Iterator[LatentBatch]):
         micro_batch: int,
         exceptions: Exceptions,
         prefetch: int,
+        partner: Partner | None = None,
     ) -> None:
         self._dataset, self._order, self._draws = dataset, order, draws
-        self._lane, self._micro_batch = lane, micro_batch
+        self._lane, self._micro_batch, self._partner = lane, micro_batch, partner
         self._numbers = {name: number for number, name in enumerate(dataset.index.tars)}
         self.exceptions = exceptions
         self._banned = frozenset(self._numbers[name] for name in exceptions.shards if name in self._numbers)
@@ -222,9 +231,13 @@ class Batches(Iterator[LatentBatch]):
         while True:
             places = self._places(plan, positions)
             try:
-                return self._dataset._load(positions, places, plan.bucket, self._draws)
+                batch = self._dataset._load(positions, places, plan.bucket, self._draws)
             except ShardError as error:
                 self._quarantine(error)
+                continue
+            if self._partner is None:
+                return batch
+            return batch._replace(rejected_BCHW=self._partner(batch, self._draws))
 
     def _places(self, plan: BatchPlan, positions: np.ndarray) -> list[tuple[int, int]]:
         places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
@@ -258,5 +271,5 @@ def _pieces(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
         part = slice(start, start + size)
         yield LatentBatch(
             batch.latent_BCHW[part], batch.text[part], batch.positions[part],  # type: ignore[arg-type]
-            batch.keys[part], batch.captions[part],
+            batch.keys[part], batch.captions[part], None if batch.rejected_BCHW is None else batch.rejected_BCHW[part],
         )  # fmt: skip

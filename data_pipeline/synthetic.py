@@ -14,6 +14,7 @@ from infra import storage
 from model.text import EncoderSpec, TextSpec
 
 CAPTIONS = ("original", "synthetic")
+REJECTED = "_rejected"  # as in pairs.py
 KINDS = ("apple", "boat", "cat", "dog", "kite", "lamp", "moon", "nest")
 
 TINY_TEXT = TextSpec(
@@ -38,11 +39,13 @@ def write_synthetic(
     shard_rows: int = 128,
     synthetic_share: float = 1.0,
     int8_seats: tuple[str, ...] = (),
+    pairs: bool = False,
 ) -> DatasetInfo:
     """Write train and val. `latent_shape` belongs to the first bucket; later buckets get smaller and smaller shares.
 
     Latents of a kind of thing scatter around that kind's own pattern, and the text features state the kind, so a model
-    can learn something. `synthetic_share` is the share of samples that have a synthetic caption.
+    can learn something. `synthetic_share` is the share of samples that have a synthetic caption. With `pairs` there are
+    splits train_rejected and val_rejected, which show another kind than their captions say.
     """
     channels, latent_height, _ = latent_shape
     factor = int(buckets[0].split("x")[0]) // latent_height
@@ -51,7 +54,10 @@ def write_synthetic(
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
     encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}
-    for split, total in (("train", num_samples), ("val", val_samples)):
+    wanted = {"train": num_samples, "val": val_samples}
+    if pairs:
+        wanted |= {f"{split}{REJECTED}": total for split, total in wanted.items()}
+    for split, total in wanted.items():
         entries: list[ShardEntry] = []
         for bucket, count in _shares(total, buckets).items():
             height, width = (int(n) // factor for n in bucket.split("x"))
@@ -72,7 +78,7 @@ def write_synthetic(
                 )
         name = write_split(uri, split, entries)
         splits[split] = SplitInfo(name, total, len(entries), _shares(total, buckets))
-    counts = {"ok": num_samples + val_samples}
+    counts = {"ok": sum(wanted.values())}
     info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, counts, int8_seats=int8_seats)
     storage.write_bytes(storage.join(uri, DATASET_FILE), info.to_bytes())
     return info
@@ -102,10 +108,12 @@ def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:
 def _samples(numbers: Sequence[int], layout: SampleLayout, *, prefix: str, seed: int, share: float) -> Iterator[Sample]:
     channels, height, width = layout.moments_shape[0] // 2, *layout.moments_shape[1:]
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")) / max(height, width)
+    rejected, prefix = REJECTED in prefix, prefix.replace(REJECTED, "")
     for number in numbers:
         rng = np.random.default_rng([seed, number, *prefix.encode()])
         kind = int(rng.integers(len(KINDS)))
-        waves = np.random.default_rng([seed, kind]).normal(size=(channels, 2)) * 3
+        shown = (kind + 1) % len(KINDS) if rejected else kind
+        waves = np.random.default_rng([seed, shown]).normal(size=(channels, 2)) * 3
         mean_CHW = np.sin(2 * np.pi * np.tensordot(waves, grid, axes=1)) + 0.2 * rng.normal(size=(channels, 1, 1))
         moments = np.concatenate([mean_CHW, np.full_like(mean_CHW, 0.05)])
         captions = {"original": f"a photo of a {KINDS[kind]}"}

@@ -10,6 +10,8 @@ import numpy as np
 
 from data_pipeline.index import ShardEntry, read_table, rows_from_bytes
 from data_pipeline.layout import checksum
+from data_pipeline.loader import open_dataset
+from data_pipeline.pairs import Partners, rejected_split
 from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
 from infra import storage
 from infra.errors import MissingError, UserError
@@ -52,6 +54,12 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
     twice = [place for place, count in origins.items() if count > 1]
     if twice:
         findings.problems.append(f"{len(twice)} rows were packed more than once, e.g. {twice[0][0]} row {twice[0][1]}")
+    for split in info.splits:
+        if not findings.problems and rejected_split(split) in info.splits:
+            try:
+                Partners(open_dataset(uri, split=split))
+            except UserError as error:
+                findings.problems.append(str(error))
     total, ok = sum(findings.samples.values()), info.counts.get("ok", 0)
     if not findings.problems and total != ok:
         findings.problems.append(f"{uri}: {total} samples in the shards, but {ok} rows are ok")

@@ -1,0 +1,209 @@
+"""Preference pairs in the same shards: split `train` holds the preferred pictures, `train_rejected` the others, joined
+by equal keys and captions. The preferred ones alone are an ordinary data set.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import LatentBatch
+from data_pipeline.checkpoints import resolve
+from data_pipeline.collate import Draws
+from data_pipeline.encode import LatentStage, TextStage
+from data_pipeline.images import ImageError, cover_crop, decode
+from data_pipeline.index import RowTables, ShardEntry
+from data_pipeline.layout import TextFeatures
+from data_pipeline.loader import Dataset, open_dataset
+from data_pipeline.publish import publish
+from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint
+from data_pipeline.shards import Sample, write_shard
+from data_pipeline.stage import OK
+from data_pipeline.weights import weights_hash
+from infra import storage
+from infra.errors import UserError
+from infra.log import Progress
+from model.encoders import load_text_encoders
+from model.text import TextSpec
+from model.vae import load_vae
+
+CAPTION = "original"
+BATCH = 64
+
+
+def rejected_split(split: str) -> str:
+    """The split with the other halves of this one's pairs."""
+    return f"{split}_rejected"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures (uint8 RGB, H x W x 3) of one caption, the better one first."""
+
+    key: str
+    caption: str
+    preferred: np.ndarray
+    rejected: np.ndarray
+    info: Mapping[str, object] = field(default_factory=dict)
+    """Provenance, kept with both samples: who preferred it, and by how much."""
+
+
+class Partners:
+    """The rejected half of each preferred sample, found by its key; UserError unless the two splits fit together."""
+
+    def __init__(self, preferred: Dataset) -> None:
+        split = rejected_split(preferred.split)
+        if split not in preferred.info.splits:
+            raise UserError(
+                f"{preferred.uri}: no preference pairs, it has splits {', '.join(preferred.info.splits)}; make some "
+                "with `python -m eval pairs` or `python -m data_pipeline pairs`"
+            )
+        self._rejected = open_dataset(preferred.uri, split=split)
+        mine, others = _samples(preferred), _samples(self._rejected)
+        if {key: said for key, (_, said) in mine.items()} != {key: said for key, (_, said) in others.items()}:
+            odd = sorted(key for key in mine.keys() | others.keys() if mine.get(key, "")[1:] != others.get(key, "")[1:])
+            raise UserError(
+                f"{preferred.uri}: {len(odd)} of the samples in {preferred.split} and {split} have no partner with the "
+                f"same caption and bucket (first: {odd[0]}): make the pairs again"
+            )
+        self._places = {key: place for key, (place, _) in others.items()}
+
+    def __call__(self, batch: LatentBatch, draws: Draws) -> Tensor:
+        """Latents of the other halves, drawn with the same noise as the preferred ones."""
+        places = [self._places[key] for key in batch.keys]
+        return self._rejected.at(places, batch.positions.tolist(), draws).latent_BCHW
+
+
+def _samples(dataset: Dataset) -> dict[str, tuple[tuple[int, int], tuple[str, ...]]]:
+    """key -> ((shard, row), its bucket and captions)."""
+    tables, found = RowTables(dataset.index), {}
+    for shard, bucket in enumerate(dataset.index.buckets):
+        rows = tables[shard]
+        for row, key in enumerate(rows.keys):
+            found[key] = (shard, row), (bucket, *(texts[row] for texts in rows.captions.values()))
+    if len(found) < dataset.num_samples:
+        raise UserError(f"{dataset.uri}: split {dataset.split} has keys that occur twice: make the pairs again")
+    return found
+
+
+def write_pairs(
+    uri: str,
+    splits: Mapping[str, Sequence[Pair]],
+    *,
+    text_spec: TextSpec,
+    vae: VaeMeta,
+    resolution: int,
+    made_by: Mapping[str, Any],
+    shard_rows: int = 500,
+    device: str = "cpu",
+) -> DatasetInfo:
+    """Encode and write a finished data set of pairs; pictures are cut to squares of `resolution` pixels.
+
+    `made_by` says where the preferences come from and enters the fingerprint.
+    """
+    if storage.exists(storage.join(uri, DATASET_FILE)):
+        raise UserError(f"{uri} holds a data set already: choose another --out, or remove it")
+    keys = [pair.key for pairs in splits.values() for pair in pairs]
+    if not splits.get("train") or len(set(keys)) < len(keys):
+        raise UserError(f"{uri}: {len(keys)} pairs, {len(set(keys))} different keys: expected some, all different")
+    info = DatasetInfo(text_spec, vae, resolution, (CAPTION,), _columns(text_spec, vae, made_by), {})
+    encoder, bucket = _Encoder(text_spec, vae, resolution, device), f"{resolution}x{resolution}"
+    entries: list[ShardEntry] = []
+    with Progress(2 * len(keys), "images", desc="encode pairs") as progress:
+        for split, pairs in splits.items():
+            for first in range(0, len(pairs), shard_rows):
+                chosen = pairs[first : first + shard_rows]
+                text = encoder.text([pair.caption for pair in chosen])
+                for name, images in (
+                    (split, [pair.preferred for pair in chosen]),
+                    (rejected_split(split), [pair.rejected for pair in chosen]),
+                ):
+                    samples = _encoded(chosen, encoder.latents(images), text)
+                    entries.append(
+                        write_shard(
+                            uri, samples, split=name, resolution=resolution, bucket=bucket,
+                            layout=info.layout(bucket), encoding=info.encoding,
+                        )
+                    )  # fmt: skip
+                    progress.update(len(chosen))
+    return publish(uri, info, entries, {"pairs": dict.fromkeys(range(2 * len(keys)), (OK, ""))})
+
+
+def _encoded(
+    pairs: Sequence[Pair], latents: Iterable[np.ndarray], text: Mapping[str, dict[tuple[str, str], TextFeatures]]
+) -> Iterator[Sample]:
+    for pair, moments_CHW in zip(pairs, latents, strict=True):
+        yield Sample(pair.key, moments_CHW, text[pair.caption], {CAPTION: pair.caption}, pair.info)
+
+
+def _columns(text_spec: TextSpec, vae: VaeMeta, made_by: Mapping[str, Any]) -> dict[str, str]:
+    """What made the latents and texts, as the pipeline's stages tell it, and the preferences."""
+    stages: list[LatentStage | TextStage] = [LatentStage(vae.checkpoint, weights_hash(resolve(vae.checkpoint)))]
+    stages += [TextStage(text_spec, e.seat, weights_hash(resolve(e.checkpoint))) for e in text_spec.encoders]
+    return {stage.name: fingerprint(stage.identity()) for stage in stages} | {"pairs": fingerprint(dict(made_by))}
+
+
+class _Encoder:
+    """The networks of one data set."""
+
+    def __init__(self, text_spec: TextSpec, vae: VaeMeta, resolution: int, device: str) -> None:
+        self._vae, self._latents, self._side = load_vae(resolve(vae.checkpoint)).to(device), vae.latents, resolution
+        self._texts, self._spec, self._device = load_text_encoders(text_spec, resolve, device=device), text_spec, device
+
+    def latents(self, images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        for first in range(0, len(images), BATCH):
+            cut = [cover_crop(Image.fromarray(i), self._side, self._side) for i in images[first : first + BATCH]]
+            x_BCHW = torch.from_numpy(np.stack([np.asarray(i) for i in cut])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            yield from self._latents.encode(self._vae, x_BCHW.to(self._device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def text(self, captions: Sequence[str]) -> dict[str, dict[tuple[str, str], TextFeatures]]:
+        """caption -> features by (caption name, seat)."""
+        known, found = list(dict.fromkeys(captions)), {}
+        for first in range(0, len(known), BATCH):
+            chosen = known[first : first + BATCH]
+            encoded = self._texts.encode(chosen)
+            for number, caption in enumerate(chosen):
+                rows = {
+                    (CAPTION, str(seat)): states.row(number)
+                    if self._spec.layout == "trimmed"
+                    else (states.hidden_BLW[number], states.pooled_BP[number])
+                    for seat, states in encoded.items()
+                }
+                found[caption] = {slot: TextFeatures(h.numpy(), p.numpy()) for slot, (h, p) in rows.items()}
+        return found
+
+
+def read_pairs(uri: str) -> list[Pair]:
+    """People's own pairs: JSON lines {"caption", "preferred", "rejected"}, the last two paths relative to the file."""
+    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    pairs: list[Pair] = []
+    for number, line in enumerate(storage.read_bytes(uri).decode("utf-8-sig").splitlines()):
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+            caption, paths = str(told["caption"]), (str(told["preferred"]), str(told["rejected"]))
+            images = [_picture(storage.join(folder, path)) for path in paths]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{uri}, line {number + 1}: {error!r}; expected "
+                '{"caption": ..., "preferred": PATH, "rejected": PATH}'
+            ) from error
+        except ImageError as error:
+            raise UserError(f"{uri}, line {number + 1}: a picture is no good ({error.reason})") from error
+        pairs.append(Pair(f"pair-{number:07d}", caption, *images))
+    return pairs
+
+
+def _picture(uri: str) -> np.ndarray:
+    with storage.open_read(uri) as file:
+        return np.asarray(decode(file))
