@@ -140,6 +140,10 @@ class ExportArgs:
     """The dataset it was trained on: its text and VAE settings go into the file."""
     out: str
     """File (or, as diffusers, folder) to write."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout."""
+    base: str | None = None
+    """The weights that a run with adapters started from (its --init-from)."""
     format: Literal["beeline", "sd3", "diffusers"] = "beeline"
     """beeline: our safetensors file; sd3: a single file with SD3's names; diffusers: a pipeline folder with model
     card."""
@@ -241,7 +245,7 @@ def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
     from data_pipeline.loader import open_dataset
     from infra import storage
-    from trainer.export import export_as
+    from trainer.export import export_adapter, export_as
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
@@ -251,10 +255,13 @@ def run_export(arguments: list[str]) -> None:
         folders = [uri for uri in folders if uri.endswith(f"/step_{args.step:07d}")]
     if not folders:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
-    count = export_as(
-        args.format, folders[0], kind=args.kind, profile=args.profile, info=open_dataset(args.data).info,
-        run=args.run, out=args.out,
-    )  # fmt: skip
+    given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
+    if args.lora == "adapter":
+        if args.format != "beeline" or args.base is not None:
+            raise UserError("--lora adapter writes no whole weights: leave --format and --base out")
+        count = export_adapter(folders[0], out=args.out, **given)
+    else:
+        count = export_as(args.format, folders[0], out=args.out, base=args.base, **given)
     print(f"{args.out}: {count:,} parameters from {folders[0]}")
 
 

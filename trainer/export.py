@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from infra.results import ResultStore
 from infra.version import code_version
 from model.convert import convert
 from model.errors import ModelError
+from model.lora import CONFIG_FILE, WEIGHTS_FILE, merging, peft_config, peft_name
 from model.weights import META_KEY, expected_tensors, read_meta
 from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, put
+from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put
 
 log = get_logger("export")
 Meta = dict[str, Any]
@@ -55,21 +56,50 @@ def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: i
     }
 
 
-def export(engine: ZeroEngine, tensors: list[Tensor], uris: list[str], meta: dict[str, Any], group: Group) -> bool:
+def weights_reader(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+    """Tensors of a weights file by name; QK-norms that it lacks are ones."""
+    from safetensors import safe_open
+
+    file: Any = safe_open(str(storage.localize(uri)), framework="pt")
+    names = set(file.keys())
+
+    def read(name: str) -> Tensor:
+        if name not in names and name.rsplit(".", 2)[-2] in ("norm_q", "norm_k"):
+            return torch.ones(shapes[name])
+        return file.get_tensor(name)
+
+    return read
+
+
+def export(
+    engine: ZeroEngine, tensors: list[Tensor], uris: list[str], meta: dict[str, Any], group: Group,
+    *, base: str | None = None,
+) -> bool:  # fmt: skip
     """Write the weights whose shares are `tensors` to every URI; False when that failed. Collective.
 
-    One tensor after the other is put together and written: no rank ever holds more than one.
+    One tensor after the other is put together and written: no rank ever holds more than one. Under adapters `base` is
+    the file of the frozen weights; adapters are merged into its tensors.
     """
     problem = ""
-    asked = iter(engine.shapes)
+    asked = iter(engine.trained)  # in the order in which `write` asks: that of the network's layers
     if group.rank == 0:
-        buffers = {n: b.cpu() for n, b in engine.model.state_dict().items() if n not in engine.shapes}
+        recipe = engine.recipe
+        known = engine.shapes | engine.trained
+        buffers = {n: b.cpu() for n, b in engine.model.state_dict().items() if n not in known}
         shapes = engine.shapes | {n: tuple(b.shape) for n, b in buffers.items()}
 
+        def trained(name: str) -> Tensor:
+            return engine.whole(next(asked), tensors)
+
         def read(name: str) -> Tensor:
-            return buffers[name] if name in buffers else engine.whole(next(asked), tensors)
+            return buffers[name] if name in buffers else whole(name)
 
         try:
+            whole = trained
+            if recipe.lora.rank is not None:
+                assert base is not None, "a run with adapters keeps the file of its frozen weights"
+                scale = recipe.lora_alpha / recipe.lora.rank
+                whole = merging(weights_reader(base, engine.shapes), trained, engine.trained, scale=scale)
             write(uris, shapes, read, meta)
         except (UserError, ModelError, OSError) as error:
             problem = str(error)
@@ -93,6 +123,13 @@ def _pieces(
     if expected != shapes:
         wrong = sorted({n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)})
         raise ModelError(f"{uri}: {len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
+    yield from _stream(uri, shapes, read, meta)
+
+
+def _stream(
+    uri: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, each tensor checked."""
     header: dict[str, Any] = {"__metadata__": {META_KEY: json.dumps(meta), "format": "pt"}}
     at = 0
     for name, shape in shapes.items():
@@ -127,38 +164,89 @@ def _copy(source: str, target: str) -> None:
         temp.unlink(missing_ok=True)
 
 
-def export_checkpoint(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
-    """Weights from a checkpoint on disk or S3, without DeepSpeed and on one process; the number of parameters."""
-    found, reason = checkpoint.inspect(folder, Group(0, 1, torch.device("cpu")))
-    if found is None:
-        raise UserError(f"{folder}: not a whole checkpoint ({reason})")
-    recipe = Recipe.from_json(found.state["recipe"])
+class StoredWeights:
+    """What a checkpoint on disk or S3 holds, tensor by tensor, without DeepSpeed and on one process."""
+
+    def __init__(self, folder: str, *, kind: str, profile: str | None) -> None:
+        found, reason = checkpoint.inspect(folder, Group(0, 1, torch.device("cpu")))
+        if found is None:
+            raise UserError(f"{folder}: not a whole checkpoint ({reason})")
+        self.recipe = Recipe.from_json(found.state["recipe"])
+        self.images_seen = int(found.state["images_seen"])
+        self._name = "master" if kind == "raw" else f"ema/{profile or self.recipe.ema.profiles[0]}"
+        self._ranges = Ranges(found.uri, len(found.manifest["files"]))
+        self.shapes = self._ranges.shapes
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise UserError(f"{self._ranges.folder}: holds no {name!r}; it is a checkpoint of another architecture")
+        shape = self.shapes[name]
+        flat = torch.empty(torch.Size(shape).numel())
+        copy_ranges(self._ranges, [(Segment(name, shape, 0, flat.numel(), 0),)], {self._name: [flat]})
+        return flat.view(shape)
+
+
+def export_checkpoint(
+    folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str, base: str | None = None
+) -> int:
+    """Whole weights from a checkpoint, adapters merged into `base`; the number of parameters."""
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
     with torch.device("meta"):
         shapes = {name: tuple(param.shape) for name, param in recipe.model.build().named_parameters()}
-    name = "master" if kind == "raw" else f"ema/{profile or recipe.ema.profiles[0]}"
-    ranges = Ranges(found.uri, len(found.manifest["files"]))
-    stored = recipe.model.build().state_dict() if recipe.model.pos_stored else {}
-    buffers = {n: b for n, b in stored.items() if n not in shapes}
+    whole: Callable[[str], Tensor] = stored
+    if recipe.lora.rank is not None:
+        scale = recipe.lora_alpha / recipe.lora.rank
+        whole = merging(weights_reader(base_of(recipe, base), shapes), stored, stored.shapes, scale=scale)
+    elif base is not None:
+        raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: leave --base out")
+    made = recipe.model.build().state_dict() if recipe.model.pos_stored else {}
+    buffers = {n: b for n, b in made.items() if n not in shapes}
 
     def read(n: str) -> Tensor:
-        if n in buffers:
-            return buffers[n]
-        flat = torch.empty(torch.Size(shapes[n]).numel())
-        copy_ranges(ranges, [(Segment(n, shapes[n], 0, flat.numel(), 0),)], {name: [flat]})
-        return flat.view(shapes[n])
+        return buffers[n] if n in buffers else whole(n)
 
-    meta = weights_meta(recipe, info, kind=kind, images_seen=int(found.state["images_seen"]), run=run)
+    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
         meta["ema_profile"] = profile
     write([out], shapes | {n: tuple(b.shape) for n, b in buffers.items()}, read, meta)
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def export_as(to: str, folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
+def base_of(recipe: Recipe, base: str | None) -> str:
+    """The file of the frozen weights; UserError when it is not the one that the run started from."""
+    if base is None:
+        raise UserError("this run trained adapters: give --base, the weights it started from, or --lora adapter")
+    if file_hash(base) != recipe.init_weights:
+        raise UserError(f"{base} is not the file that the run started from (sha256 {recipe.init_weights})")
+    return base
+
+
+def export_adapter(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
+    """The adapters of a checkpoint alone, as a folder in peft's layout; the number of parameters."""
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
+    if recipe.lora.rank is None:
+        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
+    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
+    meta["init_weights"] = recipe.init_weights
+    shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
+    ours = {peft_name(name): name for name in stored.shapes}
+    put(storage.join(out, WEIGHTS_FILE), _stream(out, shapes, lambda name: stored(ours[name]), meta))
+    config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
+    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
+    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=WEIGHTS_FILE).encode())
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def export_as(
+    to: str, folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str,
+    base: str | None = None,
+) -> int:  # fmt: skip
     """A checkpoint as our file, as one file with SD3's names, or as a diffusers folder; the number of parameters."""
     name = run.rstrip("/").rsplit("/", 1)[-1]
     if to == "beeline":
-        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=out)
+        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=out, base=base)
         card = model_card(run, read_meta(storage.localize(out)), file=out.rsplit("/", 1)[-1])
         storage.write_bytes(f"{out}.md", card.encode())
         return count
@@ -166,7 +254,7 @@ def export_as(to: str, folder: str, *, kind: str, profile: str | None, info: Dat
         raise UserError(f"{out}: give a local folder; the diffusers library writes there")
     with tempfile.TemporaryDirectory(dir=storage.local_path(out).absolute().parent) as temp:
         ours = Path(temp) / "ours.safetensors"
-        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=str(ours))
+        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=str(ours), base=base)
         meta = read_meta(ours)
         target = storage.local_path(out)
         if to == "sd3":

@@ -13,6 +13,7 @@ import torch
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
 from trainer.objective import Losses
+from trainer.plan import train_flops_of
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 
@@ -29,10 +30,13 @@ class Monitor:
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
         self._flops = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
+        if recipe.lora.rank is not None:
+            self._flops = train_flops_of(recipe)
         self._sums = torch.zeros(2, BINS, dtype=torch.float64)
         self._waited, self._since, self._images = 0.0, time.monotonic(), 0
         self._eager = not recipe.parallel.compile
         self._attention: list[AttentionSeen] = []
+        self._figures: dict[str, float] = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -57,12 +61,16 @@ class Monitor:
         self._sums[0].index_add_(0, bin_B, losses.loss_B.detach().double().cpu())
         self._sums[1].index_add_(0, bin_B, torch.ones(len(bin_B), dtype=torch.float64))
         self._images += len(bin_B)
+        for name, value_B in losses.figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value_B.double().sum().item()
 
     def take(self) -> dict[str, float]:
         """Figures of all ranks; starts anew. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         entropy = sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1)
-        summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy])
+        names = list(self._figures)  # the same on all ranks
+        more = [self._figures[name] for name in names]
+        summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy, *more])
         logit = max((seen.max_logit for seen in self._attention), default=0.0)
         largest = self.group.max([self._waited / seconds, float(memory_bytes(self.group.device)), logit])
         rate = summed[2 * BINS] / seconds
@@ -76,7 +84,9 @@ class Monitor:
         }
         if self._attention:
             figures |= {"attention/max_logit": largest[2], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
+        figures |= {name: value / summed[2 * BINS] for name, value in zip(names, summed[2 * BINS + 2 :])}
         self._sums.zero_()
+        self._figures.clear()
         self._attention.clear()
         self._waited, self._since, self._images = 0.0, time.monotonic(), 0
         return figures

@@ -1,7 +1,11 @@
-"""What is minimised. `pretrain`: the formulation's loss at random times; each draw is keyed by a sample's position."""
+"""What is minimised. `pretrain`: the formulation's loss at random times; each draw is keyed by a sample's position.
+
+The other objective, on pairs, is in dpo.py.
+"""
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,10 +20,12 @@ Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
 
 
 class Losses(NamedTuple):
-    """Of each sample, fp32, and the time at which it was noised."""
+    """Of each sample (or pair), fp32, and the time at which it was noised."""
 
     loss_B: Tensor
     t_B: Tensor
+    figures: Mapping[str, Tensor] = MappingProxyType({})
+    """Further figures of each sample, whose means are told."""
 
 
 def pretrain(

@@ -3,6 +3,9 @@
 import math
 from typing import Any
 
+import torch
+from torch import nn
+
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
 from trainer.activations import activations_per_image
 from trainer.machines import Machine, this_machine, transfer_seconds
@@ -29,10 +32,11 @@ def make_plan(
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
-    train_flops = train_flops_per_image(recipe.model, height, width, tokens)
+    train_flops = train_flops_of(recipe)
     micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
     kept = activations_per_image(recipe)
-    activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * micro
+    pictures = micro * (2 if recipe.objective == "dpo" else 1)
+    activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
     per_stage = {
         f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
         for stage in range(4)
@@ -49,6 +53,7 @@ def make_plan(
         "recipe_hash": recipe.hash,
         "depth": recipe.model.depth,
         "parameters": parameters,
+        "trained_parameters": trained_parameters(recipe, parameters),
         "image_tokens": (height // recipe.model.patch) * (width // recipe.model.patch),
         "text_tokens": tokens,
         "forward_flops_per_image": forward_flops_per_image(recipe.model, height, width, tokens),
@@ -82,26 +87,51 @@ def make_plan(
     }  # fmt: skip
 
 
+def trained_parameters(recipe: Recipe, parameters: int) -> int:
+    """Those with masters, moments, gradients and EMA: all of them, or the adapters alone."""
+    rank = recipe.lora.rank
+    if rank is None:
+        return parameters
+    with torch.device("meta"):
+        linears = [m for m in recipe.model.build().modules() if isinstance(m, nn.Linear)]
+    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def train_flops_of(recipe: Recipe) -> int:
+    """To train on one image, or one pair. Frozen weights need no gradient; a pair is four forward and two backward
+    passes. Adapters are counted by their share of the parameters: an estimate."""
+    _, height, width = recipe.data.latent_shape
+    shape = height, width, recipe.data.text_tokens
+    if recipe.lora.rank is None:
+        return train_flops_per_image(recipe.model, *shape)
+    parameters = parameter_count(recipe.model)
+    forward, adapters = forward_flops_per_image(recipe.model, *shape), trained_parameters(recipe, parameters)
+    passes = 6 if recipe.objective == "dpo" else 2
+    return round(forward * (passes + passes * 1.5 * adapters / parameters))
+
+
 def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
     except under stage 0, where fp32 weights are their own masters. `gathered`: two blocks in use under stage 3."""
     p = recipe.parallel
     compute = 2 if recipe.precision == "bf16" else 4
     gradient = 4 if recipe.precision == "fp32" or p.fp32_reduce else 2
+    trained = trained_parameters(recipe, parameters)
+    frozen = 0 if recipe.lora.rank is None else parameters
 
     def share(sharded: bool) -> float:
         return 1 / world if sharded else 1.0
 
     found: dict[str, float] = {
-        "weights": parameters * compute * share(stage >= 3),
-        "masters": parameters * 4 * share(stage >= 1) if stage else 0,
-        "moments": parameters * 4 * ADAM_MOMENTS * share(stage >= 1),
-        "gradients": parameters * gradient * share(stage >= 2),
-        "ema": parameters * 4 * len(recipe.ema.profiles) * share(stage >= 1),
+        "weights": (trained + frozen) * compute * share(stage >= 3),
+        "masters": trained * 4 * share(stage >= 1) if stage else 0,
+        "moments": trained * 4 * ADAM_MOMENTS * share(stage >= 1),
+        "gradients": trained * gradient * share(stage >= 2),
+        "ema": trained * 4 * len(recipe.ema.profiles) * share(stage >= 1),
     }
     host = 0.0
     if stage and p.offload_optimizer:
-        host += found["masters"] + found["moments"] + found["ema"] + parameters * 4 * share(stage >= 1)
+        host += found["masters"] + found["moments"] + found["ema"] + trained * 4 * share(stage >= 1)
         found |= {"masters": 0, "moments": 0, "ema": 0}
     if stage == 3 and p.offload_parameters != "no":
         host += found["weights"]
@@ -139,13 +169,13 @@ def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machin
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    return 4 * parameters * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
+    return 4 * trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
 
 
 def step_time(recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float) -> dict[str, float]:
     """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
-    per_image = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
         per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
     compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
@@ -174,12 +204,13 @@ def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, flo
         gradient = 0.5
     weights = 1 if p.quantized_weights else compute
     reductions = passes if p.zero_stage >= 2 else 1
+    trained, looks = trained_parameters(recipe, parameters), 2 if recipe.objective == "dpo" else 1  # with the reference
     return {
-        "forward": parameters * weights * passes if p.zero_stage == 3 else 0,
+        "forward": parameters * weights * passes * looks if p.zero_stage == 3 else 0,
         "backward": parameters * weights * passes if p.zero_stage == 3 else 0,
         # An all-reduce moves twice what a reduce-scatter does.
-        "gradients": parameters * gradient * reductions * (2 if p.zero_stage == 0 else 1),
-        "publish": parameters * compute if p.zero_stage in (1, 2) else 0,
+        "gradients": trained * gradient * reductions * (2 if p.zero_stage == 0 else 1),
+        "publish": trained * compute if p.zero_stage in (1, 2) else 0,
     }
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from data_pipeline.loader import Dataset, open_dataset
+from data_pipeline.pairs import Partners
 from infra import storage
 from infra.errors import UserError
 from model.errors import ModelError
@@ -44,6 +45,8 @@ def fit(recipe: Recipe, data: str, *, world: int) -> tuple[Recipe, Dataset, Data
     micro_batches(recipe, world)
     dataset = open_dataset(data)
     _check_data(recipe, dataset)
+    if recipe.objective == "dpo":
+        Partners(dataset)  # refuses what are no pairs
     val = open_dataset(data, split="val") if recipe.validation.every is not None else None
     wanted, found = recipe.data.fingerprint, dataset.fingerprint
     if wanted not in (None, found):
@@ -113,6 +116,10 @@ def weights_hash(uri: str) -> str:
 def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     """The recipe that starts from a weights file; refused when that file is for another model."""
     if init_from is None:
+        if recipe.lora.rank is not None:
+            raise UserError(
+                f"recipe {recipe.name} trains adapters on frozen weights: give --init-from RUN/weights/ema.safetensors"
+            )
         return recipe
     path = storage.localize(init_from)
     meta = read_meta(path)

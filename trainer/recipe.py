@@ -24,7 +24,7 @@ HASHED = (
     "data", "init_weights",
 )  # fmt: skip
 # Came later: hashed where they differ from their default, so that older results keep their names.
-HASHED_IF_SET = ("guard",)
+HASHED_IF_SET = ("guard", "objective", "dpo", "lora")
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,24 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class DPO:
+    """Diffusion-DPO (Wallace et al., arXiv 2311.12908) on preference pairs: objective dpo, counted in pairs."""
+
+    beta: float = 2000.0
+    """How dearly the model pays for leaving the reference; SD3 does not tell its own."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on every linear layer; the weights of --init-from are frozen under them."""
+
+    rank: int | None = None
+    """None: no adapters, all weights train."""
+    alpha: float | None = None
+    """Adapters are scaled by alpha / rank; None: by 1."""
+
+
+@dataclass(frozen=True)
 class Validation:
     """Loss of the EMA weights on the val split, with noise fixed per sample."""
 
@@ -185,6 +203,11 @@ class Recipe:
     validation: Validation = field(default_factory=Validation)
     logging: Logging = field(default_factory=Logging)
     guard: Guard = field(default_factory=Guard)
+    objective: Literal["pretrain", "dpo"] = "pretrain"
+    """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
+    global_batch and micro_batch count pairs."""
+    dpo: DPO = field(default_factory=DPO)
+    lora: LoRA = field(default_factory=LoRA)
     init_weights: str | None = None
     """sha256 of the weights the run started from (set by --init-from)."""
 
@@ -196,6 +219,11 @@ class Recipe:
     @property
     def steps(self) -> int:
         return -(-self.images // self.global_batch)
+
+    @property
+    def lora_alpha(self) -> float:
+        """The alpha of the adapters; their outputs are scaled by alpha / rank."""
+        return float(self.lora.alpha or self.lora.rank or 1)
 
     @property
     def logging_saves(self) -> int:
@@ -266,6 +294,7 @@ def check(recipe: Recipe) -> None:
             f"recipe {recipe.name}: ema.profiles {recipe.ema.profiles}: expected at least one, all different"
         )
     _check_parallel(recipe)
+    _check_adapters(recipe)
 
 
 def _check_parallel(recipe: Recipe) -> None:
@@ -282,6 +311,23 @@ def _check_parallel(recipe: Recipe) -> None:
          "offload_parameters nvme needs --parallel.nvme-path, a folder on a fast local disk"),
         (p.offload_parameters != "no" and not p.offload_optimizer,
          "offload_parameters keeps shards on the host, their masters belong there too: --parallel.offload-optimizer"),
+    ]  # fmt: skip
+    for found, says in wrong:
+        if found:
+            raise UserError(f"recipe {recipe.name}: {says}")
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    p, lora = recipe.parallel, recipe.lora
+    wrong = [
+        (recipe.objective == "dpo" and lora.rank is None,
+         "objective dpo takes the model without its adapters as reference: give --lora.rank, 128 in the paper"),
+        (recipe.dpo.beta <= 0, f"dpo.beta is {recipe.dpo.beta}, expected a positive number"),
+        (lora.rank is not None and lora.rank < 1, f"lora.rank is {lora.rank}, expected at least 1"),
+        (lora.alpha is not None and lora.alpha <= 0, f"lora.alpha is {lora.alpha}, expected a positive number"),
+        (lora.rank is not None and (p.hpz > 1 or p.quantized_weights or p.offload_parameters != "no" or p.compile),
+         "frozen weights under adapters do not go with hpz, quantized_weights, offload_parameters or compile: "
+         "leave these out"),
     ]  # fmt: skip
     for found, says in wrong:
         if found:
@@ -306,8 +352,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _hashed(recipe: Recipe) -> dict[str, Any]:
     """What the identity of a run is made of."""
     told = recipe.to_json()
-    defaults = {f.name: f.default_factory for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET}
-    later = [name for name, make in defaults.items() if told[name] != _encode(make())]  # type: ignore[misc, operator]
+    fields = [f for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET]
+    defaults: dict[str, Any] = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields
+    }
+    later = [name for name, value in defaults.items() if told[name] != _encode(value)]
     return {name: told[name] for name in (*HASHED, *later)}
 
 

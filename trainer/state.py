@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
-
 from data_pipeline.loader import Batches, Dataset
 from data_pipeline.order import Exceptions
+from data_pipeline.pairs import Partners
 from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.export import export, weights_meta
+from trainer.export import export, weights_meta, weights_reader
 from trainer.progress import RunLog
 from trainer.recipe import Recipe, differences
 from trainer.zero import checkpoint
@@ -87,8 +86,12 @@ def save(
     info: DatasetInfo,
     *,
     out: str,
+    init_from: str | None = None,
 ) -> bool:
-    """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective."""
+    """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective.
+
+    Adapters are exported merged into `init_from`, checkpoints hold them alone.
+    """
     group, step = engine.group, f"step_{state.step:07d}"
 
     def meta(kind: str) -> dict[str, object]:
@@ -96,8 +99,9 @@ def save(
 
     folder = storage.join(out, "weights")
     uris = [storage.join(folder, step, "ema.safetensors"), storage.join(folder, "ema.safetensors")]
-    exported = export(engine, ema.first, uris, meta("ema"), group)
-    exported &= export(engine, engine.masters, [storage.join(folder, "raw.safetensors")], meta("raw"), group)
+    exported = export(engine, ema.first, uris, meta("ema"), group, base=init_from)
+    raw = [storage.join(folder, "raw.safetensors")]
+    exported &= export(engine, engine.masters, raw, meta("raw"), group, base=init_from)
     share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
     run_log.cost(**measured(engine, ema, share))
     problem = ""
@@ -162,17 +166,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
 
 def load_init(engine: ZeroEngine, uri: str) -> None:
     """Start from exported weights; Adam and the EMA start anew. QK-norms that they lack begin as ones. Collective."""
-    from safetensors import safe_open
-
-    with safe_open(str(storage.localize(uri)), framework="pt") as file:
-        names = set(file.keys())
-
-        def read(name: str) -> torch.Tensor:
-            if name not in names and name.rsplit(".", 2)[-2] in ("norm_q", "norm_k"):
-                return torch.ones(engine.shapes[name])
-            return file.get_tensor(name)
-
-        engine.load_whole(read)
+    engine.load_whole(weights_reader(uri, engine.shapes))
 
 
 def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Batches:
@@ -193,4 +187,5 @@ def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
+        partner=Partners(dataset) if recipe.objective == "dpo" else None,
     )

@@ -7,15 +7,17 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.batch import LatentBatch
 from data_pipeline.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.flow import get_formulation
+from model.flow import Formulation, get_formulation
+from trainer.dpo import preference
 from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.machines import this_machine
 from trainer.monitor import Monitor
-from trainer.objective import pretrain
+from trainer.objective import Losses, pretrain
 from trainer.plan import describe, make_plan
 from trainer.preflight import check_run_folder, fit, micro_batches, one_voice, with_init
 from trainer.progress import RunLog
@@ -69,7 +71,7 @@ def run(
     batch, accumulation = recipe.global_batch, micro_batches(recipe, group.world)
     engine = ZeroEngine(recipe, group, accumulation=accumulation)
     if init_from is not None:
-        load_init(engine, init_from)
+        load_init(engine, init_from)  # under adapters these weights stay, and no checkpoint holds them
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     state = restore(recipe, engine, ema, out=out, resume=resume)
     if group.rank == 0:
@@ -95,10 +97,7 @@ def run(
                 keys += micro.keys
                 watch.at("computing", state.step)
                 with monitor.looking(number == 0 and due(recipe, "log", state.images_seen + batch)):
-                    losses_B = pretrain(
-                        engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift,
-                        device=group.device,
-                    )  # fmt: skip
+                    losses_B = losses_of(recipe, engine, micro, formulation, group.device)
                 engine.backward(losses_B.loss_B.mean())
                 loss_sum += losses_B.loss_B.detach().double().sum()
                 monitor.add(losses_B)
@@ -140,7 +139,9 @@ def run(
                     sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
-                written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out)
+                written = save(
+                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from
+                )
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"
@@ -152,6 +153,18 @@ def run(
 
     batches.close()
     return state.images_seen >= recipe.images
+
+
+def losses_of(
+    recipe: Recipe, engine: ZeroEngine, micro: LatentBatch, formulation: Formulation, device: torch.device
+) -> Losses:
+    """What the recipe's objective gives for a micro-batch."""
+    if recipe.objective == "dpo":
+        return preference(
+            engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device,
+            beta=recipe.dpo.beta,
+        )  # fmt: skip
+    return pretrain(engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device)
 
 
 def due(recipe: Recipe, what: Literal["log", "validate", "save"], images_seen: int) -> bool:

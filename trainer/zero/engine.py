@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.lora import add_adapters, is_adapter, switched_off
 from model.text import TextCond
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
@@ -48,8 +49,13 @@ class ZeroEngine:
         sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else contextlib.nullcontext()
         with sharded:
             model = make()
+            if recipe.lora.rank is not None:
+                add_adapters(model, rank=recipe.lora.rank, alpha=recipe.lora_alpha, seed=recipe.seed)
         model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
-        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+        self.shapes = {n: shape for n, shape in shapes.items() if not is_adapter(n)}
+        """Of the network's own parameters, without adapters."""
+        self.trained = {n: shapes[n] for n, p in model.named_parameters() if p.requires_grad}
         if recipe.parallel.compile:
             compile_blocks(model)
         if self.stage == 3:
@@ -57,7 +63,7 @@ class ZeroEngine:
         else:
             model = model.to(group.device, self.dtype)
         self.model = model
-        optimizer = build_adamw(model.parameters(), recipe)
+        optimizer = build_adamw([p for p in model.parameters() if p.requires_grad], recipe)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -124,6 +130,12 @@ class ZeroEngine:
         finally:
             self._engine.train()
 
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Forward passes of the frozen weights alone, without gradients: what the run started from."""
+        with self.inference(), switched_off(self.model):
+            yield
+
     # --- this rank's share
 
     @property
@@ -182,7 +194,7 @@ class ZeroEngine:
 
     def whole(self, name: str, tensors: list[Tensor]) -> Tensor:
         """One full fp32 parameter on the CPU, put together from every rank's share of `tensors`. Collective."""
-        shape = self.shapes[name]
+        shape = self.trained[name]
         full = torch.zeros(shape, dtype=torch.float32, device=self.group.device)
         if not self.partition.replicated or self.group.rank == 0:
             for flat, tensor in zip(self.partition.flats, tensors, strict=True):
@@ -192,9 +204,12 @@ class ZeroEngine:
         return self.group.sum_(full).cpu()
 
     def load_whole(self, read: Callable[[str], Tensor]) -> None:
-        """Fill the masters from full tensors; `read(name)` is asked once per parameter that lies on this rank."""
-        for flat in self.partition.flats:
+        """Fill the network from full tensors; `read(name)` is asked once per parameter that lies on this rank.
+        Adapters stay as they are."""
+        for flat in (*self.partition.flats, *self.partition.frozen()):
             for s in flat.segments:
+                if is_adapter(s.name):
+                    continue
                 source = read(s.name).reshape(-1)[s.start : s.start + s.numel]
                 flat.master.data[s.offset : s.offset + s.numel] = source.to(flat.master)
         self.publish()
@@ -211,7 +226,7 @@ class ZeroEngine:
         }
 
     def describe(self) -> dict[str, int]:
-        """Elements on this rank: of the masters, and of all parameters together."""
+        """Elements on this rank: of the masters, and of all parameters of the network together."""
         total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         return {"local": sum(s.numel for f in self.partition.flats for s in f.segments), "parameters": total}
 

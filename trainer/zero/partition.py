@@ -38,6 +38,10 @@ class Partition(Protocol):
     replicated: bool
     """Every rank holds everything: only rank 0's share counts when collecting."""
 
+    def frozen(self) -> list[Flat]:
+        """What does not train, as this rank holds it: the weights that compute, without master or moments. Writing to
+        it needs `show_master` afterwards."""
+
     def weight_bytes(self) -> int:
         """Of the weights that compute, as they lie on this rank between steps."""
 
@@ -64,6 +68,7 @@ class Stage3Partition:
             Flat(master, self._segments(group, names))
             for group, master in zip(self._optimizer.fp16_groups, self._optimizer.fp32_partitioned_groups_flat)
         ]
+        self._names = names
 
     def _segments(self, group: Sequence[Any], names: dict[int, str]) -> tuple[Segment, ...]:
         rank, found, offset = torch.distributed.get_rank(), [], 0
@@ -76,8 +81,13 @@ class Stage3Partition:
             offset += share
         return tuple(found)
 
+    def frozen(self) -> list[Flat]:
+        params = [param for param in self._engine.module.parameters() if not param.requires_grad]
+        return [Flat(param.ds_tensor.data, self._segments([param], self._names)) for param in params]
+
     def weight_bytes(self) -> int:
         shards = [param.ds_tensor for group in self._optimizer.fp16_groups for param in group]
+        shards += [flat.master for flat in self.frozen()]
         return sum(shard.numel() * shard.element_size() for shard in shards)
 
     def gradients(self) -> list[Tensor]:
@@ -102,7 +112,7 @@ class Stage12Partition:
     replicated = False
 
     def __init__(self, engine: Any, names: dict[int, str]) -> None:
-        self._optimizer = engine.optimizer
+        self._optimizer, self._model = engine.optimizer, engine.module
         masters = self._optimizer.single_partition_of_fp32_groups
         self.flats = [
             Flat(master, self._segments(group, names)) for group, master in zip(self._optimizer.bit16_groups, masters)
@@ -117,8 +127,12 @@ class Stage12Partition:
             found.append(Segment(names[id(param)], tuple(param.shape), inside.start, inside.numel, flat.start))
         return tuple(sorted(found, key=lambda s: s.offset))
 
+    def frozen(self) -> list[Flat]:
+        return whole_flats(self._model, training=False)
+
     def weight_bytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for flat in self._optimizer.bit16_groups_flat)
+        weights = [*self._optimizer.bit16_groups_flat, *(flat.master for flat in self.frozen())]
+        return sum(flat.numel() * flat.element_size() for flat in weights)
 
     def gradients(self) -> list[Tensor]:
         kept = [grad for group in self._optimizer.averaged_gradients.values() for grad in group or ()]
@@ -149,15 +163,15 @@ class Stage0Partition:
     replicated = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.flats = [
-            Flat(param.data.view(-1), (Segment(name, tuple(param.shape), 0, param.numel(), 0),))
-            for name, param in model.named_parameters()
-        ]
+        self.flats = whole_flats(model, training=True)
         self._displaced: list[Tensor] | None = None
         self._model = model
 
+    def frozen(self) -> list[Flat]:
+        return whole_flats(self._model, training=False)
+
     def weight_bytes(self) -> int:
-        return sum(flat.master.numel() * flat.master.element_size() for flat in self.flats)
+        return sum(flat.master.numel() * flat.master.element_size() for flat in (*self.flats, *self.frozen()))
 
     def gradients(self) -> list[Tensor]:
         return [param.grad for param in self._model.parameters() if param.grad is not None]
@@ -173,6 +187,14 @@ class Stage0Partition:
             for flat, source in zip(self.flats, self._displaced):
                 flat.master.copy_(source)
             self._displaced = None
+
+
+def whole_flats(model: nn.Module, *, training: bool) -> list[Flat]:
+    """Parameters that are not sharded, each by itself: those that train or those that do not."""
+    return [
+        Flat(param.data.view(-1), (Segment(name, tuple(param.shape), 0, param.numel(), 0),))
+        for name, param in model.named_parameters() if param.requires_grad is training
+    ]  # fmt: skip
 
 
 def partition_of(engine: Any, model: nn.Module, *, stage: int) -> Partition:

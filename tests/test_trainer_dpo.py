@@ -1,0 +1,295 @@
+"""Diffusion-DPO: ln 2 at the start, an independent formula, what trains, rising margins, refusals, whole runs."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_launch import TINY, run_ranks
+
+from data_pipeline.loader import open_dataset
+from data_pipeline.pairs import Partners
+from data_pipeline.synthetic import write_synthetic
+from infra.errors import UserError
+from model.flow import get_formulation
+from model.lora import add_adapters, is_adapter, merge_files, switched_off
+from model.mmdit import MMDiTConfig
+from model.seeding import keyed_normal, keyed_uniform
+from model.weights import load_weights, read_meta, save_weights
+from trainer.__main__ import main
+from trainer.dpo import preference
+from trainer.plan import make_plan
+from trainer.preflight import with_init
+from trainer.recipe import DPO, LoRA, Recipe, check
+from trainer.recipes import get_recipe
+
+CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
+FORM = get_formulation("rf/lognorm(0.00,1.00)")
+CPU = torch.device("cpu")
+
+
+class Plain:
+    """One network with adapters, in the seat of the engine."""
+
+    def __init__(self, *, scale: float = 0.0, rank: int = 4) -> None:
+        self.model = weights()
+        add_adapters(self.model, rank=rank, alpha=rank)
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                if name.endswith(".lora.b") and scale:
+                    param.copy_(scale * torch.randn(param.shape, generator=torch.Generator().manual_seed(2)))
+
+    def __call__(self, *given):
+        return self.model(*given).float()
+
+    @contextlib.contextmanager
+    def reference(self):
+        with torch.no_grad(), switched_off(self.model):
+            yield
+
+
+def weights() -> torch.nn.Module:
+    """Nothing at zero, else the untrained output layer would hide every other one."""
+    model = CONFIG.build()
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.03 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel()))
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs")
+    write_synthetic(
+        str(path), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",), pairs=True, shard_rows=24
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    dataset = open_dataset(str(data))
+    batches = dataset.batches(seed=0, global_batch=8, encoder_dropout=0.0, partner=Partners(dataset))
+    found = next(batches)
+    batches.close()
+    return found
+
+
+def losses(policy, batch, beta=100.0):
+    return preference(policy, batch, formulation=FORM, seed=3, shift=1.0, device=CPU, beta=beta)
+
+
+def test_the_loss_starts_at_ln_2_exactly(batch):
+    found = losses(Plain(), batch, beta=5000.0)
+    assert found.loss_B.tolist() == [torch.tensor(2.0).log().item()] * 8
+    assert found.figures["dpo/accuracy"].tolist() == [0.5] * 8
+    assert not found.figures["dpo/reward_margin"].any()
+
+
+def test_the_loss_against_the_formula_in_numpy(batch):
+    """-log sigmoid(-beta/2 ((lw - ll) - (rw - rl))), pair by pair, with noise and time drawn once for both."""
+    policy, beta = Plain(scale=0.3), 40.0
+    found = losses(policy, batch, beta)
+    assert found.loss_B.std() > 1e-3
+    noise = keyed_normal(3, batch.positions, "noise", batch.latent_BCHW.shape[1:]).numpy()
+    t = 1 / (1 + np.exp(-_normal_quantile(keyed_uniform(3, batch.positions, "timestep").numpy())))
+    for i in range(8):
+        errors = {}
+        for name, image in (("w", batch.latent_BCHW[i]), ("l", batch.rejected_BCHW[i])):
+            x0 = image.numpy()
+            x_t = torch.from_numpy((1 - t[i]) * x0 + t[i] * noise[i]).float()[None]
+            with torch.no_grad():
+                given = x_t, torch.tensor([t[i]]).float(), batch.text[i : i + 1]
+                mine = policy(*given)[0].numpy()
+                with policy.reference():
+                    reference = policy(*given)[0].numpy()
+            velocity = noise[i] - x0
+            errors[name] = np.mean((mine - velocity) ** 2), np.mean((reference - velocity) ** 2)
+        (lw, rw), (ll, rl) = errors["w"], errors["l"]
+        expected = np.log1p(np.exp(beta / 2 * ((lw - ll) - (rw - rl))))
+        assert found.loss_B[i].item() == pytest.approx(expected, rel=2e-3)
+        assert found.t_B[i].item() == pytest.approx(t[i], rel=1e-6)
+
+
+def _normal_quantile(u: np.ndarray) -> np.ndarray:
+    from statistics import NormalDist
+
+    return np.array([NormalDist().inv_cdf(value) for value in u])
+
+
+def test_gradients_reach_adapters_only_and_the_reference_stays(batch):
+    policy = Plain(scale=0.1)
+    losses(policy, batch).loss_B.mean().backward()
+    for name, param in policy.model.named_parameters():
+        assert (param.grad is not None and param.grad.any().item()) is is_adapter(name), name
+    before = weights()
+    assert all(torch.equal(p, dict(policy.model.named_parameters())[n]) for n, p in before.named_parameters())
+
+
+def test_training_raises_the_margin_on_its_pairs(batch):
+    policy = Plain()
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
+    seen = []
+    for _ in range(15):
+        found = losses(policy, batch)
+        optimizer.zero_grad()
+        found.loss_B.mean().backward()
+        optimizer.step()
+        seen.append((found.loss_B.mean().item(), found.figures["dpo/reward_margin"].mean().item()))
+    assert seen[-1][0] < 0.5 * math.log(2)
+    assert seen[-1][1] > 1.0
+    after = losses(policy, batch)
+    assert after.figures["dpo/accuracy"].mean() == 1.0
+
+
+def test_a_batch_without_pairs_is_refused(batch):
+    with pytest.raises(UserError, match="needs pairs"):
+        losses(Plain(), batch._replace(rejected_BCHW=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": "dpo"}, "give --lora.rank"),
+        ({"lora": LoRA(rank=0)}, "lora.rank is 0"),
+        ({"lora": LoRA(rank=4, alpha=-1.0)}, "lora.alpha"),
+        ({"objective": "dpo", "lora": LoRA(rank=4), "dpo": DPO(beta=0.0)}, "dpo.beta"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        check(dataclasses.replace(get_recipe("world-d2"), **changes))
+
+
+def test_what_came_later_leaves_older_hashes_alone():
+    old = get_recipe("world-d2")
+    told = old.to_json()
+    for name in ("objective", "dpo", "lora"):
+        del told[name]
+    assert Recipe.from_json(told).hash == old.hash
+    variants = [{"objective": "dpo"}, {"lora": LoRA(rank=4)}, {"dpo": DPO(beta=1.0)}]
+    assert len({dataclasses.replace(old, **changes).hash for changes in variants} | {old.hash}) == 4
+
+
+def test_the_paper_s_recipe_and_its_plan():
+    """Rank 128 on all linears: 4,000 steps for 2B, 2,000 for 8B. Adapters alone have masters and moments."""
+    two, eight = get_recipe("dpo-d24"), get_recipe("dpo-d38")
+    assert (two.steps, eight.steps, two.lora.rank) == (4000, 2000, 128)
+    plan = make_plan(two, world=8)
+    with torch.device("meta"):
+        model = two.model.build()
+        add_adapters(model, rank=128, alpha=128)
+    assert plan["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan["parameters"] == sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n))
+    sizes = plan["bytes_per_rank"]["stage3"]
+    assert sizes["weights"] == math.ceil(2 * (plan["parameters"] + plan["trained_parameters"]) / 8)
+    assert sizes["moments"] == math.ceil(8 * plan["trained_parameters"] / 8)
+
+
+def test_adapters_need_weights_to_stand_on():
+    with pytest.raises(UserError, match="give --init-from"):
+        with_init(get_recipe("world-dpo-d2"), None)
+
+
+# --- whole runs
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, data) -> Path:
+    info = open_dataset(str(data)).info
+    meta = {"kind": "ema", "backbone": "mmdit", "config": CONFIG.to_json(), "text_spec": info.text_spec.to_json()}
+    return save_weights(tmp_path_factory.mktemp("base") / "ema.safetensors", weights().state_dict(), meta)
+
+
+def command(data: Path, base: Path, out: Path, *more: str) -> list[str]:
+    options = [
+        *TINY, "--images", str(8 * STEPS), "--lora.rank", "4", "--dpo.beta", "100", "--schedule.warmup-images", "0",
+        "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "None",
+    ]  # fmt: skip
+    start = ["-m", "trainer", "train", "world-dpo-d2", "--data", str(data), "--init-from", str(base), "--out", str(out)]
+    return [*start, *options, *more]
+
+
+def told(run: Path, figure: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    return [line[figure] for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def straight(data, base, tmp_path_factory) -> Path:
+    """ZeRO-3 on two ranks, every parameter sharded."""
+    out = tmp_path_factory.mktemp("runs") / "dpo"
+    run_ranks(command(data, base, out), 2)
+    return out
+
+
+@pytest.mark.dist
+def test_zero_3_on_two_ranks_starts_at_ln_2_and_learns(straight):
+    assert told(straight)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert told(straight)[-1] < 0.5
+    assert told(straight, "dpo/reward_margin")[-1] > 0.5
+
+
+@pytest.mark.dist
+def test_checkpoints_hold_the_adapters_alone_and_exports_are_whole(straight, base):
+    index = json.loads((straight / "checkpoints" / "step_0000012" / "rank_00000.json").read_text())
+    assert all(is_adapter(name) for name, *_ in index["segments"])
+    first, last = (load_weights(path)[0] for path in (base, straight / "weights" / "raw.safetensors"))
+    assert first.keys() == last.keys()
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    with torch.device("meta"):
+        linears = {f"{n}.weight" for n, m in CONFIG.build().named_modules() if isinstance(m, torch.nn.Linear)}
+    assert changed == linears
+
+
+@pytest.mark.dist
+def test_one_rank_and_an_interrupted_run_give_the_same(straight, data, base, tmp_path):
+    """One process, of another stage, from the two ranks' checkpoint at half time."""
+    half = tmp_path / "dpo"
+    shutil.copytree(straight, half, ignore=shutil.ignore_patterns("tensorboard", "step_0000012", "*.safetensors.md"))
+    shutil.copytree(
+        straight / "checkpoints" / "step_0000006", half / "checkpoints" / "step_0000006", dirs_exist_ok=True
+    )
+    run_ranks(command(data, base, half, "--parallel.zero-stage", "0"), 1)
+    assert len(told(half)) == STEPS
+    assert told(half) == pytest.approx(told(straight), rel=1e-3, abs=1e-5)
+    one, two = (load_weights(run / "weights" / "ema.safetensors")[0] for run in (straight, half))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+@pytest.mark.dist
+def test_exports_merged_or_as_an_adapter(straight, data, base, tmp_path, monkeypatch):
+    def trainer(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["trainer", "export", str(straight), "--data", str(data), *arguments])
+        main()
+
+    with pytest.raises(UserError, match="give --base"):
+        trainer("--out", str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="is not the file that the run started from"):
+        trainer("--out", str(tmp_path / "x.safetensors"), "--base", str(straight / "weights" / "raw.safetensors"))
+    trainer("--out", str(tmp_path / "merged.safetensors"), "--base", str(base))
+    trainer("--out", str(tmp_path / "adapter"), "--lora", "adapter")
+    assert read_meta(tmp_path / "merged.safetensors")["images_seen"] == 8 * STEPS
+    merge_files(base, tmp_path / "adapter", tmp_path / "again.safetensors")
+    files = [straight / "weights" / "ema.safetensors", tmp_path / "merged.safetensors", tmp_path / "again.safetensors"]
+    first, *others = (load_weights(file)[0] for file in files)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.dist
+def test_data_without_pairs_is_refused_before_any_work(base, tmp_path, monkeypatch):
+    write_synthetic(str(tmp_path / "data"), num_samples=32, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",))
+    monkeypatch.setattr(
+        sys, "argv", ["trainer", *command(tmp_path / "data", base, tmp_path / "run", "--dry-run")[2:]]
+    )
+    with pytest.raises(UserError, match="no preference pairs"):
+        main()

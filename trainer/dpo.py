@@ -1,0 +1,81 @@
+"""Diffusion-DPO (Wallace et al., arXiv 2311.12908, eq. 14): the better picture of a pair against the worse one.
+
+Time and noise are shared within a pair and keyed by its position; the reference is the same network with its adapters
+switched off, so there is no second copy of the weights.
+"""
+# Shapes: P pairs, B = 2P samples (the preferred ones first), C latent channels, H and W latent height and width.
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.batch import LatentBatch
+from infra.errors import UserError
+from model.flow import Formulation
+from model.seeding import keyed_normal, keyed_uniform
+from model.text import TextCond
+from trainer.objective import Losses
+
+
+class Policy(Protocol):
+    """What is trained, and the reference inside it."""
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+
+class Errors(NamedTuple):
+    """Mean squared errors of each pair: of the policy and of the reference, on the preferred and the rejected one."""
+
+    preferred_P: Tensor
+    rejected_P: Tensor
+    ref_preferred_P: Tensor
+    ref_rejected_P: Tensor
+
+    def reward_P(self, beta: float) -> Tensor:
+        """Implicit reward of the preferred over the rejected: the logit that the policy puts on being right."""
+        policy_P, reference_P = self.preferred_P - self.rejected_P, self.ref_preferred_P - self.ref_rejected_P
+        return -beta / 2 * (policy_P - reference_P)
+
+
+def preference(
+    policy: Policy,
+    batch: LatentBatch,
+    *,
+    formulation: Formulation,
+    seed: int,
+    shift: float,
+    device: torch.device,
+    beta: float,
+) -> Losses:
+    """-log sigmoid(reward margin) of each pair; ln 2 while the adapters are zero. Errors are the formulation's own,
+    which for rectified flows is the velocity's."""
+    if batch.rejected_BCHW is None:
+        raise UserError("objective dpo needs pairs, this batch has none")
+    x0_BCHW = torch.cat([batch.latent_BCHW, batch.rejected_BCHW]).to(device, non_blocking=True)
+    t_P = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
+    noise_PCHW = keyed_normal(seed, batch.positions, "noise", x0_BCHW.shape[1:]).to(device, non_blocking=True)
+    drawn = formulation.sample(x0_BCHW, noise_PCHW.repeat(2, 1, 1, 1), t_P.repeat(2))
+    text = batch.text.to(device)
+    inputs = drawn.model_input, drawn.network_time_B, TextCond.cat([text, text])
+    with policy.reference():
+        reference_B = formulation.loss_B(policy(*inputs), drawn)
+    policy_B = formulation.loss_B(policy(*inputs), drawn)
+    errors = Errors(*policy_B.chunk(2), *reference_B.chunk(2))
+    return Losses(-F.logsigmoid(errors.reward_P(beta)), t_P, _figures(errors, beta))
+
+
+@torch.no_grad()
+def _figures(m: Errors, beta: float) -> dict[str, Tensor]:
+    reward_P = m.reward_P(beta)
+    return {
+        "dpo/reward_margin": reward_P,
+        "dpo/accuracy": (reward_P > 0).float() + 0.5 * (reward_P == 0).float(),
+        # Against the reference: both may rise while their difference falls.
+        "dpo/preferred_error_change": m.preferred_P - m.ref_preferred_P,
+        "dpo/rejected_error_change": m.rejected_P - m.ref_rejected_P,
+    }
