@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import torch
+
+from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
-from trainer.activations import activations_per_image
 from trainer.machines import Machine, this_machine, transfer_seconds
 from trainer.recipe import Recipe
 
@@ -31,7 +33,8 @@ def make_plan(
     parameters = parameter_count(recipe.model)
     train_flops = train_flops_per_image(recipe.model, height, width, tokens)
     micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
-    kept = activations_per_image(recipe)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
     activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * micro
     per_stage = {
         f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
