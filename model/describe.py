@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError, hint
-from model.flops import activation_bytes_per_image, train_flops_per_image
+from model.flops import train_flops_per_image
 from model.flow import FORMULATIONS, Formulation
 from model.grids import over_sigma, sampling_grid
-from model.mmdit import MMDiTConfig
 from model.paths import EDM
 from model.trunk import TokenConfig
 from model.weights import read_meta
@@ -38,8 +40,8 @@ def describe(model: str, *, qk_norm: bool, text_tokens: int) -> dict[str, Any]:
         side = resolution // LATENT_FACTOR
         row[f"forward_flops_{resolution}"] = config.forward_flops(side, side, text_tokens)
         row[f"train_flops_{resolution}"] = train_flops_per_image(config, side, side, text_tokens)
-        if isinstance(config, MMDiTConfig):
-            row[f"activation_bytes_{resolution}"] = activation_bytes_per_image(config, side, side, text_tokens)
+        kept = activations_per_image(config, (config.in_channels, side, side), text_tokens, torch.bfloat16)
+        row[f"activation_bytes_{resolution}"] = kept.whole
     return row
 
 

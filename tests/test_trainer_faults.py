@@ -68,9 +68,10 @@ def data(tmp_path_factory) -> Path:
         (float("inf"), [1.0] * 50, None, "the loss is inf"),
         (1e9, [1.0] * 50, None, ""),
         (1e9, [1.0] * (ENOUGH - 1), 12.0, ""),
-        (1.49, [1.0] * 50, 12.0, ""),
-        (1.51, [1.0] * 50, 12.0, "jumped to 1.51 from a median of 1 over 50 steps"),
+        (1.99, [1.0] * 50, 12.0, ""),
+        (2.01, [1.0] * 50, 12.0, "jumped to 2.01 from a median of 1 over 50 steps"),
         (1.9, [0.9, 1.0, 1.1] * 20, 12.0, ""),
+        (0.91, [0.4, 0.42, 0.44] * 20 + [0.6], 12.0, ""),  # a sound run in batches of 16 had this
         (3.0, [0.9, 1.0, 1.1] * 20, 12.0, "jumped"),
     ],
 )

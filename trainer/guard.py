@@ -21,7 +21,7 @@ from trainer.zero.group import Group
 
 log = get_logger("guard")
 WINDOW, ENOUGH = 128, 16
-LEAST = 1.5  # a spike is at least so many times the median
+LEAST = 2.0  # a spike is so many times the largest recent loss: those of small batches have long tails
 
 
 class Unstable(UserError):
@@ -36,7 +36,7 @@ def problem_of(loss: float, recent: Sequence[float], guard: Guard) -> str:
         return ""
     median = statistics.median(recent)
     deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)  # sigma of a normal distribution
-    if loss > max(LEAST * median, median + guard.spike * deviation):
+    if loss > max(LEAST * max(recent), median + guard.spike * deviation):
         return f"the loss jumped to {loss:.4g} from a median of {median:.4g} over {len(recent)} steps"
     return ""
 

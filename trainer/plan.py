@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
-from trainer.activations import activations_per_image
 from trainer.machines import Machine, this_machine, transfer_seconds
 from trainer.recipe import Recipe
 
@@ -34,7 +34,8 @@ def make_plan(
     parameters = parameter_count(recipe.model)
     train_flops = train_flops_of(recipe)
     micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
-    kept = activations_per_image(recipe)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
     pictures = micro * (2 if recipe.objective == "dpo" else 1)
     activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
     per_stage = {

@@ -1,0 +1,86 @@
+"""Bytes that autograd keeps of a forward pass for the backward pass, counted on fake tensors: nothing is allocated."""
+# Shapes: B batch, C latent channels, H and W latent height and width, L text tokens.
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.text import TextCond
+from model.trunk import TokenConfig
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for one image."""
+
+    whole: int
+    """Kept by a forward pass of the whole network."""
+    blocks: int
+    """Of it, by the blocks."""
+    largest_block: int
+    inputs: int
+    """Of the blocks' inputs: what stays when blocks are recomputed."""
+
+    def kept(self, *, recompute: bool) -> int:
+        return self.whole - self.blocks + self.inputs + self.largest_block if recompute else self.whole
+
+
+@functools.lru_cache
+def activations_per_image(
+    config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype
+) -> Activations:
+    """Exact for fused attention, which keeps no matrix of tokens by tokens. Any backbone; `latent_shape` is CHW."""
+    with FakeTensorMode(), _default_dtype(dtype):
+        model: Any = config.build()
+        x_BCHW = torch.empty(1, *latent_shape)
+        text = TextCond(torch.empty(1, text_tokens, config.context_width), torch.empty(1, config.pooled_width))
+        calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda module, given: calls.append((module, given)))
+        whole = _kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
+        found, of_class = list(calls), {}
+        for block, given in found:
+            if type(block) not in of_class:
+                of_class[type(block)] = _kept(block, _call(block, given))
+    each = [of_class[type(block)] for block, _ in found]
+    # Tokens and text; conditioning and masks are shared by all blocks.
+    size = sum(x.nbytes for _, given in found for x in given if isinstance(x, Tensor) and x.dim() == 3)
+    return Activations(whole, sum(each), max(each), size)
+
+
+def _call(block: nn.Module, given: tuple[Any, ...]) -> Callable[[], Any]:
+    fresh = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in given]
+    return lambda: block(*fresh)
+
+
+def _kept(module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Each storage once; parameters do not count."""
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    del out  # until here it held what was kept, so that no storage took another's place
+    return sum(found.values())
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
