@@ -66,6 +66,12 @@ def autoencoder_command() -> None:
     main(sys.argv[2:])
 
 
+def pairs_command() -> None:
+    from eval.pairs import PairOptions, pairs
+
+    pairs(tyro.cli(PairOptions, prog="python -m eval pairs", description=pairs.__doc__, args=sys.argv[2:]))
+
+
 def study_command() -> None:
     from eval.study import main
 
@@ -80,6 +86,7 @@ COMMANDS = {
     "serve": (serve_command, "watch runs, evaluate each new checkpoint once, show everything in a browser"),
     "compare": (compare_command, "is checkpoint B better than A? differences with intervals, paired by prompt"),
     "autoencoder": (autoencoder_command, "what autoencoders lose: rFID, LPIPS, SSIM, PSNR (SD3's Table 3)"),
+    "pairs": (pairs_command, "preference pairs for DPO: draw each prompt several times, let a judge rank the pictures"),
     "study": (study_command, "rank formulations as SD3's section 5.1 does"),
     "compbench": (compbench_command, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
     "geneval": (geneval_command, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"),

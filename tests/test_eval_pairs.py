@@ -1,0 +1,88 @@
+"""Pairs without people: prompts that no evaluation asks for, a judge's best and worst picture, a data set for DPO."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.loader import open_dataset
+from data_pipeline.pairs import Partners
+from data_pipeline.plans import WORLD_TEXT, vae_meta
+from data_pipeline.verify import verify
+from data_pipeline.world.scenes import make_scene
+from eval.generate import Painter, Sampling
+from eval.judges import build_judges
+from eval.pairs import PairOptions, by_clip, by_vqa, pairs, ranked, world_prompts
+from eval.prompts import world_compbench_prompts, world_geneval_prompts
+from infra.errors import UserError
+from model.mmdit import MMDiTConfig
+from model.weights import save_weights
+
+
+def test_prompts_of_the_world_are_none_that_are_evaluated():
+    found = world_prompts(60)
+    assert len(found) == len(set(found)) == 60
+    assert not set(found) & {p.text for p in (*world_geneval_prompts(50), *world_compbench_prompts(50))}
+
+
+@pytest.mark.parametrize("rank", [by_vqa, by_clip])
+def test_rankers_prefer_the_scene_that_shows_the_caption(rank):
+    scenes = [make_scene(5, index, split="eval_truth", tag="colors") for index in range(12)]
+    texts = [scene.caption for scene in scenes]
+    right = rank(build_judges("world"), texts, [scene.image for scene in scenes])
+    wrong = rank(build_judges("world"), texts, [scene.image for scene in scenes[1:] + scenes[:1]])
+    assert right.shape == (12,)
+    assert np.mean(right > wrong) > 0.9
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    config = MMDiTConfig(depth=1, in_channels=8, context_width=384, pooled_width=128)
+    model = config.build()
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel()))
+    meta = {
+        "kind": "ema", "backbone": "mmdit", "config": config.to_json(), "formulation": "rf/lognorm(0.00,1.00)",
+        "text_spec": WORLD_TEXT.to_json(), "vae": vars(vae_meta("world:vae")), "resolution": 64, "shift": 1.0,
+    }  # fmt: skip
+    return str(save_weights(tmp_path_factory.mktemp("weights") / "ema.safetensors", model.state_dict(), meta))
+
+
+def options(weights: str, out: str, **changes) -> PairOptions:
+    few = {"num_prompts": 6, "images_per_prompt": 3, "least_gap": 0.0, "ranker": "clip", "val_fraction": 0.34}
+    return PairOptions(weights, out, sampling=Sampling(steps=2, seed=1), **{**few, **changes})
+
+
+def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
+    given = options(weights, str(tmp_path / "pairs"))
+    pairs(given)
+    assert "6 pairs from 6 prompts (2 for validation)" in capsys.readouterr().out
+    assert not verify(given.out).problems
+    dataset, val = open_dataset(given.out), open_dataset(given.out, split="val")
+    assert (dataset.num_samples, val.num_samples) == (4, 2)
+    Partners(val)
+    batches = dataset.batches(seed=0, global_batch=4, partner=Partners(dataset))
+    batch = next(batches)
+    batches.close()
+    assert set(batch.captions) <= set(world_prompts(6))
+    # By hand: every picture of each prompt, judged again.
+    judges, painter = build_judges("world"), Painter(weights)
+    for pair in ranked(painter, judges, world_prompts(6), given):
+        scores = by_clip(judges, [pair.caption] * 2, [pair.preferred, pair.rejected])
+        assert scores[0] > scores[1]
+        assert scores == pytest.approx([pair.info["preferred_score"], pair.info["rejected_score"]], abs=1e-6)
+
+
+def test_pictures_that_are_judged_alike_make_no_pair(weights, tmp_path):
+    with pytest.raises(UserError, match="0 of 6 prompts gave a pair"):
+        pairs(options(weights, str(tmp_path / "pairs"), least_gap=1.5))
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"ranker": "vq"}, "did you mean 'vqa'"), ({"images_per_prompt": 1}, "2 or more")],
+)
+def test_mistakes_are_one_line(weights, tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        pairs(options(weights, str(tmp_path / "x"), **changes))
