@@ -189,8 +189,8 @@ def read_pairs(uri: str) -> list[Pair]:
             continue
         try:
             told = json.loads(line)
-            caption, paths = str(told["caption"]), (str(told["preferred"]), str(told["rejected"]))
-            images = [_picture(storage.join(folder, path)) for path in paths]
+            caption = str(told["caption"])
+            better, worse = (_picture(storage.join(folder, str(told[name]))) for name in ("preferred", "rejected"))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -200,7 +200,7 @@ def read_pairs(uri: str) -> list[Pair]:
             ) from error
         except ImageError as error:
             raise UserError(f"{uri}, line {number + 1}: a picture is no good ({error.reason})") from error
-        pairs.append(Pair(f"pair-{number:07d}", caption, *images))
+        pairs.append(Pair(f"pair-{number:07d}", caption, better, worse))
     return pairs
 
 

@@ -9,8 +9,17 @@ from torch import nn
 from model.backbone import BACKBONES
 from model.errors import ModelError
 from model.lora import (
-    CONFIG_FILE, WEIGHTS_FILE, add_adapters, adapter_of, is_adapter, merge_files, merged, parameter_count, peft_config,
-    peft_name, switched_off,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_of,
+    add_adapters,
+    is_adapter,
+    merge_files,
+    merged,
+    parameter_count,
+    peft_config,
+    peft_name,
+    switched_off,
 )  # fmt: skip
 from model.mmdit import MMDiTConfig
 from model.text import TextCond

@@ -17,6 +17,7 @@ from data_pipeline.loader import open_dataset
 from data_pipeline.pairs import Partners
 from data_pipeline.synthetic import write_synthetic
 from infra.errors import UserError
+from infra.results import ResultStore
 from model.flow import get_formulation
 from model.lora import add_adapters, is_adapter, merge_files, switched_off
 from model.mmdit import MMDiTConfig
@@ -213,15 +214,15 @@ def base(tmp_path_factory, data) -> Path:
 def command(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     options = [
         *TINY, "--images", str(8 * STEPS), "--lora.rank", "4", "--dpo.beta", "100", "--schedule.warmup-images", "0",
-        "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "None",
+        "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "48",
     ]  # fmt: skip
     start = ["-m", "trainer", "train", "world-dpo-d2", "--data", str(data), "--init-from", str(base), "--out", str(out)]
     return [*start, *options, *more]
 
 
-def told(run: Path, figure: str = "loss") -> list[float]:
+def told(run: Path, figure: str = "loss", kind: str = "train") -> list[float]:
     lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    return [line[figure] for line in lines if line["kind"] == "train"]
+    return [line[figure] for line in lines if line["kind"] == kind and figure in line]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,12 @@ def test_zero_3_on_two_ranks_starts_at_ln_2_and_learns(straight):
     assert told(straight)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert told(straight)[-1] < 0.5
     assert told(straight, "dpo/reward_margin")[-1] > 0.5
+    # Pairs that were not trained on, of the same eight kinds of things.
+    rows = {row.metric: row for row in ResultStore(str(straight / "results")).rows(prefix="val_dpo")}
+    assert rows["val_dpo/accuracy"].value > 0.8
+    assert rows["val_dpo/accuracy"].higher_is_better
+    assert not rows["val_dpo/loss"].higher_is_better
+    assert rows["val_dpo/loss"].sample_count == 16
 
 
 @pytest.mark.dist
@@ -262,6 +269,7 @@ def test_one_rank_and_an_interrupted_run_give_the_same(straight, data, base, tmp
     run_ranks(command(data, base, half, "--parallel.zero-stage", "0"), 1)
     assert len(told(half)) == STEPS
     assert told(half) == pytest.approx(told(straight), rel=1e-3, abs=1e-5)
+    assert told(half, "dpo/accuracy", "val")[-1] == told(straight, "dpo/accuracy", "val")[-1]
     one, two = (load_weights(run / "weights" / "ema.safetensors")[0] for run in (straight, half))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 

@@ -5,6 +5,7 @@ switched off, so there is no second copy of the weights.
 """
 # Shapes: P pairs, B = 2P samples (the preferred ones first), C latent channels, H and W latent height and width.
 
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -13,11 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batch import LatentBatch
+from data_pipeline.collate import Draws
+from data_pipeline.loader import Dataset
+from data_pipeline.pairs import CAPTION, Partners
 from infra.errors import UserError
-from model.flow import Formulation
+from model.flow import Formulation, get_formulation
 from model.seeding import keyed_normal, keyed_uniform
 from model.text import TextCond
 from trainer.objective import Losses
+from trainer.recipe import Recipe
+from trainer.validate import fixed_batches
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group
+
+DRAWS = 4  # times and noises of each held-out pair
 
 
 class Policy(Protocol):
@@ -79,3 +89,43 @@ def _figures(m: Errors, beta: float) -> dict[str, Tensor]:
         "dpo/preferred_error_change": m.preferred_P - m.ref_preferred_P,
         "dpo/rejected_error_change": m.rejected_P - m.ref_rejected_P,
     }
+
+
+class HeldOut:
+    """The pairs of the val split, with the same times and noise at each call, whatever the number of ranks."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe, self.dataset, self._partners = recipe, dataset, Partners(dataset)
+        self._batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.pair_count = sum(len(batch) for batch in self._batches)
+
+    def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
+        """Mean figures with the weights that the engine now shows. Collective."""
+        names: list[str] = []
+        sums = torch.zeros(0, dtype=torch.float64, device=group.device)
+        with engine.inference():
+            for turn in range(math.ceil(len(self._batches) / group.world)):
+                number = turn * group.world + group.rank
+                mine = number < len(self._batches)
+                # A rank without a batch of its own runs the first one again: under ZeRO-3 each pass is a collective.
+                found = self._figures(engine, self._batches[number if mine else 0], group.device)
+                names = list(found)
+                values = torch.tensor(list(found.values()), dtype=torch.float64, device=group.device)
+                sums = (sums if len(sums) else torch.zeros_like(values)) + values * mine
+        means = group.sum_(sums) / (self.pair_count * DRAWS)
+        return dict(zip(names, means.tolist()))
+
+    def _figures(self, engine: ZeroEngine, numbers: range, device: torch.device) -> dict[str, float]:
+        """Sums over the pairs and draws of one batch."""
+        recipe, seed = self.recipe, self.recipe.validation.seed
+        batch = self.dataset.read(numbers, seed=seed)
+        pairs = batch._replace(rejected_BCHW=self._partners(batch, Draws(seed, {CAPTION: 1.0}, 0.0)))
+        sums: dict[str, float] = {}
+        for draw in range(DRAWS):
+            found = preference(
+                engine, pairs, formulation=get_formulation(recipe.formulation), seed=seed + draw, shift=recipe.shift,
+                device=device, beta=recipe.dpo.beta,
+            )  # fmt: skip
+            for name, value_P in {"dpo/loss": found.loss_B, **found.figures}.items():
+                sums[name] = sums.get(name, 0.0) + value_P.double().sum().item()
+        return sums

@@ -91,11 +91,12 @@ def export(
         def trained(name: str) -> Tensor:
             return engine.whole(next(asked), tensors)
 
+        whole: Callable[[str], Tensor] = trained
+
         def read(name: str) -> Tensor:
             return buffers[name] if name in buffers else whole(name)
 
         try:
-            whole = trained
             if recipe.lora.rank is not None:
                 assert base is not None, "a run with adapters keeps the file of its frozen weights"
                 scale = recipe.lora_alpha / recipe.lora.rank

@@ -45,9 +45,11 @@ def fit(recipe: Recipe, data: str, *, world: int) -> tuple[Recipe, Dataset, Data
     micro_batches(recipe, world)
     dataset = open_dataset(data)
     _check_data(recipe, dataset)
-    if recipe.objective == "dpo":
-        Partners(dataset)  # refuses what are no pairs
     val = open_dataset(data, split="val") if recipe.validation.every is not None else None
+    if recipe.objective == "dpo":
+        for split in (dataset, val):
+            if split is not None:
+                Partners(split)  # refuses what are no pairs
     wanted, found = recipe.data.fingerprint, dataset.fingerprint
     if wanted not in (None, found):
         raise UserError(

@@ -81,6 +81,13 @@ class RunLog:
         )
         self._progress.fields["val"] = found.mean
 
+    def held_out(self, figures: dict[str, float], count: int, protocol: str) -> None:
+        """Of pairs that are not trained on, by the EMA weights: rows named val_dpo/..."""
+        for name, value in figures.items():
+            metric, better = f"val_{name}", name in ("dpo/accuracy", "dpo/reward_margin")
+            self._row(metric, value, count, protocol=protocol, higher_is_better=better)
+        self._write("val", figures)
+
     def cost(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""
         details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
@@ -148,11 +155,15 @@ class RunLog:
                 # x-axis in images
                 self._board.add_scalar(f"{kind}/{name}", value, self.images_seen)
 
-    def _row(self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "") -> None:
+    def _row(
+        self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "",
+        higher_is_better: bool = False,
+    ) -> None:  # fmt: skip
         self._rows.append(
             ResultRow(
                 run=self.run, recipe_hash=self.recipe.hash, code_version=code_version(), images_seen=self.images_seen,
-                metric=metric, value=value, higher_is_better=metric == "cost/images_per_second", sample_count=count,
+                metric=metric, value=value, sample_count=count,
+                higher_is_better=higher_is_better or metric == "cost/images_per_second",
                 protocol_hash=protocol, details=details,
             )
         )  # fmt: skip

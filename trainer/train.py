@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.flow import Formulation, get_formulation
-from trainer.dpo import preference
+from trainer.dpo import HeldOut, preference
 from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.machines import this_machine
 from trainer.monitor import Monitor
@@ -80,6 +80,7 @@ def run(
         storage.write_bytes(storage.join(out, "plan.json"), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     validator = Validator(recipe, val) if val is not None else None
+    held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
     formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine())
@@ -132,6 +133,8 @@ def run(
                 watch.at("validating", state.step)
                 with engine.weights(ema.first):
                     found = validator.run(engine, group)
+                    if held_out is not None:
+                        run_log.held_out(held_out.run(engine, group), held_out.pair_count, found.protocol_hash)
                 run_log.validation(found, profile=recipe.ema.profiles[0])
             if sampler is not None and (last or due(recipe, "save", state.images_seen)):
                 watch.at("sampling", state.step)

@@ -42,7 +42,7 @@ class Validator:
             raise UserError(
                 f"{dataset.uri}: split {dataset.split!r} is empty; use --validation.every None to train without"
             )
-        self.batches = _fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.protocol = get_protocol(recipe.validation.protocol)
         self.formulation = get_formulation(recipe.formulation)
 
@@ -95,7 +95,7 @@ class Validator:
         )
 
 
-def _fixed_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
+def fixed_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
     """Sample numbers of each micro-batch: the first samples, evenly from the buckets, never two buckets in one."""
     found: list[range] = []
     wanted = min(samples, dataset.num_samples)

@@ -122,13 +122,14 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Forward passes without gradients."""
+        """Forward passes without gradients; may be nested."""
+        training = self._engine.training
         self._engine.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._engine.train()
+            self._engine.train(training)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
