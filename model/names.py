@@ -226,6 +226,21 @@ def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> dict[str, 
     return out
 
 
+def adapter_to_diffusers(
+    config: MMDiTConfig, adapters: Mapping[str, tuple[Tensor, Tensor]], *, scale: float
+) -> dict[str, Tensor]:
+    """Adapters (weight's name -> A, B) as StableDiffusion3Pipeline.load_lora_weights reads them: B carries the scale, a
+    fused qkv gives three layers with the same A."""
+    out: dict[str, Tensor] = {}
+    for name, (a_RI, b_OR) in adapters.items():
+        b_OR = scale * (_swap_halves(b_OR) if _swapped(name, config) else b_OR)
+        theirs = diffusers_names(name)
+        for weight, part_OR in zip(theirs, b_OR.chunk(len(theirs)), strict=True):
+            module = f"transformer.{weight.removesuffix('.weight')}"
+            out |= {f"{module}.lora_A.weight": a_RI.clone(), f"{module}.lora_B.weight": part_OR.clone()}
+    return out
+
+
 def from_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Our weights (positions stored) from the diffusers dialect."""
     parameters = _parameters(config)

@@ -22,6 +22,7 @@ from model.lora import (
     switched_off,
 )  # fmt: skip
 from model.mmdit import MMDiTConfig
+from model.names import adapter_to_diffusers, diffusers_config, to_diffusers
 from model.text import TextCond
 from model.weights import load_weights, save_weights
 
@@ -131,6 +132,30 @@ def test_peft_reads_the_adapter(tmp_path):
     write(tmp_path / "adapter", model)
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "adapter"))
     torch.testing.assert_close(theirs(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_diffusers_reads_the_adapter(tmp_path, base):
+    """Its transformer with our weights and the adapter against ours: qkv is split there, two modulations swapped."""
+    pytest.importorskip("peft")
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import save_file
+
+    model = adapted(trained=True)
+    state = {name: param.detach() for name, param in model.named_parameters()}
+    adapters = {n: tuple(state[part] for part in adapter_of(n)) for n in state if adapter_of(n)[0] in state}
+    found = adapter_to_diffusers(CONFIG, adapters, scale=ALPHA / RANK)
+    save_file(found, tmp_path / "pytorch_lora_weights.safetensors")
+    theirs = SD3Transformer2DModel(**diffusers_config(CONFIG)).eval()
+    theirs.load_state_dict(to_diffusers(CONFIG, build().state_dict()))
+    x, t, text = inputs()
+
+    def predict():
+        with torch.no_grad():
+            return theirs(x, text.context_BLD, text.pooled_BP, 1000 * t).sample
+
+    torch.testing.assert_close(predict(), build()(*inputs()).detach(), atol=1e-5, rtol=1e-4)
+    theirs.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+    torch.testing.assert_close(predict(), model(*inputs()).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, base):

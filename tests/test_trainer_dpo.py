@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from trainer_launch import TINY, run_ranks
 
 from data_pipeline.loader import open_dataset
@@ -24,6 +25,7 @@ from model.mmdit import MMDiTConfig
 from model.seeding import keyed_normal, keyed_uniform
 from model.weights import load_weights, read_meta, save_weights
 from trainer.__main__ import main
+from trainer.adapter import DIFFUSERS_ADAPTER
 from trainer.dpo import preference
 from trainer.plan import make_plan
 from trainer.preflight import with_init
@@ -286,6 +288,9 @@ def test_exports_merged_or_as_an_adapter(straight, data, base, tmp_path, monkeyp
         trainer("--out", str(tmp_path / "x.safetensors"), "--base", str(straight / "weights" / "raw.safetensors"))
     trainer("--out", str(tmp_path / "merged.safetensors"), "--base", str(base))
     trainer("--out", str(tmp_path / "adapter"), "--lora", "adapter")
+    trainer("--out", str(tmp_path / "diffusers"), "--lora", "adapter", "--format", "diffusers")
+    names = safe_open(tmp_path / "diffusers" / DIFFUSERS_ADAPTER, framework="pt").keys()
+    assert "transformer.transformer_blocks.0.attn.to_k.lora_A.weight" in set(names)
     assert read_meta(tmp_path / "merged.safetensors")["images_seen"] == 8 * STEPS
     merge_files(base, tmp_path / "adapter", tmp_path / "again.safetensors")
     files = [straight / "weights" / "ema.safetensors", tmp_path / "merged.safetensors", tmp_path / "again.safetensors"]

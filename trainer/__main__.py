@@ -141,7 +141,8 @@ class ExportArgs:
     out: str
     """File (or, as diffusers, folder) to write."""
     lora: Literal["merged", "adapter"] = "merged"
-    """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout."""
+    """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout (--format
+    diffusers: for its load_lora_weights)."""
     base: str | None = None
     """The weights that a run with adapters started from (its --init-from)."""
     format: Literal["beeline", "sd3", "diffusers"] = "beeline"
@@ -245,7 +246,8 @@ def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
     from data_pipeline.loader import open_dataset
     from infra import storage
-    from trainer.export import export_adapter, export_as
+    from trainer.adapter import export_adapter, export_diffusers_adapter
+    from trainer.export import export_as
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
@@ -257,9 +259,10 @@ def run_export(arguments: list[str]) -> None:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
     given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
     if args.lora == "adapter":
-        if args.format != "beeline" or args.base is not None:
-            raise UserError("--lora adapter writes no whole weights: leave --format and --base out")
-        count = export_adapter(folders[0], out=args.out, **given)
+        if args.format == "sd3" or args.base is not None:
+            raise UserError("--lora adapter writes no whole weights: leave --base out, --format beeline or diffusers")
+        write = export_diffusers_adapter if args.format == "diffusers" else export_adapter
+        count = write(folders[0], out=args.out, **given)
     else:
         count = export_as(args.format, folders[0], out=args.out, base=args.base, **given)
     print(f"{args.out}: {count:,} parameters from {folders[0]}")

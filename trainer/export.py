@@ -22,7 +22,7 @@ from infra.results import ResultStore
 from infra.version import code_version
 from model.convert import convert
 from model.errors import ModelError
-from model.lora import CONFIG_FILE, WEIGHTS_FILE, merging, peft_config, peft_name
+from model.lora import merging
 from model.weights import META_KEY, expected_tensors, read_meta
 from trainer.recipe import Recipe
 from trainer.zero import checkpoint
@@ -124,10 +124,10 @@ def _pieces(
     if expected != shapes:
         wrong = sorted({n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)})
         raise ModelError(f"{uri}: {len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
-    yield from _stream(uri, shapes, read, meta)
+    yield from stream(uri, shapes, read, meta)
 
 
-def _stream(
+def stream(
     uri: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, each tensor checked."""
@@ -221,23 +221,6 @@ def base_of(recipe: Recipe, base: str | None) -> str:
     if file_hash(base) != recipe.init_weights:
         raise UserError(f"{base} is not the file that the run started from (sha256 {recipe.init_weights})")
     return base
-
-
-def export_adapter(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
-    """The adapters of a checkpoint alone, as a folder in peft's layout; the number of parameters."""
-    stored = StoredWeights(folder, kind=kind, profile=profile)
-    recipe = stored.recipe
-    if recipe.lora.rank is None:
-        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
-    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
-    meta["init_weights"] = recipe.init_weights
-    shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
-    ours = {peft_name(name): name for name in stored.shapes}
-    put(storage.join(out, WEIGHTS_FILE), _stream(out, shapes, lambda name: stored(ours[name]), meta))
-    config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
-    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
-    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=WEIGHTS_FILE).encode())
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def export_as(

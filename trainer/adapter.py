@@ -1,0 +1,56 @@
+"""The adapters of a run alone: in peft's layout under our names, or as diffusers' `load_lora_weights` takes them."""
+
+import json
+
+import torch
+
+from data_pipeline.schema import DatasetInfo
+from infra import storage
+from infra.errors import UserError
+from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
+from model.mmdit import MMDiTConfig
+from model.names import adapter_to_diffusers
+from model.weights import expected_tensors
+from trainer.export import StoredWeights, model_card, stream, weights_meta
+from trainer.zero.rankfile import put
+
+DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def export_adapter(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
+    """The adapters of a checkpoint alone, as a folder in peft's layout; the number of parameters."""
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
+    if recipe.lora.rank is None:
+        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    meta["init_weights"] = recipe.init_weights
+    shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
+    ours = {peft_name(name): name for name in stored.shapes}
+    put(storage.join(out, WEIGHTS_FILE), stream(out, shapes, lambda name: stored(ours[name]), meta))
+    config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
+    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
+    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=WEIGHTS_FILE).encode())
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def export_diffusers_adapter(
+    folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str
+) -> int:
+    """The adapters of a checkpoint for diffusers' `load_lora_weights`: one file in the folder `out`."""
+    from safetensors.torch import save
+
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
+    if recipe.lora.rank is None or not isinstance(recipe.model, MMDiTConfig):
+        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers reads: leave --lora out")
+    names = expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
+    adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
+    tensors = {name: (stored(a), stored(b)) for name, (a, b) in adapters.items()}
+    found = adapter_to_diffusers(recipe.model, tensors, scale=recipe.lora_alpha / recipe.lora.rank)
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    storage.write_bytes(storage.join(out, DIFFUSERS_ADAPTER), save(found, {"format": "pt"}))
+    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=DIFFUSERS_ADAPTER).encode())
+    return sum(tensor.numel() for tensor in found.values())
