@@ -21,22 +21,25 @@ from trainer.zero.group import Group
 
 log = get_logger("guard")
 WINDOW, ENOUGH = 128, 16
-LEAST = 2.0  # a spike is so many times the largest recent loss: those of small batches have long tails
+LEAST = 2.0  # a spike is so many times the largest recent loss ...
+LARGE = 256  # ... for a mean over so many images; 8 times over 16, where one time near 1 made 6 medians in a sound run
 
 
 class Unstable(UserError):
     """The run met more bad batches than it may leave out."""
 
 
-def problem_of(loss: float, recent: Sequence[float], guard: Guard) -> str:
-    """Why a step with this loss must not be taken; "" when it may. `recent` are the losses of the steps before it."""
+def problem_of(loss: float, recent: Sequence[float], guard: Guard, *, batch: int) -> str:
+    """Why a step with this loss must not be taken; "" when it may. `recent` are the losses of the steps before it,
+    each a mean over `batch` images."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if guard.spike is None or len(recent) < ENOUGH:
         return ""
     median = statistics.median(recent)
     deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)  # sigma of a normal distribution
-    if loss > max(LEAST * max(recent), median + guard.spike * deviation):
+    least = LEAST * max(1.0, math.sqrt(LARGE / batch))
+    if loss > max(least * max(recent), median + guard.spike * deviation):
         return f"the loss jumped to {loss:.4g} from a median of {median:.4g} over {len(recent)} steps"
     return ""
 

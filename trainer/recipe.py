@@ -126,8 +126,8 @@ class Guard:
     max_skips: int = 3
     """Batches that a run may leave out; one more ends it."""
     spike: float | None = 12.0
-    """A loss so many robust deviations above the median of the last 128 steps, and twice their largest, is a spike;
-    None: only what is not finite counts."""
+    """A loss so many robust deviations above the median of the last 128 steps, and twice their largest (8 times in
+    batches of 16), is a spike; None: only what is not finite counts."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def run(
             # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
             total, stop_votes = group.sum([loss_sum.item(), float(stop.asked)])
             loss, lr = total / batch, recipe.lr_at(state.images_seen + batch)
-            problem = problem_of(loss, state.recent, recipe.guard)
+            problem = problem_of(loss, state.recent, recipe.guard, batch=recipe.global_batch)
             result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
