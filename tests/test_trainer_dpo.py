@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from trainer_dpo_checks import VARIANTS
 from trainer_launch import TINY, run_ranks
 
 from data_pipeline.loader import open_dataset
@@ -201,7 +202,35 @@ def test_adapters_need_weights_to_stand_on():
         with_init(get_recipe("world-dpo-d2"), None)
 
 
-# --- whole runs
+# --- real ranks
+
+
+@pytest.fixture(scope="module")
+def stages(data, base, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("stages") / "found.json"
+    run_ranks([str(Path(__file__).parent / "trainer_dpo_checks.py"), str(data), str(base), str(out)], 2)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", VARIANTS)
+def test_frozen_weights_arrive_and_stay_under_every_stage(stages, name):
+    found, model = stages[name], weights()
+    assert found["first_error"] < 1e-6
+    assert found["reference_error"] < 1e-6  # after three steps of its adapters
+    assert found["changed"] > 1e-3
+    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found["losses"] == pytest.approx(stages["stage3"]["losses"], rel=1e-4)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    adapters = sum(4 * (m.in_features + m.out_features) for m in linears)
+    whole = sum(p.numel() for p in model.parameters())
+    assert found["parameters"] == whole
+    assert found["trained"] == pytest.approx(adapters * (2 if name == "stage0" else 1), rel=1e-6)
+    # Only shards of the frozen weights lie on a rank under stage 3; moments are the adapters' alone.
+    sharded = name in ("stage3", "persistent", "recompute")
+    assert found["weights"] == pytest.approx(4 * (whole + adapters) / (2 if sharded else 1), rel=1e-2)
+    assert found["moments"] == pytest.approx(8 * adapters / (1 if name == "stage0" else 2), rel=1e-2)
+
 
 STEPS = 12
 
