@@ -244,7 +244,7 @@ def base(tmp_path_factory, data) -> Path:
 
 def command(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     options = [
-        *TINY, "--images", str(8 * STEPS), "--lora.rank", "4", "--dpo.beta", "100", "--schedule.warmup-images", "0",
+        *TINY, "--images", str(8 * STEPS), "--dpo.beta", "100", "--schedule.warmup-images", "0",
         "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "48",
     ]  # fmt: skip
     start = ["-m", "trainer", "train", "world-dpo-d2", "--data", str(data), "--init-from", str(base), "--out", str(out)]
