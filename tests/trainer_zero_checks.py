@@ -72,7 +72,7 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedE
     for number in range(count):
         total = 0.0
         for part in range(micro):
-            loss_B, _ = pretrain(engine, next(batches), formulation=FORM, seed=0, shift=1.0, device=group.device)
+            loss_B = pretrain(engine, next(batches), formulation=FORM, seed=0, shift=1.0, device=group.device).loss_B
             engine.backward(loss_B.mean())
             total += loss_B.double().sum().item()
             if part + 1 < micro:
