@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Diffusion-DPO in the world: pairs of a run's own pictures, ranked by the VQA judge, scored by the others.
 # usage: bash infra/runs/world_dpo.sh WEIGHTS DEPTH FOLDER    WEIGHTS: RUN/weights/step_.../ema.safetensors of world-dDEPTH
+# Not run yet as a whole; its parts are under test.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
