@@ -3,6 +3,7 @@
 Each draws endless fresh scenes from a stream of its own, seen compositions only. The judges train by train_judges.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def captioner(
 
 
 def main() -> None:
-    trainings = {"vae": vae, "clip": clip, "captioner": captioner}
+    trainings: dict[str, Callable[..., None]] = {"vae": vae, "clip": clip, "captioner": captioner}
     tyro.extras.subcommand_cli_from_dict(trainings, description=__doc__)
 
 
