@@ -21,7 +21,7 @@ def world(depth: int) -> Recipe:
     0.56 with 4.6e-3; 9e-3 is behind them from the start. Batch 16, for short runs live by their number of steps:
     after 1,700 images depth 3 stood at a training loss of 1.0 with it, 1.2 with batch 32, 1.5 with 64. Encoder dropout
     leaves 10 % of the samples without any text, as the paper's 46.4 % does for three encoders; here there are two.
-    Expected after a whole run: infra/docs/runs/world_long/report.md.
+    Expected after half a run: infra/docs/runs/world_long/report.md.
     """
     return Recipe(
         name=f"world-d{depth}",
