@@ -8,13 +8,13 @@ import numpy as np
 
 from data_pipeline.index import ShardEntry, write_split
 from data_pipeline.layout import SampleLayout
+from data_pipeline.pairs import rejected_split
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo, VaeMeta, encoding_fingerprint
 from data_pipeline.shards import Sample, write_shard
 from infra import storage
 from model.text import EncoderSpec, TextSpec
 
 CAPTIONS = ("original", "synthetic")
-REJECTED = "_rejected"  # as in pairs.py
 KINDS = ("apple", "boat", "cat", "dog", "kite", "lamp", "moon", "nest")
 
 TINY_TEXT = TextSpec(
@@ -54,17 +54,18 @@ def write_synthetic(
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
     encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}
-    wanted = {"train": num_samples, "val": val_samples}
-    if pairs:
-        wanted |= {f"{split}{REJECTED}": total for split, total in wanted.items()}
-    for split, total in wanted.items():
+    wanted = [(source, total, rejected) for rejected in ((False, True) if pairs else (False,))
+              for source, total in (("train", num_samples), ("val", val_samples))]  # fmt: skip
+    for source, total, rejected in wanted:
+        split = rejected_split(source) if rejected else source
         entries: list[ShardEntry] = []
         for bucket, count in _shares(total, buckets).items():
             height, width = (int(n) // factor for n in bucket.split("x"))
             layout = SampleLayout(text_spec, CAPTIONS, (2 * channels, height, width), int8_seats)
             for first in range(0, count, shard_rows):
                 numbers = range(first, min(first + shard_rows, count))
-                samples = _samples(numbers, layout, prefix=f"{split}-{bucket}", seed=seed, share=synthetic_share)
+                prefix = f"{source}-{bucket}"
+                samples = _samples(numbers, layout, prefix=prefix, seed=seed, share=synthetic_share, rejected=rejected)
                 entries.append(
                     write_shard(
                         uri,
@@ -78,7 +79,7 @@ def write_synthetic(
                 )
         name = write_split(uri, split, entries)
         splits[split] = SplitInfo(name, total, len(entries), _shares(total, buckets))
-    counts = {"ok": sum(wanted.values())}
+    counts = {"ok": sum(total for _, total, _ in wanted)}
     info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, counts, int8_seats=int8_seats)
     storage.write_bytes(storage.join(uri, DATASET_FILE), info.to_bytes())
     return info
@@ -105,10 +106,11 @@ def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:
     return {bucket: count for bucket, count in shares.items() if count}
 
 
-def _samples(numbers: Sequence[int], layout: SampleLayout, *, prefix: str, seed: int, share: float) -> Iterator[Sample]:
+def _samples(
+    numbers: Sequence[int], layout: SampleLayout, *, prefix: str, seed: int, share: float, rejected: bool
+) -> Iterator[Sample]:
     channels, height, width = layout.moments_shape[0] // 2, *layout.moments_shape[1:]
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")) / max(height, width)
-    rejected, prefix = REJECTED in prefix, prefix.replace(REJECTED, "")
     for number in numbers:
         rng = np.random.default_rng([seed, number, *prefix.encode()])
         kind = int(rng.integers(len(KINDS)))

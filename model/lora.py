@@ -85,7 +85,7 @@ def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Te
     return weight_OI.float() + scale * (b_OR.float() @ a_RI.float())
 
 
-def parameter_count(model: nn.Module) -> int:
+def adapter_parameter_count(model: nn.Module) -> int:
     """Parameters of the adapters that `add_adapters` gave the model."""
     return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
 

@@ -1,6 +1,7 @@
 """The adapters of a run alone: in peft's layout under our names, or as diffusers' `load_lora_weights` takes them."""
 
 import json
+from typing import Any
 
 import torch
 
@@ -23,9 +24,7 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     recipe = stored.recipe
     if recipe.lora.rank is None:
         raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
-    meta["init_weights"] = recipe.init_weights
+    meta = _meta(stored, info, kind=kind, run=run)
     shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
     ours = {peft_name(name): name for name in stored.shapes}
     put(storage.join(out, WEIGHTS_FILE), stream(out, shapes, lambda name: stored(ours[name]), meta))
@@ -49,8 +48,13 @@ def export_diffusers_adapter(
     adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
     tensors = {name: (stored(a), stored(b)) for name, (a, b) in adapters.items()}
     found = adapter_to_diffusers(recipe.model, tensors, scale=recipe.lora_alpha / recipe.lora.rank)
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
     storage.write_bytes(storage.join(out, DIFFUSERS_ADAPTER), save(found, {"format": "pt"}))
-    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=DIFFUSERS_ADAPTER).encode())
+    card = model_card(run, _meta(stored, info, kind=kind, run=run), file=DIFFUSERS_ADAPTER)
+    storage.write_bytes(storage.join(out, "README.md"), card.encode())
     return sum(tensor.numel() for tensor in found.values())
+
+
+def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    return meta | {"init_weights": stored.recipe.init_weights}

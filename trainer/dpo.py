@@ -5,7 +5,6 @@ switched off, so there is no second copy of the weights.
 """
 # Shapes: P pairs, B = 2P samples (the preferred ones first), C latent channels, H and W latent height and width.
 
-import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -23,7 +22,7 @@ from model.seeding import keyed_normal, keyed_uniform
 from model.text import TextCond
 from trainer.objective import Losses
 from trainer.recipe import Recipe
-from trainer.validate import fixed_batches
+from trainer.validate import fixed_batches, turns
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
@@ -101,19 +100,13 @@ class HeldOut:
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
         """Mean figures with the weights that the engine now shows. Collective."""
-        names: list[str] = []
-        sums = torch.zeros(0, dtype=torch.float64, device=group.device)
+        sums: dict[str, float] = {}
         with engine.inference():
-            for turn in range(math.ceil(len(self._batches) / group.world)):
-                number = turn * group.world + group.rank
-                mine = number < len(self._batches)
-                # A rank without a batch of its own runs the first one again: under ZeRO-3 each pass is a collective.
-                found = self._figures(engine, self._batches[number if mine else 0], group.device)
-                names = list(found)
-                values = torch.tensor(list(found.values()), dtype=torch.float64, device=group.device)
-                sums = (sums if len(sums) else torch.zeros_like(values)) + values * mine
-        means = group.sum_(sums) / (self.pair_count * DRAWS)
-        return dict(zip(names, means.tolist()))
+            for number, mine in turns(len(self._batches), group):
+                for name, value in self._figures(engine, self._batches[number], group.device).items():
+                    sums[name] = sums.get(name, 0.0) + value * mine
+        totals = group.sum(list(sums.values()))  # the same names on all ranks
+        return {name: total / (self.pair_count * DRAWS) for name, total in zip(sums, totals)}
 
     def _figures(self, engine: ZeroEngine, numbers: range, device: torch.device) -> dict[str, float]:
         """Sums over the pairs and draws of one batch."""

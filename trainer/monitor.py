@@ -29,9 +29,8 @@ class Monitor:
         _, height, width = recipe.data.latent_shape
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
-        self._flops = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
-        if recipe.lora.rank is not None:
-            self._flops = train_flops_of(recipe)
+        exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
+        self._flops = exact if recipe.lora.rank is None else train_flops_of(recipe)
         self._sums = torch.zeros(2, BINS, dtype=torch.float64)
         self._waited, self._since, self._images = 0.0, time.monotonic(), 0
         self._eager = not recipe.parallel.compile

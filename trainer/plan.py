@@ -1,13 +1,15 @@
 """What a run will need, before it starts: parameters, FLOPs exactly; bytes, seconds, dollars by a stated model."""
 
+import functools
 import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
+from model.lora import adapter_parameter_count, add_adapters
+from model.trunk import TokenConfig
 from trainer.machines import Machine, this_machine, transfer_seconds
 from trainer.recipe import Recipe
 
@@ -90,12 +92,15 @@ def make_plan(
 
 def trained_parameters(recipe: Recipe, parameters: int) -> int:
     """Those with masters, moments, gradients and EMA: all of them, or the adapters alone."""
-    rank = recipe.lora.rank
-    if rank is None:
-        return parameters
+    return parameters if recipe.lora.rank is None else _adapter_parameters(recipe.model, recipe.lora.rank)
+
+
+@functools.lru_cache
+def _adapter_parameters(config: TokenConfig, rank: int) -> int:
     with torch.device("meta"):
-        linears = [m for m in recipe.model.build().modules() if isinstance(m, nn.Linear)]
-    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+        model = config.build()
+        add_adapters(model, rank=rank, alpha=rank)
+    return adapter_parameter_count(model)
 
 
 def train_flops_of(recipe: Recipe) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from trainer.recipe import Recipe, check, differences
 from trainer.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
+from trainer.zero.rankfile import file_hash
 
 
 @contextlib.contextmanager
@@ -106,15 +106,6 @@ def _check_data(recipe: Recipe, dataset: Dataset) -> None:
             )
 
 
-def weights_hash(uri: str) -> str:
-    """sha256 of a weights file: what the recipe's hash knows of --init-from."""
-    digest = hashlib.sha256()
-    with storage.open_read(uri) as file:
-        while piece := file.read(2**24):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     """The recipe that starts from a weights file; refused when that file is for another model."""
     if init_from is None:
@@ -136,7 +127,7 @@ def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     ]
     if wrong:
         raise UserError(f"{init_from} is for another model than recipe {recipe.name}: {'; '.join(wrong)}")
-    return dataclasses.replace(recipe, init_weights=weights_hash(str(path)))
+    return dataclasses.replace(recipe, init_weights=file_hash(str(path)))
 
 
 def check_run_folder(recipe: Recipe, out: str, resume: str) -> None:

@@ -142,9 +142,7 @@ def run(
                     sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
-                written = save(
-                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from
-                )
+                written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from)
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"

@@ -8,6 +8,7 @@ order in float64.
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,11 +73,8 @@ class Validator:
         for batch in self.batches:
             starts.append(starts[-1] + len(batch))
         with engine.inference():
-            for turn in range(math.ceil(len(self.batches) / group.world)):
-                number = turn * group.world + group.rank
-                mine = number < len(self.batches)
-                # A rank without a batch of its own runs the first one again: under ZeRO-3 each pass is a collective.
-                read = self.dataset.read(self.batches[number if mine else 0], seed=v.seed)
+            for number, mine in turns(len(self.batches), group):
+                read = self.dataset.read(self.batches[number], seed=v.seed)
                 read = read._replace(latent_BCHW=read.latent_BCHW.to(group.device), text=read.text.to(group.device))
                 found = validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
                 if mine:
@@ -93,6 +91,14 @@ class Validator:
             per_level=dict(zip(self.protocol.levels, means)),
             sample_count=self.sample_count,
         )
+
+
+def turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
+    """Which of `count` batches this rank runs, and whether it counts. A rank without a batch of its own runs the first
+    one again: under ZeRO-3 each pass is a collective."""
+    for first in range(0, count, group.world):
+        number = first + group.rank
+        yield (number, True) if number < count else (0, False)
 
 
 def fixed_batches(dataset: Dataset, samples: int, size: int) -> list[range]:

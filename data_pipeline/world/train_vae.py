@@ -22,16 +22,16 @@ from torch import Tensor
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, make_scene
+from infra.errors import UserError
 
 KL_WEIGHT = 1e-4
 SHRINK_WEIGHT = 0.5
 SHRINK_BY = (2, 4)
-MOST_NOISE = 0.3
-"""On the latents of a decoder-only training, in their standard deviations: uniform from none to this, per scene."""
+MOST_NOISE, NOISE = 0.3, 0.2
+"""On latents, in their standard deviations: at most in a decoder-only training (uniform from none); when measured."""
 CROP = SIZE // 2
 CROP_SHARE = 0.6
 """Share of the time spent on crops (four in the place of one scene); whole scenes follow, as group norm sees them."""
-CHANNELS = 8
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -69,22 +69,37 @@ def held_out(seed: int, start: int, count: int, *, seen: bool | None = None) -> 
 
 @torch.no_grad()
 def measure(vae: Any, *, seed: int = 0, num_scenes: int = 1000) -> dict[str, float]:
-    """Mean PSNR over held-out scenes (seen and unseen compositions), decoded from the mode and clamped to 8 bits."""
-    psnrs, errors, differences = [], [], []
+    """Held-out scenes (seen and unseen compositions) decoded to 8 bits: from the mode, and from noisy latents."""
+    mses, differences, noisy = [], [], []
+    rng = torch.Generator().manual_seed(seed)
     for start in range(0, num_scenes, 50):
         x_BCHW = held_out(seed, start, 50)
-        y_BCHW = vae.decode(vae.encode(x_BCHW).latent_dist.mode()).sample.clamp(-1, 1)
-        y_BCHW = ((y_BCHW + 1) * 127.5).round() / 127.5 - 1
-        mse_B = (x_BCHW - y_BCHW).div(2).square().mean((1, 2, 3)).double()
-        psnrs += (-10 * mse_B.log10()).tolist()
-        errors += mse_B.tolist()
+        z_BCHW = vae.encode(x_BCHW).latent_dist.mode()
+        noise_BCHW = NOISE / vae.config.scaling_factor * torch.randn(z_BCHW.shape, generator=rng)
+        y_BCHW = decoded(vae, z_BCHW)
+        mses.append(mse_of(x_BCHW, y_BCHW))
+        noisy.append(mse_of(x_BCHW, decoded(vae, z_BCHW + noise_BCHW)))
         differences.append(float((x_BCHW - y_BCHW).abs().div(2).mean()))
+    mse_N = torch.cat(mses)
+    psnr_N = -10 * mse_N.log10()
     return {
-        "psnr": float(np.mean(psnrs)),
-        "psnr_of_mean_error": -10 * math.log10(float(np.mean(errors))),
-        "psnr_5th_percentile": float(np.percentile(psnrs, 5)),
+        "psnr": float(psnr_N.mean()),
+        "psnr_of_mean_error": -10 * math.log10(float(mse_N.mean())),
+        "psnr_5th_percentile": float(psnr_N.quantile(0.05)),
+        "psnr_noisy": float((-10 * torch.cat(noisy).log10()).mean()),
         "mean_absolute_error": float(np.mean(differences)),
     }
+
+
+def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
+    """Pictures in -1..1 as 8 bits show them."""
+    y_BCHW: Tensor = vae.decode(z_BCHW).sample.clamp(-1, 1)
+    return ((y_BCHW + 1) * 127.5).round() / 127.5 - 1
+
+
+def mse_of(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+    """Of each picture, on a scale of 0..1, in float64."""
+    return (x_BCHW - y_BCHW).div(2).square().mean((1, 2, 3)).double()
 
 
 @torch.no_grad()
@@ -104,7 +119,7 @@ def train_vae(
     *,
     minutes: float,
     seed: int,
-    channels: int = CHANNELS,
+    channels: int = 8,
     decoder_only: bool = False,
     start_from: Path | None = None,
     lr: float = 1e-2,
@@ -113,11 +128,16 @@ def train_vae(
     """Train, measure, write the diffusers folder with its model card; the held-out figures."""
     from diffusers import AutoencoderKL
 
+    if decoder_only and start_from is None:
+        raise UserError("--decoder-only keeps a trained encoder: give its folder as --start-from")
     torch.manual_seed(seed)
-    history = trained_line(start_from)
     vae: Any
     if start_from:
-        vae = AutoencoderKL.from_pretrained(start_from).float()
+        given = AutoencoderKL.from_pretrained(start_from)
+        channels, scale = given.config.latent_channels, given.config.scaling_factor
+        # a fresh module: diffusers would write the path of the old one into the new config
+        vae = AutoencoderKL(**CONFIG, latent_channels=channels)  # type: ignore[arg-type]
+        vae.load_state_dict(given.float().state_dict())
     else:
         vae = AutoencoderKL(**CONFIG, latent_channels=channels)  # type: ignore[arg-type]
         # Start with almost no posterior noise: a fresh encoder's unit noise drowns its latents for many steps.
@@ -125,7 +145,6 @@ def train_vae(
     vae = vae.to(memory_format=torch.channels_last)
     if decoder_only:
         vae.encoder.requires_grad_(False)
-    rng = torch.Generator().manual_seed(seed)
     begin = time.monotonic()
 
     def loss_of_step(step: int) -> Tensor:
@@ -134,29 +153,37 @@ def train_vae(
         else:
             images = [make_scene(seed, i, split="vae").image for i in range(step * batch, (step + 1) * batch)]
         x_BCHW = pixels(images)
-        posterior = vae.encode(x_BCHW).latent_dist
-        if decoder_only:
-            most = MOST_NOISE / vae.config.scaling_factor
-            mode_BCHW = posterior.mode()
-            sigma_B111 = most * torch.rand(len(images), 1, 1, 1, generator=rng)
-            noisy_BCHW = mode_BCHW + sigma_B111 * torch.randn(mode_BCHW.shape, generator=rng)
-            return F.mse_loss(vae.decode(noisy_BCHW).sample, x_BCHW)
-        z_BCHW = posterior.sample()
-        loss = F.mse_loss(vae.decode(z_BCHW).sample, x_BCHW)
-        for by in SHRINK_BY:
-            shrunk_BCHW = vae.decode(F.avg_pool2d(z_BCHW, by)).sample
-            loss = loss + SHRINK_WEIGHT / len(SHRINK_BY) * F.mse_loss(shrunk_BCHW, F.avg_pool2d(x_BCHW, by))
-        return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        return decoding_loss(vae, x_BCHW, scale=scale) if decoder_only else autoencoding_loss(vae, x_BCHW)
 
     average, steps = fit(vae, loss_of_step, minutes=minutes, muon_lr=lr)
     save(average, out, seed=seed)
     figures = measure(AutoencoderKL.from_pretrained(out))
     logger.info("%s", json.dumps(figures))
-    option = " --decoder-only" if decoder_only else ""
-    command = f"`python -m data_pipeline.world.train vae --minutes {minutes:g} --seed {seed}{option}`"
-    trained = f"{history}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
-    _card(out, figures, trained=trained)
+    options = f"--minutes {minutes:g} --seed {seed} --lr {lr:g}"
+    options += " --decoder-only --start-from FOLDER" if decoder_only else f" --channels {channels}"
+    command = f"`python -m data_pipeline.world.train vae {options}`"
+    trained = f"{trained_line(start_from)}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
+    _card(out, figures, channels=channels, trained=trained)
     return figures
+
+
+def autoencoding_loss(vae: Any, x_BCHW: Tensor) -> Tensor:
+    """Squared error of the scenes, and of shrunk scenes from shrunk latents, with the KL of the posterior."""
+    posterior = vae.encode(x_BCHW).latent_dist
+    z_BCHW = posterior.sample()
+    loss = F.mse_loss(vae.decode(z_BCHW).sample, x_BCHW)
+    for by in SHRINK_BY:
+        shrunk_BCHW = vae.decode(F.avg_pool2d(z_BCHW, by)).sample
+        loss = loss + SHRINK_WEIGHT / len(SHRINK_BY) * F.mse_loss(shrunk_BCHW, F.avg_pool2d(x_BCHW, by))
+    return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+def decoding_loss(vae: Any, x_BCHW: Tensor, *, scale: float) -> Tensor:
+    """Squared error of scenes decoded from noisy latents; `scale` brings latents to standard deviation 1."""
+    with torch.no_grad():
+        z_BCHW = vae.encode(x_BCHW).latent_dist.mode()
+    sigma_B111 = MOST_NOISE / scale * torch.rand(len(x_BCHW), 1, 1, 1)
+    return F.mse_loss(vae.decode(z_BCHW + sigma_B111 * torch.randn_like(z_BCHW)).sample, x_BCHW)
 
 
 def save(vae: Any, out: Path, *, seed: int) -> None:
@@ -169,17 +196,18 @@ def save(vae: Any, out: Path, *, seed: int) -> None:
     vae.save_pretrained(out)
 
 
-def _card(out: Path, figures: dict[str, float], *, trained: str) -> None:
+def _card(out: Path, figures: dict[str, float], *, channels: int, trained: str) -> None:
     write_card(
         out,
         title="World autoencoder",
-        what="A diffusers `AutoencoderKL` (factor 4, 8 latent channels, 64x64 pixels to 8x16x16), fp16 weights.",
+        what=f"A diffusers `AutoencoderKL` (factor 4, 64x64 pixels to {channels}x16x16), fp16 weights.",
         load="`diffusers.AutoencoderKL.from_pretrained(PATH)`",
         trained=f"{trained}, split `vae`, seen compositions, {torch.get_num_threads()} thread, fp32",
         figures=[
             Figure("PSNR, mean over scenes", figures["psnr"], "dB"),
             Figure("PSNR of the mean squared error", figures["psnr_of_mean_error"], "dB"),
             Figure("PSNR, 5th percentile of scenes", figures["psnr_5th_percentile"], "dB"),
+            Figure(f"PSNR from latents with noise of {NOISE} deviations", figures["psnr_noisy"], "dB"),
             Figure("mean absolute error (0..1)", figures["mean_absolute_error"], ""),
         ],
         scored="1,000 scenes of split `vae_val`, seed 0, seen and unseen compositions, decoded from the mode, 8 bits",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo at five times its size: four depths, every rung sees the same 57,600 images; 80 to 120 minutes on two cores.
+# The demo at five times its size: four depths, every rung sees the same 57,600 images; about 95 minutes on two cores.
 # usage: bash infra/runs/world_long.sh [FOLDER]     Its report and pictures go to infra/docs/runs/world_long/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
