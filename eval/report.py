@@ -260,6 +260,14 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def significant(value: float | None, digits: int = 3) -> str:
+    """So many significant digits; powers of ten from a million on only."""
+    if value is None:
+        return ""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e6 else text
+
+
 def _environment(*, html: bool) -> Any:
     """Names and captions are data: escaped as HTML in the page; the Markdown uses `cell` to the same end."""
     import jinja2
@@ -275,7 +283,7 @@ def _environment(*, html: bool) -> Any:
         count=lambda v: "" if v is None else count_text(v),
         power=lambda v: "" if v is None else power_text(v),
         duration=lambda v: "" if v is None else words.duration(v),
-        sig=lambda v, digits=3: "" if v is None else f"{v:.{digits}g}",
+        sig=significant,
         words=lambda text: str(text).replace("_", " "),
         cell=markdown_text,
     )
