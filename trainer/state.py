@@ -64,9 +64,13 @@ def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> chec
     return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
 
 
-def measured(engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share) -> dict[str, float]:
+def measured(
+    engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share, activations: int | None
+) -> dict[str, float]:
     """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
     group, sizes = engine.group, engine.bytes_by_category()
+    if activations is not None:
+        sizes["activations"] = activations
     sizes["ema"] = sum(x.numel() * x.element_size() for shards in ema.shards.values() for x in shards)
     numel = sum(s.numel for parts in share.segments for s in parts)
     [total] = group.sum([float(numel * 4 * len(share.tensors))])
@@ -87,6 +91,7 @@ def save(
     *,
     out: str,
     init_from: str | None = None,
+    activations: int | None = None,
 ) -> bool:
     """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective.
 
@@ -103,7 +108,7 @@ def save(
     raw = [storage.join(folder, "raw.safetensors")]
     exported &= export(engine, engine.masters, raw, meta("raw"), group, base=init_from)
     share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
-    run_log.cost(**measured(engine, ema, share))
+    run_log.cost(**measured(engine, ema, share, activations))
     problem = ""
     try:
         run_log.flush()

@@ -97,7 +97,8 @@ def run(
                     micro = next(batches)
                 keys += micro.keys
                 watch.at("computing", state.step)
-                with monitor.looking(number == 0 and due(recipe, "log", state.images_seen + batch)):
+                look = number == 0 and due(recipe, "log", state.images_seen + batch)
+                with monitor.looking(look), monitor.counting(engine.model):
                     losses_B = losses_of(recipe, engine, micro, formulation, group.device)
                 engine.backward(losses_B.loss_B.mean())
                 loss_sum += losses_B.loss_B.detach().double().sum()
@@ -120,7 +121,8 @@ def run(
             state.images_seen += batch
             state.step += 1
             keep_recent(state, loss)
-            ema.update(engine.masters, state.images_seen, batch)
+            with monitor.averaging():
+                ema.update(engine.masters, state.images_seen, batch)
             run_log.advance(state.images_seen, loss, lr)
             losses.append(loss)
 
@@ -142,7 +144,10 @@ def run(
                     sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
-                written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from)
+                written = save(
+                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from,
+                    activations=monitor.activations,
+                )  # fmt: skip
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"
