@@ -33,7 +33,7 @@ class Monitor:
         exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
         self._flops = exact if recipe.lora.rank is None else train_flops_of(recipe)
         self._sums = torch.zeros(2, BINS, dtype=torch.float64)
-        self._waited, self._averaged, self._since, self._images = 0.0, 0.0, time.monotonic(), 0
+        self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
         or compiled."""
@@ -41,6 +41,10 @@ class Monitor:
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
         self._figures: dict[str, float] = {}
+
+    def _start(self) -> None:
+        self._waited, self._averaged, self._images = 0.0, 0.0, 0
+        self._since, self._cpu = time.monotonic(), time.process_time()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -105,7 +109,7 @@ class Monitor:
         more = [self._figures[name] for name in names]
         summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy, *more])
         logit = max((seen.max_logit for seen in self._attention), default=0.0)
-        shares = [self._waited / seconds, self._averaged / seconds]
+        shares = [self._waited / seconds, self._averaged / seconds, (time.process_time() - self._cpu) / seconds]
         largest = self.group.max([*shares, float(memory_bytes(self.group.device)), logit])
         rate = summed[2 * BINS] / seconds
         figures = {
@@ -114,17 +118,18 @@ class Monitor:
         figures |= {
             "data_wait": largest[0],
             "mfu": self._flops * rate / (self._machine.flops * self.group.world),
-            "memory_gib": largest[2] / 2**30,
+            "memory_gib": largest[3] / 2**30,
         }
         if self.group.device.type == "cpu":
-            figures["ema_share"] = largest[1]
+            # Cores in use: on a machine that others use too, CPU seconds say more than seconds.
+            figures |= {"ema_share": largest[1], "cpu_cores": largest[2]}
         if self._attention:
-            figures |= {"attention/max_logit": largest[3], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
+            figures |= {"attention/max_logit": largest[4], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
         figures |= {name: value / summed[2 * BINS] for name, value in zip(names, summed[2 * BINS + 2 :])}
         self._sums.zero_()
         self._figures.clear()
         self._attention.clear()
-        self._waited, self._averaged, self._since, self._images = 0.0, 0.0, time.monotonic(), 0
+        self._start()
         return figures
 
 
