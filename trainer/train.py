@@ -29,6 +29,7 @@ from trainer.watch import Watch, together
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, leave, start
+from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
 PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
@@ -83,6 +84,7 @@ def run(
     held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
+    uploads = Uploads(group, out)
     formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine())
     losses: list[float] = []
     if state.images_seen >= recipe.images:
@@ -112,6 +114,7 @@ def run(
             result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
+                uploads.wait()  # what still travels may be the checkpoint to go back to
                 state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
                 batches.close()
                 batches, losses = open_batches(recipe, dataset, group, state), []
@@ -141,12 +144,12 @@ def run(
             if sampler is not None and (last or due(recipe, "save", state.images_seen)):
                 watch.at("sampling", state.step)
                 with engine.weights(ema.first):
-                    sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
+                    sampler.draw(engine, storage.join(uploads.place, "samples", f"step_{state.step:07d}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
                 written = save(
-                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from,
-                    activations=monitor.activations,
+                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, uploads=uploads,
+                    final=last or stop_votes > 0, init_from=init_from, activations=monitor.activations,
                 )  # fmt: skip
                 if last and not written:
                     raise UserError(
@@ -158,6 +161,7 @@ def run(
                 break
 
     batches.close()
+    uploads.close()
     return state.images_seen >= recipe.images
 
 
