@@ -156,8 +156,8 @@ def test_a_block_costs_one_gather_forward_one_backward_and_one_reduction(found):
     assert len(wire["sizes"]) == 3
     assert sorted(wire["blocks"]) == sorted(2 * wire["sizes"])  # each whole, and nothing else that large
     assert wire["blocks"] == wire["sizes"] + wire["sizes"][::-1]
-    # Buckets of a block's size: a block each, and what is left of the other layers; every gradient once.
-    assert len(wire["reduced"]) == len(wire["sizes"]) + 1
+    # In buckets of a block's size, every gradient once: as many reductions as there are blocks.
+    assert len(wire["reduced"]) == -(-wire["whole"] // max(wire["sizes"])) == len(wire["sizes"])
     assert sum(wire["reduced"]) == wire["whole"]
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from trainer_zero_checks import Gathers
 
 from data_pipeline.loader import open_dataset

@@ -13,8 +13,9 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.export import export, weights_meta, weights_reader
+from trainer.preflight import same_recipe
 from trainer.progress import RunLog
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import MOMENTS, ZeroEngine
@@ -22,9 +23,6 @@ from trainer.zero.group import Group
 from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
-
-# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
-MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
 @dataclass
@@ -175,17 +173,9 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
         if found is None:
             return State()
     else:
-        found, reason = checkpoint.inspect(resume, group)
-        if found is None:
-            raise UserError(f"--resume {resume}: not a whole checkpoint ({reason})")
+        found = checkpoint.whole(resume, group)
     kept = found.state
-    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
-    if resume != "latest":
-        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
-    if changed:
-        raise UserError(
-            f"{found.uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with"
-        )
+    same_recipe(found.uri, kept, recipe, resume=resume)
     target = share_of(engine, ema, {})
     target.segments = [flat.segments for flat in engine.partition.flats]
     checkpoint.load(found, target, group)

@@ -19,7 +19,16 @@ from trainer.machines import this_machine
 from trainer.monitor import Monitor
 from trainer.objective import Losses, pretrain
 from trainer.plan import describe, make_plan
-from trainer.preflight import check_run_folder, fit, micro_batches, one_voice, with_init
+from trainer.preflight import (
+    check_launch,
+    check_port,
+    check_run_folder,
+    fit,
+    micro_batches,
+    one_voice,
+    own_first,
+    with_init,
+)
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
 from trainer.samples import Sampler
@@ -41,11 +50,16 @@ def train(
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with one_voice():
+        check_launch()
+        resume = own_first(out, resume)
         recipe, dataset, val = fit(with_init(recipe, init_from), data, world=world)
-        check_run_folder(recipe, out, resume)
+        goes_on = check_run_folder(recipe, out, resume, thorough=dry_run)
+        if dry_run:
+            check_port()
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(make_plan(recipe, world=world)) + "\ndry run: the data fits the recipe; nothing was written")
+            end = "dry run: the data fits the recipe; nothing was written"
+            print("\n".join(filter(None, [describe(make_plan(recipe, world=world)), goes_on, end])))
         return
 
     group = start()

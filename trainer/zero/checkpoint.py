@@ -132,6 +132,14 @@ def find(root: str, group: Group) -> Found | None:
     return None
 
 
+def whole(folder: str, group: Group) -> Found:
+    """The checkpoint in this very folder; UserError when it is not whole. Collective."""
+    found, reason = inspect(folder, group)
+    if found is None:
+        raise UserError(f"--resume {folder}: not a whole checkpoint ({reason})")
+    return found
+
+
 def inspect(folder: str, group: Group) -> tuple[Found | None, str]:
     """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective."""
     reason, found = "", None
