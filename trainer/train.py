@@ -99,7 +99,7 @@ def run(
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
     uploads = Uploads(group, out)
-    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine())
+    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine(recipe.precision))
     losses: list[float] = []
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")

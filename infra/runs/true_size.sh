@@ -55,9 +55,17 @@ for depth in $depths; do
     start "$depth" "$run" "$images"
     ended
     [ "${codes[*]}" = "0 0" ]
-    echo "$load $(cut -d' ' -f1 /proc/loadavg)" > "$run/load"
-    du -sb "$run/checkpoints" | cut -f1 > "$run/checkpoint_files"
-    rm -rf "$run/checkpoints" # of the largest the disk shall hold one run at a time
+    "$python" - "$run" "$load" "$(cut -d' ' -f1 /proc/loadavg)" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+from trainer.reality import graded
+
+run, *load = sys.argv[1:]
+Path(run, "graded.json").write_text(json.dumps({"rows": graded(run), "load": load}))
+PY
+    rm -rf "$run/checkpoints" # the disk shall hold one run at a time
   fi
 done
 
@@ -77,7 +85,7 @@ if [ ! -e "$killed/weights/raw.safetensors" ]; then
   [ "${codes[*]}" = "0 0" ]
 fi
 
-"$python" - "$out" "$folder" "$batch" $depths <<'PY'
+"$python" - "$out" "$folder" $depths <<'PY'
 """Compare the two runs of the largest depth bit by bit, grade the plan, write report.md and report.json."""
 import json
 import platform
@@ -85,12 +93,95 @@ import statistics
 import sys
 from pathlib import Path
 
-from trainer.plan import make_plan
-from trainer.reality import GRADED, graded, measured, measured_rates
-from trainer.recipe import Recipe
-from trainer.verify import losses, same
+import torch
 
-out, folder, batch, depths = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [int(d) for d in sys.argv[4:]]
-straight, killed = out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}"
-verdicts = same(straight, killed, "killed and resumed against straight through")
+from trainer.machines import this_machine
+from trainer.plan import make_plan
+from trainer.reality import overhead_of
+from trainer.recipe import Recipe
+from trainer.trial import efficiency_here
+from trainer.verify import same
+
+out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
+WORLD, MICRO = 2, 1
+
+
+def look(depth: int) -> dict:
+    """A run as it was: seconds, CPU seconds, memory of its steps after the first; its plan against what it took."""
+    run = out / f"straight-d{depth}"
+    recipe = Recipe.from_json(json.loads((run / "recipe.json").read_text()))
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    seconds = [recipe.global_batch / line["images_per_second"] for line in steps]
+    cpu = [s * line["cpu_cores"] for s, line in zip(seconds, steps)]
+    told = json.loads((run / "graded.json").read_text())
+    median = lambda values: statistics.median(values[1:])  # the first step makes Adam's moments
+    return {
+        "depth": depth, "load": told["load"], "steps": len(steps), "losses": [line["loss"] for line in steps],
+        "seconds": median(seconds), "cpu_seconds": median(cpu),
+        "ema_seconds": median([s * line["ema_share"] for s, line in zip(seconds, steps)]),
+        "ema_share": median([line["ema_share"] for line in steps]),
+        "memory_gib": max(line["memory_gib"] for line in steps), "rows": told["rows"],
+        "recipe": recipe,
+    }  # fmt: skip
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def head(*cells: str) -> list[str]:
+    return [row(*cells), row(*["---"] * len(cells))]
+
+
+runs = [look(depth) for depth in depths]
+largest, machine = runs[-1], this_machine("bf16")
+verdicts = same(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
+efficiency = {r["depth"]: efficiency_here(r["recipe"], machine, micro_batch=MICRO) for r in runs}
+first = runs[0]
+overhead = overhead_of(
+    first["recipe"], first["cpu_seconds"], machine, world=WORLD, efficiency=efficiency[first["depth"]]
+)
+for r in runs:
+    plan = make_plan(
+        r["recipe"], world=WORLD, machine=machine, efficiency=efficiency[r["depth"]], overhead=overhead
+    )
+    r["planned_seconds"], r["time"] = plan["time"]["step_seconds"], plan["time"]
+    del r["recipe"]
+
+text = [
+    f"# A depth-{depths[-1]} model at its true size on two CPU ranks", "",
+    f"{largest['rows']['parameters'][1]:,.0f} parameters, 256 image tokens and 154 text tokens, bf16 with fp32 masters, "
+    "reductions, moments and one EMA profile, ZeRO-3 with every parameter sharded, one image at once, "
+    f"{largest['steps']} steps. Written by `infra/runs/true_size.sh`; {platform.machine()}, "
+    f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}.", "",
+    f"Other work ran on the same cores (load average {' to '.join(largest['load'])} on {torch.get_num_threads()} or more "
+    "cores): seconds are of this day, CPU seconds (the slower rank's, with its helper threads) say what the work costs.",
+    "", "## Killed and resumed", "", f"{(out / f'killed-d{depths[-1]}' / 'killed').read_text().strip()}.", "",
+    *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
+    "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
+    *head("depth", "seconds a step", "CPU seconds", "of them EMA", "share", "largest process GiB", "load"),
+    *[row(r["depth"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['ema_seconds']:.4f}",
+          f"{r['ema_share']:.2%}", f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
+    "", "## The plan against what was measured", "",
+    "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass.", "",
+]  # fmt: skip
+for r in runs:
+    text += [*head(f"depth {r['depth']}", "planned", "measured", "error")]
+    for name, (planned, found) in r["rows"].items():
+        if name != "images_per_second":
+            text.append(row(name, f"{planned:,.0f}", f"{found:,.0f}", f"{planned / found - 1:+.2%}"))
+    error = f"{r['planned_seconds'] / r['cpu_seconds'] - 1:+.1%}" if r is not first else "calibrated on it"
+    text += [row("CPU seconds a step", f"{r['planned_seconds']:.3f}", f"{r['cpu_seconds']:.3f}", error), ""]
+text += [
+    "Step times are planned from a trial of the recipe's own blocks on this machine (`plan --trial`: "
+    + ", ".join(f"{efficiency[r['depth']] * machine.flops / 1e9:.0f} GFLOP/s at depth {r['depth']}" for r in runs)
+    + f"), bytes over gloo and through memory, and {overhead * 1000:.1f} ms for each layer that runs, which is what the "
+    f"step of depth {first['depth']} took beyond that.",
+]  # fmt: skip
+(folder / "report.md").write_text("\n".join(text) + "\n")
+(folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")
+print("\n".join(text))
+if not all(v.kept for v in verdicts):
+    sys.exit(1)
 PY
