@@ -191,7 +191,8 @@ def test_a_run_folder_may_be_on_s3(data, s3, tmp_path):
     assert names >= {"recipe.json", "plan.json", "checkpoints/latest", "weights/ema.safetensors"}
     assert images_trained(f"{s3}/run") == 16
     assert ResultStore(f"{s3}/run/results").rows(metric="val_loss/sd3")
-    assert any(name.startswith("logs/train-") for name in names)
+    for start in ("logs/train-", "logs/tensorboard/events"):
+        assert any(name.startswith(start) for name in names)
 
 
 def test_a_run_that_cannot_go_on_stops_with_a_line(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import statistics
 import threading
 import time
@@ -16,6 +17,7 @@ from trainer.recipe import Recipe
 from trainer.trackers import Trackers
 from trainer.validate import ValidationLoss
 from trainer.zero.group import Group
+from trainer.zero.uploads import staging
 
 
 class RunLog:
@@ -35,12 +37,16 @@ class RunLog:
         self._store = ResultStore(storage.join(out, "results"))
         self._board: Any = None
         self._trackers = Trackers(recipe, self.run, out) if self._talks else None
-        if self._talks and not storage.is_remote(out):
-            self._forget_after(images_seen)
+        if self._talks:
+            if storage.is_remote(out):
+                self._events = staging(out, group.rank).parent / "tensorboard"
+                shutil.rmtree(self._events, ignore_errors=True)  # of a session before, which sent them
+            else:
+                self._events = storage.local_path(out) / "logs" / "tensorboard"
+                self._forget_after(images_seen)
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = str(storage.local_path(out) / "logs" / "tensorboard")
-            self._board = SummaryWriter(folder, purge_step=images_seen, flush_secs=10)
+            self._board = SummaryWriter(str(self._events), purge_step=images_seen, flush_secs=10)
 
     @property
     def seconds(self) -> float:
@@ -114,6 +120,9 @@ class RunLog:
                 self._rows, self._lines = rows + self._rows, lines + self._lines
         if self._board is not None:
             self._board.flush()
+            if storage.is_remote(self.out):
+                for path in self._events.iterdir():
+                    storage.upload(path, storage.join(self.out, "logs", "tensorboard", path.name))
 
     def _keep(self, text: str) -> None:
         """Lines of the log: appended to a file; on S3, where nothing can be appended, an object of their own."""

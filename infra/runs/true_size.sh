@@ -27,7 +27,7 @@ PY
 
 start() { # DEPTH RUN SAVE_EVERY: two ranks in the background, their ids in $pids
   local port rank
-  port=$("$python" -c "from trainer.zero.group import free_port; print(free_port())")
+  port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
   pids=()
   for rank in 0 1; do
     RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
