@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TEMP_SUFFIX = ".beeline-tmp"  # unfinished local writes; listings never show them
 READ_AHEAD = 8 * 2**20
+UPLOAD_PART = 32 * 2**20  # S3 takes 10,000 parts of an object
 
 
 def is_remote(uri: str) -> bool:
@@ -97,6 +98,17 @@ def write_bytes(uri: str, data: bytes) -> None:
             fs.pipe_file(f"{bucket}/{key}", data)
         return
     with _local(uri, len(data)), _temp_beside(local_path(uri), data) as temp:
+        temp.replace(local_path(uri))
+        _sync_folder(temp.parent)
+
+
+def upload(path: str | Path, uri: str) -> None:
+    """Put a local file as a whole object, reading it in pieces; replaces what was there, at once."""
+    if is_remote(uri):
+        with _s3(uri) as (fs, bucket, key):
+            fs.put_file(str(path), f"{bucket}/{key}", chunksize=UPLOAD_PART, max_concurrency=4)
+        return
+    with _local(uri), open(path, "rb") as source, _temp_beside(local_path(uri), source) as temp:
         temp.replace(local_path(uri))
         _sync_folder(temp.parent)
 
@@ -211,13 +223,16 @@ def local_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def _temp_beside(path: Path, data: bytes) -> Iterator[Path]:
+def _temp_beside(path: Path, data: bytes | BinaryIO) -> Iterator[Path]:
     """The data, synced to disk under a temporary name in the same folder; the name is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.parent / f".{uuid.uuid4().hex}{TEMP_SUFFIX}"
     try:
         with temp.open("wb") as file:
-            file.write(data)
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                shutil.copyfileobj(data, file, READ_AHEAD)
             file.flush()
             os.fsync(file.fileno())
         yield temp

@@ -94,10 +94,13 @@ def test_settings_that_make_no_sense(monkeypatch):
 
 
 class Wire:
-    """A TCP proxy in front of the server that can be cut and mended, as networks are."""
+    """A TCP proxy in front of the server that can be cut and mended, as networks are; nothing passes while `flows` is
+    cleared."""
 
     def __init__(self, target: int) -> None:
         self.target, self.cut, self.pairs = target, False, []
+        self.flows = threading.Event()
+        self.flows.set()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -119,6 +122,7 @@ class Wire:
     def pump(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(65536):
+                self.flows.wait()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

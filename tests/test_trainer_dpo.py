@@ -335,3 +335,11 @@ def test_data_without_pairs_is_refused_before_any_work(base, tmp_path, monkeypat
     )
     with pytest.raises(UserError, match="no preference pairs"):
         main()
+
+
+def test_two_passes_are_one_step_to_deepspeed(stages):
+    """Each block is gathered for the reference, for the policy and for its backward pass, always with a whole trace of
+    the step: without one DeepSpeed prefetches nothing."""
+    wire = stages["wire"]
+    assert [len(calls) for calls in wire["blocks"]] == [3 * wire["depth"]] * 2
+    assert wire["traced"] == [3 * wire["depth"]] * 2

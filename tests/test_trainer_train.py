@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +23,7 @@ from model.convert import convert
 from model.weights import load_weights, read_meta
 from trainer.__main__ import main
 from trainer.ladder import climb, images_trained
+from trainer.preflight import own_first
 
 pytestmark = pytest.mark.dist
 IMAGES, EVERY = 192, 64  # 24 steps of 8 images; a checkpoint every 8 steps
@@ -263,6 +267,66 @@ def test_dry_run_writes_nothing_and_shows_the_plan(data, tmp_path, monkeypatch, 
     told = capsys.readouterr().out
     assert "parameters" in told
     assert "nothing was written" in told
+    assert not (tmp_path / "run").exists()
+
+
+def dry_run(monkeypatch, data: Path, out: Path, *more: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, out, "--dry-run", *more)[2:]])
+    main()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_dry_run_reads_the_checkpoint_that_would_be_continued(data, straight, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "world-d2"
+    cut(straight, run, keep=(8, 16))
+    dry_run(monkeypatch, data, run)
+    assert "step_0000016 is whole: the run continues at 128 images" in capsys.readouterr().out
+    flip(run / "checkpoints" / "step_0000016" / "rank_00000.safetensors")
+    dry_run(monkeypatch, data, run)
+    told = capsys.readouterr()
+    assert "step_0000016 is damaged" in told.err
+    assert "step_0000008 is whole: the run continues at 64 images" in told.out
+    with pytest.raises(UserError, match="step_0000016: not a whole checkpoint"):
+        dry_run(monkeypatch, data, tmp_path / "new", "--resume", str(run / "checkpoints" / "step_0000016"))
+    (run / "checkpoints" / "step_0000008" / "rank_00001.safetensors").unlink()  # half copied
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+        dry_run(monkeypatch, data, run)
+
+
+def test_dry_run_refuses_a_checkpoint_of_another_architecture(data, straight, tmp_path, monkeypatch):
+    other = ["--resume", str(straight / "checkpoints" / "step_0000008"), "--model.depth", "1"]
+    with pytest.raises(UserError, match=r"another architecture \(model.depth: 2 -> 1\)"):
+        dry_run(monkeypatch, data, tmp_path / "new", *other)
+    # With checkpoints of its own a branch is continued, not begun again.
+    assert own_first(str(straight), other[1]) == "latest"
+    assert own_first(str(tmp_path / "new"), other[1]) == other[1]
+
+
+def test_dry_run_finds_a_port_in_use(data, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(UserError, match=r"port \d+ is in use .*give the launcher --master_port N"):
+            dry_run(monkeypatch, data, tmp_path / "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_missing_hostfile_is_an_error_not_a_smaller_run(data, tmp_path, dry):
+    words = ["--hostfile", str(tmp_path / "hosts"), "--num_gpus", "1", "--module", "trainer"]
+    more = ["--dry-run"] if dry else []
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "deepspeed"), *words, *command(data, tmp_path / "run", *more)[2:]],
+        env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert errors == [f"error: --hostfile {tmp_path}/hosts: no such file; without it DeepSpeed trains on this machine "
+                      "alone: correct the path, or leave --hostfile out"]  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 

@@ -151,11 +151,14 @@ def test_whole_parameters_come_out_of_stage_2(found):
     assert found["whole_matches"]
 
 
-def test_blocks_are_gathered_whole(found):
-    """Two blocks; the other layers are gathered one by one. A block costs one gather forward, one backward."""
-    others = 2 * 8  # patch, 4 conditioning linears, context, final modulation and output
-    assert found["collectives"]["all_gather_into_tensor"] <= 2 * 2 + others
-    assert found["collectives"]["reduce_scatter_tensor"] <= 2 + 3
+def test_a_block_costs_one_gather_forward_one_backward_and_one_reduction(found):
+    wire = found["wire"]
+    assert len(wire["sizes"]) == 3
+    assert sorted(wire["blocks"]) == sorted(2 * wire["sizes"])  # each whole, and nothing else that large
+    assert wire["blocks"] == wire["sizes"] + wire["sizes"][::-1]
+    # In buckets of a block's size, every gradient once: as many reductions as there are blocks.
+    assert len(wire["reduced"]) == -(-wire["whole"] // max(wire["sizes"])) == len(wire["sizes"])
+    assert sum(wire["reduced"]) == wire["whole"]
 
 
 def test_bf16_has_fp32_masters(found):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from trainer_zero_checks import Gathers
 
 from data_pipeline.loader import open_dataset
 from data_pipeline.pairs import Partners
@@ -85,6 +86,18 @@ def main() -> None:
             "trained": int(group.sum([float(engine.describe()["local"])])[0]),
             **sizes,
         }
+    # Two forward passes and one backward are one step to DeepSpeed, held-out pairs between two steps or not.
+    engine = ZeroEngine(recipe_of(plain.config, dataclasses.replace(SHARDED, max_live=0)), group)
+    steps(engine, group, data, 2)
+    gathers = Gathers(engine)
+    for _ in range(2):
+        with gathers.watching():
+            steps(engine, group, data, 1)
+        with engine.reference():
+            engine(*given)
+        with engine.inference():
+            engine(*given)
+    found["wire"] = {"blocks": gathers.blocks, "traced": gathers.traced, "depth": plain.config.depth}
     if group.rank == 0:
         Path(out).write_text(json.dumps(found))
     leave()

@@ -16,8 +16,10 @@ TINY = [
 ]
 
 
-def start_ranks(command: list[str], ranks: int) -> list[subprocess.Popen[str]]:
-    """`python COMMAND...` once per rank, on this machine."""
+def start_ranks(
+    command: list[str], ranks: int, *, of_rank: dict[int, dict[str, str]] | None = None
+) -> list[subprocess.Popen[str]]:
+    """`python COMMAND...` once per rank, on this machine; `of_rank`: what only some ranks find in their environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,7 +28,7 @@ def start_ranks(command: list[str], ranks: int) -> list[subprocess.Popen[str]]:
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": "cpu", **(of_rank or {}).get(rank, {}),
         }  # fmt: skip
         found.append(
             subprocess.Popen(

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.loader import open_dataset
 from model.flow import get_formulation
@@ -37,30 +38,49 @@ RECIPE = Recipe(
 FORM = get_formulation(RECIPE.formulation)
 
 
-class Collectives:
-    """Counts what goes over the wire."""
+class Gathers:
+    """Counts what goes over the wire, at the functions that DeepSpeed's backend holds. Each list: an entry a step."""
 
-    def __init__(self) -> None:
-        self.count = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}
+    def __init__(self, engine: ZeroEngine) -> None:
+        sizes = [sum(p.ds_numel for p in block.parameters()) for block in engine.model.blocks]
+        self._least = min(sizes) / 2  # no other layer is half as large as the smallest block
+        self.blocks: list[list[int]] = []
+        """Elements of each all-gather that brings blocks."""
+        self.traced: list[int] = []
+        """How many of them DeepSpeed did with a whole trace of the modules, by which it prefetches."""
+        self.reduced: list[list[int]] = []
+        """Elements that go into each reduce-scatter, over all ranks."""
+        self._coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
 
     @contextlib.contextmanager
-    def watching(self):
-        saved = {name: getattr(dist, name) for name in self.count}
+    def watching(self) -> Iterator[None]:
+        """Around the passes of one step."""
+        from deepspeed.comm.comm import cdb
 
-        def counted(name):
-            def call(*args, **kwargs):
-                self.count[name] += 1
-                return saved[name](*args, **kwargs)
+        saved = cdb.all_gather_function, cdb.reduce_scatter_function
+        gathered: list[int] = []
+        reduced: list[int] = []
+        self.blocks.append(gathered)
+        self.reduced.append(reduced)
+        self.traced.append(0)
 
-            return call
+        def gather(*args: Any, **more: Any) -> Any:
+            output = more.get("output_tensor", args[0] if args else None)
+            if output.numel() >= self._least:
+                gathered.append(output.numel())
+                self.traced[-1] += self._coordinator.is_complete_trace()
+            return saved[0](*args, **more)
 
-        for name in self.count:
-            setattr(dist, name, counted(name))
+        def reduce(*args: Any, **more: Any) -> Any:
+            given = args[1] if len(args) > 1 else more["input_tensor"]
+            reduced.append(given.numel())
+            return saved[1](*args, **more)
+
+        cdb.all_gather_function, cdb.reduce_scatter_function = gather, reduce
         try:
-            yield self.count
+            yield
         finally:
-            for name, function in saved.items():
-                setattr(dist, name, function)
+            cdb.all_gather_function, cdb.reduce_scatter_function = saved
 
 
 def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedEMA | None = None, micro: int = 1):
@@ -214,12 +234,16 @@ def main() -> None:
             )
 
     # One all-gather per block forward, one backward, one reduce-scatter: leaf modules at work.
-    strict = dataclasses.replace(RECIPE.parallel, max_live=0, reduce_bucket=700_000, prefetch=0)
-    engine = ZeroEngine(dataclasses.replace(RECIPE, parallel=strict), group)
-    steps(engine, group, data, 3)
-    with Collectives().watching() as count:
+    config = dataclasses.replace(CONFIG, depth=3)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in config.build().blocks]
+    strict = dataclasses.replace(RECIPE.parallel, max_live=0, reduce_bucket=max(sizes), prefetch=0)
+    engine = ZeroEngine(dataclasses.replace(RECIPE, parallel=strict, model=config), group)
+    steps(engine, group, data, 2)
+    gathers = Gathers(engine)
+    with gathers.watching():
         steps(engine, group, data, 1)
-    found["collectives"] = dict(count)
+    whole = sum(engine.partition.flats[0].master.numel() for _ in range(group.world))
+    found["wire"] = {"sizes": sizes, "blocks": gathers.blocks[0], "reduced": gathers.reduced[0], "whole": whole}
 
     half = dataclasses.replace(RECIPE, precision="bf16")
     engine = ZeroEngine(half, group)

@@ -105,6 +105,8 @@ class PlanArgs:
     """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
     calibrate: str | None = None
     """Run folder whose measured speed gives the efficiency instead."""
+    trial: bool = False
+    """Time one block of the recipe on this device, which must be of the planned kind, and take its efficiency."""
     dollars_per_gpu_hour: float | None = None
     """Price of one device; default: a guess of ours for each kind."""
     dataset_images: int | None = None
@@ -228,14 +230,21 @@ def run_plan(arguments: list[str]) -> None:
         return
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
-    from trainer.machines import get_machine
+    from trainer.machines import get_machine, this_machine
     from trainer.reality import measured_efficiency
+    from trainer.trial import efficiency_here
 
+    machine = get_machine(args.gpu) if args.gpu else this_machine(args.recipe.precision)
+    efficiency = measured_efficiency(args.calibrate) if args.calibrate else args.efficiency
+    if args.trial:
+        share = -(-args.recipe.global_batch // args.gpus)
+        micro = args.recipe.parallel.micro_batch or share
+        efficiency = efficiency_here(args.recipe, machine, micro_batch=micro)
     plan = make_plan(
         args.recipe,
         world=args.gpus,
-        machine=get_machine(args.gpu) if args.gpu else None,
-        efficiency=measured_efficiency(args.calibrate) if args.calibrate else args.efficiency,
+        machine=machine,
+        efficiency=efficiency,
         dollars_per_hour=args.dollars_per_gpu_hour,
         dataset_images=args.dataset_images,
     )

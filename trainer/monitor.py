@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
@@ -32,10 +33,18 @@ class Monitor:
         exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
         self._flops = exact if recipe.lora.rank is None else train_flops_of(recipe)
         self._sums = torch.zeros(2, BINS, dtype=torch.float64)
-        self._waited, self._since, self._images = 0.0, time.monotonic(), 0
+        self._start()
+        self.activations: int | None = None
+        """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
+        or compiled."""
         self._eager = not recipe.parallel.compile
+        self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
         self._figures: dict[str, float] = {}
+
+    def _start(self) -> None:
+        self._waited, self._averaged, self._images = 0.0, 0.0, 0
+        self._since, self._cpu = time.monotonic(), time.process_time()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -43,6 +52,35 @@ class Monitor:
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Around the EMA's update. Told on a CPU only: a GPU has not done the work yet when this ends."""
+        start = time.monotonic()
+        yield
+        self._averaged += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Around the first forward pass, whose activations are counted as the plan counts them: each storage once,
+        without the parameters."""
+        if self.activations is not None or not self._counts:
+            yield
+            return
+        found: dict[int, int] = {}
+        kept: list[Tensor] = []  # so that no storage takes another's place
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            # Under stage 3 weights are gathered and let go all the time: theirs are the storages of this moment.
+            if all(storage._cdata != p.untyped_storage()._cdata for p in model.parameters()):
+                found[storage._cdata] = storage.nbytes()
+                kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        self.activations = sum(found.values())
 
     @contextlib.contextmanager
     def looking(self, on: bool) -> Iterator[None]:
@@ -71,7 +109,8 @@ class Monitor:
         more = [self._figures[name] for name in names]
         summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy, *more])
         logit = max((seen.max_logit for seen in self._attention), default=0.0)
-        largest = self.group.max([self._waited / seconds, float(memory_bytes(self.group.device)), logit])
+        shares = [self._waited / seconds, self._averaged / seconds, (time.process_time() - self._cpu) / seconds]
+        largest = self.group.max([*shares, float(memory_bytes(self.group.device)), logit])
         rate = summed[2 * BINS] / seconds
         figures = {
             f"loss/t{(i + 0.5) / BINS:.4f}": summed[i] / summed[BINS + i] for i in range(BINS) if summed[BINS + i]
@@ -79,15 +118,18 @@ class Monitor:
         figures |= {
             "data_wait": largest[0],
             "mfu": self._flops * rate / (self._machine.flops * self.group.world),
-            "memory_gib": largest[1] / 2**30,
+            "memory_gib": largest[3] / 2**30,
         }
+        if self.group.device.type == "cpu":
+            # Cores in use: on a machine that others use too, CPU seconds say more than seconds.
+            figures |= {"ema_share": largest[1], "cpu_cores": largest[2]}
         if self._attention:
-            figures |= {"attention/max_logit": largest[2], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
+            figures |= {"attention/max_logit": largest[4], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
         figures |= {name: value / summed[2 * BINS] for name, value in zip(names, summed[2 * BINS + 2 :])}
         self._sums.zero_()
         self._figures.clear()
         self._attention.clear()
-        self._waited, self._since, self._images = 0.0, time.monotonic(), 0
+        self._start()
         return figures
 
 

@@ -27,9 +27,11 @@ def make_plan(
     efficiency: float | None = None,
     dollars_per_hour: float | None = None,
     dataset_images: int | None = None,
+    overhead: float = 0.0,
 ) -> dict[str, Any]:
-    """plan.json. `predicted` holds what a run measures under the same names (result rows)."""
-    machine = machine or this_machine()
+    """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
+    layer costs each time it runs, whatever its size."""
+    machine = machine or this_machine(recipe.precision)
     efficiency = efficiency or machine.efficiency
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
@@ -45,10 +47,11 @@ def make_plan(
         for stage in range(4)
     }
     stage = recipe.parallel.zero_stage
-    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency)
+    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, overhead=overhead)
     step, steps = time["step_seconds"], recipe.steps
     checkpoint = checkpoint_bytes(recipe, parameters)
-    weights_files = (recipe.logging_saves + 2) * 4 * parameters
+    storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
+    storage += (recipe.logging_saves + 2) * 4 * parameters
     hours = step * steps / 3600
     price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
@@ -76,13 +79,14 @@ def make_plan(
         },
         "advice": advice(recipe, per_stage, machine),
         "checkpoint_bytes": checkpoint,
-        "storage_bytes": checkpoint * recipe.logging.keep + weights_files,
+        "storage_bytes": storage,
         "time": time | {"hours": hours, "device_hours": hours * world},
         "dollars": hours * world * price,
         "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
         "predicted": {
             "cost/parameters": parameters,
             "cost/checkpoint_bytes": checkpoint,
+            "cost/storage_bytes": storage,
             "cost/images_per_second": recipe.global_batch / step,
             **{f"cost/bytes_per_rank/{name}": value for name, value in per_stage[f"stage{stage}"].items()
                if name in ("weights", "masters", "moments", "gradients", "ema", "activations")},
@@ -178,25 +182,38 @@ def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
     return 4 * trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
 
 
-def step_time(recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float) -> dict[str, float]:
-    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links."""
+def step_time(
+    recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float, overhead: float = 0.0
+) -> dict[str, float]:
+    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, the
+    optimizer and the EMA from bytes and memory."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
     per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
         per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
-    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
+    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency) + overhead * layers(recipe, world)
     moved = bytes_moved(recipe, parameters, world=world)
     inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
     communication = sum(transfer_seconds(machine, moved[name], world) for name in ("forward", "gradients", "publish"))
     communication += transfer_seconds(machine, moved["backward"], inside or world)
-    step = max(compute, communication) if machine.overlap else compute + communication
+    mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)
+    # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
+    updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
+    step = (max(compute, communication) if machine.overlap else compute + communication) + updating
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,
+        "update_seconds": updating,
         "step_seconds": step,
-        "step_seconds_without_overlap": compute + communication,
+        "step_seconds_without_overlap": compute + communication + updating,
         "bytes_moved_per_step": sum(moved.values()),
     }
+
+
+def layers(recipe: Recipe, world: int) -> int:
+    """Layers that a rank runs in a step: blocks, and one for what stands around them."""
+    share = math.ceil(recipe.global_batch / world)
+    return (recipe.model.depth + 1) * math.ceil(share / (recipe.parallel.micro_batch or share))
 
 
 def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
@@ -258,7 +275,8 @@ def describe(plan: dict[str, Any]) -> str:
     lines += [
         plan["advice"],
         f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
-        f"{plan['efficiency']:.0%} of the peak, {time['communication_seconds']:.3g} s communicating); the run "
+        f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
+        f"{time['update_seconds']:.3g} s updating); the run "
         f"{time['hours']:,.1f} hours, {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}",
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
         f"{plan['storage_bytes'] / 2**30:.3f} GiB",

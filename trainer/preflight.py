@@ -2,10 +2,16 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
 
 from data_pipeline.loader import Dataset, open_dataset
 from data_pipeline.pairs import Partners
@@ -19,7 +25,11 @@ from trainer.recipe import Recipe, check, differences
 from trainer.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
+from trainer.zero.group import PORT_IN_USE, Group
 from trainer.zero.rankfile import file_hash
+
+# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
+MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
 @contextlib.contextmanager
@@ -130,24 +140,81 @@ def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     return dataclasses.replace(recipe, init_weights=file_hash(str(path)))
 
 
-def check_run_folder(recipe: Recipe, out: str, resume: str) -> None:
-    """An existing run continues only with the recipe that it was started with."""
-    uri = storage.join(out, "recipe.json")
-    started = storage.exists(storage.join(out, "checkpoints"))
-    if resume == "none" and started and checkpoint.candidates(storage.join(out, "checkpoints")):
-        raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")
-    if resume not in ("latest", "none") and not storage.exists(storage.join(resume, checkpoint.MANIFEST)):
-        raise UserError(
-            f"--resume {resume}: no checkpoint there; give latest, none, or a folder RUN/checkpoints/step_..."
-        )
-    if not storage.exists(uri) or not started:
+def check_launch() -> None:
+    """What the launchers let pass: DeepSpeed goes on with this machine alone where it does not find its hostfile."""
+    for parent in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            words = parent.cmdline()
+            given = [b for a, b in itertools.pairwise(words) if a == "--hostfile"]
+            given += [word.partition("=")[2] for word in words if word.startswith("--hostfile=")]
+            for path in given:
+                if not os.path.isfile(os.path.join(parent.cwd(), path)):
+                    raise UserError(
+                        f"--hostfile {path}: no such file; without it DeepSpeed trains on this machine alone: "
+                        "correct the path, or leave --hostfile out"
+                    )
+
+
+def check_port() -> None:
+    """Will rank 0 be able to open the port where the ranks meet? torchrun holds it itself."""
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    if not port or os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
-    try:
-        old = Recipe.from_json(json.loads(storage.read_bytes(uri)))
-    except ValueError as error:
-        raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
-    changed = differences(old, recipe)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(PORT_IN_USE.format(port=port)) from error
+
+
+def own_first(out: str, resume: str) -> str:
+    """The same command continues a run: once it has checkpoints of its own they count, not the one it branched from."""
+    if resume in ("latest", "none") or not checkpoint.candidates(storage.join(out, "checkpoints")):
+        return resume
+    return "latest"
+
+
+def check_run_folder(recipe: Recipe, out: str, resume: str, *, thorough: bool = False) -> str:
+    """An existing run continues only with the recipe that it was started with. Where it would continue, in words;
+    `thorough` reads every byte of that checkpoint, as the run itself does before its first step."""
+    uri, root = storage.join(out, "recipe.json"), storage.join(out, "checkpoints")
+    folders = checkpoint.candidates(root) if storage.exists(root) else []
+    if resume == "none" and folders:
+        raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")
+    if folders and storage.exists(uri):
+        try:
+            old = Recipe.from_json(json.loads(storage.read_bytes(uri)))
+        except ValueError as error:
+            raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
+        changed = differences(old, recipe)
+        if changed:
+            what = "; ".join(changed)
+            raise UserError(f"{out} was started with another recipe ({what}): choose another --out or the same options")
+    if resume not in ("latest", "none"):
+        if not storage.exists(storage.join(resume, checkpoint.MANIFEST)):
+            raise UserError(
+                f"--resume {resume}: no checkpoint there; give latest, none, or a folder RUN/checkpoints/step_..."
+            )
+        folders = [resume]
+    if not folders or not thorough:
+        return ""
+    alone = Group(0, 1, torch.device("cpu"))
+    if resume == "latest":
+        found = checkpoint.find(root, alone)
+        assert found is not None
+    else:
+        found = checkpoint.whole(resume, alone)
+    same_recipe(found.uri, found.state, recipe, resume=resume)
+    return f"{found.uri} is whole: the run continues at {found.state['images_seen']:,} images"
+
+
+def same_recipe(uri: str, kept: dict[str, Any], recipe: Recipe, *, resume: str) -> None:
+    """Refuse a checkpoint of another recipe; what --resume PATH may change is left aside."""
+    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
+    if resume != "latest":
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+    if any(line.startswith("model.") for line in changed):
+        raise UserError(f"{uri} is of another architecture ({'; '.join(changed)}): use the options it was saved with")
     if changed:
-        raise UserError(
-            f"{out} was started with another recipe ({'; '.join(changed)}): choose another --out, or the same options"
-        )
+        raise UserError(f"{uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with")

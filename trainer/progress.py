@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import threading
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class RunLog:
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
         self._rates: list[float] = []
+        self._lock = threading.Lock()  # on S3 a thread flushes what the loop tells
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
         self._store = ResultStore(storage.join(out, "results"))
@@ -100,24 +102,33 @@ class RunLog:
         """Rows and lines go to disk; call when a checkpoint stands or the run ends."""
         if not self._talks:
             return
-        self._store.append(self._rows)
-        self._rows = []
-        if self._lines:
-            text = "".join(self._lines)
-            if storage.is_remote(self.out):
-                storage.write_bytes(
-                    storage.join(self.out, "logs", f"train-{self.images_seen:012d}.jsonl"), text.encode()
-                )
-            else:
-                path = storage.local_path(self.out) / "logs" / "train.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-        self._lines = []
+        with self._lock:
+            rows, self._rows, lines, self._lines = self._rows, [], self._lines, []
+        try:
+            self._store.append(rows)
+            rows = []
+            self._keep("".join(lines))
+            lines = []
+        finally:  # what did not get through is told the next time
+            with self._lock:
+                self._rows, self._lines = rows + self._rows, lines + self._lines
         if self._board is not None:
             self._board.flush()
+
+    def _keep(self, text: str) -> None:
+        """Lines of the log: appended to a file; on S3, where nothing can be appended, an object of their own."""
+        if not text:
+            return
+        if storage.is_remote(self.out):
+            last = json.loads(text.splitlines()[-1])["images_seen"]
+            storage.write_bytes(storage.join(self.out, "logs", f"train-{last:012d}.jsonl"), text.encode())
+            return
+        path = storage.local_path(self.out) / "logs" / "train.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
     def __enter__(self) -> "RunLog":
         return self
@@ -147,7 +158,8 @@ class RunLog:
         if not self._talks:
             return
         stamp = {"kind": kind, "images_seen": self.images_seen, "seconds": round(self.seconds, 3)}
-        self._lines.append(json.dumps({**stamp, **more, **figures}) + "\n")
+        with self._lock:
+            self._lines.append(json.dumps({**stamp, **more, **figures}) + "\n")
         if self._trackers is not None:
             self._trackers.log(kind, figures, self.images_seen)
         if self._board is not None:
@@ -159,11 +171,11 @@ class RunLog:
         self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "",
         higher_is_better: bool = False,
     ) -> None:  # fmt: skip
-        self._rows.append(
-            ResultRow(
-                run=self.run, recipe_hash=self.recipe.hash, code_version=code_version(), images_seen=self.images_seen,
-                metric=metric, value=value, sample_count=count,
-                higher_is_better=higher_is_better or metric == "cost/images_per_second",
-                protocol_hash=protocol, details=details,
-            )
+        row = ResultRow(
+            run=self.run, recipe_hash=self.recipe.hash, code_version=code_version(), images_seen=self.images_seen,
+            metric=metric, value=value, sample_count=count,
+            higher_is_better=higher_is_better or metric == "cost/images_per_second",
+            protocol_hash=protocol, details=details,
         )  # fmt: skip
+        with self._lock:
+            self._rows.append(row)

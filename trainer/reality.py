@@ -6,6 +6,9 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
+from trainer.machines import Machine
+from trainer.plan import layers, make_plan
+from trainer.recipe import Recipe
 
 
 def read_plan(run: str) -> dict[str, Any]:
@@ -21,7 +24,8 @@ def measured(run: str) -> dict[str, float]:
     found = {row.metric: row.value for row in ResultStore(storage.join(run, "results")).rows(prefix="cost")}
     if not found:
         raise UserError(f"{run}: no measured costs there yet: they are written with the first checkpoint")
-    return found
+    files = [uri for name in ("checkpoints", "weights") for uri in storage.list_files(storage.join(run, name))]
+    return found | {"cost/storage_bytes": float(sum(storage.size(uri) for uri in files))}
 
 
 def measured_efficiency(run: str) -> float:
@@ -32,12 +36,23 @@ def measured_efficiency(run: str) -> float:
     return costs["cost/images_per_second"] * plan["train_flops_per_image"] / plan["device_peak_flops"]
 
 
+def overhead_of(recipe: Recipe, step_seconds: float, machine: Machine, *, world: int, efficiency: float) -> float:
+    """Seconds that a layer costs each time it runs, whatever its size: what a small run's step took beyond its plan."""
+    plan = make_plan(recipe, world=world, machine=machine, efficiency=efficiency)
+    return max(0.0, step_seconds - plan["time"]["step_seconds"]) / layers(recipe, world)
+
+
+def graded(run: str) -> dict[str, tuple[float, float]]:
+    """(planned, measured) by name."""
+    plan, costs = read_plan(run), measured(run)
+    predicted = sorted(plan.get("predicted", {}).items())
+    return {name.removeprefix("cost/"): (planned, costs[name]) for name, planned in predicted if name in costs}
+
+
 def compare(run: str) -> str:
     """Prediction, measurement and error, line by line."""
-    plan, costs = read_plan(run), measured(run)
     lines = [f"{'':30}{'planned':>16}{'measured':>16}{'error':>9}"]
-    for name, planned in sorted(plan.get("predicted", {}).items()):
-        if name in costs:
-            error = f"{planned / costs[name] - 1:+9.1%}" if costs[name] else ""
-            lines.append(f"{name.removeprefix('cost/'):30}{planned:16,.6g}{costs[name]:16,.6g}{error}")
+    for name, (planned, found) in graded(run).items():
+        error = f"{planned / found - 1:+9.1%}" if found else ""
+        lines.append(f"{name:30}{planned:16,.6g}{found:16,.6g}{error}")
     return "\n".join(lines)

@@ -228,7 +228,7 @@ class Recipe:
     @property
     def logging_saves(self) -> int:
         """Checkpoints that a run takes; each leaves a file of EMA weights."""
-        return max(1, self.images // (self.cadence("save") or self.images))
+        return -(-self.images // (self.cadence("save") or self.images))
 
     def cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
         """Images between two log lines, validations or checkpoints; None: never."""

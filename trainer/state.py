@@ -13,17 +13,16 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.export import export, weights_meta, weights_reader
+from trainer.preflight import same_recipe
 from trainer.progress import RunLog
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import MOMENTS, ZeroEngine
 from trainer.zero.group import Group
+from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
-
-# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
-MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
 @dataclass
@@ -64,9 +63,13 @@ def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> chec
     return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
 
 
-def measured(engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share) -> dict[str, float]:
+def measured(
+    engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share, activations: int | None
+) -> dict[str, float]:
     """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
     group, sizes = engine.group, engine.bytes_by_category()
+    if activations is not None:
+        sizes["activations"] = activations
     sizes["ema"] = sum(x.numel() * x.element_size() for shards in ema.shards.values() for x in shards)
     numel = sum(s.numel for parts in share.segments for s in parts)
     [total] = group.sum([float(numel * 4 * len(share.tensors))])
@@ -86,30 +89,34 @@ def save(
     info: DatasetInfo,
     *,
     out: str,
+    uploads: Uploads,
+    final: bool,
     init_from: str | None = None,
+    activations: int | None = None,
 ) -> bool:
     """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective.
 
-    Adapters are exported merged into `init_from`, checkpoints hold them alone.
+    On S3 that happens behind the training, one checkpoint at a time; a `final` one is waited for. Adapters are exported
+    merged into `init_from`, checkpoints hold them alone.
     """
     group, step = engine.group, f"step_{state.step:07d}"
+    if final:
+        uploads.wait()
+    elif group.any(uploads.busy):
+        if group.rank == 0:
+            log.warning("%s is left out: the checkpoint before it still travels to %s", step, out)
+        return True
 
     def meta(kind: str) -> dict[str, object]:
         return weights_meta(recipe, info, kind=kind, images_seen=state.images_seen, run=run_log.run)
 
-    folder = storage.join(out, "weights")
+    folder = storage.join(uploads.place, "weights")
     uris = [storage.join(folder, step, "ema.safetensors"), storage.join(folder, "ema.safetensors")]
     exported = export(engine, ema.first, uris, meta("ema"), group, base=init_from)
     raw = [storage.join(folder, "raw.safetensors")]
     exported &= export(engine, engine.masters, raw, meta("raw"), group, base=init_from)
     share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
-    run_log.cost(**measured(engine, ema, share))
-    problem = ""
-    try:
-        run_log.flush()
-    except (UserError, OSError) as error:
-        problem = str(error)
-        log.warning("results not written yet: %s", problem)
+    run_log.cost(**measured(engine, ema, share, activations))
     kept = {
         "images_seen": state.images_seen,
         "adam_steps": engine.adam_steps,
@@ -119,13 +126,41 @@ def save(
         "recent": state.recent,
         "skips": state.skips,
     }
-    root = storage.join(out, "checkpoints")
-    saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=recipe.logging.keep)
-    if group.rank == 0 and saved:
-        log.info("saved %s at %s images", step, f"{state.images_seen:,}")
+    root, place = (storage.join(where, "checkpoints") for where in (out, uploads.place))
+    keep, said = recipe.logging.keep, f"saved {step} at {state.images_seen:,} images"
+    if uploads.remote:
+        manifest = checkpoint.write(place, share, group, step=state.step, state=kept)
+        if manifest is None:
+            _not_saved(step, group)
+            return False
+
+        def publish() -> None:
+            checkpoint.publish(root, manifest, keep=keep)
+            log.info("%s", said)
+
+        uploads.start([lambda: checkpoint.withdraw(root, state.step), run_log.flush], publish)
+        return exported and (uploads.wait() if final else True)
+    told = _flush(run_log)
+    saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=keep)
+    if not saved:
+        _not_saved(step, group)
     elif group.rank == 0:
+        log.info("%s", said)
+    return exported and saved and not group.any(not told)
+
+
+def _flush(run_log: RunLog) -> bool:
+    try:
+        run_log.flush()
+    except (UserError, OSError) as error:
+        log.warning("results not written yet: %s", error)
+        return False
+    return True
+
+
+def _not_saved(step: str, group: Group) -> None:
+    if group.rank == 0:
         log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
-    return exported and saved and not group.any(bool(problem))
 
 
 def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> State:
@@ -138,17 +173,9 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
         if found is None:
             return State()
     else:
-        found, reason = checkpoint.inspect(resume, group)
-        if found is None:
-            raise UserError(f"--resume {resume}: not a whole checkpoint ({reason})")
+        found = checkpoint.whole(resume, group)
     kept = found.state
-    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
-    if resume != "latest":
-        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
-    if changed:
-        raise UserError(
-            f"{found.uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with"
-        )
+    same_recipe(found.uri, kept, recipe, resume=resume)
     target = share_of(engine, ema, {})
     target.segments = [flat.segments for flat in engine.partition.flats]
     checkpoint.load(found, target, group)

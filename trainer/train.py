@@ -19,7 +19,16 @@ from trainer.machines import this_machine
 from trainer.monitor import Monitor
 from trainer.objective import Losses, pretrain
 from trainer.plan import describe, make_plan
-from trainer.preflight import check_run_folder, fit, micro_batches, one_voice, with_init
+from trainer.preflight import (
+    check_launch,
+    check_port,
+    check_run_folder,
+    fit,
+    micro_batches,
+    one_voice,
+    own_first,
+    with_init,
+)
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
 from trainer.samples import Sampler
@@ -29,6 +38,7 @@ from trainer.watch import Watch, together
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, leave, start
+from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
 PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
@@ -40,11 +50,16 @@ def train(
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with one_voice():
+        check_launch()
+        resume = own_first(out, resume)
         recipe, dataset, val = fit(with_init(recipe, init_from), data, world=world)
-        check_run_folder(recipe, out, resume)
+        goes_on = check_run_folder(recipe, out, resume, thorough=dry_run)
+        if dry_run:
+            check_port()
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(make_plan(recipe, world=world)) + "\ndry run: the data fits the recipe; nothing was written")
+            end = "dry run: the data fits the recipe; nothing was written"
+            print("\n".join(filter(None, [describe(make_plan(recipe, world=world)), goes_on, end])))
         return
 
     group = start()
@@ -83,7 +98,8 @@ def run(
     held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
-    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine())
+    uploads = Uploads(group, out)
+    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine(recipe.precision))
     losses: list[float] = []
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")
@@ -97,7 +113,8 @@ def run(
                     micro = next(batches)
                 keys += micro.keys
                 watch.at("computing", state.step)
-                with monitor.looking(number == 0 and due(recipe, "log", state.images_seen + batch)):
+                look = number == 0 and due(recipe, "log", state.images_seen + batch)
+                with monitor.looking(look), monitor.counting(engine.model):
                     losses_B = losses_of(recipe, engine, micro, formulation, group.device)
                 engine.backward(losses_B.loss_B.mean())
                 loss_sum += losses_B.loss_B.detach().double().sum()
@@ -111,6 +128,7 @@ def run(
             result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
+                uploads.wait()  # what still travels may be the checkpoint to go back to
                 state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
                 batches.close()
                 batches, losses = open_batches(recipe, dataset, group, state), []
@@ -120,7 +138,8 @@ def run(
             state.images_seen += batch
             state.step += 1
             keep_recent(state, loss)
-            ema.update(engine.masters, state.images_seen, batch)
+            with monitor.averaging():
+                ema.update(engine.masters, state.images_seen, batch)
             run_log.advance(state.images_seen, loss, lr)
             losses.append(loss)
 
@@ -139,10 +158,13 @@ def run(
             if sampler is not None and (last or due(recipe, "save", state.images_seen)):
                 watch.at("sampling", state.step)
                 with engine.weights(ema.first):
-                    sampler.draw(engine, storage.join(out, "samples", f"step_{state.step:07d}.png"))
+                    sampler.draw(engine, storage.join(uploads.place, "samples", f"step_{state.step:07d}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
-                written = save(recipe, engine, ema, state, run_log, batches, dataset.info, out=out, init_from=init_from)
+                written = save(
+                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, uploads=uploads,
+                    final=last or stop_votes > 0, init_from=init_from, activations=monitor.activations,
+                )  # fmt: skip
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"
@@ -153,6 +175,7 @@ def run(
                 break
 
     batches.close()
+    uploads.close()
     return state.images_seen >= recipe.images
 
 

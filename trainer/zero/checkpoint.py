@@ -63,14 +63,27 @@ def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, A
 
     No rank waits for a failed one: success is summed over the ranks before anything is published.
     """
+    manifest = write(root, share, group, step=step, state=state)
+    if manifest is None:
+        return False
+    problem = ""
+    if group.rank == 0:
+        try:
+            publish(root, manifest, keep=keep)
+        except (UserError, OSError) as error:
+            problem = str(error)
+            log.warning("checkpoint step %d: %s", step, problem)
+    return not group.any(bool(problem))
+
+
+def write(root: str, share: Share, group: Group, *, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Every rank's files under `root`, and the manifest to publish them with; None when a rank failed. Collective."""
     folder = storage.join(root, f"step_{step:07d}")
     problem = ""
     entry: tuple[int, ...] = ()
     try:
         if group.rank == 0:
-            storage.delete(
-                storage.join(folder, MANIFEST)
-            )  # a damaged one of the same step must not vouch for new files
+            withdraw(root, step)
         entry = write_rank_file(folder, group.rank, share.segments, share.tensors, share.extra)
     except (UserError, OSError) as error:
         problem = str(error)
@@ -79,17 +92,22 @@ def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, A
     if group.any(bool(problem)):
         if group.rank == 0:
             _remove(folder)
-        return False
-    if group.rank == 0:
-        manifest = {"format": FORMAT, "step": step, "world_size": group.world, "state": state, "files": entries}
-        try:
-            storage.write_bytes(storage.join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
-            storage.write_bytes(storage.join(root, LATEST), f"step_{step:07d}\n".encode())
-            _retain(root, keep, step)
-        except (UserError, OSError) as error:
-            problem = str(error)
-            log.warning("checkpoint step %d: %s", step, problem)
-    return not group.any(bool(problem))
+        return None
+    return {"format": FORMAT, "step": step, "world_size": group.world, "state": state, "files": entries}
+
+
+def withdraw(root: str, step: int) -> None:
+    """A damaged checkpoint of the same step must not vouch for new files."""
+    storage.delete(storage.join(root, f"step_{step:07d}", MANIFEST))
+
+
+def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
+    """Make the files of all ranks, which are there, a checkpoint; then remove what is too old. Rank 0 alone."""
+    step = int(manifest["step"])
+    name = f"step_{step:07d}"
+    storage.write_bytes(storage.join(root, name, MANIFEST), json.dumps(manifest, indent=1).encode())
+    storage.write_bytes(storage.join(root, LATEST), f"{name}\n".encode())
+    _retain(root, keep, step)
 
 
 def candidates(root: str) -> list[str]:
@@ -112,6 +130,14 @@ def find(root: str, group: Group) -> Found | None:
     if folders:
         raise UserError(f"{root}: all {len(folders)} checkpoints are damaged; start over in another folder with --out")
     return None
+
+
+def whole(folder: str, group: Group) -> Found:
+    """The checkpoint in this very folder; UserError when it is not whole. Collective."""
+    found, reason = inspect(folder, group)
+    if found is None:
+        raise UserError(f"--resume {folder}: not a whole checkpoint ({reason})")
+    return found
 
 
 def inspect(folder: str, group: Group) -> tuple[Found | None, str]:

@@ -133,9 +133,11 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Forward passes of the frozen weights alone, without gradients: what the run started from."""
+        """A forward pass of the frozen weights alone, without gradients: what the run started from. The next pass
+        belongs to the same step."""
         with self.inference(), switched_off(self.model):
             yield
+        self.partition.same_step()
 
     # --- this rank's share
 

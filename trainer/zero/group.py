@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from infra.errors import UserError
 
+PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -86,8 +88,10 @@ def start(*, timeout_s: float = 1800.0) -> Group:
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False
         )
     except (RuntimeError, dist.DistNetworkError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(PORT_IN_USE.format(port=os.environ["MASTER_PORT"])) from error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"ranks could not meet at {where}: {error}; is the port in use? try --master_port") from error
+        raise UserError(f"ranks could not meet at {where}: {error}; is --master_addr right?") from error
     return Group(rank, world, device)
 
 

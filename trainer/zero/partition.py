@@ -54,6 +54,9 @@ class Partition(Protocol):
     def show_master(self) -> None:
         """Back to the masters, bit by bit. Collective."""
 
+    def same_step(self) -> None:
+        """The next forward pass continues the step that the last one began."""
+
 
 class Stage3Partition:
     """Parameters, gradients and states sharded: each parameter is cut into `world` equal ranges."""
@@ -104,6 +107,12 @@ class Stage3Partition:
 
     def show_master(self) -> None:
         self.show([flat.master for flat in self.flats])
+
+    def same_step(self) -> None:
+        # DeepSpeed prefetches by a trace of modules, which it begins anew at each forward pass: with two of them a step
+        # no trace was ever whole, and nothing was prefetched.
+        coordinator = self._optimizer.parameter_offload.get_param_coordinator()
+        coordinator.reset_step = lambda: delattr(coordinator, "reset_step")
 
 
 class Stage12Partition:
@@ -156,6 +165,9 @@ class Stage12Partition:
     def show_master(self) -> None:
         self.show([flat.master for flat in self.flats])
 
+    def same_step(self) -> None:
+        pass
+
 
 class Stage0Partition:
     """Nothing sharded, fp32 only: the parameters are the masters, so other values displace them for a while."""
@@ -187,6 +199,9 @@ class Stage0Partition:
             for flat, source in zip(self.flats, self._displaced):
                 flat.master.copy_(source)
             self._displaced = None
+
+    def same_step(self) -> None:
+        pass
 
 
 def whole_flats(model: nn.Module, *, training: bool) -> list[Flat]:

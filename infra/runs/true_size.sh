@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# SD3's smallest model at its true size on two CPU ranks: real ZeRO-3 steps in bf16, saved, killed, resumed bit by bit;
+# the plan, calibrated on the smallest depth, against what every depth took.
+#
+#   infra/runs/true_size.sh OUT [FOLDER]
+#
+# OUT: where the runs go (depth 15: 13 GB of memory, 30 GB of disk). FOLDER: where report.md and report.json go (default
+# infra/docs/runs/true_size). DEPTHS (the last one is killed and resumed), STEPS (even), BATCH and PYTHON may be set.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=$1 folder=${2:-infra/docs/runs/true_size}
+depths=${DEPTHS:-2 4 15} steps=${STEPS:-6} batch=${BATCH:-4} python=${PYTHON:-python}
+images=$((steps * batch)) half=$((steps / 2)) largest=${depths##* }
+mkdir -p "$out" "$folder"
+export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=$PWD
+
+# Latents of 16x32x32 (256 tokens) and 154 text tokens, in the shape and layout of SD3's encoders; the content is made up.
+[ -e "$out/data/dataset.json" ] || "$python" - "$out/data" <<'PY'
+import sys
+
+from data_pipeline.plans import SD3_TEXT
+from data_pipeline.synthetic import write_synthetic
+
+shape = (16, 32, 32)
+write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))
+PY
+
+start() { # DEPTH RUN SAVE_EVERY: two ranks in the background, their ids in $pids
+  local port rank
+  port=$("$python" -c "from trainer.zero.group import free_port; print(free_port())")
+  pids=()
+  for rank in 0 1; do
+    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
+      "$python" -m trainer train d15 --model.depth "$1" --data "$out/data" --out "$2" --images "$images" \
+      --global-batch "$batch" --parallel.micro-batch 1 --parallel.zero-stage 3 --parallel.persistence-threshold 0 --ema.profiles power:0.10 \
+      --schedule.warmup-images 0 --validation.every None --logging.log-every "$batch" --logging.save-every "$3" \
+      --logging.keep 1 &
+    pids+=($!)
+  done
+}
+
+ended() { # the exit codes of both ranks
+  codes=()
+  for pid in "${pids[@]}"; do
+    local code=0
+    wait "$pid" || code=$?
+    codes+=("$code")
+  done
+}
+
+for depth in $depths; do
+  run=$out/straight-d$depth
+  if [ ! -e "$run/weights/raw.safetensors" ]; then
+    load=$(cut -d' ' -f1 /proc/loadavg)
+    start "$depth" "$run" "$images"
+    ended
+    [ "${codes[*]}" = "0 0" ]
+    "$python" - "$run" "$load" "$(cut -d' ' -f1 /proc/loadavg)" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+from trainer.reality import graded
+
+run, *load = sys.argv[1:]
+Path(run, "graded.json").write_text(json.dumps({"rows": graded(run), "load": load}))
+PY
+    rm -rf "$run/checkpoints" # the disk shall hold one run at a time
+  fi
+done
+
+killed=$out/killed-d$largest
+if [ ! -e "$killed/weights/raw.safetensors" ]; then
+  rm -rf "$killed"
+  start "$largest" "$killed" $((half * batch))
+  until [ -e "$killed/checkpoints/latest" ]; do sleep 0.5; kill -0 "${pids[0]}"; done
+  sleep 1
+  kill -9 "${pids[1]}"
+  ended
+  echo "SIGKILL after step $half: exit codes ${codes[*]}" | tee "$killed/killed"
+  [ "${codes[*]}" = "76 137" ]
+  rm -rf "$killed/weights"
+  start "$largest" "$killed" "$images"
+  ended
+  [ "${codes[*]}" = "0 0" ]
+fi
+
+"$python" - "$out" "$folder" $depths <<'PY'
+"""Compare the two runs of the largest depth bit by bit, grade the plan, write report.md and report.json."""
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from trainer.machines import this_machine
+from trainer.plan import make_plan
+from trainer.reality import overhead_of
+from trainer.recipe import Recipe
+from trainer.trial import efficiency_here
+from trainer.verify import same
+
+out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
+WORLD, MICRO = 2, 1
+
+
+def look(depth: int) -> dict:
+    """A run as it was: seconds, CPU seconds, memory of its steps after the first; its plan against what it took."""
+    run = out / f"straight-d{depth}"
+    recipe = Recipe.from_json(json.loads((run / "recipe.json").read_text()))
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    seconds = [recipe.global_batch / line["images_per_second"] for line in steps]
+    cpu = [s * line["cpu_cores"] for s, line in zip(seconds, steps)]
+    told = json.loads((run / "graded.json").read_text())
+    median = lambda values: statistics.median(values[1:])  # the first step makes Adam's moments
+    return {
+        "depth": depth, "load": told["load"], "steps": len(steps), "losses": [line["loss"] for line in steps],
+        "seconds": median(seconds), "cpu_seconds": median(cpu),
+        "ema_seconds": median([s * line["ema_share"] for s, line in zip(seconds, steps)]),
+        "ema_share": median([line["ema_share"] for line in steps]),
+        "memory_gib": max(line["memory_gib"] for line in steps), "rows": told["rows"],
+        "recipe": recipe,
+    }  # fmt: skip
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def head(*cells: str) -> list[str]:
+    return [row(*cells), row(*["---"] * len(cells))]
+
+
+runs = [look(depth) for depth in depths]
+largest, machine = runs[-1], this_machine("bf16")
+verdicts = same(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
+efficiency = {r["depth"]: efficiency_here(r["recipe"], machine, micro_batch=MICRO) for r in runs}
+first = runs[0]
+overhead = overhead_of(
+    first["recipe"], first["cpu_seconds"], machine, world=WORLD, efficiency=efficiency[first["depth"]]
+)
+for r in runs:
+    plan = make_plan(
+        r["recipe"], world=WORLD, machine=machine, efficiency=efficiency[r["depth"]], overhead=overhead
+    )
+    r["planned_seconds"], r["time"] = plan["time"]["step_seconds"], plan["time"]
+    del r["recipe"]
+
+text = [
+    f"# A depth-{depths[-1]} model at its true size on two CPU ranks", "",
+    f"{largest['rows']['parameters'][1]:,.0f} parameters, 256 image tokens and 154 text tokens, bf16 with fp32 masters, "
+    "reductions, moments and one EMA profile, ZeRO-3 with every parameter sharded, one image at once, "
+    f"{largest['steps']} steps. Written by `infra/runs/true_size.sh`; {platform.machine()}, "
+    f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}.", "",
+    f"Other work ran on the same cores (load average {' to '.join(largest['load'])} on {torch.get_num_threads()} or more "
+    "cores): seconds are of this day, CPU seconds (the slower rank's, with its helper threads) say what the work costs.",
+    "", "## Killed and resumed", "", f"{(out / f'killed-d{depths[-1]}' / 'killed').read_text().strip()}.", "",
+    *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
+    "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
+    *head("depth", "seconds a step", "CPU seconds", "of them EMA", "share", "largest process GiB", "load"),
+    *[row(r["depth"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['ema_seconds']:.4f}",
+          f"{r['ema_share']:.2%}", f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
+    "", "## The plan against what was measured", "",
+    "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass.", "",
+]  # fmt: skip
+for r in runs:
+    text += [*head(f"depth {r['depth']}", "planned", "measured", "error")]
+    for name, (planned, found) in r["rows"].items():
+        if name != "images_per_second":
+            text.append(row(name, f"{planned:,.0f}", f"{found:,.0f}", f"{planned / found - 1:+.2%}"))
+    error = f"{r['planned_seconds'] / r['cpu_seconds'] - 1:+.1%}" if r is not first else "calibrated on it"
+    text += [row("CPU seconds a step", f"{r['planned_seconds']:.3f}", f"{r['cpu_seconds']:.3f}", error), ""]
+text += [
+    "Step times are planned from a trial of the recipe's own blocks on this machine (`plan --trial`: "
+    + ", ".join(f"{efficiency[r['depth']] * machine.flops / 1e9:.0f} GFLOP/s at depth {r['depth']}" for r in runs)
+    + f"), bytes over gloo and through memory, and {overhead * 1000:.1f} ms for each layer that runs, which is what the "
+    f"step of depth {first['depth']} took beyond that.",
+]  # fmt: skip
+(folder / "report.md").write_text("\n".join(text) + "\n")
+(folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")
+print("\n".join(text))
+if not all(v.kept for v in verdicts):
+    sys.exit(1)
+PY

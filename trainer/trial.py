@@ -1,0 +1,106 @@
+"""How fast this device runs the very blocks of a recipe: the efficiency that a plan is made with before any run.
+
+    python -m trainer plan d38 --gpus 64 --trial
+
+One block of each class, forward and backward, with tensors of the recipe's shapes; no other layer, no communication.
+"""
+# Shapes: B images of a micro-batch.
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.text import TextCond
+from trainer.machines import Machine
+from trainer.recipe import Recipe
+
+ROUNDS = 5
+Given = list[tuple[torch.Size, torch.dtype] | None]
+
+
+def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int) -> float:
+    """FLOP/s of the recipe's blocks on this device (on a CPU: on one core) over the machine's peak."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = sum(count * _seconds(block.to(device, dtype), given, device) for block, given, count in
+                      _blocks(recipe, micro_batch, dtype, device))  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    _, height, width = recipe.data.latent_shape
+    tokens = (height // recipe.model.patch) * (width // recipe.model.patch)
+    forward = 2 * recipe.model.block_multiply_adds(tokens, recipe.data.text_tokens)
+    return 3 * forward * micro_batch / seconds / machine.flops
+
+
+def _blocks(
+    recipe: Recipe, batch: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[nn.Module, Given, int]]:
+    """(a real block, shapes of what it is given, how many there are) of each class."""
+    config, given = recipe.model, _given(recipe, batch, dtype)
+    with torch.device("meta"):
+        blocks: Any = config.build().blocks
+    first: dict[type, int] = {}
+    count: dict[type, int] = {}
+    for number, block in enumerate(blocks):
+        first.setdefault(type(block), number)
+        count[type(block)] = count.get(type(block), 0) + 1
+    found = []
+    for kind, number in first.items():
+        block = copy.deepcopy(blocks[number]).to_empty(device=device)
+        for tensor in (*block.parameters(), *block.buffers()):
+            nn.init.normal_(tensor, std=0.02)
+        found.append((block, given[number], count[kind]))
+    return found
+
+
+def _given(recipe: Recipe, batch: int, dtype: torch.dtype) -> list[Given]:
+    """What each block is called with, from a forward pass of fake tensors."""
+    config, found = recipe.model, []
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            model: Any = config.build()
+            for block in model.blocks:
+                block.register_forward_pre_hook(lambda module, args: found.append(args))
+            context = torch.empty(batch, recipe.data.text_tokens, config.context_width)
+            text = TextCond(context, torch.empty(batch, config.pooled_width))
+            model(torch.empty(batch, *recipe.data.latent_shape), torch.empty(batch, dtype=torch.float32), text)
+    finally:
+        torch.set_default_dtype(default)
+    return [[(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args] for args in found]
+
+
+def _seconds(block: nn.Module, given: Given, device: torch.device) -> float:
+    """Of one forward and backward pass, the fastest of a few; on a CPU seconds of work, whoever else works there."""
+    inputs = [
+        None if one is None else torch.randn(one[0], device=device).to(one[1]).requires_grad_(one[1].is_floating_point)
+        for one in given
+    ]
+
+    def once() -> None:
+        out = block(*inputs)
+        sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
+
+    once()
+    return min(_timed(once, device) for _ in range(ROUNDS))
+
+
+def _timed(once: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.process_time()
+        once()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    once()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
