@@ -29,7 +29,7 @@ def world(depth: int) -> Recipe:
         model=MMDiTConfig(depth=depth, in_channels=8, context_width=384, pooled_width=128),
         images=115_200,
         global_batch=16,
-        precision="fp32",
+        precision="bf16",
         optimizer=Optimizer(lr=3e-3 * (4 / depth) ** 0.5, betas=(0.9, 0.99)),
         schedule=Schedule(warmup_images=1_600, cooldown=0.3),
         ema=EMA(profiles=("power:0.10",)),
