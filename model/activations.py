@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model.attention import always_fused
 from model.text import TextCond
 from model.trunk import TokenConfig
 
@@ -33,10 +34,11 @@ class Activations:
 
 @functools.lru_cache
 def activations_per_image(
-    config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype
+    config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype, *, fused: bool = True
 ) -> Activations:
-    """Exact for fused attention, which keeps no matrix of tokens by tokens. Any backbone; `latent_shape` is CHW."""
-    with FakeTensorMode(), _default_dtype(dtype):
+    """Any backbone; `latent_shape` is CHW. `fused`: attention keeps no matrix of tokens by tokens, as on GPUs; else it
+    does what this CPU does."""
+    with FakeTensorMode(), _default_dtype(dtype), always_fused() if fused else contextlib.nullcontext():
         model: Any = config.build()
         x_BCHW = torch.empty(1, *latent_shape)
         text = TextCond(torch.empty(1, text_tokens, config.context_width), torch.empty(1, config.pooled_width))

@@ -133,6 +133,10 @@ def test_plan_against_arithmetic():
     assert not plan["precompute"]["pays"]
     assert make_plan(r, world=64, machine=h100, dataset_images=10**5)["precompute"]["pays"]
     assert "stage 1 is enough" in plan["advice"]
+    # Of an image, whatever machine the plan is made on: no matrix of tokens by tokens.
+    assert plan["activation_bytes_per_image"]["kept"] == pytest.approx(21.84 / 64 * 2**30, rel=0.02)
+    on_cpu = make_plan(r, world=2, machine=get_machine("cpu-amx"))["activation_bytes_per_image"]
+    assert on_cpu["kept"] > 1.1 * plan["activation_bytes_per_image"]["kept"]
     hpz = make_plan(dataclasses.replace(r, parallel=dataclasses.replace(r.parallel, hpz=8)), world=64, machine=h100)
     assert hpz["time"]["communication_seconds"] < plan["time"]["communication_seconds"]
     assert hpz["bytes_per_rank"]["stage3"]["second_copy"] == p * 2 / 8
