@@ -123,7 +123,8 @@ def train_flops_of(recipe: Recipe) -> int:
 
 def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
-    except under stage 0, where fp32 weights are their own masters. `gathered`: two blocks in use under stage 3."""
+    except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
+    what may stay for its next use."""
     p = recipe.parallel
     compute = 2 if recipe.precision == "bf16" else 4
     gradient = 4 if recipe.precision == "fp32" or p.fp32_reduce else 2
@@ -148,8 +149,8 @@ def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, a
         host += found["weights"]
         found["weights"] = 0
     if stage == 3:
-        block = recipe.model.block_parameters() / recipe.model.depth * compute
-        found["gathered"] = 2 * block if world > 1 else 0
+        two_blocks = 2 * recipe.model.block_parameters() / recipe.model.depth
+        found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world > 1 else 0
         found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
     found["activations"] = activations
     whole = {name: math.ceil(value) for name, value in found.items()}
@@ -218,8 +219,9 @@ def layers(recipe: Recipe, world: int) -> int:
 
 
 def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
-    """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch),
-    gradients (stages 2 and 3: each micro-batch), and masters back into the weights (stages 1 and 2)."""
+    """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch; in
+    one of them where all may stay gathered), gradients (stages 2 and 3: each micro-batch), and masters back into the
+    weights (stages 1 and 2)."""
     p, compute = recipe.parallel, 2 if recipe.precision == "bf16" else 4
     micro = p.micro_batch or math.ceil(recipe.global_batch / world)
     passes = math.ceil(recipe.global_batch / world / micro)
@@ -229,9 +231,10 @@ def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, flo
     weights = 1 if p.quantized_weights else compute
     reductions = passes if p.zero_stage >= 2 else 1
     trained, looks = trained_parameters(recipe, parameters), 2 if recipe.objective == "dpo" else 1  # with the reference
+    stay = parameters <= p.max_live
     return {
-        "forward": parameters * weights * passes * looks if p.zero_stage == 3 else 0,
-        "backward": parameters * weights * passes if p.zero_stage == 3 else 0,
+        "forward": parameters * weights * passes * (1 if stay else looks) if p.zero_stage == 3 else 0,
+        "backward": parameters * weights * passes if p.zero_stage == 3 and not stay else 0,
         # An all-reduce moves twice what a reduce-scatter does.
         "gradients": trained * gradient * reductions * (2 if p.zero_stage == 0 else 1),
         "publish": trained * compute if p.zero_stage in (1, 2) else 0,
