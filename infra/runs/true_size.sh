@@ -33,8 +33,8 @@ start() { # DEPTH RUN SAVE_EVERY: two ranks in the background, their ids in $pid
     RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
       "$python" -m trainer train d15 --model.depth "$1" --data "$out/data" --out "$2" --images "$images" \
       --global-batch "$batch" --parallel.micro-batch 1 --parallel.zero-stage 3 --parallel.persistence-threshold 0 \
-      --parallel.max-live 0 --ema.profiles power:0.10 --schedule.warmup-images 0 --validation.every None --logging.log-every "$batch" --logging.save-every "$3" \
-      --logging.keep 1 &
+      --parallel.max-live 0 --ema.profiles power:0.10 --schedule.warmup-images 0 --validation.every None \
+      --logging.log-every "$batch" --logging.save-every "$3" --logging.keep 1 &
     pids+=($!)
   done
 }

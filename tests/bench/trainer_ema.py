@@ -38,7 +38,8 @@ def main() -> None:
         words = [
             "train", "d15", "--model.depth", args.depth, "--data", f"{folder}/data", "--out", f"{folder}/run",
             "--images", args.batch * args.steps, "--global-batch", args.batch, "--parallel.micro-batch", 1,
-            "--parallel.zero-stage", 3, "--parallel.persistence-threshold", 0, "--parallel.max-live", 0, "--ema.profiles", *args.profiles,
+            "--parallel.zero-stage", 3, "--parallel.persistence-threshold", 0, "--parallel.max-live", 0,
+            "--ema.profiles", *args.profiles,
             "--validation.every", "None", "--logging.log-every", args.batch,
         ]  # fmt: skip
         run_ranks(["-m", "trainer", *map(str, words)], 2)
