@@ -4,10 +4,11 @@ Each run is drawn with its raw and its EMA weights under six sampler settings; C
 are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as they land; none is drawn twice.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tyro
@@ -15,6 +16,7 @@ import tyro
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import METRICS, Metric, Prompt, Sample
+from eval.precision import Precision, decide
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
 from eval.runner import Work, run_work
@@ -49,12 +51,15 @@ class StudyOptions:
     """Ray workers that share the runs; 0 does all in this process"""
     gpus_per_worker: float = 0
     seed: int = 0
+    precision: Precision = "auto"
+    """of the network: fp32, bf16, or what this machine does best"""
     batch: int = 64
     device: str = "cpu"
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
     def sampling(self, steps: int, guidance: float) -> Sampling:
-        return Sampling(steps, guidance, "euler", seed=self.seed, batch=self.batch, device=self.device)
+        base = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
+        return replace(base, steps=steps, guidance=guidance)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def study(options: StudyOptions) -> None:
     settings = [parse_setting(text) for text in options.settings]
     if len(set(settings)) < len(settings) or options.captions < 2:
         raise UserError("--settings must differ and --captions be 2 or more")
+    options = replace(options, precision=decide(options.precision, options.device))  # here, not by each worker
     entries = find_entries(options.runs)
     judges = build_judges(options.judges, options.official)
     hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
@@ -229,12 +235,13 @@ def _draw(
 ) -> None:
     """The same pictures for every metric."""
     places = {Job(prompt.text, prompt.source): index for index, prompt in enumerate(prompts)}
+    painted = painter.paint(places, sampling)
     with Progress(len(places), "images", desc=label) as progress:
-        for job, image in painter.paint(places, sampling):
-            index = places[job]
+        while part := list(itertools.islice(painted, sampling.batch)):
+            samples = [Sample(prompts[places[job]], places[job], image) for job, image in part]
             for metric in metrics.values():
-                metric.update([Sample(prompts[index], index, image)])
-            progress.update(1)
+                metric.update(samples)
+            progress.update(len(part))
 
 
 def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[Cell]:
