@@ -54,7 +54,10 @@ def test_plots_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         (("info", "d0"), "depth is 0"),
         (("info", "dot-d4"), "did you mean 'dit'"),
         (("info", "big"), "expected d24"),
+        (("info", "d2", "--text-tokens", "-5"), "-5 text tokens"),
+        (("info", "d99999"), "at most 256"),
         (("convert", "/nowhere", "x"), "nothing at /nowhere"),
+        (("plot-densities", "--out", "/proc/nowhere"), "/proc/nowhere"),
     ],
 )
 def test_mistakes_end_in_one_line(
