@@ -13,7 +13,7 @@ from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError, hint
 from model.flops import train_flops_per_image
 from model.flow import FORMULATIONS, Formulation
-from model.grids import over_sigma, sampling_grid
+from model.grids import level_at, over_sigma, sampling_grid
 from model.paths import EDM
 from model.trunk import TokenConfig
 from model.weights import read_meta
@@ -66,6 +66,7 @@ def formulation_rows() -> list[dict[str, Any]]:
 
 def _row(form: Formulation) -> dict[str, Any]:
     grid = sampling_grid(form, 25)
+    terminal = level_at(form, grid[0])
     edm = isinstance(form.path, EDM)
     return {
         "name": form.name,
@@ -81,6 +82,7 @@ def _row(form: Formulation) -> dict[str, Any]:
             "spacing": _spacing(form),
             "start": float(grid[0]),
             "end": 0.0,
+            "terminal": {"a": float(terminal.a), "b": float(terminal.b)},
         },
     }
 

@@ -54,26 +54,27 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x)
-        return _CPURMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return CPURMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
-class _CPURMSNorm(torch.autograd.Function):
+class CPURMSNorm(torch.autograd.Function):
     """y = x r w with r = 1/rms(x); keeps x and r, as the fused kernel of a GPU does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]).add_(eps).rsqrt_()
+        r = (wide.square().sum(-1, keepdim=True) / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight).to(x.dtype)
+        return (wide * r).mul_(weight.to(r.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
-        n, g = x.to(r.dtype) * r, gradients[0].to(r.dtype)
+        wide, w, g = (value.to(r.dtype) for value in (x, weight, gradients[0]))
+        n = wide * r
         gn = g * n
-        mean = (torch.matmul(gn, weight.to(r.dtype)) / x.shape[-1]).unsqueeze(-1)
-        dx = (g * weight).sub_(n.mul_(mean)).mul_(r)
+        mean = (torch.matmul(gn, w) / x.shape[-1]).unsqueeze(-1)
+        dx = (g * w).sub_(n.mul_(mean)).mul_(r)
         return dx.to(x.dtype), gn.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
