@@ -46,11 +46,21 @@ def attend(q_BNHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_B11S: Tensor | N
     """Softmax attention, scale 1/sqrt(K); returns (B, N, D)."""
     q_BHNK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BNHK, k_BSHK, v_BSHK))
     slow = q_BHNK.is_cpu and q_BHNK.dtype == torch.bfloat16 and q_BHNK.requires_grad
-    if slow and k_BHSK.shape[2] <= SHORT and not torch.compiler.is_compiling():
-        out_BHNK = _ShortAttention.apply(q_BHNK, k_BHSK, v_BHSK, bias_B11S)
+    if slow and k_BHSK.shape[2] <= SHORT:
+        short = _products if torch.compiler.is_compiling() else _ShortAttention.apply
+        out_BHNK = short(q_BHNK, k_BHSK, v_BHSK, bias_B11S)
     else:
         out_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHSK, v_BHSK, attn_mask=bias_B11S)
     return out_BHNK.transpose(1, 2).flatten(2)
+
+
+def _products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
+    """The same as `_ShortAttention` in operations that a compiler fuses; logits are rounded to bfloat16."""
+    batch, heads, queries, width = q_BHNK.shape
+    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHSK, v_BHSK))
+    logits = torch.bmm(q * width**-0.5, k.mT).view(batch, heads, queries, -1).float()
+    weights = torch.softmax(logits if bias_B11S is None else logits + bias_B11S, dim=-1).to(q.dtype)
+    return torch.bmm(weights.view(batch * heads, queries, -1), v).view(batch, heads, queries, width)
 
 
 class _ShortAttention(torch.autograd.Function):

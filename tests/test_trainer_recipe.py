@@ -202,6 +202,7 @@ def test_cadences():
         ({"optimizer": Optimizer(lr=-1.0)}, "optimizer.lr is -1.0"),
         ({"data": Data(encoder_dropout=1.5)}, "encoder_dropout is 1.5"),
         ({"precision": "bf16", "parallel": Parallel(zero_stage=0)}, "bf16 needs fp32 master weights"),
+        ({"precision": "bf16", "parallel": Parallel(zero_stage=1)}, "use --parallel.zero-stage 2"),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, says):
