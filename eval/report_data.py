@@ -12,6 +12,7 @@ from infra.results import ResultRow, ResultStore
 
 PIECES = ("recipe.json", "plan.json", "results", "samples", "weights", "checkpoints")
 LOSS = "val_loss/"
+NOT_BEGUN = "readable result rows (nothing was trained or evaluated yet)"
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ def read_run(name: str, uri: str, inside: Iterable[str], *, store: ResultStore |
     missing: list[str] = []
     recipe, plan = (_read_json(uri, file, inside, missing) for file in ("recipe.json", "plan.json"))
     rows: list[ResultRow] = []
-    if any(path.startswith("results/") for path in inside):
+    store_files = sum(path.startswith("results/") for path in inside)
+    if store_files:
         rows = (store or ResultStore(storage.join(uri, "results"))).rows()
     if not rows:
-        missing.append("readable result rows (nothing was trained or evaluated yet)")
+        missing.append(NOT_BEGUN if store_files == 0 else "readable result rows")
     samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=natural_key)
     pictures = tuple(storage.join(uri, path) for path in samples)
     began = min((row.created for row in rows), default="")

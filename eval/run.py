@@ -118,6 +118,7 @@ def run(options: RunOptions) -> None:
     for field_name in ("prompts_per_task", "images_per_prompt", "captions"):
         if getattr(options, field_name) < 1:
             raise UserError(f"--{field_name.replace('_', '-')} must be 1 or more")
+    options = replace(options, sampling=options.sampling.decided())  # here, not by each worker's machine
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
     judges = build_judges(options.judges, options.official)
     tasks = plan_all(names, judges, options)

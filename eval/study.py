@@ -4,10 +4,11 @@ Each run is drawn with its raw and its EMA weights under six sampler settings; C
 are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as they land; none is drawn twice.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tyro
@@ -15,6 +16,7 @@ import tyro
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import METRICS, Metric, Prompt, Sample
+from eval.precision import Precision, decide
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
 from eval.runner import Work, run_work
@@ -49,12 +51,15 @@ class StudyOptions:
     """Ray workers that share the runs; 0 does all in this process"""
     gpus_per_worker: float = 0
     seed: int = 0
+    precision: Precision = "auto"
+    """of the network: fp32, bf16, or what this machine does best"""
     batch: int = 64
     device: str = "cpu"
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
     def sampling(self, steps: int, guidance: float) -> Sampling:
-        return Sampling(steps, guidance, "euler", seed=self.seed, batch=self.batch, device=self.device)
+        base = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
+        return replace(base, steps=steps, guidance=guidance)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,12 @@ def study(options: StudyOptions) -> None:
     settings = [parse_setting(text) for text in options.settings]
     if len(set(settings)) < len(settings) or options.captions < 2:
         raise UserError("--settings must differ and --captions be 2 or more")
-    entries = find_entries(options.runs)
+    options = replace(options, precision=decide(options.precision, options.device))  # here, not by each worker
+    entries, unfit = find_entries(options.runs)
+    for run, reason in unfit.items():
+        log.warning("%s is left out: %s", run, reason)
+    if not entries:
+        raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
     judges = build_judges(options.judges, options.official)
     hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
     work = [Work(f"{e.checkpoint.run}/{kind}", {"entry": _pack(e), "kind": kind}) for e in entries for kind in KINDS]
@@ -88,13 +98,14 @@ def study(options: StudyOptions) -> None:
     if not cells:
         raise UserError("no run could be measured; see the lines above")
     ranking = rank(cells)
-    text = as_markdown(ranking, options, entries)
+    text = as_markdown(ranking, options, entries, unfit)
     print(text, end="")
     record = {
         "ranking": asdict(ranking),
         "against_paper": against_paper(ranking),
         "options": asdict(options),
         "chosen": {e.checkpoint.run: e.chosen for e in entries},
+        "left_out_runs": unfit,
         "failed": failed,
     }
     storage.write_bytes(storage.join(options.out, "study.md"), text.encode())
@@ -114,12 +125,17 @@ def parse_setting(text: str) -> tuple[int, float]:
     return parsed
 
 
-def find_entries(runs: str) -> list[Entry]:
-    """One per run: the checkpoint with the least EMA validation loss that has raw weights too, else the last one."""
+def find_entries(runs: str) -> tuple[list[Entry], dict[str, str]]:
+    """One per run: the checkpoint with the least EMA validation loss that has raw weights too, else the last one.
+
+    Second, run -> reason of those without raw weights: unstable ones, and those that are still being trained.
+    """
     found: dict[str, list[Checkpoint]] = {}
     for checkpoint in find_checkpoints(runs):
         found.setdefault(checkpoint.run_uri, []).append(checkpoint)
-    entries = [_entry(checkpoints) for checkpoints in found.values()]
+    sorted_out = {checkpoints[0].run: _entry(checkpoints) for checkpoints in found.values()}
+    entries = [entry for entry in sorted_out.values() if isinstance(entry, Entry)]
+    unfit = {run: reason for run, reason in sorted_out.items() if isinstance(reason, str)}
     seen: dict[tuple[str, int, str], str] = {}
     for entry in entries:
         key = (entry.variant, entry.seed, entry.dataset)
@@ -129,10 +145,11 @@ def find_entries(runs: str) -> list[Entry]:
                 "dataset; move one of them away"
             )
         seen[key] = entry.checkpoint.run
-    return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset))
+    return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset)), unfit
 
 
-def _entry(checkpoints: Sequence[Checkpoint]) -> Entry:
+def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
+    """The run's entry, or why it has none."""
     run, last = checkpoints[0].run_uri, checkpoints[-1]
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
     if not storage.exists(recipe_uri):
@@ -143,7 +160,10 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> Entry:
     if last.step not in raw and storage.exists(last_raw):
         raw[last.step] = last_raw
     if not raw:
-        raise UserError(f"{run} has no raw weights (weights/raw.safetensors), which the study ranks beside the EMA")
+        unstable = storage.join(run, "unstable.json")  # of a run that the trainer's guard ended
+        if storage.exists(unstable):
+            return f"its training was unstable ({json.loads(storage.read_bytes(unstable)).get('problem', 'no reason')})"
+        return "no raw weights (weights/raw.safetensors), which are ranked beside the EMA; they come with its last step"
     metas = {c.step: read_meta(storage.localize(c.weights)) for c in checkpoints}
     losses = {
         row.images_seen: row.value for row in ResultStore(storage.join(run, "results")).rows(metric="val_loss/sd3")
@@ -229,12 +249,13 @@ def _draw(
 ) -> None:
     """The same pictures for every metric."""
     places = {Job(prompt.text, prompt.source): index for index, prompt in enumerate(prompts)}
+    painted = painter.paint(places, sampling)
     with Progress(len(places), "images", desc=label) as progress:
-        for job, image in painter.paint(places, sampling):
-            index = places[job]
+        while part := list(itertools.islice(painted, sampling.batch)):
+            samples = [Sample(prompts[places[job]], places[job], image) for job, image in part]
             for metric in metrics.values():
-                metric.update([Sample(prompts[index], index, image)])
-            progress.update(1)
+                metric.update(samples)
+            progress.update(len(part))
 
 
 def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[Cell]:
@@ -258,7 +279,7 @@ def _images(entry: Entry) -> int:
     return int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
 
 
-def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry]) -> str:
+def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry], unfit: Mapping[str, str]) -> str:
     """The seed noise first, then the table: no order is drawn inside a tier."""
     seeds = ", ".join(map(str, ranking.seeds))
     if math.isfinite(ranking.seed_noise):
@@ -282,7 +303,7 @@ def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry
             f"| {row.tier} | {row.variant} | {row.overall:.2f} | {row.few_steps:.2f} | {row.many_steps:.2f} "
             f"| {by_seed} | {paper} |"
         )
-    lines += ["", *(f"Left out: {variant}: {why}." for variant, why in ranking.left_out.items())]
+    lines += ["", *(f"Left out: {name}: {why}." for name, why in {**ranking.left_out, **unfit}.items())]
     same = against_paper(ranking)
     if same is not None:
         lines.append(

@@ -131,13 +131,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Run one command; a ModelError ends in one line and exit code 2."""
+    """Run one command; a mistake of its user ends in one line and exit code 2."""
     try:
         first = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
         if first is not None and first not in COMMANDS:
             raise ModelError(f"unknown command {first!r}{hint(first, COMMANDS)}; known: {', '.join(COMMANDS)}")
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m model", description=__doc__)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 

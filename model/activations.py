@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.attention import always_fused
 from model.text import TextCond
 from model.trunk import TokenConfig
 
@@ -34,19 +33,22 @@ class Activations:
 
 @functools.lru_cache
 def activations_per_image(
-    config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype, *, fused: bool = True
+    config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype
 ) -> Activations:
-    """Any backbone; `latent_shape` is CHW. `fused`: attention keeps no matrix of tokens by tokens, as on GPUs; else it
-    does what this CPU does."""
-    with FakeTensorMode(), _default_dtype(dtype), always_fused() if fused else contextlib.nullcontext():
-        model: Any = config.build()
+    """Exact for fused attention, which keeps no matrix of tokens by tokens. Any backbone; `latent_shape` is CHW."""
+    mode, model = _fake_model(config, dtype)
+    with mode, _default_dtype(dtype):
         x_BCHW = torch.empty(1, *latent_shape)
         text = TextCond(torch.empty(1, text_tokens, config.context_width), torch.empty(1, config.pooled_width))
         calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
-        for block in model.blocks:
+        hooks = [
             block.register_forward_pre_hook(lambda module, given: calls.append((module, given)))
+            for block in model.blocks
+        ]
         whole = _kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
-        found, of_class = list(calls), {}
+        for hook in hooks:
+            hook.remove()
+        found, of_class = calls, {}
         for block, given in found:
             if type(block) not in of_class:
                 of_class[type(block)] = _kept(block, _call(block, given))
@@ -54,6 +56,14 @@ def activations_per_image(
     # Tokens and text; conditioning and masks are shared by all blocks.
     size = sum(x.nbytes for _, given in found for x in given if isinstance(x, Tensor) and x.dim() == 3)
     return Activations(whole, sum(each), max(each), size)
+
+
+@functools.lru_cache(maxsize=1)
+def _fake_model(config: TokenConfig, dtype: torch.dtype) -> tuple[FakeTensorMode, Any]:
+    """The last one is kept: building a deep network takes longer than counting it."""
+    mode = FakeTensorMode()
+    with mode, _default_dtype(dtype):
+        return mode, config.build()
 
 
 def _call(block: nn.Module, given: tuple[Any, ...]) -> Callable[[], Any]:

@@ -1,11 +1,9 @@
 """Attention pieces: fused qkv projection with optional QK-RMSNorm, and the softmax attention over joined streams."""
-# Shapes: B batch, N tokens of one stream, S keys, D width, H heads, K head width.
+# Shapes: B batch, N tokens of one stream (queries), S keys, D width, H heads, X batch times heads, K head width.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,8 @@ from model.layers import XavierLinear
 from model.norms import NormBackend, rms_norm
 
 HEAD_WIDTH = 64
+# Up to so many keys _ShortAttention is the faster one in bfloat16 on a CPU (tests/bench/model_kernels.py).
+SHORT = 256
 
 
 class QKV(NamedTuple):
@@ -44,36 +44,52 @@ class QKVProjection(nn.Module):
 
 def attend(q_BNHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_B11S: Tensor | None = None) -> Tensor:
     """Softmax attention, scale 1/sqrt(K); returns (B, N, D)."""
-    q_BHNK, k_BHSK, v_BHSK = q_BNHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2)
-    if _products and q_BNHK.device.type == "cpu" and q_BNHK.dtype != torch.float32 and torch.is_grad_enabled():
-        out = _attend_by_products(q_BHNK, k_BHSK, v_BHSK, bias_B11S)
+    q_BHNK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BNHK, k_BSHK, v_BSHK))
+    slow = q_BHNK.is_cpu and q_BHNK.dtype == torch.bfloat16 and q_BHNK.requires_grad
+    if slow and k_BHSK.shape[2] <= SHORT:
+        short = _products if torch.compiler.is_compiling() else _ShortAttention.apply
+        out_BHNK = short(q_BHNK, k_BHSK, v_BHSK, bias_B11S)
     else:
-        out = F.scaled_dot_product_attention(q_BHNK, k_BHSK, v_BHSK, attn_mask=bias_B11S)
-    return out.transpose(1, 2).flatten(2)
+        out_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHSK, v_BHSK, attn_mask=bias_B11S)
+    return out_BHNK.transpose(1, 2).flatten(2)
 
 
-_products = True
-
-
-@contextlib.contextmanager
-def always_fused() -> Iterator[None]:
-    """As on a GPU: to count on a CPU what will run elsewhere."""
-    global _products
-    _products = False
-    try:
-        yield
-    finally:
-        _products = True
-
-
-def _attend_by_products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
-    """The same from two matrix products. On CPUs the fused kernel's backward pass in bf16 takes five times as long
-    (torch 2.14, 96 tokens)."""
+def _products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
+    """The same as `_ShortAttention` in operations that a compiler fuses; logits are rounded to bfloat16."""
     batch, heads, queries, width = q_BHNK.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHSK, v_BHSK))
-    logits = torch.bmm(q * width**-0.5, k.transpose(1, 2)).view(batch, heads, queries, -1)
-    weights = torch.softmax(logits if bias_B11S is None else logits + bias_B11S, dim=-1)
+    logits = torch.bmm(q * width**-0.5, k.mT).view(batch, heads, queries, -1).float()
+    weights = torch.softmax(logits if bias_B11S is None else logits + bias_B11S, dim=-1).to(q.dtype)
     return torch.bmm(weights.view(batch * heads, queries, -1), v).view(batch, heads, queries, width)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Torch's fused forward pass, and a backward pass of matrix products, with logits and softmax in float32.
+
+    The backward pass of torch's fused CPU kernel in bfloat16 (2.14) takes ten times its forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *qkv, bias = ctx.saved_tensors
+        batch, heads = qkv[0].shape[:2]
+        q, k, v, g = (x.reshape(batch * heads, *x.shape[2:]) for x in (*qkv, *gradients))
+        scale = q.shape[-1] ** -0.5
+        logits_XNS = torch.bmm(q.float() * scale, k.float().mT)
+        if bias is not None:
+            logits_XNS.unflatten(0, (batch, heads)).add_(bias)
+        with torch.enable_grad():
+            p_XNS = torch.softmax(logits_XNS.requires_grad_(), dim=-1)
+        (ds_XNS,) = torch.autograd.grad(p_XNS, logits_XNS, torch.bmm(g, v.mT).float())
+        p_XNS, ds_XNS = p_XNS.detach().to(q.dtype), ds_XNS.to(q.dtype)
+        out = torch.bmm(ds_XNS, k * scale), torch.bmm(ds_XNS.mT, q * scale), torch.bmm(p_XNS.mT, g)
+        # Laid out as the inputs are, tokens before heads, which makes the next steps faster.
+        return *(x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous().transpose(1, 2) for x in out), None
 
 
 def join(first: QKV, second: QKV) -> QKV:

@@ -88,7 +88,7 @@ class CrossDiT(TokenBackbone):
         self.final = self.make_final()
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_text(text)
+        self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
         x_BND, bias = e.x_BND, None if e.bias is None else e.bias[..., e.x_BND.shape[1] :]
         for block in self.blocks:

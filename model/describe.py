@@ -13,17 +13,20 @@ from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError, hint
 from model.flops import train_flops_per_image
 from model.flow import FORMULATIONS, Formulation
-from model.grids import over_sigma, sampling_grid
+from model.grids import level_at, over_sigma, sampling_grid
 from model.paths import EDM
 from model.trunk import TokenConfig
 from model.weights import read_meta
 
 RESOLUTIONS = (256, 512, 1024)
 LATENT_FACTOR = 8
+MAX_DEPTH = 256
 
 
 def describe(model: str, *, qk_norm: bool, text_tokens: int) -> dict[str, Any]:
     """Parameters and costs of "d24", "dit-d24" or of an exported weights file."""
+    if text_tokens < 1:
+        raise ModelError(f"{text_tokens} text tokens; expected at least 1")
     if Path(model).suffix == ".safetensors":
         meta = read_meta(model)
         config = config_from_json(meta["backbone"], meta["config"])
@@ -49,10 +52,12 @@ def _by_name(model: str, qk_norm: bool) -> TokenConfig:
     match = re.fullmatch(r"(?:([a-z0-9_]+)-)?d(\d+)", model)
     if match is None:
         raise ModelError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")
-    backbone = match[1] or "mmdit"
+    backbone, depth = match[1] or "mmdit", int(match[2])
+    if depth > MAX_DEPTH:
+        raise ModelError(f"a depth of {depth} would take long to describe; expected at most {MAX_DEPTH}")
     if backbone not in BACKBONES:
         raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
-    return config_from_json(backbone, {"depth": int(match[2]), "qk_norm": qk_norm})
+    return config_from_json(backbone, {"depth": depth, "qk_norm": qk_norm})
 
 
 def formulation_rows() -> list[dict[str, Any]]:
@@ -61,6 +66,7 @@ def formulation_rows() -> list[dict[str, Any]]:
 
 def _row(form: Formulation) -> dict[str, Any]:
     grid = sampling_grid(form, 25)
+    terminal = level_at(form, grid[0])
     edm = isinstance(form.path, EDM)
     return {
         "name": form.name,
@@ -76,6 +82,7 @@ def _row(form: Formulation) -> dict[str, Any]:
             "spacing": _spacing(form),
             "start": float(grid[0]),
             "end": 0.0,
+            "terminal": {"a": float(terminal.a), "b": float(terminal.b)},
         },
     }
 

@@ -61,7 +61,7 @@ class DiT(TokenBackbone):
         self.final = self.make_final()
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_text(text)
+        self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
         x_BSD = torch.cat([e.x_BND, e.y_BLD], dim=1)
         for block in self.blocks:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.errors import ModelError, hint
 from model.paths import EDM, SIGMA_DATA, Cosine, Level, Linear, Path, RectifiedFlow
-from model.timesteps import Density, cosmap, get_density, lognorm, mode, parse_call, uniform
+from model.timesteps import Density, cosmap, get_density, lognorm, mode, parse_call, require_shift, uniform
 
 Target = Literal["velocity", "eps", "v", "F"]
 Coefficients = Callable[[Level], tuple[Tensor, Tensor]]
@@ -74,6 +74,7 @@ class Formulation:
         if isinstance(self.path, Linear):
             t = (t * self.path.num_levels).floor() / self.path.num_levels
         if shift != 1.0:
+            require_shift(shift)
             level = self.path.level(t)
             t = self.path.time_of_ratio(shift * level.b / level.a)
         return t

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.errors import ModelError
 from model.flow import Formulation
 from model.paths import EDM, Cosine, Level, Linear
-from model.timesteps import resolution_shift
+from model.timesteps import require_shift, resolution_shift
 
 Grid = Literal["default", "released"]
 
@@ -37,6 +37,7 @@ def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, g
     """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
     if steps < 1:
         raise ModelError(f"sampling with {steps} steps; expected at least 1")
+    require_shift(shift)
     if grid == "released":
         return released_grid(formulation, steps, shift)
     if grid != "default":

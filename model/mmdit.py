@@ -31,6 +31,8 @@ class MMDiTConfig(TokenConfig):
         # Released models never have it in the last block, whose text stream is pre-only.
         if any(not 0 <= i < self.depth - 1 for i in self.dual_attention):
             raise ModelError(f"dual_attention {self.dual_attention} names blocks outside 0..{self.depth - 2}")
+        if len(set(self.dual_attention)) < len(self.dual_attention):
+            raise ModelError(f"dual_attention {self.dual_attention} names a block twice")
 
     @property
     def name(self) -> str:
@@ -167,7 +169,7 @@ class MMDiT(TokenBackbone):
         self.final = self.make_final()
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_text(text)
+        self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
         x_BND, y_BLD = e.x_BND, e.y_BLD
         for block in self.blocks[:-1]:

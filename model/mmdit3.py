@@ -99,7 +99,7 @@ class MMDiT3(TokenBackbone):
         split = self.config.clip_tokens
         if not 0 < split < text.context_BLD.shape[1]:
             raise ModelError(f"clip_tokens={split} leaves no two parts of {text.context_BLD.shape[1]} text tokens")
-        self.check_text(text)
+        self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
         x_BND, clip_BMD, t5_BLD = e.x_BND, e.y_BLD[:, :split], e.y_BLD[:, split:]
         for block in self.blocks[:-1]:

@@ -6,8 +6,9 @@ Asking for apex where it is not installed is an error, never a silent downgrade.
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,37 @@ def rms_norm(width: int, backend: NormBackend = "torch") -> nn.Module:
         from apex.normalization import FusedRMSNorm
 
         return FusedRMSNorm(width, eps=EPS)
-    return nn.RMSNorm(width, eps=EPS)
+    return RMSNorm(width, eps=EPS)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Torch's, with the gradient written out on a CPU, where torch makes it of a dozen operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
+        return CPURMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class CPURMSNorm(torch.autograd.Function):
+    """y = x r w with r = 1/rms(x); keeps x and r, as the fused kernel of a GPU does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = (wide.square().sum(-1, keepdim=True) / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight.to(r.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        wide, w, g = (value.to(r.dtype) for value in (x, weight, gradients[0]))
+        n = wide * r
+        gn = g * n
+        mean = (torch.matmul(gn, w) / x.shape[-1]).unsqueeze(-1)
+        dx = (g * w).sub_(n.mul_(mean)).mul_(r)
+        return dx.to(x.dtype), gn.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class PlainLayerNorm(nn.Module):

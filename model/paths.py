@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.timesteps import require_finite
 
 SIGMA_DATA = 0.5
 
@@ -148,6 +149,7 @@ class EDM:
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        require_finite(f"edm({self.mean},{self.std})", self.mean, self.std)
         if self.std <= 0:
             raise ModelError(f"edm P_s is {self.std}, expected a positive number")
 

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from model.flow import get_formulation
+from model.paths import Linear
 from model.timesteps import get_density, resolution_shift
 
 SHOWN_DENSITIES = ("uniform", "lognorm(0,1)", "lognorm(0.5,0.6)", "lognorm(-0.5,1)", "mode(1.29)", "mode(-1)", "cosmap")
-SHOWN_FORMULATIONS = (
-    "rf",
-    "rf/lognorm(0.00,1.00)",
-    "rf/mode(1.29)",
-    "eps/linear",
-    "eps/cos",
-    "v/cos",
-    "edm(-1.20,1.20)",
-)
+# Name -> label; rf and v/cos have the same weight.
+SHOWN_FORMULATIONS = {
+    "rf": "rf, v/cos",
+    "rf/lognorm(0.00,1.00)": "rf/lognorm(0,1)",
+    "rf/mode(1.29)": "rf/mode(1.29)",
+    "eps/linear": "eps/linear",
+    "eps/cos": "eps/cos",
+    "edm(-1.20,1.20)": "edm(-1.2,1.2)",
+}
 
 
 def plot_densities(out: Path) -> list[Path]:
@@ -34,7 +35,7 @@ def plot_densities(out: Path) -> list[Path]:
 def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     return figure, axes
@@ -54,7 +55,7 @@ def _densities(path: Path) -> Path:
     for name in SHOWN_DENSITIES:
         axes.plot(t, get_density(name).pdf(t), label=name)
     axes.set_ylim(0, 4)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
@@ -68,14 +69,16 @@ def _shift(path: Path) -> Path:
 
 
 def _weights(path: Path) -> Path:
-    """w(lambda) over its value at 0, on a logarithmic scale; constants do not matter, and rf lies under v/cos."""
-    u = torch.sigmoid(torch.linspace(-14, 14, 3000, dtype=torch.float64))
+    """w(lambda) over its value at 0, on a logarithmic scale; constants do not matter."""
+    smooth = torch.sigmoid(torch.linspace(-14, 14, 3000, dtype=torch.float64))
+    between_levels = (torch.arange(999, dtype=torch.float64) + 0.5) / 1000
     figure, axes = _axes("log-SNR lambda", "w(lambda) / w(0)", "Weight on the noise error under the unified loss")
-    for name in SHOWN_FORMULATIONS:
+    for name, label in SHOWN_FORMULATIONS.items():
         form = get_formulation(name)
+        u = between_levels if isinstance(form.path, Linear) else smooth
         log_snr, weight = form.log_snr(u), form.weight(u)
         shown = log_snr.abs() < 10
-        axes.semilogy(log_snr[shown], weight[shown] / weight[log_snr.abs().argmin()], label=name)
+        axes.semilogy(log_snr[shown], weight[shown] / weight[log_snr.abs().argmin()], label=label)
     axes.set_ylim(1e-4, 1e3)
     axes.legend()
     return _save(figure, path)

@@ -27,12 +27,19 @@ class Density:
     pdf: Callable[[Tensor], Tensor]
 
 
+def require_finite(name: str, *numbers: float) -> None:
+    """Refuse nan and infinity among a density's parameters."""
+    if not all(math.isfinite(number) for number in numbers):
+        raise ModelError(f"{name}: expected finite numbers")
+
+
 def uniform() -> Density:
     return Density("uniform", lambda u: u, torch.ones_like)
 
 
 def lognorm(mean: float, std: float) -> Density:
     """Logit-normal: logit(t) ~ N(mean, std**2); mean < 0 favours data, > 0 noise."""
+    require_finite(f"lognorm({mean},{std})", mean, std)
     if std <= 0:
         raise ModelError(f"lognorm std is {std}, expected a positive number")
 
@@ -109,8 +116,13 @@ def get_density(name: str) -> Density:
         raise ModelError(f"timestep density {name!r}: {len(numbers)} parameters do not fit {family}") from None
 
 
+def require_shift(shift: float) -> None:
+    """Refuse a resolution shift that is no positive number."""
+    if not 0 < shift < math.inf:
+        raise ModelError(f"resolution shift is {shift}, expected a positive number")
+
+
 def resolution_shift(t: Tensor, shift: float) -> Tensor:
     """t at n pixels to the t of equal uncertainty at m pixels, shift = sqrt(m/n) (eq. 23)."""
-    if shift <= 0:
-        raise ModelError(f"resolution shift is {shift}, expected a positive number")
+    require_shift(shift)
     return shift * t / (1 + (shift - 1) * t)

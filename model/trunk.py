@@ -45,9 +45,12 @@ class TokenConfig(ABC):
     norm_backend: NormBackend = "torch"
 
     def __post_init__(self) -> None:
-        for field in ("depth", "patch", "in_channels", "context_width", "pooled_width", "pos_max", "pos_base"):
-            if getattr(self, field) < 1:
-                raise ModelError(f"{type(self).__name__}.{field} is {getattr(self, field)}, expected at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and (type(value) is not int or value < 1):
+                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected an integer of at least 1")
+            if field.type in ("bool", bool) and type(value) is not bool:
+                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected true or false")
 
     @property
     @abstractmethod
@@ -98,6 +101,8 @@ class TokenConfig(ABC):
         for key in data:
             if key not in known:
                 raise ModelError(f"unknown {cls.__name__} field {key!r}{hint(key, known)}")
+        if "depth" not in data:
+            raise ModelError(f"{cls.__name__} without a depth; found {', '.join(data) or 'nothing'}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**fields)
 
@@ -156,9 +161,21 @@ class TokenBackbone(nn.Module):
     def make_final(self) -> FinalLayer:
         return FinalLayer(self.config.width, self.config.pixels, self.config.norm_backend)
 
-    def check_text(self, text: TextCond) -> None:
-        """Refuse text of other widths than the model was built for."""
-        config = self.config
+    def check_inputs(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> None:
+        """Refuse text of other widths than the model was built for, and parts of different batches."""
+        config, batch, mask = self.config, x_BCHW.shape[0], text.mask_BL
+        if x_BCHW.ndim != 4 or 0 in x_BCHW.shape:
+            raise ModelError(f"latents of shape {tuple(x_BCHW.shape)}, expected (batch, channels, height, width)")
+        if t_B.shape != (batch,) or len(text) != batch or len(text.pooled_BP) != batch:
+            raise ModelError(
+                f"{batch} latents with times of shape {tuple(t_B.shape)} and text for {len(text)} (context), "
+                f"{len(text.pooled_BP)} (pooled); expected {batch} of each"
+            )
+        if mask is not None and (mask.shape != text.context_BLD.shape[:2] or mask.dtype != torch.bool):
+            raise ModelError(
+                f"text mask of shape {tuple(mask.shape)} and type {mask.dtype}, expected "
+                f"{tuple(text.context_BLD.shape[:2])} and torch.bool"
+            )
         if text.context_BLD.shape[-1] != config.context_width or text.pooled_BP.shape[-1] != config.pooled_width:
             raise ModelError(
                 f"text of widths {text.context_BLD.shape[-1]} (context), {text.pooled_BP.shape[-1]} (pooled) does not "

@@ -117,7 +117,7 @@ class UViT(TokenBackbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         if x_BCHW.shape[1] != self.config.in_channels:
             raise ModelError(f"latents have {x_BCHW.shape[1]} channels, the model expects {self.config.in_channels}")
-        self.check_text(text)
+        self.check_inputs(x_BCHW, t_B, text)
         c_BD = self.condition(t_B, text.pooled_BP)
         x_BCHW = self.conv_in(x_BCHW)
         for block in self.down:

@@ -124,7 +124,8 @@ def make_run(root, name, formulation, seed):
 
 def test_the_checkpoint_with_the_least_validation_loss_is_judged_where_it_has_raw_weights(tmp_path):
     run = make_run(tmp_path, "one", "rf", 0)
-    [entry] = find_entries(str(tmp_path))
+    [entry], unfit = find_entries(str(tmp_path))
+    assert not unfit
     assert (entry.checkpoint.step, entry.chosen) == (20, "step 20: the only one with raw weights")
     assert entry.weights["raw"].endswith("weights/raw.safetensors")
     shutil.copy(run / "weights" / "raw.safetensors", run / "weights" / "step_0000010" / "raw.safetensors")
@@ -133,14 +134,17 @@ def test_the_checkpoint_with_the_least_validation_loss_is_judged_where_it_has_ra
         for images, loss in ((40, 0.5), (80, 0.6))
     ]
     ResultStore(str(run / "results")).append(rows)
-    [entry] = find_entries(str(tmp_path))
+    [entry], _ = find_entries(str(tmp_path))
     assert (entry.checkpoint.step, entry.chosen) == (10, "step 10: least EMA validation loss")
     make_run(tmp_path, "again", "rf", 0)
     with pytest.raises(UserError, match="are both rf with seed 0"):
         find_entries(str(tmp_path))
     (tmp_path / "again" / "weights" / "raw.safetensors").unlink()
-    with pytest.raises(UserError, match="no raw weights"):
-        find_entries(str(tmp_path))
+    entries, unfit = find_entries(str(tmp_path))
+    assert [entry.checkpoint.run for entry in entries] == ["one"]
+    assert "no raw weights" in unfit["again"]
+    (tmp_path / "again" / "unstable.json").write_text(json.dumps({"problem": "loss nan", "images": 40}))
+    assert find_entries(str(tmp_path))[1] == {"again": "its training was unstable (loss nan)"}
     (tmp_path / "again" / "recipe.json").unlink()
     with pytest.raises(UserError, match=r"no recipe\.json"):
         find_entries(str(tmp_path))

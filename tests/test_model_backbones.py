@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
+from data_pipeline.buckets import bucket_table
 from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError
 from model.norms import apex_available, layer_norm, rms_norm
@@ -127,7 +128,7 @@ def test_unknown_backbones_are_named() -> None:
 def test_blocks_compile_without_graph_breaks(name: str) -> None:
     """Every kind of block traces as one graph, and a table of shapes costs at most one compilation each."""
     torch._dynamo.reset()
-    model = random_model(name, **({"dual_attention": [0]} if name == "mmdit" else {}))
+    model = random_model(name, pos_max=16, **({"dual_attention": [0]} if name == "mmdit" else {}))
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     seen: set[type] = set()
     kept = []
@@ -136,12 +137,13 @@ def test_blocks_compile_without_graph_breaks(name: str) -> None:
             seen.add(type(block))
             kept.append(type(block).__name__)
             model.blocks[index] = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
-    shapes = [(16, 16), (12, 20), (20, 12), (16, 16), (12, 20)]
-    for shape in shapes:
-        x, t_B, text = inputs(*shape)
-        model(x, t_B, text)
-    # (12, 20) and (20, 12) have equally many tokens: one graph serves both.
-    assert counter.frame_count <= 2 * len(kept)
+    # The aspect buckets of 128 px, up to 1:4: nine shapes, some with equally many tokens, which share a graph.
+    table = [tuple(int(side) // 8 for side in name.split("x")) for name in bucket_table(128, step=16, max_aspect=4.0)]
+    tokens = {height * width // 4 for height, width in table}
+    assert (len(table), len(tokens)) == (9, 4)
+    for height, width in table + table[::-1]:
+        model(*inputs(height, width))
+    assert counter.frame_count == len(tokens) * len(kept)
     torch._dynamo.reset()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.flow import FORMULATIONS, Formulation, get_formulation
+from model.grids import sampling_grid
 from model.paths import Linear
 from model.seeding import keyed_uniform
 from model.timesteps import MODE_LIMIT, get_density, lognorm, mode, resolution_shift
@@ -215,11 +216,28 @@ def test_resolution_shift_moves_the_log_snr_by_its_log() -> None:
         ("edm(0,0)", "P_s is 0"),
         ("edm(1)", "two numbers"),
         ("rf/lognorm(a,b)", "cannot read"),
+        ("rf/lognorm(nan,1)", "finite"),
+        ("rf/lognorm(0,inf)", "finite"),
+        ("rf/mode(nan)", "expected -1 <= s <= "),
+        ("edm(0,nan)", "finite"),
     ],
 )
 def test_unknown_formulations_are_named(name: str, says: str) -> None:
     with pytest.raises(ModelError, match=says.replace("(", r"\(")):
         get_formulation(name)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["rf", "v/cos", "edm/rf", "eps/linear"])
+def test_only_positive_shifts_are_taken(name: str, shift: float) -> None:
+    form, half = get_formulation(name), torch.tensor([0.5])
+    for use in (
+        lambda: resolution_shift(half, shift),
+        lambda: form.timesteps(half, shift=shift),
+        lambda: sampling_grid(form, 4, shift=shift),
+    ):
+        with pytest.raises(ModelError, match=f"shift is {shift}"):
+            use()
 
 
 def test_families_reach_beyond_the_61() -> None:

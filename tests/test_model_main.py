@@ -26,6 +26,10 @@ def test_formulations_lists_exactly_61(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert by_name["edm(-1.20,1.20)"]["network_time"] == "ln(sigma)/4"
     assert by_name["edm/cos"]["sampling_grid"]["start"] == pytest.approx(80)
     assert by_name["eps/linear"]["sampling_grid"]["start"] == pytest.approx(14.61, abs=0.01)
+    terminal = {name: row["sampling_grid"]["terminal"] for name, row in by_name.items()}
+    assert terminal["rf"] == {"a": 0, "b": 1}
+    assert terminal["eps/linear"]["a"] ** 2 == pytest.approx(0.00466, abs=1e-5)
+    assert terminal["edm/rf"] == pytest.approx({"a": 1, "b": 80})
     assert by_name["v/cos"]["loss_over_unified_loss"] == pytest.approx(0.6366, abs=1e-4)
 
 
@@ -54,7 +58,10 @@ def test_plots_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         (("info", "d0"), "depth is 0"),
         (("info", "dot-d4"), "did you mean 'dit'"),
         (("info", "big"), "expected d24"),
+        (("info", "d2", "--text-tokens", "-5"), "-5 text tokens"),
+        (("info", "d99999"), "at most 256"),
         (("convert", "/nowhere", "x"), "nothing at /nowhere"),
+        (("plot-densities", "--out", "/proc/nowhere"), "/proc/nowhere"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -203,7 +203,35 @@ def test_wrong_shapes_are_named(x_shape: tuple, widths: tuple, named: str) -> No
         BASE.build()(torch.zeros(x_shape), torch.zeros(1), text)
 
 
+def test_parts_of_different_batches_are_named() -> None:
+    model, x, t_B = BASE.build(), torch.zeros(2, 4, 16, 16), torch.zeros(2)
+
+    def text(rows: int, mask: Tensor | None = None) -> TextCond:
+        return TextCond(torch.zeros(rows, 3, 48), torch.zeros(rows, 24), mask)
+
+    for arguments, named in (
+        ((x, t_B, text(3)), r"2 latents .* 3 \(context\)"),
+        ((x, torch.zeros(3), text(2)), r"times of shape \(3,\)"),
+        ((x[0], t_B, text(2)), r"\(4, 16, 16\), expected"),
+        ((x[:, :, :0], t_B, text(2)), r"\(2, 4, 0, 16\), expected"),
+        ((x, t_B, text(2, torch.ones(2, 5).bool())), r"\(2, 5\) .* expected \(2, 3\)"),
+        ((x, t_B, text(2, torch.ones(2, 3))), r"float32, expected .* torch\.bool"),
+    ):
+        with pytest.raises(ModelError, match=named):
+            model(*arguments)
+
+
 def test_wrong_configs_are_named() -> None:
+    for changes, says in (
+        ({"depth": "3"}, "depth is '3', expected an integer"),
+        ({"patch": 1.5}, "patch is 1.5, expected an integer"),
+        ({"qk_norm": "no"}, "qk_norm is 'no', expected true or false"),
+        ({"depth": 4, "dual_attention": [1, 1]}, "twice"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            config_with(**changes)
+    with pytest.raises(ModelError, match="without a depth; found patch"):
+        MMDiTConfig.from_json({"patch": 2})
     with pytest.raises(ModelError, match="did you mean 'depth'"):
         MMDiTConfig.from_json({"dept": 3})
     with pytest.raises(ModelError, match="outside"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.encoders import load_text_encoders
 from model.errors import ModelError
-from model.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble, unconditional
+from model.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble, sd3_text_spec, unconditional
 
 CAPTIONS = ["a photo of a red apple", "two cats", ""]
 WORDS = ["a", "photo", "of", "red", "apple", "two", "cats"]
@@ -98,6 +98,14 @@ def test_rows_survive_storage_and_batching() -> None:
     again = {s: EncodedText.stack(*zip(*[t.row(i) for i in range(2)], strict=True)) for s, t in f.items()}
     for ours, theirs in zip(vars(assemble(spec, f)).values(), vars(assemble(spec, again)).values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_conventions_of_sd3_differ_in_length() -> None:
+    for convention, tokens in (("sd3-ref", 154), ("diffusers", 333)):
+        spec = sd3_text_spec(convention)
+        assert (spec.context_tokens, spec.context_width, spec.pooled_width) == (tokens, 4096, 2048)
+    with pytest.raises(ModelError, match="sd3-ref, diffusers"):
+        sd3_text_spec("sd3")  # type: ignore[arg-type]
 
 
 def test_cat_fills_a_missing_mask() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from model.convert import convert
+from model.encoders import load_text_encoders
 from model.errors import ModelError
 from model.mmdit import MMDiTConfig
 from model.names import full_positions, to_sd3
 from model.sampler import sample
-from model.text import TextCond
+from model.text import TextCond, TextSpec, sd3_text_spec
 from model.weights import load_model, load_weights, read_meta, save_weights
 
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
@@ -161,7 +163,7 @@ class NormalisedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def write_vae(folder: Path) -> Path:
+def write_vae(folder: Path, channels: int = 4) -> Path:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(8)
@@ -169,7 +171,7 @@ def write_vae(folder: Path) -> Path:
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=1.5,
@@ -235,18 +237,19 @@ def test_exported_pipeline_loads_silently_and_denoises_alike(tmp_path: Path) -> 
     assert float(ours.std()) > 0.1
 
 
-def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [4, 16])
+def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path, channels: int) -> None:
     from model.vae import Latents, load_vae
 
-    vae = load_vae(write_vae(tmp_path / "vae"))
+    vae = load_vae(write_vae(tmp_path / "vae", channels))
     latents = Latents.of(vae)
-    assert latents == Latents(channels=4, factor=2, shift=0.1, scale=1.5)
+    assert latents == Latents(channels=channels, factor=2, shift=0.1, scale=1.5)
     assert Latents.from_json(json.loads(json.dumps(latents.to_json("world:vae")))) == latents
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     moments = latents.encode(vae, images)
     assert moments.dtype == torch.float16
-    assert moments.shape == (2, 8, 16, 16)
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    assert moments.shape == (2, 2 * channels, 16, 16)
+    noise = torch.randn(2, channels, 16, 16, generator=torch.Generator().manual_seed(2))
     latent = latents.normalise(latents.sample(moments, noise))
     posterior = vae.encode(images).latent_dist
     torch.testing.assert_close(latent, (posterior.mean + posterior.std * noise - 0.1) * 1.5, atol=5e-3, rtol=5e-3)
@@ -302,6 +305,25 @@ def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) 
     assert "=None" not in (tmp_path / "pipe" / "README.md").read_text()
     pipeline = load_pipeline(tmp_path / "pipe")
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a b", num_inference_steps=2, height=32, width=32, output_type="pt", max_sequence_length=6).images
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    asked = {"latents": noise, "num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 6}
+    shapes = {"height": 32, "width": 32}
+    image = pipeline("a b", **asked, **shapes, output_type="pt").images
     assert image.shape == (1, 3, 32, 32)
     assert torch.isfinite(image).all()
+    # The same latents from the same prompt by our encoders, read from that folder, and our sampler.
+    theirs = pipeline("a b", **asked, **shapes, output_type="latent").images
+    tiny = {"clip_l": (8, 16, 10), "clip_g": (8, 24, 14), "t5": (6, 48, 0)}
+    released = sd3_text_spec("diffusers").encoders
+    spec = TextSpec(
+        tuple(replace(e, tokens=n, width=w, pooled=p) for e in released for n, w, p in [tiny[e.seat]]),
+        "padded", 48, "diffusers",
+    )  # fmt: skip
+    text = load_text_encoders(spec, lambda name: tmp_path / "pipe" / name)
+    model, _ = load_model(path)
+    ours = sample(
+        model, noise, text.condition(["a b"]), text.empty_prompt(1), steps=10, guidance=3.0, formulation="rf",
+        grid="released",
+    )  # fmt: skip
+    assert float((ours - theirs).abs().max()) <= 1e-4
+    assert float((ours - noise).std()) > 0.1

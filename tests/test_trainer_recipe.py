@@ -141,8 +141,6 @@ def test_plan_against_arithmetic():
     assert "stage 1 is enough" in plan["advice"]
     # Of an image, whatever machine the plan is made on: no matrix of tokens by tokens.
     assert plan["activation_bytes_per_image"]["kept"] == pytest.approx(19.74 / 64 * 2**30, rel=0.02)
-    on_cpu = make_plan(r, world=2, machine=get_machine("cpu-amx"))["activation_bytes_per_image"]
-    assert on_cpu["kept"] > 1.1 * plan["activation_bytes_per_image"]["kept"]
     parallel = dataclasses.replace(r.parallel, hpz=8, max_live=0)
     hpz = make_plan(dataclasses.replace(r, parallel=parallel), world=64, machine=h100)
     assert hpz["time"]["communication_seconds"] < tight["time"]["communication_seconds"]
@@ -238,6 +236,7 @@ def test_cadences():
         ({"optimizer": Optimizer(lr=-1.0)}, "optimizer.lr is -1.0"),
         ({"data": Data(encoder_dropout=1.5)}, "encoder_dropout is 1.5"),
         ({"precision": "bf16", "parallel": Parallel(zero_stage=0)}, "bf16 needs fp32 master weights"),
+        ({"precision": "bf16", "parallel": Parallel(zero_stage=1)}, "use --parallel.zero-stage 2"),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, says):

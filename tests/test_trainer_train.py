@@ -33,7 +33,7 @@ OPTIONS = [
     "model.in-channels=4", "model.context-width=48", "model.pooled-width=32", "data.resolution=32",
     "data.text-tokens=16", "data.latent-shape=4 8 8", "global-batch=8", "optimizer.lr=3e-3",
     "validation.samples=16", "validation.batch=8", "logging.samples=0", "logging.log-every=8",
-    f"logging.save-every={EVERY}", f"validation.every={EVERY}",
+    f"logging.save-every={EVERY}", f"validation.every={EVERY}", "precision=fp32",
 ]  # fmt: skip
 
 

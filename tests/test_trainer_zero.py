@@ -103,6 +103,8 @@ def test_validation_does_not_depend_on_the_number_of_ranks(folder, found):
 
 def test_non_finite_gradient_is_seen_and_never_stepped(found):
     assert found["skip_seen"]
+    assert found["bf16_skip_seen"]
+    assert found["bf16_skip_kept"]
     assert found["skip_kept"]
 
 

@@ -135,6 +135,17 @@ def discards(engine: ZeroEngine, group: Group) -> dict[str, bool]:
     }  # fmt: skip
 
 
+def spoil(engine: ZeroEngine, group: Group) -> tuple[bool, bool]:
+    """A gradient that is not finite on one rank: does the engine say that it skipped, are the masters as before?"""
+    g = torch.Generator().manual_seed(1)
+    text = TextCond(torch.randn(4, 16, 48, generator=g), torch.randn(4, 32, generator=g))
+    loss = engine(torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), text).mean()
+    engine.backward(loss * float("inf") if group.rank == 1 else loss)
+    kept = [m.clone() for m in engine.masters]
+    skipped = not engine.step(1e-2).applied
+    return skipped, all(torch.equal(a, b) for a, b in zip(kept, engine.masters))
+
+
 def main() -> None:
     data, out = sys.argv[1:]
     group, found = start(), {}
@@ -188,14 +199,7 @@ def main() -> None:
             torch.save({n: p.detach().clone() for n, p in engine.model.named_parameters()}, f"{out}/gathered.pt")
     found["refused"] = not export(engine, engine.masters, ["/proc/nowhere/x.safetensors"], meta["raw"], group)
 
-    # A gradient that is not finite: DeepSpeed skips, and the engine says so.
-    g = torch.Generator().manual_seed(1)
-    text = TextCond(torch.randn(4, 16, 48, generator=g), torch.randn(4, 32, generator=g))
-    loss = engine(torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), text).mean()
-    engine.backward(loss * float("inf") if group.rank == 1 else loss)
-    kept = [m.clone() for m in engine.masters]
-    found["skip_seen"] = not engine.step(1e-2).applied
-    found["skip_kept"] = all(torch.equal(a, b) for a, b in zip(kept, engine.masters))
+    found["skip_seen"], found["skip_kept"] = spoil(engine, group)
 
     # The same run under other stages, with accumulation, with recomputation, with small parameters kept whole.
     found["stages"] = {}
@@ -248,6 +252,7 @@ def main() -> None:
     half = dataclasses.replace(RECIPE, precision="bf16")
     engine = ZeroEngine(half, group)
     found["bf16_losses"], _ = steps(engine, group, data, 2)
+    found["bf16_skip_seen"], found["bf16_skip_kept"] = spoil(engine, group)
     found["bf16_masters"] = {str(m.dtype) for m in engine.masters} == {"torch.float32"}
     if group.rank == 0:
         Path(out, "found.json").write_text(json.dumps(found))

@@ -39,8 +39,7 @@ def make_plan(
     train_flops = train_flops_of(recipe)
     micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    fused = not machine.name.startswith("cpu")
-    kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype, fused=fused)
+    kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
     pictures = micro * (2 if recipe.objective == "dpo" else 1)
     activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
     per_stage = {

@@ -301,7 +301,10 @@ def _check_parallel(recipe: Recipe) -> None:
     p = recipe.parallel
     wrong = [
         (p.zero_stage == 0 and recipe.precision == "bf16",
-         "bf16 needs fp32 master weights: use --parallel.zero-stage 1, 2 or 3"),
+         "bf16 needs fp32 master weights: use --parallel.zero-stage 2 or 3"),
+        # DeepSpeed has a third optimizer for this case, which steps on gradients that are not finite without a word.
+        (p.zero_stage == 1 and recipe.precision == "bf16" and p.fp32_reduce,
+         "stage 1 accumulates bf16 gradients in bf16 only: use --parallel.zero-stage 2, or --no-parallel.fp32-reduce"),
         (p.zero_stage == 0 and p.offload_optimizer, "offload_optimizer needs --parallel.zero-stage 1, 2 or 3"),
         (p.zero_stage != 3 and p.offload_parameters != "no", "offload_parameters needs --parallel.zero-stage 3"),
         (p.zero_stage != 3 and (p.hpz > 1 or p.quantized_weights or p.quantized_gradients),

@@ -140,7 +140,7 @@ def _failures(now: Snapshot, settings: str) -> dict[str, Any]:
             if outcome.state == "failed":
                 reason, at = reason_of(run.run.uri, settings, step, outcome.attempt)
                 failed.append({"run": run.name, "step": step, "reason": reason, "at": at, "attempts": outcome.attempt})
-        unread += [{"run": run.name, "reason": reason} for reason in (*run.run.missing, *run.skipped)]
+        unread += [{"run": run.name, "reason": reason} for reason in views.problems_of(run)]
     unread += [{"run": "", "reason": note} for note in now.notes]
     return {"evaluations": failed, "unreadable": unread}
 
@@ -196,7 +196,7 @@ def _picture_routes(app: FastAPI, parts: Parts) -> None:
         found = _found(parts.now.by_name.get(run), f"no run named {run!r}")
         if found.gallery:
             sheet = _told(lambda: read_sheet(list(found.gallery.values())[-1]))
-            return Json({"prompts": [tile.prompt for tile in sheet.tiles]})
+            return Json({"prompts": [tile.prompt for tile in sheet.tiles], "columns": sheet.columns})
         from eval.report_pictures import prompts_of
 
         return Json({"prompts": list(prompts_of(found.run.samples[-1])) if found.run.samples else []})

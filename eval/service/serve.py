@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -62,7 +62,7 @@ def serve(options: ServeOptions) -> None:
 
 def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
     """Everything but the web; refuses settings with which no checkpoint could be evaluated."""
-    wanted = options.evaluation
+    wanted = replace(options.evaluation, sampling=options.evaluation.sampling.decided())
     if options.evaluate and wanted.metrics != "none":
         parse_metrics(wanted.metrics)
     if wanted.checkpoints not in ("all", "last"):

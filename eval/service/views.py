@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.report import plain
+from eval.report_data import NOT_BEGUN
 from eval.report_series import Task, families_of, levels_among, most_common_loss
 from eval.report_tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
 from eval.service.index import Curves, IndexedRun, Series, Snapshot
@@ -62,9 +63,14 @@ def _run_line(
         "evaluated": states.count("done"),
         "failed": states.count("failed"),
         "running": states.count("running"),
-        "problems": len(run.run.missing) + len(run.skipped),
+        "problems": len(problems_of(run)),
         "pictures": bool(run.gallery or run.run.samples),
     }
+
+
+def problems_of(run: IndexedRun) -> list[str]:
+    """What of the run's files cannot be read; that a run has only just begun is no fault of its files."""
+    return [piece for piece in (*run.run.missing, *run.skipped) if piece != NOT_BEGUN]
 
 
 def last_point(series: Series | None) -> dict[str, Any] | None:
@@ -175,10 +181,16 @@ def run_details(snapshot: Snapshot, name: str, settings: str) -> dict[str, Any] 
         "last": run.last,
         "recipe": flatten(run.run.recipe),
         "cost": plain(run.cost),
-        "numbers": {metric: point for metric, point in sorted(numbers_of.items()) if point},
+        "numbers": {metric: point for metric, point in sorted(numbers_of.items(), key=_scores_first) if point},
         "checkpoints": [{"step": step, "state": state} for step, state in _states(run, settings).items()],
-        "problems": [*run.run.missing, *run.skipped],
+        "problems": problems_of(run),
     }
+
+
+def _scores_first(item: tuple[str, Any]) -> tuple[int, str]:
+    """Validation losses, then scores, then what it cost."""
+    name = item[0]
+    return (0 if name.startswith("val_loss") else 2 if name.startswith(("train_loss", "cost/")) else 1), name
 
 
 def _states(run: IndexedRun, settings: str) -> dict[int, str]:
@@ -207,10 +219,10 @@ def plans(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
     for run in chosen(snapshot, names):
         plan, cost = run.run.plan, run.cost
         images = _positive(plan.get("images")) or _positive(run.run.recipe.get("images"))
-        lines = [dict(line) for line in run.planned]
-        lines += [
+        lines = [
             _planned("images", images, cost["images"]),
             _planned("training FLOPs", _positive(plan.get("train_flops")) or _times(images, run), cost["flops"]),
+            *sorted(map(dict, run.planned), key=lambda line: ("bytes" in line["name"], line["name"])),
         ]
         found.append({
             "name": run.name, "parameters": run.run.parameters, "progress": _ratio(cost["images"], images),

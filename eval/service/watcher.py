@@ -90,6 +90,8 @@ class Watcher:
         waiting = [
             (run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()
         ]
+        # The last checkpoint of every run comes before the last but one of any: a ladder shows its shape early.
+        waiting.sort(key=lambda open_: sum(step > open_[1] for step in open_[0].weights))
         self.waiting = len(waiting)
         batch: list[Mine] = []
         for run, step, outcome in waiting:

@@ -14,12 +14,14 @@ export function el(tag, attributes = {}, ...children) {
 
 export const note = (...text) => el("p", { className: "note" }, ...text);
 
-export function count(value) {
-  if (value === null || value === undefined) return "";
-  for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (Math.abs(value) >= size * 0.9995) return `${parseFloat((value / size).toPrecision(3))}${unit}`;
+const scaled = (value, units) => {
+  for (const [size, unit] of units) if (Math.abs(value) >= size * 0.9995) return `${parseFloat((value / size).toPrecision(3))}${unit}`;
   return `${parseFloat(value.toPrecision(3))}`;
-}
+};
+
+export const count = (value) => (value === null || value === undefined ? "" : scaled(value, [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]));
+
+export const bytes = (value) => scaled(value, [[1e12, " TB"], [1e9, " GB"], [1e6, " MB"], [1e3, " kB"], [1, " B"]]);
 
 export const power = (value) => {
   if (!value) return value === 0 ? "0" : "";

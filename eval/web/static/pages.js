@@ -1,5 +1,5 @@
 // The pages: each asks the API and lays out what it answers. A page is drawn again when the store has something new.
-import { address, api, cell, chooser, chosen, count, duration, el, keepChoiceInMenu, note, power, segments, select, sig, table, words } from "./core.js";
+import { address, api, bytes, cell, chooser, chosen, count, duration, el, keepChoiceInMenu, note, power, segments, select, sig, table, words } from "./core.js";
 import { dots, lines } from "./charts.js";
 import { compare } from "./compare.js";
 
@@ -28,7 +28,7 @@ async function overview() {
     [runs.length, runs.length === 1 ? "run" : "runs"],
     [`${sum("evaluated")} of ${sum("checkpoints")}`, "checkpoints evaluated by this service"],
     [Number.isFinite(best) ? sig(best, 4) : "\u2013", `lowest ${metric ?? "validation loss"}`],
-    [sum("failed") + sum("problems"), "failures and unreadable files"],
+    [sum("failed") + sum("problems"), "failures and unreadable files", "/failures"],
   ];
   const progress = (run) => {
     if (!run.planned_images) return count(run.images);
@@ -55,7 +55,7 @@ async function overview() {
   ];
   const worldly = headlines.some((name) => name.startsWith("world_"));
   fill(
-    el("div", { className: "tiles" }, tiles.map(([value, text]) => el("div", { className: "tile" }, el("b", {}, `${value}`), el("span", {}, text)))),
+    el("div", { className: "tiles" }, tiles.map(([value, text, href]) => el(href && value ? "a" : "div", { className: "tile", href: value ? href : null }, el("b", {}, `${value}`), el("span", {}, text)))),
     table(columns, runs, { tall: runs.length > 25 }),
     worldly ? note("Names that begin with world are scores by the small world's own judges. They are not GenEval or T2I-CompBench, and no published figure may stand beside them.") : null,
     note("Last value of each run; small figures are 95 % intervals over prompts. Compare runs at equal images only."),
@@ -171,9 +171,10 @@ async function samples() {
   const most = Number(address.get("columns", "6"));
   const evenly = (files) => files.length <= most ? files : [...new Set(Array.from({ length: most }, (_, i) => Math.round((i * (files.length - 1)) / (most - 1))))].map((i) => files[i]);
   const shown = runs.slice(0, 12);
-  const prompts = await Promise.all(shown.map((run) => api("prompts", { run: run.name }).then((told) => told.prompts).catch(() => [])));
+  const told = await Promise.all(shown.map((run) => api("prompts", { run: run.name }).catch(() => ({ prompts: [] }))));
+  const prompts = told.map((one) => one.prompts);
   const common = prompts[0]?.length && prompts.every((list) => JSON.stringify(list) === JSON.stringify(prompts[0]));
-  const list = (items) => el("details", {}, el("summary", {}, `${items.length} prompts, row by row`), el("ol", { className: "prompts" }, items.map((text) => el("li", {}, text))));
+  const list = (items) => el("details", { open: innerWidth >= 700 }, el("summary", {}, `${items.length} prompts, row by row`), el("ol", { className: "prompts" }, items.map((text) => el("li", {}, text))));
   fill(
     el("div", { className: "controls" }, segments({ 3: "3", 6: "6", 100: "All" }, `${most}`, (value) => { address.set({ columns: value }); draw(); }, "checkpoints per run"), el("span", { className: "note" }, "checkpoints per run, side by side at the same prompts and seeds")),
     common ? list(prompts[0]) : null,
@@ -182,9 +183,14 @@ async function samples() {
       !common && prompts[i].length ? list(prompts[i]) : null,
       el("div", { className: "strip", tabIndex: 0 }, evenly(run.files).map((file) => {
         const image = el("img", { loading: "lazy", decoding: "async", alt: `${run.name} at ${file.step === null ? file.file : `step ${file.step}`}`, src: `/api/picture?${new URLSearchParams({ run: run.name, file: file.file, width: 640 })}` });
+        const { columns } = told[i], rows = Math.ceil(prompts[i].length / columns);
+        image.addEventListener("pointermove", ({ offsetX: x, offsetY: y }) => {
+          if (columns) image.title = prompts[i][Math.floor((y / image.clientHeight) * rows) * columns + Math.floor((x / image.clientWidth) * columns)] ?? "";
+        });
         image.addEventListener("load", () => { if (image.naturalWidth < 500) image.classList.add("pixels"); });
         image.addEventListener("error", () => image.replaceWith(note("this picture cannot be read")));
-        return el("figure", {}, image, el("figcaption", {}, file.images ? `${count(file.images)} images` : file.step === null ? file.file : `step ${file.step}`));
+        const whole = `/api/picture?${new URLSearchParams({ run: run.name, file: file.file, width: 2400 })}`;
+        return el("figure", {}, el("a", { href: whole, target: "_blank" }, image), el("figcaption", {}, file.images ? `${count(file.images)} images` : file.step === null ? file.file : `step ${file.step}`));
       })),
     ]),
     runs.length > shown.length ? note(`${runs.length - shown.length} more of the ${picked.length} chosen runs have pictures; choose fewer to see them.`) : null,
@@ -253,11 +259,11 @@ async function plans() {
   const { runs } = await api("plans", { run: query });
   const rows = runs.flatMap((run) => run.lines.map((line) => ({ run, ...line })));
   if (!rows.length) return fill(nothing("No run has a plan.json yet."));
-  const form = (name, value) => value === null || value === undefined ? "" : /seconds/.test(name) ? duration(value) : /FLOPs/.test(name) ? power(value) : count(value);
+  const form = (name, value) => value === null || value === undefined ? "" : /seconds$/.test(name) ? duration(value) : /bytes/.test(name) ? bytes(value) : /FLOPs/.test(name) ? power(value) : count(value);
   fill(
     table([
       { title: "Run", value: (row) => row.run.name, show: (row) => runLink(row.run.name) },
-      { title: "What", value: (row) => words(row.name), text: true },
+      { title: "What", value: (row) => words(row.name.replace("bytes_per_rank/", "bytes per rank: ").replace("cost/", "")), text: true },
       { title: "Planned", value: (row) => row.planned, show: (row) => form(row.name, row.planned) },
       { title: "Measured", value: (row) => row.measured, show: (row) => form(row.name, row.measured) },
       { title: "Measured / planned", value: (row) => row.ratio, show: (row) => row.ratio === null ? "" : `${sig(100 * row.ratio)} %` },

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# SD3's ablations of backbones (figure 4) and captions (table 4) in the world, each run on equal data and images.
+#
+#   bash infra/runs/world_ablations.sh DATA OUT [FOLDER]
+#
+# DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT/backbones and OUT/captions: the runs. FOLDER:
+# a report of each (default infra/docs/runs/world_ablations). Stopped anywhere, it goes on there; finished runs are
+# judged and reported as they land. DEPTH, IMAGES, SEEDS, BACKBONES, CAPTIONS, PROMPTS and RANKS may be set.
+set -euo pipefail
+data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_ablations}
+cd "$(dirname "$0")/../.."
+[ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+depth=${DEPTH:-3} images=${IMAGES:-19200} seeds=${SEEDS:-0 1} ranks=${RANKS:-2}
+prompts=${PROMPTS:-16} captions=${CAPTIONS:-128}
+backbones=${BACKBONES:-mmdit mmdit3 dit cross_dit uvit}
+
+train() {  # train GROUP RECIPE SEED
+  local run=$out/$1/$2-seed$3
+  [ -e "$run/weights/ema.safetensors" ] || deepspeed --num_gpus "$ranks" --module trainer train "$2" --data "$data" \
+    --out "$run" --images "$images" --seed "$3" --logging.keep 1 --resume latest
+}
+
+judge() {  # judge GROUP
+  python -m eval run --runs "$out/$1" --metrics val_loss,geneval,compbench,clip_score,fid --checkpoints last \
+    --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions"
+  python -m eval report --runs "$out/$1" --out "$out/$1-report"
+  mkdir -p "$folder/$1"
+  cp "$out/$1-report/report.md" "$out/$1-report/report.json" "$folder/$1"
+}
+
+for seed in $seeds; do
+  for backbone in $backbones; do
+    name=world-$backbone-d$depth
+    train backbones "${name/world-mmdit-d/world-d}" "$seed"
+    judge backbones
+  done
+  for way in original mixed; do
+    train captions "world-captions-$way-d$depth" "$seed"
+    judge captions
+  done
+done

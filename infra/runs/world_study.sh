@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SD3's formulation study (section 5.1) in the world: the 16 variants of its Table 1, two seeds each, ranked the same way.
+#
+#   bash infra/runs/world_study.sh DATA OUT [FOLDER]
+#
+# DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT: where the runs go. FOLDER: study.md and
+# study.json, written anew after each variant (default infra/docs/runs/world_study). Stopped anywhere, it goes on there.
+# At the size below an idle pair of cores needs 2 to 3 hours; RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS and
+# RANKS may be set, e.g. IMAGES=57600 for a study with sharper differences.
+set -euo pipefail
+data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_study}
+cd "$(dirname "$0")/../.."
+[ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2}
+settings=${SETTINGS:-50x1.0 50x2.5 50x5.0 5x5.0 10x5.0 25x5.0}
+variants=${VARIANTS:-$(python -c "from eval.study_rank import TABLE_1; print(*TABLE_1)")}
+
+for variant in $variants; do
+  for seed in $seeds; do
+    python -m trainer sweep formulations "$recipe" --formulations "$variant" --data "$data" --out "$out/seed$seed" \
+      --images "$images" --num-ranks "$ranks" --options "seed=$seed" logging.keep=1 logging.samples=0
+  done
+  # A variant whose training was unstable has no weights at its end: the ranking names it and leaves it out.
+  # shellcheck disable=SC2086
+  python -m eval study --runs "$out" --out "$folder" --captions "$captions" --settings $settings \
+    || echo "$variant is not ranked yet; the lines above say why"
+done
+cat "$folder/study.md"

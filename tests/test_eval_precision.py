@@ -1,0 +1,100 @@
+"""bf16 as sampling uses it: the packed network against the plain one, and a protocol that says which was used."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_eval_run import export
+from torch import nn
+
+from eval.generate import Job, Painter, Sampling
+from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack
+from eval.protocol import protocol_hash
+from model.backbone import BACKBONES
+from model.layers import MLP
+from model.text import TextCond
+
+
+def network(name: str) -> nn.Module:
+    more = {"clip_tokens": 4} if name == "mmdit3" else {}
+    model = BACKBONES[name](depth=2, in_channels=8, context_width=96, pooled_width=32, pos_max=16, **more).build()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    text = TextCond(
+        torch.randn(3, 9, 96, generator=generator),
+        torch.randn(3, 32, generator=generator),
+        torch.arange(9)[None] < torch.tensor([[9], [5], [7]]),
+    )
+    return torch.randn(3, 8, 8, 8, generator=generator), torch.tensor([0.1, 0.5, 0.9]), text
+
+
+def distance(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.inference_mode()
+def test_the_packed_network_is_as_far_from_fp32_as_plain_bf16(name):
+    model, (x, t, text) = network(name), inputs()
+    exact = model(x, t, text)
+    plain = network(name).bfloat16()(x.bfloat16(), t, text.to(dtype=torch.bfloat16))
+    ours = in_bfloat16(model)(x, t, text)
+    assert ours.dtype == torch.float32
+    assert distance(plain, exact) > 1e-3
+    assert distance(ours, exact) < 1.3 * distance(plain, exact)
+    assert torch.equal(model(x, t, text), exact), "the float32 network was changed"
+
+
+@torch.inference_mode()
+def test_packed_layers_give_what_they_replace():
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 64).bfloat16()
+    linear, mlp, norm = nn.Linear(64, 32).bfloat16(), MLP(64).bfloat16(), nn.RMSNorm(64, eps=1e-6).bfloat16()
+    norm.weight.data += torch.randn(64).bfloat16()
+    for layer, quick in ((linear, PackedLinear(linear)), (mlp, PackedMLP(mlp)), (norm, QuickRMSNorm(norm))):
+        torch.testing.assert_close(quick(x), layer(x), rtol=2e-2, atol=2e-2)
+        part = x[:, 2:5]  # a slice of joined streams is not contiguous
+        torch.testing.assert_close(quick(part), layer(part), rtol=2e-2, atol=2e-2)
+    assert torch.equal(QuickRMSNorm(norm)(torch.zeros(1, 64).bfloat16()), torch.zeros(1, 64).bfloat16())
+
+
+def test_no_layer_is_left_unpacked():
+    model = network("mmdit").bfloat16()
+    pack(model)
+    kinds = {type(module) for module in model.modules()}
+    assert {PackedLinear, PackedMLP, QuickRMSNorm} < kinds
+    assert not kinds & {nn.Linear, MLP, nn.RMSNorm}
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch):
+    fp32, bf16 = Sampling(precision="fp32"), Sampling(precision="bf16")
+    assert "precision" not in fp32.protocol(), "hashes of rows measured before there was a choice must stay"
+    assert bf16.protocol() == fp32.protocol() | {"precision": "bf16"}
+    assert protocol_hash(bf16.protocol()) != protocol_hash(fp32.protocol())
+    for able, expected in (({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert decide("auto", "cpu") == Sampling().decided().precision == expected
+        assert Sampling().protocol() == Sampling(precision=expected).protocol()
+    assert decide("auto", "cuda:1") == "bf16"
+    assert decide("fp32", "cuda") == "fp32"
+
+
+def test_bf16_pictures_are_those_of_fp32_but_for_rounding(tmp_path):
+    painter = Painter(export(tmp_path / "ema.safetensors"))
+    jobs = [Job("a red dog", number=n) for n in range(4)]
+    quick = Sampling(steps=3, guidance=2.0, batch=4)
+    exact, rounded, alone = (
+        np.stack([image for _, image in painter.paint(jobs, replace(quick, **way))]).astype(int)
+        for way in ({"precision": "fp32"}, {"precision": "bf16"}, {"precision": "bf16", "batch": 1})
+    )
+    assert (exact != rounded).any()
+    assert np.abs(exact - rounded).mean() < 2
+    assert np.abs(alone - rounded).mean() < 0.5, "nor does the batch matter more than rounding"
