@@ -151,6 +151,8 @@ class RunLog:
             self.flush()
             if self._board is not None:
                 self._board.close()
+                if storage.is_remote(self.out):
+                    shutil.rmtree(self._events, ignore_errors=True)
         except (UserError, OSError):
             if error is None:
                 raise
