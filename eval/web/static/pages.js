@@ -248,7 +248,7 @@ async function scaling() {
         ...(ahead ? [{ ...ahead, title: `next rung${ahead.depth ? `, depth ${ahead.depth}` : ""} (not committed)`, verdict: "" }] : []),
         ...(back ? [{ ...back, title: `largest run held out${back.depth ? `, depth ${back.depth}` : ""}`, verdict: back.actual >= back.loss.low && back.actual <= back.loss.high ? "inside the interval" : "outside the interval" }] : []),
       ]),
-      note("`python -m eval predict --runs RUNS` commits a prediction before the depth is trained; it is graded here afterwards."),
+      note(el("code", {}, "python -m eval predict --runs RUNS"), " commits a prediction before the depth is trained; it is graded here afterwards."),
     ] : null,
     note("N counts all parameters; C is exact training FLOPs per image times images. A law needs four sizes and a decade of compute. Choose the runs of one ladder above."),
   );
