@@ -26,7 +26,7 @@ async function overview() {
   const sum = (field) => runs.reduce((total, run) => total + run[field], 0);
   const tiles = [
     [runs.length, runs.length === 1 ? "run" : "runs"],
-    [`${sum("evaluated")} of ${sum("checkpoints")}`, "checkpoints evaluated by this service"],
+    [`${sum("evaluated")} of ${sum("checkpoints")}`, "checkpoints evaluated"],
     [Number.isFinite(best) ? sig(best, 4) : "\u2013", `lowest ${metric ?? "validation loss"}`],
     [sum("failed") + sum("problems"), "failures and unreadable files", "/failures"],
   ];
