@@ -27,7 +27,8 @@ VARIANTS = {
 def make_data(out: Path, name: str) -> Path:
     root, first = out / "data" / name.replace(" ", "-"), out / "data" / "trimmed-fp16"
     if root != first and not root.exists():
-        shutil.copytree(first, root, ignore=shutil.ignore_patterns("train", "val", "index", "pack", "dataset.json", "raw"))
+        made_of_text = ("raw", "train", "val", "index", "pack", "dataset.json")
+        shutil.copytree(first, root, ignore=shutil.ignore_patterns(*made_of_text))
     raw = first / "raw" / "world"
     if not raw.exists():
         run("data_pipeline", "world", "--out", raw, "--images", SCENES)
