@@ -12,6 +12,10 @@ from data_pipeline.index import ShardEntry, read_split, read_table
 from data_pipeline.pack import Output, RowRun, read_outputs
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, read_dataset_info
 from infra import storage
+from infra.errors import UnavailableError, UserError
+from infra.log import get_logger
+
+log = get_logger("pack")
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,7 @@ class Published:
 
 def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: int) -> Published:
     """What dataset.json shows at this moment; nothing where there is none, or one of another encoding."""
-    if not storage.exists(storage.join(root, DATASET_FILE)):
-        return Published()
-    stands = read_dataset_info(root)
-    if stands.encoding != info.encoding:
-        return Published()
-    entries = [entry for split in stands.splits.values() for entry in read_split(root, split.index)]
+    entries = _shown(root, info.encoding)
     generation_of = {entry.tar: entry.generation for entry in entries}
     wanted = {name for name, entry in proofs.items() if entry.tar in generation_of and entry.num_samples == shard_rows}
     outputs: dict[str, Output] = {}
@@ -42,6 +41,21 @@ def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *,
         if missing := wanted - outputs.keys():
             outputs |= {o.id: o for o in read_outputs(read_table(storage.read_bytes(uri), uri), missing)}
     return Published(tuple(outputs[name] for name in sorted(outputs)), generation_of)
+
+
+def _shown(root: str, encoding: str) -> list[ShardEntry]:
+    if not storage.exists(storage.join(root, DATASET_FILE)):
+        return []
+    try:
+        stands = read_dataset_info(root)
+        if stands.encoding != encoding:
+            return []
+        return [entry for split in stands.splits.values() for entry in read_split(root, split.index)]
+    except UnavailableError:
+        raise
+    except UserError as error:
+        log.warning("%s; packing it anew", error)  # a damaged description must not stand in the way of the next
+        return []
 
 
 def keep_published(runs: Sequence[RowRun], outputs: Sequence[Output]) -> tuple[list[Output], list[RowRun]]:

@@ -130,7 +130,7 @@ def write_pairs(
                         )
                     )  # fmt: skip
                     progress.update(len(chosen))
-    return publish(uri, info, entries, {"pairs": dict.fromkeys(range(2 * len(keys)), (OK, ""))})
+    return publish(uri, info, entries, {OK: 2 * len(keys)})
 
 
 def _encoded(

@@ -25,7 +25,7 @@ from data_pipeline.schema import DatasetInfo, Manifest, fingerprint, row_ranges
 from data_pipeline.sources import Source, SourceUnit, source_to_json
 from data_pipeline.stage import OK, Stage
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
-from data_pipeline.verdicts import Verdicts, ok_rows, overruled, verdict_table
+from data_pipeline.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.version import code_version
@@ -81,7 +81,7 @@ class Pipeline:
             lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
         )
         rejected = write_rejected(self.root, list(dead.values()))
-        info = publish(self.root, info, entries, verdicts)
+        info = publish(self.root, info, entries, totals(verdicts))
         return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
 
     # --- ingest, filter, signature, bucket: one pass over the source

@@ -9,7 +9,7 @@ import pyarrow as pa
 from data_pipeline.index import ShardEntry, table_bytes, write_split
 from data_pipeline.pack import RowRun
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo
-from data_pipeline.verdicts import Verdicts, rejected, totals
+from data_pipeline.verdicts import rejected
 from infra import storage
 
 
@@ -56,8 +56,8 @@ def write_rejected(root: str, tables: Sequence[pa.Table]) -> str:
     return uri
 
 
-def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], verdicts: Verdicts) -> DatasetInfo:
-    """Write each split's index, then dataset.json, which makes all of it visible at once."""
+def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], counts: Mapping[str, int]) -> DatasetInfo:
+    """Write each split's index, then dataset.json, which makes all of it visible at once. `counts`: rows by status."""
     splits = {}
     for split in sorted({entry.tar.split("/", 1)[0] for entry in entries}):
         mine = [entry for entry in entries if entry.tar.startswith(f"{split}/")]
@@ -65,7 +65,7 @@ def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], verdict
         for entry in mine:
             buckets[entry.bucket] += entry.num_samples
         splits[split] = SplitInfo(write_split(root, split, mine), buckets.total(), len(mine), dict(buckets))
-    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(totals(verdicts))})
+    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(counts)})
     path, data = storage.join(root, DATASET_FILE), info.to_bytes()
     if not storage.exists(path) or storage.read_bytes(path) != data:
         storage.write_bytes(path, data)

@@ -37,6 +37,7 @@ class SampleReader:
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self._lock, self._scratch = threading.Lock(), threading.local()
         self._pool: ThreadPoolExecutor | None = None
+        self._pool_of = 0
 
     def table(self, shard: int) -> ShardRows:
         """A shard's table of rows; ShardError when it is damaged."""
@@ -78,8 +79,8 @@ class SampleReader:
         if len(parts) < 2:
             work(range(count))
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
+        if self._pool is None or self._pool_of != os.getpid():  # a fork inherits the pool without its threads
+            self._pool, self._pool_of = ThreadPoolExecutor(threads, thread_name_prefix="samples"), os.getpid()
         futures = [self._pool.submit(work, part) for part in parts]
         wait(futures)
         for future in futures:

@@ -152,7 +152,8 @@ class WdsSource:
                         continue
                     folder, name = posixpath.split(member.name.removeprefix("./"))
                     stem, _, suffix = name.partition(".")
-                    if key != posixpath.join(folder, stem) and members:
+                    # a member that is there already begins another row of the same key: a duplicate to be counted
+                    if members and (key != posixpath.join(folder, stem) or suffix.lower() in members):
                         yield _tar_row(key, members)
                         members = {}
                     key = posixpath.join(folder, stem)

@@ -413,15 +413,33 @@ def _code(error: BaseException | None) -> str:
     return ""
 
 
+def _refusal_of_a_listing(bucket: str) -> BaseException | None:
+    try:
+        _filesystem(probing=True).call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+    except Exception as error:
+        return error
+    return None
+
+
+# About who asks, not about the object: nothing can be read until that is mended, and no row may be blamed for it.
+_NOT_VALID = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+
 def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
     """One line of our own words: what libraries say may hold keys or signed headers."""
     from botocore import exceptions as boto
 
     code, where = _code(error), _shown_endpoint()
+    if code == "403":  # an answer without a body; a listing's answer says more
+        code = _code(_refusal_of_a_listing(bucket)) or code
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, boto.ParamValidationError) or code == "InvalidBucketName":
         return UserError(f"{uri}: not the name of an object: write s3://bucket/key")
+    if code in _NOT_VALID:
+        return UnavailableError(
+            f"{uri}: {where} takes these AWS credentials no longer, or never did ({code}): renew them and run it again"
+        )
     if isinstance(error, PermissionError):
         return UserError(
             f"{uri}: {where} refused access ({code or 'denied'}): check the AWS credentials and their rights"

@@ -215,6 +215,15 @@ def test_a_second_source_stands_beside_the_first_and_repacks_no_full_shard(made,
     assert (last.computed, last.info.fingerprint) == ({}, again.info.fingerprint)
 
 
+def test_a_damaged_description_is_packed_anew(made, raw, copy):
+    (copy / "dataset.json").write_text("{")
+    assert run(copy, raw).info.fingerprint == made[1].info.fingerprint
+    for index in (copy / "index").glob("*.parquet"):
+        index.write_bytes(b"garbage")
+    assert run(copy, raw).info.fingerprint == made[1].info.fingerprint
+    assert verify(str(copy)).problems == []
+
+
 def test_another_captioner_setting_rebuilds_captions_and_text_only(made, raw, copy):
     plan = replace(PLAN, captioner=replace(PLAN.captioner, max_new_tokens=4))
     again = run(copy, raw, plan)

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from data_pipeline.fetch import Fetch
 from data_pipeline.ingest import Ingest
 from data_pipeline.sources import parse_source, parse_sources, source_from_json, source_to_json
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 
 
 def png(size=(40, 40), color="red") -> bytes:
@@ -111,6 +112,10 @@ def test_duplicate_keys_and_bad_bytes_in_captions_get_a_status(tmp_path):
     members = [("a.png", png()), ("a.txt", b"x"), ("b.png", png()), ("b.txt", b"\xff\xfe\xff"), ("a.png", png())]
     rows = ingest(tmp_path, f"wds:{write_tar(tmp_path / 'a.tar', members).parent}")
     assert [row["status"] for row in rows] == ["ok", "bad_caption", "duplicate_key"]
+    twice = [("a.png", png()), ("a.txt", b"x"), ("a.png", png(color="blue")), ("a.txt", b"y")]
+    write_tar(tmp_path / "a.tar", twice)  # side by side: neither takes the other's place
+    rows = ingest(tmp_path, f"wds:{tmp_path}")
+    assert [(row["status"], row["caption"]) for row in rows] == [("ok", "x"), ("duplicate_key", "y")]
 
 
 def test_a_folder_gives_images_with_the_texts_beside_them(tmp_path):
@@ -193,6 +198,26 @@ def test_tars_and_folders_on_s3(s3, tmp_path):
     assert [r["caption"] for r in ingest(tmp_path, f"folder:{s3}/pictures")] == ["one picture"]
     with pytest.raises(UserError, match="no such"):
         parse_source(f"wds:{s3}/nothing").units()
+
+
+def test_credentials_that_expire_stop_the_unit_and_blame_no_row(s3, s3_server):
+    storage.write_bytes(f"{s3}/pictures/x.png", png())
+    source = parse_source(f"folder:{s3}/pictures")
+    (unit,) = source.units()
+
+    def count_of_free_calls(count: str) -> None:  # after them the server asks who asks, and knows nobody
+        plain = {"Content-Type": "text/plain"}
+        call = urllib.request.Request(f"{s3_server}/moto-api/reset-auth", count.encode(), plain)
+        urllib.request.urlopen(call, timeout=10)
+
+    count_of_free_calls("0")
+    try:
+        with pytest.raises(UnavailableError, match="renew them and run it again") as caught:
+            list(source.rows(unit))
+    finally:
+        count_of_free_calls("inf")
+    assert "testing-secret" not in str(caught.value)
+    assert [row.status for row in source.rows(unit)] == ["ok"]
 
 
 def test_several_sources_are_one_and_equal_names_stay_apart(s3, tmp_path):

@@ -29,6 +29,9 @@ def as_int8(text: TextCond, positions: slice) -> TextCond:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        print(__doc__)  # `make bench` has no trained model to give
+        return
     data, weights = sys.argv[1:3]
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 64
     model, meta = load_model(weights)
