@@ -30,7 +30,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity, Gaussian window, mean over channels and over the places where the window fits."""
     if min(a.shape[:2]) < 2 * RADIUS + 1:
         raise UserError(f"SSIM needs pictures of {2 * RADIUS + 1} pixels a side or more, found {a.shape[:2]}")
-    x, y = (torch.from_numpy(np.ascontiguousarray(p)).permute(2, 0, 1).double()[:, None] for p in (a, b))
+    x, y = (torch.from_numpy(np.array(p)).permute(2, 0, 1).double()[:, None] for p in (a, b))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     cov = _blur(x * y) - mean_x * mean_y

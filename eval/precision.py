@@ -35,7 +35,8 @@ def decide(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
 def in_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[[Tensor, Tensor, TextCond], Tensor]:
     """A copy of the network that computes in bf16 and takes and gives float32; times stay float32."""
     half = copy.deepcopy(model).to(device, torch.bfloat16).eval().requires_grad_(False)
-    if torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    on_cpu = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pack(half)
 
     def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
