@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,10 @@ class Run:
 
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
-    source: str | None = None
-    """Own data: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace pattern),
-    parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it the plan
-    `world` draws its own scenes."""
+    source: tuple[str, ...] = ()
+    """Own data, also several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
+    pattern), parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it
+    the plan `world` draws its own scenes. Keep the earlier ones when you add one: what they gave stays as it is."""
     split: Literal["all", "train", "val"] = "all"
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
@@ -109,7 +108,7 @@ def _run(args: list[str]) -> None:
         print("\n".join(f"  {name:<11}{make.__doc__}" for name, make in PLANS.items()))
         print("  FILE.yaml  a file that names a plan and options (every run leaves its own as OUT/plan.yaml)")
         return
-    name, rest = args[0], args[1:]
+    name, rest = args[0], gather_sources(args[1:])
     if name.endswith(SUFFIXES):
         name, options = read_plan_file(name)
         rest = [*options, *rest]
@@ -126,11 +125,28 @@ def _run(args: list[str]) -> None:
     tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=rest, description=_run.__doc__)
 
 
+def gather_sources(args: list[str]) -> list[str]:
+    """`--source A --source B` as `--source A B`: of an option that is given twice, tyro would take the last alone."""
+    rest, found = [], []
+    at = 0
+    while at < len(args):
+        word, equals, value = args[at].partition("=")
+        at += 1
+        if word != "--source":
+            rest.append(args[at - 1])
+            continue
+        found += [value] if equals else []
+        while at < len(args) and not args[at].startswith("--"):
+            found.append(args[at])
+            at += 1
+    return [*rest, "--source", *found] if found else rest
+
+
 def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # noqa: F821
     """Everything from source to dataset.json, then the table of what happened."""
     from data_pipeline.pipeline import Pipeline
     from data_pipeline.runner import Workers
-    from data_pipeline.sources import parse_source
+    from data_pipeline.sources import parse_sources
     from data_pipeline.summary import summary
     from infra import storage
 
@@ -144,14 +160,15 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
             "give an absolute path that every node sees, or s3://bucket/prefix"
         )
     storage.exists(run.out)  # a place that cannot be written to shall be said before any work
-    if run.source is None:
+    if not run.source:
         source = world_source(run)
     else:
-        source = parse_source(
+        source = parse_sources(
             run.source,
             image_column=run.image_column,
             caption_column=run.caption_column,
-            fetch=run.fetch if run.fetch_urls or run.source.startswith("cc12m:") else None,
+            fetch=run.fetch,
+            fetch_urls=run.fetch_urls,
         )
     workers = Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker)
     captioning = None
@@ -181,9 +198,9 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
 def _print_gate(pipeline: "Pipeline") -> None:  # type: ignore[name-defined]  # noqa: F821
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
     from data_pipeline.keep import keep_report, keep_table
+    from data_pipeline.verdicts import totals
 
-    statuses = pipeline.run_gate()
-    counts = Counter(status for rows in statuses.values() for status, _ in rows.values())
+    counts = totals(pipeline.run_gate())
     print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
     print("\nthe gate lets pass " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
 

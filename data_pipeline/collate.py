@@ -2,7 +2,7 @@
 # Shapes: B batch, C latent channels, H and W latent height and width, L text tokens, D context width, P pooled width,
 # S captions x seats.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from model.seeding import keyed_normal, keyed_uniform
 from model.text import TextCond, TextSpec
 
 Posterior = Literal["sample", "mean"]
+Spread = Callable[[int, Callable[[range], None]], None]  # (count, work): work on parts of range(count)
 
 
 @dataclass(frozen=True)
@@ -85,27 +86,40 @@ class Collator:
         self,
         positions: np.ndarray,
         rows: Sequence[tuple[ShardRows, int]],
-        data: Sequence[np.ndarray],
+        read: Callable[[int], np.ndarray],
+        spread: Spread,
         *,
         latent_shape: tuple[int, int, int],
         draws: Draws,
     ) -> LatentBatch:
-        """`rows[b]` is (table, row number) and `data[b]` the data region of the sample at `positions[b]`."""
+        """`rows[b]` is (table, row number) and `read(b)` the data region of the sample at `positions[b]`.
+
+        `spread` shares the samples out to threads; each is read, placed and forgotten, so that it stays in the cache.
+        """
         layout = self.layout(latent_shape)
         tokens_BS = np.stack([table.tokens_RS[row] for table, row in rows])
-        slots = layout.offsets(tokens_BS)
-        if [len(d) for d in data] != slots.size_R.tolist():
-            raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
-        caption_B = self._choose_captions(positions, tokens_BS, draws)
+        slots, caption_B = layout.offsets(tokens_BS), self._choose_captions(positions, tokens_BS, draws)
         position_B = torch.from_numpy(positions.astype(np.int64))
-        text = self._text(position_B, caption_B, tokens_BS, slots, data, draws)
-        moments = np.empty((len(data), *layout.moments_shape), np.float16)
-        flat = moments.reshape(len(data), -1).view(np.uint8)
-        for b, (bytes_, at) in enumerate(zip(data, slots.moments_R)):
-            flat[b] = bytes_[at : at + flat.shape[1]]
+        text = _Text(self._spec, self._seats, self._int8, tokens_BS, slots, caption_B)
+        text.drop(position_B, draws)
+        latent_BCHW = torch.empty(len(rows), *latent_shape)
+
+        def fill(part: range) -> None:
+            moments = np.empty((len(part), *layout.moments_shape), np.float16)
+            flat = moments.reshape(len(part), -1).view(np.uint8)
+            for at, b in enumerate(part):
+                data = read(b)
+                if len(data) != slots.size_R[b]:
+                    raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
+                flat[at] = data[slots.moments_R[b] : slots.moments_R[b] + flat.shape[1]]
+                text.place(b, data)
+            mine = slice(part.start, part.stop)
+            latent_BCHW[mine] = self._latents(torch.from_numpy(moments), position_B[mine], draws)
+
+        spread(len(rows), fill)
         return LatentBatch(
-            latent_BCHW=self._latents(torch.from_numpy(moments), position_B, draws),
-            text=text,
+            latent_BCHW=latent_BCHW,
+            text=text.cond(),
             positions=position_B,  # type: ignore[arg-type]
             keys=[table.keys[row] for table, row in rows],
             captions=[table.captions[self._captions[c]][row] for (table, row), c in zip(rows, caption_B)],
@@ -133,42 +147,59 @@ class Collator:
         u = keyed_uniform(draws.seed, torch.from_numpy(positions), "caption").numpy()
         return np.minimum((u[:, None] * edges[:, -1:] >= edges).sum(1), len(self._captions) - 1)
 
-    def _text(
+
+class _Text:
+    """A batch's text while it is filled: the same as model.text.assemble, without the copies in between."""
+
+    def __init__(
         self,
-        position_B: Tensor,
-        caption_B: np.ndarray,
+        spec: TextSpec,
+        seats: Mapping[str, _Seat],
+        int8: Sequence[str],
         tokens_BS: np.ndarray,
         slots: Slots,
-        data: Sequence[np.ndarray],
-        draws: Draws,
-    ) -> TextCond:
-        """The same as model.text.assemble, without the copies in between; dropped encoders are never touched."""
-        spec, batch = self._spec, len(data)
+        caption_B: np.ndarray,
+    ) -> None:
+        self._spec, self._seats, self._int8 = spec, seats, int8
+        self._tokens_BS, self._slots, self._caption_B = tokens_BS, slots, caption_B
+        batch = len(caption_B)
         # numpy asks for huge pages, torch does not: 80 MB in small pages cost more than everything else here
-        context_BLD = torch.from_numpy(np.zeros((batch, spec.context_tokens, spec.context_width), np.float32))
-        pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
-        mask_BL = np.zeros((batch, spec.context_tokens), bool)
-        for number, encoder in enumerate(spec.encoders):
+        self._context_BLD = torch.from_numpy(np.zeros((batch, spec.context_tokens, spec.context_width), np.float32))
+        self._pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
+        self._mask_BL = np.zeros((batch, spec.context_tokens), bool)
+        self._dropped_BE = np.zeros((batch, len(spec.encoders)), bool)
+
+    def drop(self, position_B: Tensor, draws: Draws) -> None:
+        """Each encoder on its own, keyed by position; what is dropped is never touched."""
+        for number, encoder in enumerate(self._spec.encoders):
+            u = keyed_uniform(draws.seed, position_B, f"drop/{encoder.seat}").numpy()
+            self._dropped_BE[:, number] = u < draws.encoder_dropout
+
+    def place(self, b: int, data: np.ndarray) -> None:
+        """One sample's states, from its bytes straight into the batch."""
+        for number, encoder in enumerate(self._spec.encoders):
             seat = self._seats[encoder.seat]
-            u = keyed_uniform(draws.seed, position_B, f"drop/{seat.seat}").numpy()
-            dropped_B = u < draws.encoder_dropout
-            mask_BL[dropped_B, seat.start : seat.start + seat.tokens] = True
-            for b in np.flatnonzero(~dropped_B).tolist():
-                slot = caption_B[b] * len(spec.encoders) + number
-                count, at = int(tokens_BS[b, slot]), int(slots.hidden_RS[b, slot])
-                dtype = np.dtype(np.int8 if seat.seat in self._int8 else np.float16)
-                size = count * seat.width * dtype.itemsize
-                hidden = data[b][at : at + size].view(dtype).reshape(count, seat.width)
-                # torch widens fp16 with vector instructions; numpy takes thirty times as long
-                target = context_BLD[b, seat.start : seat.start + count, seat.channel : seat.channel + seat.width]
-                target.copy_(torch.from_numpy(hidden))
-                if seat.seat in self._int8:
-                    at = int(slots.scale_RS[b, slot])
-                    target.mul_(torch.from_numpy(data[b][at : at + 4 * count].view(np.float32))[:, None])
-                mask_BL[b, seat.start : seat.start + count] = True
-                if seat.pooled:
-                    at = int(slots.pooled_RS[b, slot])
-                    pooled = data[b][at : at + 4 * seat.pooled].view(np.float32)
-                    pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled] = pooled
-        mask = torch.from_numpy(mask_BL) if spec.layout == "trimmed" else None
-        return TextCond(context_BLD, torch.from_numpy(pooled_BP), mask)
+            if self._dropped_BE[b, number]:
+                self._mask_BL[b, seat.start : seat.start + seat.tokens] = True
+                continue
+            slot = self._caption_B[b] * len(self._spec.encoders) + number
+            count, at = int(self._tokens_BS[b, slot]), int(self._slots.hidden_RS[b, slot])
+            small = seat.seat in self._int8
+            dtype = np.dtype(np.int8 if small else np.float16)
+            hidden = data[at : at + count * seat.width * dtype.itemsize].view(dtype).reshape(count, seat.width)
+            # torch widens fp16 with vector instructions; numpy takes thirty times as long
+            tokens = slice(seat.start, seat.start + count)
+            target = self._context_BLD[b, tokens, seat.channel : seat.channel + seat.width]
+            target.copy_(torch.from_numpy(hidden))
+            if small:
+                at = int(self._slots.scale_RS[b, slot])
+                target.mul_(torch.from_numpy(data[at : at + 4 * count].view(np.float32))[:, None])
+            self._mask_BL[b, tokens] = True
+            if seat.pooled:
+                at = int(self._slots.pooled_RS[b, slot])
+                pooled = data[at : at + 4 * seat.pooled].view(np.float32)
+                self._pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled] = pooled
+
+    def cond(self) -> TextCond:
+        mask = torch.from_numpy(self._mask_BL) if self._spec.layout == "trimmed" else None
+        return TextCond(self._context_BLD, torch.from_numpy(self._pooled_BP), mask)

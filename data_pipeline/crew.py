@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
+from data_pipeline.schema import in_ranges
 from data_pipeline.stage import OK
 from infra.errors import UserError
 from infra.log import Progress, get_logger
@@ -81,5 +82,5 @@ def _not_ok(report: Report) -> Counter[str]:
 
 def _rows_of(unit: Unit) -> int:
     if "missing" in unit:
-        return max(len(rows) for rows in unit["missing"].values())
-    return sum(len(rows) for _, rows in unit["rows"])
+        return max(len(in_ranges(ranges)) for ranges in unit["missing"].values())
+    return sum(len(in_ranges(ranges)) for _, ranges in unit["rows"])

@@ -5,7 +5,6 @@ The first of a group stays, in the order of splits and shards; validation comes 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -80,29 +79,29 @@ class Dedup:
         signatures: Mapping[str, pa.Table],
         *,
         load: Load | None = None,
-        preferred: Mapping[str, AbstractSet[int]] | None = None,
+        preferred: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, pa.Table]:
         """Each shard's status per row; `signatures` hold rows that passed the gate, in order of precedence.
 
         Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
         """
         names = list(signatures)
-        shard_N = np.repeat(np.arange(len(names)), [len(signatures[name]) for name in names])
-        row_N = _joined(signatures, "row", np.int64)
-        exact = [value for table in signatures.values() for value in table["exact"].to_pylist()]
-        places = [(names[shard], row) for shard, row in zip(shard_N.tolist(), row_N.tolist())]
-        order_N = np.arange(len(places))
+        shard_N = np.repeat(np.arange(len(names), dtype=np.int32), [len(signatures[name]) for name in names])
+        row_N = _joined(signatures, "row", np.int32)
+        order_N = np.arange(len(row_N))
         if preferred is not None:
-            order_N = np.argsort([row not in preferred[shard] for shard, row in places], kind="stable")
-        first_N = _in_order(order_N, first_of_equal([exact[n] for n in order_N.tolist()]))
-        kind_N = np.where(first_N >= 0, "equal", "")
+            given = [np.isin(signatures[name]["row"].to_numpy(), preferred[name]) for name in names]
+            order_N = np.argsort(~np.concatenate([np.zeros(0, bool), *given]), kind="stable")
+        first_N = _in_order(order_N, first_of_equal(_codes([signatures[name] for name in names])[order_N]))
+        kind_N = np.where(first_N >= 0, "equal", "").astype("U10")
         if self.distance is not None:
             hash_N = _joined(signatures, "perceptual", np.uint64)
             near_N = _in_order(order_N, first_of_near(hash_N[order_N], self.distance))
             kind_N = np.where((first_N < 0) & (near_N >= 0), "perceptual", kind_N)
             first_N = np.where(first_N >= 0, first_N, near_N)
         if self.semantic is not None and load is not None:
-            near = self.semantic.first([places[n] for n in order_N.tolist()], load, skip=first_N[order_N] >= 0)
+            places = [(names[shard], row) for shard, row in zip(shard_N[order_N].tolist(), row_N[order_N].tolist())]
+            near = self.semantic.first(places, load, skip=first_N[order_N] >= 0)
             near_N = _in_order(order_N, near)
             kind_N = np.where((first_N < 0) & (near_N >= 0), "semantic", kind_N)
             first_N = np.where(first_N >= 0, first_N, near_N)
@@ -131,10 +130,18 @@ def _joined(tables: Mapping[str, pa.Table], name: str, dtype: type) -> np.ndarra
     return np.concatenate([np.zeros(0, dtype), *(table[name].to_numpy().astype(dtype) for table in tables.values())])
 
 
-def first_of_equal(values: Sequence[str]) -> np.ndarray:
-    """For each value the index of its first occurrence, -1 for the first itself."""
-    first: dict[str, int] = {}
-    return np.array([first[v] if first.setdefault(v, n) != n else -1 for n, v in enumerate(values)], np.int64)
+def _codes(tables: Sequence[pa.Table]) -> np.ndarray:
+    """A number for each hash of pixels, the same for equal ones."""
+    chunks = [chunk for table in tables for chunk in table["exact"].chunks]
+    return pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
+
+
+def first_of_equal(code_N: np.ndarray) -> np.ndarray:
+    """For each value (small numbers) the index of its first occurrence, -1 for the first itself."""
+    number_N = np.arange(len(code_N))
+    first = np.zeros(code_N.max(initial=-1) + 1, np.int64)
+    first[code_N[::-1]] = number_N[::-1]  # of several writes to a place the last one stays
+    return np.where(first[code_N] == number_N, -1, first[code_N])
 
 
 def first_of_near(hash_N: np.ndarray, distance: int) -> np.ndarray:

@@ -1,15 +1,14 @@
 """Who goes on: the loose gate before anything dear is computed, the strict thresholds when the data is packed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipeline.filters import Thresholds, judged_rows
-from data_pipeline.stage import OK
+from data_pipeline.verdicts import Verdicts, ok_rows, verdict_table
 from infra.errors import UserError
-
-Statuses = dict[str, dict[int, tuple[str, str]]]  # shard -> row -> (status, reason)
 
 
 @dataclass(frozen=True)
@@ -36,36 +35,15 @@ class Gate:
         return replace(strict, **named)
 
 
-def only_ok(tables: Mapping[str, pa.Table], judged: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+def only_ok(tables: Mapping[str, pa.Table], judged: Verdicts) -> dict[str, pa.Table]:
     """Rows that passed the filter."""
-    kept = {}
-    for shard, table in tables.items():
-        good = {r for r, s in zip(*(judged[shard][name].to_pylist() for name in ("row", "status"))) if s == OK}
-        kept[shard] = table.filter(pa.array([row in good for row in table["row"].to_pylist()], pa.bool_()))
-    return kept
-
-
-def merge_statuses(shards: Sequence[str], *stages: Mapping[str, pa.Table]) -> Statuses:
-    """(status, reason) of every row: the first stage that objects has its say."""
-    statuses: Statuses = {}
-    for shard in shards:
-        rows: dict[int, tuple[str, str]] = {}
-        for table in (stage.get(shard) for stage in stages):
-            if table is not None:
-                columns = (table[name].to_pylist() for name in ("row", "status", "reason"))
-                rows |= {row: (s, why) for row, s, why in zip(*columns) if row not in rows or rows[row][0] == OK}
-        statuses[shard] = rows
-    return statuses
-
-
-def strict_statuses(
-    strict: Thresholds, measured: Mapping[str, pa.Table], scores: Mapping[str, Mapping[str, pa.Table]]
-) -> Statuses:
-    """What the strict thresholds say of every row; `scores[name][shard]` are the score columns."""
     return {
-        shard: {
-            row["row"]: strict.judge(row)
-            for row in judged_rows(table, {name: scores[name][shard] for name in strict.scorers})
-        }
-        for shard, table in measured.items()
+        shard: table.filter(pa.array(np.isin(table["row"].to_numpy(), ok_rows(judged[shard]))))
+        for shard, table in tables.items()
     }
+
+
+def strict_verdict(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:
+    """What the strict thresholds say of a shard's rows."""
+    judged = [(row["row"], *strict.judge(row)) for row in judged_rows(measured, scores)]
+    return verdict_table(*zip(*judged))

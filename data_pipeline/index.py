@@ -107,6 +107,12 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
     return name
 
 
+def read_split(uri: str, name: str) -> list[ShardEntry]:
+    """The entries that `write_split` wrote."""
+    path = storage.join(uri, name)
+    return [ShardEntry(**line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
+
+
 class SplitIndex:
     """The table of shards of one split. Shards of a bucket lie together, so a bucket is a range of samples."""
 

@@ -175,9 +175,13 @@ class Dataset:
         return {name: weight for name, weight in BOTH_CAPTIONS.items() if name in self.info.captions}
 
     def _load(self, positions: np.ndarray, places: Sequence[tuple[int, int]], bucket: str, draws: Draws) -> LatentBatch:
-        data = self._reader.read_many(places)
-        rows = [(self._reader.table(shard), row) for shard, row in places]
-        return self._collator.collate(positions, rows, data, latent_shape=self.latent_shape(bucket), draws=draws)
+        reader, shards = self._reader, sorted({shard for shard, _ in places})
+        reader.spread(len(shards), lambda part: [reader.table(shards[n]) for n in part])  # at once, where they are far
+        rows = [(reader.table(shard), row) for shard, row in places]
+        return self._collator.collate(
+            positions, rows, lambda b: reader.read(*places[b]), reader.spread,
+            latent_shape=self.latent_shape(bucket), draws=draws,
+        )  # fmt: skip
 
 
 class Batches(Iterator[LatentBatch]):

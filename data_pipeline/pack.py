@@ -5,11 +5,13 @@ earlier shards untouched.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_pipeline.columns import read_parts
 from data_pipeline.index import ShardEntry
@@ -23,13 +25,20 @@ CAPTIONS = ("original", "synthetic")
 
 
 @dataclass(frozen=True)
-class RowRef:
-    """A row that made it: where it is, where it goes."""
+class RowRun:
+    """Rows of one canonical shard that made it, with one way to go. `draw_R` decides where the split is still ""."""
 
     shard: str
-    row: int
     split: str
     bucket: str
+    row_R: np.ndarray
+    draw_R: np.ndarray
+
+    def only(self, chosen_R: np.ndarray, *, split: str | None = None) -> "RowRun":
+        """Some of the rows."""
+        return RowRun(
+            self.shard, self.split if split is None else split, self.bucket, self.row_R[chosen_R], self.draw_R[chosen_R]
+        )
 
 
 @dataclass(frozen=True)
@@ -39,27 +48,39 @@ class Output:
     id: str
     split: str
     bucket: str
-    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    rows: tuple[tuple[str, np.ndarray], ...]
 
     @property
     def num_rows(self) -> int:
         return sum(len(rows) for _, rows in self.rows)
 
 
-def make_plan(rows: Iterable[RowRef], made_by: Mapping[str, str], *, shard_rows: int) -> list[Output]:
+def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: int) -> list[Output]:
     """Cut each (split, bucket) into output shards, rows in the order given."""
-    groups: dict[tuple[str, str], list[RowRef]] = {}
-    for row in rows:
-        groups.setdefault((row.split, row.bucket), []).append(row)
+    groups: dict[tuple[str, str], list[RowRun]] = {}
+    for run in runs:
+        groups.setdefault((run.split, run.bucket), []).append(run)
     outputs = []
     for (split, bucket), members in sorted(groups.items()):
-        for first in range(0, len(members), shard_rows):
-            runs: dict[str, list[int]] = {}
-            for member in members[first : first + shard_rows]:
-                runs.setdefault(member.shard, []).append(member.row)
-            listed = tuple((shard, tuple(numbers)) for shard, numbers in runs.items())
-            outputs.append(Output(fingerprint([made_by, split, bucket, listed]), split, bucket, listed))
+        for listed in _cut(members, shard_rows):
+            numbers = [(shard, rows.tolist()) for shard, rows in listed]
+            outputs.append(Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed))
     return outputs
+
+
+def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndarray], ...]]:
+    listed: list[tuple[str, np.ndarray]] = []
+    room = size
+    for run in runs:
+        rest = run.row_R
+        while len(rest):
+            listed.append((run.shard, rest[:room]))
+            room, rest = room - len(rest[:room]), rest[room:]
+            if not room:
+                yield tuple(listed)
+                listed, room = [], size
+    if listed:
+        yield tuple(listed)
 
 
 def plan_table(outputs: Sequence[Output]) -> pa.Table:
@@ -67,13 +88,26 @@ def plan_table(outputs: Sequence[Output]) -> pa.Table:
     flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
     return pa.table(
         {
-            "output": [output.id for output, _, _ in flat],
-            "split": [output.split for output, _, _ in flat],
-            "bucket": [output.bucket for output, _, _ in flat],
-            "shard": [shard for _, shard, _ in flat],
+            "output": pa.array([output.id for output, _, _ in flat], pa.string()),
+            "split": pa.array([output.split for output, _, _ in flat], pa.string()),
+            "bucket": pa.array([output.bucket for output, _, _ in flat], pa.string()),
+            "shard": pa.array([shard for _, shard, _ in flat], pa.string()),
             "rows": pa.array([rows for _, _, rows in flat], pa.list_(pa.int32())),
         }
     )
+
+
+def read_outputs(table: pa.Table, wanted: AbstractSet[str]) -> list[Output]:
+    """Some of a plan's output shards."""
+    table = table.filter(pc.is_in(table["output"], value_set=pa.array(sorted(wanted), pa.string())))
+    found: dict[str, list[dict]] = {}
+    for line in table.to_pylist():
+        found.setdefault(line["output"], []).append(line)
+    return [
+        Output(name, lines[0]["split"], lines[0]["bucket"],
+               tuple((line["shard"], np.array(line["rows"], np.int32)) for line in lines))
+        for name, lines in found.items()
+    ]  # fmt: skip
 
 
 def proof_name(encoding: str, output: str) -> str:
@@ -98,7 +132,7 @@ def pack_output(
 ) -> ShardEntry:
     """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
     layout = info.layout(output.bucket)
-    samples = (sample for shard, rows in output.rows for sample in _samples(root, layout, shard, rows, parts))
+    samples = (s for shard, rows in output.rows for s in _samples(root, layout, shard, rows.tolist(), parts))
     entry = write_shard(
         root,
         samples,

@@ -7,51 +7,56 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from data_pipeline.index import ShardEntry, table_bytes, write_split
-from data_pipeline.pack import RowRef
+from data_pipeline.pack import RowRun
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo
-from data_pipeline.stage import OK
+from data_pipeline.verdicts import Verdicts, rejected, totals
 from infra import storage
 
-Statuses = Mapping[str, Mapping[int, tuple[str, str]]]  # shard -> row -> (status, reason)
+
+def draw_of(digest: str) -> int:
+    """Where the pixels of a row without a split fall between train and val, of 2**32."""
+    return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
 
-def assign_splits(accepted: Sequence[tuple[RowRef, str]], val_fraction: float) -> list[RowRef]:
+def assign_splits(runs: Sequence[RowRun], val_fraction: float) -> list[RowRun]:
     """Rows without a split go to val by the hash of their pixels: growing data never moves a row to the other side."""
-    undecided = [digest for ref, digest in accepted if not ref.split]
+    undecided = [run for run in runs if not run.split]
     limit = int(val_fraction * 2**32)
+    if val_fraction > 0 and sum(len(run.row_R) for run in undecided) > 1:
+        limit = max(limit, min(int(run.draw_R.min()) for run in undecided) + 1)  # at least one row
+    decided = []
+    for run in runs:
+        if run.split:
+            decided.append(run)
+            continue
+        val_R = run.draw_R < limit
+        parts = (run.only(~val_R, split="train"), run.only(val_R, split="val"))
+        decided += [part for part in parts if len(part.row_R)]
+    return decided
 
-    def value(digest: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
-    lowest = min(map(value, undecided), default=0)
-    if undecided and val_fraction > 0 and len(undecided) > 1:
-        limit = max(limit, lowest + 1)  # at least one row
-    return [
-        ref if ref.split else RowRef(ref.shard, ref.row, "val" if value(digest) < limit else "train", ref.bucket)
-        for ref, digest in accepted
-    ]
+def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
+    """A shard's dead letters: rows that did not make it, why, and where they came from."""
+    bad = rejected(verdict)
+    columns = {
+        "status": bad["status"].cast(pa.string()),
+        "reason": bad["reason"],
+        "source": pa.array([sources[row] for row in bad["row"].to_pylist()], pa.string()),
+        "shard": pa.array([shard] * len(bad), pa.string()),
+        "row": bad["row"],
+    }
+    return pa.table(columns)
 
 
-def write_rejected(root: str, statuses: Statuses, measured: Mapping[str, pa.Table]) -> str:
-    """The dead-letter table: every row that did not make it, with its reason. Returns where it is."""
-    bad = [(s, r, found) for s, rows in statuses.items() for r, found in rows.items() if found[0] != OK]
-    names = {s: dict(zip(t["row"].to_pylist(), t["source"].to_pylist())) for s, t in measured.items()}
-    table = pa.table(
-        {
-            "status": pa.array([status for *_, (status, _) in bad], pa.string()),
-            "reason": pa.array([reason for *_, (_, reason) in bad], pa.string()),
-            "source": pa.array([names[shard][row] for shard, row, _ in bad], pa.string()),
-            "shard": pa.array([shard for shard, *_ in bad], pa.string()),
-            "row": pa.array([row for _, row, _ in bad], pa.int32()),
-        }
-    )
-    data = table_bytes(table)
+def write_rejected(root: str, tables: Sequence[pa.Table]) -> str:
+    """The dead-letter table of all shards. Returns where it is."""
+    data = table_bytes(pa.concat_tables(tables).combine_chunks())
     uri = storage.join(root, f"rejected/{storage.sha256_hex(data)[:16]}.parquet")
     storage.write_bytes(uri, data)
     return uri
 
 
-def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], statuses: Statuses) -> DatasetInfo:
+def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], verdicts: Verdicts) -> DatasetInfo:
     """Write each split's index, then dataset.json, which makes all of it visible at once."""
     splits = {}
     for split in sorted({entry.tar.split("/", 1)[0] for entry in entries}):
@@ -60,8 +65,7 @@ def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], statuse
         for entry in mine:
             buckets[entry.bucket] += entry.num_samples
         splits[split] = SplitInfo(write_split(root, split, mine), buckets.total(), len(mine), dict(buckets))
-    final = Counter(status for rows in statuses.values() for status, _ in rows.values())
-    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(final)})
+    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(totals(verdicts))})
     path, data = storage.join(root, DATASET_FILE), info.to_bytes()
     if not storage.exists(path) or storage.read_bytes(path) != data:
         storage.write_bytes(path, data)

@@ -1,10 +1,12 @@
 """Bytes of samples by (shard, row): positioned reads of local tars, ranged reads of remote ones, each one checked."""
 
+import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from infra.errors import UnavailableError, UserError
 
 _OPEN_FILES = 128
 _REMOTE_THREADS = 16
+_LOCAL_THREADS = 2
 
 
 class ShardError(Exception):
@@ -31,8 +34,8 @@ class SampleReader:
     def __init__(self, index: SplitIndex, *, check: bool = True) -> None:
         self._index, self._check = index, check
         self.rows = RowTables(index)
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._lock, self._scratch = threading.Lock(), threading.local()
         self._pool: ThreadPoolExecutor | None = None
 
     def table(self, shard: int) -> ShardRows:
@@ -45,7 +48,10 @@ class SampleReader:
             raise ShardError(shard, str(error)) from error
 
     def read(self, shard: int, row: int) -> np.ndarray:
-        """The data region of one sample as bytes (uint8), checked against its sum in the index."""
+        """The data region of one sample as bytes (uint8), checked against its sum in the index.
+
+        They are good until this thread reads again: a megabyte of fresh memory costs more than reading it.
+        """
         table = self.table(shard)
         offset, size = int(table.offset_R[row]), int(table.size_R[row])
         uri = storage.join(self._index.uri, self._index.tars[shard])
@@ -64,34 +70,39 @@ class SampleReader:
             raise ShardError(shard, f"{uri}: the bytes of {table.keys[row]} at {offset:,} are not those written")
         return data
 
-    def read_many(self, places: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Several samples; remote ones at the same time."""
-        if not storage.is_remote(self._index.uri):
-            return [self.read(*place) for place in places]
+    def spread(self, count: int, work: Callable[[range], object]) -> None:
+        """`work` on parts of range(count), each in a thread. Of several failures the first in order is raised."""
+        threads = _REMOTE_THREADS if storage.is_remote(self._index.uri) else _LOCAL_THREADS
+        edges = [count * n // threads for n in range(threads + 1)]
+        parts = [range(first, behind) for first, behind in pairwise(edges) if first < behind]
+        if len(parts) < 2:
+            work(range(count))
+            return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_REMOTE_THREADS, thread_name_prefix="samples")
-        return list(self._pool.map(lambda place: self.read(*place), places))
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
+        futures = [self._pool.submit(work, part) for part in parts]
+        wait(futures)
+        for future in futures:
+            future.result()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+            self._files.clear()
 
     def _pread(self, shard: int, uri: str, offset: int, size: int) -> np.ndarray:
         # Not a memory map: a file that is cut while mapped ends the process with SIGBUS instead of an error.
-        data = np.empty(size, np.uint8)
+        data = getattr(self._scratch, "data", None)
+        if data is None or len(data) < size:
+            data = self._scratch.data = np.empty(size, np.uint8)
         with self._lock:
-            handle = self._files.pop(shard, None)
-            if handle is None:
-                handle = os.open(storage.local_path(uri), os.O_RDONLY)
-            self._files[shard] = handle
+            file = self._files.pop(shard, None) or io.FileIO(storage.local_path(uri))
+            self._files[shard] = file
             if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            got = os.preadv(handle, [data.data], offset)
-        return data[:got]
+                self._files.popitem(last=False)  # closed when the last thread that reads it lets go
+        return data[: os.preadv(file.fileno(), [data[:size].data], offset)]
 
     def __getstate__(self) -> dict[str, object]:
         return {"index": self._index, "check": self._check}

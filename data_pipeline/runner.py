@@ -102,7 +102,7 @@ class _Actor:
 def _run_on_ray(
     task: Task, units: Sequence[Unit], workers: Workers, runtime_env: Mapping[str, Any] | None
 ) -> Iterator[Report]:
-    _connect(workers)
+    connect(workers)
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -133,7 +133,7 @@ def _run_on_ray(
             yield json.loads(report)
 
 
-def _connect(workers: Workers) -> None:
+def connect(workers: Workers) -> None:
     """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine."""
     import ray
 

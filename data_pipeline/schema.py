@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Part:
         return Part(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
 
     def row_numbers(self) -> set[int]:
-        return {row for first, behind in self.rows for row in range(first, behind)}
+        return set(in_ranges(self.rows))
 
 
 def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
@@ -66,6 +66,11 @@ def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
         else:
             ranges.append((row, row + 1))
     return tuple(ranges)
+
+
+def in_ranges(ranges: Iterable[Sequence[int]]) -> list[int]:
+    """The row numbers that `row_ranges` made into pairs."""
+    return [row for first, behind in ranges for row in range(first, behind)]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from data_pipeline.source_rows import (
     SPLITS,
     RawRow,
     SourceUnit,
+    etags_below,
     existing,
     read_row,
     stamp,
@@ -68,7 +69,7 @@ class HfSource:
     caption_column: str = ""
 
     def units(self) -> list[SourceUnit]:
-        units = []
+        units, etags = [], etags_below(self.uri)
         for file in existing(self.uri, (".arrow",), "Arrow files of a data set (save_to_disk)"):
             folder = posixpath.dirname(file)
             if "/cache-" in file or not storage.exists(storage.join(folder, "dataset_info.json")):
@@ -76,7 +77,9 @@ class HfSource:
             image, caption, names = self._columns(folder)
             relative = file.removeprefix(self.uri.rstrip("/") + "/")
             split = split_name(relative.split("/")[0]) if "/" in relative else split_name(self.uri.rsplit("/", 1)[-1])
-            label = f"{split or 'all'}-{posixpath.basename(file)[:40]}-{fingerprint([relative, stamp(file)])[:10]}"
+            label = (
+                f"{split or 'all'}-{posixpath.basename(file)[:40]}-{fingerprint([relative, stamp(file, etags)])[:10]}"
+            )
             where = {"file": file, "image": image, "caption": caption, "names": names}
             units.append(SourceUnit(label.replace(".", "_"), split, where))
         if not units:

@@ -45,10 +45,15 @@ class Source(Protocol):
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]: ...
 
 
-def stamp(uri: str) -> list[object]:
-    """What changes when a file changes, without reading it."""
+def etags_below(uri: str) -> Mapping[str, str]:
+    """For `stamp`: what one listing says of all objects there; nothing for local files."""
+    return storage.etags(uri) if storage.is_remote(uri) else {}
+
+
+def stamp(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
+    """What changes when a file changes, without reading it: equal names and stamps are equal contents."""
     if storage.is_remote(uri):
-        return [storage.size(uri)]
+        return [etags[uri] if uri in etags else storage.etags(uri)[uri]]
     state = storage.local_path(uri).stat()
     return [state.st_size, state.st_mtime_ns]
 

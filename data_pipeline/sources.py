@@ -1,35 +1,51 @@
-"""Where raw images come from: folders, tars, parquet, and published layouts. A source lists units and reads one."""
+"""Where raw images come from: folders, tars, tables, published layouts, or several. A source lists units, reads one."""
 
 import dataclasses
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from data_pipeline.fetch import Fetch
 from data_pipeline.schema import fingerprint
-from data_pipeline.source_layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource, fetch_rows
+from data_pipeline.source_layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource
+from data_pipeline.source_parquet import ParquetSource
 from data_pipeline.source_rows import (
     FOLDER_ROWS,
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
-    SPLITS,
     TEXT_SUFFIXES,
     RawRow,
     Source,
     SourceUnit,
+    etags_below,
     existing,
-    read_row,
     split_of,
     stamp,
 )
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError, nearest
+from infra.log import get_logger
+
+log = get_logger("sources")
+
+
+def parse_sources(
+    texts: Sequence[str], *, image_column: str = "", caption_column: str = "", fetch: Fetch, fetch_urls: bool = False
+) -> Source:
+    """One source, or several as one. `fetch_urls` is about parquet; CC12M has nothing but URLs."""
+    found = tuple(
+        parse_source(
+            text,
+            image_column=image_column,
+            caption_column=caption_column,
+            fetch=fetch if fetch_urls or text.startswith("cc12m:") else None,
+        )
+        for text in dict.fromkeys(texts)
+    )
+    return found[0] if len(found) == 1 else SeveralSources(found)
 
 
 def parse_source(text: str, *, image_column: str = "", caption_column: str = "", fetch: Fetch | None = None) -> Source:
@@ -61,7 +77,7 @@ class FolderSource:
 
     def units(self) -> list[SourceUnit]:
         names = existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images")
-        root = self.uri.rstrip("/") + "/"
+        root, etags = self.uri.rstrip("/") + "/", etags_below(self.uri)
         texts = {name for name in storage.list_files(self.uri) if name.endswith(".txt")}
         by_split: dict[str, list[str]] = {}
         for name in names:
@@ -69,14 +85,15 @@ class FolderSource:
         units = []
         for split, files in by_split.items():
             for first in range(0, len(files), FOLDER_ROWS):
-                rows = [self._row(name, root, texts) for name in files[first : first + FOLDER_ROWS]]
+                rows = [self._row(name, root, texts, etags) for name in files[first : first + FOLDER_ROWS]]
                 label = f"{split or 'all'}-{first // FOLDER_ROWS:05d}-{fingerprint(rows)[:10]}"
                 units.append(SourceUnit(label, split, {"rows": [(image, text) for image, text, *_ in rows]}))
         return units
 
-    def _row(self, name: str, root: str, texts: set[str]) -> list[object]:
+    @staticmethod
+    def _row(name: str, root: str, texts: set[str], etags: Mapping[str, str]) -> list[object]:
         text = name.rsplit(".", 1)[0] + ".txt"
-        stamps = [] if storage.is_remote(name) else [stamp(uri) for uri in (name, text) if uri == name or uri in texts]
+        stamps = [stamp(uri, etags) for uri in (name, text) if uri == name or uri in texts]
         return [name.removeprefix(root), text.removeprefix(root) if text in texts else None, *stamps]
 
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
@@ -107,14 +124,16 @@ class WdsSource:
             if missing:
                 raise MissingError(f"{missing[0]}: no such file ({len(missing)} of {len(tars)} of {self.uri} missing)")
             root = posixpath.commonpath([posixpath.dirname(tar) for tar in tars]) if len(tars) > 1 else ""
+            etags: Mapping[str, str] = {}
         else:
             tars, root = existing(self.uri, (".tar", ".tar.gz", ".tgz"), "tars"), self.uri
+            etags = etags_below(self.uri)
         units = []
         for tar in dict.fromkeys(tars):  # a shard listed twice is read once
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
             stem = posixpath.basename(tar).split(".")[0]
             split = split_of(relative)
-            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, stamp(tar)])[:10]}"
+            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, stamp(tar, etags)])[:10]}"
             units.append(SourceUnit(label, split, {"tar": tar}))
         return units
 
@@ -187,98 +206,25 @@ def _tar_row(key: str, members: Mapping[str, bytes]) -> RawRow:
     return RawRow(key, image, text, info=info)
 
 
-IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "bytes", "path", "image_path", "file")
-CAPTION_COLUMNS = ("caption", "text", "txt", "TEXT", "prompt")
-
-
 @dataclass(frozen=True)
-class ParquetSource:
-    """Parquet rows with image bytes (or Hugging Face's {bytes, path}, or a local path) and a caption."""
+class SeveralSources:
+    """Sources one after the other. Each unit keeps the id that its own source gives it: adding one redoes nothing."""
 
-    uri: str
-    image_column: str = ""
-    caption_column: str = ""
-    fetch: Fetch | None = None
+    sources: tuple[Source, ...]
 
     def units(self) -> list[SourceUnit]:
-        units = []
-        for file in existing(self.uri, (".parquet",), "parquet files"):
-            with storage.open_read(file) as stream:
-                parquet = _open_parquet(stream, file)
-                image, caption = self._columns(parquet.schema_arrow, file)
-                for group in range(parquet.num_row_groups):
-                    where = {"file": file, "group": group, "image": image, "caption": caption}
-                    relative = file.removeprefix(self.uri.rstrip("/") + "/")
-                    stem = posixpath.basename(file).rsplit(".", 1)[0]
-                    split = split_of(relative) or next((s for s in SPLITS if stem.startswith(f"{s}-")), "")
-                    label = (
-                        f"{split or 'all'}-{stem[-40:]}-{group:04d}-{fingerprint([relative, where, stamp(file)])[:10]}"
-                    )
-                    units.append(SourceUnit(label.replace(".", "_"), split, where))
-        return units
-
-    def _columns(self, schema: pa.Schema, file: str) -> tuple[str, str]:
-        names = schema.names
-        chosen = []
-        for what, asked, known in (
-            ("image", self.image_column, IMAGE_COLUMNS),
-            ("caption", self.caption_column, CAPTION_COLUMNS),
-        ):
-            name = asked or next((k for k in known if k in names), "")
-            urls = [n for n in names if n.lower() == "url"]
-            if what == "image" and not name and urls:
-                if self.fetch is None:
-                    raise UserError(
-                        f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
-                        "or, for not too many, add --fetch-urls"
-                    )
-                name = urls[0]
-            if name not in names:
-                raise UserError(
-                    f"{file}: no {what} column {name or 'named ' + ' or '.join(known[:4])}; it has {', '.join(names)}: "
-                    f"name it with --{what}-column{nearest(name, names) if name else ''}"
-                )
-            chosen.append(name)
-        return chosen[0], chosen[1]
+        found: dict[str, SourceUnit] = {}
+        for number, source in enumerate(self.sources):
+            units = source.units()
+            again = sum(unit.id in found for unit in units)
+            if again:  # equal ids are equal names and stamps: the same files, listed by two sources
+                log.warning("%d of %d files of source %d are there already: read once", again, len(units), number + 1)
+            for unit in units:
+                found.setdefault(unit.id, SourceUnit(unit.id, unit.split, {"source": number, "where": unit.where}))
+        return list(found.values())
 
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
-        where = unit.where
-        with storage.open_read(where["file"]) as stream:
-            parquet = _open_parquet(stream, where["file"])
-            names = [where["image"], where["caption"]]
-            has_key = "key" in parquet.schema_arrow.names
-            table = parquet.read_row_group(where["group"], columns=[*names, *(["key"] if has_key else [])])
-        rows = table.to_pylist()
-        keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{n:06d}" for n, row in enumerate(rows)]
-        if self.fetch is not None and where["image"].lower() == "url":
-            found = zip(keys, rows)
-            items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in found]
-            yield from fetch_rows(items, self.fetch, where["file"])
-            return
-        for key, row in zip(keys, rows):
-            value = row[where["image"]]
-            if isinstance(value, dict):
-                value = value.get("bytes") or value.get("path")
-            if isinstance(value, str):
-                yield self._from_path(key, value, row[where["caption"]], where["file"])
-            elif value:
-                yield RawRow(key, bytes(value), row[where["caption"]])
-            else:
-                yield RawRow(key, None, row[where["caption"]], "no_image", "the cell is empty")
-
-    @staticmethod
-    def _from_path(key: str, path: str, caption: str, file: str) -> RawRow:
-        uri = path if storage.is_remote(path) or path.startswith("/") else storage.join(posixpath.dirname(file), path)
-        return read_row(key, uri, caption)
-
-
-def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(stream)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0][:120]})") from error
+        return self.sources[unit.where["source"]].rows(SourceUnit(unit.id, unit.split, unit.where["where"]))
 
 
 SOURCES: Mapping[str, Any] = {
@@ -294,11 +240,15 @@ SOURCES: Mapping[str, Any] = {
 
 def source_to_json(source: Source) -> dict[str, Any]:
     """So that a task can carry its source as plain data."""
+    if isinstance(source, SeveralSources):
+        return {"kind": "several", "sources": [source_to_json(one) for one in source.sources]}
     kind = next(name for name, cls in SOURCES.items() if isinstance(source, cls))
     return {"kind": kind, **dataclasses.asdict(source)}  # type: ignore[call-overload]
 
 
 def source_from_json(data: Mapping[str, Any]) -> Source:
+    if data["kind"] == "several":
+        return SeveralSources(tuple(source_from_json(one) for one in data["sources"]))
     given = {key: value for key, value in data.items() if key != "kind"}
     if given.get("fetch"):
         given["fetch"] = Fetch(**{**given["fetch"], "allow_private": tuple(given["fetch"]["allow_private"])})

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.columns import Column
 from data_pipeline.ingest import Ingest
 from data_pipeline.pack import Output, pack_output
 from data_pipeline.runner import Report, Unit
-from data_pipeline.schema import DatasetInfo, Manifest, Part
+from data_pipeline.schema import DatasetInfo, Manifest, Part, in_ranges
 from data_pipeline.sources import SourceUnit, source_from_json
 from data_pipeline.stage import ShardView, Stage, Worker
 
@@ -97,7 +99,7 @@ class ColumnTask:
             parts = {stage: [Part.from_json(p) for p in found] for stage, found in unit["parts"].items()}
             view, made = ShardView(self.root, shard, parts), []
             for worker, column in workers:
-                rows = unit["missing"].get(column.stage, [])
+                rows = in_ranges(unit["missing"].get(column.stage, []))
                 if not rows:
                     continue
                 view.rows = rows
@@ -106,7 +108,7 @@ class ColumnTask:
                 made.append(manifest)
                 parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
                 view.tables.pop(column.stage, None)
-            return _report(max((len(rows) for rows in unit["missing"].values()), default=0), made)
+            return _report(max((len(in_ranges(found)) for found in unit["missing"].values()), default=0), made)
 
         return run
 
@@ -120,7 +122,7 @@ class PackTask:
 
     def open(self) -> Callable[[Unit], Report]:
         def run(unit: Unit) -> Report:
-            rows = tuple((shard, tuple(numbers)) for shard, numbers in unit["rows"])
+            rows = tuple((shard, np.array(in_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
             output = Output(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {
                 stage: {shard: [Part.from_json(p) for p in found] for shard, found in shards.items()}

@@ -62,7 +62,7 @@ def _size_findings(losses: Comparison, labels: Mapping[str, str], sizes: Mapping
         ]
     overall = ordered[0][1] > ordered[-1][1]
     text = (
-        "The largest model has the lower loss, but not every step helps"
+        "The largest model has a lower loss than the smallest, but not every step up helps"
         if overall
         else "The largest model is not the best"
     )

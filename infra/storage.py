@@ -151,6 +151,14 @@ def list_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> list
     return sorted(uri for uri in found if uri.endswith(suffix))
 
 
+def etags(uri: str) -> dict[str, str]:
+    """What names the content of an s3:// object, or of every object below a prefix, by full URI."""
+    with _s3(uri) as (fs, bucket, key):
+        head = _head(fs, bucket, key) if key else None
+        items = [{"Key": key, **head}] if head else _list_s3(fs, bucket, key)
+        return {f"s3://{bucket}/{i['Key']}": i["ETag"] for i in items if not i["Key"].endswith("/")}
+
+
 def delete(uri: str) -> None:
     """Remove one file; nothing happens when it is not there."""
     if is_remote(uri):
@@ -177,16 +185,14 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
             raise MissingError(f"{uri}: no such file or folder")
         return path
     root = Path(cache_dir or os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
-    with _s3(uri) as (fs, bucket, key):
-        head = _head(fs, bucket, key) if key else None
-        etags = {key: head["ETag"]} if head else {i["Key"]: i["ETag"] for i in _list_s3(fs, bucket, key)}
-    etags = {name: etag for name, etag in etags.items() if not name.endswith("/")}
-    if not etags:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    found = {name.removeprefix(f"s3://{bucket}/"): etag for name, etag in etags(uri).items()}
+    if not found:
         raise MissingError(f"{uri}: no such object or prefix")
-    folder = root / sha256_hex(repr((_endpoint(), uri, sorted(etags.items()))).encode())[:32]
+    folder = root / sha256_hex(repr((_endpoint(), uri, sorted(found.items()))).encode())[:32]
     name = key.rstrip("/").rsplit("/", 1)[-1] or bucket
     if not (folder / name).exists():
-        _download({n: n.removeprefix(key).strip("/") for n in etags}, bucket=bucket, name=name, folder=folder)
+        _download({n: n.removeprefix(key).strip("/") for n in found}, bucket=bucket, name=name, folder=folder)
     return folder / name
 
 

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that can be cut like a cable, and can fail a share of requests in four ways."""
+"""A proxy in front of an S3 server that can be cut like a cable, and can fail a share of requests in five ways."""
 
 import contextlib
 import http.client
@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-_FAULTS = ("500", "503", "timeout", "cut")
+_FAULTS = ("500", "503", "timeout", "cut body", "lost answer")
 
 
 class FaultyProxy:
@@ -46,18 +46,20 @@ class FaultyProxy:
                 elif fault == "gone":
                     self.close_connection = True
                 else:
-                    self.pass_on(body, cut=fault == "cut")
+                    self.pass_on(body, fault)
 
-            def pass_on(self, body: bytes, *, cut: bool) -> None:
+            def pass_on(self, body: bytes, fault: str) -> None:
                 server = http.client.HTTPConnection("127.0.0.1", proxy._target, timeout=60)
                 server.request(self.command, self.path, body, dict(self.headers))
                 found = server.getresponse()
                 data, headers = found.read(), dict(found.getheaders())
                 server.close()
-                if self.command == "HEAD":
+                if fault == "lost answer":  # done there, and nobody is told: a retry meets its own work
+                    self.close_connection = True
+                elif self.command == "HEAD":
                     self.answer(found.status, b"", headers, length=headers.get("Content-Length", "0"))
                 else:
-                    self.answer(found.status, data, headers, cut=cut)
+                    self.answer(found.status, data, headers, cut=fault == "cut body")
 
             def answer(
                 self, status: int, data: bytes, headers: dict[str, str], *, length: str = "", cut: bool = False

@@ -1,13 +1,16 @@
 """Captioners of every kind behind one interface: CogVLM's contract with real remote code, a real server, statuses."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from data_pipeline.caption import CaptionStage, caption_images, judge
 from data_pipeline.captioner_spec import CaptionerSpec
 from data_pipeline.captioners import captioner_weights, open_captioner
 from data_pipeline.cogvlm import code_hash, left_padded
+from data_pipeline.loader import open_dataset
 from data_pipeline.plans import build_columns, world
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
@@ -128,6 +132,44 @@ def test_an_environment_of_its_own_must_be_pinned(cogvlm):
     assert pinned == {"pip": {"packages": ["transformers==4.41.2", "einops==0.8.0"], "pip_check": False}}
     with pytest.raises(UserError, match="exact version"):
         replace(cogvlm, pip=("transformers<4.42",)).runtime_env()
+
+
+def wheel(folder: Path, name: str) -> Path:
+    """A package that holds one number, as pip installs it from a folder."""
+    folder.mkdir()
+    info = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": "ANSWER = 42\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_captioners_workers_get_an_environment_of_their_own(cogvlm, tmp_path):
+    """Its code imports what this environment lacks. Ray copies a virtual environment for it: minutes and gigabytes."""
+    folder = Path(shutil.copytree(cogvlm.checkpoint, tmp_path / "wants_more"))
+    code = folder / "modeling_cogvlm.py"
+    code.write_text(code.read_text().replace("import torch\n", "import beeline_probe\nimport torch\n", 1))
+    given = {"name": "cogvlm", "checkpoint": folder, "revision": code_hash(folder), "max-new-tokens": 6}
+    words = [word for key, value in given.items() for word in (f"--captioner.{key}", str(value))]
+    out = tmp_path / "data"
+    command = [sys.executable, "-m", "data_pipeline", "run", "world", "--out", str(out), "--images", "6"]
+    command += ["--val-images", "2", "--workers", "1", "--captioner.trust-remote-code", *words]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, "No module named 'beeline_probe'" in found.stderr) == (2, True), found.stderr[-2000:]
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel(tmp_path / "wheels", "beeline_probe"))}
+    command += ["--captioner.pip", "beeline-probe==1.0"]
+    found = subprocess.run(command, env=os.environ | pip, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert importlib.util.find_spec("beeline_probe") is None
+    assert open_dataset(str(out)).info.counts == {"ok": 8}
 
 
 # --- a server

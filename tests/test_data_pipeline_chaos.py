@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from data_faulty_proxy import FaultyProxy
+from data_kill_points import POINTS, is_of, struck
 
 from data_pipeline.pipeline import Outcome, Pipeline
 from data_pipeline.plans import world
@@ -22,7 +24,6 @@ from infra import storage
 from infra.errors import UserError
 
 PLAN = replace(world(), ingest_rows=5, pack_rows=6)
-POINTS = ("before data", "between data and manifest", "after manifest")
 STAGES = ("ingest", "measure", "dedup", "caption", "latents", "text_t5", "pack")
 
 
@@ -49,42 +50,6 @@ def check(root: str | Path, outcome: Outcome, reference: str) -> None:
     findings = verify(str(root))
     assert findings.problems == []
     assert findings.samples == {"train": 14, "val": 4}
-
-
-def is_of(stage: str, uri: str, *, manifest: bool) -> bool:
-    """Is this the write of a stage's data or of its manifest?"""
-    if stage == "pack":
-        return uri.endswith(".json") and "/pack/" in uri if manifest else uri.endswith(".tar")
-    return f"/columns/{stage}/" in uri and uri.endswith(".json" if manifest else ".parquet")
-
-
-def struck(point: str, stage: str, count: int, mark: Path, signum: int) -> Callable[[], None]:
-    """Gives a function that makes this process send itself a signal at the count-th passage of a point."""
-    passed = Counter()
-
-    def strike(at: str, uri: str, *, manifest: bool) -> None:
-        if at == point and is_of(stage, uri, manifest=manifest):
-            passed[at] += 1
-            if passed[at] == count:
-                mark.write_text(uri)
-                os.kill(os.getpid(), signum)
-
-    def install() -> None:
-        put, put_if_absent = storage.write_bytes, storage.write_bytes_if_absent
-
-        def write(uri: str, data: bytes) -> None:
-            strike("before data", uri, manifest=False)
-            put(uri, data)
-
-        def write_if_absent(uri: str, data: bytes) -> bool:
-            strike("between data and manifest", uri, manifest=True)
-            first = put_if_absent(uri, data)
-            strike("after manifest", uri, manifest=True)
-            return first
-
-        storage.write_bytes, storage.write_bytes_if_absent = write, write_if_absent
-
-    return install
 
 
 def start(root: Path, raw: Path, install: Callable[[], None]) -> int:
@@ -152,19 +117,19 @@ def patient(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_one_request_in_twenty_that_fails_changes_nothing(s3, s3_server, monkeypatch, patient, raw, reference):
-    from data_faulty_proxy import FaultyProxy
 
     proxy = FaultyProxy(urlsplit(s3_server).port, share=0.05, seed=3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     outcome = run(f"{s3}/data", raw)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     check(f"{s3}/data", outcome, reference)
-    assert all(proxy.hits[fault] for fault in ("500", "503", "timeout", "cut")), proxy.hits
+    assert all(proxy.hits[fault] for fault in ("500", "503", "timeout", "cut body", "lost answer")), proxy.hits
+    faults = proxy.hits["requests"] - proxy.hits["passed"]
+    assert 0.03 < faults / proxy.hits["requests"] < 0.07
     proxy.stop()
 
 
 def test_s3_that_is_cut_is_one_line_and_the_same_command_goes_on(s3, s3_server, monkeypatch, patient, raw, reference):
-    from data_faulty_proxy import FaultyProxy
 
     draws = random.Random(2)
     monkeypatch.setenv("BEELINE_S3_ATTEMPTS", "2")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.__main__ import main
+from data_pipeline.__main__ import gather_sources, main
 from data_pipeline.loader import open_dataset
 from data_pipeline.plan_file import read_plan_file
 from data_pipeline.plans import PLANS, build_columns, sd3, world
@@ -35,6 +35,19 @@ def test_a_file_is_the_command_line_written_down(tmp_path):
     )
     (tmp_path / "plan.json").write_text('{"plan": "world", "out": "/data"}')
     assert read_plan_file(str(tmp_path / "plan.json")) == ("world", ["--out", "/data"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--source", "wds:/a", "--out", "x", "--source", "hf:/b"],
+        ["--source", "wds:/a", "hf:/b", "--out", "x"],
+        ["--out", "x", "--source=wds:/a", "--source=hf:/b"],
+    ],
+)
+def test_several_sources_are_named_one_by_one_or_together(words):
+    assert gather_sources(words) == ["--out", "x", "--source", "wds:/a", "hf:/b"]
+    assert gather_sources(["--out", "x"]) == ["--out", "x"]
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,24 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
+import data_kill_points
 import pytest
+from data_kill_points import POINTS
 from ray import cloudpickle
 
 from data_pipeline.pipeline import Pipeline
 from data_pipeline.plans import world
 from data_pipeline.runner import Workers, run_tasks
 from data_pipeline.sources import parse_source
+from data_pipeline.tasks import ColumnTask
 from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
+for module in (sys.modules[__name__], data_kill_points):
+    cloudpickle.register_pickle_by_value(module)  # Ray's workers cannot import a test file
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)
 ROOT = Path(__file__).parent.parent
 
@@ -131,6 +136,43 @@ def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_clu
     assert set(reports) == {"a", "deadly", "b", "bad", "c"}
     (report,) = run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5))
     assert (report["fatal"], report["error"]) == (True, "no weights at /nowhere")
+
+
+STRUCK = {"caption": POINTS[0], "latents": POINTS[1], "text_t5": POINTS[2]}
+
+
+class StruckTask(ColumnTask):
+    """Kills its actor once at each of the points, and writes down every unit that is begun."""
+
+    marks: ClassVar[str]
+
+    def open(self):
+        for stage, point in STRUCK.items():
+            mark = Path(self.marks) / stage
+            if not mark.exists():
+                data_kill_points.struck(point, stage, 1, mark, signal.SIGKILL)()
+        run = super().open()
+
+        def noted(unit):
+            (Path(self.marks) / f"begun-{unit['id']}-{os.getpid()}").touch()
+            return run(unit)
+
+        return noted
+
+
+@pytest.mark.dist
+def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, reference, ray_cluster, monkeypatch):
+    monkeypatch.setattr(StruckTask, "marks", str(tmp_path), raising=False)
+    monkeypatch.setattr("data_pipeline.pipeline.ColumnTask", StruckTask)
+    root = tmp_path / "data"
+    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    assert outcome.info.fingerprint == reference
+    assert verify(str(root)).problems == []
+    for stage, point in STRUCK.items():
+        uri = (tmp_path / stage).read_text()  # each point was hit
+        assert data_kill_points.is_of(stage, uri, manifest=point != POINTS[0])
+    units = len(list((root / "columns" / "latents").rglob("*.json")))
+    assert len(list(tmp_path.glob("begun-*"))) == units + len(STRUCK)
 
 
 @pytest.mark.slow

@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.fetch import Fetch
+from data_pipeline.index import read_split
 from data_pipeline.loader import open_dataset
 from data_pipeline.pipeline import Outcome, Pipeline
 from data_pipeline.plans import Plan, vae_meta, world
 from data_pipeline.runner import Workers
-from data_pipeline.sources import parse_source
+from data_pipeline.sources import parse_source, parse_sources
 from data_pipeline.summary import summary
 from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
@@ -188,6 +190,29 @@ def test_appended_images_leave_what_is_there(made, raw, copy, tmp_path):
     assert again.info.counts["ok"] == 58
     assert again.info.fingerprint != made[1].info.fingerprint
     assert again.info.encoding == made[1].info.encoding
+
+
+def test_a_second_source_stands_beside_the_first_and_repacks_no_full_shard(made, raw, copy, tmp_path):
+    """Its rows sort before and between those that are there."""
+    write_world(str(tmp_path / "more"), images=20, val_images=2, seed=99, images_per_shard=10)
+    again = Pipeline(
+        PLAN, str(copy), parse_sources([f"wds:{tmp_path}/more", f"wds:{raw}", f"wds:{raw}"], fetch=Fetch()),
+        workers=Workers(0),
+    ).run()  # fmt: skip
+    assert again.computed["caption + latents + text_clip_l + text_t5"] == 22
+    assert again.info.counts["ok"] == 74
+    before, after = (read_split(str(root), info.splits["train"].index) for root, info in (
+        (copy, made[1].info), (copy, again.info)))  # fmt: skip
+    full = {entry.tar for entry in before if entry.num_samples == PLAN.pack_rows}
+    assert full
+    assert full <= {entry.tar for entry in after}
+    assert {entry.generation for entry in after if entry.tar in full} == {0}
+    assert {entry.generation for entry in after} == {0, 1}
+    assert verify(str(copy)).problems == []
+    # the sources in another order, and without Ray's help: nothing to do
+    turned = parse_sources([f"wds:{raw}", f"wds:{tmp_path}/more"], fetch=Fetch())
+    last = Pipeline(PLAN, str(copy), turned, workers=Workers(0)).run()
+    assert (last.computed, last.info.fingerprint) == ({}, again.info.fingerprint)
 
 
 def test_another_captioner_setting_rebuilds_captions_and_text_only(made, raw, copy):

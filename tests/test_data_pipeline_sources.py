@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.columns import Column, read_part
+from data_pipeline.fetch import Fetch
 from data_pipeline.ingest import Ingest
-from data_pipeline.sources import parse_source
+from data_pipeline.sources import parse_source, parse_sources, source_from_json, source_to_json
 from infra import storage
 from infra.errors import UserError
 
@@ -192,6 +193,41 @@ def test_tars_and_folders_on_s3(s3, tmp_path):
     assert [r["caption"] for r in ingest(tmp_path, f"folder:{s3}/pictures")] == ["one picture"]
     with pytest.raises(UserError, match="no such"):
         parse_source(f"wds:{s3}/nothing").units()
+
+
+def test_several_sources_are_one_and_equal_names_stay_apart(s3, tmp_path):
+    """On S3 too, where a size alone would not tell two tars or two pictures apart: both tars are 10,240 bytes."""
+    for number, place in enumerate((f"{tmp_path}/a", f"{tmp_path}/b", f"{s3}/a", f"{s3}/b")):
+        path = write_tar(tmp_path / "one.tar", [("k.png", png()), ("k.txt", f"tar {number}".encode())])
+        storage.write_bytes(f"{place}/tars/0.tar", path.read_bytes())
+        storage.write_bytes(f"{place}/pictures/x.png", png(color=("red", "blue", "green", "white")[number]))
+        storage.write_bytes(f"{place}/pictures/x.txt", f"picture {number}".encode())
+    texts = [f"{kind}:{place}/{name}" for place in (f"{tmp_path}/a", f"{tmp_path}/b", f"{s3}/a", f"{s3}/b")
+             for kind, name in (("wds", "tars"), ("folder", "pictures"))]  # fmt: skip
+    source = parse_sources([*texts, texts[0]], fetch=Fetch())
+    again = source_from_json(json.loads(json.dumps(source_to_json(source))))
+    assert [row.caption for unit in source.units() for row in again.rows(unit)] == [
+        f"{kind} {n}".encode() for n in range(4) for kind in ("tar", "picture")
+    ]
+    ids = {unit.id for unit in source.units()}
+    assert {unit.id for unit in parse_sources(texts[::-1], fetch=Fetch()).units()} == ids
+    assert {unit.id for text in texts for unit in parse_source(text).units()} == ids
+
+
+def test_a_file_that_two_sources_list_is_read_once(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [("k.png", png()), ("k.txt", b"once")])
+    source = parse_sources([f"wds:{tmp_path}", f"wds:{tmp_path}/{{a,a}}.tar"], fetch=Fetch())
+    assert [row.caption for unit in source.units() for row in source.rows(unit)] == [b"once"]
+    assert "1 of 1 files of source 2 are there already" in caplog.text
+
+
+def test_cc12ms_urls_are_fetched_and_those_of_a_table_beside_it_only_when_asked_for(tmp_path):
+    (tmp_path / "cc12m.tsv").write_text("http://127.0.0.1:1/x.jpg\ta caption\n")
+    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/y.jpg"], "caption": ["b"]}), tmp_path / "t.parquet")
+    texts = [f"cc12m:{tmp_path}/cc12m.tsv", f"parquet:{tmp_path}/t.parquet"]
+    assert len(parse_sources(texts, fetch=Fetch(), fetch_urls=True).units()) == 2
+    with pytest.raises(UserError, match="--fetch-urls"):
+        parse_sources(texts, fetch=Fetch()).units()
 
 
 def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):

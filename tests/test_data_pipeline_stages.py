@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,13 @@ from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
 from data_pipeline.caption import caption_images, judge
 from data_pipeline.dedup import Dedup, SignatureStage, first_of_near
 from data_pipeline.filters import FilterStage, MeasureStage, Thresholds, clean_caption
+from data_pipeline.generations import keep_published
 from data_pipeline.images import ImageError, cover_crop, decode
-from data_pipeline.pack import RowRef, make_plan
-from data_pipeline.publish import assign_splits
+from data_pipeline.pack import Output, RowRun, make_plan, plan_table, read_outputs
+from data_pipeline.publish import assign_splits, draw_of
 from data_pipeline.schema import Part, row_ranges
 from data_pipeline.stage import ShardView
+from data_pipeline.verdicts import ok_rows, overruled, rejected, totals, verdict_table
 from infra.errors import UserError
 
 
@@ -244,34 +247,75 @@ def test_one_bad_image_does_not_take_its_batch_along():
     assert caption_images(Picky(), images) == ["seen", "", "seen"]
 
 
+ROWS = st.dictionaries(
+    st.tuples(st.sampled_from("abc"), st.integers(0, 20)), st.sampled_from(["train", "val"]), max_size=60
+)
+
+
+def runs(rows: dict[tuple[str, int], str]) -> list[RowRun]:
+    """Rows (shard, number) with their split, as the pipeline hands them to pack."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for (shard, number), split in sorted(rows.items()):
+        found.setdefault((shard, split), []).append(number)
+    return [RowRun(s, split, "64x64", np.array(n), np.zeros(len(n))) for (s, split), n in sorted(found.items())]
+
+
+def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
+    return sorted((o.split, shard, number) for o in outputs for shard, rows in o.rows for number in rows.tolist())
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["train", "val"])), max_size=60), st.integers(1, 9))
-def test_the_plan_holds_every_row_once(shards, shard_rows):
-    rows = [RowRef(shard, number, split, "64x64") for number, (shard, split) in enumerate(shards)]
-    outputs = make_plan(rows, {"x": "1"}, shard_rows=shard_rows)
-    flat = [(o.split, s, r) for o in outputs for s, numbers in o.rows for r in numbers]
-    assert sorted(flat) == sorted((row.split, row.shard, row.row) for row in rows)
+@given(ROWS, st.integers(1, 9))
+def test_the_plan_holds_every_row_once(rows, shard_rows):
+    flat = sorted((split, shard, number) for (shard, number), split in rows.items())
+    outputs = make_plan(runs(rows), {"x": "1"}, shard_rows=shard_rows)
+    assert rows_of(outputs) == flat
     assert all(o.num_rows <= shard_rows for o in outputs)
     assert len({o.id for o in outputs}) == len(outputs)
+    table = plan_table(outputs)  # as written down and read back
+    some = {o.id for o in outputs[::2]}
+    assert rows_of(read_outputs(table, some)) == rows_of(o for o in outputs if o.id in some)
 
 
-def test_appending_rows_leaves_full_output_shards_as_they_are():
-    rows = [RowRef("a", n, "train", "64x64") for n in range(25)]
-    before = {o.id for o in make_plan(rows, {}, shard_rows=10)}
-    after = {o.id for o in make_plan([*rows, RowRef("b", 0, "train", "64x64")], {}, shard_rows=10)}
-    assert len(before & after) == 2
-    assert before & {o.id for o in make_plan(rows, {"other": "column"}, shard_rows=10)} == set()
+@settings(max_examples=60, deadline=None)
+@given(ROWS, ROWS, st.integers(1, 5))
+def test_full_shards_stay_wherever_new_rows_sort_unless_a_row_of_theirs_left(first, then, shard_rows):
+    outputs = make_plan(runs(first), {}, shard_rows=shard_rows)
+    full = [o for o in outputs if o.num_rows == shard_rows]
+    kept, rest = keep_published(runs(then), full)
+    whole = [o for o in full if set(rows_of([o])) <= {(split, *place) for place, split in then.items()}]
+    assert [o.id for o in kept] == [o.id for o in whole]
+    again = make_plan(rest, {}, shard_rows=shard_rows)
+    assert sorted(rows_of(kept) + rows_of(again)) == sorted((split, *place) for place, split in then.items())
 
 
 def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
-    rows = [(RowRef("a", n, "", "64x64"), f"{n:032x}") for n in range(400)]
-    first, grown = assign_splits(rows[:200], 0.1), assign_splits(rows, 0.1)
-    assert grown[:200] == first
-    assert 20 <= sum(row.split == "val" for row in grown) <= 60
-    assert sum(row.split == "val" for row in assign_splits(rows[:3], 0.001)) == 1
-    assert {row.split for row in assign_splits(rows, 0)} == {"train"}
-    given = [(RowRef("a", 0, "train", "64x64"), "0" * 32)]
-    assert assign_splits(given, 0.9)[0].split == "train"
+    def undecided(count: int) -> list[RowRun]:
+        return [RowRun("a", "", "64x64", np.arange(count), np.array([draw_of(f"{n:032x}") for n in range(count)]))]
+
+    def val(count: int, fraction: float) -> list[int]:
+        assigned = {run.split: run.row_R.tolist() for run in assign_splits(undecided(count), fraction)}
+        assert sorted(assigned["train"] + assigned.get("val", [])) == list(range(count))
+        return assigned.get("val", [])
+
+    assert [n for n in val(400, 0.1) if n < 200] == val(200, 0.1)
+    assert 20 <= len(val(400, 0.1)) <= 60
+    assert len(val(3, 0.001)) == 1
+    assert val(400, 0) == []
+    given = [RowRun("a", "train", "64x64", np.array([0]), np.array([0]))]
+    assert assign_splits(given, 0.9) == given
+
+
+def test_the_first_stage_that_objects_has_its_say():
+    mine = verdict_table([0, 1, 2, 3], ["ok", "corrupt", "ok", "ok"], ["", "cut", "", ""])
+    said = verdict_table([1, 2, 3], ["duplicate", "duplicate", "ok"], ["of 0", "of 0", ""])
+    found = overruled(mine, said)
+    assert found["status"].to_pylist() == ["ok", "corrupt", "duplicate", "ok"]
+    assert found["reason"].to_pylist() == ["", "cut", "of 0", ""]
+    assert (ok_rows(found).tolist(), rejected(found)["row"].to_pylist()) == ([0, 3], [1, 2])
+    assert totals({"a": found, "b": mine}) == {"ok": 5, "corrupt": 2, "duplicate": 1}
+    empty = verdict_table([], [], [])
+    assert (overruled(mine, empty), ok_rows(empty).tolist()) == (mine, [])
 
 
 @given(st.sets(st.integers(0, 60)))

@@ -185,12 +185,26 @@ def test_failures_come_with_reasons(tmp_path):
     claim(uri, settings.hash, 10).end("failed", reason=f"{XSS} is not finite")
     index = Index(root)
     index.refresh()
-    client = TestClient(build_app(index, Watcher(index, settings), access_for("127.0.0.1", None)), base_url="http://[::1]")
+    app = build_app(index, Watcher(index, settings), access_for("127.0.0.1", None))
+    client = TestClient(app, base_url="http://[::1]")
     told = client.get("/api/failures").json()
     assert told["evaluations"][0]["reason"] == f"{XSS} is not finite"
     assert told["evaluations"][0]["step"] == 10
     assert "ab.jsonl" in told["unreadable"][0]["reason"]
     assert client.get("/api/runs").json()["runs"][0]["failed"] == 1
+
+
+def test_a_run_that_has_just_begun_is_no_failure(tmp_path):
+    root = str(tmp_path)
+    write_run(root, 2, scored=False)
+    for file in ("recipe.json", "plan.json"):
+        storage.write_bytes(f"{root}/world-d3/{file}", storage.read_bytes(f"{root}/world-d2/{file}"))
+    client = TestClient(app_on(root), base_url="http://localhost")
+    assert {run["name"]: run["problems"] for run in client.get("/api/runs").json()["runs"]}["world-d3"] == 0
+    assert client.get("/api/failures").json()["unreadable"] == []
+    (tmp_path / "world-d3" / "plan.json").write_text("torn")
+    client = TestClient(app_on(root), base_url="http://localhost")
+    assert "plan.json (unreadable" in client.get("/api/failures").json()["unreadable"][0]["reason"]
 
 
 def test_odd_file_names_and_prompts_do_no_harm(tmp_path):

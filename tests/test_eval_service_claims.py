@@ -107,6 +107,14 @@ def settings(root, **options):
     return Settings(RunOptions(runs=root, metrics="none", **options))
 
 
+def test_the_last_checkpoint_of_every_run_comes_first(ladder):
+    done = []
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Counting(done, threading.Lock()))
+    while watcher.step():
+        pass
+    assert done == [(f"world-d{depth}", step) for step in (30, 20, 10) for depth in (2, 3)]
+
+
 def test_two_services_on_one_store_do_each_checkpoint_once(ladder):
     done, lock = [], threading.Lock()
     watchers = [Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock)) for _ in range(3)]

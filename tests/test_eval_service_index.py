@@ -63,6 +63,24 @@ def test_a_refresh_reads_only_runs_that_changed(tmp_path, monkeypatch):
     assert not index.refresh()
 
 
+def test_a_service_that_only_shows_tells_what_others_evaluated(tmp_path):
+    from eval.service.claims import claim
+
+    uri = write_run(str(tmp_path), 2, samples=False, scored=False)
+    for step in (10, 20, 30):
+        storage.write_bytes(f"{uri}/weights/step_{step:07d}/ema.safetensors", b"weights")
+    claim(uri, "theirs", 10).end("done")
+    claim(uri, "theirs", 20).end("failed", reason="no room")
+    claim(uri, "older", 20).end("done")
+    index = Index(str(tmp_path))
+    index.refresh()
+    [run] = index.snapshot.runs
+    assert run.states("theirs") == {10: "done", 20: "failed"}
+    assert run.states("") == {10: "done", 20: "done"}
+    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 2
+    assert views.run_list(index.snapshot, "mine")[0]["evaluated"] == 0
+
+
 def test_torn_rows_and_recipes_are_told_and_the_rest_is_shown(tmp_path):
     root = str(tmp_path)
     uri = write_run(root, 2, samples=False, scored=False)

@@ -177,7 +177,7 @@ def _curve_routes(app: FastAPI, parts: Parts) -> None:
     def calibration() -> Response:
         return Json({"lines": views.calibration(parts.now)})
 
-    @app.get("/api/scaling", tags=["numbers"], summary="Fitted laws, frontier, predictions; or `fitting`")
+    @app.get("/api/scaling", tags=["numbers"], summary="Laws, frontier, predictions, or that they are being fitted")
     def scaling(run: Runs = None) -> Response:
         return Json(parts.law.told(parts.now, run or []))
 

@@ -75,6 +75,13 @@ class IndexedRun:
             self._outcomes[settings] = outcomes(self.evaluations, settings) if settings else {}
         return self._outcomes[settings]
 
+    def states(self, settings: str) -> dict[int, str]:
+        """Step -> how its evaluation stands; where `settings` is empty, whether any service has evaluated it."""
+        if settings:
+            return {step: outcome.state for step, outcome in self.outcomes(settings).items()}
+        known = {path.split("/")[1] for path in self.evaluations}
+        return {step: state for one in known for step, state in self.states(one).items() if state == "done"}
+
 
 @dataclass(frozen=True)
 class Curves:

@@ -45,7 +45,7 @@ def run_list(snapshot: Snapshot, settings: str) -> list[dict[str, Any]]:
 def _run_line(
     run: IndexedRun, settings: str, losses: Curves | None, headline: Mapping[str, Curves | None]
 ) -> dict[str, Any]:
-    states = [outcome.state for outcome in run.outcomes(settings).values()]
+    states = list(run.states(settings).values())
     scores = {m: last_point(c.by_run.get(run.name)) for m, c in headline.items() if c is not None}
     return {
         "name": run.name,
@@ -194,8 +194,8 @@ def _scores_first(item: tuple[str, Any]) -> tuple[int, str]:
 
 
 def _states(run: IndexedRun, settings: str) -> dict[int, str]:
-    known = run.outcomes(settings)
-    return {step: known[step].state if step in known else "new" for step in run.weights}
+    known = run.states(settings)
+    return {step: known.get(step, "new") for step in run.weights}
 
 
 def recipes(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:

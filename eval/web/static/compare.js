@@ -98,9 +98,9 @@ async function results(fill, study) {
     known.length ? table([
       { title: "Question", value: (r) => words(r.question) },
       { title: "Preferred", value: (r) => r.value, show: (r) => el("td", {}, share(r.value), el("small", {}, ` ${share(r.low)} to ${share(r.high)}`)) },
+      { title: "Verdict", text: true, value: (r) => (r.low > 0.5 ? "the first is preferred" : r.high < 0.5 ? "the second is preferred" : "no difference shown") },
       { title: "First", value: (r) => r.wins_a }, { title: "Same", value: (r) => r.ties }, { title: "Second", value: (r) => r.wins_b },
       { title: "Prompts", value: (r) => r.prompts }, { title: "Raters", value: (r) => r.raters },
-      { title: "Verdict", text: true, value: (r) => (r.low > 0.5 ? "the first is preferred" : r.high < 0.5 ? "the second is preferred" : "no difference shown") },
     ], known) : note("No answers yet."),
     note("Intervals are 95 %, over prompts: several answers to one prompt are not independent. They say nothing about raters other than these."),
     el("div", { className: "controls" }, el("button", { className: "plain", onclick: () => again(fill, { study: null, results: null }) }, "All studies")),

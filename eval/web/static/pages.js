@@ -26,7 +26,7 @@ async function overview() {
   const sum = (field) => runs.reduce((total, run) => total + run[field], 0);
   const tiles = [
     [runs.length, runs.length === 1 ? "run" : "runs"],
-    [`${sum("evaluated")} of ${sum("checkpoints")}`, "checkpoints evaluated by this service"],
+    [`${sum("evaluated")} of ${sum("checkpoints")}`, "checkpoints evaluated"],
     [Number.isFinite(best) ? sig(best, 4) : "\u2013", `lowest ${metric ?? "validation loss"}`],
     [sum("failed") + sum("problems"), "failures and unreadable files", "/failures"],
   ];
@@ -248,7 +248,7 @@ async function scaling() {
         ...(ahead ? [{ ...ahead, title: `next rung${ahead.depth ? `, depth ${ahead.depth}` : ""} (not committed)`, verdict: "" }] : []),
         ...(back ? [{ ...back, title: `largest run held out${back.depth ? `, depth ${back.depth}` : ""}`, verdict: back.actual >= back.loss.low && back.actual <= back.loss.high ? "inside the interval" : "outside the interval" }] : []),
       ]),
-      note("`python -m eval predict --runs RUNS` commits a prediction before the depth is trained; it is graded here afterwards."),
+      note(el("code", {}, "python -m eval predict --runs RUNS"), " commits a prediction before the depth is trained; it is graded here afterwards."),
     ] : null,
     note("N counts all parameters; C is exact training FLOPs per image times images. A law needs four sizes and a decade of compute. Choose the runs of one ladder above."),
   );
