@@ -88,6 +88,7 @@ fi
 "$python" - "$out" "$folder" $depths <<'PY'
 """Compare the two runs of the largest depth bit by bit, grade the plan, write report.md and report.json."""
 import json
+import os
 import platform
 import statistics
 import sys
@@ -119,7 +120,6 @@ def look(depth: int) -> dict:
     return {
         "depth": depth, "load": told["load"], "steps": len(steps), "losses": [line["loss"] for line in steps],
         "seconds": median(seconds), "cpu_seconds": median(cpu),
-        "ema_seconds": median([s * line["ema_share"] for s, line in zip(seconds, steps)]),
         "ema_share": median([line["ema_share"] for line in steps]),
         "memory_gib": max(line["memory_gib"] for line in steps), "rows": told["rows"],
         "recipe": recipe,
@@ -150,19 +150,19 @@ for r in runs:
     del r["recipe"]
 
 text = [
-    f"# A depth-{depths[-1]} model at its true size on two CPU ranks", "",
+    f"# Depth {depths[-1]} on SD3's true token counts, two CPU ranks", "",
     f"{largest['rows']['parameters'][1]:,.0f} parameters, 256 image tokens and 154 text tokens, bf16 with fp32 masters, "
     "reductions, moments and one EMA profile, ZeRO-3 with every parameter sharded, one image at once, "
     f"{largest['steps']} steps. Written by `infra/runs/true_size.sh`; {platform.machine()}, "
     f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}.", "",
-    f"Other work ran on the same cores (load average {' to '.join(largest['load'])} on {torch.get_num_threads()} or more "
-    "cores): seconds are of this day, CPU seconds (the slower rank's, with its helper threads) say what the work costs.",
+    f"Load average while depth {depths[-1]} ran: {' to '.join(largest['load'])} on {os.cpu_count()} cores. CPU seconds (of "
+    "the busier rank, with its helper threads) say what the work costs; seconds also hold what others did meanwhile.",
     "", "## Killed and resumed", "", f"{(out / f'killed-d{depths[-1]}' / 'killed').read_text().strip()}.", "",
     *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
     "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
-    *head("depth", "seconds a step", "CPU seconds", "of them EMA", "share", "largest process GiB", "load"),
-    *[row(r["depth"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['ema_seconds']:.4f}",
-          f"{r['ema_share']:.2%}", f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
+    *head("depth", "seconds a step", "CPU seconds", "EMA's share", "largest process GiB", "load"),
+    *[row(r["depth"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['ema_share']:.2%}",
+          f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
     "", "## The plan against what was measured", "",
     "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass.", "",
 ]  # fmt: skip
