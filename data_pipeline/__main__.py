@@ -211,13 +211,17 @@ def world_source(run: Run) -> "Source":  # type: ignore[name-defined]  # noqa: F
     from data_pipeline.world.write import write_world
     from infra import storage
 
-    val_images = run.val_images if run.val_images is not None else max(1, min(1000, run.images // 8))
+    val_images = default_val_images(run.images) if run.val_images is None else run.val_images
     raw = storage.join(run.out, f"raw/world-{run.seed}-{run.images}-{val_images}")
     mark = storage.join(raw, "complete.json")
     if not storage.exists(mark):
         write_world(raw, images=run.images, val_images=val_images, seed=run.seed)
         storage.write_bytes(mark, b"{}\n")
     return WdsSource(raw)
+
+
+def default_val_images(images: int) -> int:
+    return max(1, min(1000, images // 8))
 
 
 def world(out: str, *, images: int = 20_000, seed: int = 0, val_images: int | None = None) -> None:
@@ -231,7 +235,8 @@ def world(out: str, *, images: int = 20_000, seed: int = 0, val_images: int | No
     """
     from data_pipeline.world.write import write_world
 
-    write_world(out, images=images, val_images=val_images or max(1, min(1000, images // 8)), seed=seed)
+    num_val = default_val_images(images) if val_images is None else val_images
+    write_world(out, images=images, val_images=num_val, seed=seed)
 
 
 def pairs(

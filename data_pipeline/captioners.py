@@ -51,6 +51,7 @@ def _load_image_to_text(path: Path) -> tuple[Any, Any]:
 
     if not (path / "config.json").is_file():
         raise UserError(f"no captioner at {path}: expected a transformers folder with config.json and weights")
+    transformers.utils.logging.disable_progress_bar()  # the run shows its own
     # transformers takes the stored dtype by default; fp16 on a CPU is slower and overflows
     given: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

@@ -53,8 +53,13 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(data: bytes, uri: str) -> pa.Table:
+    """A parquet file's rows, read in this thread.
+
+    Arrow's pools may not have wound up when the interpreter ends: it then aborts after all work is done, or hangs
+    (apache/arrow issues 34314 and 50482).
+    """
     try:
-        return pq.read_table(io.BytesIO(data))
+        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 

@@ -74,7 +74,8 @@ class ParquetSource:
             parquet = _open_parquet(stream, where["file"])
             names = [where["image"], where["caption"]]
             has_key = "key" in parquet.schema_arrow.names
-            table = parquet.read_row_group(where["group"], columns=[*names, *(["key"] if has_key else [])])
+            wanted = [*names, *(["key"] if has_key else [])]
+            table = parquet.read_row_group(where["group"], columns=wanted, use_threads=False)  # as index.read_table
         rows = table.to_pylist()
         keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{n:06d}" for n, row in enumerate(rows)]
         if self.fetch is not None and where["image"].lower() == "url":

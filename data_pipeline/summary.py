@@ -18,7 +18,8 @@ def summary(root: str, outcome: Outcome) -> str:
     lines.append("-" * 72)
     for name, split in outcome.info.splits.items():
         shapes = ", ".join(f"{bucket} {count:,}" for bucket, count in sorted(split.buckets.items()))
-        lines.append(f"{name:<14}{split.num_samples:>10,} samples in {split.num_shards} shards: {shapes}")
+        shards = "shard" if split.num_shards == 1 else "shards"
+        lines.append(f"{name:<14}{split.num_samples:>10,} samples in {split.num_shards} {shards}: {shapes}")
     aside = {name: count for name, count in outcome.info.counts.items() if name != OK}
     if aside:
         words = ", ".join(f"{count:,} {name}" for name, count in sorted(aside.items(), key=lambda item: -item[1]))

@@ -158,9 +158,6 @@ def _without_t5(spec: TextSpec) -> TextSpec:
 @functools.lru_cache(maxsize=2)
 def _encoders(spec: TextSpec, device: str) -> TextEncoders:
     """Shared by all checkpoints of a ladder."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # a bar per encoder would bury our own
     return load_text_encoders(spec, resolve, device=device)
 
 

@@ -20,7 +20,6 @@ from infra.results import now
 
 log = get_logger("human")
 
-Choice = Literal["left", "right", "same"]
 # The three questions of the paper's study (its Figure 7).
 QUESTIONS = {
     "prompt_following": "Which picture shows better what the prompt says?",

@@ -155,6 +155,7 @@ def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]
     light, dark = themes(max(len(report.runs), 1))
     return {
         **told,
+        "created": told["created"][:16].replace("T", " ") + " UTC",
         "missing": [*report.missing, *picture_notes, *strip_notes],
         "figures": {figure.name: figure for figure in drawn},
         "pictures": pictures,

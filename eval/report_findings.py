@@ -155,7 +155,7 @@ def score_findings(
     edge = ends[run].low if comparison.higher_is_better else ends[run].high
     sign = 1 if comparison.higher_is_better else -1
     close = [labels[n] for n, end in ends.items() if n != run and edge is not None and sign * (end.value - edge) >= 0]
-    tie = f" Its interval also holds the value of {', '.join(close)}." if close else ""
+    tie = f" Its interval also holds the value of {' and '.join(close)}." if close else ""
     return [Finding("note", f"{who}: {', '.join(said)}, at {count_text(ends[run].images)} images.{tie}")]
 
 

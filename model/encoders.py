@@ -100,6 +100,9 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _from_pretrained(architecture: Any, path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar per encoder would bury the caller's own
     try:
         model = architecture.from_pretrained(str(path), local_files_only=True, dtype=dtype)
     except OSError as error:

@@ -1,5 +1,7 @@
 """Scores as columns, a loose gate before captions and latents, strict thresholds at pack, and the report of both."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,3 +187,18 @@ def test_other_weights_or_thresholds_rebuild_what_depends_on_them(tmp_path):
     assert str(tmp_path) not in str(names)
     with pytest.raises(UserError, match="--min-aesthetic needs --aesthetic"):
         made(min_aesthetic=5.0)
+
+
+def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpreters_end():
+    script = """
+import os
+import pyarrow as pa
+from data_pipeline.index import read_table, table_bytes
+table = pa.table({name: list(range(5000)) for name in "abcdefgh"})
+data, threads = table_bytes(table), lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+assert read_table(data, "table").equals(table)
+print(threads() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"

@@ -16,7 +16,7 @@ def world(depth: int) -> Recipe:
     """The miniature world: 64x64 scenes as 64 image tokens with 32 text tokens, bf16, every parameter sharded.
 
     Command: deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
-    Hardware: two CPU cores; images/s in trainer/README.md. The rate falls with the width as 1/sqrt(width): our choice.
+    Hardware: two CPU cores; images/s in the report below. The rate falls with the width as 1/sqrt(width): our choice.
     At depth 3 (rate 3.5e-3), 150 seconds on one core with the cooldown inside: validation loss 0.670 with 1.15e-3
     (5,936 images), 0.597 with 2.3e-3 (6,048), 0.553 with 4.6e-3 (6,720); 9e-3 is behind at equal images. Batch 16, for
     short runs live by their number of steps: after 1,700 images depth 3 stood at a training loss of 1.0 with it, 1.2
