@@ -160,6 +160,7 @@ class StruckTask(ColumnTask):
         return noted
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, reference, ray_cluster, monkeypatch):
     monkeypatch.setattr(StruckTask, "marks", str(tmp_path), raising=False)
