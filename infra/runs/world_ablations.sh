@@ -5,7 +5,8 @@
 #
 # DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT/backbones and OUT/captions: the runs. FOLDER:
 # a report of each (default infra/docs/runs/world_ablations). Stopped anywhere, it goes on there; finished runs are
-# judged and reported as they land. DEPTH, IMAGES, SEEDS, BACKBONES, CAPTIONS, PROMPTS and RANKS may be set.
+# judged and reported as they land. Not run yet as a whole; its training step is.
+# DEPTH, IMAGES, SEEDS, BACKBONES, CAPTIONS, PROMPTS and RANKS may be set.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_ablations}
 cd "$(dirname "$0")/../.."
