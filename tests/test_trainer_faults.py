@@ -15,7 +15,7 @@ from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline import synthetic
 from infra import storage
-from trainer.guard import ENOUGH, problem_of
+from trainer.guard import ENOUGH, problem_of, suspects_of
 from trainer.recipe import Guard
 from trainer.watch import Watch
 from trainer.zero.group import Group
@@ -86,6 +86,16 @@ def test_the_long_tail_of_small_batches_is_no_spike():
         assert problem_of(loss, recent, Guard(), batch=16) == ""
         assert bool(problem_of(loss, recent, Guard(), batch=4096)) is (loss > 1.2)
     assert "jumped" in problem_of(5.0, recent, Guard(), batch=16)
+
+
+def test_a_batch_that_is_bad_again_takes_those_before_it_along():
+    left_out: frozenset[int] = frozenset()
+    for before in (0, 8, 72):
+        suspects = suspects_of(1000 * 32, 32, left_out)
+        assert suspects == range((1000 - before) * 32, 1001 * 32)
+        left_out |= frozenset(suspects)
+    assert suspects_of(3 * 32, 32, frozenset(range(3 * 32, 4 * 32))) == range(4 * 32)  # a run has a beginning
+    assert suspects_of(1000 * 32, 32, frozenset(range(900 * 32, 901 * 32))) == range(1000 * 32, 1001 * 32)
 
 
 @pytest.mark.slow
