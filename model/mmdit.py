@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention import QKVProjection, attend, join
+from model.attention import QKVProjection, attend, join, separate
 from model.errors import ModelError
 from model.layers import MLP, Modulate, Modulation, XavierLinear, scale_shift
 from model.norms import layer_norm
@@ -106,7 +106,7 @@ class MMDiTBlock(nn.Module):
         y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_BD)
         x_qkv = self.image.qkv(scale_shift(self.image.norm(x_BND), x_shift, x_scale))
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
-        x_attn, y_attn = attend(*join(x_qkv, y_qkv), bias).split([x_BND.shape[1], y_BLD.shape[1]], dim=1)
+        x_attn, y_attn = separate(attend(*join(x_qkv, y_qkv), bias), x_BND.shape[1], y_BLD.shape[1])
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
         y_BLD = torch.addcmul(y_BLD, y_gate, self.text.out(y_attn))
         return self.image.mlp_step(x_BND, Modulation(*x_mlp)), self.text.mlp_step(y_BLD, Modulation(*y_mlp))
@@ -127,7 +127,7 @@ class DualMMDiTBlock(nn.Module):
         x_normed = self.image.norm(x_BND)
         x_qkv = self.image.qkv(scale_shift(x_normed, x_shift, x_scale))
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
-        x_attn, y_attn = attend(*join(x_qkv, y_qkv), bias).split([x_BND.shape[1], y_BLD.shape[1]], dim=1)
+        x_attn, y_attn = separate(attend(*join(x_qkv, y_qkv), bias), x_BND.shape[1], y_BLD.shape[1])
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
         x_BND = torch.addcmul(x_BND, s_gate, self.self_attention(scale_shift(x_normed, s_shift, s_scale)))
         y_BLD = torch.addcmul(y_BLD, y_gate, self.text.out(y_attn))
@@ -149,7 +149,7 @@ class FinalMMDiTBlock(nn.Module):
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
         # Text queries join and are cut off after attention: the same shapes as in other blocks, and every parameter
         # has a gradient (zero for the text queries), as in the reference.
-        x_attn = attend(*join(x_qkv, y_qkv), bias)[:, : x_BND.shape[1]]
+        x_attn = attend(*join(x_qkv, y_qkv), bias)[:, : x_BND.shape[1]].contiguous()
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
         return self.image.mlp_step(x_BND, Modulation(*x_mlp))
 

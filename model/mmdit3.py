@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention import QKV, attend, join
+from model.attention import QKV, attend, join, separate
 from model.errors import ModelError
 from model.layers import Modulation, scale_shift
 from model.mmdit import FinalTextStream, Stream
@@ -58,7 +58,7 @@ class MMDiT3Block(nn.Module):
         streams, inputs = (self.image, self.clip, self.t5), (x_BND, clip_BMD, t5_BLD)
         adas = [stream.modulate(c_BD) for stream in streams]
         image, clip, t5 = (_read(s, x, ada[0], ada[1]) for s, x, ada in zip(streams, inputs, adas, strict=True))
-        attended = attend(*join(join(image, clip), t5), bias).split([x.shape[1] for x in inputs], dim=1)
+        attended = separate(attend(*join(join(image, clip), t5), bias), *(x.shape[1] for x in inputs))
         outputs = []
         for stream, x, ada, seen in zip(streams, inputs, adas, attended, strict=True):
             x = torch.addcmul(x, ada[2], stream.out(seen))
@@ -80,7 +80,7 @@ class FinalMMDiT3Block(nn.Module):
         image = _read(self.image, x_BND, shift, scale)
         clip = _read(self.clip, clip_BMD, *self.clip.modulate(c_BD))
         t5 = _read(self.t5, t5_BLD, *self.t5.modulate(c_BD))
-        seen = attend(*join(join(image, clip), t5), bias)[:, : x_BND.shape[1]]
+        seen = attend(*join(join(image, clip), t5), bias)[:, : x_BND.shape[1]].contiguous()
         x_BND = torch.addcmul(x_BND, gate, self.image.out(seen))
         return self.image.mlp_step(x_BND, Modulation(*mlp))
 
