@@ -82,6 +82,7 @@ class Collator:
         channels, height, width = latent_shape
         return SampleLayout(self._spec, self._captions, (2 * channels, height, width), self._int8)
 
+    @torch.inference_mode(False)  # its threads write into the batch, which they may not where it is an inference tensor
     def collate(
         self,
         positions: np.ndarray,

@@ -261,7 +261,8 @@ class Pipeline:
         stands = published(self.root, info, proofs, shard_rows=self.plan.pack_rows)
         kept, rest = keep_published(runs, stands.outputs)
         outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=self.plan.pack_rows)]
-        plan = table_bytes(plan_table(outputs))
+        # In one order, whichever of them are published already: the same plan has the same name.
+        plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
         todo = [self._pack_unit(output) for output in outputs if output.id not in proofs]
         for report in self.crew.work("pack", PackTask(self.root, info), todo):

@@ -129,7 +129,8 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
     assert run.weights == {100: f"{uri}/weights/step_0000100/ema.safetensors"}
     assert run.gallery == {100: f"{uri}/gallery/step_0000100.png"}
     assert views.run_list(index.snapshot, "s")[0]["evaluated"] == 1
-    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 0
+    assert views.run_list(index.snapshot, "other")[0]["evaluated"] == 0
+    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 1  # whatever it was evaluated with
 
 
 def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
