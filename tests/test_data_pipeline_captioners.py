@@ -163,7 +163,7 @@ def test_the_captioners_workers_get_an_environment_of_their_own(cogvlm, tmp_path
     command = [sys.executable, "-m", "data_pipeline", "run", "world", "--out", str(out), "--images", "6"]
     command += ["--val-images", "2", "--workers", "1", "--captioner.trust-remote-code", *words]
     found = subprocess.run(command, capture_output=True, text=True)
-    assert (found.returncode, "No module named 'beeline_probe'" in found.stderr) == (2, True), found.stderr[-2000:]
+    assert (found.returncode, "beeline_probe" in found.stderr) == (2, True), found.stderr[-2000:]
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel(tmp_path / "wheels", "beeline_probe"))}
     command += ["--captioner.pip", "beeline-probe==1.0"]
     found = subprocess.run(command, env=os.environ | pip, capture_output=True, text=True)
