@@ -138,7 +138,7 @@ def test_plan_against_arithmetic():
     # 3.1 million images encoded again cost 6.3 hours, $16; a month of storing 1.02 TB costs $23.
     assert not plan["precompute"]["pays"]
     assert make_plan(r, world=64, machine=h100, dataset_images=10**5)["precompute"]["pays"]
-    assert "stage 1 is enough" in plan["advice"]
+    assert "stage 2 is enough" in plan["advice"]
     # Of an image, whatever machine the plan is made on: no matrix of tokens by tokens.
     assert plan["activation_bytes_per_image"]["kept"] == pytest.approx(16.22 / 64 * 2**30, rel=0.02)
     parallel = dataclasses.replace(r.parallel, hpz=8, max_live=0)

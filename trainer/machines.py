@@ -58,7 +58,7 @@ def this_machine(precision: str = "fp32") -> Machine:
     import torch
 
     if not torch.cuda.is_available():
-        amx = precision == "bf16" and torch.cpu._is_amx_tile_supported()
+        amx = precision == "bf16" and torch.cpu.get_capabilities().get("amx_bf16", False)
         return MACHINES["cpu-amx" if amx else "cpu"]
     name, memory = torch.cuda.get_device_name().lower(), torch.cuda.get_device_properties(0).total_memory
     fitting = [m for m in MACHINES.values() if m.name.split("-")[0] in name]

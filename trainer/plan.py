@@ -164,8 +164,7 @@ def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, a
 def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machine) -> str:
     """The cheapest stage that fits: each higher one communicates more or earlier."""
     room = USABLE * machine.memory
-    lowest = 1 if recipe.precision == "bf16" else 0
-    fitting = [stage for stage in range(lowest, 4) if per_stage[f"stage{stage}"]["device"] <= room]
+    fitting = [stage for stage in range(recipe.lowest_stage, 4) if per_stage[f"stage{stage}"]["device"] <= room]
     mine = per_stage[f"stage{recipe.parallel.zero_stage}"]
     if not fitting:
         largest = max((n for n in mine if n not in ("total", "device", "host")), key=lambda n: mine[n])

@@ -226,6 +226,12 @@ class Recipe:
         return float(self.lora.alpha or self.lora.rank or 1)
 
     @property
+    def lowest_stage(self) -> int:
+        """ZeRO stages below it cannot do what precision and fp32_reduce ask for: bf16 needs masters (stage 1), and for
+        fp32 sums under stage 1 DeepSpeed has an optimizer of its own, whose shares zero/partition.py does not read."""
+        return (2 if self.parallel.fp32_reduce else 1) if self.precision == "bf16" else 0
+
+    @property
     def logging_saves(self) -> int:
         """Checkpoints that a run takes; each leaves a file of EMA weights."""
         return -(-self.images // (self.cadence("save") or self.images))
@@ -302,8 +308,7 @@ def _check_parallel(recipe: Recipe) -> None:
     wrong = [
         (p.zero_stage == 0 and recipe.precision == "bf16",
          "bf16 needs fp32 master weights: use --parallel.zero-stage 2 or 3"),
-        # DeepSpeed has a third optimizer for this case, which steps on gradients that are not finite without a word.
-        (p.zero_stage == 1 and recipe.precision == "bf16" and p.fp32_reduce,
+        (p.zero_stage < recipe.lowest_stage,
          "stage 1 accumulates bf16 gradients in bf16 only: use --parallel.zero-stage 2, or --no-parallel.fp32-reduce"),
         (p.zero_stage == 0 and p.offload_optimizer, "offload_optimizer needs --parallel.zero-stage 1, 2 or 3"),
         (p.zero_stage != 3 and p.offload_parameters != "no", "offload_parameters needs --parallel.zero-stage 3"),
