@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_infra_faults import Wire
-from trainer_launch import TINY, finish, run_ranks, start_ranks
+from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
 from data_pipeline import synthetic
 from infra import storage
@@ -206,16 +205,6 @@ def test_a_full_disk_in_a_save_leaves_the_run_alive(data, tmp_path):
     assert codes == [0], said + rest
     assert (run / "checkpoints" / "latest").read_text() == "step_0000064\n"
     assert list(losses(run)) == list(range(8, 513, 8))
-
-
-def until(process: subprocess.Popen[str], words: str) -> str:
-    """What a process said, to the line with these words."""
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
 
 
 @pytest.mark.slow

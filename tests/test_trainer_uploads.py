@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_infra_faults import Wire
-from trainer_launch import TINY, finish, start_ranks
+from trainer_launch import TINY, finish, start_ranks, until
 
 from data_pipeline.synthetic import write_synthetic
 from infra import storage
@@ -105,16 +105,6 @@ def train(data: Path, run: str, images: int, *wires: Wire) -> list[subprocess.Po
     patient = {"BEELINE_S3_READ_TIMEOUT": "600", "BEELINE_S3_ATTEMPTS": "1"}
     own = {r: {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{wire.port}", **patient} for r, wire in enumerate(wires)}
     return start_ranks([*words, *TINY, *cadence], len(wires), of_rank=own)
-
-
-def until(process: subprocess.Popen[str], words: str) -> str:
-    """What a process said, to the line with these words."""
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
 
 
 def latest(run: str) -> str:

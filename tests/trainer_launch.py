@@ -54,3 +54,13 @@ def run_ranks(command: list[str], ranks: int) -> str:
     codes, said = finish(start_ranks(command, ranks))
     assert codes == [0] * ranks, said
     return said
+
+
+def until(process: subprocess.Popen[str], words: str) -> str:
+    """What a process said, to the line with these words."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
