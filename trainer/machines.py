@@ -40,8 +40,9 @@ MACHINES: dict[str, Machine] = {
         # One core of an AMD Zen 3 server: half of the 127 GFLOP/s that two of them reach in fp32 matmuls.
         Machine("cpu", 63.5e9, 12 * GIB, 1024, 0.6e9, 0.6e9, 20e9, 0.03, 0.45, overlap=False, encode_seconds=0.02),
         # One core with AMX: 2048 bf16 FLOP a cycle at 2 GHz. Measured on a Xeon, per second of work of one core: gloo
-        # between two processes of one machine moves 0.6 GB, AdamW's fused kernel 27 GB, a lerp 18 GB.
-        Machine("cpu-amx", 4.1e12, 12 * GIB, 1024, 0.6e9, 0.6e9, 20e9, 0.03, 0.04, overlap=False, encode_seconds=0.02),
+        # between two processes of one machine moves 0.3 to 0.5 GB of tensors of 16 to 132 MB (0.6 of smaller ones),
+        # AdamW's fused kernel 27 GB, a lerp 18 GB.
+        Machine("cpu-amx", 4.1e12, 12 * GIB, 1024, 0.35e9, 0.35e9, 20e9, 0.03, 0.04, overlap=False, encode_seconds=0.02),
     )
 }
 
