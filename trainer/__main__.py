@@ -239,7 +239,7 @@ def run_plan(arguments: list[str]) -> None:
     if args.trial:
         share = -(-args.recipe.global_batch // args.gpus)
         micro = args.recipe.parallel.micro_batch or share
-        efficiency = efficiency_here(args.recipe, machine, micro_batch=micro)
+        efficiency = efficiency_here(args.recipe, machine, micro_batch=micro, ranks=args.gpus)
     plan = make_plan(
         args.recipe,
         world=args.gpus,

@@ -23,8 +23,8 @@ from trainer.zero.group import free_port
 log = get_logger("ladder")
 UNSTABLE = "unstable.json"  # written by a run whose guard ended it
 DEFAULT_PORT = 29500  # of the deepspeed launcher; another training on this machine may hold it
-# glibc's malloc asks for huge pages. On CPUs every gather and gradient is fresh memory, and in pages of 4 KiB the kernel
-# takes a quarter of a step's time (depth 15, two ranks: 27 CPU seconds a step, with huge pages 20).
+# glibc's malloc asks for huge pages. On CPUs every gather and gradient is fresh memory, and in pages of 4 KiB the
+# kernel takes a quarter of a step's time (depth 15, two ranks: 27 CPU seconds a step, with huge pages 20).
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 

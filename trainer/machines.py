@@ -42,7 +42,7 @@ MACHINES: dict[str, Machine] = {
         # One core with AMX: 2048 bf16 FLOP a cycle at 2 GHz. Measured on a Xeon, per second of work of one core: gloo
         # between two processes of one machine moves 0.3 to 0.5 GB of tensors of 16 to 132 MB (0.6 of smaller ones),
         # AdamW's fused kernel 27 GB, a lerp 18 GB.
-        Machine("cpu-amx", 4.1e12, 12 * GIB, 1024, 0.35e9, 0.35e9, 20e9, 0.03, 0.04, overlap=False, encode_seconds=0.02),
+        Machine("cpu-amx", 4.1e12, 12 * GIB, 1024, 0.4e9, 0.4e9, 20e9, 0.03, 0.04, overlap=False, encode_seconds=0.02),
     )
 }
 

@@ -125,8 +125,7 @@ def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, a
     except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
     what may stay for its next use."""
     p = recipe.parallel
-    compute = 2 if recipe.precision == "bf16" else 4
-    gradient = 4 if recipe.precision == "fp32" or p.fp32_reduce else 2
+    compute, gradient = widths(recipe)
     trained = trained_parameters(recipe, parameters)
     frozen = 0 if recipe.lora.rank is None else parameters
 
@@ -185,8 +184,8 @@ def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
 def step_time(
     recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float, overhead: float = 0.0
 ) -> dict[str, float]:
-    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, the
-    optimizer and the EMA from bytes and memory."""
+    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, copies
+    around it, the optimizer and the EMA from bytes and memory."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
     per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
@@ -196,34 +195,34 @@ def step_time(
     inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
     communication = sum(transfer_seconds(machine, moved[name], world) for name in ("forward", "gradients", "publish"))
     communication += transfer_seconds(machine, moved["backward"], inside or world)
+    copying = bytes_copied(recipe, parameters, world=world) / machine.bandwidth
     mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)
     # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
     updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
-    step = (max(compute, communication) if machine.overlap else compute + communication) + updating
+    exchange = communication + copying
+    step = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,
+        "copy_seconds": copying,
         "update_seconds": updating,
         "step_seconds": step,
-        "step_seconds_without_overlap": compute + communication + updating,
+        "step_seconds_without_overlap": compute + exchange + updating,
         "bytes_moved_per_step": sum(moved.values()),
     }
 
 
 def layers(recipe: Recipe, world: int) -> int:
     """Layers that a rank runs in a step: blocks, and one for what stands around them."""
-    share = math.ceil(recipe.global_batch / world)
-    return (recipe.model.depth + 1) * math.ceil(share / (recipe.parallel.micro_batch or share))
+    return (recipe.model.depth + 1) * passes_of(recipe, world)
 
 
 def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
     """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch; in
     one of them where all may stay gathered), gradients (stages 2 and 3: each micro-batch), and masters back into the
     weights (stages 1 and 2)."""
-    p, compute = recipe.parallel, 2 if recipe.precision == "bf16" else 4
-    micro = p.micro_batch or math.ceil(recipe.global_batch / world)
-    passes = math.ceil(recipe.global_batch / world / micro)
-    gradient = 4.0 if recipe.precision == "fp32" or p.fp32_reduce else 2.0
+    p, (compute, gradient) = recipe.parallel, widths(recipe)
+    passes = passes_of(recipe, world)
     if p.quantized_gradients:
         gradient = 0.5
     weights = 1 if p.quantized_weights else compute
@@ -237,6 +236,28 @@ def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, flo
         "gradients": trained * gradient * reductions * (2 if p.zero_stage == 0 else 1),
         "publish": trained * compute if p.zero_stage in (1, 2) else 0,
     }
+
+
+def bytes_copied(recipe: Recipe, parameters: int, *, world: int) -> float:
+    """Bytes that DeepSpeed reads and writes around the collectives of a step: gathered parts are put together;
+    gradients go into a bucket, are widened, laid out by rank and divided (its stage3.py, coalesced_collectives.py)."""
+    if world == 1 or recipe.parallel.zero_stage < 2:
+        return 0.0
+    moved, (compute, gradient) = bytes_moved(recipe, parameters, world=world), widths(recipe)
+    reduced = trained_parameters(recipe, parameters) * passes_of(recipe, world)
+    return 2 * (moved["forward"] + moved["backward"]) + reduced * (3 * compute + 5 * gradient)
+
+
+def widths(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of a weight that computes and of a gradient that is reduced."""
+    full = recipe.precision == "fp32"
+    return (4.0 if full else 2.0), (4.0 if full or recipe.parallel.fp32_reduce else 2.0)
+
+
+def passes_of(recipe: Recipe, world: int) -> int:
+    """Micro-batches of a rank in a step."""
+    share = math.ceil(recipe.global_batch / world)
+    return math.ceil(share / (recipe.parallel.micro_batch or share))
 
 
 def precompute(
@@ -278,7 +299,7 @@ def describe(plan: dict[str, Any]) -> str:
         plan["advice"],
         f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
         f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
-        f"{time['update_seconds']:.3g} s updating); the run "
+        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating); the run "
         f"{time['hours']:,.1f} hours, {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}",
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
         f"{plan['storage_bytes'] / 2**30:.3f} GiB",

@@ -138,7 +138,7 @@ def head(*cells: str) -> list[str]:
 runs = [look(depth) for depth in depths]
 largest, machine = runs[-1], this_machine("bf16")
 verdicts = same(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
-efficiency = {r["depth"]: efficiency_here(r["recipe"], machine, micro_batch=MICRO) for r in runs}
+efficiency = {r["depth"]: efficiency_here(r["recipe"], machine, micro_batch=MICRO, ranks=WORLD) for r in runs}
 first = runs[0]
 overhead = overhead_of(
     first["recipe"], first["cpu_seconds"], machine, world=WORLD, efficiency=efficiency[first["depth"]]
