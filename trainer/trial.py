@@ -7,10 +7,13 @@ One block of each class, forward and backward, with tensors of the recipe's shap
 # Shapes: B images of a micro-batch.
 
 import copy
-import multiprocessing
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,32 +35,41 @@ def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int, ranks
     clock (two cores of a virtual Xeon: 75 GFLOP/s each at depth 4, one alone 95).
     """
     beside = 0 if torch.cuda.is_available() else min(ranks, len(os.sched_getaffinity(0))) - 1
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(beside + 1)
-    others = [context.Process(target=_busy, args=(recipe, micro_batch, ready), daemon=True) for _ in range(beside)]
-    for other in others:
-        other.start()
-    tasks = _tasks(recipe, micro_batch)
+    others = [_start_busy(recipe, micro_batch) for _ in range(beside)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ready.wait(timeout=120)
+        tasks = _tasks(recipe, micro_batch)
+        for other in others:
+            other.stdout.readline()  # type: ignore[union-attr]  # it has begun, or died
         seconds = sum(count * min(_timed(once) for _ in range(ROUNDS)) for once, count in tasks)
     finally:
         torch.set_num_threads(threads)
         for other in others:
             other.kill()
+            other.communicate()
     _, height, width = recipe.data.latent_shape
     tokens = (height // recipe.model.patch) * (width // recipe.model.patch)
     forward = 2 * recipe.model.block_multiply_adds(tokens, recipe.data.text_tokens)
     return 3 * forward * micro_batch / seconds / machine.flops
 
 
-def _busy(recipe: Recipe, micro_batch: int, ready: Any) -> None:
+def _start_busy(recipe: Recipe, micro_batch: int) -> subprocess.Popen[str]:
     """What another rank does meanwhile, until it is killed."""
+    command = [sys.executable, "-m", "trainer.trial", str(micro_batch)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(recipe.to_json()))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def _be_busy() -> None:
+    tasks = _tasks(Recipe.from_json(json.load(sys.stdin)), int(sys.argv[1]))
     torch.set_num_threads(1)
-    tasks = _tasks(recipe, micro_batch)
-    ready.wait()
+    print("ready", flush=True)
     while True:
         for once, _ in tasks:
             once()
@@ -137,3 +149,7 @@ def _timed(once: Callable[[], None]) -> float:
     once()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    _be_busy()
