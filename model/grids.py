@@ -27,6 +27,12 @@ def over_sigma(formulation: Formulation) -> bool:
     return isinstance(formulation.path, (EDM, Linear))
 
 
+def lowest_ratio(formulation: Formulation) -> float:
+    """The smallest sigma above 0 of a formulation that is integrated over sigma."""
+    path = formulation.path
+    return path.log_ratio_T[0].exp().item() if isinstance(path, Linear) else SIGMA_MIN
+
+
 def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
     """The noise level at a point of the sampling coordinate."""
     path = formulation.path
