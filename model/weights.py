@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import config_from_json
-from model.errors import ModelError
+from model.errors import ModelError, some
 
 META_KEY = "beeline"
 REQUIRED_META = ("kind", "backbone", "config")
@@ -32,13 +32,9 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
     ]
     broken = [n for n, x in found.items() if not x.is_meta and not torch.isfinite(x).all()]
     named = (("missing", missing), ("unexpected", extra), ("misshapen", shapes), ("not finite", broken))
-    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in named if names]
+    problems = [f"{len(names)} {what} ({some(names)})" for what, names in named if names]
     if problems:
         raise ModelError(f"{source}: tensors {'; '.join(problems)}; these weights do not fit the model")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:

@@ -337,3 +337,30 @@ def test_wrong_checkpoints_are_named(sd3_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t5").mkdir()
     with pytest.raises(ModelError, match="cannot load T5EncoderModel"):
         load_text_encoders(wrong, lambda name: tmp_path / name)
+
+
+def test_weights_that_are_not_there_are_never_random(sd3_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def load(seat: str, kind: str, folder: Path, convention: str = "sd3-ref") -> None:
+        spec = TextSpec((EncoderSpec(seat, str(folder), kind, 8, 16, 0 if seat == "t5" else 16),), "padded", 16)
+        load_text_encoders(replace(spec, convention=convention), Path)
+
+    with pytest.raises(ModelError, match=r"T5EncoderModel from .*: it lacks encoder\.block\.0\..*, and \d+ more"):
+        load("t5", "t5_hf", sd3_folder / "l")
+    plain = tmp_path / "plain"
+    CLIPTextModel(CLIPTextModelWithProjection.from_pretrained(sd3_folder / "l").config).save_pretrained(plain)
+    clip_tokenizer(plain, "!")
+    for seat, convention in (("clip_l", "diffusers"), ("clip_g", "sd3-ref")):
+        with pytest.raises(ModelError, match=r"it lacks text_projection\.weight;"):
+            load(seat, "clip_hf", plain, convention)
+    load("clip_l", "clip_hf", plain)  # sd3-ref pools CLIP-L before the projection
+    folder = write_open_clip(tmp_path / "clip")
+    load("clip_l", "open_clip", folder)
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+        load("clip_l", "open_clip", folder)
+    weights.unlink()
+    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+        load("clip_l", "open_clip", folder)
