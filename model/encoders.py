@@ -149,14 +149,20 @@ def _open_clip(
     if encoder.tokens > limit:
         raise ModelError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
     projected = _projected(encoder, convention)
+    # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
+    # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
+    pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
 
     def encode(captions: Sequence[str]) -> EncodedText:
         ids_BL = tokenizer(list(captions)).to(device)
         length = ids_BL.shape[1]
-        x = tower.token_embedding(ids_BL) + tower.positional_embedding[:length]
-        x, layers = tower.transformer.forward_intermediates(x, attn_mask=tower.attn_mask[:length, :length])
         # The end token has the highest id in every CLIP vocabulary; the first one counts where it also pads.
         end_B = ids_BL.argmax(dim=1)
+        if pads_with_end:
+            past_BL = torch.arange(length, device=ids_BL.device) > end_B[:, None]
+            ids_BL = ids_BL.masked_fill(past_BL, tokenizer.eot_token_id)
+        x = tower.token_embedding(ids_BL) + tower.positional_embedding[:length]
+        x, layers = tower.transformer.forward_intermediates(x, attn_mask=tower.attn_mask[:length, :length])
         pooled = tower.ln_final(x)[torch.arange(len(x), device=x.device), end_B]
         if projected and tower.text_projection is not None:
             weight = tower.text_projection
