@@ -94,7 +94,7 @@ def test_loss_is_the_unified_loss_up_to_its_constant(name: str) -> None:
     own = form.loss_B(prediction, drawn) * form.density.pdf(t)
     noise_error = (form.to_noise(prediction, drawn.x_t, t) - noise).square().mean((1, 2))
     unified = -0.5 * form.weight(t) * form.log_snr_slope(t) * noise_error
-    torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-9)
+    torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-10)
     coefficient = form.weight_constant * -0.5 * form.weight(t) * form.log_snr_slope(t)
     relative = form.noise_error_factor(t) * form.density.pdf(t) / coefficient - 1
     assert relative.abs().max() < 1e-10
@@ -119,18 +119,27 @@ def test_weights_are_the_papers_functions_of_the_log_snr() -> None:
 
 
 def test_linear_schedule_sums_over_its_levels() -> None:
-    """The discrete loss, a mean over levels, equals the unified integral as a sum over steps of the log-SNR."""
-    for name in ("eps/linear", "v/linear"):
-        form = get_formulation(name)
-        k = torch.arange(1000, dtype=torch.float64)
-        middle = (k[:-1] + 0.5) / 1000
-        drop = form.log_snr(k[:-1] / 1000) - form.log_snr(k[1:] / 1000)
-        integral = 0.5 * (form.weight(middle) * drop).sum() * form.weight_constant
-        torch.testing.assert_close(integral, form.noise_error_factor(middle).sum() / 1000, atol=0, rtol=1e-10)
-    lam = get_formulation("eps/linear").log_snr(torch.tensor([0.0, 0.999], dtype=torch.float64))
-    assert [round(x, 2) for x in lam.tolist()] == [7.07, -5.36]
-    last = get_formulation("eps/linear").path.level(torch.tensor([0.999], dtype=torch.float64))
-    assert round(float(last.a) ** 2, 5) == 0.00466
+    """The discrete loss, a mean over 1000 levels, is the unified one as a sum over their steps of the log-SNR.
+
+    Steps and pdf(lambda) come from a table of our own: level k carries the step to the next one, the last its own.
+    """
+    t = torch.arange(1000, dtype=torch.float64) / 1000
+    signal = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    lam = np.log(signal / (1 - signal))
+    drop = -np.diff(lam)
+    drop = torch.from_numpy(np.append(drop, drop[-1]))
+    smooth_pdf = torch.from_numpy(-1 / np.gradient(lam, 1 / 1000))
+    noise_error = torch.from_numpy(1 / np.cosh(lam))
+    for name, per_pdf in (("eps/linear", np.ones(1000)), ("v/linear", 1 / signal)):
+        form, per_pdf = get_formulation(name), torch.from_numpy(per_pdf)
+        torch.testing.assert_close(form.log_snr(t).numpy(), lam, atol=1e-10, rtol=0)
+        torch.testing.assert_close(form.weight(t), per_pdf / (1000 * drop), atol=0, rtol=1e-9)
+        torch.testing.assert_close(form.weight(t)[30:], (per_pdf * smooth_pdf)[30:], atol=0, rtol=0.02)
+        own = (form.noise_error_factor(t) * noise_error).mean()
+        unified = 0.5 * (form.weight(t) * drop * noise_error).sum()
+        torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-10)
+    assert [round(x, 2) for x in lam[[0, -1]].tolist()] == [7.07, -5.36]
+    assert round(signal[-1], 5) == 0.00466
 
 
 def test_linear_schedule_draws_whole_levels_and_tells_them_to_the_network() -> None:
