@@ -34,7 +34,7 @@ def info(
 
 
 def formulations(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """List the 61 training objectives with path, target, weight, density and sampling grid.
+    """List the 61 training objectives (and any added since) with path, target, weight, density and sampling grid.
 
     Args:
         json_: Print JSON instead of a table.

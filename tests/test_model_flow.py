@@ -7,17 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from model_kinds import KINDS
 from torch import Tensor
 
 from model.errors import ModelError
-from model.flow import FORMULATIONS, Formulation, get_formulation
+from model.flow import FORMULATIONS, STUDY, Formulation, get_formulation
 from model.grids import sampling_grid
 from model.paths import Linear
 from model.seeding import keyed_uniform
-from model.timesteps import MODE_LIMIT, get_density, lognorm, mode, resolution_shift
+from model.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
 
-# One member per path and target: the others differ in their density only.
-KINDS = ["eps/linear", "v/linear", "eps/cos", "v/cos", "rf", "edm(-1.20,1.20)", "edm(0.60,1.80)", "edm/rf", "edm/cos"]
 ALL = list(FORMULATIONS)
 DENSITY_NAMES = ["uniform", "cosmap", "lognorm(-1,0.2)", "lognorm(0,1)", "lognorm(1,2.2)"] + [
     f"mode({s})" for s in (-1.0, -0.5, 0.0, 1.0, 1.29, 1.75)
@@ -42,19 +41,21 @@ def pair(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_there_are_61_of_the_stated_kinds() -> None:
+    names = list(STUDY)
     counts = [
-        sum(n.endswith(("/linear", "/cos")) and not n.startswith("edm") for n in ALL),
-        sum(n == "rf" or n.startswith("rf/mode") for n in ALL),
-        sum(n.startswith("rf/lognorm") for n in ALL),
-        sum(n == "rf/cosmap" for n in ALL),
-        sum(n.startswith("edm(") for n in ALL),
-        sum(n in ("edm/rf", "edm/cos") for n in ALL),
+        sum(n.endswith(("/linear", "/cos")) and not n.startswith("edm") for n in names),
+        sum(n == "rf" or n.startswith("rf/mode") for n in names),
+        sum(n.startswith("rf/lognorm") for n in names),
+        sum(n == "rf/cosmap" for n in names),
+        sum(n.startswith("edm(") for n in names),
+        sum(n in ("edm/rf", "edm/cos") for n in names),
     ]
     assert counts == [4, 9, 30, 1, 15, 2]
-    assert len(ALL) == 61
+    assert len(names) == 61
+    assert all(FORMULATIONS[name] is form for name, form in STUDY.items())
     assert all(form.name == name for name, form in FORMULATIONS.items())
     named = ["rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/mode(1.75)", "edm(0.00,0.60)", "edm(-1.20,1.20)"]
-    assert set(named) < set(ALL)
+    assert set(named) < set(names)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -251,5 +252,36 @@ def test_only_positive_shifts_are_taken(name: str, shift: float) -> None:
 
 def test_families_reach_beyond_the_61() -> None:
     form = get_formulation("rf/lognorm(0.3,0.9)")
+    assert form.name == "rf/lognorm(0.30,0.90)"
     assert form.density.name == "lognorm(0.30,0.90)"
     assert get_formulation("edm(0.1,0.5)").path.formula == "a=1, b=exp(quantile(t; N(0.1,0.5^2)))"
+
+
+def test_one_objective_has_one_name() -> None:
+    """Recipes are hashed by it. Equal names mean equal numbers: the study's rf/mode(1.29) is not s = 1.29."""
+    for written, name in (
+        ("rf/lognorm(0,1)", "rf/lognorm(0.00,1.00)"),
+        ("rf/uniform", "rf"),
+        ("edm(-1.2,1.2)", "edm(-1.20,1.20)"),
+        ("rf/mode(1)", "rf/mode(1.00)"),
+    ):
+        assert get_formulation(written) is FORMULATIONS[name]
+    assert get_formulation("rf/lognorm(0.123,1)").name == "rf/lognorm(0.123,1.00)"
+    assert FORMULATIONS["rf/mode(1.29)"].density.name == f"mode({-1 + 2.75 * 5 / 6})"
+
+
+def test_a_density_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says: a function, one line; then it trains and samples under its name."""
+
+    def beta2(strength: float) -> Density:
+        power = 1 / strength
+        return Density(f"beta2({strength})", lambda u: u**power, lambda t: strength * t ** (strength - 1))
+
+    monkeypatch.setitem(DENSITIES, "beta2", beta2)
+    form = get_formulation("rf/beta2(2)")
+    assert form.name == "rf/beta2(2.0)"
+    t = form.timesteps(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
+    torch.testing.assert_close(form.density.pdf(t), 2 * t)
+    torch.testing.assert_close(form.weight(t), 2 * t * t / (1 - t))
+    with pytest.raises(ModelError, match=r"beta2\(0\)': .*division by zero"):
+        get_formulation("rf/beta2(0)")
