@@ -41,8 +41,8 @@ def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
 
 def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
     """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
-    if steps < 1:
-        raise ModelError(f"sampling with {steps} steps; expected at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise ModelError(f"sampling with {steps} steps; expected an integer of at least 1")
     require_shift(shift)
     if grid == "released":
         return released_grid(formulation, steps, shift)

@@ -7,6 +7,7 @@ prediction is guiding the velocity.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -113,10 +114,15 @@ def solve(
 
 def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
     """predict(x, network_time_B) with classifier-free guidance folded in."""
+    if not math.isfinite(guidance):
+        raise ModelError(f"guidance is {guidance}, expected a finite number")
     if guidance == 1.0:
         return lambda x, t_B: model_fn(x, t_B, text)
     if uncond is None:
         raise ModelError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
+    shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
     both = TextCond.cat([text, uncond])
 
     def predict(x: Tensor, t_B: Tensor) -> Tensor:

@@ -186,7 +186,14 @@ def test_wrong_requests_are_named() -> None:
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ModelError, match="did you mean 'euler'"):
         sample(zero, x, no_text(1), solver="eulr")  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="0 steps"):
-        sample(zero, x, no_text(1), steps=0)
+    for steps in (0, 2.5):
+        with pytest.raises(ModelError, match=rf"{steps} steps; expected an integer"):
+            sample(zero, x, no_text(1), steps=steps)  # type: ignore[arg-type]
+    for guidance in (float("nan"), float("inf")):
+        with pytest.raises(ModelError, match=f"guidance is {guidance}"):
+            sample(zero, x, no_text(1), no_text(1), guidance=guidance)
+    longer = TextCond(torch.zeros(1, 2, 1), torch.zeros(1, 1))
+    with pytest.raises(ModelError, match=r"\(1, 1, 1\).* unconditional input of .*\(1, 2, 1\)"):
+        sample(zero, x, no_text(1), longer, guidance=2.0)
     with pytest.raises(ModelError, match="rectified flow"):
         sample(zero, x, no_text(1), grid="released", formulation="v/cos")
