@@ -20,7 +20,7 @@ from model.errors import ModelError, some
 from model.trunk import TokenConfig
 
 META_KEY = "beeline"
-REQUIRED_META = {"kind": str, "backbone": str, "config": dict}
+REQUIRED_META: dict[str, type] = {"kind": str, "backbone": str, "config": dict}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
