@@ -13,6 +13,7 @@ from data_pipeline.loader import Dataset, open_dataset
 from eval.generate import Painter
 from eval.metric import Score
 from infra.errors import UserError
+from model.flow import get_formulation
 from model.validation import get_protocol, validation_losses
 
 SAMPLES, BATCH, SEED = 2048, 32, 0  # the trainer's defaults
@@ -26,7 +27,8 @@ def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int
         raise UserError(f"{data} is dataset {dataset.fingerprint}, but these weights were trained on {expected}")
     if dataset.num_samples == 0:
         raise UserError(f"{data}: the val split is empty, so there is no validation loss")
-    chosen, formulation = get_protocol(protocol), painter.meta["formulation"]
+    formulation = get_formulation(painter.meta["formulation"])
+    chosen = get_protocol(protocol, formulation)
     parts = []
     with torch.inference_mode():
         for numbers in fixed_batches(dataset, samples):
@@ -36,7 +38,9 @@ def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int
     losses_BV = torch.cat(parts)
     scores = [_score(protocol, losses_BV[:, : chosen.averaged].mean(1))]
     scores += [_score(f"{protocol}/t{level:.3f}", losses_BV[:, k]) for k, level in enumerate(chosen.levels)]
-    told = [protocol, chosen.levels, len(losses_BV), SEED, formulation, dataset.fingerprint]
+    told = [
+        protocol, get_protocol(protocol).levels, len(losses_BV), SEED, painter.meta["formulation"], dataset.fingerprint
+    ]  # fmt: skip
     return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

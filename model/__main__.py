@@ -17,15 +17,15 @@ def info(
     model: Annotated[str, tyro.conf.Positional],
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     qk_norm: bool = True,
-    text_tokens: int = 154,
+    text_tokens: int | None = None,
 ) -> None:
     """Parameters, FLOPs and activation memory of a model.
 
     Args:
         model: d15, d24, d38 ... (an SD3-shaped MM-DiT of that depth), dit-d24 or another backbone, or a weights file.
         json_: Print JSON instead of a table.
-        qk_norm: With RMS-normalised queries and keys.
-        text_tokens: Length of the text context; SD3 has 77 CLIP and 77 T5 tokens.
+        qk_norm: With RMS-normalised queries and keys; a weights file states its own.
+        text_tokens: Length of the text context; by default that of a weights file, else SD3's 77 CLIP and 77 T5 tokens.
     """
     from model.describe import describe
 
@@ -34,7 +34,7 @@ def info(
 
 
 def formulations(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """List the 61 training objectives with path, target, weight, density and sampling grid.
+    """List the 61 training objectives (and any added since) with path, target, weight, density and sampling grid.
 
     Args:
         json_: Print JSON instead of a table.

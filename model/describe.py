@@ -15,36 +15,51 @@ from model.flops import train_flops_per_image
 from model.flow import FORMULATIONS, Formulation
 from model.grids import level_at, over_sigma, sampling_grid
 from model.paths import EDM
+from model.text import TextSpec
 from model.trunk import TokenConfig
+from model.vae import Latents
 from model.weights import read_meta
 
 RESOLUTIONS = (256, 512, 1024)
-LATENT_FACTOR = 8
+# SD3's: pixels per latent pixel, 77 CLIP and 77 T5 tokens.
+LATENT_FACTOR, TEXT_TOKENS = 8, 154
 MAX_DEPTH = 256
 
 
-def describe(model: str, *, qk_norm: bool, text_tokens: int) -> dict[str, Any]:
-    """Parameters and costs of "d24", "dit-d24" or of an exported weights file."""
-    if text_tokens < 1:
-        raise ModelError(f"{text_tokens} text tokens; expected at least 1")
+def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None) -> dict[str, Any]:
+    """Parameters and costs of "d24", "dit-d24" or of an exported weights file, whose metadata name its autoencoder's
+    factor and its text's length. None: more tokens than its position table holds."""
+    factor, tokens = LATENT_FACTOR, TEXT_TOKENS
     if Path(model).suffix == ".safetensors":
+        if not qk_norm:
+            raise ModelError(f"--no-qk-norm describes a depth, not {model}, which states its own")
         meta = read_meta(model)
         config = config_from_json(meta["backbone"], meta["config"])
         row: dict[str, Any] = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
+        if meta.get("vae"):
+            factor = Latents.from_json(meta["vae"]).factor
+        if meta.get("text_spec"):
+            tokens = TextSpec.from_json(meta["text_spec"]).context_tokens
     else:
         config, row = _by_name(model, qk_norm), {"backbone": model}
+    tokens = tokens if text_tokens is None else text_tokens
+    if tokens < 1:
+        raise ModelError(f"{tokens} text tokens; expected at least 1")
     row |= {
         "width": config.width,
         "parameters": config.parameter_count(),
-        "text_tokens": text_tokens,
+        "text_tokens": tokens,
+        "pixels_per_latent_pixel": factor,
         "config": config.to_json(),
     }
     for resolution in RESOLUTIONS:
-        side = resolution // LATENT_FACTOR
-        row[f"forward_flops_{resolution}"] = config.forward_flops(side, side, text_tokens)
-        row[f"train_flops_{resolution}"] = train_flops_per_image(config, side, side, text_tokens)
-        kept = activations_per_image(config, (config.in_channels, side, side), text_tokens, torch.bfloat16)
-        row[f"activation_bytes_{resolution}"] = kept.whole
+        side = resolution // factor
+        fits = side // config.patch <= config.pos_max
+        row[f"forward_flops_{resolution}"] = config.forward_flops(side, side, tokens) if fits else None
+        row[f"train_flops_{resolution}"] = train_flops_per_image(config, side, side, tokens) if fits else None
+        shape = (config.in_channels, side, side)
+        kept = activations_per_image(config, shape, tokens, torch.bfloat16).whole if fits else None
+        row[f"activation_bytes_{resolution}"] = kept
     return row
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.errors import ModelError
+from model.errors import ModelError, some
 from model.text import Convention, EncodedText, EncoderSpec, Layout, TextCond, TextSpec, assemble
 
 
@@ -99,14 +99,26 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(sibling), local_files_only=True)
 
 
-def _from_pretrained(architecture: Any, path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+def _from_pretrained(
+    architecture: Any, path: Path, dtype: torch.dtype, device: torch.device | str, *, unused: str | None = None
+) -> Any:
+    """Weights that the folder lacks would be random: refused by name, but for those under `unused`, never read."""
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar per encoder would bury the caller's own
     try:
-        model = architecture.from_pretrained(str(path), local_files_only=True, dtype=dtype)
-    except OSError as error:
+        model, found = architecture.from_pretrained(
+            str(path), local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load {architecture.__name__} from {path}: {str(error).splitlines()[0]}") from None
+    missing = sorted(name for name in found["missing_keys"] if unused is None or not name.startswith(unused))
+    if missing:
+        raise ModelError(
+            f"cannot load {architecture.__name__} from {path}: it lacks {some(missing)}; "
+            "expected a folder of that class"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -122,24 +134,35 @@ def _open_clip(
     path: Path, encoder: EncoderSpec, convention: Convention, layout: Layout, device: Any, dtype: torch.dtype
 ) -> TextEncoder:
     import open_clip
+    from safetensors import SafetensorError
 
     if not (path / "open_clip_config.json").is_file():
         raise ModelError(f"no open_clip_config.json in {path}; expected an OpenCLIP folder")
-    model = open_clip.create_model(f"local-dir:{path}", device=device).to(dtype).eval().requires_grad_(False)
+    try:
+        model = open_clip.create_model(f"local-dir:{path}", device=device, require_pretrained=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"cannot load OpenCLIP weights from {path}: {' '.join(str(error).split())[:300]}") from None
+    model = model.to(dtype).eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{path}", context_length=encoder.tokens)
     tower: Any = getattr(model, "text", model)
     limit = tower.positional_embedding.shape[0]
     if encoder.tokens > limit:
         raise ModelError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
     projected = _projected(encoder, convention)
+    # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
+    # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
+    pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
 
     def encode(captions: Sequence[str]) -> EncodedText:
         ids_BL = tokenizer(list(captions)).to(device)
         length = ids_BL.shape[1]
-        x = tower.token_embedding(ids_BL) + tower.positional_embedding[:length]
-        x, layers = tower.transformer.forward_intermediates(x, attn_mask=tower.attn_mask[:length, :length])
         # The end token has the highest id in every CLIP vocabulary; the first one counts where it also pads.
         end_B = ids_BL.argmax(dim=1)
+        if pads_with_end:
+            past_BL = torch.arange(length, device=ids_BL.device) > end_B[:, None]
+            ids_BL = ids_BL.masked_fill(past_BL, tokenizer.eot_token_id)
+        x = tower.token_embedding(ids_BL) + tower.positional_embedding[:length]
+        x, layers = tower.transformer.forward_intermediates(x, attn_mask=tower.attn_mask[:length, :length])
         pooled = tower.ln_final(x)[torch.arange(len(x), device=x.device), end_B]
         if projected and tower.text_projection is not None:
             weight = tower.text_projection
@@ -154,9 +177,11 @@ def _clip_hf(
 ) -> TextEncoder:
     from transformers import CLIPTextModelWithProjection
 
-    model = _from_pretrained(CLIPTextModelWithProjection, path, dtype, device)
-    tokenizer = load_tokenizer(path)
     projected = _projected(encoder, convention)
+    model = _from_pretrained(
+        CLIPTextModelWithProjection, path, dtype, device, unused=None if projected else "text_projection."
+    )
+    tokenizer = load_tokenizer(path)
 
     def encode(captions: Sequence[str]) -> EncodedText:
         ids_BL, _ = _tokenize(tokenizer, captions, encoder.tokens, device)
@@ -184,9 +209,8 @@ def _bert_hf(
 ) -> TextEncoder:
     from transformers import AutoModel
 
-    return _masked_encoder(
-        _from_pretrained(AutoModel, path, dtype, device), load_tokenizer(path), encoder, device, use_mask=True
-    )
+    model = _from_pretrained(AutoModel, path, dtype, device, unused="pooler.")
+    return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=True)
 
 
 def _masked_encoder(model: Any, tokenizer: Any, encoder: EncoderSpec, device: Any, *, use_mask: bool) -> TextEncoder:

@@ -1,9 +1,9 @@
-"""The one exception of this package for mistakes of its user: one line that says what was found and what to do."""
+"""The one exception of this package for mistakes of its user, one line that says what was found and what to do."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ModelError(ValueError):
@@ -14,3 +14,8 @@ def hint(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'x'?)" when a known name is close, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

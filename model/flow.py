@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.errors import ModelError, hint
 from model.paths import EDM, SIGMA_DATA, Cosine, Level, Linear, Path, RectifiedFlow
-from model.timesteps import Density, cosmap, get_density, lognorm, mode, parse_call, require_shift, uniform
+from model.timesteps import Density, cosmap, get_density, lognorm, mode, number, parse_call, require_shift, uniform
 
 Target = Literal["velocity", "eps", "v", "F"]
 Coefficients = Callable[[Level], tuple[Tensor, Tensor]]
@@ -172,8 +172,8 @@ MODE_SCALES = tuple(-1 + 2.75 * i / 6 for i in range(7))
 LOGNORM_MEANS, LOGNORM_STDS = (-1.0, -0.5, 0.0, 0.5, 1.0), (0.2, 0.6, 1.0, 1.4, 1.8, 2.2)
 EDM_MEANS, EDM_STDS = (-1.2, -0.6, 0.0, 0.6, 1.2), (0.6, 1.2, 1.8)
 
-# The 61 of the paper's study: 4 + 9 + 30 + 1 + 15 + 2.
-FORMULATIONS: dict[str, Formulation] = {
+# The 61 of the paper's study: 4 + 9 + 30 + 1 + 15 + 2. rf/mode(1.29) is the paper's name for s = -1 + 5/6 * 2.75.
+STUDY: dict[str, Formulation] = {
     "eps/linear": _linear("eps"),
     "v/linear": _linear("v"),
     "eps/cos": _cosine("eps"),
@@ -194,18 +194,29 @@ FORMULATIONS: dict[str, Formulation] = {
     "edm/cos": _edm("edm/cos", EDM("cos")),
 }
 
+# All that have a name. Further ones go here.
+FORMULATIONS: dict[str, Formulation] = {
+    **STUDY,
+}
+
 
 def get_formulation(name: str) -> Formulation:
-    """One of the 61 by name, or another member of a family: rf/<density>(...), edm(P_m,P_s)."""
+    """One of FORMULATIONS by name, or another member of a family: rf/<density>(...), edm(P_m,P_s).
+
+    However the numbers are written, rf/lognorm(0,1) is the formulation whose name is rf/lognorm(0.00,1.00).
+    """
     if name in FORMULATIONS:
         return FORMULATIONS[name]
     if name.startswith("rf/"):
-        return _rf(name, get_density(name.removeprefix("rf/")))
+        density = get_density(name.removeprefix("rf/"))
+        form = _rf("rf" if density.name == "uniform" else f"rf/{density.name}", density)
+        return FORMULATIONS.get(form.name, form)
     if name.startswith("edm("):
         numbers = parse_call(name)[1]
         if len(numbers) != 2:
             raise ModelError(f"{name!r}: edm takes two numbers, P_m and P_s")
-        return _edm(name, EDM("normal", *numbers))
+        form = _edm(f"edm({number(numbers[0])},{number(numbers[1])})", EDM("normal", *numbers))
+        return FORMULATIONS.get(form.name, form)
     raise ModelError(
-        f"unknown formulation {name!r}{hint(name, FORMULATIONS)}; `python -m model formulations` lists all 61"
+        f"unknown formulation {name!r}{hint(name, FORMULATIONS)}; `python -m model formulations` lists all of them"
     )

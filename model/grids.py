@@ -27,6 +27,12 @@ def over_sigma(formulation: Formulation) -> bool:
     return isinstance(formulation.path, (EDM, Linear))
 
 
+def lowest_ratio(formulation: Formulation) -> float:
+    """The smallest sigma above 0 of a formulation that is integrated over sigma."""
+    path = formulation.path
+    return path.log_ratio_T[0].exp().item() if isinstance(path, Linear) else SIGMA_MIN
+
+
 def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
     """The noise level at a point of the sampling coordinate."""
     path = formulation.path
@@ -35,8 +41,8 @@ def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
 
 def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
     """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
-    if steps < 1:
-        raise ModelError(f"sampling with {steps} steps; expected at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise ModelError(f"sampling with {steps} steps; expected an integer of at least 1")
     require_shift(shift)
     if grid == "released":
         return released_grid(formulation, steps, shift)

@@ -28,6 +28,8 @@ class MMDiTConfig(TokenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.dual_attention, tuple) or any(type(i) is not int for i in self.dual_attention):
+            raise ModelError(f"dual_attention is {self.dual_attention!r}, expected a list of block numbers")
         # Released models never have it in the last block, whose text stream is pre-only.
         if any(not 0 <= i < self.depth - 1 for i in self.dual_attention):
             raise ModelError(f"dual_attention {self.dual_attention} names blocks outside 0..{self.depth - 2}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.attention import HEAD_WIDTH
-from model.errors import ModelError
+from model.errors import ModelError, some
 from model.mmdit import MMDiTConfig
 from model.position import PositionTable
 from model.weights import check_tensors
@@ -148,21 +148,21 @@ def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dic
     """Config and our weights from an SD3 single file; autoencoder and encoders that it may carry are left alone."""
     prefix = SD3_PREFIX if any(k.startswith(SD3_PREFIX) for k in state) else ""
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    patch, context, pooled = (
-        _need(found, f"{name}.weight", source) for name in ("x_embedder.proj", "context_embedder", "y_embedder.mlp.0")
-    )
-    blocks = {int(m[1]) for k in found if (m := re.match(r"joint_blocks\.(\d+)\.", k))}
-    if patch.shape[0] != HEAD_WIDTH * len(blocks):
-        raise ModelError(f"{source}: width {patch.shape[0]} with {len(blocks)} blocks; SD3 has width 64 * depth")
+    patch = _need(found, "x_embedder.proj.weight", 4, source)
+    context, pooled = (_need(found, f"{name}.weight", 2, source) for name in ("context_embedder", "y_embedder.mlp.0"))
+    table = _need(found, "pos_embed", 3, source)
+    width, count = patch.shape[0], math.isqrt(table.shape[1])
+    if table.shape != (1, count**2, width):
+        raise ModelError(f"{source}: pos_embed misshapen, {tuple(table.shape)} instead of (1, side * side, {width})")
     config = MMDiTConfig(
-        depth=len(blocks),
+        depth=_depth(width, found, source),
         patch=patch.shape[2],
         in_channels=patch.shape[1],
         context_width=context.shape[1],
         pooled_width=pooled.shape[1],
-        qk_norm="joint_blocks.0.context_block.attn.ln_q.weight" in found,
-        dual_attention=tuple(i for i in sorted(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in found),
-        **_stored_positions(math.isqrt(_need(found, "pos_embed", source).shape[1])),
+        qk_norm=any(k.endswith("attn.ln_q.weight") for k in found),
+        dual_attention=tuple(sorted(_blocks(found, r"x_block\.attn2\."))),
+        **_stored_positions(count),
     )
     positions = found.pop("pos_embed")
     expected = {sd3_name(name): (name, like) for name, like in _parameters(config).items()}
@@ -171,9 +171,30 @@ def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dic
     return config, {**ours, POSITIONS: axes_of_positions(positions, source)}
 
 
-def _need(found: Mapping[str, Tensor], name: str, source: str) -> Tensor:
+def _blocks(found: Mapping[str, Tensor], part: str = "") -> set[int]:
+    """Numbers of the blocks that have tensors of a part."""
+    return {int(m[1]) for name in found if (m := re.match(rf"joint_blocks\.(\d+)\.{part}", name))}
+
+
+def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
+    """Of SD3's width, 64 * depth; each of that many blocks must have tensors."""
+    blocks, depth = _blocks(found), width // HEAD_WIDTH
+    missing, extra = sorted(set(range(depth)) - blocks), sorted(blocks - set(range(depth)))
+    if width % HEAD_WIDTH or missing or extra:
+        lists = (("missing", missing), ("unexpected", extra))
+        named = "; ".join(f"joint_blocks {some([str(i) for i in b])} {what}" for what, b in lists if b)
+        raise ModelError(
+            f"{source}: x_embedder.proj.weight of width {width}, which SD3 has at depth {width / HEAD_WIDTH:g}, "
+            f"with {len(blocks)} blocks ({named or 'none missing'})"
+        )
+    return depth
+
+
+def _need(found: Mapping[str, Tensor], name: str, dims: int, source: str) -> Tensor:
     if name not in found:
         raise ModelError(f"{source} has no tensor {name!r}: not an SD3 file with reference names")
+    if found[name].ndim != dims:
+        raise ModelError(f"{source}: {name} misshapen, {tuple(found[name].shape)} instead of {dims} dimensions")
     return found[name]
 
 
@@ -196,8 +217,23 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
     }
 
 
+_DIFFUSERS_NEEDS = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "joint_attention_dim",
+    "pooled_projection_dim", "pos_embed_max_size",
+)  # fmt: skip
+
+
 def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
     """Our config from a diffusers transformer's config.json."""
+    absent = [key for key in _DIFFUSERS_NEEDS if type(data.get(key)) is not int]
+    if absent:
+        found = f"; it is of class {data['_class_name']}" if "_class_name" in data else ""
+        raise ModelError(
+            f"{source}: config.json of an SD3Transformer2DModel expected, without the integers {some(absent)}{found}"
+        )
+    if data.get("qk_norm") not in (None, "rms_norm"):
+        raise ModelError(f"{source}: qk_norm is {data['qk_norm']!r}, expected 'rms_norm' or none")
+    dual = data.get("dual_attention_layers") or ()
     depth, heads = data["num_layers"], data["num_attention_heads"]
     if heads != depth or data["attention_head_dim"] != HEAD_WIDTH:
         raise ModelError(
@@ -210,7 +246,7 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
         context_width=data["joint_attention_dim"],
         pooled_width=data["pooled_projection_dim"],
         qk_norm=data.get("qk_norm") == "rms_norm",
-        dual_attention=tuple(data.get("dual_attention_layers", ())),
+        dual_attention=tuple(dual) if isinstance(dual, list | tuple) else dual,
         **_stored_positions(data["pos_embed_max_size"]),
     )
 

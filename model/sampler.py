@@ -7,6 +7,7 @@ prediction is guiding the velocity.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from model.errors import ModelError, hint
 from model.flow import Formulation, get_formulation, like
-from model.grids import Grid, level_at, over_sigma, sampling_grid, start_state
+from model.grids import Grid, level_at, lowest_ratio, over_sigma, sampling_grid, start_state
 from model.text import TextCond
 
 Solver = Literal["euler", "heun", "rk"]
@@ -84,7 +85,7 @@ def solve(
     """Integrate from noise to data. `guidance` 1 reads `text` only; any other value needs `uncond`.
 
     solver rk is Dormand-Prince with relative and absolute `tolerance`; it chooses its own steps between the grid's ends
-    for the batch as a whole.
+    for the batch as a whole, so `steps` only says where its states are kept.
     """
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     if solver not in get_args(Solver):
@@ -98,18 +99,30 @@ def solve(
         return _slope(form, predict, y, at)
 
     points = sampling_grid(form, steps, shift=shift, grid=grid)
-    start = start_state(form, noise_BCHW, points[0])
-    advance = {"euler": _fixed(slope, None), "heun": _fixed(slope, over_sigma(form)), "rk": _adaptive(slope, tolerance)}
+    start, to_sigma = start_state(form, noise_BCHW, points[0]), over_sigma(form)
+    if solver == "rk" and to_sigma and points[-2] > lowest_ratio(form):
+        # The one step that rk does not choose, to 0, starts where it is shortest, however few points there are.
+        points = torch.cat([points[:-1], torch.tensor([lowest_ratio(form)], dtype=points.dtype), points[-1:]])
+    advance = {
+        "euler": _fixed(slope, None),
+        "heun": _fixed(slope, to_sigma),
+        "rk": _adaptive(slope, tolerance, to_sigma),
+    }
     states = advance[solver](start, points)
     return _trajectory(states, points, evaluations)
 
 
 def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
     """predict(x, network_time_B) with classifier-free guidance folded in."""
+    if not math.isfinite(guidance):
+        raise ModelError(f"guidance is {guidance}, expected a finite number")
     if guidance == 1.0:
         return lambda x, t_B: model_fn(x, t_B, text)
     if uncond is None:
         raise ModelError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
+    shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
     both = TextCond.cat([text, uncond])
 
     def predict(x: Tensor, t_B: Tensor) -> Tensor:
@@ -152,27 +165,27 @@ def _fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], l
     return advance
 
 
-def _adaptive(slope: Slope, tolerance: float) -> Callable[[Tensor, Tensor], list[Tensor]]:
+def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Dormand-Prince; skip_last ends with an Euler step where the level 0 has no network time."""
+
     def advance(y: Tensor, points: Tensor) -> list[Tensor]:
         from torchdiffeq import odeint
 
-        # The last grid point, 0, has no network time when integrating over sigma: reach it by one Euler step.
-        inner = points[:-1]
-        states = [y]
-        if len(inner) > 1:
-            # Without step_t the solver overshoots the last point and interpolates back: over sigma that is below 0.
-            path = odeint(
-                lambda at, x: slope(x, at),
-                y,
-                inner,
-                method="dopri5",
-                rtol=tolerance,
-                atol=tolerance,
-                options={"step_t": inner[-1:]},
-            )
-            states += list(path[1:])
-        last = states[-1]
-        return [*states, last + (points[-1] - inner[-1]).to(y.dtype) * slope(last, inner[-1])]
+        inner = points[:-1] if skip_last else points
+        # Without step_t the solver overshoots the last point and interpolates back: below 0, were it that.
+        path = odeint(
+            lambda at, x: slope(x, at),
+            y,
+            inner,
+            method="dopri5",
+            rtol=tolerance,
+            atol=tolerance,
+            options={"step_t": inner[-1:]},
+        )
+        states = list(path)
+        if skip_last:
+            states.append(states[-1] + (points[-1] - inner[-1]).to(y.dtype) * slope(states[-1], inner[-1]))
+        return states
 
     return advance
 

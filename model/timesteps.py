@@ -27,6 +27,11 @@ class Density:
     pdf: Callable[[Tensor], Tensor]
 
 
+def number(x: float) -> str:
+    """As names carry it: two decimals, more where two would not say it exactly."""
+    return f"{x:.2f}" if float(f"{x:.2f}") == x else repr(float(x))
+
+
 def require_finite(name: str, *numbers: float) -> None:
     """Refuse nan and infinity among a density's parameters."""
     if not all(math.isfinite(number) for number in numbers):
@@ -47,7 +52,8 @@ def lognorm(mean: float, std: float) -> Density:
         z = (torch.logit(t) - mean) / std
         return torch.exp(-0.5 * z * z) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
 
-    return Density(f"lognorm({mean:.2f},{std:.2f})", lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u)), pdf)
+    name = f"lognorm({number(mean)},{number(std)})"
+    return Density(name, lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u)), pdf)
 
 
 def _mode_map(u: Tensor, scale: float) -> Tensor:
@@ -73,7 +79,7 @@ def mode(scale: float) -> Density:
         slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * mode_inverse(t, scale))
         return 1 / slope
 
-    return Density(f"mode({scale:.2f})", lambda u: _mode_map(u, scale), pdf)
+    return Density(f"mode({number(scale)})", lambda u: _mode_map(u, scale), pdf)
 
 
 def cosmap() -> Density:
@@ -92,7 +98,7 @@ DENSITIES: dict[str, Callable[..., Density]] = {
     "cosmap": cosmap,
 }
 
-_CALL = re.compile(r"^([a-z_]+)(?:\(([^()]*)\))?$")
+_CALL = re.compile(r"^([a-z][a-z0-9_]*)(?:\(([^()]*)\))?$")
 
 
 def parse_call(name: str) -> tuple[str, tuple[float, ...]]:
@@ -114,6 +120,8 @@ def get_density(name: str) -> Density:
         return DENSITIES[family](*numbers)
     except TypeError:
         raise ModelError(f"timestep density {name!r}: {len(numbers)} parameters do not fit {family}") from None
+    except ArithmeticError as error:
+        raise ModelError(f"timestep density {name!r}: {error}") from None
 
 
 def require_shift(shift: float) -> None:

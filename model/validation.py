@@ -51,10 +51,30 @@ VAL_PROTOCOLS: dict[str, ValProtocol] = {
 }
 
 
-def get_protocol(name: str) -> ValProtocol:
+def get_protocol(name: str, formulation: Formulation | None = None) -> ValProtocol:
+    """For a formulation: without the levels outside the mean that it does not have (EDM's sigma is infinite at t = 1).
+
+    A protocol whose mean needs such a level (`mlperf` has t = 0, where EDM's network time is -inf) is refused.
+    """
     if name not in VAL_PROTOCOLS:
         raise ModelError(f"unknown validation protocol {name!r}{hint(name, VAL_PROTOCOLS)}")
-    return VAL_PROTOCOLS[name]
+    protocol = VAL_PROTOCOLS[name]
+    if formulation is None:
+        return protocol
+    for level in protocol.levels[: protocol.averaged]:
+        _require_level(formulation, level)
+    averaged, rest = protocol.levels[: protocol.averaged], protocol.levels[protocol.averaged :]
+    return ValProtocol((*averaged, *(level for level in rest if _has_level(formulation, level))), protocol.averaged)
+
+
+def _has_level(formulation: Formulation, t: float) -> bool:
+    level = formulation.path.level(torch.tensor(t, dtype=torch.float64))
+    return all(bool(torch.isfinite(x)) for x in (level.a, level.b, level.network_time, level.input_scale))
+
+
+def _require_level(formulation: Formulation, t: float) -> None:
+    if not _has_level(formulation, t):
+        raise ModelError(f"{formulation.name} has no noise level t={t:g} to validate at; use protocol sd3 or midpoint")
 
 
 @torch.no_grad()
@@ -71,6 +91,7 @@ def validation_losses(
     x0 = batch.latent_BCHW
     columns = []
     for level in levels:
+        _require_level(form, level)
         noise = keyed_normal(seed, batch.positions, f"validation/{level:.6f}", x0.shape[1:]).to(x0.device, x0.dtype)
         t_B = torch.full((len(x0),), level, dtype=torch.float64)
         drawn = form.sample(x0, noise, t_B)

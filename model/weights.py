@@ -16,43 +16,52 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import config_from_json
-from model.errors import ModelError
+from model.errors import ModelError, some
+from model.trunk import TokenConfig
 
 META_KEY = "beeline"
-REQUIRED_META = ("kind", "backbone", "config")
+REQUIRED_META: dict[str, type] = {"kind": str, "backbone": str, "config": dict}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Refuse missing, extra, misshapen, empty and non-finite tensors, with their names."""
+    """Refuse missing, extra, misshapen, empty and non-finite tensors and those in fp8 or integers, with their names."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     shapes = [
         f"{name}: {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in sorted(set(found) & set(expected))
         if found[name].shape != expected[name].shape
     ]
-    broken = [n for n, x in found.items() if not x.is_meta and not torch.isfinite(x).all()]
-    named = (("missing", missing), ("unexpected", extra), ("misshapen", shapes), ("not finite", broken))
-    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in named if names]
+    types = [f"{name}: {x.dtype}" for name, x in found.items() if x.dtype not in FLOATS]
+    broken = [n for n, x in found.items() if x.dtype in FLOATS and not x.is_meta and not torch.isfinite(x).all()]
+    named = (
+        ("missing", missing),
+        ("unexpected", extra),
+        ("misshapen", shapes),
+        ("of a type other than fp16, bf16, fp32", types),
+        ("not finite", broken),
+    )
+    problems = [f"{len(names)} {what} ({some(names)})" for what, names in named if names]
     if problems:
         raise ModelError(f"{source}: tensors {'; '.join(problems)}; these weights do not fit the model")
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
-
-
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write atomically. The tensors must fit the backbone that `meta` describes (sharded, hence empty, ones do not)."""
+    check_meta(meta, str(path))
+    check_tensors(state_dict, expected_tensors(meta), str(path))
+    return write_safetensors(Path(path), state_dict, meta)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Any tensors with our metadata, atomically."""
     from safetensors.torch import save_file
 
-    _check_meta(meta, str(path))
-    check_tensors(state_dict, expected_tensors(meta), str(path))
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        save_file(tensors, partial, metadata={META_KEY: json.dumps(dict(meta)), "format": "pt"})
+        save_file(whole, partial, metadata={META_KEY: json.dumps(dict(meta)), "format": "pt"})
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)
@@ -78,15 +87,31 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
         raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
     if text is None:
         raise ModelError(f"{path} has no {META_KEY!r} metadata; SD3 or diffusers: `python -m model convert` first")
-    meta = json.loads(text)
-    _check_meta(meta, str(path))
+    meta = json_object(text, f"{path}: {META_KEY} metadata")
+    check_meta(meta, str(path))
     return file, meta
 
 
-def _check_meta(meta: Mapping[str, Any], source: str) -> None:
-    absent = [key for key in REQUIRED_META if key not in meta]
-    if absent or meta["kind"] not in ("raw", "ema"):
-        raise ModelError(f"{source}: weights metadata lacks {absent or 'kind raw|ema'}; found keys {sorted(meta)}")
+def json_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """Parsed; anything but an object is refused."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{source} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{source} is JSON of type {type(found).__name__}, expected an object")
+    return found
+
+
+def described(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of weights of this config."""
+    return {**meta, "backbone": config.name, "config": config.to_json()}
+
+
+def check_meta(meta: Mapping[str, Any], source: str) -> None:
+    wrong = [key for key, kind in REQUIRED_META.items() if not isinstance(meta.get(key), kind)]
+    if wrong or meta["kind"] not in ("raw", "ema"):
+        raise ModelError(f"{source}: weights metadata lacks {wrong or 'kind raw|ema'}; found keys {sorted(meta)}")
 
 
 def expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:

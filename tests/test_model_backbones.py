@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from model.backbone import BACKBONES, config_from_json
 from model.errors import ModelError
 from model.norms import apex_available, layer_norm, rms_norm
 from model.text import TextCond
+from trainer.zero.engine import compile_blocks
 
 SMALL = {
     "depth": 3,
@@ -144,6 +146,26 @@ def test_blocks_compile_without_graph_breaks(name: str) -> None:
     for height, width in table + table[::-1]:
         model(*inputs(height, width))
     assert counter.frame_count == len(tokens) * len(kept)
+    torch._dynamo.reset()
+
+
+def test_a_real_bucket_table_stays_within_the_trainers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 px, up to 1:2: 19 shapes of 10 token counts, in training and in validation. torch's own limit is 8."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    table = [tuple(int(side) // 8 for side in name.split("x")) for name in bucket_table(512, step=16, max_aspect=2.0)]
+    by_tokens = {height * width: (height, width) for height, width in table}
+    assert (len(table), len(by_tokens)) == (19, 10)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # puts the old ones back
+        model = random_model("mmdit", depth=2, pos_max=64)
+        compile_blocks(model)
+        for height, width in by_tokens.values():
+            model(*inputs(height, width))
+            with torch.no_grad():
+                model(*inputs(width, height))
+    classes = {type(block) for block in model.blocks}
+    assert counter.frame_count == 2 * len(by_tokens) * len(classes)
     torch._dynamo.reset()
 
 

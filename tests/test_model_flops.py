@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.backbone import BACKBONES, config_from_json
 from model.cross_dit import CrossDiTConfig
-from model.dit import DiTConfig
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
 from model.mmdit import MMDiTConfig
 from model.mmdit3 import MMDiT3Config
@@ -18,15 +18,12 @@ from model.text import TextCond
 from model.uvit import UViTConfig
 
 SMALL = {"in_channels": 4, "context_width": 48, "pooled_width": 24, "pos_max": 16, "pos_tokens": 8, "pos_base": 8}
-CONFIGS = [
-    MMDiT3Config(depth=3, clip_tokens=3, **SMALL),
-    DiTConfig(depth=2, **SMALL),
-    CrossDiTConfig(depth=2, **SMALL),
+NEEDED = {"mmdit3": {"clip_tokens": 3}}
+CONFIGS = [config_from_json(name, {"depth": 2, **NEEDED.get(name, {}), **SMALL}) for name in BACKBONES] + [
     CrossDiTConfig(depth=2, qk_norm=False, **SMALL),
-    UViTConfig(depth=2, **SMALL),
-    UViTConfig(depth=1, res_blocks=1, qk_norm=False, **SMALL),
-    MMDiTConfig(depth=2, **SMALL),
+    MMDiT3Config(depth=3, clip_tokens=3, **SMALL),
     MMDiTConfig(depth=4, qk_norm=False, dual_attention=(0, 2), **SMALL),
+    UViTConfig(depth=1, res_blocks=1, qk_norm=False, **SMALL),
 ]
 
 

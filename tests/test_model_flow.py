@@ -7,17 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from model_kinds import KINDS
 from torch import Tensor
 
 from model.errors import ModelError
-from model.flow import FORMULATIONS, Formulation, get_formulation
+from model.flow import FORMULATIONS, STUDY, Formulation, get_formulation
 from model.grids import sampling_grid
 from model.paths import Linear
 from model.seeding import keyed_uniform
-from model.timesteps import MODE_LIMIT, get_density, lognorm, mode, resolution_shift
+from model.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
 
-# One member per path and target: the others differ in their density only.
-KINDS = ["eps/linear", "v/linear", "eps/cos", "v/cos", "rf", "edm(-1.20,1.20)", "edm(0.60,1.80)", "edm/rf", "edm/cos"]
 ALL = list(FORMULATIONS)
 DENSITY_NAMES = ["uniform", "cosmap", "lognorm(-1,0.2)", "lognorm(0,1)", "lognorm(1,2.2)"] + [
     f"mode({s})" for s in (-1.0, -0.5, 0.0, 1.0, 1.29, 1.75)
@@ -42,19 +41,21 @@ def pair(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_there_are_61_of_the_stated_kinds() -> None:
+    names = list(STUDY)
     counts = [
-        sum(n.endswith(("/linear", "/cos")) and not n.startswith("edm") for n in ALL),
-        sum(n == "rf" or n.startswith("rf/mode") for n in ALL),
-        sum(n.startswith("rf/lognorm") for n in ALL),
-        sum(n == "rf/cosmap" for n in ALL),
-        sum(n.startswith("edm(") for n in ALL),
-        sum(n in ("edm/rf", "edm/cos") for n in ALL),
+        sum(n.endswith(("/linear", "/cos")) and not n.startswith("edm") for n in names),
+        sum(n == "rf" or n.startswith("rf/mode") for n in names),
+        sum(n.startswith("rf/lognorm") for n in names),
+        sum(n == "rf/cosmap" for n in names),
+        sum(n.startswith("edm(") for n in names),
+        sum(n in ("edm/rf", "edm/cos") for n in names),
     ]
     assert counts == [4, 9, 30, 1, 15, 2]
-    assert len(ALL) == 61
+    assert len(names) == 61
+    assert all(FORMULATIONS[name] is form for name, form in STUDY.items())
     assert all(form.name == name for name, form in FORMULATIONS.items())
     named = ["rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/mode(1.75)", "edm(0.00,0.60)", "edm(-1.20,1.20)"]
-    assert set(named) < set(ALL)
+    assert set(named) < set(names)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -94,7 +95,7 @@ def test_loss_is_the_unified_loss_up_to_its_constant(name: str) -> None:
     own = form.loss_B(prediction, drawn) * form.density.pdf(t)
     noise_error = (form.to_noise(prediction, drawn.x_t, t) - noise).square().mean((1, 2))
     unified = -0.5 * form.weight(t) * form.log_snr_slope(t) * noise_error
-    torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-9)
+    torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-10)
     coefficient = form.weight_constant * -0.5 * form.weight(t) * form.log_snr_slope(t)
     relative = form.noise_error_factor(t) * form.density.pdf(t) / coefficient - 1
     assert relative.abs().max() < 1e-10
@@ -119,18 +120,27 @@ def test_weights_are_the_papers_functions_of_the_log_snr() -> None:
 
 
 def test_linear_schedule_sums_over_its_levels() -> None:
-    """The discrete loss, a mean over levels, equals the unified integral as a sum over steps of the log-SNR."""
-    for name in ("eps/linear", "v/linear"):
-        form = get_formulation(name)
-        k = torch.arange(1000, dtype=torch.float64)
-        middle = (k[:-1] + 0.5) / 1000
-        drop = form.log_snr(k[:-1] / 1000) - form.log_snr(k[1:] / 1000)
-        integral = 0.5 * (form.weight(middle) * drop).sum() * form.weight_constant
-        torch.testing.assert_close(integral, form.noise_error_factor(middle).sum() / 1000, atol=0, rtol=1e-10)
-    lam = get_formulation("eps/linear").log_snr(torch.tensor([0.0, 0.999], dtype=torch.float64))
-    assert [round(x, 2) for x in lam.tolist()] == [7.07, -5.36]
-    last = get_formulation("eps/linear").path.level(torch.tensor([0.999], dtype=torch.float64))
-    assert round(float(last.a) ** 2, 5) == 0.00466
+    """The discrete loss, a mean over 1000 levels, is the unified one as a sum over their steps of the log-SNR.
+
+    Steps and pdf(lambda) come from a table of our own: level k carries the step to the next one, the last its own.
+    """
+    t = torch.arange(1000, dtype=torch.float64) / 1000
+    signal = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    lam = np.log(signal / (1 - signal))
+    drop = -np.diff(lam)
+    drop = torch.from_numpy(np.append(drop, drop[-1]))
+    smooth_pdf = torch.from_numpy(-1 / np.gradient(lam, 1 / 1000))
+    noise_error = torch.from_numpy(1 / np.cosh(lam))
+    for name, per_pdf in (("eps/linear", np.ones(1000)), ("v/linear", 1 / signal)):
+        form, per_pdf = get_formulation(name), torch.from_numpy(per_pdf)
+        torch.testing.assert_close(form.log_snr(t).numpy(), lam, atol=1e-10, rtol=0)
+        torch.testing.assert_close(form.weight(t), per_pdf / (1000 * drop), atol=0, rtol=1e-9)
+        torch.testing.assert_close(form.weight(t)[30:], (per_pdf * smooth_pdf)[30:], atol=0, rtol=0.02)
+        own = (form.noise_error_factor(t) * noise_error).mean()
+        unified = 0.5 * (form.weight(t) * drop * noise_error).sum()
+        torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-10)
+    assert [round(x, 2) for x in lam[[0, -1]].tolist()] == [7.07, -5.36]
+    assert round(signal[-1], 5) == 0.00466
 
 
 def test_linear_schedule_draws_whole_levels_and_tells_them_to_the_network() -> None:
@@ -242,5 +252,36 @@ def test_only_positive_shifts_are_taken(name: str, shift: float) -> None:
 
 def test_families_reach_beyond_the_61() -> None:
     form = get_formulation("rf/lognorm(0.3,0.9)")
+    assert form.name == "rf/lognorm(0.30,0.90)"
     assert form.density.name == "lognorm(0.30,0.90)"
     assert get_formulation("edm(0.1,0.5)").path.formula == "a=1, b=exp(quantile(t; N(0.1,0.5^2)))"
+
+
+def test_one_objective_has_one_name() -> None:
+    """Recipes are hashed by it. Equal names mean equal numbers: the study's rf/mode(1.29) is not s = 1.29."""
+    for written, name in (
+        ("rf/lognorm(0,1)", "rf/lognorm(0.00,1.00)"),
+        ("rf/uniform", "rf"),
+        ("edm(-1.2,1.2)", "edm(-1.20,1.20)"),
+        ("rf/mode(1)", "rf/mode(1.00)"),
+    ):
+        assert get_formulation(written) is FORMULATIONS[name]
+    assert get_formulation("rf/lognorm(0.123,1)").name == "rf/lognorm(0.123,1.00)"
+    assert FORMULATIONS["rf/mode(1.29)"].density.name == f"mode({-1 + 2.75 * 5 / 6})"
+
+
+def test_a_density_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says: a function, one line; then it trains and samples under its name."""
+
+    def beta2(strength: float) -> Density:
+        power = 1 / strength
+        return Density(f"beta2({strength})", lambda u: u**power, lambda t: strength * t ** (strength - 1))
+
+    monkeypatch.setitem(DENSITIES, "beta2", beta2)
+    form = get_formulation("rf/beta2(2)")
+    assert form.name == "rf/beta2(2.0)"
+    t = form.timesteps(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
+    torch.testing.assert_close(form.density.pdf(t), 2 * t)
+    torch.testing.assert_close(form.weight(t), 2 * t * t / (1 - t))
+    with pytest.raises(ModelError, match=r"beta2\(0\)': .*division by zero"):
+        get_formulation("rf/beta2(0)")

@@ -196,13 +196,16 @@ def write_t5(folder: Path, width: int) -> Path:
     return folder
 
 
-def write_open_clip(folder: Path) -> Path:
+def write_open_clip(folder: Path, *, own_tokenizer: bool = True) -> Path:
+    """Without a tokenizer of its own, open_clip takes that of the released CLIP models."""
     import open_clip
     from safetensors.torch import save_file
 
     folder.mkdir()
-    clip_tokenizer(folder, "!")
-    text = {"context_length": 8, "vocab_size": 24, "width": 16, "heads": 2, "layers": 3, "hf_tokenizer_name": "local"}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
+    if own_tokenizer:
+        clip_tokenizer(folder, "!")
+        text |= {"vocab_size": 24, "hf_tokenizer_name": "local"}
     vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
     config = {"model_cfg": {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -295,19 +298,39 @@ def test_trimmed_states_do_not_depend_on_the_token_limit(sd3_folder: Path) -> No
         assert len(rows[0]) == len(CAPTIONS[i].split()) + 1
 
 
-def test_open_clip_pooled_is_its_own_text_embedding(tmp_path: Path) -> None:
+def open_clip_spec(folder: Path, seat: str, pooled: int) -> TextSpec:
+    return TextSpec((EncoderSpec(seat, str(folder), "open_clip", 8, 16, pooled),), "padded", 16)
+
+
+@pytest.mark.parametrize(("seat", "pooled"), [("clip_l", 16), ("clip_g", 12)])
+def test_open_clip_states_are_its_own(tmp_path: Path, seat: str, pooled: int) -> None:
+    """Pooled: its own text embedding, in the clip_l seat before the projection."""
     import open_clip
 
     folder = write_open_clip(tmp_path / "clip")
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
-    spec = TextSpec((EncoderSpec("clip_g", str(folder), "open_clip", 8, 16, 12),), "trimmed", 16)
-    encoded = load_text_encoders(spec, Path).encode(CAPTIONS)["clip_g"]
+    encoded = load_text_encoders(open_clip_spec(folder, seat, pooled), Path).encode(CAPTIONS)[seat]
     with torch.no_grad():
-        torch.testing.assert_close(encoded.pooled_BP, model.encode_text(tokens), atol=1e-5, rtol=1e-4)
+        embedded = encoded.pooled_BP @ model.text_projection if seat == "clip_l" else encoded.pooled_BP
+        torch.testing.assert_close(embedded, model.encode_text(tokens), atol=1e-5, rtol=1e-4)
         kept = model.forward_intermediates(text=tokens, text_indices=[1])["text_intermediates"][0]
     torch.testing.assert_close(encoded.hidden_BLW, kept, atol=1e-5, rtol=1e-4)
     assert encoded.length_B.tolist() == [len(c.split()) + 2 for c in CAPTIONS]
+
+
+@pytest.mark.parametrize(("seat", "pooled", "pad"), [("clip_l", 16, 49407), ("clip_g", 12, 0)])
+def test_open_clip_pads_each_seat_as_sd3_does(tmp_path: Path, seat: str, pooled: int, pad: int) -> None:
+    import open_clip
+
+    folder = write_open_clip(tmp_path / "clip", own_tokenizer=False)
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokens = torch.tensor([[49406, 320, 2368, 49407] + [pad] * 4])
+    encoded = load_text_encoders(open_clip_spec(folder, seat, pooled), Path).encode(["a cat"])[seat]
+    with torch.no_grad():
+        kept = model.forward_intermediates(text=tokens, text_indices=[1])["text_intermediates"][0]
+    torch.testing.assert_close(encoded.hidden_BLW, kept, atol=1e-5, rtol=1e-4)
+    assert encoded.length_B.tolist() == [4]
 
 
 def test_minilm_takes_the_t5_seat() -> None:
@@ -337,3 +360,30 @@ def test_wrong_checkpoints_are_named(sd3_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t5").mkdir()
     with pytest.raises(ModelError, match="cannot load T5EncoderModel"):
         load_text_encoders(wrong, lambda name: tmp_path / name)
+
+
+def test_weights_that_are_not_there_are_never_random(sd3_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def load(seat: str, kind: str, folder: Path, convention: str = "sd3-ref") -> None:
+        spec = TextSpec((EncoderSpec(seat, str(folder), kind, 8, 16, 0 if seat == "t5" else 16),), "padded", 16)
+        load_text_encoders(replace(spec, convention=convention), Path)
+
+    with pytest.raises(ModelError, match=r"T5EncoderModel from .*: it lacks encoder\.block\.0\..*, and \d+ more"):
+        load("t5", "t5_hf", sd3_folder / "l")
+    plain = tmp_path / "plain"
+    CLIPTextModel(CLIPTextModelWithProjection.from_pretrained(sd3_folder / "l").config).save_pretrained(plain)
+    clip_tokenizer(plain, "!")
+    for seat, convention in (("clip_l", "diffusers"), ("clip_g", "sd3-ref")):
+        with pytest.raises(ModelError, match=r"it lacks text_projection\.weight;"):
+            load(seat, "clip_hf", plain, convention)
+    load("clip_l", "clip_hf", plain)  # sd3-ref pools CLIP-L before the projection
+    folder = write_open_clip(tmp_path / "clip")
+    load("clip_l", "open_clip", folder)
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+        load("clip_l", "open_clip", folder)
+    weights.unlink()
+    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+        load("clip_l", "open_clip", folder)

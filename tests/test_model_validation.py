@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.flow import FORMULATIONS, get_formulation
 from model.seeding import keyed_normal, keyed_uniform
 from model.text import TextCond
 from model.validation import VAL_PROTOCOLS, get_protocol, validation_losses
@@ -79,3 +80,23 @@ def test_validation_loss_of_the_zero_model_is_known() -> None:
     assert losses.mean(0).tolist() == pytest.approx([2.0, 2.0], abs=0.1)
     other = validation_losses(zero, batch_of(list(range(400))), (0.25,), seed=0, formulation="eps/cos")
     assert float(other.mean()) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["edm(-1.20,1.20)", "edm/rf"])
+def test_levels_that_edm_does_not_have_are_left_out_or_refused(name: str) -> None:
+    """sigma is infinite at t = 1, which sd3 keeps out of its mean; the network's time is -inf at t = 0."""
+    form, batch = get_formulation(name), batch_of([3, 8])
+    chosen = get_protocol("sd3", form)
+    assert chosen.levels == VAL_PROTOCOLS["sd3"].levels[:7]
+    assert torch.isfinite(validation_losses(zero, batch, chosen.levels, seed=0, formulation=form)).all()
+    assert get_protocol("midpoint", form) == VAL_PROTOCOLS["midpoint"]
+    with pytest.raises(ModelError, match=r"no noise level t=0 .*sd3 or midpoint"):
+        get_protocol("mlperf", form)
+    with pytest.raises(ModelError, match="no noise level t=1"):
+        validation_losses(zero, batch, (0.5, 1.0), seed=0, formulation=form)
+
+
+def test_every_other_formulation_has_every_level() -> None:
+    for name, form in FORMULATIONS.items():
+        for protocol in VAL_PROTOCOLS if not name.startswith("edm") else ():
+            assert get_protocol(protocol, form) == get_protocol(protocol)

@@ -39,11 +39,13 @@ def test_hash_knows_what_decides_the_weights_and_nothing_else():
         recipe(logging=Logging(log_every=1)),
         recipe(validation=Validation(every=None)),
         recipe(guard=Guard()),
+        recipe(formulation="rf/lognorm(0,1)"),
     ]
     assert {r.hash for r in same} == {base.hash}
     other = [
         recipe(images=1001),
         recipe(seed=1),
+        recipe(formulation="rf"),
         recipe(precision="bf16"),
         recipe(optimizer=Optimizer(lr=2e-4)),
         recipe(data=Data(fingerprint="abc")),

@@ -8,7 +8,7 @@ import pytest
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from model.flops import train_flops_per_image
-from model.flow import FORMULATIONS
+from model.flow import STUDY
 from trainer import ladder, sweep
 from trainer.ladder import UNSTABLE, branch_point, images_for, iso_flop
 from trainer.recipes import get_recipe
@@ -71,8 +71,8 @@ def test_a_budget_too_small_is_refused(commands, tmp_path):
 
 def test_all_61_formulations_or_any_of_them(commands, tmp_path):
     runs = sweep_formulations("world-d2", (), out=str(tmp_path), images=160, **MORE)
-    assert len(set(runs)) == len(commands) == len(FORMULATIONS) == 61
-    assert {option(command, "formulation") for command in commands} == set(FORMULATIONS)
+    assert len(set(runs)) == len(commands) == len(STUDY) == 61
+    assert {option(command, "formulation") for command in commands} == set(STUDY)
     assert option(commands[0], "logging.samples") == "0"
     sweep_formulations("world-d2", ("rf", "v/cos"), out=str(tmp_path), images=160, **MORE)
     assert len(commands) == 61  # nothing is missing

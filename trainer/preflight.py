@@ -48,8 +48,7 @@ def fit(recipe: Recipe, data: str, *, world: int) -> tuple[Recipe, Dataset, Data
     """The recipe with the data's fingerprint in it, and the data opened (train split, val split if it is wanted)."""
     check(recipe)
     check_trackers(recipe)
-    get_formulation(recipe.formulation)
-    get_protocol(recipe.validation.protocol)
+    get_protocol(recipe.validation.protocol, get_formulation(recipe.formulation))
     for profile in recipe.ema.profiles:
         parse_profile(profile)
     micro_batches(recipe, world)

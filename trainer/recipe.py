@@ -4,6 +4,7 @@ Everything is counted in images. A named recipe (trainer/recipes.py) plus typed 
 which is written to RUN/recipe.json.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from infra.errors import UserError, nearest
 from model.backbone import config_from_json
 from model.errors import ModelError
+from model.flow import get_formulation
 from model.trunk import TokenConfig
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) decides only what we see.
@@ -360,6 +362,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _hashed(recipe: Recipe) -> dict[str, Any]:
     """What the identity of a run is made of."""
     told = recipe.to_json()
+    with contextlib.suppress(ModelError):  # of several ways to write it; an unknown one is refused where it is used
+        told["formulation"] = get_formulation(recipe.formulation).name
     fields = [f for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET]
     defaults: dict[str, Any] = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields

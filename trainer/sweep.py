@@ -10,7 +10,7 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.results import ResultStore
-from model.flow import FORMULATIONS
+from model.flow import FORMULATIONS, STUDY
 from trainer.ladder import Job, train_missing
 from trainer.recipe import Recipe
 from trainer.recipes import get_family, get_recipe
@@ -70,7 +70,7 @@ def sweep_formulations(
 ) -> list[str]:
     """Train a recipe once per formulation into OUT/<recipe>-<formulation>; the run folders. No name: all 61."""
     recipe = get_recipe(name)
-    chosen = list(formulations or FORMULATIONS)
+    chosen = list(formulations or STUDY)
     for one in chosen:
         if one not in FORMULATIONS:
             raise UserError(

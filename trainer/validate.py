@@ -44,8 +44,8 @@ class Validator:
                 f"{dataset.uri}: split {dataset.split!r} is empty; use --validation.every None to train without"
             )
         self.batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
-        self.protocol = get_protocol(recipe.validation.protocol)
         self.formulation = get_formulation(recipe.formulation)
+        self.protocol = get_protocol(recipe.validation.protocol, self.formulation)
 
     @property
     def sample_count(self) -> int:
@@ -57,7 +57,7 @@ class Validator:
         v = self.recipe.validation
         told = [
             v.protocol,
-            self.protocol.levels,
+            get_protocol(v.protocol).levels,
             self.sample_count,
             v.seed,
             self.recipe.formulation,
