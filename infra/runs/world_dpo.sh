@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Diffusion-DPO in the world: pairs of a run's own pictures, ranked by the VQA judge, scored by the others.
 # usage: bash infra/runs/world_dpo.sh WEIGHTS DEPTH FOLDER    WEIGHTS: RUN/weights/step_.../ema.safetensors of world-dDEPTH
-# The table of differences with their intervals goes to infra/docs/runs/world_dpo (KEPT). Not run yet as a whole; its parts
-# are under test. PROMPTS, PAIRS, RANKS, PER_TASK and CAPTIONS make it smaller.
+# The table of differences with their intervals goes to infra/docs/runs/world_dpo (KEPT). PROMPTS, PAIRS, RANKS,
+# PER_TASK and CAPTIONS make it smaller: what is committed there is of PROMPTS=200 PAIRS=3200.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
