@@ -289,7 +289,8 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
     print(f"{findings.objects:,} objects, {findings.num_bytes / 1e6:,.1f} MB read; samples: {counts}")
     if findings.problems:
         raise UserError(
-            f"{uri}: {len(findings.problems)} problems; delete the named objects with their manifests and run again"
+            f"{uri}: {len(findings.problems)} problems: delete the objects named above that are still there, "
+            "then run the command that made the dataset again: it makes what is missing"
         )
     print("everything is as its manifests say")
 

@@ -16,7 +16,7 @@ from data_pipeline.crew import Crew
 from data_pipeline.gate import only_ok, strict_verdict
 from data_pipeline.generations import keep_published, published
 from data_pipeline.index import ShardEntry, table_bytes
-from data_pipeline.pack import CAPTIONS, Output, RowRun, make_plan, plan_table, read_proofs
+from data_pipeline.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.proven import Proven
 from data_pipeline.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
@@ -91,7 +91,7 @@ class Pipeline:
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
         ingest, column = self.columns.ingest
-        known = {c.stage: c.manifests() for c in (column, *(c for _, c in self.columns.light))}
+        known = {c.stage: c.manifests(heal=True) for c in (column, *(c for _, c in self.columns.light))}
         todo = []
         for unit in units:
             found = self._known(unit, known)
@@ -140,7 +140,7 @@ class Pipeline:
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
         preferred = {shard: ok_rows(verdict) for shard, verdict in self.strict.items()}
         unit = fingerprint([*found, self.plan.strict.identity()] if preferred else found)
-        known = column.manifests().get(unit)
+        known = column.manifests(heal=True).get(unit)
         if known:
             self.proven.take(known[0])
             return
@@ -264,7 +264,8 @@ class Pipeline:
         # In one order, whichever of them are published already: the same plan has the same name.
         plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
-        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs]
+        lost = lost_outputs(self.root, proofs)
+        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs or output.id in lost]
         for report in self.crew.work("pack", PackTask(self.root, info), todo):
             proofs[report["id"]] = ShardEntry(**report["entry"])
         entries = [stands.numbered(proofs[output.id]) for output in outputs if output.id in proofs]
