@@ -12,6 +12,7 @@ import tyro
 
 from data_pipeline.estimate import Scale
 from data_pipeline.fetch import Fetch
+from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
 
@@ -94,7 +95,7 @@ def main() -> None:
             "report": report,
             "estimate": estimate,
         }
-        tyro.cli(commands[command], prog=prog, args=rest)
+        parse(commands[command], rest, prog=prog)
 
 
 def _run(args: list[str]) -> None:
@@ -122,7 +123,7 @@ def _run(args: list[str]) -> None:
             written = plan_file(name, run, plan, (Run(out=""), default))
             storage.write_bytes(storage.join(run.out, "plan.yaml"), written)
 
-    tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=rest, description=_run.__doc__)
+    parse(call, rest, prog=f"python -m data_pipeline run {args[0]}", description=_run.__doc__)
 
 
 def gather_sources(args: list[str]) -> list[str]:
