@@ -77,12 +77,15 @@ class Pipeline:
         self.encode(verdicts)
         runs = self._accepted(verdicts)
         info, entries = self._pack(runs)
-        dead = self.proven.each_shard(
-            lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
-        )
-        rejected = write_rejected(self.root, list(dead.values()))
+        rejected = write_rejected(self.root, list(self._dead(verdicts).values()))
         info = publish(self.root, info, entries, totals(verdicts))
         return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
+
+    def _dead(self, verdicts: Verdicts) -> dict[str, pa.Table]:
+        """Rows that are set aside, by shard."""
+        return self.proven.each_shard(
+            lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
+        )
 
     # --- ingest, filter, signature, bucket: one pass over the source
 
@@ -218,7 +221,12 @@ class Pipeline:
         runs = [run for shard in sorted(found) for run in found[shard]]
         if not runs:
             bad = {name: n for counts in self.proven.counts.values() for name, n in counts.items() if name != OK}
-            raise UserError(f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}")
+            dead = list(self._dead(verdicts).values())
+            first = next(row for table in dead for row in table.slice(0, 1).to_pylist())
+            raise UserError(
+                f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}, e.g. {first['source']} "
+                f"({first['reason']}); all are listed in {write_rejected(self.root, dead)}: mend them or add a --source"
+            )
         return assign_splits(runs, self.plan.val_fraction)
 
     def _shortcomings(self, stage: str, shard: str, verdict: pa.Table) -> pa.Table:

@@ -326,8 +326,10 @@ def test_a_source_without_a_usable_row_says_why(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no image")
     (tmp_path / "in" / "a.txt").write_text("a caption")
-    with pytest.raises(UserError, match=r"no usable row among 1: 1 corrupt"):
+    with pytest.raises(UserError, match=r"no usable row among 1: 1 corrupt, e.g. .*a\.png \(.+\); all are listed in"):
         Pipeline(PLAN, str(tmp_path / "out"), parse_source(f"folder:{tmp_path}/in"), workers=Workers(0)).run()
+    (listed,) = (tmp_path / "out" / "rejected").glob("*.parquet")
+    assert [row["status"] for row in pq.read_table(listed).to_pylist()] == ["corrupt"]
 
 
 def test_a_full_disk_is_one_line_and_nothing_made_is_lost(made, raw, tmp_path):
