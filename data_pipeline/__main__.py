@@ -12,6 +12,7 @@ import tyro
 
 from data_pipeline.estimate import Scale
 from data_pipeline.fetch import Fetch
+from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
 
@@ -94,7 +95,7 @@ def main() -> None:
             "report": report,
             "estimate": estimate,
         }
-        tyro.cli(commands[command], prog=prog, args=rest)
+        parse(commands[command], rest, prog=prog)
 
 
 def _run(args: list[str]) -> None:
@@ -122,7 +123,7 @@ def _run(args: list[str]) -> None:
             written = plan_file(name, run, plan, (Run(out=""), default))
             storage.write_bytes(storage.join(run.out, "plan.yaml"), written)
 
-    tyro.cli(call, prog=f"python -m data_pipeline run {args[0]}", args=rest, description=_run.__doc__)
+    parse(call, rest, prog=f"python -m data_pipeline run {args[0]}", description=_run.__doc__)
 
 
 def gather_sources(args: list[str]) -> list[str]:
@@ -289,7 +290,8 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
     print(f"{findings.objects:,} objects, {findings.num_bytes / 1e6:,.1f} MB read; samples: {counts}")
     if findings.problems:
         raise UserError(
-            f"{uri}: {len(findings.problems)} problems; delete the named objects with their manifests and run again"
+            f"{uri}: {len(findings.problems)} problems: delete the objects named above that are still there, "
+            "then run the command that made the dataset again: it makes what is missing"
         )
     print("everything is as its manifests say")
 

@@ -17,7 +17,10 @@ from data_pipeline.index import read_table
 from data_pipeline.schema import Manifest, Part, row_ranges
 from infra import storage
 from infra.errors import UserError
+from infra.log import get_logger
 from infra.version import code_version
+
+log = get_logger("columns")
 
 _ROW_GROUP = 256
 
@@ -50,22 +53,36 @@ class Column:
             code_version=code_version(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        uri = storage.join(self.root, self.folder, f"{unit}.{number}.json")
-        if storage.write_bytes_if_absent(uri, manifest.to_bytes()):
-            return manifest
-        return Manifest.from_bytes(storage.read_bytes(uri), uri)
+        while True:
+            uri = storage.join(self.root, self.folder, f"{unit}.{number}.json")
+            if storage.write_bytes_if_absent(uri, manifest.to_bytes()):
+                return manifest
+            standing = Manifest.from_bytes(storage.read_bytes(uri), uri)
+            if _rows(standing) == _rows(manifest):
+                return standing
+            number += 1  # a manifest with a lower number was deleted, and this one is of other rows
 
-    def manifests(self) -> dict[str, list[Manifest]]:
-        """All manifests by unit, in the order of their numbers."""
+    def manifests(self, *, heal: bool = False) -> dict[str, list[Manifest]]:
+        """All manifests by unit, in the order of their numbers.
+
+        `heal` deletes those that name an object which is gone: their rows are then made again.
+        """
         uris = storage.list_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
         found: dict[str, list[Manifest]] = {}
         with ThreadPoolExecutor(16) as pool:
-            manifests = pool.map(lambda uri: Manifest.from_bytes(storage.read_bytes(uri), uri), uris)
+            manifests = list(pool.map(lambda uri: Manifest.from_bytes(storage.read_bytes(uri), uri), uris))
+        # listed last: objects are written before the manifest that names them
+        there = set(storage.list_files(storage.join(self.root, self.folder, "objects"))) if heal else None
         for uri, manifest in sorted(zip(uris, manifests), key=lambda item: _number(item[0])):
             if manifest.fingerprint != self.fingerprint:
                 raise UserError(
                     f"{uri}: made by {manifest.fingerprint}, expected {self.fingerprint}: delete the folder"
                 )
+            names = [storage.join(self.root, part.object) for part in manifest.parts]
+            if there is not None and not there.issuperset(names):
+                log.warning("%s names an object that is gone; its rows are made again", uri)
+                storage.delete(uri)
+                continue
             found.setdefault(manifest.unit, []).append(manifest)
         return found
 
@@ -88,6 +105,10 @@ class Column:
         return Part(shard, name, sha, len(data), len(table), row_ranges(table["row"].to_pylist()))
 
 
+def _rows(manifest: Manifest) -> list[tuple[str, object]]:
+    return [(part.shard, part.rows) for part in manifest.parts]
+
+
 def _number(uri: str) -> tuple[str, int]:
     stem, _, number = uri.removesuffix(".json").rpartition(".")
     return stem, int(number)
@@ -103,7 +124,7 @@ def read_part(root: str, part: Part, columns: Sequence[str] | None = None) -> pa
     uri = storage.join(root, part.object)
     data = storage.read_bytes(uri)
     if len(data) != part.num_bytes or storage.sha256_hex(data) != part.sha256:
-        raise UserError(f"{uri}: not the bytes that its manifest names: delete the manifest and run the command again")
+        raise UserError(f"{uri}: not the bytes that its manifest names: delete it and run the command again")
     table = read_table(data, uri)
     return table.select(list(columns)) if columns is not None else table
 

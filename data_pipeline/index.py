@@ -97,7 +97,7 @@ def rows_from_bytes(data: bytes, uri: str) -> ShardRows:
         )
     except KeyError as error:
         raise UserError(
-            f"{uri}: no column {error}: not a table of rows; run `python -m data_pipeline verify`"
+            f"{uri}: no column {error}: not a table of rows; run `python -m data_pipeline verify` on its dataset"
         ) from error
 
 
@@ -173,7 +173,7 @@ class RowTables:
         if len(rows) != self._index.num_samples_per_shard[shard]:
             raise UserError(
                 f"{path}: {len(rows)} rows, the index says {self._index.num_samples_per_shard[shard]}: "
-                "run `python -m data_pipeline verify`"
+                f"run `python -m data_pipeline verify {self._index.uri}`"
             )
         with self._lock:
             self._tables[shard] = rows

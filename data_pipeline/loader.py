@@ -138,7 +138,7 @@ class Dataset:
         shards = {name: self.index.shards_of(name) for name in self.buckets}
         return Order(
             {name: (numbers, sizes[numbers]) for name, numbers in shards.items()},
-            seed=seed, global_batch=global_batch, block_shards=block_shards,
+            seed=seed, global_batch=global_batch, block_shards=block_shards, uri=self.uri,
         )  # fmt: skip
 
     def read(

@@ -55,10 +55,13 @@ class Exceptions:
 class BucketOrder:
     """The endless virtual sequence of one bucket."""
 
-    def __init__(self, bucket: str, shards: np.ndarray, sizes: np.ndarray, *, seed: int, block_shards: int) -> None:
+    def __init__(
+        self, bucket: str, shards: np.ndarray, sizes: np.ndarray, *, seed: int, block_shards: int, uri: str = "URI"
+    ) -> None:
+        """`uri`: of the dataset, for messages."""
         self.bucket, self.shards, self.sizes = bucket, np.asarray(shards), np.asarray(sizes, np.int64)
         self.num_samples = int(self.sizes.sum())
-        self._seed, self._block_shards = seed, block_shards
+        self._seed, self._block_shards, self._uri = seed, block_shards, uri
         self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -93,7 +96,10 @@ class BucketOrder:
             at = int(np.searchsorted(starts, sample, side="right")) - 1
             if int(self.shards[at]) not in banned:
                 return int(self.shards[at]), sample - int(starts[at])
-        raise UserError(f"bucket {self.bucket}: every shard is quarantined: run `python -m data_pipeline verify`")
+        raise UserError(
+            f"{self._uri}, bucket {self.bucket}: no shard of it can be read: run `python -m data_pipeline verify "
+            f"{self._uri}`, which names what is damaged"
+        )
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._passes:
@@ -123,16 +129,17 @@ class Order:
         seed: int,
         global_batch: int,
         block_shards: int = BLOCK_SHARDS,
+        uri: str = "URI",
     ) -> None:
-        """`shards[bucket]` is (shard numbers, samples in each)."""
+        """`shards[bucket]` is (shard numbers, samples in each); `uri` is the dataset's, for messages."""
         self._seed, self.global_batch = seed, global_batch
         self.buckets = [
-            BucketOrder(name, *shards[name], seed=seed, block_shards=block_shards)
+            BucketOrder(name, *shards[name], seed=seed, block_shards=block_shards, uri=uri)
             for name in sorted(shards)
             if shards[name][1].sum()
         ]
         if not self.buckets:
-            raise UserError("the split holds no samples: nothing to iterate over")
+            raise UserError(f"{uri}: the split holds no samples: nothing to iterate over; name another split or data")
         self._sizes = [bucket.num_samples for bucket in self.buckets]
         self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
 

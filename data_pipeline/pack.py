@@ -127,6 +127,17 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
     return proofs
 
 
+def lost_outputs(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
+    """Proven output shards of which an object is gone (one listing per folder): these are to be packed again."""
+    folders = {entry.tar.rpartition("/")[0] for entry in proofs.values()}
+    there = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
+    return {
+        name
+        for name, entry in proofs.items()
+        if not {storage.join(root, entry.tar), storage.join(root, entry.rows)} <= there
+    }
+
+
 def pack_output(
     root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[Part]]]
 ) -> ShardEntry:
@@ -147,7 +158,10 @@ def pack_output(
     proof = json.dumps(asdict(entry), indent=1).encode() + b"\n"
     uri = storage.join(root, proof_name(info.encoding, output.id))
     if not storage.write_bytes_if_absent(uri, proof):
-        return ShardEntry(**json.loads(storage.read_bytes(uri)))
+        standing = ShardEntry(**json.loads(storage.read_bytes(uri)))
+        if all(storage.exists(storage.join(root, name)) for name in (standing.tar, standing.rows)):
+            return standing
+        storage.write_bytes(uri, proof)  # what it proved is gone, and another version of the code packs other bytes
     return entry
 
 

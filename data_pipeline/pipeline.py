@@ -16,7 +16,7 @@ from data_pipeline.crew import Crew
 from data_pipeline.gate import only_ok, strict_verdict
 from data_pipeline.generations import keep_published, published
 from data_pipeline.index import ShardEntry, table_bytes
-from data_pipeline.pack import CAPTIONS, Output, RowRun, make_plan, plan_table, read_proofs
+from data_pipeline.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.proven import Proven
 from data_pipeline.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
@@ -77,12 +77,15 @@ class Pipeline:
         self.encode(verdicts)
         runs = self._accepted(verdicts)
         info, entries = self._pack(runs)
-        dead = self.proven.each_shard(
-            lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
-        )
-        rejected = write_rejected(self.root, list(dead.values()))
+        rejected = write_rejected(self.root, list(self._dead(verdicts).values()))
         info = publish(self.root, info, entries, totals(verdicts))
         return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
+
+    def _dead(self, verdicts: Verdicts) -> dict[str, pa.Table]:
+        """Rows that are set aside, by shard."""
+        return self.proven.each_shard(
+            lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
+        )
 
     # --- ingest, filter, signature, bucket: one pass over the source
 
@@ -91,7 +94,7 @@ class Pipeline:
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
         ingest, column = self.columns.ingest
-        known = {c.stage: c.manifests() for c in (column, *(c for _, c in self.columns.light))}
+        known = {c.stage: c.manifests(heal=True) for c in (column, *(c for _, c in self.columns.light))}
         todo = []
         for unit in units:
             found = self._known(unit, known)
@@ -140,7 +143,7 @@ class Pipeline:
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
         preferred = {shard: ok_rows(verdict) for shard, verdict in self.strict.items()}
         unit = fingerprint([*found, self.plan.strict.identity()] if preferred else found)
-        known = column.manifests().get(unit)
+        known = column.manifests(heal=True).get(unit)
         if known:
             self.proven.take(known[0])
             return
@@ -218,7 +221,12 @@ class Pipeline:
         runs = [run for shard in sorted(found) for run in found[shard]]
         if not runs:
             bad = {name: n for counts in self.proven.counts.values() for name, n in counts.items() if name != OK}
-            raise UserError(f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}")
+            dead = list(self._dead(verdicts).values())
+            first = next(row for table in dead for row in table.slice(0, 1).to_pylist())
+            raise UserError(
+                f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}, e.g. {first['source']} "
+                f"({first['reason']}); all are listed in {write_rejected(self.root, dead)}: mend them or add a --source"
+            )
         return assign_splits(runs, self.plan.val_fraction)
 
     def _shortcomings(self, stage: str, shard: str, verdict: pa.Table) -> pa.Table:
@@ -264,7 +272,8 @@ class Pipeline:
         # In one order, whichever of them are published already: the same plan has the same name.
         plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
-        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs]
+        lost = lost_outputs(self.root, proofs)
+        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs or output.id in lost]
         for report in self.crew.work("pack", PackTask(self.root, info), todo):
             proofs[report["id"]] = ShardEntry(**report["entry"])
         entries = [stands.numbered(proofs[output.id]) for output in outputs if output.id in proofs]

@@ -38,7 +38,7 @@ class Proven:
 
     def take_column(self, column: Column) -> None:
         """All that is proven of a column, for shards of this source."""
-        for manifests in column.manifests().values():
+        for manifests in column.manifests(heal=True).values():
             for manifest in manifests:
                 if manifest.parts[0].shard in self.splits:
                     self.take(manifest)

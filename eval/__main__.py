@@ -1,23 +1,24 @@
 """Draw images, evaluate runs, write the scaling report, use GenEval by itself: `python -m eval COMMAND --help`."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
-import tyro
-
-from infra.errors import run_cli
+from infra.cli import parse, parse_command
+from infra.errors import UserError, nearest, run_cli
 from model.errors import ModelError
 
 
 def run_command() -> None:
     from eval.run import RunOptions, run
 
-    run(tyro.cli(RunOptions, prog="python -m eval run", description=run.__doc__, args=sys.argv[2:]))
+    run(parse(RunOptions, sys.argv[2:], prog="python -m eval run", description=run.__doc__))
 
 
 def sample_command() -> None:
     from eval.sample import sample
 
-    tyro.cli(sample, prog="python -m eval sample", args=sys.argv[2:])
+    parse(sample, sys.argv[2:], prog="python -m eval sample")
 
 
 def report_command() -> None:
@@ -41,23 +42,21 @@ def serve_command() -> None:
 def geneval_command() -> None:
     from eval.geneval_tool import judge, prompts, score
 
-    tyro.extras.subcommand_cli_from_dict(
-        {"prompts": prompts, "judge": judge, "score": score}, prog="python -m eval geneval", args=sys.argv[2:]
-    )
+    commands: dict[str, Callable[..., Any]] = {"prompts": prompts, "judge": judge, "score": score}
+    parse_command(commands, sys.argv[2:], prog="python -m eval geneval")
 
 
 def compbench_command() -> None:
     from eval.compbench_tool import judge, merge, score
 
-    tyro.extras.subcommand_cli_from_dict(
-        {"judge": judge, "score": score, "merge": merge}, prog="python -m eval compbench", args=sys.argv[2:]
-    )
+    commands: dict[str, Callable[..., Any]] = {"judge": judge, "score": score, "merge": merge}
+    parse_command(commands, sys.argv[2:], prog="python -m eval compbench")
 
 
 def compare_command() -> None:
     from eval.compare import compare
 
-    tyro.cli(compare, prog="python -m eval compare", args=sys.argv[2:])
+    parse(compare, sys.argv[2:], prog="python -m eval compare")
 
 
 def autoencoder_command() -> None:
@@ -69,7 +68,7 @@ def autoencoder_command() -> None:
 def pairs_command() -> None:
     from eval.pairs import PairOptions, pairs
 
-    pairs(tyro.cli(PairOptions, prog="python -m eval pairs", description=pairs.__doc__, args=sys.argv[2:]))
+    pairs(parse(PairOptions, sys.argv[2:], prog="python -m eval pairs", description=pairs.__doc__))
 
 
 def study_command() -> None:
@@ -94,8 +93,6 @@ COMMANDS = {
 
 
 def main() -> None:
-    from infra.errors import UserError, nearest
-
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         lines = "\n".join(f"  {command:<11} {text}" for command, (_, text) in COMMANDS.items())

@@ -68,9 +68,9 @@ class Figures:
 
 
 def main(argv: Sequence[str]) -> None:
-    import tyro
+    from infra.cli import parse
 
-    report(tyro.cli(Options, prog="python -m eval autoencoder", description=report.__doc__, args=list(argv)))
+    report(parse(Options, argv, prog="python -m eval autoencoder", description=report.__doc__))
 
 
 def report(options: Options) -> None:

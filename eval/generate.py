@@ -16,8 +16,9 @@ from torch import Tensor
 from data_pipeline.checkpoints import resolve
 from eval.precision import Precision, decide, in_bfloat16
 from infra import storage
-from infra.errors import UserError
+from infra.errors import MissingError, UserError
 from model.encoders import TextEncoders, load_text_encoders
+from model.errors import ModelError
 from model.sampler import sample
 from model.seeding import keyed_normal
 from model.text import TextCond, TextSpec, assemble, unconditional
@@ -78,7 +79,13 @@ class Painter:
     """Exported weights with the encoders and the autoencoder that they were trained with."""
 
     def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
-        self._loaded, self.meta = load_model(storage.localize(str(weights)))
+        try:
+            self._loaded, self.meta = load_model(storage.localize(str(weights)))
+        except (MissingError, ModelError) as error:
+            raise UserError(
+                f"{error}; give a run's weights/ema.safetensors, or write one from its checkpoint: "
+                "python -m trainer export RUN --data URI --out FILE"
+            ) from error
         missing = [key for key in NEEDED_META if key not in self.meta]
         if missing:
             raise UserError(

@@ -61,8 +61,13 @@ def refuse_target(path: str | Path) -> None:
     target = Path(path)
     if target.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"cannot write {path}: unknown kind of picture; use a name that ends in .png or .jpg")
-    if target.is_dir() or not os.access(next(p for p in (target.parent, *target.parents) if p.exists()), os.W_OK):
-        raise UserError(f"cannot write {path}: a folder, or in a folder that is not yours to write to")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = error.strerror or error
+        raise UserError(f"cannot write {path}: its folder cannot be made ({told}); choose another place") from error
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: a folder, or in one that is not yours to write to; choose another place")
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:

@@ -4,7 +4,7 @@ World sets come for seen and for unseen compositions; every one has a scene that
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def read_lines(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}") from error
+        raise UserError(f"cannot read prompts from {path}: {error}; expected a file of UTF-8 text") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if Path(path).suffix in (".jsonl", ".ndjson"):
         try:
@@ -42,7 +42,17 @@ def read_lines(path: str | Path) -> list[str]:
             raise UserError(f"{path}: expected one JSON object with a prompt per line ({error!r})") from error
     if not lines:
         raise UserError(f"{path} holds no prompts; expected one per line")
+    refuse_broken(lines, str(path))
     return lines
+
+
+def refuse_broken(prompts: Sequence[str], where: str) -> None:
+    """UserError for text that is no Unicode: bytes of another encoding on the command line, half a pair in JSON."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: prompt {number}, {prompt!a}, is not valid UTF-8: write it anew") from error
 
 
 def geneval_prompts(per_task: int | None = None) -> list[Prompt]:

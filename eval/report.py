@@ -311,7 +311,7 @@ class ReportOptions:
 
 def main(args: Sequence[str]) -> None:
     """`python -m eval report`."""
-    import tyro
+    from infra.cli import parse
 
-    options = tyro.cli(ReportOptions, prog="python -m eval report", args=list(args))
+    options = parse(ReportOptions, args, prog="python -m eval report")
     print(write_report(options.runs, options.out))

@@ -9,7 +9,7 @@ from eval.figure_style import count_text
 from eval.report_data import Run
 from eval.report_law import Scaling
 from eval.report_predict import Graded
-from eval.report_series import Comparison, LeftOut, Task
+from eval.report_series import Comparison, LeftOut, Point, Task
 
 Kind = Literal["good", "bad", "note"]
 
@@ -139,24 +139,36 @@ def score_findings(
         value = next(iter(ends.values())).value
         kind: Kind = "bad" if value == 0 else "note"
         return [Finding(kind, f"{family} is {value:.3g} for every run: no order to speak of.")]
-    pick = max if comparison.higher_is_better else min
-    run = pick(ends, key=lambda name: ends[name].value)
+    first = _best({run: end.value for run, end in ends.items()}, comparison.higher_is_better)
+    run = first[0]
     said = []
     for split, metric in sorted(overall.metrics.items()):
-        point = found[metric].at(run)
-        if point is not None:
-            interval = (
-                f" ({point.low:.3g} to {point.high:.3g})" if point.low is not None and point.high is not None else ""
-            )
+        points = [point for point in (found[metric].at(name) for name in first) if point is not None]
+        if points:
+            told = dict.fromkeys(_value_text(point) for point in points)  # runs that share one value may differ here
             where = {"seen": " on seen compositions", "unseen": " on unseen ones"}.get(split, "")
-            said.append(f"{point.value:.3g}{interval}{where}")
+            said.append(f"{' and '.join(told)}{where}")
     direction = "highest" if comparison.higher_is_better else "lowest"
-    who = f"{labels[run]} has the {direction} {family}" if len(ends) > 1 else f"{labels[run]} gets {family}"
+    names = " and ".join(labels[name] for name in first)
+    verb = f"{'has' if len(first) == 1 else 'share'} the {direction}" if len(ends) > 1 else "gets"
+    who = f"{names} {verb} {family}"
     edge = ends[run].low if comparison.higher_is_better else ends[run].high
     sign = 1 if comparison.higher_is_better else -1
-    close = [labels[n] for n, end in ends.items() if n != run and edge is not None and sign * (end.value - edge) >= 0]
+    others = {labels[n]: end.value for n, end in ends.items() if n not in first}
+    close = [label for label, value in others.items() if edge is not None and sign * (value - edge) >= 0]
     tie = f" Its interval also holds the value of {' and '.join(close)}." if close else ""
     return [Finding("note", f"{who}: {', '.join(said)}, at {count_text(ends[run].images)} images.{tie}")]
+
+
+def _best(values: Mapping[str, float], higher_is_better: bool) -> list[str]:
+    """The runs with the best value: several where they tie."""
+    best = (max if higher_is_better else min)(values.values())
+    return [run for run, value in values.items() if value == best]
+
+
+def _value_text(point: Point) -> str:
+    known = point.low is not None and point.high is not None
+    return f"{point.value:.3g}" + (f" ({point.low:.3g} to {point.high:.3g})" if known else "")
 
 
 def calibration_findings(lines: Sequence[Mapping[str, Any]], judged: bool) -> list[Finding]:
@@ -263,10 +275,10 @@ def tiles(
     for family, tasks in list(families.items())[:2]:
         metric = next(iter(sorted(tasks[0].metrics.items(), key=lambda item: item[0] != "seen")))[1]
         ends = {run: points[-1].value for run, points in found[metric].points.items()}
-        run = (max if found[metric].higher_is_better else min)(ends, key=lambda name: ends[name])
+        first = _best(ends, found[metric].higher_is_better)
         where = ", seen compositions" if metric.endswith("/seen") else ""
-        whose = labels[run] if len(ends) == 1 or len(set(ends.values())) > 1 else "every run"
-        made.append({"value": f"{ends[run]:.3g}", "text": f"best {family}{where} ({whose})"})
+        whose = " and ".join(labels[run] for run in first) if len(ends) == 1 or len(first) < len(ends) else "every run"
+        made.append({"value": f"{ends[first[0]]:.3g}", "text": f"best {family}{where} ({whose})"})
     images = [cost["images"] for cost in costs.values() if cost["images"]]
     seconds = [cost["seconds"] for cost in costs.values() if cost["seconds"] is not None]
     if images:

@@ -154,9 +154,9 @@ class PredictOptions:
 
 def main(args: Sequence[str]) -> None:
     """`python -m eval predict`."""
-    import tyro
+    from infra.cli import parse
 
-    options = tyro.cli(PredictOptions, prog="python -m eval predict", args=list(args))
+    options = parse(PredictOptions, args, prog="python -m eval predict")
     found = predict(options.runs, options.depth)
     print(
         f"depth {found.depth} ({count_text(found.parameters)} parameters): {found.metric} at "

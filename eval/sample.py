@@ -12,7 +12,7 @@ import tyro
 from eval.compbench_files import sample_name
 from eval.generate import Job, Painter, Sampling
 from eval.pictures import labelled_grid, read_picture, refuse_target, write_picture
-from eval.prompts import read_lines
+from eval.prompts import read_lines, refuse_broken
 from infra.errors import UserError
 from infra.log import Progress
 
@@ -87,6 +87,7 @@ def expand(prompts: Sequence[str]) -> list[Wanted]:
     texts = read_lines(prompts[0]) if from_file else [text.strip() for text in prompts]
     if not texts or not all(texts):
         raise UserError('nothing to draw: give --prompts "a photo of a red apple" ..., none of them empty')
+    refuse_broken(texts, "--prompts")
     return [Wanted(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
 
 

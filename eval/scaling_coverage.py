@@ -109,6 +109,8 @@ def main(trials: int = 1000, out: str = str(Path(__file__).parent / "templates" 
 
 
 if __name__ == "__main__":
-    import tyro
+    import sys
 
-    tyro.cli(main, prog="python -m eval.scaling_coverage")
+    from infra.cli import parse
+
+    parse(main, sys.argv[1:], prog="python -m eval.scaling_coverage")

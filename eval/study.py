@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import tyro
-
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import METRICS, Metric, Prompt, Sample
@@ -22,6 +20,7 @@ from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
 from eval.runner import Work, run_work
 from eval.study_rank import TABLE_1, Cell, Ranking, against_paper, rank
 from infra import storage
+from infra.cli import parse
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 from infra.results import ResultStore
@@ -76,7 +75,7 @@ class Entry:
 
 
 def main(argv: Sequence[str]) -> None:
-    study(tyro.cli(StudyOptions, prog="python -m eval study", description=study.__doc__, args=list(argv)))
+    study(parse(StudyOptions, argv, prog="python -m eval study", description=study.__doc__))
 
 
 def study(options: StudyOptions) -> None:

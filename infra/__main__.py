@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from infra.cli import parse_command
 from infra.errors import UserError, run_cli
 
 
@@ -121,9 +122,7 @@ def main() -> None:
 
     arguments = _split(sys.argv[1:])
     commands: dict[str, Callable[..., Any]] = {"doctor": Doctor, "launch": Launch, "make-bucket": MakeBucket}
-    chosen = tyro.extras.subcommand_cli_from_dict(
-        commands, args=arguments.words, prog="python -m infra", description=__doc__
-    )
+    chosen = parse_command(commands, arguments.words, prog="python -m infra", doc=__doc__ or "")
     if isinstance(chosen, Launch):
         chosen = dataclasses.replace(chosen, command=arguments.command)
     elif arguments.command:

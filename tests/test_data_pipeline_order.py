@@ -102,7 +102,7 @@ def test_substitutes_are_deterministic_and_avoid_banned_shards():
     assert stand_ins == [bucket.substitute(position, frozenset({1})) for position in range(200)]
     assert {shard for shard, _ in stand_ins} == {0, 2}
     assert len(set(stand_ins)) > 30
-    with pytest.raises(UserError, match="quarantined"):
+    with pytest.raises(UserError, match="no shard of it can be read: run `python -m data_pipeline verify URI`"):
         bucket.substitute(0, frozenset({0, 1, 2}))
 
 

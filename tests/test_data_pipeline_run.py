@@ -263,10 +263,47 @@ def test_a_damaged_column_is_named_and_can_be_made_again(made, raw, copy):
     part = manifest.read_text().split('"object": "')[1].split('"')[0]
     (copy / part).write_bytes(b"garbage")
     shutil.rmtree(copy / "pack")
-    with pytest.raises(UserError, match="delete the manifest and run the command again"):
+    with pytest.raises(UserError, match="delete it and run the command again"):
         run(copy, raw)
-    manifest.unlink()
-    assert run(copy, raw).info.fingerprint == made[1].info.fingerprint
+    (copy / part).unlink()
+    again = run(copy, raw)
+    assert again.info.fingerprint == made[1].info.fingerprint
+    assert again.computed["caption + latents + text_clip_l + text_t5"] > 0
+    assert verify(str(copy)).problems == []
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_a_lost_training_shard_is_packed_again(made, raw, copy, suffix):
+    next((copy / "train").rglob(f"*{suffix}")).unlink()
+    assert verify(str(copy)).problems
+    again = run(copy, raw)
+    assert set(again.computed) == {"pack"}
+    assert "nothing was missing" not in summary(str(copy), again)
+    assert again.info.fingerprint == made[1].info.fingerprint
+    assert verify(str(copy)).problems == []
+
+
+def test_what_verify_names_is_deleted_and_the_same_command_repairs_it(made, raw, copy):
+    tar = next((copy / "train").rglob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-2000])
+    column = next((copy / "columns" / "text_t5").rglob("*.parquet"))
+    column.write_bytes(b"garbage")
+    problems = verify(str(copy)).problems
+    assert len(problems) == 2
+    for problem in problems:
+        Path(problem.partition(": ")[0]).unlink()
+    again = run(copy, raw)
+    assert set(again.computed) == {"caption + latents + text_clip_l + text_t5", "pack"}
+    assert again.info.fingerprint == made[1].info.fingerprint
+    assert verify(str(copy)).problems == []
+    assert run(copy, raw).computed == {}
+
+
+def test_a_lost_shard_that_another_version_packs_otherwise_has_a_new_proof(made, raw, copy, monkeypatch):
+    next((copy / "train").rglob("*.tar")).unlink()
+    monkeypatch.setattr("data_pipeline.shards._RECORD", 512)
+    assert set(run(copy, raw).computed) == {"pack"}
+    assert run(copy, raw).computed == {}
     assert verify(str(copy)).problems == []
 
 
@@ -289,8 +326,10 @@ def test_a_source_without_a_usable_row_says_why(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no image")
     (tmp_path / "in" / "a.txt").write_text("a caption")
-    with pytest.raises(UserError, match=r"no usable row among 1: 1 corrupt"):
+    with pytest.raises(UserError, match=r"no usable row among 1: 1 corrupt, e.g. .*a\.png \(.+\); all are listed in"):
         Pipeline(PLAN, str(tmp_path / "out"), parse_source(f"folder:{tmp_path}/in"), workers=Workers(0)).run()
+    (listed,) = (tmp_path / "out" / "rejected").glob("*.parquet")
+    assert [row["status"] for row in pq.read_table(listed).to_pylist()] == ["corrupt"]
 
 
 def test_a_full_disk_is_one_line_and_nothing_made_is_lost(made, raw, tmp_path):

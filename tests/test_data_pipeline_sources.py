@@ -267,3 +267,14 @@ def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="not the bytes that its manifest names"):
         read_part(str(tmp_path), first.parts[0])
+
+
+def test_a_manifest_whose_object_is_gone_makes_room_and_others_stay(tmp_path):
+    column = Column(str(tmp_path), "latents", "a" * 16)
+    tables = [pa.table({"row": pa.array(rows, pa.int32()), "status": ["ok"] * len(rows)}) for rows in ([0, 1], [2])]
+    first, second = (column.write("s", {"s": table}, number=number) for number, table in enumerate(tables))
+    (tmp_path / first.parts[0].object).unlink()
+    assert column.manifests() == {"s": [first, second]}
+    assert column.manifests(heal=True) == column.manifests() == {"s": [second]}
+    again = column.write("s", {"s": tables[0]}, number=1)  # the number that a worker who knows one manifest gives
+    assert column.manifests(heal=True) == {"s": [second, again]}

@@ -15,7 +15,8 @@ from eval.figures import Line, loss_curves, render
 from eval.report import analyse, label_runs, markdown_text, page_context, to_json, write_report
 from eval.report_data import read_runs
 from eval.report_figures import draw_all
-from eval.report_findings import duration
+from eval.report_findings import duration, score_findings, tiles
+from eval.report_series import Comparison, Point, Task
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -242,3 +243,23 @@ def test_small_words():
     assert [duration(s) for s in (5, 95, 7260, 200_000)] == ["5 s", "1 min 35 s", "2 h 01 min", "2 d 07 h"]
     assert spread([1.0, 1.1, 5.0], 1.0) == pytest.approx([0.55, 1.55, 5.0])
     assert len(set(ramp(("#000000", "#ffffff"), 7))) == 7
+
+
+def test_runs_that_tie_share_the_first_place():
+    def ends(metric, *values):
+        points = {f"d{n}": [Point(12_000, v, v - 0.02, v + 0.1, 48)] for n, v in enumerate(values, start=2)}
+        return Comparison(metric, "p", higher_is_better=True, points=points)
+
+    found = {
+        "m/overall/seen": ends("m/overall/seen", 0.0, 0.0417, 0.0417),
+        "m/overall/unseen": ends("m/overall/unseen", 0.0, 0.0, 0.0125),
+    }
+    labels = {f"d{n}": f"depth {n}" for n in (2, 3, 4)}
+    tasks = [Task("overall", {"seen": "m/overall/seen", "unseen": "m/overall/unseen"})]
+    (finding,) = score_findings("m", tasks, found, labels)
+    assert finding.text == (
+        "depth 3 and depth 4 share the highest m: 0.0417 (0.0217 to 0.142) on seen compositions, "
+        "0 (-0.02 to 0.1) and 0.0125 (-0.0075 to 0.113) on unseen ones, at 12k images."
+    )
+    (tile,) = tiles(None, {"m": tasks}, found, {}, labels)
+    assert tile == {"value": "0.0417", "text": "best m, seen compositions (depth 3 and depth 4)"}

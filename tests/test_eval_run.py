@@ -15,7 +15,7 @@ from eval.metric import METRICS, Clusters, Prompt, Score
 from eval.prompts import world_geneval_prompts
 from eval.protocol import protocol_hash, protocol_of
 from eval.run import RunOptions, find_checkpoints, parse_metrics, run
-from eval.sample import sample
+from eval.sample import expand, sample
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.mmdit import MMDiTConfig
@@ -192,6 +192,23 @@ def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
         sample(str(weights), ("a dog", "a dog"), folders=str(folders))
     with pytest.raises(UserError, match="nothing to draw"):
         sample(str(weights), (" ",), str(out))
+    with pytest.raises(UserError, match=r"prompt 2, '\\udcff', is not valid UTF-8"):
+        sample(str(weights), ("a dog", "\udcff"), str(out))
+    with pytest.raises(UserError, match=r"its folder cannot be made .*choose another place"):
+        sample(str(weights), ("a dog",), "/proc/nope/g.png")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"torn")
+    for wrong in (tmp_path / "nope.safetensors", torn):
+        with pytest.raises(UserError, match=f"{wrong}.*python -m trainer export"):
+            sample(str(wrong), ("a dog",), str(out))
+
+
+@pytest.mark.parametrize("text", [b"a caf\xe9\n", b'{"prompt": "a dog"}\n{"prompt": "\\ud800"}\n'])
+def test_prompt_files_that_are_no_unicode_are_refused(tmp_path, text):
+    file = tmp_path / ("p.jsonl" if text.startswith(b"{") else "p.txt")
+    file.write_bytes(text)
+    with pytest.raises(UserError, match=f"{file}.*UTF-8"):
+        expand([str(file)])
 
 
 def test_metadata_files_make_the_official_folders(tmp_path):

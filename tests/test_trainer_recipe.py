@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from infra.errors import UserError
+from infra.errors import UserError, run_cli
 from model.backbone import BACKBONES
 from model.dit import DiTConfig
+from model.errors import ModelError
 from model.flops import parameter_count
 from model.mmdit import MMDiTConfig
 from trainer import recipes
@@ -271,29 +272,37 @@ def test_names_are_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "says"),
     [
-        (["trian"], None, "did you mean 'train'"),
-        (["train"], None, "needs a recipe"),
-        (["train", "world-d44"], None, "did you mean 'world-d4'"),
-        (["train", "world-d4", "--data", "x", "--out", "y", "--optimizr.lr", "1"], 2, "--optimizer.lr"),
-        (["train", "world-d4", "--out", "y"], 2, "--data"),
-        (["train", "world-d4", "--data", "/no/such", "--out", "y"], None, "/no/such"),
-        (["plan", "world-d4", "--images", "many"], 2, "many"),
-        (["ladder", "wrld", "--data", "x", "--out", "y"], None, "did you mean 'world'"),
-        (["plan", "d15", "--gpu", "h100"], None, "did you mean 'h100-80'"),
-        (["plan", "/no/run"], None, "no plan.json there"),
-        (["export", "/no/run", "--data", "x", "--out", "y"], None, "no such checkpoint"),
+        (["trian"], "did you mean 'train'"),
+        (["train"], "needs a recipe"),
+        (["train", "world-d44"], "did you mean 'world-d4'"),
+        (["train", "world-d4", "--data", "x", "--out", "y", "--optimizr.lr", "1"], "(did you mean --optimizer.lr?)"),
+        (["train", "world-d4", "--out", "y"], "needs --data"),
+        (["train", "world-d4", "--data", "/no/such", "--out", "y"], "/no/such"),
+        (["plan", "world-d4", "--images", "many"], "many"),
+        (["ladder", "wrld", "--data", "x", "--out", "y"], "did you mean 'world'"),
+        (["plan", "d15", "--gpu", "h100"], "did you mean 'h100-80'"),
+        (["plan", "/no/run"], "no plan.json there"),
+        (["export", "/no/run", "--data", "x", "--out", "y"], "no such checkpoint"),
     ],
 )
-def test_command_line_mistakes(arguments, code, says, monkeypatch, capsys):
+def test_command_line_mistakes(arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trainer", "--local_rank=0", *arguments])
-    with pytest.raises((UserError, SystemExit)) as caught:
-        main()
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main, also=(ModelError,))
     output = capsys.readouterr()
-    assert says in str(caught.value) + output.err + output.out
-    if code is not None:
-        assert caught.value.code == code
+    assert caught.value.code == 2
+    assert says in output.err
+    assert output.err.count("\n") == 1
+
+
+def test_of_several_ranks_the_first_alone_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("trainer.__main__.time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as caught:
+        _parse(TrainArgs, ["--bogus"], "train", recipe=get_recipe("world-d4"))
+    assert (caught.value.code, capsys.readouterr().err) == (2, "")
 
 
 def test_help_names_commands_and_recipes(capsys, monkeypatch):

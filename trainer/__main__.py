@@ -3,11 +3,13 @@
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from model.errors import ModelError
 from trainer.recipe import Recipe
@@ -332,16 +334,16 @@ def _named_recipe(arguments: list[str], command: str) -> tuple[Recipe, list[str]
 
 
 def _parse(kind: type, arguments: list[str], prog: str, **defaults: Any) -> Any:
-    """tyro refuses unknown options with the nearest known ones (exit code 2); other ranks than 0 keep silent."""
+    """A mistake is said by rank 0 alone (exit code 2); the others wait until it has, as the first to end stops all."""
     first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        import time
-
-        time.sleep(0.0 if _parses(kind, arguments, **defaults) else 3.0)
-    arguments = _whole_numbers(arguments)
-    return tyro.cli(
-        kind, args=arguments, prog=f"trainer {prog}", console_outputs=first, **_with_defaults(kind, defaults)
-    )
+    options = {**_with_defaults(kind, defaults), "console_outputs": first}
+    try:
+        return parse(kind, _whole_numbers(arguments), prog=f"python -m trainer {prog}", **options)
+    except UserError:
+        if first:
+            raise
+        time.sleep(3.0)
+        raise SystemExit(2) from None
 
 
 def _whole_numbers(arguments: list[str]) -> list[str]:
@@ -350,14 +352,6 @@ def _whole_numbers(arguments: list[str]) -> list[str]:
         str(int(float(word))) if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", word) and float(word).is_integer() else word
         for word in arguments
     ]
-
-
-def _parses(kind: type, arguments: list[str], **defaults: Any) -> bool:
-    try:
-        tyro.cli(kind, args=arguments, console_outputs=False, **_with_defaults(kind, defaults))
-    except SystemExit:
-        return False
-    return True
 
 
 def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Draws the README's picture of the world: `python -m data_pipeline.world.sheet --out PATH.png`."""
 
+import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image, ImageDraw
 
 from data_pipeline.world.classes import BACKGROUNDS, CLASSES, COLORS
 from data_pipeline.world.scenes import detailed_caption, make_scene
 from data_pipeline.world.sprites import fit, sprite
+from infra.cli import parse
 from infra.errors import run_cli
 
 CELL = 40
@@ -48,4 +49,4 @@ def draw(out: Path = Path("world.png"), seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(draw, description=__doc__))
+    run_cli(lambda: parse(draw, sys.argv[1:], prog="python -m data_pipeline.world.sheet", description=__doc__))

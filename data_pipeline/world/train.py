@@ -3,12 +3,13 @@
 Each draws endless fresh scenes from a stream of its own, seen compositions only. The judges train by train_judges.py.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import tyro
 
+from infra.cli import parse_command
 from infra.errors import run_cli
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -65,7 +66,7 @@ def captioner(
 
 def main() -> None:
     trainings: dict[str, Callable[..., None]] = {"vae": vae, "clip": clip, "captioner": captioner}
-    tyro.extras.subcommand_cli_from_dict(trainings, description=__doc__)
+    parse_command(trainings, sys.argv[1:], prog="python -m data_pipeline.world.train", doc=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Trains one judge: `python -m data_pipeline.world.train_judges detector|clip|vqa --minutes M --seed S`, or `check`."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
+from infra.cli import parse_command
 from infra.errors import run_cli
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -65,7 +66,7 @@ def check(per_task: int = 100, threads: int = 1) -> None:
 
 def main() -> None:
     commands: dict[str, Any] = {"detector": detector, "clip": clip, "vqa": vqa, "check": check}
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    parse_command(commands, sys.argv[1:], prog="python -m data_pipeline.world.train_judges", doc=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
 from eval.service.worker import Settings
+from infra.cli import parse
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -99,4 +100,4 @@ def _address(listening: socket.socket) -> str:
 
 def main(args: Sequence[str]) -> None:
     """`python -m eval serve`."""
-    serve(tyro.cli(ServeOptions, prog="python -m eval serve", description=ServeOptions.__doc__, args=list(args)))
+    serve(parse(ServeOptions, args, prog="python -m eval serve", description=ServeOptions.__doc__))
