@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from infra.log import clock
 from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
 from model.lora import adapter_parameter_count, add_adapters
@@ -300,11 +301,16 @@ def describe(plan: dict[str, Any]) -> str:
         f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
         f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
         f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating); the run "
-        f"{time['hours']:,.1f} hours, {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}",
+        + clock(3600 * time["hours"])
+        + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
         f"{plan['storage_bytes'] / 2**30:.3f} GiB",
+    ]
+    if pre["online_device_hours"] < 1:
+        return "\n".join(lines)  # of a run so small nobody asks what encoding costs
+    lines.append(
         f"encoding once {'pays' if pre['pays'] else 'does not pay'}: {pre['once_device_hours']:,.1f} device-hours and "
         f"{pre['stored_bytes'] / 1e9:,.0f} GB instead of {pre['online_device_hours']:,.1f} device-hours "
-        f"({pre['passes']:.3g} passes)",
-    ]
+        f"({pre['passes']:.3g} passes)"
+    )
     return "\n".join(lines)
