@@ -82,7 +82,8 @@ class Painter:
         try:
             self._loaded, self.meta = load_model(storage.localize(str(weights)))
         except (MissingError, ModelError) as error:
-            raise UserError(
+            kind = MissingError if isinstance(error, MissingError) else UserError
+            raise kind(
                 f"{error}; give a run's weights/ema.safetensors, or write one from its checkpoint: "
                 "python -m trainer export RUN --data URI --out FILE"
             ) from error
