@@ -195,12 +195,13 @@ def test_ray_jobs_killed_at_seeded_points_lose_and_double_nothing(tmp_path, raw,
 @pytest.mark.dist
 def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_port):
     ray = str(Path(sys.executable).with_name("ray"))
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     temp = Path("/tmp") / f"r{os.getpid()}"  # sockets below it must have short names
     head = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
     cluster = subprocess.Popen(
-        [*head, f"--temp-dir={temp}", "--object-store-memory=200000000"],
+        # the agent that takes jobs has a fixed port by default, which an earlier test's cluster may hold
+        [*head, f"--temp-dir={temp}", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={agent}"],
         env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
