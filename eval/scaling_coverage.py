@@ -112,5 +112,6 @@ if __name__ == "__main__":
     import sys
 
     from infra.cli import parse
+    from infra.errors import run_cli
 
-    parse(main, sys.argv[1:], prog="python -m eval.scaling_coverage")
+    run_cli(lambda: parse(main, sys.argv[1:], prog="python -m eval.scaling_coverage"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro import _errors as refused  # private, as in infra.cli: requirements.lock pins the version
 
 from model.errors import ModelError, hint
 
@@ -130,13 +131,28 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _refuse(event: refused.ParseErrorEvent) -> None:
+    """One line instead of tyro's box. infra.cli does more for the other packages; this one imports no sibling."""
+    said = {
+        refused.UnrecognizedArgs: lambda e: f"unknown {' '.join(e.tokens)}",
+        refused.MissingArgs: lambda e: f"{', '.join(a.arg.display_name() for a in e.missing_arguments)} not given",
+        refused.MissingSubcommand: lambda e: f"no command given; known: {', '.join(COMMANDS)}",
+        refused.InvalidChoice: lambda e: f"{e.value!r}{hint(e.value, e.choices)}; known: {', '.join(e.choices)}",
+        refused.BadValue: lambda e: f"{e.argument.display_name()} takes {e.argument.lowered.metavar or 'no value'}",
+        refused.InstantiationFailure: lambda e: f"{e.argument.display_name()} takes {e.argument.lowered.metavar}",
+    }.get(type(event))
+    if said is not None:
+        raise ModelError(f"{said(event)}; {event.prog} --help says more")
+
+
 def main() -> None:
     """Run one command; a mistake of its user ends in one line and exit code 2."""
     try:
         first = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
         if first is not None and first not in COMMANDS:
             raise ModelError(f"unknown command {first!r}{hint(first, COMMANDS)}; known: {', '.join(COMMANDS)}")
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m model", description=__doc__)
+        with refused.on_parse_error(_refuse):
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m model", description=__doc__)
     except (ModelError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
