@@ -5,25 +5,37 @@
 #
 # DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT: where the runs go. FOLDER: study.md and
 # study.json, written anew after each variant (default infra/docs/runs/world_study). Stopped anywhere, it goes on there.
-# At the size below an idle pair of cores needs 2 to 3 hours; RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS and
-# RANKS may be set, e.g. IMAGES=57600 for a study with sharper differences. Run as a whole so far only at a tiny size: two
+# At the size below an idle pair of cores needs 2 to 3 hours; RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS,
+# RANKS and WORKERS may be set, e.g. IMAGES=57600 for a study with sharper differences. Run as a whole so far only at a tiny size: two
 # variants, two seeds, 160 images, 4 pictures.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_study}
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
-recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2}
+recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2} workers=${WORKERS:-0}
 settings=${SETTINGS:-50x1.0 50x2.5 50x5.0 5x5.0 10x5.0 25x5.0}
 variants=${VARIANTS:-$(python -c "from eval.study_rank import TABLE_1; print(*TABLE_1)")}
 
+train() {  # train VARIANT SEED
+  python -m trainer sweep formulations "$recipe" --formulations "$1" --data "$data" --out "$out/seed$2" \
+    --images "$images" --num-ranks "$ranks" --options "seed=$2" logging.keep=1 logging.samples=0
+}
+
 for variant in $variants; do
+  processes=()
   for seed in $seeds; do
-    python -m trainer sweep formulations "$recipe" --formulations "$variant" --data "$data" --out "$out/seed$seed" \
-      --images "$images" --num-ranks "$ranks" --options "seed=$seed" logging.keep=1 logging.samples=0
+    if [ "$ranks" -eq 1 ]; then  # seeds side by side, one core each: no two processes wait for each other
+      OMP_NUM_THREADS=1 train "$variant" "$seed" &
+      processes+=($!)
+    else
+      train "$variant" "$seed"
+    fi
   done
+  for process in "${processes[@]}"; do wait "$process"; done
   # A variant whose training was unstable has no weights at its end: the ranking names it and leaves it out.
   # shellcheck disable=SC2086
   python -m eval study --runs "$out" --out "$folder" --captions "$captions" --settings $settings \
+    --workers "$workers" \
     || echo "$variant is not ranked yet; the lines above say why"
 done
 cat "$folder/study.md"
