@@ -15,10 +15,21 @@ depth=${DEPTH:-3} images=${IMAGES:-19200} seeds=${SEEDS:-0 1} ranks=${RANKS:-2}
 prompts=${PROMPTS:-16} captions=${CAPTIONS:-128}
 backbones=${BACKBONES:-mmdit mmdit3 dit cross_dit uvit}
 
-train() {  # train GROUP RECIPE SEED
-  local run=$out/$1/$2-seed$3
-  [ -e "$run/weights/ema.safetensors" ] || deepspeed --num_gpus "$ranks" --module trainer train "$2" --data "$data" \
-    --out "$run" --images "$images" --seed "$3" --logging.keep 1 --resume latest
+train() {  # train GROUP RECIPE: all seeds, side by side where each has one rank and so one core
+  local seed run processes=()
+  for seed in $seeds; do
+    run=$out/$1/$2-seed$seed
+    [ -e "$run/weights/ema.safetensors" ] && continue
+    if [ "$ranks" -eq 1 ]; then
+      OMP_NUM_THREADS=1 python -m trainer train "$2" --data "$data" --out "$run" --images "$images" --seed "$seed" \
+        --logging.keep 1 --logging.samples 0 --resume latest &
+      processes+=($!)
+    else
+      deepspeed --num_gpus "$ranks" --module trainer train "$2" --data "$data" --out "$run" --images "$images" \
+        --seed "$seed" --logging.keep 1 --logging.samples 0 --resume latest
+    fi
+  done
+  for run in "${processes[@]}"; do wait "$run"; done
 }
 
 judge() {  # judge GROUP
@@ -29,14 +40,12 @@ judge() {  # judge GROUP
   cp "$out/$1-report/report.md" "$out/$1-report/report.json" "$folder/$1"
 }
 
-for seed in $seeds; do
-  for backbone in $backbones; do
-    name=world-$backbone-d$depth
-    train backbones "${name/world-mmdit-d/world-d}" "$seed"
-    judge backbones
-  done
-  for way in original mixed; do
-    train captions "world-captions-$way-d$depth" "$seed"
-    judge captions
-  done
+for backbone in $backbones; do
+  name=world-$backbone-d$depth
+  train backbones "${name/world-mmdit-d/world-d}"
+  judge backbones
+done
+for way in original mixed; do
+  train captions "world-captions-$way-d$depth"
+  judge captions
 done
