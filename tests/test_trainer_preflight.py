@@ -165,14 +165,21 @@ def test_several_mistakes_are_found_in_one_run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["deepspeed_cpu", "deepspeed_fused"])
-def test_a_kernel_that_cannot_be_compiled(data, tmp_path, kernel):
-    broken = {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), **HERE}
+@pytest.mark.parametrize(
+    ("more", "asks", "instead"),
+    [
+        (["--optimizer.kernel", "deepspeed_cpu"], "optimizer.kernel deepspeed_cpu", "--optimizer.kernel torch"),
+        (["--optimizer.kernel", "deepspeed_fused"], "optimizer.kernel deepspeed_fused", "--optimizer.kernel torch"),
+        ([*SWAPPED, "."], "parallel.offload_parameters nvme", "--parallel.offload-parameters cpu, or install libaio"),
+    ],
+)
+def test_what_deepspeed_cannot_compile(data, tmp_path, more, asks, instead):
+    broken = {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), **HERE}
     done = subprocess.run(
-        [sys.executable, *command(data, tmp_path / "run", "--optimizer.kernel", kernel)],
+        [sys.executable, *command(data, tmp_path / "run", *more)],
         env=os.environ | broken, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"asks for optimizer.kernel {kernel}, which DeepSpeed cannot compile here (" in line
-    assert "use --optimizer.kernel torch" in line
+    assert f"asks for {asks}, which DeepSpeed cannot compile here (" in line
+    assert f"use {instead}" in line

@@ -89,6 +89,7 @@ def test_every_docstring_says_command_hardware_and_what_to_expect():
         assert "Command: " in text, name
         assert "deepspeed" in text, name
         assert "Hardware" in text, name
+        assert re.search(r"time \(planned|and time|images/s", text), name
         assert "xpected" in text, name
     # The command of a docstring names a recipe that exists.
     for found in re.findall(

@@ -315,8 +315,13 @@ def describe(plan: dict[str, Any]) -> str:
         plan["advice"],
         f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
         f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
-        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating, "
-        f"{time['step_seconds'] - time['work_seconds']:.3g} s waiting); the run "
+        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating"
+        + (
+            f", {time['step_seconds'] - time['work_seconds']:.3g} s waiting"
+            if time["step_seconds"] > time["work_seconds"]
+            else ""
+        )
+        + "); the run "
         + clock(3600 * time["hours"])
         + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
