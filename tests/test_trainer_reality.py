@@ -90,30 +90,38 @@ def test_overhead_and_waiting_reach_the_plan_of_another_depth():
     cpu = get_machine("cpu")
     large = dataclasses.replace(get_recipe("world-d4"), global_batch=16, parallel=Parallel(micro_batch=4))
     plain = make_plan(large, world=2, machine=cpu, efficiency=0.3)["time"]
-    taught = Calibration("small", cpu, 0.3, overhead=0.01, waiting=1.25).plan(large, world=2)
+    # Ranks that exchange wait for each other, half of their own work for it.
+    assert plain["step_seconds"] == pytest.approx(plain["work_seconds"] + 0.5 * plain["communication_seconds"])
+    taught = Calibration("small", cpu, 0.3, overhead=0.01, waiting=0.02).plan(large, world=2)
     assert layers(large, 2) == 5 * 2
     assert taught["time"]["work_seconds"] == pytest.approx(plain["work_seconds"] + 0.1)
-    assert taught["time"]["step_seconds"] == pytest.approx(1.25 * (plain["work_seconds"] + 0.1))
+    assert taught["time"]["step_seconds"] == pytest.approx(plain["step_seconds"] + 0.1 + 0.2)
     assert taught["predicted"]["cost/step_cpu_seconds"] == taught["time"]["work_seconds"]
     assert taught["predicted"]["cost/images_per_second"] == pytest.approx(16 / taught["time"]["step_seconds"])
-    alone = Calibration("small", cpu, 0.3, waiting=1.25).plan(large, world=1)["time"]
+    alone = Calibration("small", cpu, 0.3, waiting=0.02).plan(large, world=1)["time"]
     assert alone["step_seconds"] == alone["work_seconds"]  # one rank waits for nobody
+    gpus = make_plan(large, world=2, machine=get_machine("h100-80"))["time"]
+    assert gpus["step_seconds"] == gpus["work_seconds"]
+
+
+def test_waiting_is_what_neither_work_nor_exchanges_explain():
+    time = {"step_seconds": 12.0, "work_seconds": 10.0}
+    assert waiting_of({"cost/step_seconds": 15.0, "cost/step_cpu_seconds": 10.0}, time) == 3.0
+    assert waiting_of({"cost/step_seconds": 11.0, "cost/step_cpu_seconds": 10.0}, time) == 0.0
+    assert waiting_of({"cost/step_seconds": 15.0}, time) == 0.0
 
 
 def test_a_small_run_teaches_by_trial_what_a_layer_costs(tmp_path, monkeypatch, capsys):
     """A step of 100 seconds of work: whatever the trial of these tiny blocks says, nearly all of it is overhead."""
-    costs = {"step_cpu_seconds": 100.0, "step_seconds": 130.0}
-    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world=1, **costs)
+    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world=1, step_cpu_seconds=100.0)
     found = calibrate(run)
     assert found.by_trial
-    assert found.waiting == pytest.approx(1.3)
     assert found.overhead == pytest.approx(100 / layers(SMALL, 1), rel=0.05)
     assert graded(run, found)["step_cpu_seconds"] == (pytest.approx(100, rel=0.05), 100.0)
     deeper = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, depth=5))
     assert found.plan(deeper, world=1)["time"]["work_seconds"] == pytest.approx(200, rel=0.05)
     told = run_plan(monkeypatch, capsys, run, "--calibrate", run)
     assert f"calibrated by {run}" in told
-    assert waiting_of({"cost/step_seconds": 1.0}) is None
 
 
 def test_a_run_of_an_older_version_calibrates_nothing(tmp_path):

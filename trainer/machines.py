@@ -29,13 +29,13 @@ class Machine:
 
     @property
     def waiting(self) -> float:
-        """Seconds by the clock for a second of a rank's work where ranks wait for each other; --calibrate overrides."""
-        return 1.0 if self.overlap else CPU_WAITING
+        """Seconds that a rank waits for others in exchanges, for a second of its own work in them."""
+        return 0.0 if self.overlap else CPU_WAITING
 
 
-# Two ranks that nobody took their cores from, gloo's exchanges in between: 1.04 at depth 2, 1.13 at depth 4. Beside
-# other work on the same cores (load average 4 on two) it was 1.2 to 1.3.
-CPU_WAITING = 1.1
+# How long a rank also waits in an exchange over gloo, for the other's part, per second of its own work for it. Two
+# ranks that nobody took their cores from, depths 2, 4 and 6: 0.4 to 0.5; depth 15, beside other work: 0.5.
+CPU_WAITING = 0.5
 GIB = 2.0**30
 MACHINES: dict[str, Machine] = {
     m.name: m

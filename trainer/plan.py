@@ -29,10 +29,10 @@ def make_plan(
     dollars_per_hour: float | None = None,
     dataset_images: int | None = None,
     overhead: float = 0.0,
-    waiting: float | None = None,
+    waiting: float = 0.0,
 ) -> dict[str, Any]:
     """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
-    layer costs each time it runs, whatever its size; `waiting`: seconds by the clock for a second of work."""
+    layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
     machine = machine or this_machine(recipe.precision)
     efficiency = efficiency or machine.efficiency
     _, height, width = recipe.data.latent_shape
@@ -195,11 +195,11 @@ def step_time(
     world: int,
     efficiency: float,
     overhead: float = 0.0,
-    waiting: float | None = None,
+    waiting: float = 0.0,
 ) -> dict[str, float]:
     """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, copies
-    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs a step takes
-    longer, as ranks wait for each other and for cores."""
+    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks
+    also wait for each other, by the bytes that they exchange, and for cores (`waiting`, each time a layer runs)."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
     per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
@@ -215,7 +215,7 @@ def step_time(
     updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
     exchange = communication + copying
     work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
-    step = work * (waiting or (machine.waiting if world > 1 else 1.0))
+    step = work + machine.waiting * communication + (waiting * layers(recipe, world) if world > 1 else 0.0)
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,

@@ -47,13 +47,13 @@ def measured(run: str) -> dict[str, float]:
 @dataclass(frozen=True)
 class Calibration:
     """What the steps of one run teach. Without `by_trial` its `efficiency` holds for all sizes; with it each recipe's
-    own blocks are timed on this device, and `overhead` is what the run's layers took beyond that."""
+    own blocks are timed on this device; `overhead` and `waiting` are what a layer took beyond that each time it ran."""
 
     run: str
     machine: Machine
     efficiency: float
     overhead: float = 0.0
-    waiting: float | None = None
+    waiting: float = 0.0
     by_trial: bool = False
 
     def plan(self, recipe: Recipe, *, world: int, **more: Any) -> dict[str, Any]:
@@ -61,14 +61,15 @@ class Calibration:
         efficiency = trial(recipe, self.machine, world=world) if self.by_trial else self.efficiency
         found = make_plan(
             recipe, world=world, machine=self.machine, efficiency=efficiency, overhead=self.overhead,
-            waiting=self.waiting if world > 1 else None, **more,
+            waiting=self.waiting, **more,
         )  # fmt: skip
-        return found | {"calibration": {"run": self.run, "overhead_seconds": self.overhead, "by_trial": self.by_trial}}
+        told = {"overhead_seconds": self.overhead, "waiting_seconds": self.waiting, "by_trial": self.by_trial}
+        return found | {"calibration": {"run": self.run, **told}}
 
     def describe(self) -> str:
         if not self.by_trial:
             return f"calibrated by the whole speed of {self.run}: {self.efficiency:.3g} of the peak"
-        waits = f", {self.waiting:.2f} s by the clock for a second of work" if self.waiting else ""
+        waits = f" and waits {self.waiting * 1000:.3g} ms" if self.waiting else ""
         return (
             f"calibrated by {self.run}: its blocks reach {self.efficiency:.3g} of the peak here, a layer costs "
             f"{self.overhead * 1000:.3g} ms whatever its size{waits}; the planned recipe's own blocks were timed, too"
@@ -87,14 +88,18 @@ def calibrate(run: str) -> Calibration:
         return Calibration(run, machine, whole)
     efficiency = trial(recipe, machine, world=world)
     overhead = overhead_of(recipe, work, machine, world=world, efficiency=efficiency)
-    return Calibration(run, machine, efficiency, overhead, waiting_of(costs), by_trial=True)
+    without = make_plan(recipe, world=world, machine=machine, efficiency=efficiency, overhead=overhead)["time"]
+    waiting = waiting_of(costs, without) / layers(recipe, world) if world > 1 else 0.0
+    return Calibration(run, machine, efficiency, overhead, waiting, by_trial=True)
 
 
-def waiting_of(costs: dict[str, float]) -> float | None:
-    """Seconds by the clock for a second of work, where a run told both: what its ranks waited for each other and for
-    cores that others held."""
-    work = costs.get("cost/step_cpu_seconds")
-    return max(1.0, costs["cost/step_seconds"] / work) if work else None
+def waiting_of(costs: dict[str, float], time: dict[str, float]) -> float:
+    """Seconds of a step by the clock beyond its work and what exchanges make its ranks wait by plan: for cores that
+    others hold. Nothing where the run told no work (on GPUs)."""
+    if "cost/step_cpu_seconds" not in costs:
+        return 0.0
+    exchanging = time["step_seconds"] - time["work_seconds"]
+    return max(0.0, costs["cost/step_seconds"] - costs["cost/step_cpu_seconds"] - exchanging)
 
 
 def trial(recipe: Recipe, machine: Machine, *, world: int) -> float:
