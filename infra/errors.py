@@ -26,6 +26,14 @@ class UnavailableError(UserError, ConnectionError):
     __str__ = ValueError.__str__
 
 
+class UserErrors(UserError):
+    """Several mistakes found in one look; `run_cli` says each on a line of its own."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = tuple(lines)
+        super().__init__("; ".join(self.lines))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of a refusal: " (did you mean 'world-d4'?)", or "" when nothing known is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -33,13 +41,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] = ()) -> NoReturn:
-    """Run `main` and exit: 0; 2 with one line on stderr for a user's mistake (`also` adds types); 130 on Ctrl-C."""
+    """Run `main` and exit: 0; 2 with one line on stderr for each mistake of the user (`also` adds types); 130 on
+    Ctrl-C."""
     mistakes: tuple[type[BaseException], ...] = (UserError, *also)
     try:
         main()
         sys.stdout.flush()
     except mistakes as error:
-        _say(str(error))
+        for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
+            _say(line)
         sys.exit(2)
     except KeyboardInterrupt:
         _say("interrupted; the same command continues where it stopped")

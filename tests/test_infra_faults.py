@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra import storage
-from infra.errors import DISK_FULL, MissingError, UnavailableError, UserError, nearest, run_cli
+from infra.errors import DISK_FULL, MissingError, UnavailableError, UserError, UserErrors, nearest, run_cli
 
 SECRET = "hunter2-do-not-print"
 ONE_CALL = """
@@ -220,6 +220,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         (None, 0, ""),
         (UserError("found 3,\n expected 4: add one"), 2, "error: found 3, expected 4: add one\n"),
         (KeyError("gone"), 2, "error: 'gone'\n"),
+        (UserErrors(["one\n of them", "another"]), 2, "error: one of them\nerror: another\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
         (OSError(DISK_FULL[0], "No space left", "/x/y"), 2, "error: disk full while writing /x/y: "),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied; BEELINE_LOG=debug"),
@@ -235,7 +236,7 @@ def test_run_cli_ends_with_one_line(error, code, line, capsys):
     assert caught.value.code == code
     printed = capsys.readouterr().err
     assert printed.startswith(line)
-    assert printed.count("\n") == (1 if line else 0)
+    assert printed.count("\n") == max(line.count("\n"), 1 if line else 0)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -89,6 +89,7 @@ def test_every_docstring_says_command_hardware_and_what_to_expect():
         assert "Command: " in text, name
         assert "deepspeed" in text, name
         assert "Hardware" in text, name
+        assert re.search(r"time \(planned|and time|images/s", text), name
         assert "xpected" in text, name
     # The command of a docstring names a recipe that exists.
     for found in re.findall(
@@ -157,11 +158,11 @@ def test_what_a_layer_costs_whatever_its_size_is_taken_from_a_small_run():
     """A run that took 0.3 s a step longer than planned, with 3 layers and 2 micro-batches."""
     small = recipe(global_batch=8, parallel=Parallel(micro_batch=2))
     cpu = get_machine("cpu")
-    planned = make_plan(small, world=2, machine=cpu)["time"]["step_seconds"]
+    planned = make_plan(small, world=2, machine=cpu)["time"]["work_seconds"]
     found = overhead_of(small, planned + 0.3, cpu, world=2, efficiency=cpu.efficiency)
     assert found == pytest.approx(0.3 / (3 * 2))
     large = recipe(model=MMDiTConfig(depth=5), global_batch=8, parallel=Parallel(micro_batch=4))
-    times = [make_plan(large, world=2, machine=cpu, overhead=o)["time"]["step_seconds"] for o in (0.0, found)]
+    times = [make_plan(large, world=2, machine=cpu, overhead=o)["time"]["work_seconds"] for o in (0.0, found)]
     assert times[1] - times[0] == pytest.approx(6 * found)
 
 

@@ -149,6 +149,19 @@ def test_deepspeed_takes_the_switches_of_many_nodes(changes, says):
         assert getattr(found, "device", found) == value
 
 
+def test_a_block_s_tensors_all_have_a_buffer_on_their_way_from_nvme():
+    recipe = dataclasses.replace(RECIPE, parallel=dataclasses.replace(
+        RECIPE.parallel, offload_optimizer=True, offload_parameters="nvme", nvme_path="/nvme"))  # fmt: skip
+    config = deepspeed_config(recipe, Group(0, 4, torch.device("cpu")), accumulation=1)["zero_optimization"]
+    model = RECIPE.model.build()
+    largest = max(model.parameters(), key=torch.Tensor.numel).numel()
+    around = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    block = max(len(list(block.parameters())) for block in model.blocks)
+    where = config["offload_param"]
+    assert (where["buffer_count"], where["max_in_cpu"]) == (len(around) + 2 * block, 0)
+    assert where["buffer_size"] == -(-largest // 4)
+
+
 def test_whole_parameters_come_out_of_stage_2(found):
     assert found["whole_matches"]
 

@@ -23,7 +23,7 @@ USAGE = f"""Train SD3-class text-to-image models with DeepSpeed ZeRO.
   python -m trainer sweep lr world --depths 2 3 --data URI --out RUNS          loss against learning rate
   python -m trainer sweep formulations world-d2 --data URI --out RUNS          any of the 61 formulations
   python -m trainer plan RECIPE --gpus 64 --gpu h100-80                        memory, time, dollars
-  python -m trainer plan RUN/                                                  the plan of a run against what it took
+  python -m trainer plan RUN/ [--calibrate SMALL_RUN/]                         the plan of a run against what it took
   python -m trainer export RUN --data URI --out FILE                           weights from a checkpoint
   python -m trainer verify-resume RECIPE --data URI --out NEW                  proof that resuming continues a run
 
@@ -106,7 +106,8 @@ class PlanArgs:
     efficiency: float | None = None
     """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
     calibrate: str | None = None
-    """Run folder whose measured speed gives the efficiency instead."""
+    """A small finished run (folder): its measured steps give efficiency, overhead and waiting instead. On a device of
+    its kind the blocks of both recipes are timed, elsewhere its speed as a whole counts."""
     trial: bool = False
     """Time one block of the recipe on this device, which must be of the planned kind, and take its efficiency."""
     dollars_per_gpu_hour: float | None = None
@@ -115,6 +116,18 @@ class PlanArgs:
     """Different images in the data set: decides whether encoding them once pays."""
     json: bool = False
     """Print JSON."""
+
+
+@dataclass(frozen=True)
+class GradeArgs:
+    """The plan of a finished run against what it took: parameters, bytes, storage, seconds, each with its goal."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    calibrate: str | None = None
+    """A small finished run: the steps are planned anew by what it measured."""
+    json: bool = False
+    """Print JSON: (planned, measured) by name, and which missed their goal."""
 
 
 @dataclass(frozen=True)
@@ -226,31 +239,43 @@ def run_plan(arguments: list[str]) -> None:
     from trainer.plan import describe, make_plan
 
     if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES and "/" in arguments[0]:
-        from trainer.reality import compare
-
-        print(compare(arguments[0]))
+        _grade(_parse(GradeArgs, arguments, "plan"))
         return
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
     from trainer.machines import get_machine, this_machine
-    from trainer.reality import measured_efficiency
-    from trainer.trial import efficiency_here
+    from trainer.reality import calibrate, trial
 
+    more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
+    calibration = calibrate(args.calibrate) if args.calibrate else None
     machine = get_machine(args.gpu) if args.gpu else this_machine(args.recipe.precision)
-    efficiency = measured_efficiency(args.calibrate) if args.calibrate else args.efficiency
-    if args.trial:
-        share = -(-args.recipe.global_batch // args.gpus)
-        micro = args.recipe.parallel.micro_batch or share
-        efficiency = efficiency_here(args.recipe, machine, micro_batch=micro, ranks=args.gpus)
-    plan = make_plan(
-        args.recipe,
-        world=args.gpus,
-        machine=machine,
-        efficiency=efficiency,
-        dollars_per_hour=args.dollars_per_gpu_hour,
-        dataset_images=args.dataset_images,
-    )
-    print(json.dumps(plan, indent=1) if args.json else describe(plan))
+    if calibration is not None:
+        if args.trial or args.efficiency is not None or (args.gpu and machine != calibration.machine):
+            raise UserError(
+                f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: leave --trial, "
+                "--efficiency and another --gpu out"
+            )
+        plan = calibration.plan(args.recipe, world=args.gpus, **more)
+    else:
+        efficiency = trial(args.recipe, machine, world=args.gpus) if args.trial else args.efficiency
+        plan = make_plan(args.recipe, world=args.gpus, machine=machine, efficiency=efficiency, **more)
+    if args.json:
+        print(json.dumps(plan, indent=1))
+        return
+    print("\n".join([describe(plan), *([calibration.describe()] if calibration else [])]))
+
+
+def _grade(args: GradeArgs) -> None:
+    import json
+
+    from trainer.reality import calibrate, compare, graded, missed
+
+    calibration = calibrate(args.calibrate) if args.calibrate else None
+    if not args.json:
+        print(compare(args.run, calibration))
+        return
+    rows = graded(args.run, calibration)
+    print(json.dumps({"rows": rows, "missed": missed(rows)}, indent=1))
 
 
 def run_export(arguments: list[str]) -> None:

@@ -74,7 +74,8 @@ def dpo(depth: int) -> Recipe:
 
     Command: deepspeed --hostfile HOSTS --module trainer train dpo-d24 --data s3://PAIRS --out s3://...
         --init-from RUNS/d24-1024/weights/ema.safetensors
-    Hardware: 64 H100; time not planned. Expected: GenEval 0.71 (d38-512), 0.74 (d38-1024, table 5). Not run yet.
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100, 0.4 hours (d24) to 0.6 hours (d38).
+    Expected: GenEval 0.71 (d38-512), 0.74 (d38-1024, table 5). Not run yet.
     From the paper (steps by a secondary source): 4,000 steps for 2B (d24), 2,000 for 8B (d38), rank 128, all linear
     layers. Our choice (the paper is silent): beta 2000 (Wallace et al. used 2000 to 5000), batch of 128 pairs, rate
     1e-5 with 100 warm-up steps, alpha = rank, no dropped captions, EMA of the adapters, 1024 px square pictures.

@@ -29,9 +29,10 @@ def make_plan(
     dollars_per_hour: float | None = None,
     dataset_images: int | None = None,
     overhead: float = 0.0,
+    waiting: float = 0.0,
 ) -> dict[str, Any]:
     """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
-    layer costs each time it runs, whatever its size."""
+    layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
     machine = machine or this_machine(recipe.precision)
     efficiency = efficiency or machine.efficiency
     _, height, width = recipe.data.latent_shape
@@ -48,7 +49,9 @@ def make_plan(
         for stage in range(4)
     }
     stage = recipe.parallel.zero_stage
-    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, overhead=overhead)
+    time = step_time(
+        recipe, parameters, machine, world=world, efficiency=efficiency, overhead=overhead, waiting=waiting
+    )
     step, steps = time["step_seconds"], recipe.steps
     checkpoint = checkpoint_bytes(recipe, parameters)
     storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
@@ -89,6 +92,8 @@ def make_plan(
             "cost/checkpoint_bytes": checkpoint,
             "cost/storage_bytes": storage,
             "cost/images_per_second": recipe.global_batch / step,
+            "cost/step_seconds": step,
+            **({} if machine.overlap else {"cost/step_cpu_seconds": time["work_seconds"]}),
             **{f"cost/bytes_per_rank/{name}": value for name, value in per_stage[f"stage{stage}"].items()
                if name in ("weights", "masters", "moments", "gradients", "ema", "activations")},
         },
@@ -183,10 +188,18 @@ def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
 
 
 def step_time(
-    recipe: Recipe, parameters: int, machine: Machine, *, world: int, efficiency: float, overhead: float = 0.0
+    recipe: Recipe,
+    parameters: int,
+    machine: Machine,
+    *,
+    world: int,
+    efficiency: float,
+    overhead: float = 0.0,
+    waiting: float = 0.0,
 ) -> dict[str, float]:
     """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, copies
-    around it, the optimizer and the EMA from bytes and memory."""
+    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks
+    also wait for each other, by the bytes that they exchange, and for cores (`waiting`, each time a layer runs)."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
     per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
@@ -201,12 +214,14 @@ def step_time(
     # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
     updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
     exchange = communication + copying
-    step = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
+    work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
+    step = work + machine.waiting * communication + (waiting * layers(recipe, world) if world > 1 else 0.0)
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,
         "copy_seconds": copying,
         "update_seconds": updating,
+        "work_seconds": work,
         "step_seconds": step,
         "step_seconds_without_overlap": compute + exchange + updating,
         "bytes_moved_per_step": sum(moved.values()),
@@ -300,7 +315,13 @@ def describe(plan: dict[str, Any]) -> str:
         plan["advice"],
         f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
         f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
-        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating); the run "
+        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating"
+        + (
+            f", {time['step_seconds'] - time['work_seconds']:.3g} s waiting"
+            if time["step_seconds"] > time["work_seconds"]
+            else ""
+        )
+        + "); the run "
         + clock(3600 * time["hours"])
         + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "

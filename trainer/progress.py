@@ -30,7 +30,8 @@ class RunLog:
         self._rows: list[ResultRow] = []
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
-        self._rates: list[float] = []
+        self._seconds: list[float] = []  # of a step, by the clock and of work on a CPU, for each line
+        self._cpu: list[float] = []
         self._lock = threading.Lock()  # on S3 a thread flushes what the loop tells
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
@@ -72,7 +73,9 @@ class RunLog:
         now, (images, then) = time.monotonic(), self._last
         self._last = (self.images_seen, now)
         rate = (self.images_seen - images) / max(now - then, 1e-9)
-        self._rates.append(rate)
+        self._seconds.append(self.recipe.global_batch / rate if rate else 0.0)
+        if "cpu_cores" in figures:
+            self._cpu.append(self._seconds[-1] * figures["cpu_cores"])
         told = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
         self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)
@@ -99,8 +102,12 @@ class RunLog:
     def cost(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""
         details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
-        # The median: the first stretch warms up, others hold a validation or a save.
-        speed = {"images_per_second": statistics.median(self._rates)} if self._rates else {}
+        speed = {}
+        if self._seconds:
+            step = _settled(self._seconds)
+            speed = {"images_per_second": self.recipe.global_batch / max(step, 1e-9), "step_seconds": step}
+        if self._cpu:
+            speed["step_cpu_seconds"] = _settled(self._cpu)
         for name, value in {"seconds": self.seconds, **speed, **figures}.items():
             self._row(f"cost/{name}", value, self.images_seen, details=details)
 
@@ -190,3 +197,8 @@ class RunLog:
         )  # fmt: skip
         with self._lock:
             self._rows.append(row)
+
+
+def _settled(values: list[float]) -> float:
+    """The median without the first stretch, which warms up; some others hold a validation or a save."""
+    return statistics.median(values[1:] or values)

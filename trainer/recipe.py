@@ -11,10 +11,11 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from infra.errors import UserError, nearest
+from infra.errors import UserError, UserErrors, nearest
 from model.backbone import config_from_json
 from model.errors import ModelError
 from model.flow import get_formulation
@@ -276,7 +277,13 @@ def _half_cosine(left: float) -> float:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse values that cannot work, before anything is built."""
+    """Refuse values that cannot work, all at once, before anything is built."""
+    wrong = [*_wrong_numbers(recipe), *_wrong_parallel(recipe), *_wrong_adapters(recipe)]
+    if wrong:
+        raise UserErrors(f"recipe {recipe.name}: {line}" for line in wrong)
+
+
+def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
     positive = {
         "images": recipe.images, "global_batch": recipe.global_batch, "optimizer.lr": recipe.optimizer.lr,
         "validation.samples": recipe.validation.samples, "validation.batch": recipe.validation.batch,
@@ -286,48 +293,42 @@ def check(recipe: Recipe) -> None:
         "guard.max_skips + 1": recipe.guard.max_skips + 1,
         "validation.every": 1 if recipe.validation.every is None else recipe.cadence("validate"),
         "parallel.micro_batch": 1 if recipe.parallel.micro_batch is None else recipe.parallel.micro_batch,
+        "parallel.hpz": recipe.parallel.hpz,
     }  # fmt: skip
     for name, value in positive.items():
         if not value or value <= 0:
-            raise UserError(f"recipe {recipe.name}: {name} is {value}, expected a positive number")
+            yield f"{name} is {value}, expected a positive number"
     shares = {
         "schedule.cooldown": recipe.schedule.cooldown, "schedule.final": recipe.schedule.final,
         "data.original_captions": recipe.data.original_captions, "data.encoder_dropout": recipe.data.encoder_dropout,
     }  # fmt: skip
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise UserError(f"recipe {recipe.name}: {name} is {value}, expected a share between 0 and 1")
+            yield f"{name} is {value}, expected a share between 0 and 1"
     if not recipe.ema.profiles or len(set(recipe.ema.profiles)) != len(recipe.ema.profiles):
-        raise UserError(
-            f"recipe {recipe.name}: ema.profiles {recipe.ema.profiles}: expected at least one, all different"
-        )
-    _check_parallel(recipe)
-    _check_adapters(recipe)
+        yield f"ema.profiles {recipe.ema.profiles}: expected at least one, all different"
 
 
-def _check_parallel(recipe: Recipe) -> None:
+def _wrong_parallel(recipe: Recipe) -> list[str]:
     p = recipe.parallel
     wrong = [
         (p.zero_stage == 0 and recipe.precision == "bf16",
          "bf16 needs fp32 master weights: use --parallel.zero-stage 2 or 3"),
-        (p.zero_stage < recipe.lowest_stage,
+        (0 < p.zero_stage < recipe.lowest_stage,
          "stage 1 accumulates bf16 gradients in bf16 only: use --parallel.zero-stage 2, or --no-parallel.fp32-reduce"),
         (p.zero_stage == 0 and p.offload_optimizer, "offload_optimizer needs --parallel.zero-stage 1, 2 or 3"),
         (p.zero_stage != 3 and p.offload_parameters != "no", "offload_parameters needs --parallel.zero-stage 3"),
         (p.zero_stage != 3 and (p.hpz > 1 or p.quantized_weights or p.quantized_gradients),
          "hpz, quantized_weights and quantized_gradients need --parallel.zero-stage 3"),
-        (p.hpz < 1, f"parallel.hpz is {p.hpz}, expected at least 1"),
         (p.offload_parameters == "nvme" and not p.nvme_path,
          "offload_parameters nvme needs --parallel.nvme-path, a folder on a fast local disk"),
         (p.offload_parameters != "no" and not p.offload_optimizer,
          "offload_parameters keeps shards on the host, their masters belong there too: --parallel.offload-optimizer"),
     ]  # fmt: skip
-    for found, says in wrong:
-        if found:
-            raise UserError(f"recipe {recipe.name}: {says}")
+    return [says for found, says in wrong if found]
 
 
-def _check_adapters(recipe: Recipe) -> None:
+def _wrong_adapters(recipe: Recipe) -> list[str]:
     p, lora = recipe.parallel, recipe.lora
     wrong = [
         (recipe.objective == "dpo" and lora.rank is None,
@@ -339,9 +340,7 @@ def _check_adapters(recipe: Recipe) -> None:
          "frozen weights under adapters do not go with hpz, quantized_weights, offload_parameters or compile: "
          "leave these out"),
     ]  # fmt: skip
-    for found, says in wrong:
-        if found:
-            raise UserError(f"recipe {recipe.name}: {says}")
+    return [says for found, says in wrong if found]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

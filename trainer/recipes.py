@@ -73,9 +73,11 @@ def world_dpo(depth: int) -> Recipe:
     Command: python -m eval pairs --weights RUNS/world-d4/weights/ema.safetensors --out PAIRS
         deepspeed --num_gpus 2 --module trainer train world-dpo-d4 --data PAIRS --out RUNS/world-dpo-d4
         --init-from RUNS/world-d4/weights/ema.safetensors
-    Hardware: two CPU cores. Expected: judges that did not rank the pairs score it above `world-dN`; not run yet at this
-    length. From the paper: all linear layers. Our choice: the rest; rank 16 is about the share of the width that 128 is
-    in the paper's 2B model.
+    Hardware and time: two CPU cores, 2 minutes of training at depth 4 as planned; drawing, ranking, training on half as
+    many pairs and scoring took 30 minutes of two busy ones.
+    Expected: judges that did not rank the pairs score it above `world-dN`; not run yet at this length (3,200 pairs
+    moved no score beyond its interval, infra/docs/runs/world_dpo). From the paper: all linear layers. Our choice: the
+    rest; rank 16 is about the share of the width that 128 is in the paper's 2B model.
     """
     base, batch = world(depth), 16
     return replace(

@@ -13,6 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.export import export, weights_meta, weights_reader
+from trainer.fitting import caption_weights
 from trainer.preflight import same_recipe
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
@@ -198,19 +199,13 @@ def load_init(engine: ZeroEngine, uri: str) -> None:
 
 def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Batches:
     """This rank's micro-batches from where the run stands."""
-    captions = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
-    weights = {name: weight for name, weight in captions.items() if weight > 0 and name in dataset.info.captions}
-    if not weights:
-        raise UserError(
-            f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
-        )
     return dataset.batches(
         seed=recipe.seed,
         start=state.step * recipe.global_batch,
         global_batch=recipe.global_batch,
         rank=group.world - 1 - group.rank if recipe.parallel.reverse_lanes else group.rank,
         world_size=group.world,
-        caption_weights=weights,
+        caption_weights=caption_weights(recipe, dataset),
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,

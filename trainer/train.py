@@ -19,16 +19,7 @@ from trainer.machines import this_machine
 from trainer.monitor import Monitor
 from trainer.objective import Losses, pretrain
 from trainer.plan import describe, make_plan
-from trainer.preflight import (
-    check_launch,
-    check_port,
-    check_run_folder,
-    fit,
-    micro_batches,
-    one_voice,
-    own_first,
-    with_init,
-)
+from trainer.preflight import micro_batches, one_voice, prepare
 from trainer.progress import RunLog
 from trainer.recipe import Recipe
 from trainer.samples import Sampler
@@ -50,21 +41,19 @@ def train(
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with one_voice():
-        check_launch()
-        resume = own_first(out, resume)
-        recipe, dataset, val = fit(with_init(recipe, init_from), data, world=world)
-        goes_on = check_run_folder(recipe, out, resume, thorough=dry_run)
-        if dry_run:
-            check_port()
+        ready = prepare(recipe, data=data, out=out, resume=resume, init_from=init_from, world=world, thorough=dry_run)
+    recipe = ready.recipe
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             end = "dry run: the data fits the recipe; nothing was written"
-            print("\n".join(filter(None, [describe(make_plan(recipe, world=world)), goes_on, end])))
+            print("\n".join(filter(None, [describe(make_plan(recipe, world=world)), ready.goes_on, end])))
         return
 
     group = start()
     with together(Watch(group, out, stall_s=recipe.logging.stall_s)) as watch:
-        done = run(recipe, dataset, val, group, watch, out=out, resume=resume, init_from=init_from)
+        done = run(
+            recipe, ready.dataset, ready.val, group, watch, out=out, resume=ready.resume, init_from=init_from
+        )  # fmt: skip
     leave()
     if not done:
         raise SystemExit(PREEMPTED)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import Dataset
-from infra.errors import UserError
 from model.flow import get_formulation
 from model.validation import get_protocol, validation_losses
 from trainer.recipe import Recipe
@@ -39,10 +38,6 @@ class Validator:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset = recipe, dataset
-        if dataset.num_samples == 0:
-            raise UserError(
-                f"{dataset.uri}: split {dataset.split!r} is empty; use --validation.every None to train without"
-            )
         self.batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.formulation = get_formulation(recipe.formulation)
         self.protocol = get_protocol(recipe.validation.protocol, self.formulation)

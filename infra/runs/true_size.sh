@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SD3's smallest model at its true size on two CPU ranks: real ZeRO-3 steps in bf16, saved, killed, resumed bit by bit;
-# the plan, calibrated on the smallest depth, against what every depth took.
+# the plan, calibrated on the smallest depth, against what every depth took (`plan RUN --calibrate SMALL_RUN`).
 #
 #   infra/runs/true_size.sh OUT [FOLDER]
 #
@@ -56,15 +56,25 @@ for depth in $depths; do
     start "$depth" "$run" "$images"
     ended
     [ "${codes[*]}" = "0 0" ]
-    "$python" - "$run" "$load" "$(cut -d' ' -f1 /proc/loadavg)" <<'PY'
+    "$python" - "$run" "$out/calibration.json" "$load" "$(cut -d' ' -f1 /proc/loadavg)" <<'PY'
+"""Right after the run, as the machine is now: the first one calibrates, each is graded."""
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from trainer.reality import graded
+from trainer.machines import Machine
+from trainer.reality import Calibration, calibrate, graded, missed
 
-run, *load = sys.argv[1:]
-Path(run, "graded.json").write_text(json.dumps({"rows": graded(run), "load": load}))
+run, file, *load = sys.argv[1:]
+path = Path(file)
+if not path.exists():
+    path.write_text(json.dumps(dataclasses.asdict(calibrate(run))))
+kept = json.loads(path.read_text())
+calibration = Calibration(**kept | {"machine": Machine(**kept["machine"])})
+rows = graded(run, calibration)
+told = {"rows": rows, "missed": missed(rows), "calibration": calibration.describe(), "load": load}
+Path(run, "graded.json").write_text(json.dumps(told))
 PY
     rm -rf "$run/checkpoints" # the disk shall hold one run at a time
   fi
@@ -97,33 +107,23 @@ from pathlib import Path
 
 import torch
 
-from trainer.machines import this_machine
-from trainer.plan import make_plan
-from trainer.reality import overhead_of
-from trainer.recipe import Recipe
-from trainer.trial import efficiency_here
+from trainer.reality import goal_of
 from trainer.verify import same
 
 out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
-WORLD, MICRO = 2, 1
 
 
 def look(depth: int) -> dict:
-    """A run as it was: seconds, CPU seconds, memory of its steps after the first; its plan against what it took."""
+    """A run as it was: memory and EMA of its steps after the first; its plan against what it took."""
     run = out / f"straight-d{depth}"
-    recipe = Recipe.from_json(json.loads((run / "recipe.json").read_text()))
     lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
-    seconds = [recipe.global_batch / line["images_per_second"] for line in steps]
-    cpu = [s * line["cpu_cores"] for s, line in zip(seconds, steps)]
     told = json.loads((run / "graded.json").read_text())
     median = lambda values: statistics.median(values[1:])  # the first step makes Adam's moments
     return {
-        "depth": depth, "load": told["load"], "steps": len(steps), "losses": [line["loss"] for line in steps],
-        "seconds": median(seconds), "cpu_seconds": median(cpu),
+        "depth": depth, "steps": len(steps), "losses": [line["loss"] for line in steps],
         "ema_share": median([line["ema_share"] for line in steps]),
-        "memory_gib": max(line["memory_gib"] for line in steps), "rows": told["rows"],
-        "recipe": recipe,
+        "memory_gib": max(line["memory_gib"] for line in steps), **told,
     }  # fmt: skip
 
 
@@ -136,19 +136,8 @@ def head(*cells: str) -> list[str]:
 
 
 runs = [look(depth) for depth in depths]
-largest, machine = runs[-1], this_machine("bf16")
+first, largest = runs[0], runs[-1]
 verdicts = same(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
-efficiency = {r["depth"]: efficiency_here(r["recipe"], machine, micro_batch=MICRO, ranks=WORLD) for r in runs}
-first = runs[0]
-overhead = overhead_of(
-    first["recipe"], first["cpu_seconds"], machine, world=WORLD, efficiency=efficiency[first["depth"]]
-)
-for r in runs:
-    plan = make_plan(
-        r["recipe"], world=WORLD, machine=machine, efficiency=efficiency[r["depth"]], overhead=overhead
-    )
-    r["planned_seconds"], r["time"] = plan["time"]["step_seconds"], plan["time"]
-    del r["recipe"]
 
 text = [
     f"# Depth {depths[-1]} on SD3's true token counts, two CPU ranks", "",
@@ -162,24 +151,22 @@ text = [
     *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
     "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
     *head("depth", "seconds a step", "CPU seconds", "EMA's share", "largest process GiB", "load"),
-    *[row(r["depth"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['ema_share']:.2%}",
+    *[row(r["depth"], *(f"{r['rows'][name][1]:.2f}" for name in ("step_seconds", "step_cpu_seconds")), f"{r['ema_share']:.2%}",
           f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
     "", "## The plan against what was measured", "",
     "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass.", "",
 ]  # fmt: skip
 for r in runs:
-    text += [*head(f"depth {r['depth']}", "planned", "measured", "error")]
+    text += [*head(f"depth {r['depth']}", "planned", "measured", "error", "goal")]
     for name, (planned, found) in r["rows"].items():
-        if name != "images_per_second":
-            text.append(row(name, f"{planned:,.0f}", f"{found:,.0f}", f"{planned / found - 1:+.2%}"))
-    error = f"{r['planned_seconds'] / r['cpu_seconds'] - 1:+.1%}" if r is not first else "calibrated on it"
-    text += [row("CPU seconds a step", f"{r['planned_seconds']:.3f}", f"{r['cpu_seconds']:.3f}", error), ""]
-text += [
-    "Step times are planned from a trial of the recipe's own blocks on this machine (`plan --trial`: "
-    + ", ".join(f"{efficiency[r['depth']] * machine.flops / 1e9:.0f} GFLOP/s at depth {r['depth']}" for r in runs)
-    + f"), bytes over gloo and through memory, and {overhead * 1000:.1f} ms for each layer that runs, which is what the "
-    f"step of depth {first['depth']} took beyond that.",
-]  # fmt: skip
+        if name == "images_per_second":
+            continue
+        step = name.startswith("step_")
+        error = "calibrated on it" if step and r is first else f"{planned / found - 1:+.2%}"
+        goal = f"{goal_of(name):.0%}" + (", missed" if name in r["missed"] else "")
+        text.append(row(name, *(f"{value:,.{3 if step else 0}f}" for value in (planned, found)), error, goal))
+    text += [""]
+text += [f"Depth {r['depth']}: {r['calibration']}." for r in runs[-1:]]
 (folder / "report.md").write_text("\n".join(text) + "\n")
 (folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")
 print("\n".join(text))

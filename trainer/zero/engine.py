@@ -268,7 +268,9 @@ def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict
         }
         if p.offload_parameters != "no":
             pin = group.device.type == "cuda"
-            where = {"device": p.offload_parameters, "nvme_path": p.nvme_path, "pin_memory": pin}
+            where: dict[str, Any] = {"device": p.offload_parameters, "nvme_path": p.nvme_path, "pin_memory": pin}
+            if p.offload_parameters == "nvme":
+                where |= {"max_in_cpu": 0, **swap_buffers(recipe, group.world)}
             config["zero_optimization"]["offload_param"] = {k: v for k, v in where.items() if v is not None}
     if p.offload_optimizer:
         # The optimizer states stay in the host's memory: checkpoints and EMA read them there.
@@ -280,6 +282,17 @@ def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict
             config["communication_data_type"] = "fp32"
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def swap_buffers(recipe: Recipe, world: int) -> dict[str, int]:
+    """Buffers between NVMe and the weights that compute, one per tensor: DeepSpeed asks for all of a block's at once,
+    and for the next block's while that one computes. Its default of five is enough for no block."""
+    with torch.device("meta"):
+        model: Any = recipe.model.build()
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    blocks = [len(list(block.parameters())) for block in model.blocks]
+    count = len(sizes) - sum(blocks) + 2 * max(blocks)
+    return {"buffer_count": count, "buffer_size": -(-max(sizes) // world)}
 
 
 def compile_blocks(model: nn.Module) -> None:

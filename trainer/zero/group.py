@@ -62,13 +62,20 @@ class Group:
             dist.barrier()
 
 
+def choose_accelerator() -> bool:
+    """Is there a GPU? Call before DeepSpeed is imported, which otherwise guesses by what is installed."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    return gpu
+
+
 def start(*, timeout_s: float = 1800.0) -> Group:
     """Join the other ranks. Call once, first of all."""
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's CPU accelerator counts devices by it
-    gpu = torch.cuda.is_available()
+    gpu = choose_accelerator()
     if not gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):

@@ -1,30 +1,70 @@
-"""The optimizer kernels. The only file of the trainer that knows apex exists."""
+"""The optimizer kernels, and what DeepSpeed compiles at first use. The trainer's only file that knows apex exists."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from infra.errors import UserError
 from trainer.recipe import Recipe
+from trainer.zero.group import choose_accelerator
+
+OPS = {"deepspeed_cpu": "CPUAdamBuilder", "deepspeed_fused": "FusedAdamBuilder"}
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the recipe's numbers; asking for a kernel that is not installed is an error, never a downgrade."""
     o = recipe.optimizer
     if o.kernel == "apex":
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError as error:
-            raise UserError(
-                f"recipe {recipe.name} asks for optimizer.kernel apex, but apex is not installed: "
-                "build NVIDIA/apex or use --optimizer.kernel torch"
-            ) from error
-        return FusedAdam(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, adam_w_mode=True)
-    if o.kernel in ("deepspeed_cpu", "deepspeed_fused"):
+        return _apex_adam(recipe)(
+            parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, adam_w_mode=True
+        )
+    if o.kernel in OPS:
         import deepspeed
 
         cpu = o.kernel == "deepspeed_cpu"
         kernel = deepspeed.ops.adam.DeepSpeedCPUAdam if cpu else deepspeed.ops.adam.FusedAdam
         return kernel(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+def check_kernel(recipe: Recipe) -> None:
+    """Refuse a kernel that is not installed or that DeepSpeed cannot compile here: it is compiled now (a minute, once
+    per machine) rather than when the ranks have met."""
+    kernel = recipe.optimizer.kernel
+    if kernel == "apex":
+        _apex_adam(recipe)
+    if kernel in OPS:
+        _compiled(OPS[kernel], f"recipe {recipe.name} asks for optimizer.kernel {kernel}", "--optimizer.kernel torch")
+
+
+def check_aio(recipe: Recipe) -> None:
+    """Parameters travel to NVMe through an operation that DeepSpeed compiles against libaio."""
+    asks = f"recipe {recipe.name} asks for parallel.offload_parameters nvme"
+    _compiled("AsyncIOBuilder", asks, "--parallel.offload-parameters cpu, or install libaio-dev")
+
+
+def _apex_adam(recipe: Recipe) -> Any:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"recipe {recipe.name} asks for optimizer.kernel apex, but apex is not installed: "
+            "build NVIDIA/apex or use --optimizer.kernel torch"
+        ) from error
+    return FusedAdam
+
+
+def _compiled(name: str, asks: str, instead: str) -> None:
+    choose_accelerator()
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(name)
+    try:
+        if not builder.is_compatible(verbose=False):
+            raise RuntimeError("what it is compiled with is not installed")
+        builder.load(verbose=False)
+    except Exception as error:  # of compilers, linkers, loaders, DeepSpeed's own checks
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{asks}, which DeepSpeed cannot compile here ({said[0]}): use {instead}") from error

@@ -65,8 +65,10 @@ class Stage3Partition:
 
     def __init__(self, engine: Any, names: dict[int, str]) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
-        if any(flat.numel() == 0 for flat in self._optimizer.fp32_partitioned_groups_flat):
-            raise NotImplementedError("partitions swapped to NVMe are not readable here")
+        # DeepSpeed's prefetch from NVMe asks for a tensor twice where two uses of it (forward, backward) lie ahead, and
+        # then fails: without it a block's tensors are read when the block is reached.
+        coordinator = self._optimizer.parameter_offload.get_param_coordinator()
+        coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
         self.flats = [
             Flat(master, self._segments(group, names))
             for group, master in zip(self._optimizer.fp16_groups, self._optimizer.fp32_partitioned_groups_flat)
@@ -101,9 +103,22 @@ class Stage3Partition:
         # cache the next forward pass would still compute with the old values.
         self._engine.empty_partition_cache()
         with torch.no_grad():
-            for target, source in zip(self._optimizer.fp16_partitioned_groups_flat, tensors, strict=True):
-                target.copy_(source)
+            for number, source in enumerate(tensors):
+                target = self._optimizer.fp16_partitioned_groups_flat[number]
+                if target is None:
+                    self._swap_out(number, source)
+                else:
+                    target.copy_(source)
         self._optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
+
+    def _swap_out(self, number: int, source: Tensor) -> None:
+        """To NVMe, as DeepSpeed itself does after a step, with other values than the master's."""
+        masters = self._optimizer.fp32_partitioned_groups_flat
+        kept, masters[number] = masters[number], source
+        try:
+            self._optimizer._partitioned_params_swap_out(number)
+        finally:
+            masters[number] = kept
 
     def show_master(self) -> None:
         self.show([flat.master for flat in self.flats])

@@ -1,0 +1,185 @@
+"""What `--dry-run` finds by the plain command: everything that does not fit, several mistakes in one run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_launch import ROOT, TINY, finish, start_ranks
+
+from data_pipeline.loader import open_dataset
+from data_pipeline.synthetic import write_synthetic
+from infra.errors import UserErrors
+from trainer.__main__ import TrainArgs, _parse, main
+from trainer.recipe import Recipe
+from trainer.recipes import get_recipe
+from trainer.zero import checkpoint
+from trainer.zero.group import Group
+from trainer.zero.partition import Segment
+
+pytestmark = pytest.mark.dist
+SWAPPED = ["--parallel.offload-optimizer", "--parallel.offload-parameters", "nvme", "--parallel.nvme-path"]
+LAUNCHER = ["-c", "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[3:]]))"]
+HERE = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_synthetic(str(path), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32", "24x40"))
+    return path
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["-m", "trainer", "train", "world-d2", "--data", str(data), "--out", str(out), "--dry-run"]
+    return [*arguments, "--images", "64", *TINY, *more]
+
+
+def refused(monkeypatch, data: Path, out: Path, *more: str) -> list[str]:
+    """The lines that a dry run ends with."""
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, out, *more)[2:]])
+    with pytest.raises(UserErrors) as caught:
+        main()
+    return list(caught.value.lines)
+
+
+def interrupted(data: Path, run: Path, *more: str) -> Path:
+    """A run folder with one checkpoint, made by the trainer's own writer: two numbers stand for the weights."""
+    words = command(data, run, *more)[4:]
+    recipe: Recipe = _parse(TrainArgs, words, "train", recipe=get_recipe("world-d2")).recipe
+    recipe = Recipe.from_json(recipe.to_json())
+    told = recipe.to_json()
+    told["data"]["fingerprint"] = open_dataset(str(data)).fingerprint
+    share = checkpoint.Share([(Segment("a", (2,), 0, 2, 0),)], {"master": [torch.ones(2)]}, {})
+    state = {"recipe": told, "images_seen": 8}
+    assert checkpoint.save(f"{run}/checkpoints", share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1)
+    (run / "recipe.json").write_text(json.dumps(told))
+    return run / "checkpoints" / "step_0000001"
+
+
+def test_a_data_set_of_several_buckets_fits(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run")[2:]])
+    main()
+    assert "nothing was written" in capsys.readouterr().out
+
+
+def test_latents_of_another_height_and_width(data, tmp_path, monkeypatch):
+    shape = ["--data.latent-shape", "4", "16", "16"]
+    [line] = refused(monkeypatch, data, tmp_path / "run", *shape)
+    assert "latent shape: data 4 8 8, recipe 4 16 16 (--data.latent-shape 4 8 8)" in line
+    # The same pixels by an autoencoder of another factor, and buckets beyond any plan.
+    write_synthetic(str(tmp_path / "f2"), num_samples=16, val_samples=8, latent_shape=(4, 16, 16), buckets=("32x32",))
+    [line] = refused(monkeypatch, tmp_path / "f2", tmp_path / "run")
+    assert "latent shape: data 4 16 16, recipe 4 8 8" in line
+    buckets = ("32x32", "64x64", "20x52")
+    write_synthetic(str(tmp_path / "odd"), num_samples=64, val_samples=8, latent_shape=(4, 8, 8), buckets=buckets)
+    large, odd = sorted(refused(monkeypatch, tmp_path / "odd", tmp_path / "run"), key=lambda line: "20x52" in line)
+    assert "bucket 64x64 (16 images) has latents of 16x16, more than 2 times the 64" in large
+    assert "bucket 20x52 (16 images) has latents of 5x13, which patch 2" in odd
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_val_split(tmp_path, monkeypatch):
+    write_synthetic(str(tmp_path / "data"), num_samples=16, val_samples=0, latent_shape=(4, 8, 8), buckets=("32x32",))
+    [line] = refused(monkeypatch, tmp_path / "data", tmp_path / "run")
+    assert "split 'val' is empty; use --validation.every None" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("/no/such/folder", "No such file or directory"), ("/proc", "takes no file")]
+)
+def test_a_folder_for_swapping_that_takes_no_file(data, tmp_path, monkeypatch, path, says):
+    [line] = refused(monkeypatch, data, tmp_path / "run", *SWAPPED, path)
+    assert f"parallel.nvme_path {path} takes no file" in line
+    assert says in line
+    assert "--parallel.nvme-path" in line
+
+
+def test_switches_that_this_machine_or_number_of_ranks_cannot_do(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    more = ["--parallel.hpz", "2", "--parallel.compile", "--optimizer.kernel", "apex"]
+    found = refused(monkeypatch, data, tmp_path / "run", *more)
+    for says in ("parallel.hpz 2 does not divide the 1 ranks", "parallel.compile needs a compiler, but there is no "
+                 "no-such-compiler here", "apex is not installed"):  # fmt: skip
+        assert sum(says in line for line in found) == 1, found
+    assert len(found) == 3
+
+
+def test_a_checkpoint_that_came_here_in_half(data, tmp_path, monkeypatch, capsys):
+    folder = interrupted(data, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run")[2:]])
+    main()
+    assert "step_0000001 is whole: the run continues at 8 images" in capsys.readouterr().out
+    (folder / "manifest.json").unlink()
+    [line] = refused(monkeypatch, data, tmp_path / "run")
+    assert "names step_0000001 as its latest checkpoint, but that has no manifest.json: it is half copied" in line
+    [line] = refused(monkeypatch, data, tmp_path / "new", "--resume", str(folder))
+    assert "no checkpoint there (half copied: its manifest.json is missing)" in line
+
+
+def test_several_mistakes_are_found_in_one_run(data, tmp_path, monkeypatch):
+    """Two ranks of a launcher: rank 0 tells each in a line, the other leaves quietly; nothing is written."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    branch = interrupted(data, other, "--model.depth", "1")
+    damaged = interrupted(data, run)
+    file = damaged / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    before = sorted(str(path) for path in run.rglob("*"))
+    more = ["--global-batch", "9", "--data.latent-shape", "4", "16", "16", "--model.pooled-width", "64"]
+    more += ["--optimizer.kernel", "apex", "--ema.profiles", "power:0.9", "--optimizer.lr", "-1"]
+    more += [*SWAPPED, "/no/path"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {"MASTER_PORT": str(taken.getsockname()[1])}
+        launched = [*LAUNCHER, "--hostfile", "/no/hosts", *command(data, run, *more)]
+        codes, said = finish(start_ranks(launched, 2, of_rank={0: port, 1: port}))
+    assert codes == [2, 2], said
+    assert "Traceback" not in said
+    found = [line for line in said.splitlines() if line.startswith("error: ")]
+    wanted = (
+        "--hostfile /no/hosts: no such file",
+        "optimizer.lr is -1.0, expected a positive number",
+        "global_batch 9 does not divide by 2 ranks",
+        "latent shape: data 4 8 8, recipe 4 16 16",
+        "pooled text width: data 32, recipe 64 (--model.pooled-width 32)",
+        "'power:0.9' is out of range",
+        "apex is not installed",
+        "parallel.nvme_path /no/path takes no file",
+        "was started with another recipe",
+        "all 1 checkpoints are damaged",
+        f"port {port['MASTER_PORT']} is in use",
+    )
+    for says in wanted:
+        assert sum(says in line for line in found) == 1, (says, said)
+    assert sorted(str(path) for path in run.rglob("*")) == before
+    assert len(found) == len(wanted) - 1  # shapes share a line
+    # A branch from another architecture, damaged too.
+    (branch / "rank_00000.safetensors").unlink()
+    foreign, broken = refused(monkeypatch, data, tmp_path / "new", "--resume", str(branch))
+    assert "of another architecture (model.depth: 1 -> 2)" in foreign
+    assert "not a whole checkpoint" in broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "asks", "instead"),
+    [
+        (["--optimizer.kernel", "deepspeed_cpu"], "optimizer.kernel deepspeed_cpu", "--optimizer.kernel torch"),
+        (["--optimizer.kernel", "deepspeed_fused"], "optimizer.kernel deepspeed_fused", "--optimizer.kernel torch"),
+        ([*SWAPPED, "."], "parallel.offload_parameters nvme", "--parallel.offload-parameters cpu, or install libaio"),
+    ],
+)
+def test_what_deepspeed_cannot_compile(data, tmp_path, more, asks, instead):
+    broken = {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), **HERE}
+    done = subprocess.run(
+        [sys.executable, *command(data, tmp_path / "run", *more)],
+        env=os.environ | broken, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"asks for {asks}, which DeepSpeed cannot compile here (" in line
+    assert f"use {instead}" in line

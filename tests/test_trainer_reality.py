@@ -1,0 +1,133 @@
+"""The plan after the run: graded against its goals, and calibrated by a small run, through the plain command."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.errors import UserError
+from infra.results import ResultRow, ResultStore
+from trainer.__main__ import main
+from trainer.machines import get_machine, this_machine
+from trainer.plan import layers, make_plan
+from trainer.reality import Calibration, calibrate, goal_of, graded, missed, waiting_of
+from trainer.recipe import Optimizer, Parallel, Recipe
+from trainer.recipes import get_recipe
+
+SMALL = dataclasses.replace(
+    get_recipe("world-d2"), global_batch=8, images=64, precision="fp32", optimizer=Optimizer(lr=1e-3)
+)
+
+
+def write_run(folder: Path, recipe: Recipe, *, machine: str, world: int = 2, off: float = 1.0, **costs: float) -> str:
+    """A finished run's folder, measured as planned but for `costs`; bytes off by a factor."""
+    plan = make_plan(recipe, world=world, machine=get_machine(machine))
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    (folder / "weights").mkdir()
+    (folder / "weights" / "raw.safetensors").write_bytes(b"0" * plan["storage_bytes"])
+    found = {name.removeprefix("cost/"): value for name, value in plan["predicted"].items()}
+    found = {name: value * (off if name.startswith("bytes") else 1.0) for name, value in found.items()} | costs
+    rows = [
+        ResultRow(run=folder.name, recipe_hash=recipe.hash, code_version="", images_seen=recipe.images,
+                  metric=f"cost/{name}", value=float(value), sample_count=1, higher_is_better=False, protocol_hash="")
+        for name, value in found.items() if name != "storage_bytes"
+    ]  # fmt: skip
+    ResultStore(str(folder / "results")).append(rows)
+    return f"{folder}/"
+
+
+def run_plan(monkeypatch, capsys, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["trainer", "plan", *words])
+    main()
+    return capsys.readouterr().out
+
+
+def test_goals_are_those_of_the_project():
+    assert [goal_of(name) for name in ("parameters", "bytes_per_rank/ema", "checkpoint_bytes", "storage_bytes",
+                                       "step_seconds", "step_cpu_seconds", "images_per_second")] == [
+        0.0, 0.05, 0.02, 0.02, 0.15, 0.15, None]  # fmt: skip
+    rows = {"parameters": (5.0, 5.0), "bytes_per_rank/ema": (104.0, 100.0), "step_seconds": (1.16, 1.0)}
+    assert missed(rows) == ["step_seconds"]
+    assert missed({"parameters": (5.0, 6.0), "storage_bytes": (97.0, 100.0)}) == ["parameters", "storage_bytes"]
+
+
+def test_a_run_is_graded_line_by_line(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", SMALL, machine="cpu", off=1.1)
+    told = run_plan(monkeypatch, capsys, run).splitlines()
+    ema = next(line for line in told if line.startswith("bytes_per_rank/ema"))
+    assert ema.split()[-3:] == ["-9.1%", "5%", "MISSED"]
+    step = next(line for line in told if line.startswith("step_cpu_seconds"))
+    assert step.split()[-2:] == ["+0.0%", "15%"]
+    assert sum("MISSED" in line for line in told) == 6  # each category of bytes
+    answer = json.loads(run_plan(monkeypatch, capsys, run, "--json"))
+    assert {name.split("/")[0] for name in answer["missed"]} == {"bytes_per_rank"}
+
+
+def test_on_other_devices_a_run_s_whole_speed_plans_the_next(tmp_path, monkeypatch, capsys):
+    """Of a kind that is not here: at half the planned speed the efficiency is half the usual, whatever the depth."""
+    assert this_machine("fp32").name != "h200-141"
+    speed = make_plan(SMALL, world=2, machine=get_machine("h200-141"))["predicted"]["cost/images_per_second"]
+    run = write_run(tmp_path / "run", SMALL, machine="h200-141", images_per_second=speed / 2)
+    found = calibrate(run)
+    per_image = make_plan(SMALL, world=2)["train_flops_per_image"]
+    assert not found.by_trial
+    assert found.efficiency == pytest.approx(speed / 2 * per_image / (2 * get_machine("h200-141").flops))
+    plan = json.loads(run_plan(monkeypatch, capsys, "d15", "--gpus", "8", "--calibrate", run, "--json"))
+    assert (plan["machine"], plan["efficiency"], plan["world_size"]) == ("h200-141", found.efficiency, 8)
+    assert "calibrated by the whole speed" in run_plan(monkeypatch, capsys, "d15", "--calibrate", run)
+    with pytest.raises(UserError, match="plans for h200-141 by what"):
+        run_plan(monkeypatch, capsys, "d15", "--calibrate", run, "--gpu", "h100-80")
+    cpu = write_run(tmp_path / "cpu", SMALL, machine="cpu")
+    with pytest.raises(UserError, match=r"ran on cpu, .* on h200-141: calibrate by a run on the same kind"):
+        run_plan(monkeypatch, capsys, cpu, "--calibrate", run)
+
+
+def test_overhead_and_waiting_reach_the_plan_of_another_depth():
+    cpu = get_machine("cpu")
+    large = dataclasses.replace(get_recipe("world-d4"), global_batch=16, parallel=Parallel(micro_batch=4))
+    plain = make_plan(large, world=2, machine=cpu, efficiency=0.3)["time"]
+    # Ranks that exchange wait for each other, half of their own work for it.
+    assert plain["step_seconds"] == pytest.approx(plain["work_seconds"] + 0.5 * plain["communication_seconds"])
+    taught = Calibration("small", cpu, 0.3, overhead=0.01, waiting=0.02).plan(large, world=2)
+    assert layers(large, 2) == 5 * 2
+    assert taught["time"]["work_seconds"] == pytest.approx(plain["work_seconds"] + 0.1)
+    assert taught["time"]["step_seconds"] == pytest.approx(plain["step_seconds"] + 0.1 + 0.2)
+    assert taught["predicted"]["cost/step_cpu_seconds"] == taught["time"]["work_seconds"]
+    assert taught["predicted"]["cost/images_per_second"] == pytest.approx(16 / taught["time"]["step_seconds"])
+    alone = Calibration("small", cpu, 0.3, waiting=0.02).plan(large, world=1)["time"]
+    assert alone["step_seconds"] == alone["work_seconds"]  # one rank waits for nobody
+    gpus = make_plan(large, world=2, machine=get_machine("h100-80"))["time"]
+    assert gpus["step_seconds"] == gpus["work_seconds"]
+
+
+def test_waiting_is_what_neither_work_nor_exchanges_explain():
+    time = {"step_seconds": 12.0, "work_seconds": 10.0}
+    assert waiting_of({"cost/step_seconds": 15.0, "cost/step_cpu_seconds": 10.0}, time) == 3.0
+    assert waiting_of({"cost/step_seconds": 11.0, "cost/step_cpu_seconds": 10.0}, time) == 0.0
+    assert waiting_of({"cost/step_seconds": 15.0}, time) == 0.0
+
+
+def test_a_small_run_teaches_by_trial_what_a_layer_costs(tmp_path, monkeypatch, capsys):
+    """A step of 100 seconds of work: whatever the trial of these tiny blocks says, nearly all of it is overhead."""
+    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world=1, step_cpu_seconds=100.0)
+    found = calibrate(run)
+    assert found.by_trial
+    assert found.overhead == pytest.approx(100 / layers(SMALL, 1), rel=0.05)
+    assert graded(run, found)["step_cpu_seconds"] == (pytest.approx(100, rel=0.05), 100.0)
+    deeper = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, depth=5))
+    assert found.plan(deeper, world=1)["time"]["work_seconds"] == pytest.approx(200, rel=0.05)
+    told = run_plan(monkeypatch, capsys, run, "--calibrate", run)
+    assert f"calibrated by {run}" in told
+
+
+def test_a_run_of_an_older_version_calibrates_nothing(tmp_path):
+    run = write_run(tmp_path / "run", SMALL, machine="cpu")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    del plan["device_peak_flops"]
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="older version"):
+        calibrate(run)

@@ -1,0 +1,85 @@
+"""Does this data set fit this recipe? Each mismatch with the flag that mends it, from dataset.json and the index."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.loader import Dataset
+from infra.errors import UserError, UserErrors
+from trainer.recipe import Recipe
+
+ROOM = 2.0  # times a data set's resolution squared; data_pipeline/buckets.py makes shapes that differ by some per cent
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> None:
+    """Latents, text and captions of the data against what the model reads, all mismatches at once."""
+    wrong = [*_of_shapes(recipe, dataset), *_of_buckets(recipe, dataset), *_of_captions(recipe, dataset)]
+    wanted, found = recipe.data.fingerprint, dataset.fingerprint
+    if wanted not in (None, found):
+        told = f"fingerprint {found}, recipe {recipe.name} was made for {wanted}: use the data it was made for"
+        wrong.append(f"{dataset.uri}: {told}")
+    if wrong:
+        raise UserErrors(wrong)
+
+
+def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    model, spec, vae = recipe.model, dataset.text_spec, dataset.vae
+    side = dataset.resolution // vae.factor
+    pairs: tuple[tuple[str, Any, Any, str], ...] = (
+        ("pixels", dataset.resolution, recipe.data.resolution, "--data.resolution"),
+        ("latent channels", vae.channels, model.in_channels, "--model.in-channels"),
+        ("latent shape", (vae.channels, side, side), recipe.data.latent_shape, "--data.latent-shape"),
+        ("text width", spec.context_width, model.context_width, "--model.context-width"),
+        ("pooled text width", spec.pooled_width, model.pooled_width, "--model.pooled-width"),
+        ("text tokens", spec.context_tokens, recipe.data.text_tokens, "--data.text-tokens"),
+    )
+    wrong = [
+        f"{what}: data {_plain(found)}, recipe {_plain(wanted)} ({flag} {_plain(found)})"
+        for what, found, wanted, flag in pairs
+        if found != wanted
+    ]
+    if wrong:
+        yield (
+            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: "
+            "take the data the recipe was made for, or give these flags"
+        )
+
+
+def _of_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Latents that patches and positions cannot cover, and those that memory was not planned for."""
+    model, uri = recipe.model, dataset.uri
+    if dataset.num_samples == 0:
+        yield f"{uri}: the {dataset.split} split is empty: run the pipeline on more images"
+    planned = (dataset.resolution // dataset.vae.factor) ** 2
+    for bucket, count in dataset.buckets.items():
+        _, height, width = dataset.latent_shape(bucket)
+        if height % model.patch or width % model.patch or max(height, width) > model.pos_max * model.patch:
+            yield (
+                f"{uri}: bucket {bucket} ({count} images) has latents of {height}x{width}, which patch {model.patch} "
+                f"and positions up to {model.pos_max} cannot cover: raise --model.pos-max or drop the bucket"
+            )
+        if height * width > ROOM * planned:
+            yield (
+                f"{uri}: bucket {bucket} ({count} images) has latents of {height}x{width}, more than {ROOM:g} "
+                f"times the {planned} that the recipe is planned for: drop the bucket, or pack it as another resolution"
+            )
+
+
+def _of_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    if not caption_weights(recipe, dataset):
+        yield f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
+
+
+def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """How often each caption is taken, of those that the recipe wants and the data has."""
+    wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
+    return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
+
+
+def check_val(recipe: Recipe, val: Dataset) -> None:
+    """What validation needs."""
+    if val.num_samples == 0:
+        raise UserError(f"{val.uri}: split {val.split!r} is empty; use --validation.every None to train without")
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
