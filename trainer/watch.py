@@ -155,18 +155,24 @@ class Watch:
         if self.group.rank == self._speaker():
             log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._who(), uri)
 
+    def _silent(self) -> list[int]:
+        return [rank for rank in self._dead(SURE_S) if rank in self._seen]
+
     def _speaker(self) -> int:
-        return min(self._seen, default=self.group.rank)
+        """The lowest rank that beats: one that is stopped has no voice."""
+        silent = self._silent()
+        return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
 
     def _who(self) -> str:
-        """The ranks that hold the others up: in a collective all wait for the one that has done least."""
+        """The ranks that hold the others up: in a collective all wait for the one that has done least, and for those
+        that do not even beat, as they are stopped."""
         if not self._seen:
             return f"this rank is at step {self._step}: {self._doing}"
+        silent = self._silent()
         least = min(seen.moved for seen in self._seen.values())
-        stuck = [
-            f"rank {r} at step {s.step}: {s.doing}" for r, s in sorted(self._seen.items()) if s.moved <= least + NEAR_S
-        ]
-        return "longest without progress: " + ", ".join(stuck[:4])
+        stuck = silent or [rank for rank, seen in self._seen.items() if seen.moved <= least + NEAR_S]
+        told = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
+        return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(told)
 
 
 def stacks() -> str:
@@ -182,7 +188,7 @@ def tell_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None
     alive = [rank for rank in range(group.world) if rank not in dead]
     if alive and group.rank == alive[0]:
         who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
-        how = "stopped with an error of its own" if failed else "ended without a word (killed, or out of reach)"
+        how = "stopped with an error of its own" if failed else "ended without a word (killed, stopped or out of reach)"
         line = f"error: {who} {how} at step {step}"
         print(f"{line}: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
 
