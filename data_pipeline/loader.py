@@ -111,11 +111,12 @@ class Dataset:
         prefetch: int = 2,
         block_shards: int = BLOCK_SHARDS,
         partner: Partner | None = None,
+        dealt: bool = False,
     ) -> Batches:
         """Endless batches from sample position `start` on: this rank's lane of each global batch.
 
         `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it. `partner` finds what
-        makes pairs of the samples.
+        makes pairs of the samples. A lane is a run of neighbours; `dealt` out instead, it is every `world_size`-th one.
         """
         lane, rest = divmod(global_batch, world_size)
         if global_batch < 1 or rest:
@@ -128,7 +129,8 @@ class Dataset:
         draws.check(self.info.captions)
         order = self.order(seed=seed, global_batch=global_batch, block_shards=block_shards)
         return Batches(
-            self, order, draws, start=start, lane=slice(rank * lane, (rank + 1) * lane),
+            self, order, draws, start=start,
+            lane=slice(rank, None, world_size) if dealt else slice(rank * lane, (rank + 1) * lane),
             micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, partner=partner,
         )  # fmt: skip
 

@@ -40,17 +40,19 @@ def write_synthetic(
     synthetic_share: float = 1.0,
     int8_seats: tuple[str, ...] = (),
     pairs: bool = False,
+    autoencoder: str = "synthetic:vae",
 ) -> DatasetInfo:
     """Write train and val. `latent_shape` belongs to the first bucket; later buckets get smaller and smaller shares.
 
     Latents of a kind of thing scatter around that kind's own pattern, and the text features state the kind, so a model
     can learn something. `synthetic_share` is the share of samples that have a synthetic caption. With `pairs` there are
-    splits train_rejected and val_rejected, which show another kind than their captions say.
+    splits train_rejected and val_rejected, which show another kind than their captions say. `autoencoder` is named as
+    the one that the latents come from; where pictures shall be drawn, it must be there and fit them.
     """
     channels, latent_height, _ = latent_shape
     factor = int(buckets[0].split("x")[0]) // latent_height
     resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
-    vae = VaeMeta("synthetic:vae", channels, factor, shift=0.1, scale=0.9)
+    vae = VaeMeta(autoencoder, channels, factor, shift=0.1, scale=0.9)
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
     encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}

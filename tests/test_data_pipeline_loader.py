@@ -72,6 +72,17 @@ def test_ranks_share_the_one_rank_batch(root, world_size):
         assert len({p.latent_BCHW.shape[2:] for p in parts}) == 1
 
 
+def test_samples_dealt_out_to_the_ranks_are_the_same_batch(root):
+    whole = take(open_dataset(root), 4)
+    lanes = [take(open_dataset(root), 4, rank=rank, world_size=2, dealt=True) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        for rank, lane in enumerate(lanes):
+            assert lane[step].keys == batch.keys[rank::2]
+            assert torch.equal(lane[step].positions, batch.positions[rank::2])
+            assert torch.equal(lane[step].latent_BCHW, batch.latent_BCHW[rank::2])
+            assert lane[step].captions == batch.captions[rank::2]
+
+
 def test_micro_batches_are_the_lane_in_pieces(root):
     whole, pieces = take(open_dataset(root), 3), take(open_dataset(root), 12, micro_batch=2)
     assert joined(b.keys for b in whole) == joined(b.keys for b in pieces)

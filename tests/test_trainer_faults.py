@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -190,6 +191,29 @@ def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monk
         "stall_rank_00000_step_0000007.txt", "stall_rank_00001_step_0000007.txt",
     ]  # fmt: skip
     assert "test_a_stuck_rank" in (tmp_path / "logs" / "stall_rank_00001_step_0000007.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_by_the_one_that_beats(data, tmp_path):
+    """SIGSTOP: nothing of that process moves, its watch neither. Woken in time, it goes on as if nothing had been."""
+    run = tmp_path / "run"
+    more = ["--logging.save-every", "8", "--logging.keep", "1", "--logging.stall-s", "16"]
+    processes = start_ranks(command(data, run, 80_000, *more), 2)
+    while not (run / "checkpoints" / "latest").exists() and processes[0].poll() is None:
+        time.sleep(0.5)
+    for stopped, awake in ((1, 0), (0, 1)):  # rank 0 holds the store through which they beat
+        time.sleep(6)  # they hear of each other
+        processes[stopped].send_signal(signal.SIGSTOP)
+        line = until(processes[awake], "without a sign of life").splitlines()[-1]
+        processes[stopped].send_signal(signal.SIGCONT)
+        assert f"without a sign of life: rank {stopped} at step" in line
+        assert f"rank {awake} at" not in line
+        assert 16 <= float(line.partition("no progress for ")[2].partition(" s;")[0]) < 25
+        stacks = Path(line.rpartition(": ")[2]).read_text()
+        assert "trainer/train.py" in stacks  # where the one that waits stands
+    processes[0].send_signal(signal.SIGTERM)
+    codes, rest = finish(processes)
+    assert codes == [75, 75], rest
 
 
 @pytest.mark.slow

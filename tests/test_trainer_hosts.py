@@ -98,7 +98,7 @@ def test_two_hosts_train_lose_their_cable_and_resume(hosts, tmp_path):
     ip(f"-n {hosts[0]} link set cable down")
     codes, said = end(processes, 180)
     assert all(codes), said
-    lost = [line for line in said.splitlines() if "ended without a word (killed, or out of reach)" in line]
+    lost = [line for line in said.splitlines() if "ended without a word (killed, stopped or out of reach)" in line]
     assert {line.split("rank ")[1][0] for line in lost} == {"0", "1"}, said  # each side misses the other
     assert all("the same command continues from the last checkpoint" in line for line in lost)
 

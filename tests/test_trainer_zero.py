@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from trainer_zero_checks import CONFIG, RECIPE
 
 from data_pipeline.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
+from model.errors import ModelError
 from model.flops import parameter_count
 from model.weights import load_model, load_weights
+from trainer.export import write
 from trainer.recipe import check
 from trainer.validate import Validator
 from trainer.zero.engine import deepspeed_config
@@ -72,6 +75,37 @@ def test_export_equals_gathered_weights(folder, found):
 
 def test_failed_export_is_told_to_every_rank(found):
     assert found["refused"]
+
+
+def test_empty_tensors_of_a_sharded_module_are_refused(folder, found):
+    count = len(CONFIG.build().state_dict())
+    assert f"{count} misshapen" in found["empty"]
+    assert "(0,) instead of" in found["empty"]
+    assert not list(folder.glob("empty_*"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda x: x.new_empty(0), "(0,)"),
+        (lambda x: x.T, "(128, 16)"),
+        (lambda x: x * float("nan"), "(16, 128)"),
+    ],
+)
+def test_an_exporter_that_is_given_a_wrong_tensor_leaves_no_file(tmp_path, spoil, found):
+    state = CONFIG.build().state_dict()
+    shapes = {name: tuple(x.shape) for name, x in state.items()}
+    last = "final.linear.weight"
+    meta = {"kind": "raw", "backbone": "mmdit", "config": CONFIG.to_json()}
+
+    def read(name: str) -> torch.Tensor:
+        return spoil(state[name]) if name == last else state[name]
+
+    with pytest.raises(ModelError, match=re.escape(f"{last} is {found} or not finite, expected finite (16, 128)")):
+        write([str(tmp_path / "w.safetensors")], shapes, read, meta)
+    with pytest.raises(ModelError, match="1 tensors do not fit the model"):
+        write([str(tmp_path / "w.safetensors")], {n: s for n, s in shapes.items() if n != last}, read, meta)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Plain:

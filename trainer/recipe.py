@@ -117,8 +117,8 @@ class Parallel:
     quantized_gradients: bool = False
     """Reduce gradients as int4 (ZeRO++ qgZ, CUDA only); changes the numbers."""
     reverse_lanes: bool = False
-    """The ranks exchange their shares of each batch: the same batch, summed in another order. `verify-resume`
-    measures with it how far rounding alone makes two runs drift apart."""
+    """The ranks exchange images of each batch: the same batch, summed in another order. `verify-resume` measures with
+    it how far rounding alone makes two runs drift apart. (Whole shares exchanged change nothing on two ranks.)"""
 
 
 @dataclass(frozen=True)

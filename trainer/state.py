@@ -203,11 +203,12 @@ def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -
         seed=recipe.seed,
         start=state.step * recipe.global_batch,
         global_batch=recipe.global_batch,
-        rank=group.world - 1 - group.rank if recipe.parallel.reverse_lanes else group.rank,
+        rank=group.rank,
         world_size=group.world,
         caption_weights=caption_weights(recipe, dataset),
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
         partner=Partners(dataset) if recipe.objective == "dpo" else None,
+        dealt=recipe.parallel.reverse_lanes,
     )

@@ -1,8 +1,8 @@
 """`verify-resume`: the promises about resuming, proved on the user's own recipe, data and machine.
 
 Five short runs of the same recipe, each by the command a person would type: straight through; continued from the
-middle on as many ranks; on other ranks; and, where the precision is bf16, with the ranks' shares of each batch
-exchanged, which shows how far rounding alone lets two runs drift.
+middle on as many ranks; on other ranks; and, where the precision is bf16, with images of each batch exchanged between
+the ranks, which shows how far rounding alone lets two runs drift.
 """
 
 import json
@@ -21,6 +21,7 @@ from trainer.recipe import Recipe
 
 log = get_logger("verify")
 CLOSE = 1e-5
+TWICE = 2.0  # the two drifts are one draw each of the same rounding errors
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int
     if exchanged is not None:
         allowed = max(list(gaps(one, exchanged).values())[first - 1 :])
         told = f"{max(after):.2g}, rounding alone {allowed:.2g}"
-        verdicts.append(Verdict(f"{what}: drift no larger than rounding's", max(after) <= max(allowed, CLOSE), told))
+        kept = max(after) <= max(TWICE * allowed, CLOSE)
+        verdicts.append(Verdict(f"{what}: drift at most twice that of rounding", kept, told))
     return verdicts
 
 

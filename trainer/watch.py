@@ -40,6 +40,7 @@ class Seen:
     doing: str
     moved: float
     state: int
+    waits: bool
 
 
 class Watch:
@@ -97,17 +98,19 @@ class Watch:
             self._report_stall()
 
     def _beat(self, count: int) -> None:
-        told = json.dumps([count, self._step, self._doing, round(time.monotonic() - self._moved, 1), self._state])
+        still = round(time.monotonic() - self._moved, 1)
+        told = json.dumps([count, self._step, self._doing, still, self._state, waits_for_others()])
         self._store.set(f"beeline/beat/{self.group.rank}", told)
 
     def _listen(self) -> None:
         now = time.monotonic()
         ranks = [r for r in range(self.group.world) if self._store.check([f"beeline/beat/{r}"])]
         for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
-            count, step, doing, still, state = json.loads(text)
+            count, step, doing, still, state, waits = json.loads(text)
             old = self._seen.get(rank)
             changed = old is None or old.count != count
-            self._seen[rank] = Seen(count, now if changed or old is None else old.at, step, doing, now - still, state)
+            at = now if changed or old is None else old.at
+            self._seen[rank] = Seen(count, at, step, doing, now - still, state, waits)
 
     def _dead(self, after_s: float = DEAD_S) -> list[int]:
         now = time.monotonic()
@@ -155,18 +158,32 @@ class Watch:
         if self.group.rank == self._speaker():
             log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._who(), uri)
 
+    def _silent(self) -> list[int]:
+        return [rank for rank in self._dead(SURE_S) if rank in self._seen]
+
     def _speaker(self) -> int:
-        return min(self._seen, default=self.group.rank)
+        """The lowest rank that beats: one that is stopped has no voice."""
+        silent = self._silent()
+        return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
 
     def _who(self) -> str:
-        """The ranks that hold the others up: in a collective all wait for the one that has done least."""
+        """The ranks that hold the others up: in a collective all wait for the one that has done least and is not in it
+        yet, and for those that do not even beat, as they are stopped."""
         if not self._seen:
             return f"this rank is at step {self._step}: {self._doing}"
+        silent = self._silent()
         least = min(seen.moved for seen in self._seen.values())
-        stuck = [
-            f"rank {r} at step {s.step}: {s.doing}" for r, s in sorted(self._seen.items()) if s.moved <= least + NEAR_S
-        ]
-        return "longest without progress: " + ", ".join(stuck[:4])
+        behind = [rank for rank, seen in self._seen.items() if seen.moved <= least + NEAR_S]
+        stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
+        told = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
+        return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(told)
+
+
+def waits_for_others() -> bool:
+    """Is the main thread inside a collective, as far as Python can see?"""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    where = frame.f_code.co_filename if frame is not None else ""
+    return "/torch/distributed/" in where or "/deepspeed/" in where
 
 
 def stacks() -> str:
@@ -182,7 +199,7 @@ def tell_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None
     alive = [rank for rank in range(group.world) if rank not in dead]
     if alive and group.rank == alive[0]:
         who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
-        how = "stopped with an error of its own" if failed else "ended without a word (killed, or out of reach)"
+        how = "stopped with an error of its own" if failed else "ended without a word (killed, stopped or out of reach)"
         line = f"error: {who} {how} at step {step}"
         print(f"{line}: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
 

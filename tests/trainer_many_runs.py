@@ -1,0 +1,78 @@
+"""Run by real ranks (see test_trainer_runs.py): several trainings one after the other, each by the words that a person
+would type after `trainer train`. What every rank was given goes to RUN/seen_RANK.json.
+
+A job is {"words": [...]} and may ask for "start" (keep the weights as they are before the first step), "poison" (a
+sample that makes its batch's gradient infinite, the loss stays as it is) and "hold" (seconds for which the last rank
+stands still in its third step).
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+import trainer.train as loop
+from infra.errors import run_cli
+from model.weights import write_safetensors
+from trainer.__main__ import run_train
+from trainer.zero.group import Group, leave, start
+
+
+class Observed:
+    """The loop of one job, with the functions that it calls watched."""
+
+    def __init__(self, job: dict[str, Any], group: Group) -> None:
+        self.job, self.group = job, group
+        self.run = Path(job["words"][job["words"].index("--out") + 1])
+        self.seen: list[dict[str, Any]] = []
+        self._losses_of, self._restore = loop.losses_of, loop.restore
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        loop.losses_of, loop.restore = self.losses_of, self.restore
+        torch.compiler.reset()
+        counters.clear()
+        try:
+            yield
+        finally:
+            loop.losses_of, loop.restore = self._losses_of, self._restore
+        told = {"seen": self.seen, "graphs": counters["stats"]["unique_graphs"]}
+        (self.run / f"seen_{self.group.rank}.json").write_text(json.dumps(told))
+
+    def losses_of(self, recipe, engine, micro, *more):
+        self.seen.append({"shape": list(micro.latent_BCHW.shape[1:]), "positions": micro.positions.tolist()})
+        if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world - 1:
+            time.sleep(self.job["hold"])
+        found = self._losses_of(recipe, engine, micro, *more)
+        if self.job.get("poison") in micro.keys:
+            zero_B = found.loss_B - found.loss_B.detach()
+            found = found._replace(loss_B=found.loss_B + zero_B.sqrt())  # infinitely steep at zero
+        return found
+
+    def restore(self, recipe, engine, ema, **more):
+        state = self._restore(recipe, engine, ema, **more)
+        if self.job.get("start"):
+            for kind, tensors in (("raw", engine.masters), ("ema", ema.first)):
+                whole = {name: engine.whole(name, tensors) for name in engine.shapes}
+                if self.group.rank == 0:
+                    write_safetensors(self.run / f"start_{kind}.safetensors", whole, {})
+        return state
+
+
+def main() -> None:
+    group = start()
+    loop.start, loop.leave = (lambda: group), (lambda: None)  # the ranks meet once for all runs
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        with Observed(job, group).watching():
+            run_train(job["words"])
+    leave()
+
+
+if __name__ == "__main__":
+    run_cli(main)
