@@ -174,6 +174,16 @@ def test_memory_is_used_again_only_when_nobody_holds_a_batch(root):
     assert len({batch.text.context_BLD.data_ptr() for batch in held}) == len(held)
 
 
+def test_batches_from_s3_are_those_from_a_disk(tmp_path, s3):
+    for uri in (str(tmp_path), s3):
+        write_synthetic(uri, num_samples=32, val_samples=4, latent_shape=SHAPE, buckets=("32x32",), shard_rows=8)
+    for one, other in zip(take(open_dataset(str(tmp_path)), 6), take(open_dataset(s3), 6)):
+        assert one.keys == other.keys
+        assert torch.equal(one.latent_BCHW, other.latent_BCHW)
+        assert torch.equal(one.text.context_BLD, other.text.context_BLD)
+        assert torch.equal(one.text.pooled_BP, other.text.pooled_BP)
+
+
 def test_latents_are_the_stored_moments_sampled_and_normalised(root):
     val = open_dataset(root, split="val")
     numbers = val.bucket_ranges["32x32"][:5]
