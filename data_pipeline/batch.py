@@ -9,7 +9,11 @@ from model.text import TextCond
 
 
 class LatentBatch(NamedTuple):
-    """Latents drawn from the stored moments and normalised (fp32); caption chosen and encoders dropped already."""
+    """Latents drawn from the stored moments and normalised (fp32); caption chosen and encoders dropped already.
+
+    The context is fp16 as it is stored (fp32 where parts are int8): backbones widen it. Do not write into a batch: its
+    memory serves a later one when nobody holds a tensor of it any more.
+    """
 
     latent_BCHW: Tensor
     text: TextCond

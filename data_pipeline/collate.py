@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 from data_pipeline.batch import LatentBatch
 from data_pipeline.index import ShardRows
 from data_pipeline.layout import SampleLayout, Slots
+from data_pipeline.memory import Memory
+from data_pipeline.reader import Part
 from data_pipeline.schema import VaeMeta
 from infra.errors import UserError, nearest
-from model.seeding import keyed_normal, keyed_uniform
+from model.seeding import Normal, QuickNormal, keyed_uniform
 from model.text import TextCond, TextSpec
 
 Posterior = Literal["sample", "mean"]
+Read = Callable[[int, Sequence[Part]], np.ndarray]  # (sample, what goes elsewhere): the rest of its data region
+Lend = Callable[[tuple[int, ...], type[np.generic]], np.ndarray]  # Memory.lend
 Spread = Callable[[int, Callable[[range], None]], None]  # (count, work): work on parts of range(count)
 
 
@@ -30,6 +34,7 @@ class Draws:
     caption_weights: Mapping[str, float]
     encoder_dropout: float
     posterior: Posterior = "sample"
+    normal: type[Normal] | type[QuickNormal] = Normal
 
     def check(self, captions: Sequence[str]) -> None:
         for name, weight in self.caption_weights.items():
@@ -76,7 +81,7 @@ class Collator:
         self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...], int8_seats: tuple[str, ...] = ()
     ) -> None:
         self._spec, self._vae, self._captions, self._int8 = text_spec, vae, captions, int8_seats
-        self._seats = _seats(text_spec)
+        self._seats, self._memory = _seats(text_spec), Memory()
 
     def layout(self, latent_shape: tuple[int, int, int]) -> SampleLayout:
         channels, height, width = latent_shape
@@ -87,54 +92,62 @@ class Collator:
         self,
         positions: np.ndarray,
         rows: Sequence[tuple[ShardRows, int]],
-        read: Callable[[int], np.ndarray],
+        read: Read,
         spread: Spread,
         *,
         latent_shape: tuple[int, int, int],
         draws: Draws,
     ) -> LatentBatch:
-        """`rows[b]` is (table, row number) and `read(b)` the data region of the sample at `positions[b]`.
+        """`rows[b]` is (table, row number) and `read(b, elsewhere)` the data region of the sample at `positions[b]`.
 
         `spread` shares the samples out to threads; each is read, placed and forgotten, so that it stays in the cache.
         """
         layout = self.layout(latent_shape)
         tokens_BS = np.stack([table.tokens_RS[row] for table, row in rows])
         slots, caption_B = layout.offsets(tokens_BS), self._choose_captions(positions, tokens_BS, draws)
+        if any(table.size_R[row] != size for (table, row), size in zip(rows, slots.size_R)):
+            raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
         position_B = torch.from_numpy(positions.astype(np.int64))
-        text = _Text(self._spec, self._seats, self._int8, tokens_BS, slots, caption_B)
-        text.drop(position_B, draws)
-        latent_BCHW = torch.empty(len(rows), *latent_shape)
+        dropped_BE = self._drop(position_B, draws)
+        lend = self._memory.lend
+        moments, latents = (lend((len(rows), *shape), dtype) for shape, dtype in (
+            (layout.moments_shape, np.float16), (latent_shape, np.float32),
+        ))  # fmt: skip
+        target = _Target(self._spec, self._seats, self._int8, tokens_BS, slots, caption_B, dropped_BE, moments, lend)
 
         def fill(part: range) -> None:
-            moments = np.empty((len(part), *layout.moments_shape), np.float16)
-            flat = moments.reshape(len(part), -1).view(np.uint8)
-            for at, b in enumerate(part):
-                data = read(b)
-                if len(data) != slots.size_R[b]:
-                    raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
-                flat[at] = data[slots.moments_R[b] : slots.moments_R[b] + flat.shape[1]]
-                text.place(b, data)
-            mine = slice(part.start, part.stop)
-            latent_BCHW[mine] = self._latents(torch.from_numpy(moments), position_B[mine], draws)
+            for b in part:
+                target.place(b, read(b, target.elsewhere[b]))
+            # only now: between two reads of a megabyte nothing would stay in the cache
+            self._sample(latents, moments, positions, part, draws)
 
         spread(len(rows), fill)
         return LatentBatch(
-            latent_BCHW=latent_BCHW,
-            text=text.cond(),
+            latent_BCHW=torch.from_numpy(latents),
+            text=target.text,
             positions=position_B,  # type: ignore[arg-type]
             keys=[table.keys[row] for table, row in rows],
             captions=[table.captions[self._captions[c]][row] for (table, row), c in zip(rows, caption_B)],
         )
 
-    def _latents(self, moments: Tensor, position_B: Tensor, draws: Draws) -> Tensor:
+    def _sample(
+        self, latent_BCHW: np.ndarray, moments_BMHW: np.ndarray, positions: np.ndarray, part: range, draws: Draws
+    ) -> None:
         """Sampled (or the mean) and normalised."""
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        if draws.posterior == "mean":
-            noise_BCHW = torch.zeros(len(moments), *shape)
-        else:
-            noise_BCHW = keyed_normal(draws.seed, position_B, "posterior", shape)
-        latents = self._vae.latents
-        return latents.normalise(latents.sample(moments, noise_BCHW))
+        normal, wide = draws.normal(draws.seed, "posterior"), torch.empty(1, *moments_BMHW.shape[1:])
+        for b in part:
+            if draws.posterior == "sample":
+                normal.fill(int(positions[b]), latent_BCHW[b])
+            else:
+                latent_BCHW[b] = 0
+            wide.copy_(torch.from_numpy(moments_BMHW[b : b + 1]))
+            self._vae.latents.sample_normalised_(torch.from_numpy(latent_BCHW[b : b + 1]), wide)
+
+    def _drop(self, position_B: Tensor, draws: Draws) -> np.ndarray:
+        """Which encoders are left out: each on its own, keyed by position."""
+        seats = [encoder.seat for encoder in self._spec.encoders]
+        u_EB = [keyed_uniform(draws.seed, position_B, f"drop/{seat}").numpy() for seat in seats]
+        return np.stack(u_EB, 1) < draws.encoder_dropout
 
     def _choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: Draws) -> np.ndarray:
         """Index of the caption of each sample, by weight among those it has."""
@@ -149,8 +162,21 @@ class Collator:
         return np.minimum((u[:, None] * edges[:, -1:] >= edges).sum(1), len(self._captions) - 1)
 
 
-class _Text:
-    """A batch's text while it is filled: the same as model.text.assemble, without the copies in between."""
+class _Copy(NamedTuple):
+    """An array of a sample's bytes (`dtype`, from `at` on) and its place in the batch; int8 has its scales, too."""
+
+    at: int
+    dtype: np.dtype
+    target: np.ndarray
+    scale_at: int | None = None
+
+
+class _Target:
+    """Where each array of each sample goes: its moments, and its text as model.text.assemble places it.
+
+    The context stays fp16 as it is stored; only where int8 is about it is fp32. All is laid out beforehand: between two
+    samples of a megabyte each every line of Python is slow, as it has left the cache.
+    """
 
     def __init__(
         self,
@@ -160,47 +186,62 @@ class _Text:
         tokens_BS: np.ndarray,
         slots: Slots,
         caption_B: np.ndarray,
+        dropped_BE: np.ndarray,
+        moments_BMHW: np.ndarray,
+        lend: Lend,
     ) -> None:
-        self._spec, self._seats, self._int8 = spec, seats, int8
-        self._tokens_BS, self._slots, self._caption_B = tokens_BS, slots, caption_B
         batch = len(caption_B)
-        # numpy asks for huge pages, torch does not: 80 MB in small pages cost more than everything else here
-        self._context_BLD = torch.from_numpy(np.zeros((batch, spec.context_tokens, spec.context_width), np.float32))
-        self._pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
-        self._mask_BL = np.zeros((batch, spec.context_tokens), bool)
-        self._dropped_BE = np.zeros((batch, len(spec.encoders)), bool)
+        context_BLD = lend((batch, spec.context_tokens, spec.context_width), np.float32 if int8 else np.float16)
+        pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
+        mask_BL = np.zeros((batch, spec.context_tokens), bool)
+        self.elsewhere: list[list[Part]] = [[] for _ in range(batch)]
+        self._copies: list[list[_Copy]] = [[] for _ in range(batch)]
+        self._zeros: list[list[np.ndarray]] = [[] for _ in range(batch)]
+        for b, at in enumerate(slots.moments_R.tolist()):
+            self._add(b, _Copy(at, moments_BMHW.dtype, moments_BMHW[b]))
+        for number, encoder in enumerate(spec.encoders):
+            seat, small = seats[encoder.seat], encoder.seat in int8
+            tokens, slot_B = slice(seat.start, seat.start + seat.tokens), caption_B * len(spec.encoders) + number
+            states_BLW = context_BLD[:, tokens, seat.channel : seat.channel + seat.width]
+            count_B = np.where(dropped_BE[:, number], 0, tokens_BS[np.arange(batch), slot_B])
+            mask_BL[:, tokens] |= (np.arange(seat.tokens) < count_B[:, None]) | dropped_BE[:, number, None]
+            hidden_B, scale_B, pooled_B = (
+                offset_RS[np.arange(batch), slot_B].tolist()
+                for offset_RS in (slots.hidden_RS, slots.scale_RS, slots.pooled_RS)
+            )
+            dtype = np.dtype(np.int8 if small else np.float16)
+            for b, count in enumerate(count_B.tolist()):
+                if count < seat.tokens:
+                    self._zeros[b].append(states_BLW[b, count:])
+                if count:
+                    self._add(b, _Copy(hidden_B[b], dtype, states_BLW[b, :count], scale_B[b] if small else None))
+                if count and seat.pooled:
+                    target_P = pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled]
+                    self._copies[b].append(_Copy(pooled_B[b], target_P.dtype, target_P))
+        mask = torch.from_numpy(mask_BL) if spec.layout == "trimmed" else None
+        self.text = TextCond(torch.from_numpy(context_BLD), torch.from_numpy(pooled_BP), mask)
 
-    def drop(self, position_B: Tensor, draws: Draws) -> None:
-        """Each encoder on its own, keyed by position; what is dropped is never touched."""
-        for number, encoder in enumerate(self._spec.encoders):
-            u = keyed_uniform(draws.seed, position_B, f"drop/{encoder.seat}").numpy()
-            self._dropped_BE[:, number] = u < draws.encoder_dropout
+    def _add(self, b: int, copy: _Copy) -> None:
+        """Read straight into its place where that is one piece, of the same bytes and of whole words."""
+        target = copy.target
+        same = target.flags.c_contiguous and target.dtype == copy.dtype
+        if same and copy.at % 8 == target.nbytes % 8 == 0:
+            self.elsewhere[b].append(Part(copy.at, target.reshape(-1).view(np.uint8)))
+        else:
+            self._copies[b].append(copy)
 
     def place(self, b: int, data: np.ndarray) -> None:
-        """One sample's states, from its bytes straight into the batch."""
-        for number, encoder in enumerate(self._spec.encoders):
-            seat = self._seats[encoder.seat]
-            if self._dropped_BE[b, number]:
-                self._mask_BL[b, seat.start : seat.start + seat.tokens] = True
+        """One sample's other arrays, from its bytes into the batch, and zeros where there are none."""
+        for target in self._zeros[b]:
+            target.fill(0)
+        for at, dtype, target, scale_at in self._copies[b]:
+            stored = data[at : at + target.size * dtype.itemsize].view(dtype).reshape(target.shape)
+            if target.dtype == dtype:
+                target[...] = stored
                 continue
-            slot = self._caption_B[b] * len(self._spec.encoders) + number
-            count, at = int(self._tokens_BS[b, slot]), int(self._slots.hidden_RS[b, slot])
-            small = seat.seat in self._int8
-            dtype = np.dtype(np.int8 if small else np.float16)
-            hidden = data[at : at + count * seat.width * dtype.itemsize].view(dtype).reshape(count, seat.width)
             # torch widens fp16 with vector instructions; numpy takes thirty times as long
-            tokens = slice(seat.start, seat.start + count)
-            target = self._context_BLD[b, tokens, seat.channel : seat.channel + seat.width]
-            target.copy_(torch.from_numpy(hidden))
-            if small:
-                at = int(self._slots.scale_RS[b, slot])
-                target.mul_(torch.from_numpy(data[at : at + 4 * count].view(np.float32))[:, None])
-            self._mask_BL[b, tokens] = True
-            if seat.pooled:
-                at = int(self._slots.pooled_RS[b, slot])
-                pooled = data[at : at + 4 * seat.pooled].view(np.float32)
-                self._pooled_BP[b, seat.pooled_at : seat.pooled_at + seat.pooled] = pooled
+            wide_LW = torch.from_numpy(target)
+            wide_LW.copy_(torch.from_numpy(stored))
+            if scale_at is not None:
+                wide_LW.mul_(torch.from_numpy(data[scale_at : scale_at + 4 * len(target)].view(np.float32))[:, None])
 
-    def cond(self) -> TextCond:
-        mask = torch.from_numpy(self._mask_BL) if self._spec.layout == "trimmed" else None
-        return TextCond(self._context_BLD, torch.from_numpy(self._pooled_BP), mask)

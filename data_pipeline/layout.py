@@ -68,6 +68,11 @@ class SampleLayout:
         return self.text_spec.encoders
 
     @property
+    def moments_size(self) -> int:
+        """Bytes of the moments."""
+        return 2 * int(np.prod(self.moments_shape))
+
+    @property
     def slots(self) -> list[tuple[str, EncoderSpec]]:
         """(caption, encoder) of each column of a tokens table."""
         return [(caption, encoder) for caption in self.captions for encoder in self.encoders]
@@ -80,18 +85,17 @@ class SampleLayout:
         small = np.array([encoder.seat in self.int8_seats for _, encoder in self.slots])
         scale_size_RS = tokens_RS * small * 4
         hidden_size_RS = tokens_RS * np.array([encoder.width for _, encoder in self.slots]) * np.where(small, 1, 2)
-        moments_size = int(np.prod(self.moments_shape)) * 2
         scales_R = pooled_size_RS.sum(1)
         moments_R = scales_R + scale_size_RS.sum(1)
         pooled_RS = np.cumsum(pooled_size_RS, 1) - pooled_size_RS
         scale_RS = scales_R[:, None] + np.cumsum(scale_size_RS, 1) - scale_size_RS
-        hidden_RS = (moments_R + moments_size)[:, None] + np.cumsum(hidden_size_RS, 1) - hidden_size_RS
+        hidden_RS = (moments_R + self.moments_size)[:, None] + np.cumsum(hidden_size_RS, 1) - hidden_size_RS
         return Slots(
             moments_R=moments_R,
             pooled_RS=np.where(present_RS, pooled_RS, -1),
             scale_RS=np.where(present_RS & small, scale_RS, -1),
             hidden_RS=np.where(present_RS, hidden_RS, -1),
-            size_R=moments_R + moments_size + hidden_size_RS.sum(1),
+            size_R=moments_R + self.moments_size + hidden_size_RS.sum(1),
         )
 
     def encode(
@@ -137,9 +141,14 @@ def pack_safetensors(arrays: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, b
     return struct.pack("<Q", len(text)) + text, b"".join(np.ascontiguousarray(a).tobytes() for _, a in arrays)
 
 
-def checksum(data: bytes | memoryview) -> int:
-    """Sum of the 64-bit words, modulo 2**64: any flipped bit or zeroed page shows, at the speed of memory."""
-    body = len(data) & ~7
-    words = np.frombuffer(data, "<u8", count=body // 8)
-    tail = int.from_bytes(data[body:], "little")
-    return (int(words.sum(dtype=np.uint64)) + tail) & (2**64 - 1)
+def checksum(*pieces: bytes | memoryview) -> int:
+    """Sum of the 64-bit words, modulo 2**64: any flipped bit or zeroed page shows, at the speed of memory.
+
+    Of several pieces all but the last are whole words.
+    """
+    total = 0
+    for data in pieces:
+        body = len(data) & ~7
+        words = np.frombuffer(data, "<u8", count=body // 8)
+        total += int(words.sum(dtype=np.uint64)) + int.from_bytes(data[body:], "little")
+    return total & (2**64 - 1)

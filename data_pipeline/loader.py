@@ -22,6 +22,7 @@ from data_pipeline.reader import SampleReader, ShardError
 from data_pipeline.schema import DatasetInfo, VaeMeta, read_dataset_info
 from infra.errors import UserError, nearest
 from infra.log import get_logger
+from model.seeding import QuickNormal
 from model.text import TextSpec
 
 log = get_logger("loader")
@@ -125,7 +126,8 @@ class Dataset:
             raise UserError(f"start={start} is no multiple of global_batch={global_batch}: resume with the same batch")
         if micro_batch is not None and (micro_batch < 1 or lane % micro_batch):
             raise UserError(f"micro_batch={micro_batch} does not divide the {lane} samples of a rank's lane")
-        draws = Draws(seed, dict(caption_weights or self._default_weights()), encoder_dropout)
+        weights = dict(caption_weights or self._default_weights())
+        draws = Draws(seed, weights, encoder_dropout, normal=QuickNormal)
         draws.check(self.info.captions)
         order = self.order(seed=seed, global_batch=global_batch, block_shards=block_shards)
         return Batches(
@@ -181,7 +183,7 @@ class Dataset:
         reader.spread(len(shards), lambda part: [reader.table(shards[n]) for n in part])  # at once, where they are far
         rows = [(reader.table(shard), row) for shard, row in places]
         return self._collator.collate(
-            positions, rows, lambda b: reader.read(*places[b]), reader.spread,
+            positions, rows, lambda b, elsewhere: reader.read(*places[b], elsewhere), reader.spread,
             latent_shape=self.latent_shape(bucket), draws=draws,
         )  # fmt: skip
 

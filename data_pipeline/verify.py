@@ -14,7 +14,7 @@ from data_pipeline.loader import open_dataset
 from data_pipeline.pairs import Partners, rejected_split
 from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
 from infra import storage
-from infra.errors import MissingError, UserError
+from infra.errors import UnavailableError, UserError
 from infra.log import Progress
 
 
@@ -58,6 +58,8 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
         if not findings.problems and rejected_split(split) in info.splits:
             try:
                 Partners(open_dataset(uri, split=split))
+            except UnavailableError:
+                raise
             except UserError as error:
                 findings.problems.append(str(error))
     total, ok = sum(findings.samples.values()), info.counts.get("ok", 0)
@@ -87,8 +89,8 @@ def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[
         assert isinstance(item, ShardEntry)
         problems, num_bytes, places = _check_shard(uri, info, item)
         return problems, num_bytes, split, places
-    except MissingError as error:
-        return [str(error)], 0, split, []
+    except UnavailableError:  # says nothing of the data
+        raise
     except UserError as error:
         return [str(error)], 0, split, []
 

@@ -3,11 +3,12 @@
 Philox is a counter-based generator: sha256(seed, purpose) is its key, the position its counter, so position n needs
 no draw of position n-1.
 """
+# Shapes: N numbers of one position.
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,33 +26,70 @@ def _as_ints(positions: Positions) -> list[int]:
     return positions.tolist() if isinstance(positions, Tensor) else [int(p) for p in positions]
 
 
-def _draw(
-    seed: int,
-    positions: Positions,
-    purpose: str,
-    shape: tuple[int, ...],
-    dtype: type,
-    fill: Callable[[np.random.Generator, np.ndarray], object],
-) -> Tensor:
-    key = _key(seed, purpose)
-    rows = _as_ints(positions)
-    out: np.ndarray = np.empty((len(rows), *shape), dtype=dtype)
-    for row, position in enumerate(rows):
+class Keyed:
+    """The numbers of one (seed, purpose), position by position. Not for several threads at once."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self.bits = np.random.Philox(key=_key(seed, purpose))
+        self._rng, self._state = np.random.Generator(self.bits), self.bits.state
+
+    def at(self, position: int) -> np.random.Generator:
+        """A generator that stands at the first number of a position; good until the next call."""
         # The generator advances counter word 0; the position sits in word 2, 2**128 blocks away from its neighbour.
-        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, 0]))
-        fill(rng, out[row : row + 1])
-    return torch.from_numpy(out)
+        # Setting the state gives what a new generator would, in a fifth of the time.
+        self._state["state"]["counter"][:] = (0, 0, position, 0)
+        self.bits.state = self._state
+        return self._rng
+
+
+class Normal(Keyed):
+    """Standard normal numbers: the rows of `keyed_normal`."""
+
+    def fill(self, position: int, out: np.ndarray) -> None:
+        """`out` is float32 and contiguous."""
+        self.at(position).standard_normal(out=out, dtype=np.float32)
+
+
+class QuickNormal(Keyed):
+    """As `Normal` in a third of the time: other numbers, whose last bits may differ from one kind of CPU to another.
+
+    Box and Muller (1958): sqrt(-2 ln u) times cos and sin of 2 pi v, with 32 random bits for each of u and v.
+    """
+
+    def fill(self, position: int, out: np.ndarray) -> None:
+        """`out` is float32 and contiguous."""
+        if out.size % 2:
+            even = np.empty(out.size + 1, np.float32)
+            self.fill(position, even)
+            out.reshape(-1)[:] = even[:-1]
+            return
+        self.at(position)
+        radius_N, angle_N = numbers_2N = out.reshape(2, -1)
+        raw = self.bits.random_raw(numbers_2N.shape[1]).view(np.uint32)
+        np.copyto(numbers_2N, raw.reshape(2, -1), casting="unsafe")
+        radius_N += 1
+        radius_N *= 2**-32
+        np.log(radius_N, out=radius_N)
+        radius_N *= -2
+        np.sqrt(radius_N, out=radius_N)
+        angle_N *= 2 * np.pi * 2**-32
+        sine_N = np.sin(angle_N)
+        np.cos(angle_N, out=angle_N)
+        angle_N *= radius_N
+        radius_N *= sine_N
 
 
 def keyed_normal(seed: int, positions: Positions, purpose: str, shape: Sequence[int]) -> Tensor:
     """Standard normal float32 of shape (len(positions), *shape) on the CPU."""
-
-    def fill(rng: np.random.Generator, row: np.ndarray) -> None:
-        rng.standard_normal(out=row, dtype=np.float32)
-
-    return _draw(seed, positions, purpose, tuple(shape), np.float32, fill)
+    normal, out = Normal(seed, purpose), np.empty((len(positions), *shape), np.float32)
+    for row, position in enumerate(_as_ints(positions)):
+        normal.fill(position, out[row : row + 1])
+    return torch.from_numpy(out)
 
 
 def keyed_uniform(seed: int, positions: Positions, purpose: str, shape: Sequence[int] = ()) -> Tensor:
     """Uniform float64 in [0, 1) of shape (len(positions), *shape) on the CPU."""
-    return _draw(seed, positions, purpose, tuple(shape), np.float64, lambda rng, row: rng.random(out=row))
+    keyed, out = Keyed(seed, purpose), np.empty((len(positions), *shape))
+    for row, position in enumerate(_as_ints(positions)):
+        keyed.at(position).random(out=out[row : row + 1])
+    return torch.from_numpy(out)

@@ -187,7 +187,7 @@ class TokenBackbone(nn.Module):
         rows, columns = x_BCHW.shape[-2] // config.patch, x_BCHW.shape[-1] // config.patch
         x_BND = self.patch_embed(x_BCHW)
         x_BND = x_BND + self.positions(rows, columns).to(x_BND.dtype)
-        y_BLD = self.context_embed(text.context_BLD)
+        y_BLD = self.context_embed(text.context_BLD.to(x_BND.dtype))  # the loader leaves fp16 as it is stored
         bias = None if text.mask_BL is None else key_bias(text.mask_BL, rows * columns, x_BND.dtype)
         return Embedded(x_BND, y_BLD, c_BD, bias, rows, columns)
 

@@ -78,6 +78,11 @@ class Latents:
     def normalise(self, raw_BCHW: Tensor) -> Tensor:
         return (raw_BCHW - self.shift) * self.scale
 
+    def sample_normalised_(self, noise_BCHW: Tensor, moments_BMHW: Tensor) -> Tensor:
+        """`normalise(sample(moments, noise))`, the same numbers in the noise's own memory; moments are float32."""
+        mean, std = moments_BMHW.chunk(2, dim=1)
+        return noise_BCHW.mul_(std).add_(mean).sub_(self.shift).mul_(self.scale)
+
     def denormalise(self, latent_BCHW: Tensor) -> Tensor:
         return latent_BCHW / self.scale + self.shift
 

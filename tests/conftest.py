@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,20 @@ def s3_server() -> Iterator[str]:
 def s3(s3_server: str) -> str:
     """An empty prefix of one's own: `s3://bucket/unique`."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def free_calls(s3_server: str) -> Iterator[Callable[[int], None]]:
+    """`free_calls(n)`: after n more requests the server asks who asks, and knows nobody, as if keys had expired."""
+
+    def allow(count: int | float) -> None:
+        call = urllib.request.Request(
+            f"{s3_server}/moto-api/reset-auth", str(count).encode(), {"Content-Type": "text/plain"}
+        )
+        urllib.request.urlopen(call, timeout=10)
+
+    yield allow
+    allow(float("inf"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.loader import open_dataset
-from infra.errors import run_cli
+from data_pipeline.synthetic import write_synthetic
+from infra.errors import UnavailableError, UserError, run_cli
 from model.errors import ModelError
 
 
@@ -85,6 +86,64 @@ def test_an_endpoint_that_does_not_answer_is_one_line(cli, monkeypatch, tmp_path
     assert code == 2
     assert "does not answer" in err
     assert "testing-secret" not in err
+
+
+@pytest.mark.parametrize("answered", [0, 3])
+@pytest.mark.parametrize("args", [["verify"], ["inspect"], ["run", "world", "--workers", "0", "--source"], ["train"]])
+def test_credentials_that_expire_are_one_line(cli, s3, free_calls, tmp_path, caplog, args, answered):
+    """At once or after some requests, which is no finding about the data."""
+    write_synthetic(s3, num_samples=64, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",), shard_rows=4)
+    free_calls(answered)
+    if args == ["train"]:
+        with pytest.raises(UnavailableError) as caught:
+            take_all(s3)
+        err = f"error: {caught.value}"
+    elif args[0] == "run":
+        code, _, err = cli(*args, f"wds:{s3}/train", "--out", f"{s3}/out")
+        assert code == 2
+    else:
+        code, _, err = cli(*args, s3)
+        assert code == 2
+    said = err + caplog.text
+    assert err.strip().splitlines()[-1].startswith("error: s3://")
+    assert said.count("takes these AWS credentials no longer") == 1
+    assert "Traceback" not in said
+    assert "quarantined" not in said
+    assert "testing-secret" not in said
+
+
+@pytest.mark.parametrize("args", [["verify"], ["inspect"], ["run", "world", "--workers", "0", "--source"], ["train"]])
+def test_a_bucket_that_may_not_be_read_is_one_line(cli, s3, s3_server, free_calls, monkeypatch, args):
+    import boto3
+
+    iam = boto3.client("iam", endpoint_url=s3_server)
+    name = s3.rsplit("/", 1)[1]
+    iam.create_user(UserName=name)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    free_calls(0)
+    if args == ["train"]:
+        with pytest.raises(UserError) as caught:
+            take_all(s3)
+        err = f"error: {caught.value}"
+    else:
+        code, _, err = cli(*args, *((f"folder:{s3}", "--out", f"{s3}/out") if args[0] == "run" else (s3,)))
+        assert code == 2
+    assert err.startswith(f"error: {s3}")
+    assert "refused access (AccessDenied): check the AWS credentials and their rights" in err
+    assert err.strip().count("\n") == 0
+    assert key["SecretAccessKey"] not in err
+    assert key["AccessKeyId"] not in err
+
+
+def take_all(uri: str) -> None:
+    stream = open_dataset(uri).batches(seed=0, global_batch=8)
+    try:
+        for _ in range(8):
+            next(stream)
+    finally:
+        stream.close()
 
 
 def photographs(folder: Path) -> Path:

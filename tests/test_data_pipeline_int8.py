@@ -101,6 +101,7 @@ def test_batches_hold_nearly_the_states_of_fp16(tmp_path, seats):
         a, b = one.text.context_BLD[:, part], two.text.context_BLD[:, part]
         assert torch.equal(a, b) == (seat not in seats)
         assert (a - b).abs().max() <= a.abs().max() / 127
+    assert (one.text.context_BLD.dtype, two.text.context_BLD.dtype) == (torch.float16, torch.float32)
     assert torch.equal(one.text.pooled_BP, two.text.pooled_BP)
     assert torch.equal(one.latent_BCHW, two.latent_BCHW)
     assert verify(str(tmp_path / "int8")).problems == []

@@ -15,7 +15,7 @@ from data_pipeline.order import Exceptions
 from data_pipeline.shards import Sample, build_shard, plain_key
 from data_pipeline.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from infra.errors import UserError
-from model.seeding import keyed_uniform
+from model.seeding import keyed_normal, keyed_uniform
 from model.text import EncodedText, TextSpec, assemble
 
 SHAPE = (4, 8, 8)
@@ -157,7 +157,8 @@ def test_collate_places_features_like_assemble(tmp_path, layout):
         features[encoder.seat] = EncodedText.stack(hidden, pooled)
         dropped[encoder.seat] = keyed_uniform(7, batch.positions, f"drop/{encoder.seat}") < 0.464
     expected = assemble(spec, features, dropped)
-    assert torch.equal(batch.text.context_BLD, expected.context_BLD)
+    assert batch.text.context_BLD.dtype == torch.float16
+    assert torch.equal(batch.text.context_BLD.float(), expected.context_BLD)
     assert torch.equal(batch.text.pooled_BP, expected.pooled_BP)
     assert (batch.text.mask_BL is None) == (expected.mask_BL is None)
     if expected.mask_BL is not None:
@@ -167,6 +168,44 @@ def test_collate_places_features_like_assemble(tmp_path, layout):
     noise = (batch.latent_BCHW / dataset.vae.scale + dataset.vae.shift - mean) / std
     assert abs(noise.mean().item()) < 0.05
     assert abs(noise.std().item() - 1) < 0.05
+
+
+def test_memory_is_used_again_only_when_nobody_holds_a_batch(root):
+    """Dropped encoders and short captions leave zeros where an earlier batch had states."""
+    held, places = take(open_dataset(root), 30), set()
+    stream = open_dataset(root).batches(seed=7, global_batch=8, micro_batch=4)
+    for batch in held:
+        pieces = [next(stream), next(stream)]
+        places.add(pieces[0].text.context_BLD.data_ptr())
+        for field in ("context_BLD", "pooled_BP", "mask_BL"):
+            assert torch.equal(getattr(batch.text, field), torch.cat([getattr(p.text, field) for p in pieces]))
+        assert torch.equal(batch.latent_BCHW, torch.cat([p.latent_BCHW for p in pieces]))
+    stream.close()
+    assert len(places) < len(held) / 2
+    assert len({batch.text.context_BLD.data_ptr() for batch in held}) == len(held)
+
+
+def test_batches_from_s3_are_those_from_a_disk(tmp_path, s3):
+    for uri in (str(tmp_path), s3):
+        write_synthetic(uri, num_samples=32, val_samples=4, latent_shape=SHAPE, buckets=("32x32",), shard_rows=8)
+    for one, other in zip(take(open_dataset(str(tmp_path)), 6), take(open_dataset(s3), 6)):
+        assert one.keys == other.keys
+        assert torch.equal(one.latent_BCHW, other.latent_BCHW)
+        assert torch.equal(one.text.context_BLD, other.text.context_BLD)
+        assert torch.equal(one.text.pooled_BP, other.text.pooled_BP)
+
+
+def test_latents_are_the_stored_moments_sampled_and_normalised(root):
+    val = open_dataset(root, split="val")
+    numbers = val.bucket_ranges["32x32"][:5]
+    batch, mean = val.read(numbers, seed=3), val.read(numbers, seed=3, posterior="mean")
+    shards, rows = val.index.locate(np.array(numbers))
+    keys = [val._reader.table(shard).keys[row] for shard, row in zip(shards, rows)]
+    stored = [_arrays(Path(root, val.index.tars[shard]), key)["moments"] for shard, key in zip(shards, keys)]
+    moments, latents = torch.from_numpy(np.stack(stored)), val.vae.latents
+    noise = keyed_normal(3, numbers, "posterior", SHAPE)
+    assert torch.equal(batch.latent_BCHW, latents.normalise(latents.sample(moments, noise)))
+    assert torch.equal(mean.latent_BCHW, latents.normalise(latents.sample(moments, torch.zeros_like(noise))))
 
 
 def _arrays(tar: Path, key: str) -> dict[str, np.ndarray]:

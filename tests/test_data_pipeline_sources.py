@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -200,22 +199,14 @@ def test_tars_and_folders_on_s3(s3, tmp_path):
         parse_source(f"wds:{s3}/nothing").units()
 
 
-def test_credentials_that_expire_stop_the_unit_and_blame_no_row(s3, s3_server):
+def test_credentials_that_expire_stop_the_unit_and_blame_no_row(s3, free_calls):
     storage.write_bytes(f"{s3}/pictures/x.png", png())
     source = parse_source(f"folder:{s3}/pictures")
     (unit,) = source.units()
-
-    def count_of_free_calls(count: str) -> None:  # after them the server asks who asks, and knows nobody
-        plain = {"Content-Type": "text/plain"}
-        call = urllib.request.Request(f"{s3_server}/moto-api/reset-auth", count.encode(), plain)
-        urllib.request.urlopen(call, timeout=10)
-
-    count_of_free_calls("0")
-    try:
-        with pytest.raises(UnavailableError, match="renew them and run it again") as caught:
-            list(source.rows(unit))
-    finally:
-        count_of_free_calls("inf")
+    free_calls(0)
+    with pytest.raises(UnavailableError, match="renew them and run it again") as caught:
+        list(source.rows(unit))
+    free_calls(10**6)
     assert "testing-secret" not in str(caught.value)
     assert [row.status for row in source.rows(unit)] == ["ok"]
 

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -57,20 +56,11 @@ def test_endpoint_that_accepts_and_never_answers(monkeypatch):
         assert "does not answer" in refusal("s3://bucket/x")
 
 
-@pytest.mark.usefixtures("secret", "s3_server")
-def test_missing_bucket_and_wrong_credentials(s3_server):
+@pytest.mark.usefixtures("secret")
+def test_missing_bucket_and_wrong_credentials(free_calls):
     assert "no bucket 'never-made'" in refusal("s3://never-made/x")
-
-    def count_of_free_calls(count: str) -> None:
-        plain = {"Content-Type": "text/plain"}
-        call = urllib.request.Request(f"{s3_server}/moto-api/reset-auth", count.encode(), plain)
-        urllib.request.urlopen(call, timeout=10)
-
-    count_of_free_calls("0")  # from now on the server checks who asks, and knows nobody
-    try:
-        line = refusal("s3://beeline-tests/x")
-    finally:
-        count_of_free_calls("inf")
+    free_calls(0)
+    line = refusal("s3://beeline-tests/x")
     assert "takes these AWS credentials no longer, or never did (InvalidAccessKeyId): renew them" in line
 
 

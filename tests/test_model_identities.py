@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,13 @@ def test_three_weight_sets_with_equal_text_sets_are_two(qk_norm: bool, masked: b
     with torch.no_grad():
         three.blocks[0].t5.mlp.inner.weight.mul_(1.5)
     assert float((three(*inputs(masked)) - two(*inputs(masked))).detach().abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["dit", "mmdit", "cross_dit"])
+def test_text_in_half_precision_is_widened_exactly(name: str) -> None:
+    x, t_B, text = inputs(masked=True)
+    half, model = replace(text, context_BLD=text.context_BLD.half()), build(name)
+    assert torch.equal(model(x, t_B, half), model(x, t_B, half.to(dtype=torch.float32)))
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.errors import ModelError
 from model.flow import FORMULATIONS, get_formulation
-from model.seeding import keyed_normal, keyed_uniform
+from model.seeding import Normal, QuickNormal, keyed_normal, keyed_uniform
 from model.text import TextCond
 from model.validation import VAL_PROTOCOLS, get_protocol, validation_losses
 
@@ -42,8 +43,32 @@ def test_keyed_draws_depend_on_nothing_but_their_key() -> None:
     assert keyed_uniform(0, [5], "t").item() == pytest.approx(0.9564, abs=1e-4)
 
 
-def test_keyed_draws_are_distributed_as_they_say() -> None:
-    normal = keyed_normal(0, range(500), "n", (400,)).flatten().double().sort().values
+Kind = type[Normal] | type[QuickNormal]
+
+
+def rows(kind: Kind, positions: range, size: int) -> Tensor:
+    draws, out = kind(0, "n"), np.empty((len(positions), size), np.float32)
+    for row, position in zip(out, positions):
+        draws.fill(position, row)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("kind", [Normal, QuickNormal])
+@pytest.mark.parametrize("size", [6, 7])
+def test_rows_of_normal_numbers_depend_on_their_position_alone(kind: Kind, size: int) -> None:
+    there, back = rows(kind, range(20), size), rows(kind, range(19, -1, -1), size).flip(0)
+    assert torch.equal(there, back)
+    assert len(there.unique()) == there.numel()
+    if kind is Normal:
+        assert torch.equal(there, keyed_normal(0, range(20), "n", (size,)))
+
+
+@pytest.mark.parametrize("kind", [Normal, QuickNormal])
+def test_keyed_draws_are_distributed_as_they_say(kind: Kind) -> None:
+    table = rows(kind, range(500), 400)
+    assert abs(float(torch.corrcoef(torch.stack([table[:, :200].flatten(), table[:, 200:].flatten()]))[0, 1])) < 0.01
+    assert 4.2 < float(table.abs().max()) < 5.8
+    normal = table.flatten().double().sort().values
     expected = torch.special.ndtr(normal)
     rank = torch.arange(len(normal)) / len(normal)
     assert float((expected - rank).abs().max()) < 1.95 / len(normal) ** 0.5

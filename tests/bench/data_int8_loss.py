@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2, 3, 4)
 
 def as_int8(text: TextCond, positions: slice) -> TextCond:
     """The context as it would come back from int8, for some of the tokens."""
-    context_BLD = text.context_BLD.clone()
+    context_BLD = text.context_BLD.to(torch.float32, copy=True)
     for row in context_BLD:
         states, scales = quantise(row[positions].half().numpy())
         row[positions] = torch.from_numpy(states).float() * torch.from_numpy(scales)[:, None]
