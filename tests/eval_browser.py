@@ -1,5 +1,6 @@
 """A real headless Chromium over its DevTools protocol: what a page asks for, and how wide it is at a given width."""
 
+import base64
 import json
 import os
 import select
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,13 @@ class Browser:
         while not self.js(condition):
             assert time.monotonic() < end, f"never true: {condition}; errors: {self.errors}"
             time.sleep(0.1)
+
+    def picture(self, path: Path) -> None:
+        """The whole page as PNG."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 4000), "scale": 1}
+        taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(taken["data"]))
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
