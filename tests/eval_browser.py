@@ -44,8 +44,7 @@ class Browser:
 
     def open(self, url: str, *, width: int = 1280, dark: bool = False) -> None:
         """Load the page at that width and wait until it is done."""
-        mobile = width < 700
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=mobile)
+        self._resize(width, 900)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.requests.clear()
@@ -64,11 +63,15 @@ class Browser:
             time.sleep(0.1)
 
     def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """The whole page as PNG. A charts' script draws anew when the window grows, so it grows first."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 4000), "scale": 1}
-        taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(taken["data"]))
+        self._resize(self._width, min(int(size["height"]), 4000))
+        self.js("new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 200))")
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def _resize(self, width: int, height: int) -> None:
+        self._width, mobile = width, width < 700
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
