@@ -52,10 +52,8 @@ def read_folders(root: str | Path) -> list[ImageFile]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {source}: {error}") from error
         samples = folder / "samples"
-        names = (
-            sorted(f for f in samples.iterdir() if f.is_file() and _SAMPLE.match(f.name)) if samples.is_dir() else []
-        )
-        images.extend(ImageFile(path, metadata) for path in names)
+        files = sorted(samples.iterdir()) if samples.is_dir() else []
+        images.extend(ImageFile(f, metadata) for f in files if f.is_file() and _SAMPLE.fullmatch(f.name))
     if not images:
         raise UserError(f"{root} holds no images in GenEval's layout (00000/samples/0000.png)")
     return images
