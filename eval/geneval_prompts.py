@@ -98,10 +98,15 @@ def metadata_lines(records: Iterable[Metadata]) -> str:
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
+def json_lines(text: str) -> list[str]:
+    """Lines of a JSONL file. str.splitlines also breaks at U+2028 and its like, which may stand inside a string."""
+    return text.split("\n")
+
+
 def read_metadata(path: str | Path, classes: Iterable[str] | None = None) -> list[Metadata]:
     """Read a metadata JSONL file; every record is checked, and classes too when a list is given."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read GenEval metadata {path}: {error}") from error
     records = []

@@ -15,6 +15,7 @@ from eval.geneval_files import (
 )
 from eval.geneval_prompts import official_metadata, parse_metadata, read_metadata
 from eval.geneval_tool import judge
+from eval.sample import expand
 from infra.errors import UserError
 
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
@@ -109,6 +110,11 @@ def test_metadata_files_are_checked(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps(CAT) + "\n\n" + json.dumps(RED_DOG) + "\n")
     assert read_metadata(path) == [CAT, RED_DOG]
+    broken = CAT | {"prompt": "a cat\u2028on two\x85lines"}
+    path.write_text(json.dumps(broken, ensure_ascii=False) + "\r\n" + json.dumps(CAT), encoding="utf-8")
+    assert read_metadata(path) == [broken, CAT]
+    assert [wanted.metadata for wanted in expand([str(path)])] == [broken, CAT]
+    path.write_text(json.dumps(CAT) + "\n\n" + json.dumps(RED_DOG) + "\n")
     with pytest.raises(UserError, match=r"m.jsonl:3: unknown class 'dog'"):
         read_metadata(path, classes=["cat"])
     forward = {"class": "dog", "count": 1, "position": ["above", 0]}
