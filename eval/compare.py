@@ -145,7 +145,10 @@ def _why(a: Side, b: Side, row_a: ResultRow, row_b: ResultRow) -> str:
 
 def _protocol(store: str, name: str) -> dict[str, Any]:
     uri = storage.join(store, "protocols", f"{name}.json")
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    try:
+        return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
+    except (ValueError, TypeError):  # torn: the hashes alone are told
+        return {}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

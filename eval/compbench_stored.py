@@ -18,6 +18,7 @@ from eval.compbench import LOCALITIES_3D, Seen
 from eval.compbench_evidence import ATTRIBUTES, COMPLEX_KINDS, Evidence, read_counts, read_objects
 from eval.compbench_files import parse_name
 from eval.depth import to_frame
+from eval.geneval_prompts import json_lines
 from eval.language import Pair, Reader
 from eval.prompts import COMPBENCH_CATEGORIES
 from infra.errors import UserError, nearest
@@ -64,7 +65,7 @@ def stored_line(filename: str, prompt: str, number: int, evidence: Evidence, *, 
 def read_stored(path: str | Path, words: Words) -> Iterator[Stored]:
     """Every line's evidence; UserError names the line that is none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read stored evidence {path}: {error}") from error
     for row, line in enumerate(lines, start=1):

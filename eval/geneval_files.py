@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.detectors import Detections
 from eval.geneval import OFFICIAL_RULES, Found, Rules, decide, details, keep
-from eval.geneval_prompts import Metadata, parse_metadata
+from eval.geneval_prompts import Metadata, json_lines, parse_metadata
 from eval.pictures import write_picture
 from infra.errors import UserError
 
@@ -52,10 +52,8 @@ def read_folders(root: str | Path) -> list[ImageFile]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {source}: {error}") from error
         samples = folder / "samples"
-        names = (
-            sorted(f for f in samples.iterdir() if f.is_file() and _SAMPLE.match(f.name)) if samples.is_dir() else []
-        )
-        images.extend(ImageFile(path, metadata) for path in names)
+        files = sorted(samples.iterdir()) if samples.is_dir() else []
+        images.extend(ImageFile(f, metadata) for f in files if f.is_file() and _SAMPLE.fullmatch(f.name))
     if not images:
         raise UserError(f"{root} holds no images in GenEval's layout (00000/samples/0000.png)")
     return images
@@ -120,7 +118,7 @@ def judge_stored(path: str | Path, rules: Rules = OFFICIAL_RULES) -> Iterator[di
     too (metadata as a JSON string, boxes under `details`).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read detections {path}: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -98,10 +98,15 @@ def metadata_lines(records: Iterable[Metadata]) -> str:
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
+def json_lines(text: str) -> list[str]:
+    """Lines of a JSONL file. str.splitlines also breaks at U+2028 and its like, which may stand inside a string."""
+    return text.split("\n")
+
+
 def read_metadata(path: str | Path, classes: Iterable[str] | None = None) -> list[Metadata]:
     """Read a metadata JSONL file; every record is checked, and classes too when a list is given."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read GenEval metadata {path}: {error}") from error
     records = []
@@ -126,15 +131,27 @@ def parse_metadata(line: str | Metadata, where: str, classes: Iterable[str] | No
     ):
         raise UserError(f"{where}: expected an object with tag, prompt and include")
     known = None if classes is None else set(classes)
-    include = record.get("include", [])
-    for position, clause in enumerate([*include, *record.get("exclude", [])]):
-        if not isinstance(clause, dict) or "class" not in clause or not isinstance(clause.get("count"), int):
-            raise UserError(f"{where}: every include/exclude clause needs a class and a whole count, found {clause!r}")
-        if known is not None and clause["class"] not in known:
-            raise UserError(f"{where}: unknown class {clause['class']!r}; the detector knows {len(known)} others")
-        target = clause.get("position", (None, 0))[1]
-        if "position" in clause and not 0 <= target < position < len(include):
-            raise UserError(
-                f"{where}: position of {clause['class']!r} points at clause {target}, which is not before it"
-            )
+    include, exclude = record.get("include", []), record.get("exclude", [])
+    if not isinstance(include, list) or not isinstance(exclude, list):
+        raise UserError(f"{where}: include and exclude are lists of clauses")
+    for number, clause in enumerate([*include, *exclude]):
+        _check_clause(clause, number if number < len(include) else 0, where, known)
     return record
+
+
+def _check_clause(clause: Any, before: int, where: str, known: set[str] | None) -> None:
+    """`before`: how many clauses a position may point at."""
+    count = clause.get("count") if isinstance(clause, dict) else None
+    if type(count) is not int or not isinstance(clause.get("class"), str):
+        raise UserError(f"{where}: every include/exclude clause needs a class and a whole count, found {clause!r}")
+    if known is not None and clause["class"] not in known:
+        raise UserError(f"{where}: unknown class {clause['class']!r}; the detector knows {len(known)} others")
+    if not isinstance(clause.get("color", ""), str):
+        raise UserError(f"{where}: the color of {clause['class']!r} is no word: {clause['color']!r}")
+    if "position" in clause:
+        match clause["position"]:
+            case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < before:
+                return
+            case found:
+                told = f"expected [one of {', '.join(RELATIONS)}; the number of an earlier include clause]"
+                raise UserError(f"{where}: position of {clause['class']!r} is {found!r}: {told}")

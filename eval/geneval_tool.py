@@ -1,6 +1,8 @@
 """GenEval by itself: its prompts, stored detections, folders of images from any model."""
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from eval.geneval_files import (
     summarize,
     write_results,
 )
-from eval.geneval_prompts import Metadata, metadata_lines, official_metadata, read_metadata
+from eval.geneval_prompts import COLORS, Metadata, metadata_lines, official_metadata, read_metadata
 from eval.judges import OfficialPaths, build_judges
 from eval.metric import Clusters
 from eval.pictures import read_pictures, refuse_unreadable
@@ -52,7 +54,10 @@ def judge(
         images_per_prompt: images that every prompt must have
         allow_partial: score an incomplete set and say how many images are missing
     """
-    _finish(list(judge_stored(detections)), out, metadata, images_per_prompt, allow_partial)
+    rows = list(judge_stored(detections))
+    _refuse_repeated(rows, detections)
+    _check([json.loads(row["metadata"]) for row in rows], metadata, images_per_prompt, allow_partial)
+    _report(rows, out)
 
 
 def score(
@@ -80,7 +85,7 @@ def score(
     chosen = build_judges(judges, official)
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
     _check([file.metadata for file in files], metadata, images_per_prompt, allow_partial)
-    _known_classes(files, detector.classes)
+    _known_words(files, detector.classes)
     rows: list[dict[str, Any]] = []
     unreadable: list[str] = []
     with Progress(len(files), "images", desc="judge") as progress:
@@ -94,8 +99,8 @@ def score(
     _report(rows, out)
 
 
-def _known_classes(files: Sequence[ImageFile], classes: Sequence[str]) -> None:
-    """A class that the detector cannot see would silently count as absent."""
+def _known_words(files: Sequence[ImageFile], classes: Sequence[str]) -> None:
+    """A class that the detector cannot see, or a color that CLIP is not asked for, would silently count as absent."""
     for file in files:
         asked = [*file.metadata.get("include", []), *file.metadata.get("exclude", [])]
         unknown = next((clause["class"] for clause in asked if clause["class"] not in classes), None)
@@ -104,15 +109,20 @@ def _known_classes(files: Sequence[ImageFile], classes: Sequence[str]) -> None:
                 f"{file.path.parent.parent / 'metadata.jsonl'} asks for {unknown!r}, which the detector does not know"
                 f"{nearest(unknown, classes)}; it knows {len(classes)} classes"
             )
+        color = next((clause["color"] for clause in asked if clause.get("color", COLORS[0]) not in COLORS), None)
+        if color is not None:
+            raise UserError(
+                f"{file.path.parent.parent / 'metadata.jsonl'} asks for the color {color!r}{nearest(color, COLORS)}; "
+                f"known: {', '.join(COLORS)}"
+            )
 
 
-def _finish(
-    rows: list[dict[str, Any]], out: str | None, metadata: Path | None, images_per_prompt: int, allow_partial: bool
-) -> None:
-    import json
-
-    _check([json.loads(row["metadata"]) for row in rows], metadata, images_per_prompt, allow_partial)
-    _report(rows, out)
+def _refuse_repeated(rows: Sequence[dict[str, Any]], source: Path) -> None:
+    """A file that was written twice would count every image twice. Images without a name cannot be told apart."""
+    times = Counter((row["filename"], row["metadata"]) for row in rows if row["filename"])
+    twice = [name for (name, _), number in times.items() if number > 1]
+    if twice:
+        raise UserError(f"{source}: {len(twice)} images stand there more than once, e.g. {twice[0]!r}")
 
 
 def _check(found: Sequence[Metadata], metadata: Path | None, images_per_prompt: int, allow_partial: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.geneval_prompts import TASKS, official_metadata
+from eval.geneval_prompts import TASKS, json_lines, official_metadata
 from eval.metric import Prompt
 from infra.errors import UserError
 
@@ -34,8 +34,9 @@ def read_lines(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}; expected a file of UTF-8 text") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if Path(path).suffix in (".jsonl", ".ndjson"):
+    as_json = Path(path).suffix in (".jsonl", ".ndjson")
+    lines = [line.strip() for line in (json_lines(text) if as_json else text.splitlines()) if line.strip()]
+    if as_json:
         try:
             lines = [str(json.loads(line)["prompt"]) for line in lines]
         except (json.JSONDecodeError, KeyError, TypeError) as error:

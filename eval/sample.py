@@ -11,6 +11,7 @@ import tyro
 
 from eval.compbench_files import sample_name
 from eval.generate import Job, Painter, Sampling
+from eval.geneval_prompts import json_lines
 from eval.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.prompts import read_lines, refuse_broken
 from infra.errors import UserError
@@ -80,7 +81,7 @@ def expand(prompts: Sequence[str]) -> list[Wanted]:
     """The prompts themselves, or those of the one file that was named; GenEval metadata lines are kept whole."""
     if len(prompts) == 1 and prompts[0].endswith(".jsonl"):
         read_lines(prompts[0])  # refuses what is not there or has no prompt
-        lines = Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines()
+        lines = json_lines(Path(prompts[0]).read_text(encoding="utf-8-sig"))
         records = [json.loads(line) for line in lines if line.strip()]
         return [Wanted(str(record["prompt"]), record) for record in records]
     from_file = len(prompts) == 1 and prompts[0].endswith(".txt")

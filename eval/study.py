@@ -153,7 +153,7 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
     if not storage.exists(recipe_uri):
         raise UserError(f"{run} has no recipe.json: the study reads a run's seed from it")
-    seed = int(json.loads(storage.read_bytes(recipe_uri)).get("seed", 0))
+    seed = int(_object(recipe_uri).get("seed", 0))
     raw = {c.step: storage.join(c.weights.rsplit("/", 1)[0], "raw.safetensors") for c in checkpoints}
     raw = {step: uri for step, uri in raw.items() if storage.exists(uri)}
     if last.step not in raw and storage.exists(last_raw):
@@ -161,7 +161,7 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
     if not raw:
         unstable = storage.join(run, "unstable.json")  # of a run that the trainer's guard ended
         if storage.exists(unstable):
-            return f"its training was unstable ({json.loads(storage.read_bytes(unstable)).get('problem', 'no reason')})"
+            return f"its training was unstable ({_object(unstable).get('problem', 'no reason')})"
         return "no raw weights (weights/raw.safetensors), which are ranked beside the EMA; they come with its last step"
     metas = {c.step: read_meta(storage.localize(c.weights)) for c in checkpoints}
     losses = {
@@ -175,6 +175,16 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
     meta = metas[step]
     weights = {"ema": chosen.weights, "raw": raw[step]}
     return Entry(str(meta["formulation"]), seed, str(meta["data_fingerprint"]), chosen, weights, f"step {step}: {how}")
+
+
+def _object(uri: str) -> dict[str, Any]:
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri} is torn ({error}): restore it, or move its run away") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{uri} holds no JSON object: restore it, or move its run away")
+    return found
 
 
 def _pack(entry: Entry) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A real headless Chromium over its DevTools protocol: what a page asks for, and how wide it is at a given width."""
 
+import base64
 import json
 import os
 import select
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,8 +44,7 @@ class Browser:
 
     def open(self, url: str, *, width: int = 1280, dark: bool = False) -> None:
         """Load the page at that width and wait until it is done."""
-        mobile = width < 700
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=mobile)
+        self._resize(width, 900)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.requests.clear()
@@ -60,6 +61,17 @@ class Browser:
         while not self.js(condition):
             assert time.monotonic() < end, f"never true: {condition}; errors: {self.errors}"
             time.sleep(0.1)
+
+    def picture(self, path: Path) -> None:
+        """The whole page as PNG. A charts' script draws anew when the window grows, so it grows first."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        self._resize(self._width, min(int(size["height"]), 4000))
+        self.js("new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 200))")
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def _resize(self, width: int, height: int) -> None:
+        self._width, mobile = width, width < 700
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

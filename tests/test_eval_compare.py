@@ -86,6 +86,11 @@ def test_different_protocols_are_refused_and_the_difference_is_named(tmp_path, c
     with pytest.raises(UserError, match="nothing that both checkpoints have can be compared"):
         compare(one, two)
     assert "not compared: world_geneval/a/seen: protocols differ in sampling.steps 25 and 50" in capsys.readouterr().out
+    for kept in (tmp_path / "two").rglob("protocols/*.json"):
+        kept.write_text("{")
+    with pytest.raises(UserError, match="nothing that both checkpoints have can be compared"):
+        compare(one, two)
+    assert "measured under different protocols (" in capsys.readouterr().out
     both = store(tmp_path, "two", values)  # measured once more, the same way
     assert [d.how for d in compare_sides(read_side(one), read_side(both))[0]] == ["paired", "paired"]
 

@@ -109,6 +109,10 @@ def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
     write_folder(tmp_path / "other", 0, stranger, [image])
     with pytest.raises(UserError, match=r"00000/metadata\.jsonl asks for 'unicorn'"):
         score(tmp_path / "other", judges="world", allow_partial=True)
+    pale = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "bleu"}], "prompt": "a bleu dog"}
+    write_folder(tmp_path / "pale", 0, pale, [image])
+    with pytest.raises(UserError, match=r"asks for the color 'bleu' \(did you mean 'blue'\?\)"):
+        score(tmp_path / "pale", judges="world", allow_partial=True)
 
 
 def test_a_scorer_without_weights_is_one_line(tmp_path):

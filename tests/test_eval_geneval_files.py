@@ -14,6 +14,8 @@ from eval.geneval_files import (
     write_results,
 )
 from eval.geneval_prompts import official_metadata, parse_metadata, read_metadata
+from eval.geneval_tool import judge
+from eval.sample import expand
 from infra.errors import UserError
 
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
@@ -25,7 +27,8 @@ def test_folders_come_back_as_written_and_strangers_are_ignored(tmp_path):
     write_folder(tmp_path, 0, RED_DOG, [GRAY, GRAY])
     write_folder(tmp_path, 12, CAT, [GRAY])
     (tmp_path / "notes").mkdir()
-    (tmp_path / "00000" / "samples" / "grid.jpg").write_bytes(b"not an image")
+    for stranger in ("grid.jpg", "0000.png.bak", "a0000.png"):
+        (tmp_path / "00000" / "samples" / stranger).write_bytes(b"not an image")
     found = read_folders(tmp_path)
     assert [(str(f.path.relative_to(tmp_path)), f.metadata) for f in found] == [
         ("00000/samples/0000.png", RED_DOG),
@@ -107,11 +110,49 @@ def test_metadata_files_are_checked(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps(CAT) + "\n\n" + json.dumps(RED_DOG) + "\n")
     assert read_metadata(path) == [CAT, RED_DOG]
+    broken = CAT | {"prompt": "a cat\u2028on two\x85lines"}
+    path.write_text(json.dumps(broken, ensure_ascii=False) + "\r\n" + json.dumps(CAT), encoding="utf-8")
+    assert read_metadata(path) == [broken, CAT]
+    assert [wanted.metadata for wanted in expand([str(path)])] == [broken, CAT]
+    path.write_text(json.dumps(CAT) + "\n\n" + json.dumps(RED_DOG) + "\n")
     with pytest.raises(UserError, match=r"m.jsonl:3: unknown class 'dog'"):
         read_metadata(path, classes=["cat"])
     forward = {"class": "dog", "count": 1, "position": ["above", 0]}
-    with pytest.raises(UserError, match="not before it"):
+    with pytest.raises(UserError, match=r"position of 'dog' is \['above', 0\]: .* an earlier include clause"):
         parse_metadata({"tag": "position", "prompt": "", "include": [forward]}, "here")
+
+
+ONE = {"class": "cat", "count": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"include": 5},
+        {"exclude": {"class": "cat"}},
+        {"include": [{"class": ["cat"], "count": 1}]},
+        {"include": [{"class": "cat", "count": True}]},
+        {"include": [{"class": "cat", "count": "1"}]},
+        {"include": [{"class": "cat", "count": 1, "color": ["red"]}]},
+        {"include": [{"class": "cat", "count": 1, "color": 3}]},
+        *({"include": [ONE, {**ONE, "position": position}]} for position in (
+            "left", ["left of"], ["left of", "0"], ["left of", 0.0], ["left of", 1], ["left of", -1], ["beside", 0],
+            ["left of", 0, 0], [["left of"], 0], None)),
+        {"include": [ONE], "exclude": [{**ONE, "position": ["left of", 0]}]},
+    ],
+)  # fmt: skip
+def test_clauses_that_cannot_be_judged_are_refused(changes):
+    with pytest.raises(UserError, match=r"^here: "):
+        parse_metadata(json.dumps(CAT | changes), "here")
+
+
+def test_images_that_stand_twice_in_a_file_are_not_counted_twice(tmp_path, capsys):
+    line = {"filename": "0000.png", "metadata": CAT, "detections": {"cat": [[0, 0, 4, 4, 0.9]]}}
+    other = line | {"metadata": CAT | {"prompt": "a photo of a tom"}}  # the same name in another prompt's folder
+    judge(stored(tmp_path, line, other), allow_partial=True)
+    assert "Total images: 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"1 images stand there more than once, e\.g\. '0000\.png'"):
+        judge(stored(tmp_path, line, other, line), allow_partial=True)
 
 
 @pytest.mark.parametrize("prompt", ['a sign that says "no/yes"', "two\nlines", "it's 100 % <b>bold", "../../etc"])

@@ -168,6 +168,20 @@ def test_the_whole_way_through_the_api_is_blind(tmp_path):
     assert secret not in json.dumps(results)
 
 
+def test_a_torn_study_hides_no_other(tmp_path):
+    root = str(tmp_path)
+    small_ladder(root)
+    client = TestClient(app_on(root), base_url="http://localhost")
+    wanted = {"name": "ab", "run_a": "world-d2", "step_a": 200, "run_b": "world-d3", "step_b": 200}
+    assert client.post("/api/human/studies", json=wanted).status_code == 201
+    for name, content in (("torn", b'{"a": {"run"'), ("foreign", b"[]"), ("No Name", b"{}")):
+        storage.write_bytes(f"{root}/human/study-{name}/study.json", content)
+    told = client.get("/api/human/studies").json()
+    assert [study["name"] for study in told["studies"]] == ["ab"]
+    assert len(told["unreadable"]) == 3
+    assert client.get("/api/human/results", params={"study": "torn"}).status_code == 400
+
+
 def test_galleries_that_differ_are_not_compared(tmp_path):
     root = str(tmp_path)
     small_ladder(root)

@@ -39,8 +39,13 @@ def human_routes(app: FastAPI, index: Index) -> None:
 
     @app.get("/api/human/studies", tags=["side by side"], summary="All studies, without their results")
     def listed() -> Response:
-        found = [_named(studies.get(name)) for name in asked(studies.names)]
-        return JSONResponse({"studies": found, "questions": QUESTIONS})
+        found, unreadable = [], []
+        for name in asked(studies.names):
+            try:
+                found.append(_named(studies.get(name)))
+            except UserError as error:  # one torn study hides no other
+                unreadable.append(str(error))
+        return JSONResponse({"studies": found, "unreadable": unreadable, "questions": QUESTIONS})
 
     @app.post("/api/human/studies", tags=["side by side"], summary="Begin a study of two checkpoints", status_code=201)
     def create(wanted: NewStudy) -> Response:

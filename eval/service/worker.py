@@ -8,6 +8,8 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,6 +109,7 @@ def _serve(pipe: Connection, settings: Settings) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this process
+    threading.Thread(target=_end_with_the_service, daemon=True).start()
     options, task, prepared = settings.options, EvaluateAndDraw(settings), False
     while True:
         try:
@@ -124,6 +127,14 @@ def _serve(pipe: Connection, settings: Settings) -> None:
         except Exception as error:
             traceback.print_exc()
             pipe.send(({}, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+
+
+def _end_with_the_service() -> None:
+    """A service that was killed ends nothing; the next one takes its claims at once and must not work beside us."""
+    service = multiprocessing.parent_process()
+    if service is not None:
+        service.join()
+        os._exit(1)
 
 
 def prepare(settings: Settings) -> None:

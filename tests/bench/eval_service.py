@@ -1,7 +1,8 @@
 """Pages of the eval service on 200 runs x 100 checkpoints x 30 metrics: `python tests/bench/eval_service.py`.
 
 Prints how long the first look at the store takes, a look that finds nothing or one changed run, every API answer with
-all runs, and every page in a headless Chromium (from the request to the last chart drawn). Bound: 1 s a page.
+all runs, and every page in a headless Chromium (from the request to the last chart drawn; a law follows when it is
+fitted). Bound: 1 s a page.
 """
 
 # ruff: noqa: E402 - the tests' helpers are found from the path below
@@ -37,7 +38,8 @@ METRICS = [
 ]  # fmt: skip
 APIS = {
     "runs": {}, "recipes": {}, "plans": {}, "failures": {}, "metrics": {}, "levels": {}, "sheets": {},
-    "series": {"metric": "val_loss/sd3"}, "scores": {"family": "world_geneval"}, "run": {"name": "run-007"},
+    "scaling": {}, "series": {"metric": "val_loss/sd3"},
+    "scores": {"family": "world_geneval"}, "run": {"name": "run-007"},
 }  # fmt: skip
 PAGES = (
     "",
@@ -47,8 +49,10 @@ PAGES = (
     "scores",
     "samples",
     "plans?all=1",
+    "compare",
     "failures",
     "run?name=run-007",
+    "scaling",  # last: it starts a fit, which would slow the pages after it
 )
 
 

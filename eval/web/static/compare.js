@@ -13,7 +13,7 @@ export async function compare(fill) {
 const again = (fill, changes) => { address.set(changes); compare(fill).catch((error) => fill(el("div", { className: "box bad" }, error.message))); };
 
 async function listed(fill) {
-  const { studies, questions } = await api("human/studies");
+  const { studies, unreadable, questions } = await api("human/studies");
   const name = el("input", { type: "text", value: localStorage.getItem("beeline-rater") ?? "", maxLength: 60, autocomplete: "off" });
   const begin = (study) => () => {
     if (!name.value.trim()) return name.focus();
@@ -32,6 +32,7 @@ async function listed(fill) {
         { title: "", value: () => "", show: (s) => el("button", { className: "plain", onclick: () => again(fill, { study: s.name, results: 1, rater: null }) }, "Results") },
       ], studies),
     ] : note("No study yet."),
+    unreadable.map((reason) => el("p", { className: "bad" }, reason)),
     await newStudy(fill, questions),
   );
 }

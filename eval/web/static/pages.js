@@ -8,6 +8,8 @@ const content = document.getElementById("content");
 const fill = (...children) => content.replaceChildren(...children.flat(Infinity).filter(Boolean));
 const names = (runs) => runs.map((run) => run.name);
 const runLink = (name) => el("a", { href: `/run?name=${encodeURIComponent(name)}` }, name);
+// Names that differ in their last word are never cut off; they break after a slash.
+const whole = (name) => el("td", { className: "text" }, name.split("/").map((part, i) => (i ? ["/", el("wbr"), part] : part)));
 const nothing = (text) => el("div", { className: "box" }, text);
 
 // Asks for chosen runs by name, or for all of them with one short address.
@@ -156,7 +158,7 @@ async function scores() {
     trust.length ? [
       el("h2", {}, "Can the judges be believed?"),
       table([
-        { title: "Score", value: (line) => line.metric },
+        { title: "Score", text: true, value: (line) => line.metric, show: (line) => whole(line.metric) },
         ...["ground_truth", "shuffled", "noise"].map((control) => ({ title: words(control), value: (line) => line[control]?.value, show: (line) => line[control] ? el("td", {}, sig(line[control].value), line[control].low === null ? null : el("small", {}, ` ${sig(line[control].low, 2)}\u2013${sig(line[control].high, 2)}`)) : "" })),
         { title: "Verdict", text: true, value: (line) => line.verdict ?? "" },
       ], trust),
@@ -239,7 +241,7 @@ async function scaling() {
     ahead || back || predictions.length ? [
       el("h2", {}, "Predictions"),
       table([
-        { title: "Prediction", value: (p) => p.title },
+        { title: "Prediction", text: true, value: (p) => p.title },
         { title: "Predicted", value: (p) => p.loss.value, show: (p) => shown(p.loss, 4) },
         { title: "Measured", value: (p) => p.actual, show: (p) => p.actual === null || p.actual === undefined ? el("small", {}, p.reason || "not trained") : sig(p.actual, 4) },
         { title: "Verdict", text: true, value: (p) => p.verdict },
@@ -323,7 +325,7 @@ async function run() {
     ], found.checkpoints, { tall: found.checkpoints.length > 12 }) : note("None exported yet (weights/step_*/ema.safetensors)."),
     el("h2", {}, "Last numbers"),
     table([
-      { title: "Metric", value: ([metric]) => metric },
+      { title: "Metric", text: true, value: ([metric]) => metric, show: ([metric]) => whole(metric) },
       { title: "Value", value: ([, point]) => point.value, show: ([, point]) => cell(point, 4) },
       { title: "Images", value: ([, point]) => point.images, show: ([, point]) => count(point.images) },
       { title: "Samples", value: ([, point]) => point.count, show: ([, point]) => count(point.count) },
