@@ -2,7 +2,7 @@
 # Diffusion-DPO in the world: pairs of a run's own pictures, ranked by the VQA judge, scored by the others.
 # usage: bash infra/runs/world_dpo.sh WEIGHTS DEPTH FOLDER    WEIGHTS: RUN/weights/step_.../ema.safetensors of world-dDEPTH
 # The table of differences with their intervals goes to infra/docs/runs/world_dpo (KEPT). PROMPTS, PAIRS, RANKS,
-# PER_TASK and CAPTIONS make it smaller: what is committed there is of PROMPTS=200 PAIRS=3200.
+# PER_TASK and CAPTIONS make it smaller, LORA is the adapters' rank (128 as in the paper).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,7 +12,7 @@ prompts=${PROMPTS:-400} pairs=${PAIRS:-6400} ranks=${RANKS:-2} kept=${KEPT:-infr
 [ -e "$out/pairs/dataset.json" ] || python -m eval pairs --weights "$weights" --num-prompts "$prompts" --out "$out/pairs"
 python -m data_pipeline verify "$out/pairs"
 deepspeed --num_gpus "$ranks" --module trainer train "world-dpo-d$depth" --data "$out/pairs" --init-from "$weights" \
-    --out "$out/runs/world-dpo-d$depth" --images "$pairs"
+    --out "$out/runs/world-dpo-d$depth" --images "$pairs" --lora.rank "${LORA:-128}"
 
 # What it started from stands beside it as a run, so that both are drawn and scored alike.
 mkdir -p "$out/runs/before/weights/step_0000000"
