@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def study(options: StudyOptions) -> None:
-    """Measure what is missing, rank what is complete, write study.md and study.json."""
+    """Measure what is missing, rank what is complete; write study.md, study.json and every number to cells.jsonl."""
     settings = [parse_setting(text) for text in options.settings]
     if len(set(settings)) < len(settings) or options.captions < 2:
         raise UserError("--settings must differ and --captions be 2 or more")
@@ -109,6 +109,8 @@ def study(options: StudyOptions) -> None:
     }
     storage.write_bytes(storage.join(options.out, "study.md"), text.encode())
     storage.write_bytes(storage.join(options.out, "study.json"), (json.dumps(_plain(record), indent=1) + "\n").encode())
+    numbers = "".join(json.dumps(cell._asdict()) + "\n" for cell in cells)
+    storage.write_bytes(storage.join(options.out, "cells.jsonl"), numbers.encode())
     if failed:
         raise UserError(f"{len(failed)} of {len(work)} measurements failed; see the lines above; run again for them")
 

@@ -168,6 +168,8 @@ def test_a_study_of_tiny_real_runs_is_measured_once_and_resumed(tmp_path, monkey
     record = json.loads((tmp_path / "out" / "study.json").read_text())
     assert record["ranking"]["controls"] == 4
     assert record["ranking"]["seed_noise"] is None
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert len(cells) == 2 * 4, "every number of every run"
     stored = sorted(p.name for p in Path(runs).rglob("results/*.jsonl"))
     assert len(stored) == 2 * 2 * 2 * 2, "runs x kinds x settings x metrics: rows land one by one"
     gone = next(Path(runs / "b" / "results").glob("*.jsonl"))

@@ -5,9 +5,8 @@
 #
 # DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT: where the runs go. FOLDER: study.md and
 # study.json, written anew after each variant (default infra/docs/runs/world_study). Stopped anywhere, it goes on there.
-# At the size below an idle pair of cores needs 2 to 3 hours; RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS,
-# RANKS and WORKERS may be set, e.g. IMAGES=57600 for a study with sharper differences. Run as a whole so far only at a tiny size: two
-# variants, two seeds, 160 images, 4 pictures.
+# FOLDER's README says what the committed study took. RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS, RANKS and
+# WORKERS may be set, e.g. IMAGES=57600 for a study with sharper differences.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_study}
 cd "$(dirname "$0")/../.."
