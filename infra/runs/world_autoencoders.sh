@@ -5,7 +5,7 @@
 #
 # OUT/vae4, vae8, vae16: the autoencoders; a finished one is not trained again. FOLDER: the table and its numbers
 # (default infra/docs/runs/world_autoencoders). MINUTES of one idle core each: a busy core makes fewer steps in them, so
-# the cards in OUT say how many there were. Not run yet with training; the report is.
+# the cards in OUT say how many there were. What is committed took MINUTES=6.
 # The 8 channels of the pipeline's own world:vae stand beside them.
 set -euo pipefail
 out=$1 folder=${2:-infra/docs/runs/world_autoencoders}
