@@ -47,7 +47,7 @@ def world_backbone(backbone: str, depth: int) -> Recipe:
 
     Command: deepspeed --num_gpus 2 --module trainer train world-uvit-d2 --data URI --out RUN
     Hardware and time: two CPU cores, as `world-dN`. Expected: validation loss in the paper's order, dit > uvit >
-    cross_dit > mmdit >= mmdit3; not run yet.
+    cross_dit > mmdit >= mmdit3; at depth 2 after 6,400 images another one (infra/docs/runs/world_ablations).
     """
     more: dict[str, Any] = {"clip_tokens": 16} if backbone == "mmdit3" else {}
     model = BACKBONES[backbone](depth=depth, in_channels=8, context_width=384, pooled_width=128, **more)

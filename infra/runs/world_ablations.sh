@@ -5,7 +5,7 @@
 #
 # DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT/backbones and OUT/captions: the runs. FOLDER:
 # a report of each (default infra/docs/runs/world_ablations). Stopped anywhere, it goes on there; finished runs are
-# judged and reported as they land. Not run yet as a whole; its training step is.
+# judged and reported as they land. Committed: the backbones at depth 2, 6,400 images; the captions have not run yet.
 # DEPTH, IMAGES, SEEDS, BACKBONES, CAPTIONS, PROMPTS and RANKS may be set.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_ablations}
