@@ -125,7 +125,7 @@ class SampleReader:
             at -= len(piece)
             got += os.preadv(file.fileno(), [piece], at)
             total += checksum(piece)
-        return got, total & (2**64-1)
+        return got, total & (2**64 - 1)
 
     def _fetch(self, shard: int, offset: int, pieces: Sequence[memoryview]) -> tuple[int, int]:
         at, body = 0, storage.read_bytes(self._uri(shard), offset, sum(map(len, pieces)))

@@ -99,6 +99,8 @@ FAMILIES: dict[str, Callable[[int], Recipe]] = {
     "world": world,
     "pretrain-256": pretrain_256,
     **{f"world-{name}": partial(world_backbone, name) for name in BACKBONES if name != "mmdit"},
+    "world-captions-original": partial(world_captions, 1.0),
+    "world-captions-mixed": partial(world_captions, 0.5),
 }
 
 WORLD_DEPTHS = (1, 2, 3, 4, 5, 6)

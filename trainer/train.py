@@ -51,9 +51,7 @@ def train(
 
     group = start()
     with together(Watch(group, out, stall_s=recipe.logging.stall_s)) as watch:
-        done = run(
-            recipe, ready.dataset, ready.val, group, watch, out=out, resume=ready.resume, init_from=init_from
-        )  # fmt: skip
+        done = run(recipe, ready.dataset, ready.val, group, watch, out=out, resume=ready.resume, init_from=init_from)
     leave()
     if not done:
         raise SystemExit(PREEMPTED)

@@ -11,25 +11,14 @@ set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_ablations}
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+source infra/runs/seeds.sh
 depth=${DEPTH:-3} images=${IMAGES:-19200} seeds=${SEEDS:-0 1} ranks=${RANKS:-2}
 prompts=${PROMPTS:-16} captions=${CAPTIONS:-128}
 backbones=${BACKBONES:-mmdit mmdit3 dit cross_dit uvit}
 
-train() {  # train GROUP RECIPE: all seeds, side by side where each has one rank and so one core
-  local seed run processes=()
-  for seed in $seeds; do
-    run=$out/$1/$2-seed$seed
-    [ -e "$run/weights/ema.safetensors" ] && continue
-    if [ "$ranks" -eq 1 ]; then
-      OMP_NUM_THREADS=1 python -m trainer train "$2" --data "$data" --out "$run" --images "$images" --seed "$seed" \
-        --logging.keep 1 --logging.samples 0 --resume latest &
-      processes+=($!)
-    else
-      deepspeed --num_gpus "$ranks" --module trainer train "$2" --data "$data" --out "$run" --images "$images" \
-        --seed "$seed" --logging.keep 1 --logging.samples 0 --resume latest
-    fi
-  done
-  for run in "${processes[@]}"; do wait "$run"; done
+train() {  # train GROUP FAMILY SEED
+  python -m trainer ladder "$2" --depths "$depth" --data "$data" --out "$out/$1/seed$3" --images "$images" \
+    --num-ranks "$ranks" --options "seed=$3" logging.keep=1 logging.samples=0
 }
 
 judge() {  # judge GROUP
@@ -37,15 +26,16 @@ judge() {  # judge GROUP
     --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions"
   python -m eval report --runs "$out/$1" --out "$out/$1-report"
   mkdir -p "$folder/$1"
-  cp "$out/$1-report/report.md" "$out/$1-report/report.json" "$folder/$1"
+  cp "$out/$1-report/report.json" "$folder/$1"
+  sed '/^!\[/d' "$out/$1-report/report.md" >"$folder/$1/report.md"  # its figures stay in OUT
 }
 
 for backbone in $backbones; do
-  name=world-$backbone-d$depth
-  train backbones "${name/world-mmdit-d/world-d}"
+  family=world-$backbone
+  each_seed train backbones "${family/%world-mmdit/world}"
   judge backbones
 done
 for way in original mixed; do
-  train captions "world-captions-$way-d$depth"
+  each_seed train captions "world-captions-$way"
   judge captions
 done

@@ -3,15 +3,18 @@
 #
 #   bash infra/runs/world_study.sh DATA OUT [FOLDER]
 #
-# DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT: where the runs go. FOLDER: study.md and
-# study.json, written anew after each variant (default infra/docs/runs/world_study). Stopped anywhere, it goes on there.
+# DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT: where the runs go. FOLDER: study.md,
+# study.json and cells.jsonl, written anew after each variant (default infra/docs/runs/world_study). Stopped anywhere,
+# it goes on there.
 # FOLDER's README says what the committed study took. RECIPE, IMAGES, SEEDS, CAPTIONS, VARIANTS, SETTINGS, RANKS and
 # WORKERS may be set, e.g. IMAGES=57600 for a study with sharper differences.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_study}
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
-recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2} workers=${WORKERS:-0}
+source infra/runs/seeds.sh
+recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2}
+workers=${WORKERS:-0}
 settings=${SETTINGS:-50x1.0 50x2.5 50x5.0 5x5.0 10x5.0 25x5.0}
 variants=${VARIANTS:-$(python -c "from eval.study_rank import TABLE_1; print(*TABLE_1)")}
 
@@ -21,16 +24,7 @@ train() {  # train VARIANT SEED
 }
 
 for variant in $variants; do
-  processes=()
-  for seed in $seeds; do
-    if [ "$ranks" -eq 1 ]; then  # seeds side by side, one core each: no two processes wait for each other
-      OMP_NUM_THREADS=1 train "$variant" "$seed" &
-      processes+=($!)
-    else
-      train "$variant" "$seed"
-    fi
-  done
-  for process in "${processes[@]}"; do wait "$process"; done
+  each_seed train "$variant"
   # A variant whose training was unstable has no weights at its end: the ranking names it and leaves it out.
   # shellcheck disable=SC2086
   python -m eval study --runs "$out" --out "$folder" --captions "$captions" --settings $settings \
