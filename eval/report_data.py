@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 
-PIECES = ("recipe.json", "plan.json", "results", "samples", "weights", "checkpoints")
+MARKS = ("recipe.json", "plan.json")
+PIECES = (*MARKS, "results", "samples", "weights", "checkpoints")
 LOSS = "val_loss/"
 NOT_BEGUN = "readable result rows (nothing was trained or evaluated yet)"
 
@@ -69,14 +71,7 @@ def read_runs(uri: str) -> ReportData:
         raise UserError(f"{uri}: no runs there: expected a folder of run folders (recipe.json, plan.json, results/)")
     root = uri.rstrip("/")
     inside = [file.removeprefix(root).lstrip("/") for file in files]
-    names = sorted({path.split("/")[0] for path in inside if is_piece(path, level=1)})
-    if not names and any(is_piece(path, level=0) for path in inside):
-        runs = [read_run(root.rsplit("/", 1)[-1], root, inside)]
-    else:
-        runs = [
-            read_run(name, storage.join(root, name), [p.split("/", 1)[1] for p in inside if p.startswith(name + "/")])
-            for name in names
-        ]
+    runs = [read_run(name, *folder) for name, folder in run_folders(root, inside).items()]
     if not runs:
         raise UserError(f"{uri}: {len(files)} files, but no run folder (recipe.json, plan.json, results/) among them")
     runs.sort(key=lambda run: (run.parameters or 0, run.depth or 0, natural_key(run.name)))
@@ -90,17 +85,36 @@ def read_runs(uri: str) -> ReportData:
     return ReportData(uri, tuple(runs), tuple({row.key: row for row in calibration}.values()), predictions)
 
 
-def is_piece(path: str, *, level: int) -> bool:
+def run_folders(root: str, inside: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+    """Name -> URI and files of each run among the paths `inside` RUNS. The name is the path below RUNS: sweeps lay runs
+    deeper (seed0/world-d2), where a recipe or a plan shows them. Where `root` is itself a run, that one."""
+    names = {path.split("/")[0] for path in inside if _is_piece(path, level=1)}
+    deeper = {folder for folder, _, file in (path.rpartition("/") for path in inside) if file in MARKS}
+    names |= {folder for folder in deeper if folder and folder.split("/")[0] not in PIECES}
+    names = {name for name in names if names.isdisjoint(map(str, PurePosixPath(name).parents))}
+    if not names and any(_is_piece(path, level=0) for path in inside):
+        return {root.rsplit("/", 1)[-1]: (root, list(inside))}
+    folders: dict[str, tuple[str, list[str]]] = {name: (storage.join(root, name), []) for name in sorted(names)}
+    levels = range(1, 2 + max((name.count("/") for name in names), default=0))
+    for path in inside:
+        parts = path.split("/")
+        above = ("/".join(parts[:level]) for level in levels)
+        name = next((folder for folder in above if folder in folders), None)
+        if name is not None:
+            folders[name][1].append(path[len(name) + 1 :])
+    return folders
+
+
+def _is_piece(path: str, *, level: int) -> bool:
     """Does this path (relative to RUNS) show that the folder at `level` is a run?"""
     parts = path.split("/")
     if len(parts) <= level or (level == 1 and parts[0] in PIECES):
         return False
-    return parts[level] in ("recipe.json", "plan.json") or (parts[level] in PIECES and len(parts) > level + 1)
+    return parts[level] in MARKS or (parts[level] in PIECES and len(parts) > level + 1)
 
 
-def read_run(name: str, uri: str, inside: Iterable[str], *, store: ResultStore | None = None) -> Run:
+def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore | None = None) -> Run:
     """The run in folder `uri` that holds the files `inside`; a store that is given again reads only what is new."""
-    inside = list(inside)
     missing: list[str] = []
     recipe, plan = (_read_json(uri, file, inside, missing) for file in ("recipe.json", "plan.json"))
     rows: list[ResultRow] = []
@@ -115,7 +129,7 @@ def read_run(name: str, uri: str, inside: Iterable[str], *, store: ResultStore |
     return Run(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
 
 
-def _read_json(uri: str, file: str, inside: list[str], missing: list[str]) -> Mapping[str, Any]:
+def _read_json(uri: str, file: str, inside: Sequence[str], missing: list[str]) -> Mapping[str, Any]:
     if file not in inside:
         missing.append(file)
         return {}

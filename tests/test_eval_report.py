@@ -169,6 +169,8 @@ def test_missing_pieces_make_a_smaller_report_that_says_so(tmp_path):
     text = page(report)
     assert "cannot be shown" in text
     assert "What is missing" in text
+    markdown = reporting._files(report, [])["report.md"].decode()
+    assert "| empty | 4.92M | 0 |  |" in markdown, "a run without losses has a line, too"
 
 
 def test_one_run_alone_and_the_run_folder_itself(tmp_path):
@@ -205,6 +207,18 @@ def test_seeds_of_one_size_are_separate_runs(tmp_path):
     assert set(label_runs(report.runs).values()) == {"d2-s0", "d2-s1", "d3-s0", "d3-s1"}
     assert "2 model sizes" in report.scaling.reason
     assert all(c.num_runs == 4 for _, _, c, _ in report.correlations)
+
+
+def test_runs_of_a_sweep_lie_deeper_and_are_named_by_their_path(tmp_path):
+    for seed in (0, 1):
+        uri = write_run(f"{tmp_path}/seed{seed}", 2, seed=seed, samples=False)
+        storage.write_bytes(f"{uri}/checkpoints/step_1/recipe.json", b"{}")  # inside a run: no run of its own
+    write_run(str(tmp_path), 3, samples=False)
+    write_calibration(str(tmp_path))
+    report = analyse(read_runs(str(tmp_path)))
+    assert [run.name for run in report.runs] == ["seed0/world-d2", "seed1/world-d2", "world-d3"]
+    assert all(report.losses.points[run.name] for run in report.runs)
+    assert report.calibration
 
 
 def test_nothing_to_report_on_is_one_line(tmp_path):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report_data import Run, is_piece, natural_key, read_run
+from eval.report_data import Run, natural_key, read_run, run_folders
 from eval.report_series import pick_protocol
 from eval.report_tables import cost_of, plan_against_reality
 from eval.service.claims import Outcome, outcomes
@@ -153,7 +153,8 @@ class Index:
 
     def _refresh(self) -> bool:
         inside = [file.removeprefix(self.uri).lstrip("/") for file in storage.list_files(self.uri)]
-        folders = _by_run(inside, self.uri)
+        told = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
+        folders = run_folders(self.uri, told)
         signatures = {name: _signature(files) for name, (_, files) in folders.items()}
         changed = [name for name, signature in signatures.items() if signature != self._seen.get(name)]
         gone = set(self._runs) - set(folders)
@@ -232,20 +233,6 @@ def _series(rows: list[ResultRow]) -> Series:
         np.array([nan if row.high is None else row.high for row in rows], np.float64),
         np.array([row.sample_count for row in rows], np.int64),
     )
-
-
-def _by_run(inside: Iterable[str], uri: str) -> dict[str, tuple[str, list[str]]]:
-    """Run name -> its URI and files, without checkpoints and logs. Where `uri` is itself a run, that one."""
-    inside = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
-    names = {path.split("/")[0] for path in inside if is_piece(path, level=1)}
-    if not names and any(is_piece(path, level=0) for path in inside):
-        return {uri.rsplit("/", 1)[-1]: (uri, inside)}
-    folders: dict[str, tuple[str, list[str]]] = {name: (storage.join(uri, name), []) for name in sorted(names)}
-    for path in inside:
-        name, _, rest = path.partition("/")
-        if name in folders:
-            folders[name][1].append(rest)
-    return folders
 
 
 def _signature(files: Iterable[str]) -> str:
