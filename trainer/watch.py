@@ -26,7 +26,6 @@ from trainer.zero.group import Group, lost_peer, meeting_store
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
 BEAT_S, DEAD_S, SURE_S = 3.0, 40.0, 12.0  # SURE_S: a collective has failed already
-NEAR_S = 0.5  # ranks enter a collective together
 RUNNING, LEFT, FAILED = range(3)
 
 
@@ -38,7 +37,7 @@ class Seen:
     at: float
     step: int
     doing: str
-    moved: float
+    done: int
     state: int
     waits: bool
 
@@ -49,6 +48,7 @@ class Watch:
     def __init__(self, group: Group, out: str, *, stall_s: float, store: Any = None) -> None:
         self.group, self.out, self.stall_s = group, out, stall_s
         self._step, self._doing, self._moved = 0, "start", time.monotonic()
+        self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
         self._told: tuple[int, str] | None = None
         self._state = RUNNING
         self._seen: dict[int, Seen] = {}
@@ -64,6 +64,7 @@ class Watch:
     def at(self, doing: str, step: int) -> None:
         """The main thread begins this; also proof that it moves."""
         self._step, self._doing, self._moved = step, doing, time.monotonic()
+        self._done += 1
 
     def close(self, state: int = LEFT) -> None:
         """An orderly end, which the others must not take for a death; FAILED: they shall end too."""
@@ -98,19 +99,17 @@ class Watch:
             self._report_stall()
 
     def _beat(self, count: int) -> None:
-        still = round(time.monotonic() - self._moved, 1)
-        told = json.dumps([count, self._step, self._doing, still, self._state, waits_for_others()])
+        told = json.dumps([count, self._step, self._doing, self._done, self._state, waits_for_others()])
         self._store.set(f"beeline/beat/{self.group.rank}", told)
 
     def _listen(self) -> None:
         now = time.monotonic()
         ranks = [r for r in range(self.group.world) if self._store.check([f"beeline/beat/{r}"])]
         for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
-            count, step, doing, still, state, waits = json.loads(text)
+            count, step, doing, done, state, waits = json.loads(text)
             old = self._seen.get(rank)
-            changed = old is None or old.count != count
-            at = now if changed or old is None else old.at
-            self._seen[rank] = Seen(count, at, step, doing, now - still, state, waits)
+            at = now if old is None or old.count != count else old.at
+            self._seen[rank] = Seen(count, at, step, doing, done, state, waits)
 
     def _dead(self, after_s: float = DEAD_S) -> list[int]:
         now = time.monotonic()
@@ -172,8 +171,8 @@ class Watch:
         if not self._seen:
             return f"this rank is at step {self._step}: {self._doing}"
         silent = self._silent()
-        least = min(seen.moved for seen in self._seen.values())
-        behind = [rank for rank, seen in self._seen.items() if seen.moved <= least + NEAR_S]
+        least = min(seen.done for seen in self._seen.values())
+        behind = [rank for rank, seen in self._seen.items() if seen.done == least]
         stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
         told = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
         return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(told)
