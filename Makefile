@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= work-demo
+# Tests wait for processes much of their time: two files at once. On more cores, `make test WORKERS=8`.
+WORKERS ?= 2
+TESTS := python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=15
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -12,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make setup      create $(VENV) with the exact versions of requirements.lock (minutes once, seconds after)"
 	@echo "make demo       raw images -> shards -> ladder of models -> scores -> report, in $(DEMO)/ (under 20 minutes on 2 cores)"
-	@echo "make test       lint, types and tests (under 15 minutes on 2 cores)"
+	@echo "make test       lint, types and tests (under 15 minutes on 2 cores; WORKERS=2 test files at once)"
 	@echo "make test-slow  the long proofs (under 40 minutes on 2 cores)"
 	@echo "make bench      side-by-side speed figures, printed as ratios"
 	@echo "make lock       write requirements.lock anew from what $(VENV) holds"
@@ -36,10 +39,10 @@ types: setup
 	mypy
 
 test: lint types
-	python -m pytest -m "not slow and not gpu" --durations=15
+	$(TESTS) -m "not slow and not gpu"
 
 test-slow: setup
-	python -m pytest -m "slow and not gpu" --durations=15
+	$(TESTS) -m "slow and not gpu"
 
 bench: setup
 	@for file in tests/bench/[a-z]*.py; do echo "== $$file"; python $$file || exit 1; done

@@ -97,13 +97,21 @@ def test_the_user_s_own_overrides_reach_every_run():
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_the_command_proves_it_with_real_ranks(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "elsewhere"),
+    [
+        ("fp32", ["2 -> 1 ranks, fp32: losses within 1e-05"]),
+        ("bf16", ["2 -> 1 ranks, bf16: first step within 1e-05", "2 -> 1 ranks, bf16: drift at most twice that"]),
+    ],
+)
+def test_the_command_proves_it_with_real_ranks(tmp_path, precision, elsewhere):
     write_synthetic(str(tmp_path / "data"), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
     words = ["world-d2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--steps", "6", *TINY]
-    command = [sys.executable, "-m", "trainer", "verify-resume", *words]
+    command = [sys.executable, "-m", "trainer", "verify-resume", *words, "--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith(("kept", "BROKEN"))]
-    assert len(told) == 4
     assert all(line.startswith("kept") for line in told)
-    assert "2 -> 1 ranks, fp32: losses within 1e-05" in told[3]
+    assert len(told) == 3 + len(elsewhere)
+    for line, wanted in zip(told[3:], elsewhere, strict=True):
+        assert wanted in line
