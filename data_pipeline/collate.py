@@ -25,6 +25,8 @@ Read = Callable[[int, Sequence[Part]], np.ndarray]  # (sample, what goes elsewhe
 Lend = Callable[[tuple[int, ...], type[np.generic]], np.ndarray]  # Memory.lend
 Spread = Callable[[int, Callable[[range], None]], None]  # (count, work): work on parts of range(count)
 
+CACHED = 2**17  # numbers that are worked on at once: with what is made of them they stay in a core's cache
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -133,15 +135,17 @@ class Collator:
     def _sample(
         self, latent_BCHW: np.ndarray, moments_BMHW: np.ndarray, positions: np.ndarray, part: range, draws: Draws
     ) -> None:
-        """Sampled (or the mean) and normalised."""
-        normal, wide = draws.normal(draws.seed, "posterior"), torch.empty(1, *moments_BMHW.shape[1:])
-        for b in part:
+        """Sampled (or the mean) and normalised, as many at once as stay in the cache."""
+        normal, at_once = draws.normal(draws.seed, "posterior"), max(1, CACHED // moments_BMHW[0].size)
+        wide = torch.empty(at_once, *moments_BMHW.shape[1:])
+        for start in range(part.start, part.stop, at_once):
+            some = slice(start, min(start + at_once, part.stop))
             if draws.posterior == "sample":
-                normal.fill(int(positions[b]), latent_BCHW[b])
+                normal.fill(positions[some].tolist(), latent_BCHW[some])
             else:
-                latent_BCHW[b] = 0
-            wide.copy_(torch.from_numpy(moments_BMHW[b : b + 1]))
-            self._vae.latents.sample_normalised_(torch.from_numpy(latent_BCHW[b : b + 1]), wide)
+                latent_BCHW[some] = 0
+            moments, latents = torch.from_numpy(moments_BMHW[some]), torch.from_numpy(latent_BCHW[some])
+            self._vae.latents.sample_normalised_(latents, wide[: len(moments)].copy_(moments))
 
     def _drop(self, position_B: Tensor, draws: Draws) -> np.ndarray:
         """Which encoders are left out: each on its own, keyed by position."""
@@ -244,4 +248,3 @@ class _Target:
             wide_LW.copy_(torch.from_numpy(stored))
             if scale_at is not None:
                 wide_LW.mul_(torch.from_numpy(data[scale_at : scale_at + 4 * len(target)].view(np.float32))[:, None])
-

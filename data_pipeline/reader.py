@@ -120,12 +120,7 @@ class SampleReader:
             self._files[shard] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)  # closed when the last thread that reads it lets go
-        at, got, total = offset + sum(map(len, pieces)), 0, 0
-        for piece in reversed(pieces):
-            at -= len(piece)
-            got += os.preadv(file.fileno(), [piece], at)
-            total += checksum(piece)
-        return got, total & (2**64 - 1)
+        return os.preadv(file.fileno(), pieces, offset), checksum(*pieces)
 
     def _fetch(self, shard: int, offset: int, pieces: Sequence[memoryview]) -> tuple[int, int]:
         at, body = 0, storage.read_bytes(self._uri(shard), offset, sum(map(len, pieces)))

@@ -3,7 +3,7 @@
 Philox is a counter-based generator: sha256(seed, purpose) is its key, the position its counter, so position n needs
 no draw of position n-1.
 """
-# Shapes: N numbers of one position.
+# Shapes: R positions, N numbers of one position.
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ class Keyed:
 class Normal(Keyed):
     """Standard normal numbers: the rows of `keyed_normal`."""
 
-    def fill(self, position: int, out: np.ndarray) -> None:
-        """`out` is float32 and contiguous."""
-        self.at(position).standard_normal(out=out, dtype=np.float32)
+    def fill(self, positions: Sequence[int], out: np.ndarray) -> None:
+        """Row n of `out` (float32, contiguous) becomes the numbers of positions[n]."""
+        for position, row in zip(positions, out, strict=True):
+            self.at(position).standard_normal(out=row, dtype=np.float32)
 
 
 class QuickNormal(Keyed):
@@ -56,34 +57,36 @@ class QuickNormal(Keyed):
     Box and Muller (1958): sqrt(-2 ln u) times cos and sin of 2 pi v, with 32 random bits for each of u and v.
     """
 
-    def fill(self, position: int, out: np.ndarray) -> None:
-        """`out` is float32 and contiguous."""
-        if out.size % 2:
-            even = np.empty(out.size + 1, np.float32)
-            self.fill(position, even)
-            out.reshape(-1)[:] = even[:-1]
+    def fill(self, positions: Sequence[int], out: np.ndarray) -> None:
+        """Row n of `out` (float32, contiguous) becomes the numbers of positions[n]."""
+        rows, size = len(positions), out[0].size
+        if size % 2:
+            even_RN = np.empty((rows, size + 1), np.float32)
+            self.fill(positions, even_RN)
+            out.reshape(rows, size)[:] = even_RN[:, :-1]
             return
-        self.at(position)
-        radius_N, angle_N = numbers_2N = out.reshape(2, -1)
-        raw = self.bits.random_raw(numbers_2N.shape[1]).view(np.uint32)
-        np.copyto(numbers_2N, raw.reshape(2, -1), casting="unsafe")
-        radius_N += 1
-        radius_N *= 2**-32
-        np.log(radius_N, out=radius_N)
-        radius_N *= -2
-        np.sqrt(radius_N, out=radius_N)
-        angle_N *= 2 * np.pi * 2**-32
-        sine_N = np.sin(angle_N)
-        np.cos(angle_N, out=angle_N)
-        angle_N *= radius_N
-        radius_N *= sine_N
+        numbers_R2N = out.reshape(rows, 2, -1)
+        for position, row_2N in zip(positions, numbers_R2N, strict=True):
+            self.at(position)
+            raw = self.bits.random_raw(size // 2).view(np.uint32)
+            np.copyto(row_2N, raw.reshape(2, -1), casting="unsafe")
+        radius_RN, angle_RN = numbers_R2N[:, 0], numbers_R2N[:, 1]
+        radius_RN += 1
+        radius_RN *= 2**-32
+        np.log(radius_RN, out=radius_RN)
+        radius_RN *= -2
+        np.sqrt(radius_RN, out=radius_RN)
+        angle_RN *= 2 * np.pi * 2**-32
+        sine_RN = np.sin(angle_RN)
+        np.cos(angle_RN, out=angle_RN)
+        angle_RN *= radius_RN
+        radius_RN *= sine_RN
 
 
 def keyed_normal(seed: int, positions: Positions, purpose: str, shape: Sequence[int]) -> Tensor:
     """Standard normal float32 of shape (len(positions), *shape) on the CPU."""
-    normal, out = Normal(seed, purpose), np.empty((len(positions), *shape), np.float32)
-    for row, position in enumerate(_as_ints(positions)):
-        normal.fill(position, out[row : row + 1])
+    out = np.empty((len(positions), *shape), np.float32)
+    Normal(seed, purpose).fill(_as_ints(positions), out)
     return torch.from_numpy(out)
 
 
