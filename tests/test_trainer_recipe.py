@@ -24,7 +24,7 @@ from trainer.preflight import micro_batches
 from trainer.reality import overhead_of
 from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
-from trainer.trial import efficiency_here
+from trainer.trial import efficiency_here, links_here
 
 
 def recipe(**changes) -> Recipe:
@@ -172,6 +172,16 @@ def test_a_trial_of_one_block_of_each_class_gives_an_efficiency(name):
     r = recipe(model=BACKBONES[name](depth=3, context_width=64, pooled_width=64, **more))
     found = efficiency_here(r, get_machine("cpu"), micro_batch=1, ranks=2 if name == "mmdit" else 1)
     assert 0 < found < 100
+
+
+def test_cpus_exchange_at_the_speed_that_their_cores_show():
+    r, cpu, gpu = recipe(), get_machine("cpu"), get_machine("h100-80")
+    found = links_here(r, cpu, ranks=2)
+    assert found.link_inside == found.link_between != cpu.link_inside
+    assert 1e6 < found.link_inside < 1e12
+    assert dataclasses.replace(found, link_inside=cpu.link_inside, link_between=cpu.link_between) == cpu
+    assert links_here(r, cpu, ranks=1) is cpu
+    assert links_here(r, gpu, ranks=2) is gpu
 
 
 def test_offload_moves_bytes_to_the_host():

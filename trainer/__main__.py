@@ -257,7 +257,7 @@ def run_plan(arguments: list[str]) -> None:
             )
         plan = calibration.plan(args.recipe, world=args.gpus, **more)
     else:
-        efficiency = trial(args.recipe, machine, world=args.gpus) if args.trial else args.efficiency
+        machine, efficiency = trial(args.recipe, machine, world=args.gpus) if args.trial else (machine, args.efficiency)
         plan = make_plan(args.recipe, world=args.gpus, machine=machine, efficiency=efficiency, **more)
     if args.json:
         print(json.dumps(plan, indent=1))

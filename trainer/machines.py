@@ -34,8 +34,9 @@ class Machine:
 
 
 # How long a rank also waits in an exchange over gloo, for the other's part, per second of its own work for it. Two
-# ranks that nobody took their cores from, depths 2, 4 and 6: 0.4 to 0.5; depth 15, beside other work: 0.5.
-CPU_WAITING = 0.5
+# ranks that nobody took their cores from, depths 2, 4 and 15: 0.17 to 0.2, and 5 ms a layer, which a calibration tells
+# apart; beside other work 0.5.
+CPU_WAITING = 0.2
 GIB = 2.0**30
 MACHINES: dict[str, Machine] = {
     m.name: m

@@ -1,8 +1,8 @@
 """A run's plan against what the run took, and what a small run teaches about the steps of larger ones.
 
-    python -m trainer plan RUN/                            the plan that the run was started with, graded
-    python -m trainer plan RUN/ --calibrate SMALL_RUN/     its steps planned anew by what the small run measured
-    python -m trainer plan d38 --gpus 64 --calibrate SMALL_RUN/
+python -m trainer plan RUN/                            the plan that the run was started with, graded
+python -m trainer plan RUN/ --calibrate SMALL_RUN/     its steps planned anew by what the small run measured
+python -m trainer plan d38 --gpus 64 --calibrate SMALL_RUN/
 """
 
 import json
@@ -15,7 +15,7 @@ from infra.results import ResultStore
 from trainer.machines import Machine, get_machine, this_machine
 from trainer.plan import layers, make_plan
 from trainer.recipe import Recipe
-from trainer.trial import efficiency_here
+from trainer.trial import efficiency_here, links_here
 
 # Of the planned value, by how the names begin; what has no goal is shown alone.
 GOALS = {"parameters": 0.0, "bytes_per_rank/": 0.05, "checkpoint_bytes": 0.02, "storage_bytes": 0.02, "step_": 0.15}
@@ -58,10 +58,10 @@ class Calibration:
 
     def plan(self, recipe: Recipe, *, world: int, **more: Any) -> dict[str, Any]:
         """A plan for a recipe on the same kind of machine, as `make_plan` gives it."""
-        efficiency = trial(recipe, self.machine, world=world) if self.by_trial else self.efficiency
+        here = trial(recipe, self.machine, world=world) if self.by_trial else (self.machine, self.efficiency)
         found = make_plan(
-            recipe, world=world, machine=self.machine, efficiency=efficiency, overhead=self.overhead,
-            waiting=self.waiting, **more,
+            recipe, world=world, machine=here[0], efficiency=here[1], overhead=self.overhead, waiting=self.waiting,
+            **more,
         )  # fmt: skip
         told = {"overhead_seconds": self.overhead, "waiting_seconds": self.waiting, "by_trial": self.by_trial}
         return found | {"calibration": {"run": self.run, **told}}
@@ -86,9 +86,9 @@ def calibrate(run: str) -> Calibration:
     work = costs.get("cost/step_cpu_seconds", costs["cost/step_seconds"])
     if this_machine(recipe.precision) != machine:
         return Calibration(run, machine, whole)
-    efficiency = trial(recipe, machine, world=world)
-    overhead = overhead_of(recipe, work, machine, world=world, efficiency=efficiency)
-    without = make_plan(recipe, world=world, machine=machine, efficiency=efficiency, overhead=overhead)["time"]
+    here, efficiency = trial(recipe, machine, world=world)
+    overhead = overhead_of(recipe, work, here, world=world, efficiency=efficiency)
+    without = make_plan(recipe, world=world, machine=here, efficiency=efficiency, overhead=overhead)["time"]
     waiting = waiting_of(costs, without) / layers(recipe, world) if world > 1 else 0.0
     return Calibration(run, machine, efficiency, overhead, waiting, by_trial=True)
 
@@ -102,10 +102,12 @@ def waiting_of(costs: dict[str, float], time: dict[str, float]) -> float:
     return max(0.0, costs["cost/step_seconds"] - costs["cost/step_cpu_seconds"] - exchanging)
 
 
-def trial(recipe: Recipe, machine: Machine, *, world: int) -> float:
-    """The efficiency of a recipe's blocks on this device, in micro-batches as `world` ranks would run them."""
+def trial(recipe: Recipe, machine: Machine, *, world: int) -> tuple[Machine, float]:
+    """The machine with the links that it has now (CPUs alone), and the efficiency of a recipe's blocks on this device,
+    in micro-batches as `world` ranks would run them."""
     micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world)
-    return efficiency_here(recipe, machine, micro_batch=micro, ranks=world)
+    efficiency = efficiency_here(recipe, machine, micro_batch=micro, ranks=world)
+    return links_here(recipe, machine, ranks=world), efficiency
 
 
 def overhead_of(recipe: Recipe, step_seconds: float, machine: Machine, *, world: int, efficiency: float) -> float:

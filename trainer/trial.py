@@ -1,27 +1,33 @@
-"""How fast this device runs the very blocks of a recipe: the efficiency that a plan is made with before any run.
+"""How fast this device runs the very blocks of a recipe: what a plan is made with before any run.
 
     python -m trainer plan d38 --gpus 64 --trial
 
 One block of each class, forward and backward, with tensors of the recipe's shapes; no other layer, no communication.
+On CPUs, where exchanges are work of the cores as well, a block's weights and gradients are exchanged, too.
 """
 # Shapes: B images of a micro-batch.
 
 import copy
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.text import TextCond
 from trainer.machines import Machine
+from trainer.plan import widths
 from trainer.recipe import Recipe
 
 ROUNDS = 5
@@ -35,7 +41,7 @@ def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int, ranks
     clock (two cores of a virtual Xeon: 75 GFLOP/s each at depth 4, one alone 95).
     """
     beside = 0 if torch.cuda.is_available() else min(ranks, len(os.sched_getaffinity(0))) - 1
-    others = [_start_busy(recipe, micro_batch) for _ in range(beside)]
+    others = [_start(recipe, "busy", str(micro_batch)) for _ in range(beside)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,9 +60,41 @@ def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int, ranks
     return 3 * forward * micro_batch / seconds / machine.flops
 
 
-def _start_busy(recipe: Recipe, micro_batch: int) -> subprocess.Popen[str]:
-    """What another rank does meanwhile, until it is killed."""
-    command = [sys.executable, "-m", "trainer.trial", str(micro_batch)]
+def links_here(recipe: Recipe, machine: Machine, *, ranks: int) -> Machine:
+    """A CPU with the links that two or more of its cores show: bytes per second of one core's work, over gloo."""
+    ranks = 1 if machine.overlap else min(ranks, len(os.sched_getaffinity(0)))
+    if ranks < 2:
+        return machine
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [_start(recipe, "exchange", str(rank), str(ranks), f"{folder}/store") for rank in range(ranks)]
+        told = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        return machine  # no loopback, for one
+    speed = statistics.mean(map(float, told))
+    return replace(machine, link_inside=speed, link_between=speed)
+
+
+def _exchange(recipe: Recipe, rank: int, ranks: int, store: str) -> float:
+    """What ZeRO-3 does of one block, as if alone: weights gathered forward and backward, gradients reduced."""
+    compute, gradient = (torch.bfloat16 if size == 2 else torch.float32 for size in widths(recipe))
+    numel = recipe.model.block_parameters() // recipe.model.depth // ranks * ranks
+    part = torch.zeros(numel // ranks, dtype=compute)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        start = time.process_time()
+        for _ in range(2):
+            dist.all_gather_into_tensor(torch.empty(numel, dtype=compute), part)
+        dist.reduce_scatter_tensor(torch.empty(numel // ranks, dtype=gradient), torch.zeros(numel, dtype=gradient))
+        seconds.append(time.process_time() - start)
+    dist.destroy_process_group()
+    taken = numel * (ranks - 1) / ranks * (2 * compute.itemsize + gradient.itemsize)
+    return taken / statistics.median(seconds[1:])
+
+
+def _start(recipe: Recipe, *words: str) -> subprocess.Popen[str]:
+    """This module as another process, which reads the recipe."""
+    command = [sys.executable, "-W", "ignore", "-m", "trainer.trial", *words]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None
@@ -66,9 +104,9 @@ def _start_busy(recipe: Recipe, micro_batch: int) -> subprocess.Popen[str]:
     return process
 
 
-def _be_busy() -> None:
-    tasks = _tasks(Recipe.from_json(json.load(sys.stdin)), int(sys.argv[1]))
-    torch.set_num_threads(1)
+def _be_busy(recipe: Recipe, micro_batch: int) -> None:
+    """What another rank does meanwhile, until it is killed."""
+    tasks = _tasks(recipe, micro_batch)
     print("ready", flush=True)
     while True:
         for once, _ in tasks:
@@ -86,9 +124,7 @@ def _tasks(recipe: Recipe, micro_batch: int) -> list[tuple[Callable[[], None], i
     return tasks
 
 
-def _blocks(
-    recipe: Recipe, batch: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[nn.Module, Given, int]]:
+def _blocks(recipe: Recipe, batch: int, dtype: torch.dtype, device: torch.device) -> list[tuple[nn.Module, Given, int]]:
     """(a real block, shapes of what it is given, how many there are) of each class."""
     config, given = recipe.model, _given(recipe, batch, dtype)
     with torch.device("meta"):
@@ -151,5 +187,14 @@ def _timed(once: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def main() -> None:
+    recipe = Recipe.from_json(json.load(sys.stdin))
+    torch.set_num_threads(1)
+    if sys.argv[1] == "busy":
+        _be_busy(recipe, int(sys.argv[2]))
+    rank, ranks, store = sys.argv[2:]
+    print(_exchange(recipe, int(rank), int(ranks), store))
+
+
 if __name__ == "__main__":
-    _be_busy()
+    main()

@@ -5,12 +5,13 @@
 #   infra/runs/true_size.sh OUT [FOLDER]
 #
 # OUT: where the runs go (depth 15: 13 GB of memory, 30 GB of disk). FOLDER: where report.md and report.json go (default
-# infra/docs/runs/true_size). DEPTHS (the last one is killed and resumed), STEPS (even), BATCH and PYTHON may be set.
+# infra/docs/runs/true_size). DEPTHS (the last one is killed and resumed), STEPS (even; SMALL_STEPS of the other depths,
+# whose steps of half a second need more of them), BATCH and PYTHON may be set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=$1 folder=${2:-infra/docs/runs/true_size}
-depths=${DEPTHS:-2 4 15} steps=${STEPS:-6} batch=${BATCH:-4} python=${PYTHON:-python}
-images=$((steps * batch)) half=$((steps / 2)) largest=${depths##* }
+depths=${DEPTHS:-2 4 15} steps=${STEPS:-6} small_steps=${SMALL_STEPS:-24} batch=${BATCH:-4} python=${PYTHON:-python}
+half=$((steps / 2)) largest=${depths##* }
 mkdir -p "$out" "$folder"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=$PWD
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # a quarter of a step's time at depth 15
@@ -26,8 +27,13 @@ shape = (16, 32, 32)
 write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))
 PY
 
+images_of() { # DEPTH
+  echo $((($1 == largest ? steps : small_steps) * batch))
+}
+
 start() { # DEPTH RUN SAVE_EVERY: two ranks in the background, their ids in $pids
-  local port rank
+  local port rank images
+  images=$(images_of "$1")
   port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
   pids=()
   for rank in 0 1; do
@@ -53,7 +59,7 @@ for depth in $depths; do
   run=$out/straight-d$depth
   if [ ! -e "$run/weights/raw.safetensors" ]; then
     load=$(cut -d' ' -f1 /proc/loadavg)
-    start "$depth" "$run" "$images"
+    start "$depth" "$run" "$(images_of "$depth")"
     ended
     [ "${codes[*]}" = "0 0" ]
     "$python" - "$run" "$out/calibration.json" "$load" "$(cut -d' ' -f1 /proc/loadavg)" <<'PY'
@@ -91,7 +97,7 @@ if [ ! -e "$killed/weights/raw.safetensors" ]; then
   echo "SIGKILL after step $half: exit codes ${codes[*]}" | tee "$killed/killed"
   [ "${codes[*]}" = "76 137" ]
   rm -rf "$killed/weights"
-  start "$largest" "$killed" "$images"
+  start "$largest" "$killed" "$(images_of "$largest")"
   ended
   [ "${codes[*]}" = "0 0" ]
 fi
