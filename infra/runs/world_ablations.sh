@@ -5,7 +5,7 @@
 #
 # DATA: `python -m data_pipeline run world --out DATA --images 4000`. OUT/backbones and OUT/captions: the runs. FOLDER:
 # a report of each (default infra/docs/runs/world_ablations). Stopped anywhere, it goes on there; finished runs are
-# judged and reported as they land. Committed: the backbones at depth 2, 6,400 images; the captions have not run yet.
+# judged and reported as they land. Committed: both at depth 2, 6,400 images.
 # DEPTH, IMAGES, SEEDS, BACKBONES, CAPTIONS, PROMPTS and RANKS may be set.
 set -euo pipefail
 data=$(realpath "$1") out=$2 folder=${3:-infra/docs/runs/world_ablations}
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/../.."
 source infra/runs/seeds.sh
 depth=${DEPTH:-3} images=${IMAGES:-19200} seeds=${SEEDS:-0 1} ranks=${RANKS:-2}
 prompts=${PROMPTS:-16} captions=${CAPTIONS:-128}
-backbones=${BACKBONES:-mmdit mmdit3 dit cross_dit uvit}
+backbones=${BACKBONES-mmdit mmdit3 dit cross_dit uvit}
 
 train() {  # train GROUP FAMILY SEED
   python -m trainer ladder "$2" --depths "$depth" --data "$data" --out "$out/$1/seed$3" --images "$images" \
