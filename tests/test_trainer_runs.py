@@ -37,8 +37,6 @@ SECOND = [
 ]
 BF16 = ["--precision", "bf16", "--images", "144", "--logging.save-every", "48"]
 OFFLOAD = ["--parallel.offload-optimizer", "--optimizer.kernel", "deepspeed_cpu", "--images", "48"]
-SWAPPED = ["--parallel.offload-optimizer", "--parallel.offload-parameters", "nvme", "--images", "48"]
-LIBAIO = Path("/usr/include/libaio.h").exists()  # what DeepSpeed compiles its way to NVMe against
 POISONED = 9  # the step whose gradient is infinite on rank 1
 
 
@@ -54,12 +52,6 @@ def run_all(folder: Path, ranks: int, *jobs: dict[str, Any]) -> str:
 
 def seen(run: Path, rank: int) -> list[dict[str, Any]]:
     return json.loads((run / f"seen_{rank}.json").read_text())["seen"]
-
-
-def swapped(folder: Path, name: str, *words: str) -> dict[str, Any]:
-    place = folder / "nvme"
-    place.mkdir(exist_ok=True)
-    return job(folder, name, *SWAPPED, "--parallel.nvme-path", str(place), "--logging.save-every", "24", *words)
 
 
 def mixed(folder: Path, name: str) -> dict[str, Any]:
@@ -107,7 +99,6 @@ def two(folder) -> Path:
         job(folder, "cpu_adam", *OFFLOAD, "--logging.save-every", "24"),
         job(folder, "parameters", "--images", "48", "--parallel.offload-optimizer", "--parallel.offload-parameters",
             "cpu"),
-        *([swapped(folder, "swapped")] if LIBAIO else []),
         job(folder, "bf16", *BF16),
         job(folder, "poisoned", *poisoned, poison=key),
         job(folder, "held", "--images", "32", "--logging.stall-s", "10", hold=19),
@@ -140,8 +131,6 @@ def again(one) -> Path:
         branch | {"words": [*branch["words"], *middle]},
         cooled,
         job(one, "cpu_adam_branch", *OFFLOAD, "--resume", str(one / "cpu_adam" / "checkpoints" / "step_0000003")),
-        *([swapped(one, "swapped_branch", "--resume", str(one / "swapped" / "checkpoints" / "step_0000003"))]
-          if LIBAIO else []),
     )  # fmt: skip
     return one
 
@@ -214,19 +203,6 @@ def test_compiled_and_offloaded_steps_are_the_plain_ones(two, run, within):
     plain, found = losses(two / "two"), losses(two / run)
     assert list(found) == list(range(8, 49, 8))
     assert list(found.values()) == pytest.approx([plain[images] for images in found], rel=within)
-
-
-@pytest.mark.skipif(not LIBAIO, reason="needs libaio-dev, which DeepSpeed reaches NVMe through")
-def test_parameters_on_nvme_train_resume_and_export_bit_by_bit(again):
-    assert losses(again / "swapped") == losses(again / "parameters")
-    assert losses(again / "swapped_branch") == {n: v for n, v in losses(again / "swapped").items() if n > 24}
-    for kind in ("raw", "ema"):
-        plain, *found = (
-            load_weights(again / run / "weights" / f"{kind}.safetensors")[0]
-            for run in ("parameters", "swapped", "swapped_branch")
-        )
-        assert all(torch.equal(weights[name], plain[name]) for weights in found for name in plain)
-    assert list((again / "nvme").rglob("*.swp"))  # parameters have been there
 
 
 def test_compiling_costs_a_graph_per_block_and_number_of_tokens(two):
