@@ -13,10 +13,10 @@ import tyro
 
 from eval.fid import resampled_distances
 from eval.metric import RESAMPLES, Kept
-from eval.values import read_values
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.results import ResultRow, ResultStore
+from infra.values import read_values
 
 
 @dataclass(frozen=True)

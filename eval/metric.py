@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from infra.values import Kept
+
 if TYPE_CHECKING:
     from eval.judges import Judges
 
@@ -47,10 +49,6 @@ class Score:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Arrays by name. Names that begin with "reference" are the same for every checkpoint of a protocol.
-Kept = dict[str, np.ndarray]
-
-
 class Metric(Protocol):
     """`describe` states everything that fixes the number besides prompts and images: it enters the protocol hash."""
 
@@ -66,7 +64,7 @@ class Metric(Protocol):
     def compute(self) -> list[Score]: ...
 
     def kept(self) -> Kept:
-        """What a paired comparison with another checkpoint needs (eval/values.py keeps it beside the rows)."""
+        """What a paired comparison with another checkpoint needs (infra/values.py keeps it beside the rows)."""
         ...
 
 

@@ -37,7 +37,7 @@ def loss_findings(losses: Comparison | None, labels: Mapping[str, str], sizes: M
             Finding(
                 kind,
                 f"Validation loss falls with images seen in {share}; {labels[run]} goes from {first.value:.4g} at "
-                f"{count_text(first.images)} images to {last.value:.4g} at {count_text(last.images)}.",
+                f"{count_text(first.images)} images to {_value_text(last, 4)} at {count_text(last.images)}.",
             )
         )
     return found + _size_findings(losses, labels, sizes)
@@ -166,9 +166,10 @@ def _best(values: Mapping[str, float], higher_is_better: bool) -> list[str]:
     return [run for run, value in values.items() if value == best]
 
 
-def _value_text(point: Point) -> str:
+def _value_text(point: Point, digits: int = 3) -> str:
     known = point.low is not None and point.high is not None
-    return f"{point.value:.3g}" + (f" ({point.low:.3g} to {point.high:.3g})" if known else "")
+    interval = f" ({point.low:.{digits}g} to {point.high:.{digits}g})" if known else ""
+    return f"{point.value:.{digits}g}{interval}"
 
 
 def calibration_findings(lines: Sequence[Mapping[str, Any]], judged: bool) -> list[Finding]:

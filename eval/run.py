@@ -20,11 +20,11 @@ from eval.metric import METRICS, Metric, Prompt, Sample, Score
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.runner import Work, run_work
 from eval.val_loss import val_loss
-from eval.values import keep_values
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.log import Progress, get_logger
 from infra.results import ResultRow, ResultStore
+from infra.values import keep_values
 from infra.version import code_version
 
 log = get_logger("eval")
@@ -313,5 +313,6 @@ def _measure_loss(store: ResultStore, painter: Painter, origin: Mapping[str, Any
     if options.data is None:
         log.warning("%s has no val_loss at %s images: give --data URI", origin["run"], f"{origin['images_seen']:,}")
         return
-    scores, protocol = val_loss(painter, options.data)
+    scores, protocol, kept = val_loss(painter, options.data)
+    keep_values(store.uri, protocol, origin["recipe_hash"], origin["images_seen"], kept)
     store.append(to_rows("val_loss", scores, origin, protocol, higher_is_better=False))

@@ -11,16 +11,20 @@ import torch
 
 from data_pipeline.loader import Dataset, open_dataset
 from eval.generate import Painter
-from eval.metric import Score
+from eval.metric import Kept, Score
 from infra.errors import UserError
+from infra.values import one_per_sample
 from model.flow import get_formulation
-from model.validation import get_protocol, validation_losses
+from model.validation import get_protocol, half_interval, validation_losses
 
 SAMPLES, BATCH, SEED = 2048, 32, 0  # the trainer's defaults
 
 
-def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int = SAMPLES) -> tuple[list[Score], str]:
-    """Scores `sd3` (the protocol's mean) and `sd3/t0.125` ... (one per noise level), and their protocol hash."""
+def val_loss(
+    painter: Painter, data: str, *, protocol: str = "sd3", samples: int = SAMPLES
+) -> tuple[list[Score], str, Kept]:
+    """Scores `sd3` (the protocol's mean) and `sd3/t0.125` ... (one per noise level), their protocol hash, and what each
+    sample lost."""
     dataset = open_dataset(data, split="val")
     expected = painter.meta.get("data_fingerprint")
     if expected and dataset.fingerprint != expected:
@@ -36,12 +40,13 @@ def val_loss(painter: Painter, data: str, *, protocol: str = "sd3", samples: int
             batch = batch._replace(latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device))
             parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
     losses_BV = torch.cat(parts)
-    scores = [_score(protocol, losses_BV[:, : chosen.averaged].mean(1))]
-    scores += [_score(f"{protocol}/t{level:.3f}", losses_BV[:, k]) for k, level in enumerate(chosen.levels)]
+    found = chosen.by_sample(protocol, losses_BV)
+    scores = [_score(name if name == protocol else f"{protocol}/{name}", loss_B) for name, loss_B in found.items()]
     told = [
         protocol, get_protocol(protocol).levels, len(losses_BV), SEED, painter.meta["formulation"], dataset.fingerprint
     ]  # fmt: skip
-    return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    kept = one_per_sample({name: loss_B.numpy() for name, loss_B in found.items()})
+    return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], kept
 
 
 def fixed_batches(dataset: Dataset, samples: int) -> list[range]:
@@ -55,9 +60,7 @@ def fixed_batches(dataset: Dataset, samples: int) -> list[range]:
 
 
 def _score(path: str, loss_B: torch.Tensor) -> Score:
-    """Mean over samples with a normal 95 % interval."""
-    mean = loss_B.mean().item()
-    if len(loss_B) < 2:
-        return Score(path, mean, len(loss_B))
-    half = 1.96 * loss_B.std().item() / len(loss_B) ** 0.5
-    return Score(path, mean, len(loss_B), mean - half, mean + half)
+    """Mean over samples with its interval."""
+    mean, half = loss_B.mean().item(), half_interval(loss_B)
+    ends = (None, None) if half is None else (mean - half, mean + half)
+    return Score(path, mean, len(loss_B), *ends)

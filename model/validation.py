@@ -43,6 +43,16 @@ class ValProtocol:
         """One number from losses per sample and level."""
         return losses_BV[:, : self.averaged].double().mean().item()
 
+    def by_sample(self, name: str, losses_BV: Tensor) -> dict[str, Tensor]:
+        """What each sample adds to each figure: to the mean, under the protocol's name, then to each level (t0.125)."""
+        levels = {f"t{level:.3f}": losses_BV[:, k] for k, level in enumerate(self.levels)}
+        return {name: losses_BV[:, : self.averaged].mean(1), **levels}
+
+
+def half_interval(loss_B: Tensor) -> float | None:
+    """Half the width of a mean's normal 95 % interval: other samples could have been taken. None for a single one."""
+    return 1.96 * loss_B.std().item() / len(loss_B) ** 0.5 if len(loss_B) > 1 else None
+
 
 VAL_PROTOCOLS: dict[str, ValProtocol] = {
     "sd3": ValProtocol(tuple(k / 8 for k in range(1, 9)), 7),

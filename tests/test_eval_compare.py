@@ -10,9 +10,9 @@ from eval.fid import Moments, frechet_distance, resampled_distances
 from eval.metric import Clusters, split_kept, split_scores
 from eval.protocol import keep_protocol
 from eval.run import to_rows
-from eval.values import SHARED, keep_values, read_values
 from infra.errors import UserError
 from infra.results import ResultStore
+from infra.values import SHARED, keep_values, read_values
 
 PROTOCOL = {"metric": "m", "sampling": {"steps": 25, "guidance": 4.0}}
 

@@ -62,6 +62,11 @@ def test_a_ladder_gives_page_figures_numbers_and_markdown(ladder):
         assert "No scaling law is drawn: 3 model sizes" in text
         assert "ground truth 0.97, shuffled 0.04" in text
         assert "Larger is better at every step of the ladder" in text
+    assert "| metric | runs | at images | Pearson | Spearman | within runs |" in markdown
+    line = next(line for line in markdown.splitlines() if line.startswith("| world_geneval/overall/seen | 3 |"))
+    found = next(c for c in told["correlations"] if c["metric"] == "world_geneval/overall/seen")
+    assert line.count(" | ") == 5
+    assert f" | {found['within_runs']['pearson']['value']:+.2f} (" in line
     assert "optimizer.lr" in html
     assert all(f"figures/{name}.png" in markdown for name in names)
     assert html.count("data:image/webp;base64,") == 3 + 3  # one grid per rung, three steps of the deepest

@@ -400,7 +400,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
         "data_fingerprint": info.fingerprint,
     }
     painter = Painter(save_weights(path, state, meta))
-    scores, protocol = val_loss(painter, str(tmp_path / "data"))
+    scores, protocol, kept = val_loss(painter, str(tmp_path / "data"))
 
     recipe = Recipe(name="tiny", model=config, images=64, global_batch=8, validation=Validation())
     validator = Validator(recipe, open_dataset(str(tmp_path / "data"), split="val"))
@@ -428,6 +428,11 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     levels = {f"sd3/t{level:.3f}": loss for level, loss in found.per_level.items()}
     assert {s.path: pytest.approx(s.value, rel=1e-9) for s in scores[1:]} == levels
     assert scores[0].low < scores[0].value < scores[0].high
+    assert set(kept["stratum"]) == {"sd3", *(f"t{level:.3f}" for level in found.per_level)} == set(found.by_sample)
+    for name, loss_B in found.by_sample.items():
+        mine = kept["stratum"] == name
+        assert kept["sum"][mine] == pytest.approx(loss_B.numpy(), rel=1e-6)
+        assert kept["cluster"][mine].tolist() == list(range(40))
 
     save_weights(path, state, meta | {"data_fingerprint": "another"})
     with pytest.raises(UserError, match="trained on another"):

@@ -16,9 +16,11 @@ import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline.synthetic import write_synthetic
+from eval.compare import compare_sides, read_side
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
+from infra.values import read_values
 from model.convert import convert
 from model.weights import load_weights, read_meta
 from trainer.__main__ import main
@@ -127,6 +129,36 @@ def test_results_tell_losses_and_cost(straight):
     assert len(trained) == 24
     assert trained[-1] < trained[0]
     assert store.rows(metric="cost/seconds")[-1].value > 0
+
+
+def test_validation_has_intervals_and_keeps_its_samples(straight):
+    """Each figure lies inside its interval and is the mean of what was kept; checkpoints are then paired by sample."""
+    store = ResultStore(str(straight / "results"))
+    rows = store.rows(prefix="val_loss/sd3")
+    assert len(rows) == 3 * 9
+    for row in rows:
+        assert row.low < row.value < row.high
+        kept = read_values(store.uri, row.protocol_hash, row.recipe_hash, row.images_seen)
+        mine = kept["stratum"] == row.metric.rsplit("/", 1)[-1]
+        assert kept["sum"][mine].mean() == pytest.approx(row.value, rel=1e-12)
+        assert (kept["cluster"][mine].tolist(), kept["count"][mine].sum()) == (list(range(16)), 16)
+
+    differences, refused = compare_sides(read_side(f"{straight}@64"), read_side(f"{straight}@192"), ["val_loss"])
+    assert not refused
+    assert {d.how for d in differences} == {"paired"}
+    mean = next(d for d in differences if d.metric == "val_loss/sd3")
+    wide = [row.high - row.low for row in rows if row.metric == "val_loss/sd3"]
+    assert mean.verdict == "better"
+    assert mean.high - mean.low < min(wide), "pairing is sharper than either interval"
+
+
+def test_a_resume_keeps_the_same_samples(straight, resumed):
+    def values(run):
+        return {path.name: path.read_bytes() for path in (run / "results" / "values").rglob("*.npz")}
+
+    assert len(values(straight)) == 3
+    assert {name.rsplit("-")[-1] for name in values(straight)} == {"64.npz", "128.npz", "192.npz"}
+    assert values(resumed[0]).keys() == values(straight).keys()
 
 
 def test_the_ladder_skips_what_is_trained(straight, data, capfd):

@@ -12,7 +12,9 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
 from infra.results import ResultRow, ResultStore
+from infra.values import Kept, keep_values, one_per_sample
 from infra.version import code_version
+from model.validation import half_interval
 from trainer.recipe import Recipe
 from trainer.trackers import Trackers
 from trainer.validate import ValidationLoss
@@ -28,6 +30,7 @@ class RunLog:
         self.run = out.rstrip("/").rsplit("/", 1)[-1]
         self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
         self._rows: list[ResultRow] = []
+        self._values: list[tuple[int, str, Kept]] = []  # images seen, protocol hash, losses per sample
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
         self._seconds: list[float] = []  # of a step, by the clock and of work on a CPU, for each line
@@ -66,6 +69,7 @@ class RunLog:
         self._progress.update(min(images_seen, self.recipe.images) - min(self.images_seen, self.recipe.images))
         self.images_seen, self._last = images_seen, (images_seen, time.monotonic())
         self._rows = [row for row in self._rows if row.images_seen <= images_seen]
+        self._values = [kept for kept in self._values if kept[0] <= images_seen]
         self._lines = [line for line in self._lines if json.loads(line)["images_seen"] <= images_seen]
 
     def train(self, loss: float, *, lr: float, grad_norm: float, step: int, **figures: float) -> None:
@@ -81,15 +85,20 @@ class RunLog:
         self._row("train_loss", loss, self.images_seen - images)
 
     def validation(self, found: ValidationLoss, *, profile: str) -> None:
-        """EMA validation loss, mean and per level."""
+        """EMA validation loss, mean and per level, with intervals; samples' losses are kept for paired differences."""
         name = f"val_loss/{found.protocol}"
         per_level = {f"{name}/t{level:.3f}": loss for level, loss in found.per_level.items()}
-        for metric, value in {name: found.mean, **per_level}.items():
-            details = json.dumps({"weights": "ema", "profile": profile})
-            self._row(metric, value, found.sample_count, protocol=found.protocol_hash, details=details)
-        self._write(
-            "val", {metric.removeprefix("val_"): value for metric, value in {name: found.mean, **per_level}.items()}
-        )
+        figures, details = {name: found.mean, **per_level}, json.dumps({"weights": "ema", "profile": profile})
+        for (metric, value), loss_B in zip(figures.items(), found.by_sample.values(), strict=True):
+            self._row(
+                metric, value, found.sample_count, protocol=found.protocol_hash, details=details,
+                half=half_interval(loss_B),
+            )  # fmt: skip
+        if self._talks:
+            kept = one_per_sample({key: loss_B.numpy() for key, loss_B in found.by_sample.items()})
+            with self._lock:
+                self._values.append((self.images_seen, found.protocol_hash, kept))
+        self._write("val", {metric.removeprefix("val_"): value for metric, value in figures.items()})
         self._progress.fields["val"] = found.mean
 
     def held_out(self, figures: dict[str, float], count: int, protocol: str) -> None:
@@ -117,7 +126,11 @@ class RunLog:
             return
         with self._lock:
             rows, self._rows, lines, self._lines = self._rows, [], self._lines, []
+            values, self._values = self._values, []
         try:
+            for images, protocol, kept in values:  # before the rows: a row that stands can be paired
+                keep_values(self._store.uri, protocol, self.recipe.hash, images, kept)
+            values = []
             self._store.append(rows)
             rows = []
             self._keep("".join(lines))
@@ -125,6 +138,7 @@ class RunLog:
         finally:  # what did not get through is told the next time
             with self._lock:
                 self._rows, self._lines = rows + self._rows, lines + self._lines
+                self._values = values + self._values
         if self._board is not None:
             self._board.flush()
             if storage.is_remote(self.out):
@@ -187,13 +201,15 @@ class RunLog:
 
     def _row(
         self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "",
-        higher_is_better: bool = False,
+        higher_is_better: bool = False, half: float | None = None,
     ) -> None:  # fmt: skip
+        """`half` of the width of the value's interval, where it has one."""
         row = ResultRow(
             run=self.run, recipe_hash=self.recipe.hash, code_version=code_version(), images_seen=self.images_seen,
             metric=metric, value=value, sample_count=count,
             higher_is_better=higher_is_better or metric == "cost/images_per_second",
             protocol_hash=protocol, details=details,
+            low=None if half is None else value - half, high=None if half is None else value + half,
         )  # fmt: skip
         with self._lock:
             self._rows.append(row)

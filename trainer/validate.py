@@ -24,13 +24,15 @@ from trainer.zero.group import Group
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """`per_level` maps noise levels to mean losses; `mean` is what the protocol reports."""
+    """`per_level` maps noise levels to mean losses; `mean` is what the protocol reports. `by_sample`: what they
+    are means of; first the mean's, under the protocol's name, then each level's."""
 
     protocol: str
     protocol_hash: str
     mean: float
     per_level: dict[float, float]
     sample_count: int
+    by_sample: dict[str, Tensor]
 
 
 class Validator:
@@ -85,6 +87,7 @@ class Validator:
             mean=math.fsum(averaged) / len(averaged),
             per_level=dict(zip(self.protocol.levels, means)),
             sample_count=self.sample_count,
+            by_sample=self.protocol.by_sample(self.recipe.validation.protocol, losses_BV),
         )
 
 

@@ -60,7 +60,7 @@ async function overview() {
     el("div", { className: "tiles" }, tiles.map(([value, text, href]) => el(href && value ? "a" : "div", { className: "tile", href: value ? href : null }, el("b", {}, `${value}`), el("span", {}, text)))),
     table(columns, runs, { tall: runs.length > 25 }),
     worldly ? note("Names that begin with world are scores by the small world's own judges. They are not GenEval or T2I-CompBench, and no published figure may stand beside them.") : null,
-    note("Last value of each run; small figures are 95 % intervals over prompts. Compare runs at equal images only."),
+    note("Last value of each run; small figures are 95 % intervals over prompts (a loss: over samples). Compare runs at equal images only."),
     el("h2", {}, "Recipes"),
     fields.length ? [note(`Fields that differ; ${same} are the same in all runs${more ? `, ${more} more differ and are left out here` : ""}.`), table(recipeColumns, recipes, { tall: recipes.length > 25 })]
       : note(runs.length > 1 ? "All recipes are the same." : "One run: open it for its recipe."),

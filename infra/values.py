@@ -1,18 +1,33 @@
 """Values per prompt beside the rows, for paired comparisons: RESULTS/values/<protocol hash>/<recipe hash>-<images>.npz.
 
-What all checkpoints of a protocol share (FID's reference) is kept once, as reference.npz. No pickles.
+One row per prompt or sample ("cluster") of each metric ("stratum"): the sum of its values and their count. What all
+checkpoints of a protocol share (FID's reference) is kept once, as reference.npz. No pickles.
 """
 
 import io
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
-from eval.metric import Kept
 from infra import storage
 from infra.errors import UserError
 
 SHARED = "reference.npz"
+
+# Arrays by name. Names that begin with "reference" are the same for every checkpoint of a protocol.
+Kept = dict[str, np.ndarray]
+
+
+def one_per_sample(values: Mapping[str, np.ndarray]) -> Kept:
+    """Metrics with one value for each of the same samples, which are numbered in their order."""
+    counts = [len(column) for column in values.values()]
+    return {
+        "stratum": np.repeat(np.array(list(values), dtype=str), counts),
+        "cluster": np.concatenate([np.arange(count, dtype=float) for count in counts]),
+        "sum": np.concatenate([np.asarray(column, dtype=float) for column in values.values()]),
+        "count": np.ones(sum(counts)),
+    }
 
 
 def _uri(store_uri: str, protocol_hash: str, name: str) -> str:
@@ -33,7 +48,7 @@ def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_see
 
 
 def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int) -> Kept | None:
-    """None where nothing was kept (rows of the trainer, or of an earlier version)."""
+    """None where nothing was kept (rows of an earlier version)."""
     uri = _uri(store_uri, protocol_hash, _name(recipe_hash, images_seen))
     if not storage.exists(uri):
         return None
