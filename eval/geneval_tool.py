@@ -147,5 +147,7 @@ def _intervals(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         values.add(row["tag"], numbers[row["metadata"]], row["correct"])
     parts = {"overall": values.interval(), **{task: values.interval([task]) for task in values.strata}}
-    told = "; ".join(f"{name} {low:.2%} to {high:.2%}" for name, (low, high) in parts.items())
+    told = "; ".join(
+        f"{name} {'unknown' if part is None else f'{part[0]:.2%} to {part[1]:.2%}'}" for name, part in parts.items()
+    )
     return f"95 % intervals over prompts: {told}"
