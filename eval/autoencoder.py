@@ -129,7 +129,7 @@ def measure(name: str, options: Options, network: FeatureNetwork, perceptual: Lp
     figures = Figures(name, weights_hash(path), latents.channels, latents.factor)
     figures.values["rfid"] = _rfid(np.concatenate(features[1]), np.concatenate(features[0]))
     for key in values.strata:
-        figures.values[key] = (values.mean([key]), *values.interval([key]))
+        figures.values[key] = (values.mean([key]), *(values.interval([key]) or (math.nan, math.nan)))
     return figures
 
 
@@ -214,4 +214,5 @@ def _cell(figures: Figures, key: str) -> str:
         return "not measured"
     value, low, high = figures.values[key]
     digits = COLUMNS[key][1]
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    told = "interval unknown" if math.isnan(low) else f"{low:.{digits}f}, {high:.{digits}f}"
+    return f"{value:.{digits}f} [{told}]"

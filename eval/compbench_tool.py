@@ -218,6 +218,7 @@ def _write_parts(ordered: Sequence[Stored], rules: Rules, folder: Path, ids: Seq
 
 
 def _print(name: str, values: Clusters, judged_by: str) -> None:
-    low, high = values.interval()
+    interval = values.interval()
+    between = "interval unknown" if interval is None else f"{interval[0]:.4f}, {interval[1]:.4f}"
     told = f"  ({judged_by})" if judged_by else ""
-    print(f"{name:<12} {values.mean():.4f}  [{low:.4f}, {high:.4f}]  {values.count()} images{told}")
+    print(f"{name:<12} {values.mean():.4f}  [{between}]  {values.count()} images{told}")

@@ -85,6 +85,12 @@ def check_complete(
     return missing
 
 
+def outside(found: Sequence[Metadata], expected: Sequence[Metadata]) -> list[Metadata]:
+    """Metadata of the images whose prompts are not of the set, one per image."""
+    wanted = {_key(metadata) for metadata in expected}
+    return [metadata for metadata in found if _key(metadata) not in wanted]
+
+
 def _key(metadata: Metadata) -> str:
     return json.dumps(metadata, sort_keys=True)
 

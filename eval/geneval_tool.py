@@ -3,23 +3,23 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.clip_model import ClipColors
 from eval.geneval_files import (
     IMAGES_PER_PROMPT,
-    ImageFile,
     Summary,
     check_complete,
     judge_stored,
+    outside,
     read_folders,
     result_row,
     summarize,
     write_results,
 )
-from eval.geneval_prompts import COLORS, Metadata, metadata_lines, official_metadata, read_metadata
+from eval.geneval_prompts import CLASSES, COLORS, Metadata, metadata_lines, official_metadata, read_metadata
 from eval.judges import OfficialPaths, build_judges
 from eval.metric import Clusters
 from eval.pictures import read_pictures, refuse_unreadable
@@ -56,7 +56,11 @@ def judge(
     """
     rows = list(judge_stored(detections))
     _refuse_repeated(rows, detections)
-    _check([json.loads(row["metadata"]) for row in rows], metadata, images_per_prompt, allow_partial)
+    expected = official_metadata() if metadata is None else read_metadata(metadata)
+    asked = [json.loads(row["metadata"]) for row in rows]
+    names = [f"{detections}: {row['filename'] or 'an image without filename'}" for row in rows]
+    _known_words(zip(names, asked), *_words_of(expected), knows=f"the prompts of {metadata or 'GenEval'}")
+    _check(asked, expected, images_per_prompt, allow_partial)
     _report(rows, out)
 
 
@@ -84,8 +88,10 @@ def score(
     files = read_folders(images)
     chosen = build_judges(judges, official)
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
-    _check([file.metadata for file in files], metadata, images_per_prompt, allow_partial)
-    _known_words(files, detector.classes)
+    expected = official_metadata() if metadata is None else read_metadata(metadata)
+    _check([file.metadata for file in files], expected, images_per_prompt, allow_partial)
+    asked = [(str(file.path.parent.parent / "metadata.jsonl"), file.metadata) for file in files]
+    _known_words(asked, detector.classes, COLORS, knows="the detector")
     rows: list[dict[str, Any]] = []
     unreadable: list[str] = []
     with Progress(len(files), "images", desc="judge") as progress:
@@ -99,22 +105,30 @@ def score(
     _report(rows, out)
 
 
-def _known_words(files: Sequence[ImageFile], classes: Sequence[str]) -> None:
-    """A class that the detector cannot see, or a color that CLIP is not asked for, would silently count as absent."""
-    for file in files:
-        asked = [*file.metadata.get("include", []), *file.metadata.get("exclude", [])]
-        unknown = next((clause["class"] for clause in asked if clause["class"] not in classes), None)
-        if unknown is not None:
-            raise UserError(
-                f"{file.path.parent.parent / 'metadata.jsonl'} asks for {unknown!r}, which the detector does not know"
-                f"{nearest(unknown, classes)}; it knows {len(classes)} classes"
-            )
-        color = next((clause["color"] for clause in asked if clause.get("color", COLORS[0]) not in COLORS), None)
-        if color is not None:
-            raise UserError(
-                f"{file.path.parent.parent / 'metadata.jsonl'} asks for the color {color!r}{nearest(color, COLORS)}; "
-                f"known: {', '.join(COLORS)}"
-            )
+def _known_words(
+    asked: Iterable[tuple[str, Metadata]], classes: Sequence[str], colors: Sequence[str], *, knows: str
+) -> None:
+    """A class that nobody detects, or a color that CLIP is not asked for, would silently count as absent."""
+    for where, metadata in asked:
+        for clause in [*metadata.get("include", []), *metadata.get("exclude", [])]:
+            name, color = clause["class"], clause.get("color")
+            if name not in classes:
+                raise UserError(
+                    f"{where} asks for {name!r}, which is unknown to {knows}{nearest(name, classes)}; "
+                    f"known: {len(classes)} classes"
+                )
+            if color is not None and color not in colors:
+                raise UserError(
+                    f"{where} asks for the color {color!r}{nearest(color, colors)}; known: {', '.join(colors)}"
+                )
+
+
+def _words_of(expected: Sequence[Metadata]) -> tuple[list[str], list[str]]:
+    """Classes and colors that stored detections may be asked for: GenEval's, and those of the user's own prompts."""
+    clauses = [clause for m in expected for clause in (*m.get("include", []), *m.get("exclude", []))]
+    classes = [*CLASSES, *(clause["class"] for clause in clauses)]
+    colors = [*COLORS, *(clause["color"] for clause in clauses if "color" in clause)]
+    return list(dict.fromkeys(classes)), list(dict.fromkeys(colors))
 
 
 def _refuse_repeated(rows: Sequence[dict[str, Any]], source: Path) -> None:
@@ -125,11 +139,19 @@ def _refuse_repeated(rows: Sequence[dict[str, Any]], source: Path) -> None:
         raise UserError(f"{source}: {len(twice)} images stand there more than once, e.g. {twice[0]!r}")
 
 
-def _check(found: Sequence[Metadata], metadata: Path | None, images_per_prompt: int, allow_partial: bool) -> None:
-    expected = official_metadata() if metadata is None else read_metadata(metadata)
+def _check(
+    found: Sequence[Metadata], expected: Sequence[Metadata], images_per_prompt: int, allow_partial: bool
+) -> None:
     missing = check_complete(found, expected, images_per_prompt, allow_partial=allow_partial)
+    strange = outside(found, expected)
     if missing:
         print(f"partial set: {missing} of {len(expected) * images_per_prompt} images are missing", file=sys.stderr)
+    if strange:
+        print(
+            f"outside the set: {len(strange)} of {len(found)} images are of other prompts, e.g. "
+            f"{strange[0]['prompt']!r}, and are scored with the rest; --metadata FILE names another set",
+            file=sys.stderr,
+        )
 
 
 def _report(rows: list[dict[str, Any]], out: str | None) -> Summary:
@@ -147,5 +169,7 @@ def _intervals(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         values.add(row["tag"], numbers[row["metadata"]], row["correct"])
     parts = {"overall": values.interval(), **{task: values.interval([task]) for task in values.strata}}
-    told = "; ".join(f"{name} {low:.2%} to {high:.2%}" for name, (low, high) in parts.items())
+    told = "; ".join(
+        f"{name} {'unknown' if part is None else f'{part[0]:.2%} to {part[1]:.2%}'}" for name, part in parts.items()
+    )
     return f"95 % intervals over prompts: {told}"

@@ -145,12 +145,13 @@ class Clusters:
         """Unweighted mean over strata of the mean over their images (GenEval's overall score)."""
         return float(np.mean([np.mean([x for v in self._values[s].values() for x in v]) for s in self._pick(strata)]))
 
-    def interval(self, strata: Iterable[str] | None = None, *, seed: int = 0) -> tuple[float, float]:
+    def interval(self, strata: Iterable[str] | None = None, *, seed: int = 0) -> tuple[float, float] | None:
         """95 % percentile bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
 
         Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
         Where a stratum is all 0 or all 1 there is nothing to draw: 0 of 20 prompts does not prove 0, so its mean is
-        drawn from Jeffreys' posterior of a share of that many prompts.
+        drawn from Jeffreys' posterior of a share of that many prompts. Where its prompts agree on another value (or it
+        has one prompt) nothing tells how prompts vary: None, the interval is unknown.
         """
         rng = np.random.default_rng(seed)
         total = np.zeros(RESAMPLES)
@@ -161,6 +162,8 @@ class Clusters:
             ones = sums.sum() / sizes.sum()
             if ones in (0, 1) and all(x == ones for v in self._values[name].values() for x in v):
                 total += rng.beta(0.5 + ones * len(sums), 0.5 + (1 - ones) * len(sums), size=RESAMPLES)
+            elif all_alike(sums / sizes):
+                return None
             else:
                 drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
                 total += sums[drawn].sum(1) / sizes[drawn].sum(1)
@@ -169,11 +172,16 @@ class Clusters:
         return min(float(low), mean), max(float(high), mean)
 
     def score(self, path: str, strata: Iterable[str] | None = None, **details: Any) -> Score:
-        low, high = self.interval(strata)
+        low, high = self.interval(strata) or (None, None)
         return Score(path, self.mean(strata), self.count(strata), low, high, details=details)
 
     def _pick(self, strata: Iterable[str] | None) -> list[str]:
         return list(self._values) if strata is None else list(strata)
+
+
+def all_alike(values: np.ndarray) -> bool:
+    """Resampling them would give an interval without width (but for the rounding of a mean)."""
+    return bool(np.ptp(values) <= 1e-12)
 
 
 def split_kept(clusters: Mapping[bool | None, Clusters]) -> Kept:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval.compare import compare, compare_sides, read_side
+from eval.compare import _drawn_difference, compare, compare_sides, read_side
 from eval.fid import Moments, frechet_distance, resampled_distances
 from eval.metric import Clusters, split_kept, split_scores
 from eval.protocol import keep_protocol
@@ -75,8 +75,58 @@ def test_pairing_finds_what_single_intervals_cannot_tell_apart(runs, capsys, tmp
 
 def test_a_checkpoint_with_itself_shows_nothing(runs):
     for difference in compare_sides(read_side(runs[0]), read_side(runs[0]))[0]:
-        assert difference.low == difference.high == 0
+        assert difference.a == difference.b
+        assert difference.low < 0 < difference.high, "60 ties are no proof"
         assert difference.verdict == "no difference shown"
+
+
+def alone(values):
+    return {True: {"a": values}}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "low", "high", "verdict"),
+    [
+        ([0, 1] * 4, [0, 1] * 4, -0.21, 0.21, "no difference shown"),  # eight ties
+        ([0] * 8, [1] * 8, 0.48, 1.0, "better"),  # eight wins: no certainty of a gain of exactly 1
+        ([0], [0], -0.68, 0.68, "no difference shown"),
+        ([0] * 8, [1, 1] + [0] * 6, -0.1, 0.57, "no difference shown"),  # two discordant pairs: McNemar's p is 0.5
+    ],
+)
+def test_few_matched_pairs_never_claim_certainty(tmp_path, capsys, a, b, low, high, verdict):
+    runs = [store(tmp_path, name, alone([[v] for v in values])) for name, values in (("one", a), ("two", b))]
+    for found in compare_sides(*map(read_side, runs))[0]:
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.07)
+        assert found.low < found.high
+        assert found.low <= found.b - found.a <= found.high
+        assert (found.how, found.verdict) == ("paired", verdict)
+    compare(*runs)
+    assert "[  +0.0000,   +0.0000]" not in capsys.readouterr().out
+
+
+def test_intervals_of_matched_pairs_hold_the_truth():
+    """A bootstrap of eight pairs that are won 9 times in 10 holds the truth in 53 cases of 100."""
+    rng = np.random.default_rng(4)
+    for count, won, lost in ((8, 0.9, 0.0), (8, 0.3, 0.1), (20, 0.1, 0.02)):
+        held = 0
+        for _ in range(300):
+            one = rng.choice([-1.0, 0.0, 1.0], p=[lost, 1 - won - lost, won], size=count)
+            sides = [np.stack([np.arange(count), side, np.ones(count)], axis=1) for side in (one < 0, one > 0)]
+            drawn = _drawn_difference(*sides, rng)
+            low, high = np.percentile(drawn, [2.5, 97.5])
+            held += one.mean() + min(low, 0) <= won - lost <= one.mean() + max(high, 0)
+        assert held >= 0.9 * 300
+
+
+@pytest.mark.parametrize("gain", [[0.25], [0.25, 0.25]])
+def test_prompts_that_all_agree_leave_the_interval_unknown(tmp_path, capsys, gain):
+    one = store(tmp_path, "one", alone([[0.25] for _ in gain]))
+    two = store(tmp_path, "two", alone([[0.25 + x] for x in gain]))
+    for found in compare_sides(read_side(one), read_side(two))[0]:
+        assert (found.verdict, found.how) == ("no difference shown", "paired; all prompts agree")
+    compare(one, two, out=str(tmp_path / "d.json"))
+    assert "unknown" in capsys.readouterr().out
+    assert json.loads((tmp_path / "d.json").read_text())["differences"][0]["low"] is None
 
 
 def test_different_protocols_are_refused_and_the_difference_is_named(tmp_path, capsys):
@@ -154,6 +204,8 @@ def test_fid_is_paired_over_the_same_prompts_and_its_reference_is_kept_once(tmp_
     found = compare_sides(*(read_side(str(tmp_path / name)) for name in shift))[0][0]
     assert (found.how, found.verdict) == ("paired", "better"), "smaller is better"
     assert found.low < found.b - found.a < found.high
+    again = compare_sides(*[read_side(str(tmp_path / "one"))] * 2)[0][0]
+    assert (again.verdict, again.low) == ("no difference shown", -np.inf), "the same features: no interval of width 0"
     files = sorted(p.name for p in (tmp_path / "one" / "results" / "values").rglob("*.npz"))
     assert files == ["r-100.npz", SHARED]
     assert read_values(str(tmp_path / "one" / "results"), key, "r", 7) is None

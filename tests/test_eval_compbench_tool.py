@@ -203,6 +203,11 @@ def test_stored_evidence_scores_by_itself(tmp_path, record, value):
     assert [item.evidence for item in read_stored(again, words())] == [stored.evidence]
 
 
+def test_one_prompt_tells_no_interval(tmp_path, capsys):
+    judge(lines(tmp_path / "s.jsonl", LINES[0][0]))
+    assert capsys.readouterr().out == "color        0.1250  [interval unknown]  1 images\n"
+
+
 def test_boxes_in_pixels_are_brought_to_unidets_frame(tmp_path):
     record = {"category": "spatial", "objects": ["dog", "cat"], "detections": BOXES, "size": [958, 958]}
     [stored] = read_stored(lines(tmp_path / "s.jsonl", record), words())

@@ -155,6 +155,37 @@ def test_images_that_stand_twice_in_a_file_are_not_counted_twice(tmp_path, capsy
         judge(stored(tmp_path, line, other, line), allow_partial=True)
 
 
+def test_words_that_nobody_detects_are_refused_unless_the_own_prompts_have_them(tmp_path, capsys):
+    dgo = {"tag": "single_object", "include": [{"class": "dgo", "count": 1}], "prompt": "a photo of a dgo"}
+    line = {"filename": "0000.png", "metadata": dgo, "detections": {"dog": [[0, 0, 4, 4, 0.9]]}}
+    with pytest.raises(UserError, match=r"0000\.png asks for 'dgo', .* to the prompts of GenEval \(did you mean 'dog'"):
+        judge(stored(tmp_path, line), allow_partial=True)
+    pale = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "bleu"}], "prompt": "a bleu dog"}
+    with pytest.raises(UserError, match=r"asks for the color 'bleu' \(did you mean 'blue'\?\)"):
+        judge(stored(tmp_path, line | {"metadata": pale, "colors": {"dog": ["blue"]}}), allow_partial=True)
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps(dgo) + "\n" + json.dumps(pale) + "\n")
+    blue = line | {"metadata": pale, "colors": {"dog": ["bleu"]}}
+    judge(stored(tmp_path, line, blue), metadata=own, images_per_prompt=1)
+    printed = capsys.readouterr()
+    assert "Total images: 2" in printed.out
+    assert printed.err == ""
+
+
+def test_images_outside_the_set_are_counted_and_said(tmp_path, capsys):
+    dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    lines = [
+        {"filename": f"{i}.png", "metadata": metadata, "detections": {}}
+        for i, metadata in enumerate([dog, CAT | {"prompt": "a tom"}, CAT | {"prompt": "a puss"}])
+    ]
+    judge(stored(tmp_path, *lines), allow_partial=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "partial set: 2211 of 2212 images are missing",
+        "outside the set: 2 of 3 images are of other prompts, e.g. 'a tom', and are scored with the rest; "
+        "--metadata FILE names another set",
+    ]
+
+
 @pytest.mark.parametrize("prompt", ['a sign that says "no/yes"', "two\nlines", "it's 100 % <b>bold", "../../etc"])
 def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_file_names(tmp_path, prompt):
     from eval.compbench_files import parse_name, sample_name

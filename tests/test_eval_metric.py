@@ -143,6 +143,20 @@ def test_none_of_twenty_does_not_prove_none(value):
     assert values.interval(["other"]) == (0.4, 0.6)
 
 
+@pytest.mark.parametrize("table", [[[0.125]], [[0, 1, 1, 0]], [[0.3], [0.3]], [[0.1] * 3, [0.1] * 7]])
+def test_prompts_that_agree_on_a_number_between_leave_the_interval_unknown(table):
+    values = Clusters()
+    for prompt, images in enumerate(table):
+        for value in images:
+            values.add("task", prompt, value)
+    assert values.interval() is None
+    score = values.score("task")
+    assert (score.low, score.high) == (None, None)
+    values.add("other", 9, 0.0)
+    assert values.interval() is None, "an overall with one unknown part is unknown"
+    assert values.interval(["other"]) is not None
+
+
 def test_bootstrap_is_the_same_twice():
     assert clusters(True).interval() == clusters(True).interval()
 
