@@ -176,7 +176,9 @@ def calibration_findings(lines: Sequence[Mapping[str, Any]], judged: bool) -> li
     """Can the judges be believed? Said once, with the figures."""
     with_verdict = [line for line in lines if line["verdict"]]
     if not with_verdict:
-        missing = "The judges carry no calibration (ground truth and shuffled scenes), so read their scores with care."
+        missing = (
+            "The judges carry no calibration (ground truth, shuffled scenes and noise), so read their scores with care."
+        )
         return [Finding("bad", missing)] if judged else []
     found = [
         Finding("bad", f"{line['metric']}: {line['verdict']}.")
@@ -187,7 +189,7 @@ def calibration_findings(lines: Sequence[Mapping[str, Any]], judged: bool) -> li
     if good:
         said = "; ".join(
             f"{line['metric']} gives ground truth {line['ground_truth']['value']:.2f}, "
-            f"shuffled {line['shuffled']['value']:.2f}"
+            f"shuffled {line['shuffled']['value']:.2f}, noise {line['noise']['value']:.2f}"
             for line in good
         )
         found.append(Finding("good", f"The judges can tell right from wrong: {said}."))
@@ -255,7 +257,7 @@ def missing_findings(
     if not families:
         said.append("no scores (python -m eval run judges images of the checkpoints)")
     if families and not calibration:
-        said.append("no calibration of the judges (ground truth and shuffled scenes)")
+        said.append("no calibration of the judges (ground truth, shuffled scenes and noise)")
     if len(runs) == 1:
         said.append("only one run, so nothing is compared")
     return said

@@ -9,7 +9,7 @@ from eval.report_series import Comparison, Point, Task
 from infra.results import ResultRow
 
 # Scoring the world's own scenes must give this much, and scenes under other captions at most that.
-TRUTH_AT_LEAST, SHUFFLED_AT_MOST = 0.95, 0.10
+TRUTH_AT_LEAST, SHUFFLED_AT_MOST, NOISE_AT_MOST = 0.95, 0.10, 0.05
 # What a calibration row compares with: the part of its metric name that says so.
 CONTROLS = ("ground_truth", "shuffled", "noise")
 # SD3 Table 5 (Esser et al. 2024): GenEval at 512 px without DPO, in the order of PAPER_TASKS.
@@ -126,14 +126,16 @@ def _verdict(line: Mapping[str, Any]) -> str | None:
     """Shares of right images and means of probabilities have a known ceiling; a CLIP score or a FID has none."""
     if not line["metric"].split("/")[0].endswith(("geneval", "compbench")) or "overall" not in line["metric"]:
         return None
-    truth, shuffled = line.get("ground_truth"), line.get("shuffled")
+    truth, shuffled, noise = (line.get(control) for control in CONTROLS)
     if truth and truth["value"] < TRUTH_AT_LEAST:
         return (
             f"the judges miss what is there: ground truth gets {truth['value']:.2f}, expected at least {TRUTH_AT_LEAST}"
         )
     if shuffled and shuffled["value"] > SHUFFLED_AT_MOST:
         return f"the judges see too much: shuffled gets {shuffled['value']:.2f}, expected at most {SHUFFLED_AT_MOST}"
-    return "as it must be" if truth and shuffled else None
+    if noise and noise["value"] > NOISE_AT_MOST:
+        return f"the judges see things in noise: noise gets {noise['value']:.2f}, expected at most {NOISE_AT_MOST}"
+    return "as it must be" if truth and shuffled and noise else None
 
 
 def _best(cells: Mapping[str, Mapping[str, Any] | None], higher: bool) -> list[str]:

@@ -135,14 +135,14 @@ def _scores(row, loss: float, rng: np.random.Generator):
     return at_images
 
 
-def write_calibration(root: str, *, truth: float = 0.972, shuffled: float = 0.041) -> None:
+def write_calibration(root: str, *, truth: float = 0.972, shuffled: float = 0.041, noise: float = 0.002) -> None:
     rows = []
     for metric, count in (
         ("world_geneval/overall/seen", 96),
         ("world_geneval/overall/unseen", 96),
         ("world_compbench/overall/seen", 80),
     ):
-        for control, value in (("ground_truth", truth), ("shuffled", shuffled), ("noise", 0.002)):
+        for control, value in (("ground_truth", truth), ("shuffled", shuffled), ("noise", noise)):
             family, *rest = metric.split("/")
             name = "/".join(["calibration", family, control, *rest])
             rows.append(

@@ -205,6 +205,20 @@ def test_judges_that_cannot_judge_are_called_out(tmp_path):
     assert "shuffled gets 0.30" in words(analyse(read_runs(str(tmp_path))))
 
 
+def test_noise_is_judged_and_its_figure_is_told(tmp_path):
+    write_run(str(tmp_path), 2)
+    write_calibration(str(tmp_path))
+    told = analyse(read_runs(str(tmp_path)))
+    assert "world_geneval/overall/seen gives ground truth 0.97, shuffled 0.04, noise 0.00" in words(told)
+    markdown = reporting._environment(html=False).get_template("report.md.j2")
+    for text in (page(told), markdown.render(page_context(told, to_json(told), []))):
+        assert "shuffled 0.04, noise 0.00" in text
+    write_calibration(str(tmp_path), noise=0.2)
+    assert "the judges see things in noise: noise gets 0.20, expected at most 0.05" in words(
+        analyse(read_runs(str(tmp_path)))
+    )
+
+
 def test_seeds_of_one_size_are_separate_runs(tmp_path):
     for depth, seed in ((2, 0), (2, 1), (3, 0), (3, 1)):
         write_run(str(tmp_path), depth, seed=seed, name=f"d{depth}-s{seed}", samples=False)
