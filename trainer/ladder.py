@@ -175,6 +175,12 @@ def images_trained(run: str) -> int | None:
     return min(int(_metadata(uri)["images_seen"]) for uri in uris)
 
 
+def is_done(run: str) -> bool:
+    """By its folder: `deepspeed` ends with 0 when its second process is killed."""
+    uri = storage.join(run, "recipe.json")
+    return storage.exists(uri) and (images_trained(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
+
+
 def _metadata(uri: str) -> dict[str, Any]:
     """The metadata of a weights file, reading its header only (s3:// too)."""
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
@@ -190,7 +196,6 @@ def run_command(command: list[str], run: str) -> None:
     environment.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
     environment.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     process = subprocess.Popen([str(folder / command[0]), *command[1:]], env=environment, start_new_session=True)
-
     asked = False
 
     def forward(number: int, frame: object) -> None:
@@ -209,7 +214,8 @@ def run_command(command: list[str], run: str) -> None:
             signal.signal(number, handler)
     if asked or code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
-    if code != 0:
+    if code != 0 or not is_done(run):
         raise UserError(
-            f"{run}: training ended with exit code {code}; its own message stands above: run the same command again"
+            f"{run}: training ended unfinished, with exit code {code}; its own message stands above: "
+            "run the same command again"
         )
