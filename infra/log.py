@@ -23,7 +23,7 @@ class _CurrentStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if rank() and record.levelno < logging.WARNING:
             return
-        with contextlib.suppress(ValueError):  # stderr may be closed: the interpreter is shutting down
+        with contextlib.suppress(ValueError, OSError):  # closed at shutdown; a pipe whose reader (`| tee`) is gone
             tqdm.write(self.format(record), file=sys.stderr)
 
 

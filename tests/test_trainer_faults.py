@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_infra_faults import Wire
+from test_trainer_uploads import whole_steps
 from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
 from data_pipeline import synthetic
@@ -140,7 +141,8 @@ def batch_numbers(path: Path, step: int) -> set[int]:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigkill_of_a_rank_ends_all_within_a_minute_in_one_line(data, tmp_path, victim):
     run = tmp_path / "run"
-    processes = start_ranks(command(data, run, 80_000, "--logging.save-every", "8"), 2)
+    words = command(data, run, 80_000, "--logging.save-every", "8")
+    processes = start_ranks(words, 2)
     while not (run / "checkpoints" / "latest").exists() and processes[0].poll() is None:
         time.sleep(0.5)
     processes[victim].kill()
@@ -153,6 +155,13 @@ def test_sigkill_of_a_rank_ends_all_within_a_minute_in_one_line(data, tmp_path, 
     assert f"rank {victim} ended without a word" in errors[0]
     assert "the same command continues" in errors[0]
     assert "Traceback" not in said
+    newest = whole_steps(str(run))[0]
+    again = start_ranks(words, 2)
+    assert f"step_{newest:07d} at {8 * newest:,} images" in until(again[0], "resumed").splitlines()[-1]
+    again[victim].send_signal(signal.SIGTERM)
+    codes, said = finish(again, timeout=120)
+    assert codes == [75, 75], said
+    assert whole_steps(str(run))[0] > newest
 
 
 class Store:

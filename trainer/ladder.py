@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.flops import train_flops_per_image
+from trainer.launchers import PREEMPTED, ask_to_stop, trainers_of
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 from trainer.zero.group import free_port
@@ -173,6 +175,12 @@ def images_trained(run: str) -> int | None:
     return min(int(_metadata(uri)["images_seen"]) for uri in uris)
 
 
+def is_done(run: str) -> bool:
+    """By its folder: `deepspeed` ends with 0 when its second process is killed."""
+    uri = storage.join(run, "recipe.json")
+    return storage.exists(uri) and (images_trained(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
+
+
 def _metadata(uri: str) -> dict[str, Any]:
     """The metadata of a weights file, reading its header only (s3:// too)."""
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
@@ -181,26 +189,33 @@ def _metadata(uri: str) -> dict[str, Any]:
 
 
 def run_command(command: list[str], run: str) -> None:
-    """The command as a process group of its own: a signal to the ladder reaches every rank, which saves and leaves."""
+    """The command in a session of its own: a signal to the ladder goes to its ranks, which save and leave; so does the
+    ladder then, with their exit code."""
     folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
     environment.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
     environment.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     process = subprocess.Popen([str(folder / command[0]), *command[1:]], env=environment, start_new_session=True)
+    asked = False
 
     def forward(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
         log.info("asking %s to save and stop", run)
-        os.killpg(process.pid, signal.SIGTERM)
+        ask_to_stop(process.pid)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = process.wait()
+        while trainers_of(process.pid):  # a launcher that was killed itself leaves ranks behind, which save
+            time.sleep(0.5)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code == 75:
-        raise SystemExit(75)
-    if code != 0:
+    if asked or code in (PREEMPTED, -signal.SIGTERM):
+        raise SystemExit(PREEMPTED)
+    if code != 0 or not is_done(run):
         raise UserError(
-            f"{run}: training ended with exit code {code}; its own message stands above: run the same command again"
+            f"{run}: training ended unfinished, with exit code {code}; its own message stands above: "
+            "run the same command again"
         )

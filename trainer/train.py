@@ -15,6 +15,7 @@ from infra.log import get_logger
 from model.flow import Formulation, get_formulation
 from trainer.dpo import HeldOut, preference
 from trainer.guard import keep_recent, problem_of, roll_back
+from trainer.launchers import PREEMPTED, launchers_above
 from trainer.machines import this_machine
 from trainer.monitor import Monitor
 from trainer.objective import Losses, pretrain
@@ -32,14 +33,13 @@ from trainer.zero.group import Group, leave, start
 from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
-PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 
 
 def train(
     recipe: Recipe, *, data: str, out: str, resume: str = "latest", init_from: str | None = None, dry_run: bool = False
 ) -> None:
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, launchers = int(os.environ.get("WORLD_SIZE", "1")), launchers_above()
     with one_voice():
         ready = prepare(recipe, data=data, out=out, resume=resume, init_from=init_from, world=world, thorough=dry_run)
     recipe = ready.recipe
@@ -50,7 +50,7 @@ def train(
         return
 
     group = start()
-    with together(Watch(group, out, stall_s=recipe.logging.stall_s)) as watch:
+    with together(Watch(group, out, stall_s=recipe.logging.stall_s, launchers=launchers)) as watch:
         done = run(recipe, ready.dataset, ready.val, group, watch, out=out, resume=ready.resume, init_from=init_from)
     leave()
     if not done:

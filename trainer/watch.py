@@ -1,7 +1,8 @@
 """Who is alive and who is stuck: every rank beats in the meeting store; a thread reads all beats.
 
 A rank whose process is gone ends the others within a minute, with one line that names it, whatever the backend does
-(NCCL would wait for its own timeout). A rank that lives but does not move is reported with its stack traces.
+(NCCL would wait for its own timeout). A rank that lives but does not move is reported with its stack traces. A launcher
+that is gone asks its ranks to stop: DeepSpeed's dies of a SIGTERM without a word to them.
 """
 
 import contextlib
@@ -10,17 +11,21 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from trainer.launchers import gone
 from trainer.zero.group import Group, lost_peer, meeting_store
 
 log = get_logger("watch")
@@ -45,8 +50,11 @@ class Seen:
 class Watch:
     """`at` tells what the main thread does; the thread behind it beats, listens and reports."""
 
-    def __init__(self, group: Group, out: str, *, stall_s: float, store: Any = None) -> None:
+    def __init__(
+        self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
+    ) -> None:
         self.group, self.out, self.stall_s = group, out, stall_s
+        self._launchers = list(launchers)
         self._step, self._doing, self._moved = 0, "start", time.monotonic()
         self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
         self._told: tuple[int, str] | None = None
@@ -92,6 +100,10 @@ class Watch:
 
     def _judge(self) -> None:
         while not self._stop.wait(min(BEAT_S, self.stall_s / 4)):
+            if gone(self._launchers):
+                self._launchers = []
+                log.warning("the launcher is gone: that counts as a SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
             dead = self._dead()
             # What fails on one rank may fail on all alike: the main thread then has its own line to say.
             if dead and not self._stop.wait(BEAT_S):

@@ -1,0 +1,106 @@
+"""SIGTERM to what started the ranks: they save, nobody is left behind, the same command continues."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from trainer_launch import ROOT, TINY, until
+
+from data_pipeline.synthetic import write_synthetic
+from trainer.launchers import gone, is_launcher
+
+BIN = Path(sys.executable).parent
+LONG = ["--images", "80000", "--validation.every", "None", "--logging.log-every", "8", "--logging.save-every", "80000"]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """The command at the head of a session; what it says goes to a pipe that its ranks hold, too."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def saved(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+
+
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Processes that live and were told of this folder."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if any(str(folder) in word for word in process.info["cmdline"] or ())]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_synthetic(str(path), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
+    return path
+
+
+def test_a_process_knows_what_started_it_and_that_it_is_gone():
+    code = "import time; from trainer.launchers import *; found = launchers_above(); print(len(found), flush=True)\n"
+    code += "while not gone(found): time.sleep(0.1)\nprint('gone', flush=True)"
+    words = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[2]]); time.sleep(60)"
+    launcher = start(["-c", words, "torchrun", code])
+    assert launcher.stdout.readline() == "1\n"
+    assert is_launcher(psutil.Process(launcher.pid))
+    launcher.kill()  # not reaped: nobody waits for it
+    assert launcher.stdout.readline() == "gone\n"
+    assert not gone([])
+    launcher.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("launcher", "told", "code"),
+    [("deepspeed", "head", -15), ("torchrun", "head", 1), ("ladder", "head", 75), ("deepspeed", "second", 1)],
+)
+def test_sigterm_to_a_launcher_saves_and_leaves_no_rank(data, tmp_path, free_port, launcher, told, code):
+    run, port = tmp_path / "world-d2", str(free_port())
+    train = ["trainer", "train", "world-d2", "--data", str(data), "--out", str(run), *TINY, *LONG]
+    command = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", *train],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", *train],
+        "ladder": ladder(data, tmp_path),
+    }[launcher]
+    process = start(command)
+    try:
+        while not (run / "plan.json").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        (psutil.Process(process.pid).children()[0] if told == "second" else process).terminate()
+        said = process.communicate(timeout=300)[0]  # to the end of the pipe: nobody holds it any more
+        assert process.returncode == code, said
+        assert not left_of(tmp_path)
+        assert "stopped by signal" in said
+        first = saved(run)
+        process = start(command)
+        assert f"{run}/checkpoints/step_{first:07d}" in until(process, "resumed").splitlines()[-1]
+        process.terminate()
+        process.communicate(timeout=300)
+        assert saved(run) > first
+    finally:
+        for process in left_of(tmp_path):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def ladder(data: Path, out: Path) -> list[str]:
+    """A ladder of one rung, with the same options as NAME=VALUE."""
+    options, words = [], [*TINY, *LONG[2:]]
+    for word in words:
+        if word.startswith("--"):
+            options.append(word.removeprefix("--") + "=")
+        else:
+            options[-1] += (" " if not options[-1].endswith("=") else "") + word
+    common = ["--data", str(data), "--out", str(out), "--images", "80000", "--num-ranks", "2"]
+    return ["-m", "trainer", "ladder", "world", "--depths", "2", *common, "--options", *options]
