@@ -34,7 +34,7 @@ def make_plan(
     """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
     layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
     machine = machine or this_machine(recipe.precision)
-    efficiency = efficiency or machine.efficiency
+    efficiency = machine.efficiency if efficiency is None else efficiency
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
