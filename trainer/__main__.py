@@ -150,7 +150,8 @@ class VerifyArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
+    """Write weights from a checkpoint (no DeepSpeed, one process). beeline: one tensor in memory at a time; sd3 and
+    diffusers hold the whole fp32 weights."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
