@@ -83,6 +83,30 @@ def test_latents_of_another_height_and_width(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_that_no_run_can_be_made_of(data, tmp_path, monkeypatch):
+    more = ["--optimizer.betas", "2", "3", "--optimizer.eps", "-1", "--optimizer.clip-norm", "-1"]
+    more += ["--optimizer.lr", "nan", "--validation.seed", "-1"]
+    found = refused(monkeypatch, data, tmp_path / "run", *more)
+    for says in ("betas are 2.0 3.0", "eps is -1.0", "clip_norm is -1.0", "lr is nan", "validation.seed is -1"):
+        assert sum(says in line for line in found) == 1, (says, found)
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("file", "file is a file, not a folder: choose another --out"),
+        ("file/below/run", "file is a file, not a folder"),
+        ("/proc/no/run", "/proc takes no file"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_made(data, tmp_path, monkeypatch, out, says):
+    (tmp_path / "file").write_text("")
+    found = refused(monkeypatch, data, tmp_path / out)
+    assert says in found[0]
+    assert len(found) == 1, found
+
+
 def test_an_empty_val_split(tmp_path, monkeypatch):
     write_synthetic(str(tmp_path / "data"), num_samples=16, val_samples=0, latent_shape=(4, 8, 8), buckets=("32x32",))
     [line] = refused(monkeypatch, tmp_path / "data", tmp_path / "run")

@@ -88,8 +88,8 @@ def test_every_docstring_says_command_hardware_and_what_to_expect():
         text = getattr(recipes, name).__doc__
         assert "Command: " in text, name
         assert "deepspeed" in text, name
-        assert "Hardware" in text, name
-        assert re.search(r"time \(planned|and time|images/s", text), name
+        # A length of time, between "Hardware and time" and the next field.
+        assert re.search(r"Hardware and time[^:]*: [^:]*\d (minutes|hours|days)\b", text), name
         assert "xpected" in text, name
     # The command of a docstring names a recipe that exists.
     for found in re.findall(
@@ -126,6 +126,8 @@ def test_plan_against_arithmetic():
     reduced = 4 * p * (7 / 8) / (8 * 50e9)
     assert plan["time"]["compute_seconds"] == pytest.approx(compute)
     assert plan["time"]["communication_seconds"] == pytest.approx(4 * (gathered + reduced))  # until the backward pass
+    assert plan["time"]["between_nodes_seconds"] == plan["time"]["communication_seconds"]
+    assert plan["time"]["inside_node_seconds"] == pytest.approx(4 * 6 * p * (63 / 64) / 450e9)
     assert plan["bytes_per_rank"]["stage3"]["gathered"] == 2 * p
     parallel = dataclasses.replace(r.parallel, max_live=0)
     tight = make_plan(dataclasses.replace(r, parallel=parallel), world=64, machine=h100)
@@ -151,6 +153,9 @@ def test_plan_against_arithmetic():
     parallel = dataclasses.replace(r.parallel, hpz=8, max_live=0)
     hpz = make_plan(dataclasses.replace(r, parallel=parallel), world=64, machine=h100)
     assert hpz["time"]["communication_seconds"] < tight["time"]["communication_seconds"]
+    assert hpz["time"]["communication_seconds"] == pytest.approx(
+        hpz["time"]["between_nodes_seconds"] + 4 * 2 * p * (7 / 8) / 450e9  # the backward pass stays inside
+    )
     assert hpz["bytes_per_rank"]["stage3"]["second_copy"] == p * 2 / 8
 
 
@@ -251,7 +256,24 @@ def test_cadences():
     [
         ({"images": 0}, "images is 0"),
         ({"optimizer": Optimizer(lr=-1.0)}, "optimizer.lr is -1.0"),
+        ({"optimizer": Optimizer(lr=math.nan)}, "optimizer.lr is nan, expected a positive number"),
+        ({"optimizer": Optimizer(lr=math.inf)}, "optimizer.lr is inf"),
+        ({"optimizer": Optimizer(eps=-1.0)}, "optimizer.eps is -1.0"),
+        ({"optimizer": Optimizer(betas=(2.0, 3.0))}, "optimizer.betas are 2.0 3.0, expected numbers from 0 to below 1"),
+        ({"optimizer": Optimizer(betas=(0.9, math.nan))}, "optimizer.betas are 0.9 nan"),
+        ({"optimizer": Optimizer(clip_norm=-1.0)}, "optimizer.clip_norm is -1.0"),
+        ({"optimizer": Optimizer(weight_decay=-0.1)}, "optimizer.weight_decay is -0.1, expected zero or more"),
+        ({"schedule": Schedule(warmup_images=-1)}, "schedule.warmup_images is -1"),
+        ({"validation": Validation(seed=-1)}, "validation.seed is -1, expected zero or more"),
+        ({"validation": Validation(every=0)}, "validation.every is 0"),
+        ({"logging": Logging(save_at=(8, 0))}, "logging.save_at is 0"),
+        ({"guard": Guard(spike=math.nan)}, "guard.spike is nan"),
+        ({"parallel": Parallel(max_live=-1)}, "parallel.max_live is -1"),
+        ({"data": Data(latent_shape=(4, 0, 8))}, "data.latent_shape is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"shift": math.inf}, "shift is inf"),
         ({"data": Data(encoder_dropout=1.5)}, "encoder_dropout is 1.5"),
+        ({"data": Data(encoder_dropout=math.nan)}, "encoder_dropout is nan"),
         ({"precision": "bf16", "parallel": Parallel(zero_stage=0)}, "bf16 needs fp32 master weights"),
         ({"precision": "bf16", "parallel": Parallel(zero_stage=1)}, "use --parallel.zero-stage 2"),
     ],
@@ -294,6 +316,23 @@ def test_names_are_refused_with_the_nearest():
         (["plan", "world-d4", "--images", "many"], "many"),
         (["ladder", "wrld", "--data", "x", "--out", "y"], "did you mean 'world'"),
         (["plan", "d15", "--gpu", "h100"], "did you mean 'h100-80'"),
+        (["plan", "d38", "--gpus", "0"], "--gpus 0: expected a positive number"),
+        (["plan", "d38", "--gpus", "-3"], "--gpus -3: expected a positive number"),
+        (["plan", "d38", "--gpus", "48"], "global_batch 4096 does not divide by 48 ranks"),
+        (["plan", "d38", "--gpus", "8", "--parallel.hpz", "3"], "parallel.hpz 3 does not divide the 8 ranks"),
+        (["plan", "world-d2", "--images", "0"], "images is 0, expected a positive number"),
+        (["plan", "d15", "--global-batch", "0"], "global_batch is 0"),
+        (["plan", "d15", "--efficiency", "0"], "--efficiency 0.0: expected a positive number"),
+        (["plan", "d15", "--efficiency", "nan"], "--efficiency nan"),
+        (["plan", "d15", "--efficiency", "40"], "--efficiency 40.0: expected a share of the peak"),
+        (["plan", "d15", "--dataset-images", "0"], "--dataset-images 0"),
+        (["plan", "d15", "--dollars-per-gpu-hour", "-1"], "--dollars-per-gpu-hour -1.0: expected zero or more"),
+        (["ladder", "world", "--data", "x", "--out", "y", "--images", "0"], "--images 0"),
+        (["ladder", "world", "--data", "x", "--out", "y", "--budgets", "nan"], "--budgets nan"),
+        (["sweep", "lr", "world", "--data", "x", "--out", "y", "--rates", "1e-3", "nan"], "--rates nan"),
+        (["sweep", "lr", "world", "--data", "/no/such", "--out", "y"], "/no/such"),
+        (["sweep", "formulations", "world-d2", "--data", "/no/such", "--out", "y"], "/no/such"),
+        (["verify-resume", "world-d2", "--data", "x", "--out", "y", "--num-ranks", "0"], "--num-ranks 0"),
         (["plan", "/no/run"], "no plan.json there"),
         (["export", "/no/run", "--data", "x", "--out", "y"], "no such checkpoint"),
     ],

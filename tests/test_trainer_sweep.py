@@ -29,6 +29,7 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(ladder, "run_command", record)
     monkeypatch.setattr(ladder, "images_trained", trained.get)
+    monkeypatch.setattr(sweep, "open_dataset", lambda uri: None)
     return asked
 
 

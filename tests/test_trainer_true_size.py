@@ -10,7 +10,7 @@ import pytest
 from trainer_launch import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
-SMALL = {"DEPTHS": "2 6", "STEPS": "4", "PYTHON": sys.executable}
+SMALL = {"DEPTHS": "2 6", "STEPS": "4", "SMALL_STEPS": "4", "PYTHON": sys.executable}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def report(tmp_path_factory) -> tuple[Path, list[dict]]:
     out = tmp_path_factory.mktemp("true_size")
     done = subprocess.run(
         ["bash", str(ROOT / "infra" / "runs" / "true_size.sh"), str(out / "runs"), str(out / "report")],
-        env=os.environ | SMALL, capture_output=True, text=True, timeout=1800, check=False,
+        env=os.environ | SMALL, capture_output=True, text=True, timeout=480, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "report", json.loads((out / "report" / "report.json").read_text())
@@ -34,7 +34,8 @@ def test_killed_and_resumed_bit_by_bit(report):
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_plan_is_right_about_bytes(report, number):
     rows = report[1][number]["rows"]
-    assert rows.keys() >= {f"bytes_per_rank/{name}" for name in ("weights", "masters", "moments", "gradients", "ema")}
+    told = ("weights", "masters", "moments", "gradients", "ema", "activations")
+    assert rows.keys() >= {f"bytes_per_rank/{name}" for name in told}
     assert rows["parameters"][0] == rows["parameters"][1]
     for name, (planned, measured) in rows.items():
         if name.startswith("bytes_per_rank/"):

@@ -23,6 +23,7 @@ from trainer.zero.engine import deepspeed_config
 from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
+ALONE = Group(0, 1, torch.device("cpu"))
 PARAMETERS = parameter_count(CONFIG)
 
 
@@ -111,8 +112,8 @@ def test_an_exporter_that_is_given_a_wrong_tensor_leaves_no_file(tmp_path, spoil
 class Plain:
     """One process with the exported weights, in the seat of the engine."""
 
-    def __init__(self, path: Path) -> None:
-        self.model, _ = load_model(path)
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
 
     def __call__(self, *inputs):
         return self.model(*inputs).float()
@@ -129,10 +130,28 @@ def test_validation_does_not_depend_on_the_number_of_ranks(folder, found):
     Not bit-equal: MKL's last bit depends on where in memory the weights lie, and ZeRO gathers them into flat buffers.
     """
     validator = Validator(RECIPE, open_dataset(str(folder / "data"), split="val"))
-    alone = validator.run(Plain(folder / "ema.safetensors"), Group(0, 1, torch.device("cpu")))
+    alone = validator.run(Plain(load_model(folder / "ema.safetensors")[0]), ALONE)
     assert [alone.mean, *alone.per_level.values()] == pytest.approx(found["validation"], rel=1e-7)
     assert alone.sample_count == found["validation_count"] == 40
     assert list(alone.per_level) == [k / 8 for k in range(1, 9)]
+
+
+def test_the_loss_with_zero_ema_is_that_of_the_zero_model(folder, found):
+    zero = CONFIG.build()
+    with torch.no_grad():
+        for param in zero.parameters():
+            param.zero_()
+    plain = Validator(RECIPE, open_dataset(str(folder / "data"), split="val")).run(Plain(zero), ALONE)
+    assert [plain.mean, *plain.per_level.values()] == found["zero_validation"]
+    assert found["zero_validation"][0] != pytest.approx(found["validation"][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("protocol", ["mlperf", "midpoint"])
+def test_every_protocol_gives_two_ranks_the_figures_of_one(folder, found, protocol):
+    recipe = dataclasses.replace(RECIPE, validation=dataclasses.replace(RECIPE.validation, protocol=protocol))
+    validator = Validator(recipe, open_dataset(str(folder / "data"), split="val"))
+    alone = validator.run(Plain(load_model(folder / "ema.safetensors")[0]), ALONE)
+    assert [alone.mean, *alone.per_level.values()] == pytest.approx(found["protocols"][protocol], rel=1e-7)
 
 
 def test_non_finite_gradient_is_seen_and_never_stepped(found):
@@ -208,6 +227,11 @@ def test_a_block_costs_one_gather_forward_one_backward_and_one_reduction(found):
     # In buckets of a block's size, every gradient once: as many reductions as there are blocks.
     assert len(wire["reduced"]) == -(-wire["whole"] // max(wire["sizes"])) == len(wire["sizes"])
     assert sum(wire["reduced"]) == wire["whole"]
+
+
+@pytest.mark.parametrize(("fp32_reduce", "dtype"), [(True, "torch.float32"), (False, "torch.bfloat16")])
+def test_gradients_are_reduced_and_kept_in_the_dtype_that_was_asked_for(found, fp32_reduce, dtype):
+    assert found["reductions"][str(fp32_reduce)] == {"sent": [dtype], "kept": [dtype]}
 
 
 def test_bf16_has_fp32_masters(found):

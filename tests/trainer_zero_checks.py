@@ -52,6 +52,8 @@ class Gathers:
         """How many of them DeepSpeed did with a whole trace of the modules, by which it prefetches."""
         self.reduced: list[list[int]] = []
         """Elements that go into each reduce-scatter, over all ranks."""
+        self.dtypes: set[str] = set()
+        """Of what goes into them."""
         self._coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
 
     @contextlib.contextmanager
@@ -76,6 +78,7 @@ class Gathers:
         def reduce(*args: Any, **more: Any) -> Any:
             given = args[1] if len(args) > 1 else more["input_tensor"]
             reduced.append(given.numel())
+            self.dtypes.add(str(given.dtype))
             return saved[1](*args, **more)
 
         cdb.all_gather_function, cdb.reduce_scatter_function = gather, reduce
@@ -114,6 +117,15 @@ def probe(engine: ZeroEngine) -> torch.Tensor:
     text = TextCond(torch.randn(3, 16, 48, generator=g), torch.randn(3, 32, generator=g))
     with engine.inference():
         return engine(torch.randn(3, 4, 8, 8, generator=g), torch.rand(3, generator=g), text).double()
+
+
+def validate(engine: ZeroEngine, group: Group, data: str, weights: list[torch.Tensor], protocol: str) -> list[float]:
+    """Mean and levels of a protocol, computed with these weights."""
+    recipe = dataclasses.replace(RECIPE, validation=dataclasses.replace(RECIPE.validation, protocol=protocol))
+    validator = Validator(recipe, open_dataset(data, split="val"))
+    with engine.weights(weights):
+        result = validator.run(engine, group)
+    return [result.mean, *result.per_level.values()]
 
 
 def discards(engine: ZeroEngine, group: Group) -> dict[str, bool]:
@@ -190,6 +202,9 @@ def main() -> None:
         result = validator.run(engine, group)
     found["validation"] = [result.mean, *result.per_level.values()]
     found["validation_count"] = result.sample_count
+    found["protocols"] = {name: validate(engine, group, data, ema.first, name) for name in ("mlperf", "midpoint")}
+    zeros = [torch.zeros_like(average) for average in ema.first]
+    found["zero_validation"] = validate(engine, group, data, zeros, RECIPE.validation.protocol)
     info = open_dataset(data).info
     meta = {kind: weights_meta(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
     found["exported"] = export(engine, ema.first, [f"{out}/ema.safetensors"], meta["ema"], group)
@@ -257,8 +272,15 @@ def main() -> None:
     found["wire"] = {"sizes": sizes, "blocks": gathers.blocks[0], "reduced": gathers.reduced[0], "whole": whole}
 
     half = dataclasses.replace(RECIPE, precision="bf16")
-    engine = ZeroEngine(half, group)
-    found["bf16_losses"], _ = steps(engine, group, data, 2)
+    found["reductions"] = {}
+    for fp32_reduce in (False, True):
+        parallel = dataclasses.replace(half.parallel, fp32_reduce=fp32_reduce)
+        engine = ZeroEngine(dataclasses.replace(half, parallel=parallel), group)
+        gathers = Gathers(engine)
+        with gathers.watching():
+            found["bf16_losses"], _ = steps(engine, group, data, 2)
+        kept = sorted({str(gradient.dtype) for gradient in engine.partition.gradients()})
+        found["reductions"][str(fp32_reduce)] = {"sent": sorted(gathers.dtypes), "kept": kept}
     found["bf16_skip_seen"], found["bf16_skip_kept"] = spoil(engine, group)
     found["bf16_masters"] = {str(m.dtype) for m in engine.masters} == {"torch.float32"}
     if group.rank == 0:

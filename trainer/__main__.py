@@ -1,5 +1,6 @@
 """The command line: `python -m trainer ...`, or `deepspeed --num_gpus 2 --module trainer train RECIPE ...`."""
 
+import math
 import os
 import re
 import sys
@@ -149,7 +150,8 @@ class VerifyArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
+    """Write weights from a checkpoint (no DeepSpeed, one process). beeline: one tensor in memory at a time; sd3 and
+    diffusers hold the whole fp32 weights."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
@@ -196,6 +198,7 @@ def run_ladder(arguments: list[str]) -> None:
     family, rest = _first(arguments, "ladder", "a ladder, for example world")
     get_family(family)
     args = _parse(LadderArgs, rest, "ladder " + family)
+    _positive(args, "depths", "budgets", "images", "num_ranks")
     from trainer.ladder import climb, iso_flop
 
     if args.budgets:
@@ -224,6 +227,7 @@ def run_sweep(arguments: list[str]) -> None:
     name, rest = _first(rest, f"sweep {what}", "a ladder, as world" if what == "lr" else "a recipe, as world-d2")
     (get_family if what == "lr" else get_recipe)(name)
     args = _parse(SweepArgs, rest, f"sweep {what} {name}")
+    _positive(args, "depths", "rates", "images", "num_ranks")
     from trainer.sweep import sweep_formulations, sweep_rates
 
     more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "options")}
@@ -243,6 +247,7 @@ def run_plan(arguments: list[str]) -> None:
         return
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
+    _check_plan(args)
     from trainer.machines import get_machine, this_machine
     from trainer.reality import calibrate, trial
 
@@ -263,6 +268,34 @@ def run_plan(arguments: list[str]) -> None:
         print(json.dumps(plan, indent=1))
         return
     print("\n".join([describe(plan), *([calibration.describe()] if calibration else [])]))
+
+
+def _check_plan(args: PlanArgs) -> None:
+    """What `train` refuses whatever the data, and numbers that no plan can be made of."""
+    from trainer.preflight import Findings, check_ranks, micro_batches
+    from trainer.recipe import check
+
+    _positive(args, "gpus", "efficiency", "dataset_images")
+    if args.efficiency is not None and args.efficiency > 1:
+        raise UserError(f"--efficiency {args.efficiency}: expected a share of the peak, at most 1")
+    price = args.dollars_per_gpu_hour
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
+    found = Findings()
+    found.ask(check, args.recipe)
+    found.tell()
+    for question in (micro_batches, check_ranks):
+        found.ask(question, args.recipe, args.gpus)
+    found.tell()
+
+
+def _positive(args: Any, *names: str) -> None:
+    """Refuse numbers that are not; what was left out (None) passes."""
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
 
 def _grade(args: GradeArgs) -> None:
@@ -309,6 +342,7 @@ def run_verify(arguments: list[str]) -> None:
 
     recipe, rest = _named_recipe(arguments, "verify-resume")
     args = _parse(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
+    _positive(args, "num_ranks", "other_ranks")
     from trainer.verify import describe, verify_resume
 
     own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")

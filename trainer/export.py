@@ -150,7 +150,8 @@ def stream(
 def _copy(source: str, target: str) -> None:
     """A second name for the same content: a hard link where the file system has them."""
     if storage.is_remote(target):
-        storage.write_bytes(target, storage.read_bytes(source))
+        with storage.open_read(source) as file:
+            put(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
     here, there = storage.local_path(source), storage.local_path(target)
     there.parent.mkdir(parents=True, exist_ok=True)

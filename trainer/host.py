@@ -13,6 +13,7 @@ import tempfile
 import psutil
 import torch
 
+from infra import storage
 from infra.errors import UserError
 from trainer.recipe import Recipe
 from trainer.zero.group import PORT_IN_USE
@@ -45,6 +46,21 @@ def check_port() -> None:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(PORT_IN_USE.format(port=port)) from error
+
+
+def check_out(out: str) -> None:
+    """A run folder on a disk must be a folder that takes files, or one that can be made."""
+    if storage.is_remote(out):
+        return
+    path = storage.local_path(out).absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file, not a folder: choose another --out")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: {there} takes no file ({error.strerror}): choose another --out") from error
 
 
 def check_swapping(recipe: Recipe) -> None:

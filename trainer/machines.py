@@ -76,13 +76,16 @@ def this_machine(precision: str = "fp32") -> Machine:
 
 
 def transfer_seconds(machine: Machine, nbytes: float, ranks: int) -> float:
-    """To all-gather (or reduce-scatter) a tensor of `nbytes` over all ranks.
+    """To all-gather (or reduce-scatter) a tensor of `nbytes` over all ranks: inside nodes and between them at once, the
+    slower part counts."""
+    return max(transfer_parts(machine, nbytes, ranks))
 
-    Each device takes in the whole over its link inside the node; each node takes in what other nodes hold over all of
-    its adapters. The two go on at once: the slower one counts.
-    """
+
+def transfer_parts(machine: Machine, nbytes: float, ranks: int) -> tuple[float, float]:
+    """Seconds (inside a node, between nodes): each device takes in the whole over its link inside the node; each node
+    takes in what other nodes hold over all of its adapters."""
     inside = min(ranks, machine.per_node)
     nodes = -(-ranks // machine.per_node)
     local = nbytes * (ranks - 1) / ranks / machine.link_inside
     remote = nbytes * (nodes - 1) / nodes / (inside * machine.link_between)
-    return max(local, remote)
+    return local, remote

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from infra.log import get_logger
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
 from trainer.objective import Losses
@@ -18,6 +19,7 @@ from trainer.plan import train_flops_of
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 
+log = get_logger("monitor")
 BINS = 8
 LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth-24 model (figure 5)
 
@@ -38,6 +40,8 @@ class Monitor:
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
         or compiled."""
         self._eager = not recipe.parallel.compile
+        if not self._eager and group.rank == 0:
+            log.info("attention/max_logit and attention/entropy are not told: compiled blocks cannot be looked into")
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
         self._figures: dict[str, float] = {}

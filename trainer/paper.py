@@ -41,7 +41,8 @@ def high_resolution(depth: int, resolution: int) -> Recipe:
 
     Command: deepspeed --hostfile HOSTS --module trainer train d24-512 --data s3://... --out s3://...
         --init-from RUNS/d24/weights/ema.safetensors   (and d24-1024 from d24-512's)
-    Hardware and time (planned, 40 % of an H100's peak): 64 H100; a step of d24 takes 0.3 s at 512, 1.4 s at 1024 px.
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100; at 512 px 0.1 days (d15), 0.3 days (d24), 1.3 days
+    (d38); at 1024 px 0.5 days (d15), 1.6 days (d24), 5.5 days (d38).
     Expected: GenEval 0.62 for d24-512, 0.68 for d38-512, 0.74 for d38-1024 with DPO (table 5). Not run yet.
     From the paper (section 5.3.2): QK-norm in both streams (added to weights that lack it), the position grid extended
     and scaled by 256/S, AdamW with eps 1e-15, bf16, at 1024 px times shifted by 3.0. Our choice (the paper is silent):

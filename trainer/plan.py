@@ -11,7 +11,7 @@ from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
 from model.lora import adapter_parameter_count, add_adapters
 from model.trunk import TokenConfig
-from trainer.machines import Machine, this_machine, transfer_seconds
+from trainer.machines import Machine, this_machine, transfer_parts
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
@@ -34,7 +34,7 @@ def make_plan(
     """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
     layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
     machine = machine or this_machine(recipe.precision)
-    efficiency = efficiency or machine.efficiency
+    efficiency = machine.efficiency if efficiency is None else efficiency
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
@@ -207,8 +207,9 @@ def step_time(
     compute = per_image * recipe.global_batch / world / (machine.flops * efficiency) + overhead * layers(recipe, world)
     moved = bytes_moved(recipe, parameters, world=world)
     inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
-    communication = sum(transfer_seconds(machine, moved[name], world) for name in ("forward", "gradients", "publish"))
-    communication += transfer_seconds(machine, moved["backward"], inside or world)
+    over = {name: inside or world if name == "backward" else world for name in moved}
+    parts = [transfer_parts(machine, nbytes, over[name]) for name, nbytes in moved.items()]
+    communication = sum(max(part) for part in parts)
     copying = bytes_copied(recipe, parameters, world=world) / machine.bandwidth
     mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)
     # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
@@ -219,6 +220,8 @@ def step_time(
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,
+        "inside_node_seconds": sum(local for local, _ in parts),
+        "between_nodes_seconds": sum(remote for _, remote in parts),
         "copy_seconds": copying,
         "update_seconds": updating,
         "work_seconds": work,

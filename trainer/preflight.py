@@ -25,7 +25,7 @@ from model.flow import get_formulation
 from model.validation import get_protocol
 from model.weights import read_meta
 from trainer.fitting import check_data, check_val
-from trainer.host import check_compiler, check_gpu, check_hostfile, check_port, check_swapping
+from trainer.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.recipe import Recipe, check, differences
 from trainer.trackers import check_trackers
 from trainer.zero import checkpoint
@@ -115,6 +115,7 @@ def prepare(
     _check_recipe(found, recipe, world)
     for question in (check_gpu, check_compiler, check_kernel, check_swapping):
         found.ask_here(question, recipe)
+    found.ask_here(check_out, out)
     resume = found.ask(own_first, out, resume) or resume
     started, dataset = found.ask(with_init, recipe, init_from), found.ask(open_dataset, data)
     val = None
@@ -141,10 +142,10 @@ def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
         found.ask(parse_profile, profile)
     if recipe.global_batch > 0 and (recipe.parallel.micro_batch or 1) > 0:
         found.ask(micro_batches, recipe, world)
-    found.ask(_check_ranks, recipe, world)
+    found.ask(check_ranks, recipe, world)
 
 
-def _check_ranks(recipe: Recipe, world: int) -> None:
+def check_ranks(recipe: Recipe, world: int) -> None:
     hpz = recipe.parallel.hpz
     if hpz > 1 and world % hpz:
         raise UserError(

@@ -284,20 +284,32 @@ def check(recipe: Recipe) -> None:
 
 
 def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
+    o, v, told, p = recipe.optimizer, recipe.validation, recipe.logging, recipe.parallel
     positive = {
-        "images": recipe.images, "global_batch": recipe.global_batch, "optimizer.lr": recipe.optimizer.lr,
-        "validation.samples": recipe.validation.samples, "validation.batch": recipe.validation.batch,
+        "images": recipe.images, "global_batch": recipe.global_batch, "shift": recipe.shift,
+        "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _set(o.clip_norm),
+        "validation.samples": v.samples, "validation.batch": v.batch,
+        "validation.every": _set(recipe.cadence("validate")),
         "logging.log_every": recipe.cadence("log"), "logging.save_every": recipe.cadence("save"),
-        "logging.keep": recipe.logging.keep, "shift": recipe.shift, "logging.stall_s": recipe.logging.stall_s,
-        "guard.spike": 1 if recipe.guard.spike is None else recipe.guard.spike,
-        "guard.max_skips + 1": recipe.guard.max_skips + 1,
-        "validation.every": 1 if recipe.validation.every is None else recipe.cadence("validate"),
-        "parallel.micro_batch": 1 if recipe.parallel.micro_batch is None else recipe.parallel.micro_batch,
-        "parallel.hpz": recipe.parallel.hpz,
+        "logging.keep": told.keep, "logging.stall_s": told.stall_s, "logging.save_at": min(told.save_at, default=1),
+        "guard.spike": _set(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
+        "parallel.micro_batch": _set(p.micro_batch), "parallel.hpz": p.hpz, "parallel.reduce_bucket": p.reduce_bucket,
+        "data.resolution": recipe.data.resolution, "data.text_tokens": recipe.data.text_tokens,
+        "data.latent_shape": min(recipe.data.latent_shape), "dpo.beta": recipe.dpo.beta,
+        "lora.rank": _set(recipe.lora.rank), "lora.alpha": _set(recipe.lora.alpha),
     }  # fmt: skip
     for name, value in positive.items():
-        if not value or value <= 0:
+        if value is None or not (math.isfinite(value) and value > 0):
             yield f"{name} is {value}, expected a positive number"
+    not_negative = {
+        "seed": recipe.seed, "validation.seed": v.seed, "optimizer.weight_decay": o.weight_decay,
+        "schedule.warmup_images": recipe.schedule.warmup_images, "logging.samples": told.samples,
+        "parallel.persistence_threshold": p.persistence_threshold, "parallel.prefetch": p.prefetch,
+        "parallel.max_live": p.max_live,
+    }  # fmt: skip
+    for name, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            yield f"{name} is {value}, expected zero or more"
     shares = {
         "schedule.cooldown": recipe.schedule.cooldown, "schedule.final": recipe.schedule.final,
         "data.original_captions": recipe.data.original_captions, "data.encoder_dropout": recipe.data.encoder_dropout,
@@ -305,8 +317,15 @@ def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             yield f"{name} is {value}, expected a share between 0 and 1"
+    if not all(0 <= beta < 1 for beta in o.betas):
+        yield f"optimizer.betas are {' '.join(map(str, o.betas))}, expected numbers from 0 to below 1"
     if not recipe.ema.profiles or len(set(recipe.ema.profiles)) != len(recipe.ema.profiles):
         yield f"ema.profiles {recipe.ema.profiles}: expected at least one, all different"
+
+
+def _set(value: float | None) -> float:
+    """A number that may be left out (None), for the check of those that are given."""
+    return 1 if value is None else value
 
 
 def _wrong_parallel(recipe: Recipe) -> list[str]:
@@ -333,9 +352,6 @@ def _wrong_adapters(recipe: Recipe) -> list[str]:
     wrong = [
         (recipe.objective == "dpo" and lora.rank is None,
          "objective dpo takes the model without its adapters as reference: give --lora.rank, 128 in the paper"),
-        (recipe.dpo.beta <= 0, f"dpo.beta is {recipe.dpo.beta}, expected a positive number"),
-        (lora.rank is not None and lora.rank < 1, f"lora.rank is {lora.rank}, expected at least 1"),
-        (lora.alpha is not None and lora.alpha <= 0, f"lora.alpha is {lora.alpha}, expected a positive number"),
         (lora.rank is not None and (p.hpz > 1 or p.quantized_weights or p.offload_parameters != "no" or p.compile),
          "frozen weights under adapters do not go with hpz, quantized_weights, offload_parameters or compile: "
          "leave these out"),

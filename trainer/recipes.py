@@ -16,7 +16,8 @@ def world(depth: int) -> Recipe:
     """The miniature world: 64x64 scenes as 64 image tokens with 32 text tokens, bf16, every parameter sharded.
 
     Command: deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
-    Hardware: two CPU cores; images/s in the report below. The rate falls with the width as 1/sqrt(width): our choice.
+    Hardware and time: two CPU cores; depth 4 takes 48 minutes of two idle ones with AMX (115,200 images at 40 a second,
+    below). The rate falls with the width as 1/sqrt(width): our choice.
     At depth 3 (rate 3.5e-3), 150 seconds on one core with the cooldown inside: validation loss 0.670 with 1.15e-3
     (5,936 images), 0.597 with 2.3e-3 (6,048), 0.553 with 4.6e-3 (6,720); 9e-3 is behind at equal images. Batch 16, for
     short runs live by their number of steps: after 1,700 images depth 3 stood at a training loss of 1.0 with it, 1.2
@@ -46,8 +47,9 @@ def world_backbone(backbone: str, depth: int) -> Recipe:
     """The backbone ablation (paper, figure 4) in the miniature world: all else as `world-dN`.
 
     Command: deepspeed --num_gpus 2 --module trainer train world-uvit-d2 --data URI --out RUN
-    Hardware and time: two CPU cores, as `world-dN`. Expected: validation loss in the paper's order, dit > uvit >
-    cross_dit > mmdit >= mmdit3; at depth 2 after 6,400 images another one (infra/docs/runs/world_ablations).
+    Hardware and time: two CPU cores, about the 48 minutes of `world-d4` at depth 4, less at 2 and 3.
+    Expected: validation loss in the paper's order, dit > uvit > cross_dit > mmdit >= mmdit3; at depth 2 after 6,400
+    images another one (infra/docs/runs/world_ablations).
     """
     more: dict[str, Any] = {"clip_tokens": 16} if backbone == "mmdit3" else {}
     model = BACKBONES[backbone](depth=depth, in_channels=8, context_width=384, pooled_width=128, **more)
@@ -58,8 +60,9 @@ def world_captions(original: float, depth: int) -> Recipe:
     """The caption ablation (paper, table 4) in the miniature world: original captions alone, or half synthetic ones.
 
     Command: deepspeed --num_gpus 2 --module trainer train world-captions-original-d3 --data URI --out RUN
-    Hardware and time: two CPU cores, as `world-dN`. Expected: the mixture scores better on world_geneval; at
-    depth 2 after 6,400 images seeds differ by more than the two do (infra/docs/runs/world_ablations).
+    Hardware and time: two CPU cores, the 48 minutes of `world-d4` at depth 4, less at 2 and 3.
+    Expected: the mixture scores better on world_geneval; at depth 2 after 6,400 images seeds differ by more than the
+    two do (infra/docs/runs/world_ablations).
     """
     base = world(depth)
     name = "original" if original == 1 else "mixed"

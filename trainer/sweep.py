@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.loader import open_dataset
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.results import ResultStore
@@ -40,8 +41,9 @@ def sweep_rates(
     options: Sequence[str],
 ) -> str:
     """Train every depth at every rate; write OUT/sweep.json and OUT/sweep.png; the table and the law as text."""
-    if not rates or any(rate <= 0 for rate in rates):
+    if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
+    open_dataset(data)  # refused here, in one line, rather than by the first run's ranks
     jobs, places = [], []
     for depth in sorted(set(depths)):
         recipe = get_family(family)(depth)
@@ -76,6 +78,7 @@ def sweep_formulations(
             raise UserError(
                 f"unknown formulation {one!r}{nearest(one, FORMULATIONS)}; all: python -m model formulations"
             )
+    open_dataset(data)
     jobs = [
         Job(recipe, storage.join(out, f"{name}-{folder_name(one)}"), images or recipe.images,
             (*options, f"formulation={one}"))

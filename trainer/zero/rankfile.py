@@ -1,16 +1,19 @@
 """One rank's part of a checkpoint as bytes: a safetensors file streamed from memory, and range reads of it.
 
-Locally a file is written beside its final name, synced and renamed; on S3 it is one put. Memory stays at one tensor.
+Locally a file is written beside its final name, synced and renamed; on S3 it is one put, of a file below BEELINE_CACHE.
+Memory stays at one tensor.
 """
 
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,15 +191,15 @@ def _runs(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
 
 def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
     """Write a whole object atomically and give its sha256."""
-    digest = hashlib.sha256()
-    if storage.is_remote(uri):
-        body = bytearray()
-        for piece in pieces:
-            digest.update(piece)
-            body += piece
-        storage.write_bytes(uri, bytes(body))
-        return digest.digest()
-    path = storage.local_path(uri)
+    if storage.is_remote(uri):  # by way of a disk: an object of unknown size would have to be collected in memory
+        root = Path(os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, suffix=storage.TEMP_SUFFIX) as folder:
+            staged = Path(folder) / "object"
+            written = put(str(staged), pieces)
+            storage.upload(staged, uri)
+        return written
+    digest, path = hashlib.sha256(), storage.local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
     try:
