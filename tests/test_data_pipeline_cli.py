@@ -77,6 +77,25 @@ def test_help_is_there(cli, args):
     assert "data_pipeline" in out
 
 
+@pytest.mark.parametrize("name", ["server", "transformers"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:TOPSECRET@127.0.0.1:9/v1", "user:TOP/SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET"],
+)
+def test_a_password_in_the_captioners_address_is_refused_unseen(cli, tmp_path, caplog, name, url):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    named = ["--captioner.name", name, "--captioner.url", url]
+    code, out, err = cli(
+        "run", "world", "--out", tmp_path / "o", "--source", f"folder:{tmp_path}/photos", "--workers", "0", *named
+    )
+    assert code == 2
+    assert "environment variable BEELINE_CAPTION_KEY" in err
+    assert "127.0.0.1:9/v1" in err
+    assert (err.count("\n"), "SECRET" in out + err + caplog.text) == (1, False)
+    assert not (tmp_path / "o" / "plan.yaml").exists()
+
+
 def test_an_endpoint_that_does_not_answer_is_one_line(cli, monkeypatch, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
