@@ -4,6 +4,7 @@ import io
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,16 @@ def test_photographs_of_ones_own_go_through(cli, tmp_path):
     assert (tmp_path / "grid.html").read_text(encoding="utf-8").count("<figure>") == 6
     code, _, err = cli("inspect", root, "--out", tmp_path / "grid.gif")
     assert (code, ".png or .html" in err) == (2, True)
+
+
+def test_words_alone_need_no_autoencoder_and_a_root_with_val_alone_is_shown(cli, tmp_path):
+    info = write_synthetic(str(tmp_path), num_samples=16, val_samples=4, autoencoder=str(tmp_path / "none"))
+    assert cli("inspect", tmp_path)[0] == 0
+    alone = replace(info, splits={"val": info.splits["val"]})
+    (tmp_path / "dataset.json").write_bytes(alone.to_bytes())
+    code, out, err = cli("inspect", tmp_path)
+    assert (code, "4 samples in" in out) == (0, True), err
+    assert cli("inspect", tmp_path, "--out", tmp_path / "grid.png")[0] == 2  # its autoencoder is not there
 
 
 def test_verify_exits_with_2_when_something_is_wrong(cli, tmp_path):
