@@ -316,7 +316,7 @@ def estimate(scale: Annotated[Scale, tyro.conf.arg(name="")]) -> None:
 
 
 def inspect(
-    uri: Annotated[str, tyro.conf.Positional], *, out: str | None = None, count: int = 24, split: str = "train"
+    uri: Annotated[str, tyro.conf.Positional], *, out: str | None = None, count: int = 24, split: str = ""
 ) -> None:
     """What a dataset holds; with --out also a grid of samples, decoded from the stored latents.
 
@@ -324,14 +324,17 @@ def inspect(
         uri: root of the dataset.
         out: a .png or .html to write the grid to.
         count: samples in the grid.
-        split: train or val.
+        split: which one; train if there is one, else the first, if left out.
     """
     from data_pipeline.inspect import describe, show_samples, write_grid
     from data_pipeline.loader import open_dataset
+    from data_pipeline.schema import read_dataset_info
 
+    splits = read_dataset_info(uri).splits
     for name, text in describe(uri):
         print(f"{name:<12} {text}")
-    shown = show_samples(open_dataset(uri, split=split), count)
+    chosen = split or ("train" if "train" in splits else next(iter(splits), ""))
+    shown = show_samples(open_dataset(uri, split=chosen), count, images=out is not None)
     for item in shown[:8]:
         print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
     if out:

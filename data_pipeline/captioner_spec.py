@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from infra import storage
 from infra.errors import UserError
 
 # The nearest public text to what SD3's captions were made with: LAION-POP's instruction, in our words. The fixed
@@ -73,6 +74,18 @@ class CaptionerSpec:
             if value := getattr(self, field):
                 settings[field] = value
         return settings
+
+    def address(self) -> str:
+        """`url`, checked; it is printed and stored in plan.yaml, so that it must not hold a secret."""
+        shown = storage.shown_address(self.url).partition("?")[0]
+        if "@" in self.url or "?" in self.url:
+            raise UserError(
+                f"--captioner.url {shown}: it must not hold a user, a password or a query, as it is printed and stored "
+                "in plan.yaml: give the server's key in the environment variable BEELINE_CAPTION_KEY"
+            )
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--captioner.url {shown!r}: expected the server's address, e.g. http://127.0.0.1:8000/v1")
+        return self.url.rstrip("/")
 
     def runtime_env(self) -> dict[str, Any] | None:
         """Ray's description of the environment that the captioner's workers need; None for this one."""

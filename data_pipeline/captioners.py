@@ -93,4 +93,6 @@ def captioner_weights(spec: CaptionerSpec) -> str:
     if spec.name not in CAPTIONERS:
         known = ", ".join(CAPTIONERS)
         raise UserError(f"unknown captioner {spec.name!r}{nearest(spec.name, CAPTIONERS)}: one of {known}")
+    if spec.url or spec.name in _SERVED:
+        spec.address()  # said before any work, and before plan.yaml holds it
     return f"served:{spec.checkpoint}" if spec.name in _SERVED else weights_hash(resolve(spec.checkpoint))

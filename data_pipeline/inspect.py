@@ -5,6 +5,7 @@ import html
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +18,9 @@ from infra import storage
 from infra.errors import UserError
 from model.vae import load_vae
 
+if TYPE_CHECKING:
+    import torch
+
 CELL = 160
 _TEXT_LINES = 5
 _LINE = 14
@@ -24,18 +28,16 @@ _LINE = 14
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as people see it: the stored latent decoded, and every caption."""
+    """One sample as people see it: the stored latent decoded (None where only words are shown), and every caption."""
 
     key: str
-    image: Image.Image
+    image: Image.Image | None
     captions: dict[str, str]
 
 
-def show_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
-    """Some samples spread over the split, decoded by the dataset's own autoencoder."""
-    import torch
-
-    vae = load_vae(resolve(dataset.vae.checkpoint))
+def show_samples(dataset: Dataset, count: int, *, images: bool = True, seed: int = 0) -> list[Shown]:
+    """Some samples spread over the split; `images` are decoded by the dataset's own autoencoder."""
+    vae = load_vae(resolve(dataset.vae.checkpoint)) if images else None
     shown = []
     rng = np.random.default_rng(seed)
     for samples in dataset.bucket_ranges.values():
@@ -43,12 +45,19 @@ def show_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
         numbers = np.sort(rng.choice(len(samples), min(share, len(samples)), replace=False)) + samples.start
         batch = dataset.read(numbers.tolist(), posterior="mean")
         synthetic = dataset.read(numbers.tolist(), caption="synthetic").captions
-        with torch.inference_mode():
-            pixels = dataset.vae.latents.decode(vae, batch.latent_BCHW)
-        pixels_BHWC = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        for key, image, original, other in zip(batch.keys, pixels_BHWC, batch.captions, synthetic):
-            shown.append(Shown(key, Image.fromarray(image), {"original": original, "synthetic": other}))
+        pictures = [None] * len(batch.keys) if vae is None else _decoded(dataset, vae, batch.latent_BCHW)
+        for key, image, original, other in zip(batch.keys, pictures, batch.captions, synthetic):
+            shown.append(Shown(key, image, {"original": original, "synthetic": other}))
     return shown[:count]
+
+
+def _decoded(dataset: Dataset, vae: Any, latent_BCHW: "torch.Tensor") -> Sequence[Image.Image]:
+    import torch
+
+    with torch.inference_mode():
+        pixels = dataset.vae.latents.decode(vae, latent_BCHW)
+    pixels_BHWC = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image) for image in pixels_BHWC]
 
 
 def write_grid(shown: Sequence[Shown], out: str) -> None:
@@ -71,6 +80,7 @@ def grid_image(shown: Sequence[Shown], columns: int = 6) -> Image.Image:
     grid = Image.new("RGB", (columns * (CELL + 8) + 8, rows * (height + 8) + 8), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     for number, item in enumerate(shown):
+        assert item.image is not None
         x, y = 8 + number % columns * (CELL + 8), 8 + number // columns * (height + 8)
         scale = CELL / max(item.image.size)
         size = (round(item.image.width * scale), round(item.image.height * scale))
@@ -85,7 +95,7 @@ def grid_image(shown: Sequence[Shown], columns: int = 6) -> Image.Image:
 
 def grid_html(shown: Sequence[Shown]) -> str:
     cells = "".join(
-        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(to_png(item.image)).decode()}">'
+        f'<figure><img alt="" src="data:image/png;base64,{_base64_png(item.image)}">'
         + "".join(f"<figcaption class={name}>{html.escape(text)}</figcaption>" for name, text in item.captions.items())
         + f"<small>{html.escape(item.key)}</small></figure>"
         for item in shown
@@ -95,6 +105,11 @@ def grid_html(shown: Sequence[Shown]) -> str:
         "img{width:160px;image-rendering:pixelated}.synthetic{color:#1f4e9e}small{color:#888}"
     )
     return f"<!doctype html><meta charset=utf-8><title>samples</title><style>{style}</style>{cells}"
+
+
+def _base64_png(image: Image.Image | None) -> str:
+    assert image is not None
+    return base64.b64encode(to_png(image)).decode()
 
 
 def describe(uri: str) -> list[tuple[str, str]]:

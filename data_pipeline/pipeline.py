@@ -77,8 +77,9 @@ class Pipeline:
         self.encode(verdicts)
         runs = self._accepted(verdicts)
         info, entries = self._pack(runs)
-        rejected = write_rejected(self.root, list(self._dead(verdicts).values()))
-        info = publish(self.root, info, entries, totals(verdicts))
+        name = write_rejected(self.root, list(self._dead(verdicts).values()))
+        info = publish(self.root, info, entries, totals(verdicts), rejected=name)
+        rejected = storage.join(self.root, name)
         return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
 
     def _dead(self, verdicts: Verdicts) -> dict[str, pa.Table]:
@@ -223,9 +224,10 @@ class Pipeline:
             bad = {name: n for counts in self.proven.counts.values() for name, n in counts.items() if name != OK}
             dead = list(self._dead(verdicts).values())
             first = next(row for table in dead for row in table.slice(0, 1).to_pylist())
+            listed = storage.join(self.root, write_rejected(self.root, dead))
             raise UserError(
                 f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}, e.g. {first['source']} "
-                f"({first['reason']}); all are listed in {write_rejected(self.root, dead)}: mend them or add a --source"
+                f"({first['reason']}); all are listed in {listed}: mend them or add a --source"
             )
         return assign_splits(runs, self.plan.val_fraction)
 

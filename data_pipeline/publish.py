@@ -49,14 +49,16 @@ def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> 
 
 
 def write_rejected(root: str, tables: Sequence[pa.Table]) -> str:
-    """The dead-letter table of all shards. Returns where it is."""
+    """The dead-letter table of all shards. Returns its name relative to the root."""
     data = table_bytes(pa.concat_tables(tables).combine_chunks())
-    uri = storage.join(root, f"rejected/{storage.sha256_hex(data)[:16]}.parquet")
-    storage.write_bytes(uri, data)
-    return uri
+    name = f"rejected/{storage.sha256_hex(data)[:16]}.parquet"
+    storage.write_bytes(storage.join(root, name), data)
+    return name
 
 
-def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], counts: Mapping[str, int]) -> DatasetInfo:
+def publish(
+    root: str, info: DatasetInfo, entries: Sequence[ShardEntry], counts: Mapping[str, int], *, rejected: str = ""
+) -> DatasetInfo:
     """Write each split's index, then dataset.json, which makes all of it visible at once. `counts`: rows by status."""
     splits = {}
     for split in sorted({entry.tar.split("/", 1)[0] for entry in entries}):
@@ -65,7 +67,7 @@ def publish(root: str, info: DatasetInfo, entries: Sequence[ShardEntry], counts:
         for entry in mine:
             buckets[entry.bucket] += entry.num_samples
         splits[split] = SplitInfo(write_split(root, split, mine), buckets.total(), len(mine), dict(buckets))
-    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(counts)})
+    info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(counts), "rejected": rejected})
     path, data = storage.join(root, DATASET_FILE), info.to_bytes()
     if not storage.exists(path) or storage.read_bytes(path) != data:
         storage.write_bytes(path, data)

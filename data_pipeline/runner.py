@@ -19,6 +19,7 @@ from infra.log import get_logger
 log = get_logger("runner")
 
 _SMALL_POOL = 8
+_LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs
 
 Unit = Mapping[str, Any]
 Report = dict[str, Any]
@@ -32,7 +33,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers, and what each may use. `count` None lets the pool grow to what the cluster has CPUs for."""
+    """How many workers, and what each may use. `count` None: as many as this machine or a growing cluster has room for.
+
+    A cluster of RAY_ADDRESS may start small, even without a CPU: the pool grows with it up to one worker per unit.
+    """
 
     count: int | None = None
     cpus: float = 1
@@ -109,8 +113,7 @@ def _run_on_ray(
     quiet = logging.getLogger("ray.data")
     quiet.setLevel(logging.ERROR)
 
-    total = max(1, int(ray.cluster_resources().get("CPU", 1) / max(workers.cpus, 0.01)))
-    size = min(workers.count or total, len(units))
+    smallest, largest = _pool(workers, len(units), ray.cluster_resources().get("CPU", 0))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -121,8 +124,7 @@ def _run_on_ray(
         _Actor,
         fn_constructor_kwargs={"task": task, "cpus": workers.cpus},
         batch_size=1,
-        # a pool that grows pays off on a cluster; on one machine it only starts late
-        compute=ActorPoolStrategy(min_size=size if workers.count or size <= _SMALL_POOL else 1, max_size=size),
+        compute=ActorPoolStrategy(min_size=smallest, max_size=largest),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
         **({"runtime_env": dict(runtime_env)} if runtime_env else {}),
@@ -131,6 +133,16 @@ def _run_on_ray(
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         for report in batch["report"]:
             yield json.loads(report)
+
+
+def _pool(workers: Workers, units: int, cpus: float) -> tuple[int, int]:
+    """Smallest and largest pool. One that grows pays off on a cluster; on one machine it only starts late."""
+    here = max(1, int(cpus / max(workers.cpus, 0.01)))
+    size = min(workers.count or here, units)
+    smallest = size if workers.count or size <= _SMALL_POOL else 1
+    # nodes that an autoscaler starts later have work only if the pool may be larger than what is there now
+    grows = not workers.count and bool(os.environ.get("RAY_ADDRESS"))
+    return smallest, min(units, max(size, _LARGEST_POOL)) if grows else size
 
 
 def connect(workers: Workers) -> None:

@@ -139,6 +139,7 @@ class DatasetInfo:
     counts: Mapping[str, int] = field(default_factory=dict)
     code_version: str = ""
     int8_seats: tuple[str, ...] = ()
+    rejected: str = ""  # the table of dead letters; "" where there is none (pairs, data of before it was named here)
 
     @property
     def encoding(self) -> str:
@@ -203,6 +204,7 @@ def read_dataset_info(uri: str) -> DatasetInfo:
             counts=raw["counts"],
             code_version=raw["code_version"],
             int8_seats=tuple(raw.get("int8_seats", ())),
+            rejected=raw.get("rejected", ""),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a dataset description ({error}): run the pipeline's pack again") from error

@@ -5,10 +5,12 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.fetch import Fetch
+from data_pipeline.index import read_table
 from data_pipeline.schema import fingerprint
 from data_pipeline.source_layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource
 from data_pipeline.source_parquet import ParquetSource
@@ -111,7 +113,10 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class WdsSource:
-    """WebDataset tars (img2dataset writes such): KEY.jpg, KEY.txt and, if there, KEY.json with `caption`."""
+    """WebDataset tars: KEY.jpg, KEY.txt and, if there, KEY.json with `caption`.
+
+    img2dataset writes such, and names the downloads that failed only in a table beside each tar (NNNNN.parquet).
+    """
 
     uri: str
 
@@ -128,17 +133,32 @@ class WdsSource:
         else:
             tars, root = existing(self.uri, (".tar", ".tar.gz", ".tgz"), "tars"), self.uri
             etags = etags_below(self.uri)
+        there = {uri for folder in {posixpath.dirname(tar) for tar in tars} for uri in _tables(folder)}
         units = []
         for tar in dict.fromkeys(tars):  # a shard listed twice is read once
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
             stem = posixpath.basename(tar).split(".")[0]
             split = split_of(relative)
             label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, stamp(tar, etags)])[:10]}"
-            units.append(SourceUnit(label, split, {"tar": tar}))
+            table = posixpath.join(posixpath.dirname(tar), f"{stem}.parquet")
+            # not part of the label: img2dataset writes both at once, and roots made before tables were read stay whole
+            units.append(SourceUnit(label, split, {"tar": tar} | ({"table": table} if table in there else {})))
         return units
 
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         uri = unit.where["tar"]
+        seen: set[str] = set()
+        whole = True
+        for row in self._tar_rows(uri):
+            seen.add(row.key)
+            whole = whole and row.status != "truncated_tar"
+            yield row
+        # of a tar that breaks off nobody knows which rows would have followed
+        if whole and "table" in unit.where:
+            yield from _not_downloaded(unit.where["table"], seen)
+
+    @staticmethod
+    def _tar_rows(uri: str) -> Iterator[RawRow]:
         key, good = "", 0
         members: dict[str, bytes] = {}
         try:
@@ -176,6 +196,23 @@ class WdsSource:
             yield RawRow(posixpath.basename(uri), None, None, "truncated_tar", reason)
 
 
+def _tables(folder: str) -> list[str]:
+    found = storage.list_files(folder or ".", suffix=".parquet", recursive=False)
+    return [posixpath.join(folder, posixpath.basename(uri)) for uri in found]
+
+
+def _not_downloaded(uri: str, seen: AbstractSet[str]) -> Iterator[RawRow]:
+    """Rows of img2dataset's table that its tar lacks; another table that lies beside a tar has none."""
+    table = read_table(storage.read_bytes(uri), uri)
+    if not {"key", "status"} <= set(table.column_names):
+        return
+    for row in table.to_pylist():
+        if str(row["key"]) not in seen:
+            reason = str(row.get("error_message") or row["status"] or "in the table, not in the tar")
+            info = {"url": row["url"]} if row.get("url") else {}
+            yield RawRow(str(row["key"]), None, row.get("caption"), "no_image", reason, info)
+
+
 def _has_end(uri: str) -> bool:
     size = storage.size(uri)
     return not any(storage.read_bytes(uri, max(0, size - 1024), 1024)) and size >= 1024
@@ -201,7 +238,6 @@ def _tar_row(key: str, members: Mapping[str, bytes]) -> RawRow:
     image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
     text = next((members[s] for s in TEXT_SUFFIXES if s in members), info.get("caption"))
     if image is None:
-        # img2dataset leaves the .json of an image that it could not fetch
         reason = str(info.get("error_message") or f"only {', '.join(sorted(members)) or 'nothing'}")
         return RawRow(key, None, text, "no_image", reason, info)
     return RawRow(key, image, text, info=info)

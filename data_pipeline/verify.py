@@ -2,17 +2,19 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipeline.columns import count_statuses
 from data_pipeline.index import ShardEntry, read_table, rows_from_bytes
 from data_pipeline.layout import checksum
 from data_pipeline.loader import open_dataset
 from data_pipeline.pairs import Partners, rejected_split
 from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
+from data_pipeline.stage import OK
 from infra import storage
 from infra.errors import UnavailableError, UserError
 from infra.log import Progress
@@ -40,8 +42,8 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
         if sum(entry.num_samples for entry in entries) != about.num_samples:
             findings.problems.append(f"{path}: other sample counts than dataset.json")
         tasks += [(split, entry) for entry in entries]
-    if columns:
-        tasks += [("", part) for part in _column_parts(uri, info)]
+    parts = list(_column_parts(uri, info)) if columns else []
+    tasks += [("", part) for part in {part.object: part for _, part in parts}.values()]
     with ThreadPoolExecutor(4) as pool, Progress(len(tasks), "objects", desc="verify") as progress:
         for problems, num_bytes, split, places in pool.map(lambda task: _check(uri, info, *task), tasks):
             findings.problems += problems
@@ -62,21 +64,53 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
                 raise
             except UserError as error:
                 findings.problems.append(str(error))
+    if info.rejected and not findings.problems:
+        ingested = {part.shard: part.num_rows for stage, part in parts if stage == "ingest"}
+        findings.problems += _dead_letter_problems(uri, info, origins, ingested)
     total, ok = sum(findings.samples.values()), info.counts.get("ok", 0)
     if not findings.problems and total != ok:
         findings.problems.append(f"{uri}: {total} samples in the shards, but {ok} rows are ok")
     return findings
 
 
-def _column_parts(uri: str, info: DatasetInfo) -> Iterator[Part]:
-    seen = set()
+def _column_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, Part]]:
     for stage, fingerprint in info.columns.items():
         folder = storage.join(uri, "columns", stage, fingerprint[:12])
         for name in storage.list_files(folder, suffix=".json", recursive=False):
             for part in Manifest.from_bytes(storage.read_bytes(name), name).parts:
-                if part.object not in seen:
-                    seen.add(part.object)
-                    yield part
+                yield stage, part
+
+
+def _dead_letter_problems(
+    uri: str, info: DatasetInfo, samples: Counter[tuple[str, int]], ingested: Mapping[str, int]
+) -> list[str]:
+    """Every ingested row is one sample or one dead letter. `ingested`: rows by shard, empty if columns are not read."""
+    path = storage.join(uri, info.rejected)
+    try:
+        data = storage.read_bytes(path)
+        if storage.sha256_hex(data)[:16] not in info.rejected:
+            return [f"{path}: other bytes than its name says"]
+        table = read_table(data, path)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        return [str(error)]
+    dead = Counter(zip(table["shard"].to_pylist(), table["row"].to_pylist()))
+    both = sorted(samples.keys() & dead.keys())
+    problems = [f"{path}: {len(both)} dead letters are samples, too, e.g. {both[0]}"] if both else []
+    if len(dead) != len(table):
+        problems.append(f"{path}: {len(table) - len(dead)} dead letters are listed twice")
+    said = {status: count for status, count in info.counts.items() if status != OK}
+    if count_statuses(table) != said:
+        problems.append(f"{path}: other dead letters than dataset.json counts ({said})")
+    ended = Counter(shard for shard, _ in [*samples, *dead])
+    # shards of the column that neither has are of files that were changed or taken away since
+    astray = [shard for shard, count in ended.items() if ingested and count != ingested.get(shard)]
+    if astray:
+        shard = min(astray)
+        rows = f"{ended[shard]} of {ingested.get(shard, 0)} rows"
+        problems.append(f"{uri}: shard {shard}: {rows} ended as sample or dead letter (so in {len(astray)} shards)")
+    return problems
 
 
 def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[str], int, str, list]:

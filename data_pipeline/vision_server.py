@@ -31,10 +31,8 @@ class ServerCaptioner:
     name, version = "server", 1
 
     def __init__(self, spec: CaptionerSpec, path: Path | None, device: str) -> None:
-        if not spec.url.startswith(("http://", "https://")):
-            raise UserError(f"--captioner.url {spec.url!r}: expected the server's address, e.g. http://127.0.0.1:8000/v1")
         self._spec = spec
-        self._address = spec.url.rstrip("/") + "/chat/completions"
+        self._address = spec.address() + "/chat/completions"
         self._requests = self._tokens = 0
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:

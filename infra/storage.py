@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -310,10 +311,14 @@ def _endpoint() -> str:
     return url
 
 
+def shown_address(url: str) -> str:
+    """An address for messages: without a user:password@ part, which must never be printed."""
+    return re.sub(r"^(\w+://)?.*@", lambda found: found[1] or "", url, flags=re.DOTALL)
+
+
 def _shown_endpoint() -> str:
-    """The endpoint for messages: without a user:password@ part, which must never be printed."""
     parts = urlsplit(_endpoint())
-    return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}" if parts.netloc else "Amazon S3"
+    return shown_address(f"{parts.scheme}://{parts.netloc}") if parts.netloc else "Amazon S3"
 
 
 def _filesystem(*, probing: bool = False) -> "S3FileSystem":

@@ -1,8 +1,10 @@
 """Exactly once: real processes killed at named points, a zombie that wakes up late, S3 that fails, S3 that is cut."""
 
+import io
 import os
 import random
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 from data_faulty_proxy import FaultyProxy
 from data_kill_points import POINTS, is_of, struck
+from PIL import Image
 
+from data_pipeline.index import read_table
 from data_pipeline.pipeline import Outcome, Pipeline
 from data_pipeline.plans import world
 from data_pipeline.runner import Workers
@@ -31,6 +35,13 @@ STAGES = ("ingest", "measure", "dedup", "caption", "latents", "text_t5", "pack")
 def raw(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("raw")
     write_world(str(folder), images=14, val_images=4, seed=8, images_per_shard=7)
+    small = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(small, "PNG")
+    with tarfile.open(folder / "train" / "00001.tar", "a") as archive:
+        for name, data in {"tiny.png": small.getvalue(), "tiny.txt": b"a", "cut.png": b"no", "cut.txt": b"a"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return folder
 
 
@@ -46,10 +57,12 @@ def reference(tmp_path_factory, raw) -> str:
 
 def check(root: str | Path, outcome: Outcome, reference: str) -> None:
     assert outcome.info.fingerprint == reference
-    assert outcome.info.counts == {"ok": 18}
+    assert outcome.info.counts == {"ok": 18, "too_small": 1, "corrupt": 1}
     findings = verify(str(root))
     assert findings.problems == []
     assert findings.samples == {"train": 14, "val": 4}
+    dead = read_table(storage.read_bytes(outcome.rejected), outcome.rejected)
+    assert dict(zip(dead["source"].to_pylist(), dead["status"].to_pylist())) == {"tiny": "too_small", "cut": "corrupt"}
 
 
 def start(root: Path, raw: Path, install: Callable[[], None]) -> int:

@@ -4,6 +4,7 @@ import io
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,25 @@ def test_help_is_there(cli, args):
     assert code == 0
     assert "usage: " in out
     assert "data_pipeline" in out
+
+
+@pytest.mark.parametrize("name", ["server", "transformers"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:TOPSECRET@127.0.0.1:9/v1", "user:TOP/SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET"],
+)
+def test_a_password_in_the_captioners_address_is_refused_unseen(cli, tmp_path, caplog, name, url):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    named = ["--captioner.name", name, "--captioner.url", url]
+    code, out, err = cli(
+        "run", "world", "--out", tmp_path / "o", "--source", f"folder:{tmp_path}/photos", "--workers", "0", *named
+    )
+    assert code == 2
+    assert "environment variable BEELINE_CAPTION_KEY" in err
+    assert "127.0.0.1:9/v1" in err
+    assert (err.count("\n"), "SECRET" in out + err + caplog.text) == (1, False)
+    assert not (tmp_path / "o" / "plan.yaml").exists()
 
 
 def test_an_endpoint_that_does_not_answer_is_one_line(cli, monkeypatch, tmp_path):
@@ -204,6 +224,16 @@ def test_photographs_of_ones_own_go_through(cli, tmp_path):
     assert (tmp_path / "grid.html").read_text(encoding="utf-8").count("<figure>") == 6
     code, _, err = cli("inspect", root, "--out", tmp_path / "grid.gif")
     assert (code, ".png or .html" in err) == (2, True)
+
+
+def test_words_alone_need_no_autoencoder_and_a_root_with_val_alone_is_shown(cli, tmp_path):
+    info = write_synthetic(str(tmp_path), num_samples=16, val_samples=4, autoencoder=str(tmp_path / "none"))
+    assert cli("inspect", tmp_path)[0] == 0
+    alone = replace(info, splits={"val": info.splits["val"]})
+    (tmp_path / "dataset.json").write_bytes(alone.to_bytes())
+    code, out, err = cli("inspect", tmp_path)
+    assert (code, "4 samples in" in out) == (0, True), err
+    assert cli("inspect", tmp_path, "--out", tmp_path / "grid.png")[0] == 2  # its autoencoder is not there
 
 
 def test_verify_exits_with_2_when_something_is_wrong(cli, tmp_path):

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
+from data_pipeline.runner import Workers, _pool
 from infra.job import Job
 from infra.launch import TARGETS
 
@@ -31,3 +33,20 @@ def test_a_rayjob_runs_the_plan_file():
     assert document["spec"]["entrypoint"] == " ".join(COMMAND)
     (workers,) = document["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert workers["replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "count", "cpus", "pool"),
+    [
+        ("", None, 4, (4, 4)),  # one machine: as many as it has CPUs, at once
+        ("", 3, 4, (3, 3)),
+        ("10.0.0.1:6379", 3, 400, (3, 3)),
+        ("10.0.0.1:6379", None, 0, (1, 500)),  # infra/runs/ray_cluster.yaml: nobody there yet
+        ("10.0.0.1:6379", None, 64, (1, 500)),
+    ],
+)
+def test_a_pool_grows_with_a_cluster_and_stays_as_it_is_on_one_machine(monkeypatch, address, count, cpus, pool):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert _pool(Workers(count), 500, cpus) == pool
+    assert _pool(Workers(count), 1, cpus) == (1, 1)
+    assert _pool(Workers(), 10**6, 64)[1] == (2000 if address else 64)

@@ -289,13 +289,14 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     "how", [flip, lambda path: path.write_bytes(path.read_bytes()[:3000]), Path.unlink], ids=["flip", "cut", "gone"]
 )
-def test_a_damaged_shard_is_quarantined_and_the_run_goes_on(tmp_path, how):
+def test_a_damaged_shard_is_quarantined_and_the_run_goes_on(tmp_path, how, caplog):
     uri, tar = damaged(tmp_path, how)
     steps = 256 // 8
     dataset = open_dataset(uri)
     stream = dataset.batches(seed=1, global_batch=8)
     keys = [key for _ in range(steps) for key in next(stream).keys]
     assert stream.exceptions.shards == {tar}
+    assert f"{tar} quarantined, other samples of its bucket stand in" in caplog.text
     bad = set(dataset._reader.table(3).keys)
     assert len(keys) == 256
     assert not bad & set(keys)

@@ -57,6 +57,38 @@ def cluster(monkeypatch) -> Iterator:
     cluster.shutdown()
 
 
+GROWS = """
+import time
+import ray
+from data_pipeline.runner import Workers, run_tasks
+
+class Where:
+    def open(self):
+        node = ray.get_runtime_context().get_node_id()
+        return lambda unit: time.sleep(0.5) or {"rows": 1, "node": node}
+
+for report in run_tasks(Where(), [{"id": str(n)} for n in range(240)], Workers()):
+    print(report["node"], flush=True)
+"""
+
+
+def test_a_node_that_comes_after_the_start_gets_work(cluster):
+    late = cluster.list_all_nodes()[-1]
+    cluster.remove_node(late)
+    (first,) = (node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+    run = subprocess.Popen(
+        [sys.executable, "-c", GROWS], env={**os.environ, "RAY_ADDRESS": cluster.address}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert run.stdout.readline().strip() == first.node_id, run.stderr.read()[-3000:]
+    late = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    rest, errors = run.communicate(timeout=400)
+    assert run.returncode == 0, errors[-3000:]
+    nodes = rest.split()
+    assert len(nodes) == 239
+    assert set(nodes) == {first.node_id, late.node_id}
+
+
 def processes(node) -> list[psutil.Process]:
     """A node's raylet and all that runs below it."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)

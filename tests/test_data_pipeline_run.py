@@ -1,6 +1,7 @@
 """The whole flow on real scenes with damaged rows among them: counts add up, nothing is redone, damage is found."""
 
 import io
+import json
 import shutil
 import tarfile
 from collections import Counter
@@ -8,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +21,9 @@ from data_pipeline.index import read_split
 from data_pipeline.loader import open_dataset
 from data_pipeline.pipeline import Outcome, Pipeline
 from data_pipeline.plans import Plan, vae_meta, world
+from data_pipeline.publish import write_rejected
 from data_pipeline.runner import Workers
+from data_pipeline.schema import read_dataset_info
 from data_pipeline.sources import parse_source, parse_sources
 from data_pipeline.summary import summary
 from data_pipeline.verify import verify
@@ -83,8 +88,6 @@ def copy(made, tmp_path) -> Path:
 
 def origins(root: Path) -> Counter:
     """(shard, row) of every sample, from the tars themselves."""
-    import json
-
     found: Counter = Counter()
     for split in ("train", "val"):
         dataset = open_dataset(str(root), split=split)
@@ -106,6 +109,7 @@ def test_every_row_ends_in_one_sample_or_one_dead_letter(made):
     assert set(samples.values()) == {1}
     assert len(samples) == 52
     assert not set(samples) & {(row["shard"], row["row"]) for row in rejected}
+    assert outcome.rejected == f"{root}/{outcome.info.rejected}"
     assert outcome.info.counts == {"ok": 52, "too_small": 1, "corrupt": 1, "bad_caption": 1, "duplicate": 1}
     assert outcome.counts["ingest"] == {"ok": 56}
 
@@ -256,6 +260,35 @@ def test_verify_finds_flipped_missing_and_foreign_bytes(made, copy):
     problems = "\n".join(verify(str(copy)).problems)
     for path in (shard, rows, column):
         assert str(path) in problems
+
+
+def test_verify_finds_rows_that_ended_nowhere_or_twice(made, copy):
+    info = read_dataset_info(str(copy))
+    path = copy / info.rejected
+    table = pq.read_table(path)
+
+    def found(dead: pa.Table, **changes: object) -> str:
+        name = write_rejected(str(copy), [dead])
+        (copy / "dataset.json").write_bytes(replace(info, rejected=name, **changes).to_bytes())
+        return " ".join(verify(str(copy)).problems)
+
+    assert found(table) == ""
+    (shard, row), *_ = origins(copy)
+    extra = pa.table({"status": ["bad"], "reason": ["-"], "source": ["-"], "shard": [shard], "row": [row]})
+    both = found(pa.concat_tables([table, extra.cast(table.schema)]), counts=info.counts | {"bad": 1})
+    assert "1 dead letters are samples, too" in both
+    lost = table.filter(pc.not_equal(table["status"], "corrupt"))
+    assert "other dead letters than dataset.json counts" in found(lost)
+    counts = {status: count for status, count in info.counts.items() if status != "corrupt"}
+    assert "rows ended as sample or dead letter" in found(lost, counts=counts)
+    path.unlink()
+    (copy / "dataset.json").write_bytes(info.to_bytes())
+    assert info.rejected in " ".join(verify(str(copy)).problems)
+    raw = json.loads(info.to_bytes())
+    del raw["rejected"]  # data of before the table was named
+    (copy / "dataset.json").write_text(json.dumps(raw))
+    assert read_dataset_info(str(copy)) == replace(info, rejected="")
+    assert verify(str(copy)).problems == []
 
 
 def test_a_damaged_column_is_named_and_can_be_made_again(made, raw, copy):

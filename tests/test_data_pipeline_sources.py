@@ -53,14 +53,28 @@ def test_img2dataset_tars_give_captions_keys_and_failed_downloads(tmp_path):
     for n in range(5):
         members += [(f"{n:09d}.png", png()), (f"{n:09d}.txt", f"caption {n}".encode())]
         members.append((f"{n:09d}.json", json.dumps({"key": f"{n:09d}", "url": f"http://x/{n}"}).encode()))
-    members.append(("000000009.json", json.dumps({"status": "failed_to_download", "error_message": "404"}).encode()))
+    table = [{"key": f"{n:09d}", "url": f"http://x/{n}", "caption": f"caption {n}", "status": "success",
+              "error_message": None} for n in range(7)]  # fmt: skip
+    table[5] |= {"status": "failed_to_download", "error_message": "HTTP Error 404: Not Found"}
+    table[6] |= {"status": "failed_to_resize", "error_message": "image decoding error"}
     (tmp_path / "raw" / "train").mkdir(parents=True)
     write_tar(tmp_path / "raw" / "train" / "00000.tar", members)
+    (bare,) = parse_source(f"wds:{tmp_path}/raw").units()
+    pq.write_table(pa.Table.from_pylist(table[::-1]), tmp_path / "raw" / "train" / "00000.parquet")
+    (tmp_path / "raw" / "train" / "00000_stats.json").write_text("{}")
+    assert bare.id == parse_source(f"wds:{tmp_path}/raw").units()[0].id
     rows = ingest(tmp_path, f"wds:{tmp_path}/raw", shard_rows=4)
     assert [row["caption"] for row in rows[:5]] == [f"caption {n}" for n in range(5)]
     assert json.loads(rows[1]["info"]) == {"url": "http://x/1"}
-    assert [row["shard"][-3:] for row in rows] == ["000"] * 4 + ["001"] * 2
-    assert (rows[5]["status"], rows[5]["reason"]) == ("no_image", "404")
+    assert [row["shard"][-3:] for row in rows] == ["000"] * 4 + ["001"] * 3
+    failed = [(row["key"], row["status"], row["reason"], row["caption"]) for row in rows[5:]]
+    assert failed == [
+        ("000000006", "no_image", "image decoding error", "caption 6"),
+        ("000000005", "no_image", "HTTP Error 404: Not Found", "caption 5"),
+    ]
+    assert json.loads(rows[6]["info"]) == {"url": "http://x/5"}
+    (pattern,) = parse_source(f"wds:{tmp_path}/raw/train/{{00000,00000}}.tar").units()
+    assert pattern.where["table"].endswith("00000.parquet")
     assert parse_source(f"wds:{tmp_path}/raw").units()[0].split == "train"
 
 
