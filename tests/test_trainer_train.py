@@ -28,7 +28,7 @@ from trainer.ladder import climb, images_trained
 from trainer.preflight import own_first
 
 pytestmark = pytest.mark.dist
-IMAGES, EVERY = 192, 64  # 24 steps of 8 images; a checkpoint every 8 steps
+IMAGES, EVERY = 240, 80  # 30 steps of 8 images; a checkpoint every 10 steps
 CADENCE = ["--logging.log-every", "8", "--logging.save-every", str(EVERY), "--validation.every", str(EVERY)]
 # As the ladder takes them: NAME=VALUE.
 OPTIONS = [
@@ -67,10 +67,10 @@ def straight(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(data, straight, tmp_path_factory) -> tuple[Path, str]:
-    """The same run cut back to steps 8 and 16, step 16 damaged, continued on two ranks to the end; and what it said."""
+    """The same run cut back to steps 10 and 20, step 20 damaged, continued on two ranks; and what it said."""
     run = tmp_path_factory.mktemp("resumed") / "world-d2"
-    cut(straight, run, keep=(8, 16))
-    path = run / "checkpoints" / "step_0000016" / "rank_00001.safetensors"
+    cut(straight, run, keep=(10, 20))
+    path = run / "checkpoints" / "step_0000020" / "rank_00001.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
@@ -79,12 +79,12 @@ def resumed(data, straight, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def elastic(data, straight, tmp_path_factory) -> Path:
-    """Two ranks to step 8, one rank to step 24, cut back to step 16, two ranks to the end."""
+    """Two ranks to step 10, one rank to step 30, cut back to step 20, two ranks to step 30."""
     one = tmp_path_factory.mktemp("elastic") / "world-d2"
-    cut(straight, one, keep=(8,))
+    cut(straight, one, keep=(10,))
     run_ranks(command(data, one), 1)
     two = tmp_path_factory.mktemp("elastic") / "world-d2"
-    cut(one, two, keep=(16,))
+    cut(one, two, keep=(20,))
     run_ranks(command(data, two), 2)
     return two
 
@@ -101,11 +101,11 @@ def cut(run: Path, copy: Path, *, keep: tuple[int, ...]) -> None:
 
 def test_run_folder_is_complete(straight):
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == [
-        "latest", "step_0000008", "step_0000016", "step_0000024",
+        "latest", "step_0000010", "step_0000020", "step_0000030",
     ]  # fmt: skip
-    assert (straight / "checkpoints" / "latest").read_text() == "step_0000024\n"
+    assert (straight / "checkpoints" / "latest").read_text() == "step_0000030\n"
     assert sorted(path.name for path in (straight / "weights").iterdir()) == [
-        "ema.safetensors", "raw.safetensors", "step_0000008", "step_0000016", "step_0000024",
+        "ema.safetensors", "raw.safetensors", "step_0000010", "step_0000020", "step_0000030",
     ]  # fmt: skip
     plan = json.loads((straight / "plan.json").read_text())
     state, meta = load_weights(straight / "weights" / "ema.safetensors")
@@ -113,20 +113,20 @@ def test_run_folder_is_complete(straight):
     recipe = json.loads((straight / "recipe.json").read_text())
     assert recipe["data"]["fingerprint"] == meta["data_fingerprint"]
     assert (meta["images_seen"], meta["run"], meta["kind"]) == (IMAGES, "world-d2", "ema")
-    assert read_meta(straight / "weights" / "step_0000008" / "ema.safetensors")["images_seen"] == 64
+    assert read_meta(straight / "weights" / "step_0000010" / "ema.safetensors")["images_seen"] == 80
     assert list((straight / "logs" / "tensorboard").glob("events*"))
 
 
 def test_results_tell_losses_and_cost(straight):
     store = ResultStore(str(straight / "results"))
     values = {row.images_seen: row.value for row in store.rows(metric="val_loss/sd3")}
-    assert list(values) == [64, 128, 192]
-    assert values[192] < values[64]
+    assert list(values) == [80, 160, 240]
+    assert values[240] < values[80]
     levels = store.rows(prefix="val_loss/sd3")
     assert {row.metric for row in levels} >= {"val_loss/sd3/t0.125", "val_loss/sd3/t1.000"}
     assert all(row.sample_count == 16 and row.protocol_hash for row in levels)
     trained = [row.value for row in store.rows(metric="train_loss")]
-    assert len(trained) == 24
+    assert len(trained) == 30
     assert trained[-1] < trained[0]
     assert store.rows(metric="cost/seconds")[-1].value > 0
 
@@ -167,12 +167,12 @@ def test_the_ladder_skips_what_is_trained(straight, data, capfd):
     climb("world", [2], data=str(data), out=out, images=IMAGES, num_ranks=2, options=OPTIONS)
     told = capfd.readouterr()
     assert "deepspeed" not in told.out
-    assert "is trained (192 images)" in told.err
+    assert "is trained (240 images)" in told.err
 
 
 def test_resume_is_bit_equal_and_passes_over_a_damaged_checkpoint(straight, resumed):
     run, said = resumed
-    assert "step_0000016 is damaged" in said
+    assert "step_0000020 is damaged" in said
     assert "falling back" in said
     assert "resumed" in said
     assert losses(run) == losses(straight)
@@ -186,14 +186,15 @@ def test_each_figure_is_told_once_after_a_resume(straight, resumed):
     run, _ = resumed
     seen = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
     keys = [(line["kind"], line["images_seen"]) for line in seen]
-    assert len(keys) == len(set(keys)) == 24 + 3
+    assert len(keys) == len(set(keys)) == 30 + 3
     rows = ResultStore(str(run / "results")).rows(metric="train_loss")
-    assert [row.images_seen for row in rows] == [8 * n for n in range(1, 25)]
+    assert [row.images_seen for row in rows] == [8 * n for n in range(1, 31)]
 
 
 def test_resume_on_other_numbers_of_ranks_continues_the_same_run(straight, elastic):
     one, two = losses(straight), losses(elastic)
     assert one.keys() == two.keys()
+    assert sum(images > EVERY for images in two) == 20  # steps after the first change of ranks
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
     a, _ = load_weights(straight / "weights" / "ema.safetensors")
     b, _ = load_weights(elastic / "weights" / "ema.safetensors")
@@ -316,23 +317,23 @@ def flip(path: Path) -> None:
 
 def test_dry_run_reads_the_checkpoint_that_would_be_continued(data, straight, tmp_path, monkeypatch, capsys):
     run = tmp_path / "world-d2"
-    cut(straight, run, keep=(8, 16))
+    cut(straight, run, keep=(10, 20))
     dry_run(monkeypatch, data, run)
-    assert "step_0000016 is whole: the run continues at 128 images" in capsys.readouterr().out
-    flip(run / "checkpoints" / "step_0000016" / "rank_00000.safetensors")
+    assert "step_0000020 is whole: the run continues at 160 images" in capsys.readouterr().out
+    flip(run / "checkpoints" / "step_0000020" / "rank_00000.safetensors")
     dry_run(monkeypatch, data, run)
     told = capsys.readouterr()
-    assert "step_0000016 is damaged" in told.err
-    assert "step_0000008 is whole: the run continues at 64 images" in told.out
-    with pytest.raises(UserError, match="step_0000016: not a whole checkpoint"):
-        dry_run(monkeypatch, data, tmp_path / "new", "--resume", str(run / "checkpoints" / "step_0000016"))
-    (run / "checkpoints" / "step_0000008" / "rank_00001.safetensors").unlink()  # half copied
+    assert "step_0000020 is damaged" in told.err
+    assert "step_0000010 is whole: the run continues at 80 images" in told.out
+    with pytest.raises(UserError, match="step_0000020: not a whole checkpoint"):
+        dry_run(monkeypatch, data, tmp_path / "new", "--resume", str(run / "checkpoints" / "step_0000020"))
+    (run / "checkpoints" / "step_0000010" / "rank_00001.safetensors").unlink()  # half copied
     with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         dry_run(monkeypatch, data, run)
 
 
 def test_dry_run_refuses_a_checkpoint_of_another_architecture(data, straight, tmp_path, monkeypatch):
-    other = ["--resume", str(straight / "checkpoints" / "step_0000008"), "--model.depth", "1"]
+    other = ["--resume", str(straight / "checkpoints" / "step_0000010"), "--model.depth", "1"]
     with pytest.raises(UserError, match=r"another architecture \(model.depth: 2 -> 1\)"):
         dry_run(monkeypatch, data, tmp_path / "new", *other)
     # With checkpoints of its own a branch is continued, not begun again.
