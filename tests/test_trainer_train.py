@@ -143,7 +143,7 @@ def test_validation_has_intervals_and_keeps_its_samples(straight):
         assert kept["sum"][mine].mean() == pytest.approx(row.value, rel=1e-12)
         assert (kept["cluster"][mine].tolist(), kept["count"][mine].sum()) == (list(range(16)), 16)
 
-    differences, refused = compare_sides(read_side(f"{straight}@64"), read_side(f"{straight}@192"), ["val_loss"])
+    differences, refused = compare_sides(read_side(f"{straight}@80"), read_side(f"{straight}@240"), ["val_loss"])
     assert not refused
     assert {d.how for d in differences} == {"paired"}
     mean = next(d for d in differences if d.metric == "val_loss/sd3")
@@ -157,7 +157,7 @@ def test_a_resume_keeps_the_same_samples(straight, resumed):
         return {path.name: path.read_bytes() for path in (run / "results" / "values").rglob("*.npz")}
 
     assert len(values(straight)) == 3
-    assert {name.rsplit("-")[-1] for name in values(straight)} == {"64.npz", "128.npz", "192.npz"}
+    assert {name.rsplit("-")[-1] for name in values(straight)} == {"80.npz", "160.npz", "240.npz"}
     assert values(resumed[0]).keys() == values(straight).keys()
 
 
