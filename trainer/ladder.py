@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from trainer.zero.group import free_port
 
 log = get_logger("ladder")
 UNSTABLE = "unstable.json"  # written by a run whose guard ended it
-DEFAULT_PORT = 29500  # of the deepspeed launcher; another training on this machine may hold it
 # glibc's malloc asks for huge pages. On CPUs every gather and gradient is fresh memory, and in pages of 4 KiB the
 # kernel takes a quarter of a step's time (depth 15, two ranks: 27 CPU seconds a step, with huge pages 20).
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -158,13 +156,9 @@ def train_command(
         arguments += [f"--{name.removeprefix('--')}", *value.split()]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
-    port = [] if _port_is_free(DEFAULT_PORT) else ["--master_port", str(free_port())]
+    # Not the launcher's own 29500: two trainings that start at once would both find it free, seconds before they meet.
+    port = ["--master_port", str(free_port())]
     return ["deepspeed", "--num_gpus", str(ranks), *port, "--module", "trainer", *arguments]
-
-
-def _port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def images_trained(run: str) -> int | None:
