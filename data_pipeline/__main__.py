@@ -326,7 +326,7 @@ def inspect(
         count: samples in the grid.
         split: which one; train if there is one, else the first, if left out.
     """
-    from data_pipeline.inspect import describe, show_samples, write_grid
+    from data_pipeline.inspect import describe, some_samples, write_grid
     from data_pipeline.loader import open_dataset
     from data_pipeline.schema import read_dataset_info
 
@@ -334,11 +334,12 @@ def inspect(
     for name, text in describe(uri):
         print(f"{name:<12} {text}")
     chosen = split or ("train" if "train" in splits else next(iter(splits), ""))
-    shown = show_samples(open_dataset(uri, split=chosen), count, images=out is not None)
+    dataset = open_dataset(uri, split=chosen)
+    shown = some_samples(dataset, count)
     for item in shown[:8]:
         print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
     if out:
-        write_grid(shown, out)
+        write_grid(dataset.vae, shown, out)
         print(f"grid of {len(shown)} samples: {out}")
 
 

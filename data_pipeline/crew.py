@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from data_pipeline.runner import Report, Task, Unit, Workers, run_tasks
 from data_pipeline.schema import in_ranges
@@ -17,16 +17,8 @@ log = get_logger("pipeline")
 class Crew:
     """Keeps what failed (by unit) and how many rows each pass computed."""
 
-    def __init__(
-        self,
-        workers: Workers,
-        *,
-        keep_going: bool = False,
-        dollars_per_hour: float | None = None,
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, workers: Workers, *, keep_going: bool = False, dollars_per_hour: float | None = None) -> None:
         self.workers, self.keep_going, self.dollars_per_hour = workers, keep_going, dollars_per_hour
-        self._stream = stream
         self.failed: dict[str, str] = {}
         self.computed: dict[str, int] = {}
 
@@ -47,9 +39,7 @@ class Crew:
         failed: dict[str, str] = {}
         started = time.monotonic()
         known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
-        with Progress(
-            sum(map(_rows_of, units)) if known else None, "rows", desc=title, stream=self._stream
-        ) as progress:
+        with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
             for report in run_tasks(task, units, workers or self.workers, runtime_env=environment):
                 if report["error"]:

@@ -5,7 +5,7 @@ import html
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.checkpoints import resolve
 from data_pipeline.images import to_png
 from data_pipeline.loader import Dataset, open_dataset
-from data_pipeline.schema import read_dataset_info
+from data_pipeline.schema import VaeMeta, read_dataset_info
 from infra import storage
 from infra.errors import UserError
 from model.vae import load_vae
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 CELL = 160
 _TEXT_LINES = 5
@@ -28,16 +28,15 @@ _LINE = 14
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as people see it: the stored latent decoded (None where only words are shown), and every caption."""
+    """One sample: its captions, and the latent that `write_grid` decodes."""
 
     key: str
-    image: Image.Image | None
     captions: dict[str, str]
+    latent_CHW: "Tensor"
 
 
-def show_samples(dataset: Dataset, count: int, *, images: bool = True, seed: int = 0) -> list[Shown]:
-    """Some samples spread over the split; `images` are decoded by the dataset's own autoencoder."""
-    vae = load_vae(resolve(dataset.vae.checkpoint)) if images else None
+def some_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
+    """Some samples spread over the split."""
     shown = []
     rng = np.random.default_rng(seed)
     for samples in dataset.bucket_ranges.values():
@@ -45,46 +44,46 @@ def show_samples(dataset: Dataset, count: int, *, images: bool = True, seed: int
         numbers = np.sort(rng.choice(len(samples), min(share, len(samples)), replace=False)) + samples.start
         batch = dataset.read(numbers.tolist(), posterior="mean")
         synthetic = dataset.read(numbers.tolist(), caption="synthetic").captions
-        pictures = [None] * len(batch.keys) if vae is None else _decoded(dataset, vae, batch.latent_BCHW)
-        for key, image, original, other in zip(batch.keys, pictures, batch.captions, synthetic):
-            shown.append(Shown(key, image, {"original": original, "synthetic": other}))
+        for key, latent, original, other in zip(batch.keys, batch.latent_BCHW, batch.captions, synthetic):
+            shown.append(Shown(key, {"original": original, "synthetic": other}, latent))
     return shown[:count]
 
 
-def _decoded(dataset: Dataset, vae: Any, latent_BCHW: "torch.Tensor") -> Sequence[Image.Image]:
-    import torch
-
-    with torch.inference_mode():
-        pixels = dataset.vae.latents.decode(vae, latent_BCHW)
-    pixels_BHWC = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image) for image in pixels_BHWC]
-
-
-def write_grid(shown: Sequence[Shown], out: str) -> None:
-    """`out` ends in .png or .html."""
+def write_grid(vae: VaeMeta, shown: Sequence[Shown], out: str) -> None:
+    """Decoded by the dataset's own autoencoder. `out` ends in .png or .html."""
     if not shown:
         raise UserError(f"{out}: no samples to show; ask for at least one and look at what the split holds")
     if out.endswith(".html"):
-        storage.write_bytes(out, grid_html(shown).encode())
+        storage.write_bytes(out, grid_html(shown, _decoded(vae, shown)).encode())
     elif out.endswith(".png"):
-        storage.write_bytes(out, to_png(grid_image(shown)))
+        storage.write_bytes(out, to_png(grid_image(shown, _decoded(vae, shown))))
     else:
         raise UserError(f"{out}: a grid is written as .png or .html; choose one of the two endings")
 
 
-def grid_image(shown: Sequence[Shown], columns: int = 6) -> Image.Image:
+def _decoded(meta: VaeMeta, shown: Sequence[Shown]) -> list[Image.Image]:
+    import torch
+
+    vae, images = load_vae(resolve(meta.checkpoint)), []
+    with torch.inference_mode():
+        for item in shown:
+            pixels_CHW = meta.latents.decode(vae, item.latent_CHW[None])[0]
+            images.append(Image.fromarray(((pixels_CHW + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()))
+    return images
+
+
+def grid_image(shown: Sequence[Shown], images: Sequence[Image.Image], columns: int = 6) -> Image.Image:
     """Captions below each image: the original in black, the synthetic one in blue."""
     columns = min(columns, len(shown))
     height = CELL + 2 * _TEXT_LINES * _LINE // 2 + 2 * _LINE
     rows = -(-len(shown) // columns)
     grid = Image.new("RGB", (columns * (CELL + 8) + 8, rows * (height + 8) + 8), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for number, item in enumerate(shown):
-        assert item.image is not None
+    for number, (item, image) in enumerate(zip(shown, images, strict=True)):
         x, y = 8 + number % columns * (CELL + 8), 8 + number // columns * (height + 8)
-        scale = CELL / max(item.image.size)
-        size = (round(item.image.width * scale), round(item.image.height * scale))
-        grid.paste(item.image.resize(size, Image.Resampling.NEAREST), (x + (CELL - size[0]) // 2, y))
+        scale = CELL / max(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        grid.paste(image.resize(size, Image.Resampling.NEAREST), (x + (CELL - size[0]) // 2, y))
         at = y + CELL + 2
         for caption, color in zip(item.captions.values(), ("black", "#1f4e9e")):
             for line in textwrap.wrap(caption, 27)[: _TEXT_LINES // 2 + 1]:
@@ -93,23 +92,18 @@ def grid_image(shown: Sequence[Shown], columns: int = 6) -> Image.Image:
     return grid
 
 
-def grid_html(shown: Sequence[Shown]) -> str:
+def grid_html(shown: Sequence[Shown], images: Sequence[Image.Image]) -> str:
     cells = "".join(
-        f'<figure><img alt="" src="data:image/png;base64,{_base64_png(item.image)}">'
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(to_png(image)).decode()}">'
         + "".join(f"<figcaption class={name}>{html.escape(text)}</figcaption>" for name, text in item.captions.items())
         + f"<small>{html.escape(item.key)}</small></figure>"
-        for item in shown
+        for item, image in zip(shown, images, strict=True)
     )
     style = (
         "body{font:13px system-ui;display:flex;flex-wrap:wrap;gap:12px}figure{width:170px;margin:0}"
         "img{width:160px;image-rendering:pixelated}.synthetic{color:#1f4e9e}small{color:#888}"
     )
     return f"<!doctype html><meta charset=utf-8><title>samples</title><style>{style}</style>{cells}"
-
-
-def _base64_png(image: Image.Image | None) -> str:
-    assert image is not None
-    return base64.b64encode(to_png(image)).decode()
 
 
 def describe(uri: str) -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ def summary(root: str, outcome: Outcome) -> str:
         shapes = ", ".join(f"{bucket} {count:,}" for bucket, count in sorted(split.buckets.items()))
         shards = "shard" if split.num_shards == 1 else "shards"
         lines.append(f"{name:<14}{split.num_samples:>10,} samples in {split.num_shards} {shards}: {shapes}")
-    lines.append(f"{'buckets':<14}{0:>10} images merged into another bucket, 0 dropped for a bucket's sake")
+    placed, usable = sum(split.num_samples for split in outcome.info.splits.values()), outcome.info.counts.get(OK, 0)
+    lines.append(f"{'buckets':<14}{placed:>10,} of {usable:,} usable images, each in the bucket nearest to its shape")
     aside = {name: count for name, count in outcome.info.counts.items() if name != OK}
     if aside:
         words = ", ".join(f"{count:,} {name}" for name, count in sorted(aside.items(), key=lambda item: -item[1]))

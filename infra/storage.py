@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -185,7 +184,7 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
         if not path.exists():
             raise MissingError(f"{uri}: no such file or folder")
         return path
-    root = Path(cache_dir or os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
+    root = Path(cache_dir) if cache_dir else cache_folder()
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     found = {name.removeprefix(f"s3://{bucket}/"): etag for name, etag in etags(uri).items()}
     if not found:
@@ -195,6 +194,11 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
     if not (folder / name).exists():
         _download({n: n.removeprefix(key).strip("/") for n in found}, bucket=bucket, name=name, folder=folder)
     return folder / name
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files stay and what travels to S3 waits: on a disk with room for a checkpoint's share."""
+    return Path(os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
 
 
 def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) -> None:
@@ -313,12 +317,8 @@ def _endpoint() -> str:
 
 def shown_address(url: str) -> str:
     """An address for messages: without a user:password@ part, which must never be printed."""
-    return re.sub(r"^(\w+://)?.*@", lambda found: found[1] or "", url, flags=re.DOTALL)
-
-
-def _shown_endpoint() -> str:
-    parts = urlsplit(_endpoint())
-    return shown_address(f"{parts.scheme}://{parts.netloc}") if parts.netloc else "Amazon S3"
+    scheme, mark, rest = url.partition("://") if "://" in url else ("", "", url)
+    return scheme + mark + rest.rpartition("@")[2]
 
 
 def _filesystem(*, probing: bool = False) -> "S3FileSystem":
@@ -434,7 +434,7 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
     """One line of our own words: what libraries say may hold keys or signed headers."""
     from botocore import exceptions as boto
 
-    code, where = _code(error), _shown_endpoint()
+    code, where = _code(error), shown_address(_endpoint()) or "Amazon S3"
     if code == "403":  # an answer without a body; a listing's answer says more
         code = _code(_refusal_of_a_listing(bucket)) or code
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):

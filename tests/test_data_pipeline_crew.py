@@ -1,6 +1,5 @@
 """The live line of a pass: rows by status, rate, and what a million images cost where the price is known."""
 
-import io
 import re
 from dataclasses import dataclass
 
@@ -16,13 +15,17 @@ class Judged:
         return lambda unit: {"rows": 2, "counts": {"ingest": {"odd": 2}, "filter": {"ok": 1, unit["says"]: 1}}}
 
 
-def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images():
-    said = io.StringIO()
-    crew = Crew(Workers(0), dollars_per_hour=36.0, stream=said)
-    units = [{"id": str(n), "says": word, "num_rows": 2} for n, word in enumerate(("corrupt", "nsfw", "corrupt"))]
-    reports = crew.work("filter", Judged(), [unit | {"rows": [("s", [(0, 2)])]} for unit in units])
+UNITS = [
+    {"id": str(n), "says": word, "num_rows": 2, "rows": [("s", [(0, 2)])]}
+    for n, word in enumerate(("corrupt", "nsfw", "corrupt"))
+]
+
+
+def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images(capsys):
+    crew = Crew(Workers(0), dollars_per_hour=36.0)
+    reports = crew.work("filter", Judged(), UNITS)
     assert (len(reports), crew.computed) == (3, {"filter": 6})
-    line = said.getvalue().splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
     shown = re.fullmatch(r"filter: 6/6 rows \(100%\), [\d,.]+ rows/s, \S+ taken, (.+)", line)
     assert shown, line
     fields = dict(field.split("=") for field in shown[1].split())
@@ -30,11 +33,5 @@ def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images():
     assert fields == {"corrupt": "2", "nsfw": "1"}
     # 36 dollars an hour are a cent a second: a million rows at six in less than a minute cost below 100,000 dollars
     assert 0 < price < 100_000
-    assert "dollars" not in silent(units)
-
-
-def silent(units: list[dict]) -> str:
-    """The line where no price is known."""
-    said = io.StringIO()
-    Crew(Workers(0), stream=said).work("filter", Judged(), [unit | {"rows": [("s", [(0, 2)])]} for unit in units])
-    return said.getvalue()
+    Crew(Workers(0)).work("filter", Judged(), UNITS)
+    assert "dollars" not in capsys.readouterr().err  # where no price is known

@@ -205,11 +205,11 @@ def test_what_does_not_fit_is_said():
 
 def test_link_times():
     h100 = get_machine("h100-80")
-    assert transfer_seconds(h100, 450e9, 8) == pytest.approx(7 / 8)
-    assert transfer_seconds(h100, 450e9, 16) == pytest.approx(15 / 16)  # the link inside the node is the slower part
+    assert max(transfer_seconds(h100, 450e9, 8)) == pytest.approx(7 / 8)
+    assert max(transfer_seconds(h100, 450e9, 16)) == pytest.approx(15 / 16)  # inside the node is slower
     a100 = get_machine("a100-80")
-    assert transfer_seconds(a100, 200e9, 64) == pytest.approx(200e9 * 7 / 8 / 200e9)  # between nodes: 25 GB/s each
-    assert transfer_seconds(h100, 1e9, 1) == 0
+    assert max(transfer_seconds(a100, 200e9, 64)) == pytest.approx(200e9 * 7 / 8 / 200e9)  # between nodes: 25 GB/s each
+    assert max(transfer_seconds(h100, 1e9, 1)) == 0
 
 
 def test_json_refuses_what_it_does_not_know():
@@ -329,7 +329,7 @@ def test_names_are_refused_with_the_nearest():
         (["plan", "d15", "--dollars-per-gpu-hour", "-1"], "--dollars-per-gpu-hour -1.0: expected zero or more"),
         (["ladder", "world", "--data", "x", "--out", "y", "--images", "0"], "--images 0"),
         (["ladder", "world", "--data", "x", "--out", "y", "--budgets", "nan"], "--budgets nan"),
-        (["sweep", "lr", "world", "--data", "x", "--out", "y", "--rates", "1e-3", "nan"], "--rates nan"),
+        (["sweep", "lr", "world", "--data", "x", "--out", "y", "--rates", "1e-3", "nan"], "--rates 0.001 nan"),
         (["sweep", "lr", "world", "--data", "/no/such", "--out", "y"], "/no/such"),
         (["sweep", "formulations", "world-d2", "--data", "/no/such", "--out", "y"], "/no/such"),
         (["verify-resume", "world-d2", "--data", "x", "--out", "y", "--num-ranks", "0"], "--num-ranks 0"),

@@ -227,7 +227,7 @@ def run_sweep(arguments: list[str]) -> None:
     name, rest = _first(rest, f"sweep {what}", "a ladder, as world" if what == "lr" else "a recipe, as world-d2")
     (get_family if what == "lr" else get_recipe)(name)
     args = _parse(SweepArgs, rest, f"sweep {what} {name}")
-    _positive(args, "depths", "rates", "images", "num_ranks")
+    _positive(args, "depths", "images", "num_ranks")
     from trainer.sweep import sweep_formulations, sweep_rates
 
     more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "options")}

@@ -209,7 +209,5 @@ def run_command(command: list[str], run: str) -> None:
     if asked or code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
     if code != 0 or not is_done(run):
-        raise UserError(
-            f"{run}: training ended unfinished, with exit code {code}; its own message stands above: "
-            "run the same command again"
-        )
+        then = "mend that first" if code == 2 else "run the same command again"
+        raise UserError(f"{run}: training ended unfinished, exit code {code}; its own message stands above: {then}")

@@ -75,15 +75,12 @@ def this_machine(precision: str = "fp32") -> Machine:
     return min(fitting, key=lambda m: abs(m.memory - memory)) if fitting else MACHINES["a100-80"]
 
 
-def transfer_seconds(machine: Machine, nbytes: float, ranks: int) -> float:
-    """To all-gather (or reduce-scatter) a tensor of `nbytes` over all ranks: inside nodes and between them at once, the
-    slower part counts."""
-    return max(transfer_parts(machine, nbytes, ranks))
+def transfer_seconds(machine: Machine, nbytes: float, ranks: int) -> tuple[float, float]:
+    """(inside a node, between nodes) to all-gather or reduce-scatter a tensor of `nbytes` over all ranks.
 
-
-def transfer_parts(machine: Machine, nbytes: float, ranks: int) -> tuple[float, float]:
-    """Seconds (inside a node, between nodes): each device takes in the whole over its link inside the node; each node
-    takes in what other nodes hold over all of its adapters."""
+    Each device takes in the whole over its link inside the node; each node takes in what other nodes hold over all of
+    its adapters. The two go on at once: the slower one counts.
+    """
     inside = min(ranks, machine.per_node)
     nodes = -(-ranks // machine.per_node)
     local = nbytes * (ranks - 1) / ranks / machine.link_inside

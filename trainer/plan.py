@@ -11,7 +11,7 @@ from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
 from model.lora import adapter_parameter_count, add_adapters
 from model.trunk import TokenConfig
-from trainer.machines import Machine, this_machine, transfer_parts
+from trainer.machines import Machine, this_machine, transfer_seconds
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
@@ -208,7 +208,7 @@ def step_time(
     moved = bytes_moved(recipe, parameters, world=world)
     inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
     over = {name: inside or world if name == "backward" else world for name in moved}
-    parts = [transfer_parts(machine, nbytes, over[name]) for name, nbytes in moved.items()]
+    parts = [transfer_seconds(machine, nbytes, over[name]) for name, nbytes in moved.items()]
     communication = sum(max(part) for part in parts)
     copying = bytes_copied(recipe, parameters, world=world) / machine.bandwidth
     mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)

@@ -192,9 +192,8 @@ def _runs(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
 def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
     """Write a whole object atomically and give its sha256."""
     if storage.is_remote(uri):  # by way of a disk: an object of unknown size would have to be collected in memory
-        root = Path(os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, suffix=storage.TEMP_SUFFIX) as folder:
+        storage.cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=storage.cache_folder(), suffix=storage.TEMP_SUFFIX) as folder:
             staged = Path(folder) / "object"
             written = put(str(staged), pieces)
             storage.upload(staged, uri)

@@ -5,7 +5,6 @@ manifest, then `latest`) when all have arrived, and tells the verdict. One journ
 """
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -116,6 +115,5 @@ class Uploads:
 
 
 def staging(out: str, rank: int) -> Path:
-    """Where a rank keeps what has yet to travel: below BEELINE_CACHE, which must be a disk with room for a share."""
-    root = Path(os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
-    return root / "staging" / storage.sha256_hex(out.encode())[:16] / f"rank_{rank:05d}"
+    """Where a rank keeps what has yet to travel."""
+    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / f"rank_{rank:05d}"
