@@ -48,7 +48,7 @@ def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int, ranks
         tasks = _tasks(recipe, micro_batch)
         for other in others:
             other.stdout.readline()  # type: ignore[union-attr]  # it has begun, or died
-        seconds = sum(count * min(_timed(once) for _ in range(ROUNDS)) for once, count in tasks)
+        seconds = sum(count * statistics.median(_timed(once) for _ in range(ROUNDS)) for once, count in tasks)
     finally:
         torch.set_num_threads(threads)
         for other in others:
