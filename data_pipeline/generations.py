@@ -43,18 +43,29 @@ def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *,
     return Published(tuple(outputs[name] for name in sorted(outputs)), generation_of)
 
 
-def _shown(root: str, encoding: str) -> list[ShardEntry]:
+def standing(root: str) -> DatasetInfo | None:
+    """The description that is there; a damaged one must not stand in the way of the next."""
     if not storage.exists(storage.join(root, DATASET_FILE)):
+        return None
+    try:
+        return read_dataset_info(root)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        log.warning("%s; packing it anew", error)
+        return None
+
+
+def _shown(root: str, encoding: str) -> list[ShardEntry]:
+    stands = standing(root)
+    if stands is None or stands.encoding != encoding:
         return []
     try:
-        stands = read_dataset_info(root)
-        if stands.encoding != encoding:
-            return []
         return [entry for split in stands.splits.values() for entry in read_split(root, split.index)]
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)  # a damaged description must not stand in the way of the next
+        log.warning("%s; packing it anew", error)
         return []
 
 

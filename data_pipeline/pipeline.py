@@ -14,8 +14,9 @@ import pyarrow as pa
 from data_pipeline.columns import Column
 from data_pipeline.crew import Crew
 from data_pipeline.gate import only_ok, strict_verdict
-from data_pipeline.generations import keep_published, published
+from data_pipeline.generations import keep_published, published, standing
 from data_pipeline.index import ShardEntry, table_bytes
+from data_pipeline.misfits import check_rebuild
 from data_pipeline.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.proven import Proven
@@ -56,10 +57,11 @@ class Pipeline:
         keep_going: bool = False,
         only_split: str | None = None,
         dollars_per_hour: float | None = None,
+        rebuild: Sequence[str] = (),
     ) -> None:
         self.plan, self.root, self.source = plan, root, source
         self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
-        self.caption_workers, self.only_split = caption_workers, only_split
+        self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.proven = Proven(root)
@@ -73,6 +75,8 @@ class Pipeline:
         return self._gate()
 
     def run(self) -> Outcome:
+        if stands := standing(self.root):
+            check_rebuild(self.root, stands, self._described(), self.rebuild)
         verdicts = self.run_gate()
         self.encode(verdicts)
         runs = self._accepted(verdicts)
@@ -255,8 +259,9 @@ class Pipeline:
 
     # --- pack and publish
 
-    def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
-        info = DatasetInfo(
+    def _described(self) -> DatasetInfo:
+        """dataset.json as far as the plan decides it."""
+        return DatasetInfo(
             text_spec=self.plan.text_spec,
             vae=vae_meta(self.plan.vae),
             resolution=self.plan.resolution,
@@ -266,7 +271,11 @@ class Pipeline:
             counts=_totals(self.proven.counts),
             code_version=code_version(),
             int8_seats=self.plan.int8_seats,
+            settings=self.columns.settings,
         )
+
+    def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
+        info = self._described()
         proofs = read_proofs(self.root, info.encoding)
         stands = published(self.root, info, proofs, shard_rows=self.plan.pack_rows)
         kept, rest = keep_published(runs, stands.outputs)
