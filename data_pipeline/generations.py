@@ -31,11 +31,16 @@ class Published:
         return replace(entry, generation=self.generation_of.get(entry.tar, newest + 1))
 
 
-def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: int) -> Published:
-    """What dataset.json shows at this moment; nothing where there is none, or one of another encoding."""
+def published(
+    root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]
+) -> Published:
+    """What dataset.json shows at this moment; nothing where there is none, or one of another encoding.
+
+    `shard_rows`: samples of a full shard, by bucket."""
     entries = _shown(root, info.encoding)
     generation_of = {entry.tar: entry.generation for entry in entries}
-    wanted = {name for name, entry in proofs.items() if entry.tar in generation_of and entry.num_samples == shard_rows}
+    full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
+    wanted = {name for name in full if proofs[name].tar in generation_of}
     outputs: dict[str, Output] = {}
     for uri in storage.list_files(storage.join(root, "pack"), suffix=".parquet", recursive=False):
         if missing := wanted - outputs.keys():

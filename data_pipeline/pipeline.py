@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.caption import MAX_CHARS
 from data_pipeline.columns import Column
 from data_pipeline.crew import Crew
 from data_pipeline.gate import only_ok, strict_verdict
 from data_pipeline.generations import keep_published, published, standing
 from data_pipeline.index import ShardEntry, table_bytes
+from data_pipeline.layout import SampleLayout
 from data_pipeline.misfits import check_rebuild
 from data_pipeline.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
@@ -23,6 +25,7 @@ from data_pipeline.proven import Proven
 from data_pipeline.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.runner import Unit, Workers
 from data_pipeline.schema import DatasetInfo, Manifest, fingerprint, row_ranges
+from data_pipeline.shards import largest_sample
 from data_pipeline.sources import Source, SourceUnit, source_to_json
 from data_pipeline.stage import OK, Stage
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
@@ -154,7 +157,7 @@ class Pipeline:
             return
         read = only_ok(self._signatures(shards), self.proven.verdicts("filter"))
         made = stage.run(read, load=partial(self.proven.read, "embed"), preferred=preferred or None)
-        manifest = column.write(unit, made)
+        manifest = column.write(unit, made.items())
         self.crew.computed["dedup"] = sum(len(table) for table in read.values())
         self.proven.take(manifest)
 
@@ -277,9 +280,10 @@ class Pipeline:
     def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
         info = self._described()
         proofs = read_proofs(self.root, info.encoding)
-        stands = published(self.root, info, proofs, shard_rows=self.plan.pack_rows)
+        full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in {run.bucket for run in runs}}
+        stands = published(self.root, info, proofs, shard_rows=full)
         kept, rest = keep_published(runs, stands.outputs)
-        outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=self.plan.pack_rows)]
+        outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=full)]
         # In one order, whichever of them are published already: the same plan has the same name.
         plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
@@ -290,6 +294,11 @@ class Pipeline:
         entries = [stands.numbered(proofs[output.id]) for output in outputs if output.id in proofs]
         self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
+
+    def _shard_rows(self, layout: SampleLayout) -> int:
+        """So many samples that no shard can grow beyond its bytes, however long texts and captions are."""
+        largest = largest_sample(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
+        return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
     def _pack_unit(self, output: Output) -> Unit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]

@@ -80,6 +80,8 @@ class Plan:
     """Rows of a canonical shard: the unit of work, and of loss when a worker dies."""
     pack_rows: int = 1000
     """Samples of a training shard."""
+    pack_mb: int = 1024
+    """Mebibytes that no training shard exceeds: fewer samples where the largest possible ones would not fit."""
     batch: int = 64
     """Images per forward pass of captioner and autoencoder."""
     text_storage: Literal["fp16", "t5-int8", "int8"] = "fp16"
