@@ -3,6 +3,7 @@
 The driver holds the verdict and the hash of each row (some hundred bytes), never captions, images or features.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -62,10 +63,14 @@ class Pipeline:
         dollars_per_hour: float | None = None,
         rebuild: Sequence[str] = (),
     ) -> None:
-        self.plan, self.root, self.source = plan, root, source
+        self.root, self.source = root, source
         self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
         self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
+        if plan.captioner.has_budget:  # each run has the whole of it
+            claims = storage.join(root, f"claims/{uuid.uuid4().hex}")
+            plan = replace(plan, captioner=replace(plan.captioner, claims=claims))
+        self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.proven = Proven(root)
         self.strict: Verdicts = {}
@@ -187,11 +192,15 @@ class Pipeline:
     def encode(self, verdicts: Verdicts) -> None:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
-        if self.caption_workers is None and environment is None:
-            self._encode(heavy, verdicts, self.crew.workers)
-            return
-        self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
-        self._encode(heavy[1:], verdicts, self.crew.workers)
+        try:
+            if self.caption_workers is None and environment is None:
+                self._encode(heavy, verdicts, self.crew.workers)
+                return
+            self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
+            self._encode(heavy[1:], verdicts, self.crew.workers)
+        finally:
+            for claim in storage.list_files(self.plan.captioner.claims) if self.plan.captioner.claims else ():
+                storage.delete(claim)
 
     def _encode(
         self,
