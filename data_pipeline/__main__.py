@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,6 +67,9 @@ class Run:
     """GPUs of each captioning worker, where it needs more than the others."""
     keep_going: bool = False
     """Pack what is there even if some files or shards failed."""
+    rebuild: tuple[str, ...] = ()
+    """Columns to make anew (with what reads them) where the dataset at --out was made by other settings: without it
+    such a plan is refused."""
     until: Literal["gate", "pack"] = "pack"
     """gate: stop before captions and latents, and say what each threshold would keep."""
 
@@ -120,7 +123,8 @@ def _run(args: list[str]) -> None:
     def call(run: Annotated[Run, flat], plan: Annotated[Plan, flat] = default) -> None:
         run_plan(run, plan.settled())
         if run.until == "pack":
-            written = plan_file(name, run, plan, (Run(out=""), default))
+            # leave for one rebuild is none for the next
+            written = plan_file(name, replace(run, rebuild=()), plan, (Run(out=""), default))
             storage.write_bytes(storage.join(run.out, "plan.yaml"), written)
 
     parse(call, rest, prog=f"python -m data_pipeline run {args[0]}", description=_run.__doc__)
@@ -185,6 +189,7 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
         keep_going=run.keep_going,
         only_split=None if run.split == "all" else run.split,
         dollars_per_hour=run.dollars_per_hour,
+        rebuild=run.rebuild,
     )
     if run.until == "gate":
         _print_gate(pipeline)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import tyro
 from PIL import Image
 
 from infra import storage
@@ -58,9 +59,15 @@ class CaptionerSpec:
     timeout_s: float = 120
     """server: seconds per try."""
     budget_requests: int | None = None
-    """server: requests (retries included) that one worker may send before the run stops."""
+    """server: requests (retries included) that all workers together may send before the run stops."""
     budget_tokens: int | None = None
-    """server: tokens (in and out, as the server counts them) that one worker may use before the run stops."""
+    """server: tokens (in and out, as the server counts them) of all workers after which no more requests are sent."""
+    claims: Annotated[str, tyro.conf.Suppress] = ""
+    """Where workers share out the budget; the run sets it."""
+
+    @property
+    def has_budget(self) -> bool:
+        return self.budget_requests is not None or self.budget_tokens is not None
 
     def identity(self) -> dict[str, Any]:
         """Everything that captions depend on; where and how patiently they are asked for does not belong to it."""

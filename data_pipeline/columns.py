@@ -5,7 +5,8 @@ zombie writer and its retry cannot mix. A shard may have several manifests, each
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,19 +38,21 @@ class Column:
     def folder(self) -> str:
         return f"columns/{self.stage}/{self.fingerprint[:12]}"
 
-    def write(self, unit: str, tables: Mapping[str, pa.Table], *, number: int = 0) -> Manifest:
-        """Put one object per shard, then the manifest. When another writer was first, its manifest is returned."""
-        parts = tuple(self._put(shard, table) for shard, table in tables.items())
-        counts: dict[str, int] = {}
-        for table in tables.values():
-            for status, count in count_statuses(table).items():
-                counts[status] = counts.get(status, 0) + count
+    def write(self, unit: str, tables: Iterable[tuple[str, pa.Table]], *, number: int = 0) -> Manifest:
+        """Put one object per shard, then the manifest. When another writer was first, its manifest is returned.
+
+        `tables` (shard, rows) are taken one by one, so that not all of them need be in memory.
+        """
+        parts, counts = [], Counter[str]()
+        for shard, table in tables:
+            parts.append(self._put(shard, table))
+            counts.update(count_statuses(table))
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
             unit=unit,
-            parts=parts,
-            counts=counts,
+            parts=tuple(parts),
+            counts=dict(counts),
             code_version=code_version(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )

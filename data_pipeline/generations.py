@@ -31,11 +31,16 @@ class Published:
         return replace(entry, generation=self.generation_of.get(entry.tar, newest + 1))
 
 
-def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: int) -> Published:
-    """What dataset.json shows at this moment; nothing where there is none, or one of another encoding."""
+def published(
+    root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]
+) -> Published:
+    """What dataset.json shows at this moment; nothing where there is none, or one of another encoding.
+
+    `shard_rows`: samples of a full shard, by bucket."""
     entries = _shown(root, info.encoding)
     generation_of = {entry.tar: entry.generation for entry in entries}
-    wanted = {name for name, entry in proofs.items() if entry.tar in generation_of and entry.num_samples == shard_rows}
+    full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
+    wanted = {name for name in full if proofs[name].tar in generation_of}
     outputs: dict[str, Output] = {}
     for uri in storage.list_files(storage.join(root, "pack"), suffix=".parquet", recursive=False):
         if missing := wanted - outputs.keys():
@@ -43,18 +48,29 @@ def published(root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *,
     return Published(tuple(outputs[name] for name in sorted(outputs)), generation_of)
 
 
-def _shown(root: str, encoding: str) -> list[ShardEntry]:
+def standing(root: str) -> DatasetInfo | None:
+    """The description that is there; a damaged one must not stand in the way of the next."""
     if not storage.exists(storage.join(root, DATASET_FILE)):
+        return None
+    try:
+        return read_dataset_info(root)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        log.warning("%s; packing it anew", error)
+        return None
+
+
+def _shown(root: str, encoding: str) -> list[ShardEntry]:
+    stands = standing(root)
+    if stands is None or stands.encoding != encoding:
         return []
     try:
-        stands = read_dataset_info(root)
-        if stands.encoding != encoding:
-            return []
         return [entry for split in stands.splits.values() for entry in read_split(root, split.index)]
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)  # a damaged description must not stand in the way of the next
+        log.warning("%s; packing it anew", error)
         return []
 
 

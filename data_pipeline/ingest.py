@@ -28,12 +28,26 @@ class Ingest:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "shard_rows": self.shard_rows}
 
-    def run(self, source: Source, unit: SourceUnit, column: Column) -> tuple[Manifest, dict[str, pa.Table]]:
-        """Read the unit, put its shards and the manifest that proves them; the tables too, for stages that follow."""
-        tables: dict[str, pa.Table] = {}
-        for number, rows in enumerate(self._chunks(source.rows(unit))):
-            tables[f"{unit.id}-{number:03d}"] = _table(rows)
-        return column.write(unit.id, tables), tables
+    def run(
+        self, source: Source, unit: SourceUnit, column: Column, *, keep_bytes: int = 0
+    ) -> tuple[Manifest, dict[str, pa.Table]]:
+        """Read the unit, put its shards one by one and the manifest that proves them.
+
+        The first tables, as many as fit into `keep_bytes`, are given to the stages that follow; they read the others.
+        """
+        kept: dict[str, pa.Table] = {}
+
+        def tables() -> Iterator[tuple[str, pa.Table]]:
+            room = keep_bytes
+            for number, rows in enumerate(self._chunks(source.rows(unit))):
+                shard, table = f"{unit.id}-{number:03d}", _table(rows)
+                rows.clear()
+                room -= table.nbytes
+                if room >= 0:
+                    kept[shard] = table
+                yield shard, table
+
+        return column.write(unit.id, tables()), kept
 
     def _chunks(self, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
         chunk: list[RawRow] = []

@@ -55,14 +55,16 @@ class Output:
         return sum(len(rows) for _, rows in self.rows)
 
 
-def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: int) -> list[Output]:
-    """Cut each (split, bucket) into output shards, rows in the order given."""
+def make_plan(
+    runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]
+) -> list[Output]:  # fmt: skip
+    """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given."""
     groups: dict[tuple[str, str], list[RowRun]] = {}
     for run in runs:
         groups.setdefault((run.split, run.bucket), []).append(run)
     outputs = []
     for (split, bucket), members in sorted(groups.items()):
-        for listed in _cut(members, shard_rows):
+        for listed in _cut(members, shard_rows[bucket]):
             numbers = [(shard, rows.tolist()) for shard, rows in listed]
             outputs.append(Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed))
     return outputs
@@ -173,7 +175,7 @@ def _samples(
     parts: Mapping[str, Mapping[str, Sequence[Part]]],
 ) -> Iterable[Sample]:
     stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
-    tables = {stage: _by_row(root, shard, stage, parts) for stage in stages}
+    tables = {stage: _by_row(root, shard, stage, parts, rows) for stage in stages}
     for row in rows:
         facts, said = tables["measure"][row], tables["caption"][row]
         moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
@@ -199,8 +201,11 @@ def _samples(
         yield Sample(facts["key"], moments, text, {k: v for k, v in captions.items() if v}, info)
 
 
-def _by_row(root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[Part]]]) -> dict[int, dict]:
+def _by_row(
+    root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[Part]]], rows: Sequence[int]
+) -> dict[int, dict]:
     table = read_parts(root, parts[stage][shard])
     if table is None:
         raise UserError(f"{root}: column {stage} has nothing for shard {shard}: run the same command again")
+    table = table.filter(pc.is_in(table["row"], value_set=pa.array(rows, pa.int32())))
     return {row["row"]: row for row in table.to_pylist()}

@@ -110,7 +110,9 @@ def write_pairs(
     keys = [pair.key for pairs in splits.values() for pair in pairs]
     if not splits.get("train") or len(set(keys)) < len(keys):
         raise UserError(f"{uri}: {len(keys)} pairs, {len(set(keys))} different keys: expected some, all different")
-    info = DatasetInfo(text_spec, vae, resolution, (CAPTION,), _columns(text_spec, vae, made_by), {})
+    settings = _settings(text_spec, vae)
+    columns = {name: fingerprint(found) for name, found in settings.items()} | {"pairs": fingerprint(dict(made_by))}
+    info = DatasetInfo(text_spec, vae, resolution, (CAPTION,), columns, {}, settings=settings)
     encoder, bucket = _Encoder(text_spec, vae, resolution, device), f"{resolution}x{resolution}"
     entries: list[ShardEntry] = []
     with Progress(2 * len(keys), "images", desc="encode pairs") as progress:
@@ -140,11 +142,11 @@ def _encoded(
         yield Sample(pair.key, moments_CHW, text[pair.caption], {CAPTION: pair.caption}, pair.info)
 
 
-def _columns(text_spec: TextSpec, vae: VaeMeta, made_by: Mapping[str, Any]) -> dict[str, str]:
-    """What made the latents and texts, as the pipeline's stages tell it, and the preferences."""
+def _settings(text_spec: TextSpec, vae: VaeMeta) -> dict[str, Any]:
+    """What made the latents and texts, as the pipeline's stages tell it."""
     stages: list[LatentStage | TextStage] = [LatentStage(vae.checkpoint, weights_hash(resolve(vae.checkpoint)))]
     stages += [TextStage(text_spec, e.seat, weights_hash(resolve(e.checkpoint))) for e in text_spec.encoders]
-    return {stage.name: fingerprint(stage.identity()) for stage in stages} | {"pairs": fingerprint(dict(made_by))}
+    return {stage.name: stage.identity() for stage in stages}
 
 
 class _Encoder:

@@ -3,6 +3,7 @@
 The driver holds the verdict and the hash of each row (some hundred bytes), never captions, images or features.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -11,17 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.caption import MAX_CHARS
 from data_pipeline.columns import Column
 from data_pipeline.crew import Crew
 from data_pipeline.gate import only_ok, strict_verdict
-from data_pipeline.generations import keep_published, published
+from data_pipeline.generations import keep_published, published, standing
 from data_pipeline.index import ShardEntry, table_bytes
+from data_pipeline.layout import SampleLayout
+from data_pipeline.misfits import check_rebuild
 from data_pipeline.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.proven import Proven
 from data_pipeline.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.runner import Unit, Workers
 from data_pipeline.schema import DatasetInfo, Manifest, fingerprint, row_ranges
+from data_pipeline.shards import largest_sample
 from data_pipeline.sources import Source, SourceUnit, source_to_json
 from data_pipeline.stage import OK, Stage
 from data_pipeline.tasks import ColumnTask, IngestTask, PackTask
@@ -56,11 +61,16 @@ class Pipeline:
         keep_going: bool = False,
         only_split: str | None = None,
         dollars_per_hour: float | None = None,
+        rebuild: Sequence[str] = (),
     ) -> None:
-        self.plan, self.root, self.source = plan, root, source
+        self.root, self.source = root, source
         self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
-        self.caption_workers, self.only_split = caption_workers, only_split
+        self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
+        if plan.captioner.has_budget:  # each run has the whole of it
+            claims = storage.join(root, f"claims/{uuid.uuid4().hex}")
+            plan = replace(plan, captioner=replace(plan.captioner, claims=claims))
+        self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.proven = Proven(root)
         self.strict: Verdicts = {}
@@ -73,6 +83,8 @@ class Pipeline:
         return self._gate()
 
     def run(self) -> Outcome:
+        if stands := standing(self.root):
+            check_rebuild(self.root, stands, self._described(), self.rebuild)
         verdicts = self.run_gate()
         self.encode(verdicts)
         runs = self._accepted(verdicts)
@@ -150,7 +162,7 @@ class Pipeline:
             return
         read = only_ok(self._signatures(shards), self.proven.verdicts("filter"))
         made = stage.run(read, load=partial(self.proven.read, "embed"), preferred=preferred or None)
-        manifest = column.write(unit, made)
+        manifest = column.write(unit, made.items())
         self.crew.computed["dedup"] = sum(len(table) for table in read.values())
         self.proven.take(manifest)
 
@@ -180,11 +192,15 @@ class Pipeline:
     def encode(self, verdicts: Verdicts) -> None:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
-        if self.caption_workers is None and environment is None:
-            self._encode(heavy, verdicts, self.crew.workers)
-            return
-        self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
-        self._encode(heavy[1:], verdicts, self.crew.workers)
+        try:
+            if self.caption_workers is None and environment is None:
+                self._encode(heavy, verdicts, self.crew.workers)
+                return
+            self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
+            self._encode(heavy[1:], verdicts, self.crew.workers)
+        finally:
+            for claim in storage.list_files(self.plan.captioner.claims) if self.plan.captioner.claims else ():
+                storage.delete(claim)
 
     def _encode(
         self,
@@ -255,8 +271,9 @@ class Pipeline:
 
     # --- pack and publish
 
-    def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
-        info = DatasetInfo(
+    def _described(self) -> DatasetInfo:
+        """dataset.json as far as the plan decides it."""
+        return DatasetInfo(
             text_spec=self.plan.text_spec,
             vae=vae_meta(self.plan.vae),
             resolution=self.plan.resolution,
@@ -266,11 +283,16 @@ class Pipeline:
             counts=_totals(self.proven.counts),
             code_version=code_version(),
             int8_seats=self.plan.int8_seats,
+            settings=self.columns.settings,
         )
+
+    def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
+        info = self._described()
         proofs = read_proofs(self.root, info.encoding)
-        stands = published(self.root, info, proofs, shard_rows=self.plan.pack_rows)
+        full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in {run.bucket for run in runs}}
+        stands = published(self.root, info, proofs, shard_rows=full)
         kept, rest = keep_published(runs, stands.outputs)
-        outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=self.plan.pack_rows)]
+        outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=full)]
         # In one order, whichever of them are published already: the same plan has the same name.
         plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
         storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
@@ -281,6 +303,11 @@ class Pipeline:
         entries = [stands.numbered(proofs[output.id]) for output in outputs if output.id in proofs]
         self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
+
+    def _shard_rows(self, layout: SampleLayout) -> int:
+        """So many samples that no shard can grow beyond its bytes, however long texts and captions are."""
+        largest = largest_sample(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
+        return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
     def _pack_unit(self, output: Output) -> Unit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]

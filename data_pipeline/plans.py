@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ from data_pipeline.encode import LatentStage, TextStage
 from data_pipeline.filters import FilterStage, MeasureStage, Thresholds
 from data_pipeline.gate import Gate
 from data_pipeline.ingest import Ingest
-from data_pipeline.schema import VaeMeta, fingerprint
+from data_pipeline.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.scores import ScoreStage
 from data_pipeline.semantic import Semantic
 from data_pipeline.stage import Stage, stage_fingerprint
@@ -80,6 +80,8 @@ class Plan:
     """Rows of a canonical shard: the unit of work, and of loss when a worker dies."""
     pack_rows: int = 1000
     """Samples of a training shard."""
+    pack_mb: int = 1024
+    """Mebibytes that no training shard exceeds: fewer samples where the largest possible ones would not fit."""
     batch: int = 64
     """Images per forward pass of captioner and autoencoder."""
     text_storage: Literal["fp16", "t5-int8", "int8"] = "fp16"
@@ -212,6 +214,18 @@ class Columns:
     def fingerprints(self) -> dict[str, str]:
         pairs = (self.ingest, *self.light, self.dedup, *self.heavy)
         return {column.stage: column.fingerprint for _, column in pairs}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the fingerprints of captions, latents and text stand for: their own settings and those of their inputs.
+
+        As JSON gives it back."""
+        stages: dict[str, Any] = {stage.name: stage for stage, _ in (*self.light, self.dedup, *self.heavy)}
+        wanted = [stage.name for stage, _ in self.heavy]
+        for name in wanted:
+            wanted += [before for before in getattr(stages.get(name), "inputs", ()) if before not in wanted]
+        found = {name: (stages.get(name) or self.ingest[0]).identity() for name in sorted(wanted)}
+        return json.loads(canonical_json(found))
 
 
 def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> Columns:

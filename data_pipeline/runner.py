@@ -113,7 +113,8 @@ def _run_on_ray(
     quiet = logging.getLogger("ray.data")
     quiet.setLevel(logging.ERROR)
 
-    smallest, largest = _pool(workers, len(units), ray.cluster_resources().get("CPU", 0))
+    there = ray.cluster_resources()
+    smallest, largest = _pool(workers, len(units), there.get("CPU", 0), there.get("GPU", 0))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -135,9 +136,12 @@ def _run_on_ray(
             yield json.loads(report)
 
 
-def _pool(workers: Workers, units: int, cpus: float) -> tuple[int, int]:
+def _pool(workers: Workers, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
     """Smallest and largest pool. One that grows pays off on a cluster; on one machine it only starts late."""
-    here = max(1, int(cpus / max(workers.cpus, 0.01)))
+    room = cpus / max(workers.cpus, 0.01)
+    if workers.gpus:
+        room = min(room, gpus / workers.gpus)  # of fractions, so that several share a GPU
+    here = max(1, int(room))
     size = min(workers.count or here, units)
     smallest = size if workers.count or size <= _SMALL_POOL else 1
     # nodes that an autoscaler starts later have work only if the pool may be larger than what is there now

@@ -140,6 +140,7 @@ class DatasetInfo:
     code_version: str = ""
     int8_seats: tuple[str, ...] = ()
     rejected: str = ""  # the table of dead letters; "" where there is none (pairs, data of before it was named here)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprints of training's columns stand for
 
     @property
     def encoding(self) -> str:
@@ -182,12 +183,12 @@ def encoding_fingerprint(
     return fingerprint([*found, int8_seats] if int8_seats else found)
 
 
-def read_dataset_info(uri: str) -> DatasetInfo:
+def read_dataset_info(uri: str, name: str = DATASET_FILE) -> DatasetInfo:
     """dataset.json of a dataset root; UserError when there is none or when it is of another format."""
-    path = storage.join(uri, DATASET_FILE)
+    path = storage.join(uri, name)
     if not storage.exists(path):
         raise UserError(
-            f"{uri}: no {DATASET_FILE} there, so no finished dataset; make one with "
+            f"{uri}: no {name} there, so no finished dataset; make one with "
             f"`python -m data_pipeline run world --out {uri}`"
         )
     try:
@@ -205,6 +206,7 @@ def read_dataset_info(uri: str) -> DatasetInfo:
             code_version=raw["code_version"],
             int8_seats=tuple(raw.get("int8_seats", ())),
             rejected=raw.get("rejected", ""),
+            settings=raw.get("settings", {}),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a dataset description ({error}): run the pipeline's pack again") from error

@@ -18,6 +18,7 @@ from infra import storage
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK
+_AROUND = 16 * 2**10  # headers of tar and safetensors, padding, the end of the tar, and where a sample comes from
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -64,6 +65,13 @@ class TarBuilder:
     def _put(self, data: bytes) -> None:
         self._pieces.append(data)
         self.size += len(data)
+
+
+def largest_sample(layout: SampleLayout, *, caption_chars: int) -> int:
+    """Bytes of a shard that no sample of this layout and of so many characters in captions can exceed."""
+    tokens_RS = np.array([[encoder.tokens for _, encoder in layout.slots]])
+    # JSON writes a character beyond the first 65,536 as two escapes of six
+    return int(layout.offsets(tokens_RS).size_R[0]) + 12 * caption_chars + _AROUND
 
 
 def build_shard(samples: Iterable[Sample], layout: SampleLayout) -> tuple[bytes, ShardRows]:

@@ -164,6 +164,7 @@ class WdsSource:
         try:
             with storage.open_read(uri) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
                 for member in archive:
+                    archive.members = []  # type: ignore[attr-defined]  # it would remember every header
                     if member.isdir():
                         continue
                     problem = _bad_member(member)

@@ -34,13 +34,18 @@ def _report(rows: int, manifests: Sequence[Manifest]) -> Report:
 
 @dataclass(frozen=True)
 class IngestTask:
-    """A source unit to canonical shards, and at once the light columns of each shard (images are decoded once)."""
+    """A source unit to canonical shards, and at once the light columns of each shard (images are decoded once).
+
+    Memory stays bounded, whatever the size of a tar: one shard is in work, and what was read before is kept for the
+    columns up to `keep_bytes`.
+    """
 
     root: str
     source: Mapping[str, Any]
     ingest: Ingest
     column: Column
     light: tuple[tuple[Stage, Column], ...]
+    keep_bytes: int = 256 * 2**20
 
     def open(self) -> Callable[[Unit], Report]:
         source = source_from_json(self.source)
@@ -53,14 +58,13 @@ class IngestTask:
             if "ingest" in known:
                 ingested = known["ingest"]
             else:
-                ingested, tables = self.ingest.run(
-                    source, SourceUnit(unit["id"], unit["split"], unit["where"]), self.column
-                )
+                found = SourceUnit(unit["id"], unit["split"], unit["where"])
+                ingested, tables = self.ingest.run(source, found, self.column, keep_bytes=self.keep_bytes)
                 made.append(ingested)
             for part in ingested.parts:
                 view = ShardView(self.root, part.shard, {"ingest": [part]})
                 if part.shard in tables:
-                    view.tables["ingest"] = tables[part.shard]
+                    view.tables["ingest"] = tables.pop(part.shard)
                 made += self._columns(view, workers, known, part)
             return _report(sum(part.num_rows for part in ingested.parts), made)
 
@@ -77,7 +81,7 @@ class IngestTask:
             if manifest is None:
                 table = worker(view)
                 view.tables[column.stage] = table
-                manifest = column.write(view.shard, {view.shard: table})
+                manifest = column.write(view.shard, [(view.shard, table)])
                 made.append(manifest)
             parts[column.stage] = [parts_of(manifest)[view.shard]]
             view.parts = parts
@@ -104,7 +108,7 @@ class ColumnTask:
                     continue
                 view.rows = rows
                 number = len(parts.get(column.stage, ()))
-                manifest = column.write(shard, {shard: worker(view)}, number=number)
+                manifest = column.write(shard, [(shard, worker(view))], number=number)
                 made.append(manifest)
                 parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
                 view.tables.pop(column.stage, None)

@@ -1,7 +1,7 @@
 """Captions from any server that speaks OpenAI's chat protocol with images: LMDeploy, vLLM, a hosted model.
 
-One async client per worker: bounded requests in flight, retries with growing waits, a budget. The key comes from the
-environment and is never shown.
+One async client per worker: bounded requests in flight, retries with growing waits, a budget that all workers share.
+The key comes from the environment and is never shown.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.budget import Budget
 from data_pipeline.captioner_spec import DESCRIBE, CaptionerSpec
 from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
@@ -33,7 +34,8 @@ class ServerCaptioner:
     def __init__(self, spec: CaptionerSpec, path: Path | None, device: str) -> None:
         self._spec = spec
         self._address = spec.address() + "/chat/completions"
-        self._requests = self._tokens = 0
+        self._requests = Budget("requests", spec.budget_requests, spec.claims)
+        self._tokens = Budget("tokens", spec.budget_tokens, spec.claims)
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
         return asyncio.run(self._all(images))
@@ -63,7 +65,9 @@ class ServerCaptioner:
 
         body, problem = self._body(image), ""
         for attempt in range(self._spec.attempts):
-            self._spend()
+            self._requests.check()
+            self._tokens.check()  # what is in flight is known only when it is answered
+            self._requests.spend(1)
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
             try:
                 answer = await client.post(self._address, json=body)
@@ -107,22 +111,10 @@ class ServerCaptioner:
         try:
             data = answer.json()
             choice = data["choices"][0]
-            self._tokens += int((data.get("usage") or {}).get("total_tokens", 0))
+            self._tokens.spend(int((data.get("usage") or {}).get("total_tokens", 0)))
             return str(choice["message"].get("content") or "")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"caption server {self._spec.url}: its answer is not of OpenAI's chat form") from error
-
-    def _spend(self) -> None:
-        self._requests += 1
-        for what, used, budget in (
-            ("requests", self._requests - 1, self._spec.budget_requests),
-            ("tokens", self._tokens, self._spec.budget_tokens),
-        ):
-            if budget is not None and used >= budget:
-                raise UserError(
-                    f"the caption budget of {budget:,} {what} per worker is spent: raise --captioner.budget-{what}; "
-                    "captions of finished shards are kept"
-                )
 
 
 def _retry_after(answer: Any) -> float:

@@ -37,7 +37,8 @@ else
   mkdir -p "$out"; rm -f "$out/done"
   started=$SECONDS
   step "1/6  Raw images through filter, dedup, bucket, caption, encode and pack, on Ray" \
-    python -m data_pipeline run world --out "$out/data" --images "$images"
+    python -m data_pipeline run world --out "$out/data" --images "$images" \
+    --dedup-embedding world:clip --dedup-similarity 0.8 --dedup-verify 15
   step "2/6  Check every hash of what was written, and look at some rows" \
     python -m data_pipeline verify "$out/data"
   step "     ... as a grid" \

@@ -121,7 +121,8 @@ def free_calls(s3_server: str) -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
-    """One local Ray with 2 CPUs and a 200 MB object store for all tests, started by the first that asks."""
+    """One local Ray with 2 CPUs, a GPU in its books alone and a 200 MB object store for all tests, started by the first
+    that asks."""
     import logging
 
     import ray
@@ -129,6 +130,7 @@ def ray_cluster() -> Iterator[Any]:
     ray.init(
         "local",  # never somebody else's that happens to run on this machine
         num_cpus=2,
+        num_gpus=1,
         object_store_memory=200 * 2**20,
         include_dashboard=False,
         logging_level=logging.ERROR,

@@ -12,6 +12,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,12 @@ from data_pipeline.captioner_spec import CaptionerSpec
 from data_pipeline.captioners import captioner_weights, open_captioner
 from data_pipeline.cogvlm import code_hash, left_padded
 from data_pipeline.loader import open_dataset
+from data_pipeline.pipeline import Pipeline
 from data_pipeline.plans import build_columns, world
+from data_pipeline.runner import Workers
+from data_pipeline.sources import parse_source
 from data_pipeline.world.scenes import make_scene
+from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
 HERE = Path(__file__).parent
@@ -228,12 +233,81 @@ def test_a_server_gives_the_captions_of_the_model_behind_it(server):
     assert all(found == ("ok", wanted) or found[0] == "refusal" for found, wanted in zip(statuses, expected))
     assert server.seen()["requests"] == 8 + 3
     assert server.seen()["most"] <= 3
-    with pytest.raises(UserError, match="budget of 4 requests per worker is spent"):
+    with pytest.raises(UserError, match="budget of 4 requests is spent"):
         open_captioner(replace(server.spec, budget_requests=4), "cpu").caption(images)
     spender = open_captioner(replace(server.spec, budget_tokens=150, concurrency=1), "cpu")
     with pytest.raises(UserError, match="budget of 150 tokens"):
         spender.caption(images)
-    assert spender._tokens == 200
+    assert spender._tokens.spent == 200
+
+
+@pytest.mark.parametrize(("budget", "more"), [(5, {}), (1003, {"budget_tokens": 500})])
+def test_workers_share_one_budget(server, tmp_path, budget, more):
+    """Two that ask at the same time, and one that comes when it is spent: five requests of a hundred tokens."""
+    spec = replace(server.spec, budget_requests=budget, concurrency=1, claims=str(tmp_path), **more)
+    images = scenes(6)
+
+    def work(_: int) -> str:
+        with pytest.raises(UserError, match=r"caption budget of [\d,]+ (requests|tokens) is spent: raise") as refused:
+            open_captioner(spec, "cpu").caption(images)
+        return str(refused.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = [*pool.map(work, range(2)), work(2)]
+    assert server.seen()["requests"] in (range(5, 7) if more else range(5, 6))
+    assert len(set(said)) == 1
+
+
+def test_a_run_keeps_its_budget_and_leaves_no_claims(server, tmp_path):
+    write_world(str(tmp_path / "raw"), images=6, val_images=2, seed=2)
+    spec = replace(server.spec, budget_requests=3)
+
+    def run(budget: int | None) -> Pipeline:
+        plan = replace(world(), ingest_rows=2, captioner=replace(spec, budget_requests=budget))
+        source = parse_source(f"wds:{tmp_path}/raw")
+        return Pipeline(plan, str(tmp_path / "data"), source, workers=Workers(0))
+
+    with pytest.raises(UserError, match="budget of 3 requests is spent"):
+        run(3).run()
+    assert server.seen()["requests"] in (2, 3)  # the last may be given up when its neighbour is refused
+    assert run(None).run().info.counts == {"ok": 8}
+    assert not [path for path in (tmp_path / "data" / "claims").rglob("*") if path.is_file()]
+
+
+def test_any_model_of_the_auto_classes_captions_with_and_without_a_prompt(tmp_path):
+    """BLIP in the hub's layout, tiny and random: one processor for pictures and words."""
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", *(f"w{n}" for n in range(56))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), bos_token="[CLS]", eos_token="[SEP]")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {"vocab_size": 64, "encoder_hidden_size": 32, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+    config = BlipConfig(
+        text_config=sizes | text | {"pad_token_id": 0, "projection_dim": 32, "initializer_range": 0.5},
+        vision_config=sizes | {"image_size": 32, "patch_size": 8, "projection_dim": 32, "initializer_range": 0.5},
+        projection_dim=32,
+    )
+    torch.manual_seed(0)
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path / "blip")
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path / "blip")
+    images = scenes(4)
+    found = {}
+    for prompt in ("", "a photo of"):
+        spec = CaptionerSpec("transformers", str(tmp_path / "blip"), prompt=prompt, max_new_tokens=6)
+        captioner = open_captioner(spec, "cpu")
+        found[prompt] = captioner.caption(images)
+        assert found[prompt] == [text for image in images for text in captioner.caption([image])]
+        assert all(text and len(text.split()) <= 8 and "[" not in text for text in found[prompt])
+        assert not any(text.startswith("a photo of") for text in found[prompt])
+    assert found[""] != found["a photo of"]
+    assert captioner_weights(spec) == captioner_weights(replace(spec, prompt=""))
 
 
 def test_a_server_that_is_gone_stops_the_run_and_makes_no_empty_captions(free_port):

@@ -50,3 +50,6 @@ def test_a_pool_grows_with_a_cluster_and_stays_as_it_is_on_one_machine(monkeypat
     assert _pool(Workers(count), 500, cpus) == pool
     assert _pool(Workers(count), 1, cpus) == (1, 1)
     assert _pool(Workers(), 10**6, 64)[1] == (2000 if address else 64)
+    if not address and count is None:  # sixteen CPUs, two GPUs, four workers on each
+        assert _pool(Workers(gpus=0.25), 500, 16, 2) == (8, 8)
+        assert _pool(Workers(gpus=1), 500, 16, 2) == (2, 2)

@@ -1,11 +1,14 @@
 """On real Ray workers: the same data as without Ray, workers that die, drivers that are killed in the middle."""
 
+import contextlib
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,7 +16,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import data_kill_points
+import psutil
 import pytest
+import yaml
 from data_kill_points import POINTS
 from ray import cloudpickle
 
@@ -176,6 +181,103 @@ def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, refere
     assert len(list(tmp_path.glob("begun-*"))) == units + len(STRUCK)
 
 
+def wait_for(what, seconds: float = 400) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+class WatchedTask(ColumnTask):
+    """Notes when its actor opens and on which GPU, when pictures are decoded and when captioner and encoder work.
+
+    The first captions are not given before another actor has decoded a picture, the last unit does not end before the
+    other actor is gone: what would run one after the other would never end.
+    """
+
+    folder: ClassVar[str]
+    units: ClassVar[int]
+
+    def open(self):
+        import ray
+
+        from data_pipeline import caption, stage
+        from model.vae import Latents
+
+        folder, mine = Path(self.folder), f"{os.getpid()}"
+
+        def noted(kind, work, before=lambda: None):
+            def run(*args, **given):
+                started = time.time()
+                before()
+                done = work(*args, **given)
+                with (folder / f"spans-{mine}").open("a") as file:
+                    file.write(json.dumps([kind, started, time.time()]) + "\n")
+                return done
+
+            return run
+
+        def another_decodes():
+            others = [path for path in folder.glob("spans-*") if path.name != f"spans-{mine}"]
+            return any("decode" in path.read_text() for path in others)
+
+        stage.decode = noted("decode", stage.decode)
+        caption.caption_images = noted("caption", caption.caption_images, lambda: wait_for(another_decodes))
+        Latents.encode = noted("encode", Latents.encode)
+        (gpu,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        (folder / f"opened-{mine}").write_text(json.dumps([gpu, time.time()]))
+        run = super().open()
+
+        def watched(unit):
+            (folder / f"begun-{unit['id']}").touch()
+            report = run(unit)
+            if len(list(folder.glob("begun-*"))) == self.units:
+                with contextlib.suppress(FileExistsError), (folder / "last").open("x"):
+                    wait_for((folder / "shrunk").exists)
+            return report
+
+        return watched
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_follows_the_work(
+    tmp_path, raw, reference, ray_cluster, monkeypatch
+):
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    monkeypatch.setattr(WatchedTask, "folder", str(folder), raising=False)
+    monkeypatch.setattr("data_pipeline.pipeline.ColumnTask", WatchedTask)
+    monkeypatch.setattr("data_pipeline.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
+    pipeline = Pipeline(PLAN, str(tmp_path / "data"), parse_source(f"wds:{raw}"), workers=Workers(0))
+    verdicts = pipeline.run_gate()
+    monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)
+    pipeline.crew.workers = Workers(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU
+
+    def watch():
+        wait_for((folder / "last").exists)
+        pids = [int(path.name.rpartition("-")[2]) for path in folder.glob("opened-*")]
+        wait_for(lambda: sum(map(psutil.pid_exists, pids)) < 2)
+        (folder / "shrunk").touch()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    pipeline.encode(verdicts)
+    watcher.join()
+    opened = {p.name.rpartition("-")[2]: json.loads(p.read_text()) for p in folder.glob("opened-*")}
+    assert len(opened) == 2
+    assert len({gpu for gpu, _ in opened.values()}) == 1  # half of the same one each
+    spans = {pid: [json.loads(line) for line in (folder / f"spans-{pid}").read_text().splitlines()] for pid in opened}
+    first, second = sorted(opened, key=lambda pid: opened[pid][1])
+    assert opened[second][1] > min(start for _, start, _ in spans[first])  # it came when there was work for it
+    busy = [span for span in spans[first] if span[0] in ("caption", "encode")]
+    assert any(a < start and end < b for _, a, b in busy for kind, start, end in spans[second] if kind == "decode")
+    assert {kind for found in spans.values() for kind, *_ in found} == {"decode", "caption", "encode"}
+    assert (folder / "shrunk").exists()
+    monkeypatch.undo()
+    check(tmp_path / "data", raw, reference)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_ray_jobs_killed_at_seeded_points_lose_and_double_nothing(tmp_path, raw, reference):
@@ -193,7 +295,7 @@ def test_ray_jobs_killed_at_seeded_points_lose_and_double_nothing(tmp_path, raw,
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_port):
+def test_a_submitted_job_runs_a_plan_file_and_the_same_command(tmp_path, raw, reference, free_port):
     ray = str(Path(sys.executable).with_name("ray"))
     port, dashboard, agent = free_port(), free_port(), free_port()
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
@@ -206,16 +308,24 @@ def test_a_submitted_job_runs_the_same_command(tmp_path, raw, reference, free_po
     )  # fmt: skip
     try:
         root = tmp_path / "data"
-        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--"]
+        job = tmp_path / "job"  # what is sent: the code, and the plan as a file beside it
+        for package in ("data_pipeline", "model", "infra"):
+            shutil.copytree(ROOT / package, job / package, ignore=shutil.ignore_patterns("__pycache__"))
+        asked = {"plan": "world", "out": str(root), "source": f"wds:{raw}", "workers": 2, "ingest_rows": 8}
+        (job / "plan.yaml").write_text(yaml.safe_dump(asked))
+        submit = [ray, "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", str(job), "--"]
+        from_file = ["python", "-m", "data_pipeline", "run", "plan.yaml", "--pack-rows", "16"]
         # the dashboard answers before the node's job agent has registered itself: both refusals mean "not up yet"
         starting = ("Failed to connect", "No available agent to submit job")
         for _ in range(60):
-            done = subprocess.run([*submit, *command(root, raw, 2)], env=env, capture_output=True, text=True)
+            done = subprocess.run([*submit, *from_file], env=env, capture_output=True, text=True)
             if not any(words in done.stdout + done.stderr for words in starting):
                 break
             time.sleep(2)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         check(root, raw, reference)
+        left = yaml.safe_load((root / "plan.yaml").read_text())
+        assert left == asked | {"pack_rows": 16, "source": [asked["source"]]}
         relative = subprocess.run([*submit, *command("data", raw, 2)], env=env, capture_output=True, text=True)
         assert relative.returncode != 0
         assert "--out data: a submitted job runs in a temporary copy" in relative.stdout + relative.stderr

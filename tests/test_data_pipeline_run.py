@@ -63,8 +63,8 @@ def add_bad_rows(tar: Path) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def run(root: Path | str, raw: Path | str, plan: Plan = PLAN, *, keep_going: bool = False) -> Outcome:
-    return Pipeline(plan, str(root), parse_source(f"wds:{raw}"), workers=Workers(0), keep_going=keep_going).run()
+def run(root: Path | str, raw: Path | str, plan: Plan = PLAN, **given: object) -> Outcome:
+    return Pipeline(plan, str(root), parse_source(f"wds:{raw}"), workers=Workers(0), **given).run()
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,9 @@ def test_a_damaged_description_is_packed_anew(made, raw, copy):
 
 def test_another_captioner_setting_rebuilds_captions_and_text_only(made, raw, copy):
     plan = replace(PLAN, captioner=replace(PLAN.captioner, max_new_tokens=4))
-    again = run(copy, raw, plan)
+    with pytest.raises(UserError, match=r"caption \(max_new_tokens: 24 -> 4\).*--rebuild caption, which"):
+        run(copy, raw, plan)
+    again = run(copy, raw, plan, rebuild=["caption"])
     changed = {k for k, v in again.info.columns.items() if made[1].info.columns[k] != v}
     assert changed == {"caption", "text_clip_l", "text_t5"}
     assert again.info.encoding != made[1].info.encoding

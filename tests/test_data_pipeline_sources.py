@@ -264,8 +264,8 @@ def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):
     column = Column(str(tmp_path), "ingest", "a" * 16)
     table = pa.table({"row": pa.array([0], pa.int32()), "status": ["ok"]})
     other = pa.table({"row": pa.array([0], pa.int32()), "status": ["late"]})
-    first = column.write("unit", {"s": table})
-    late = column.write("unit", {"s": other})  # a zombie that wakes up late changes nothing
+    first = column.write("unit", [("s", table)])
+    late = column.write("unit", [("s", other)])  # a zombie that wakes up late changes nothing
     assert late == first
     assert column.manifests() == {"unit": [first]}
     path = tmp_path / first.parts[0].object
@@ -277,9 +277,9 @@ def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):
 def test_a_manifest_whose_object_is_gone_makes_room_and_others_stay(tmp_path):
     column = Column(str(tmp_path), "latents", "a" * 16)
     tables = [pa.table({"row": pa.array(rows, pa.int32()), "status": ["ok"] * len(rows)}) for rows in ([0, 1], [2])]
-    first, second = (column.write("s", {"s": table}, number=number) for number, table in enumerate(tables))
+    first, second = (column.write("s", [("s", table)], number=number) for number, table in enumerate(tables))
     (tmp_path / first.parts[0].object).unlink()
     assert column.manifests() == {"s": [first, second]}
     assert column.manifests(heal=True) == column.manifests() == {"s": [second]}
-    again = column.write("s", {"s": tables[0]}, number=1)  # the number that a worker who knows one manifest gives
+    again = column.write("s", [("s", tables[0])], number=1)  # the number that a worker who knows one manifest gives
     assert column.manifests(heal=True) == {"s": [second, again]}

@@ -268,7 +268,7 @@ def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
 @given(ROWS, st.integers(1, 9))
 def test_the_plan_holds_every_row_once(rows, shard_rows):
     flat = sorted((split, shard, number) for (shard, number), split in rows.items())
-    outputs = make_plan(runs(rows), {"x": "1"}, shard_rows=shard_rows)
+    outputs = make_plan(runs(rows), {"x": "1"}, shard_rows={"64x64": shard_rows})
     assert rows_of(outputs) == flat
     assert all(o.num_rows <= shard_rows for o in outputs)
     assert len({o.id for o in outputs}) == len(outputs)
@@ -280,12 +280,12 @@ def test_the_plan_holds_every_row_once(rows, shard_rows):
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS, st.integers(1, 5))
 def test_full_shards_stay_wherever_new_rows_sort_unless_a_row_of_theirs_left(first, then, shard_rows):
-    outputs = make_plan(runs(first), {}, shard_rows=shard_rows)
+    outputs = make_plan(runs(first), {}, shard_rows={"64x64": shard_rows})
     full = [o for o in outputs if o.num_rows == shard_rows]
     kept, rest = keep_published(runs(then), full)
     whole = [o for o in full if set(rows_of([o])) <= {(split, *place) for place, split in then.items()}]
     assert [o.id for o in kept] == [o.id for o in whole]
-    again = make_plan(rest, {}, shard_rows=shard_rows)
+    again = make_plan(rest, {}, shard_rows={"64x64": shard_rows})
     assert sorted(rows_of(kept) + rows_of(again)) == sorted((split, *place) for place, split in then.items())
 
 

@@ -1,6 +1,5 @@
 """What `--dry-run` finds by the plain command: everything that does not fit, several mistakes in one run."""
 
-import json
 import os
 import socket
 import subprocess
@@ -8,18 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from trainer_launch import ROOT, TINY, finish, start_ranks
+from trainer_launch import ROOT, TINY, finish, halted, start_ranks
 
-from data_pipeline.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
 from infra.errors import UserErrors
 from trainer.__main__ import TrainArgs, _parse, main
-from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
-from trainer.zero import checkpoint
-from trainer.zero.group import Group
-from trainer.zero.partition import Segment
 
 pytestmark = pytest.mark.dist
 SWAPPED = ["--parallel.offload-optimizer", "--parallel.offload-parameters", "nvme", "--parallel.nvme-path"]
@@ -48,17 +41,9 @@ def refused(monkeypatch, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def interrupted(data: Path, run: Path, *more: str) -> Path:
-    """A run folder with one checkpoint, made by the trainer's own writer: two numbers stand for the weights."""
+    """A run folder with one checkpoint of the recipe that these words give."""
     words = command(data, run, *more)[4:]
-    recipe: Recipe = _parse(TrainArgs, words, "train", recipe=get_recipe("world-d2")).recipe
-    recipe = Recipe.from_json(recipe.to_json())
-    told = recipe.to_json()
-    told["data"]["fingerprint"] = open_dataset(str(data)).fingerprint
-    share = checkpoint.Share([(Segment("a", (2,), 0, 2, 0),)], {"master": [torch.ones(2)]}, {})
-    state = {"recipe": told, "images_seen": 8}
-    assert checkpoint.save(f"{run}/checkpoints", share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1)
-    (run / "recipe.json").write_text(json.dumps(told))
-    return run / "checkpoints" / "step_0000001"
+    return halted(_parse(TrainArgs, words, "train", recipe=get_recipe("world-d2")).recipe, str(data), run)
 
 
 def test_a_data_set_of_several_buckets_fits(data, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,20 @@
 """Start real ranks for the trainer's tests, without the launcher's own imports."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import open_dataset
+from trainer.fitting import RUN_DATA
+from trainer.recipe import Recipe
+from trainer.zero import checkpoint
+from trainer.zero.group import Group
+from trainer.zero.partition import Segment
 
 ROOT = Path(__file__).parent.parent
 # A recipe's flags for the synthetic data of these tests: four channels of 8x8, 8 + 8 text tokens.
@@ -14,6 +24,19 @@ TINY = [
     *("--global-batch", "8", "--optimizer.lr", "3e-3", "--validation.samples", "16", "--validation.batch", "8"),
     *("--logging.samples", "0", "--precision", "fp32"),  # exactness is promised in fp32
 ]
+
+
+def halted(recipe: Recipe, data: str, run: Path) -> Path:
+    """A run folder with one checkpoint, made by the trainer's own writer: two numbers stand for the weights."""
+    recipe = Recipe.from_json(recipe.to_json())
+    told, dataset = recipe.to_json(), open_dataset(data)
+    told["data"]["fingerprint"] = dataset.fingerprint
+    share = checkpoint.Share([(Segment("a", (2,), 0, 2, 0),)], {"master": [torch.ones(2)]}, {})
+    state = {"recipe": told, "images_seen": 8}
+    assert checkpoint.save(f"{run}/checkpoints", share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1)
+    (run / "recipe.json").write_text(json.dumps(told))
+    (run / RUN_DATA).write_bytes(dataset.info.to_bytes())
+    return run / "checkpoints" / "step_0000001"
 
 
 def start_ranks(

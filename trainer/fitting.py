@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.loader import Dataset
+from data_pipeline.misfits import in_words, misfits
+from data_pipeline.schema import read_dataset_info
+from infra import storage
 from infra.errors import UserError, UserErrors
 from trainer.recipe import Recipe
 
+RUN_DATA = "data.json"  # in a run's folder: dataset.json as it stood
 ROOM = 2.0  # times a data set's resolution squared; data_pipeline/buckets.py makes shapes that differ by some per cent
 
 
@@ -32,15 +36,14 @@ def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
         ("pooled text width", spec.pooled_width, model.pooled_width, "--model.pooled-width"),
         ("text tokens", spec.context_tokens, recipe.data.text_tokens, "--data.text-tokens"),
     )
-    wrong = [
-        f"{what}: data {_plain(found)}, recipe {_plain(wanted)} ({flag} {_plain(found)})"
-        for what, found, wanted, flag in pairs
-        if found != wanted
-    ]
-    if wrong:
+    differ = [pair for pair in pairs if pair[1] != pair[2]]
+    if differ:
+        wrong = [f"{what}: data {_plain(a)}, recipe {_plain(b)} ({flag} {_plain(a)})" for what, a, b, flag in differ]
+        texts = [f"text_{encoder.seat}" for encoder in spec.encoders]
+        columns = dict.fromkeys(name for what, *_ in differ for name in (texts if "text" in what else ["latents"]))
         yield (
-            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: "
-            "take the data the recipe was made for, or give these flags"
+            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: take the data the recipe was made "
+            f"for, give these flags, or make columns {', '.join(columns)} of the data anew"
         )
 
 
@@ -73,6 +76,18 @@ def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """How often each caption is taken, of those that the recipe wants and the data has."""
     wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
     return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
+
+
+def check_made_alike(dataset: Dataset, run: str) -> None:
+    """Data that was made anew, by other settings, since a run began with it: which column, and what changed."""
+    if not storage.exists(storage.join(run, RUN_DATA)):
+        return
+    found = misfits(dataset.info, read_dataset_info(run, RUN_DATA))
+    if found:
+        raise UserError(
+            f"{dataset.uri} does not fit the run {run}: {in_words(found)}: make these columns anew as the run asks "
+            f"(`python -m data_pipeline run PLAN ... --rebuild {' '.join(found)}`), or begin another run"
+        )
 
 
 def check_val(recipe: Recipe, val: Dataset) -> None:

@@ -24,7 +24,7 @@ from model.errors import ModelError
 from model.flow import get_formulation
 from model.validation import get_protocol
 from model.weights import read_meta
-from trainer.fitting import check_data, check_val
+from trainer.fitting import check_data, check_made_alike, check_val
 from trainer.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.recipe import Recipe, check, differences
 from trainer.trackers import check_trackers
@@ -121,6 +121,9 @@ def prepare(
     val = None
     if dataset is not None:
         val = _check_splits(found, recipe, data, dataset)
+        begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
+        if checkpoint.candidates(storage.join(begun, "checkpoints")):
+            found.ask(check_made_alike, dataset, begun)
     complete = _with_fingerprint(started or recipe, dataset)
     unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
     goes_on = found.ask(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))

@@ -14,6 +14,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from model.flow import Formulation, get_formulation
 from trainer.dpo import HeldOut, preference
+from trainer.fitting import RUN_DATA
 from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.launchers import PREEMPTED, launchers_above
 from trainer.machines import this_machine
@@ -79,6 +80,7 @@ def run(
     if group.rank == 0:
         log.info("%s", describe(plan))
         storage.write_bytes(storage.join(out, "recipe.json"), json.dumps(recipe.to_json(), indent=1).encode())
+        storage.write_bytes(storage.join(out, RUN_DATA), dataset.info.to_bytes())
         storage.write_bytes(storage.join(out, "plan.json"), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     validator = Validator(recipe, val) if val is not None else None

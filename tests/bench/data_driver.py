@@ -47,7 +47,7 @@ def fill(made: Pipeline, shard: str, rng: np.random.Generator) -> None:
     for stage, columns in fields.items():
         said = status if stage == "filter" else ["ok"] * SHARD_ROWS
         column = Column(made.root, stage, made.columns.fingerprints[stage])
-        made.proven.take(column.write(shard, {shard: result(rows, said, **columns)}))
+        made.proven.take(column.write(shard, [(shard, result(rows, said, **columns))]))
     for _, column in made.columns.heavy:
         part = Part(shard, "", "", 0, SHARD_ROWS, ((0, SHARD_ROWS),))
         made.proven.parts.setdefault(column.stage, {})[shard] = [part]

@@ -1,0 +1,58 @@
+"""Columns that do not fit what is asked of them, each with the setting that changed: said before anything is computed.
+
+Fingerprints alone keep encodings apart; this says why two differ, and which column would have to be made anew.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipeline.schema import DatasetInfo
+from infra.errors import UserError, nearest
+
+_DEAR = ("caption", "latents", "text_")  # what training reads and what costs
+_UNTOLD = "made by other settings"  # data of before dataset.json named them
+
+
+def misfits(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
+    """Columns to make anew and what changed, from one description to the other; columns that follow are not named."""
+    changed = [name for name in {**wanted.columns, **stands.columns} if name.startswith(_DEAR)]
+    changed = [name for name in changed if stands.columns.get(name) != wanted.columns.get(name)]
+    if not changed:
+        return {}
+    if not stands.settings or not wanted.settings:
+        return dict.fromkeys(sorted(changed), _UNTOLD)
+    names = sorted({*stands.settings, *wanted.settings})
+    told = {name: list(_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
+    return {name: ", ".join(lines) for name, lines in told.items() if lines}
+
+
+def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path + ': ' if path else ''}{_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    """An absent setting is none; a table of buckets would fill the line."""
+    text = "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def in_words(found: Mapping[str, str]) -> str:
+    return "; ".join(f"column {name} ({what})" for name, what in found.items())
+
+
+def check_rebuild(root: str, stands: DatasetInfo, wanted: DatasetInfo, rebuild: Sequence[str]) -> None:
+    """UserError unless `rebuild` names every column of the dataset at `root` that no longer fits the plan."""
+    unknown = [name for name in rebuild if name not in wanted.columns]
+    if unknown:
+        known = ", ".join(wanted.columns)
+        raise UserError(f"--rebuild {unknown[0]}: no such column{nearest(unknown[0], wanted.columns)}: one of {known}")
+    found = misfits(stands, wanted)
+    if found.keys() - set(rebuild):
+        raise UserError(
+            f"the dataset at {root} does not fit this plan: {in_words(found)}: run the same command with "
+            f"--rebuild {' '.join(found)}, which makes these columns and what reads them anew, or give another --out"
+        )
