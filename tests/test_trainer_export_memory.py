@@ -1,4 +1,4 @@
-"""Weights leave tensor by tensor: memory stays far below the size of the file, on a disk and on the way to S3."""
+"""Weights leave tensor by tensor in every format: memory stays far below the size of the file, on a disk and to S3."""
 
 import os
 import subprocess
@@ -21,6 +21,10 @@ def test_memory_of_an_export_is_bounded(tmp_path, where):
     size, added = map(int, done.stdout.split())
     assert size > 150e6
     assert added < 50e6  # the largest tensor is 6 MB
-    written = tmp_path / ("weights.safetensors" if where == "disk" else "sent")
-    assert written.stat().st_size > size
+    folder = tmp_path if where == "disk" else tmp_path / "sent"
+    assert min((folder / name).stat().st_size for name in ("ours.safetensors", "sd3.safetensors")) > size
+    parts = [path.stat().st_size for path in tmp_path.rglob("diffusion_pytorch_model-*-of-*.safetensors")]
+    assert len(parts) > 1
+    assert max(parts) < 60.1e6
+    assert sum(parts) > size
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
