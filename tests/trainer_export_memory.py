@@ -1,4 +1,4 @@
-"""Run by test_trainer_export_memory.py in a process of its own: writes weights in every format to a place, prints the
+"""Run by test_trainer_export.py in a process of its own: writes weights in every format to a place, prints the
 bytes of one export and the memory that all of them together added."""
 
 import resource

@@ -150,15 +150,14 @@ class VerifyArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write weights from a checkpoint (no DeepSpeed, one process). beeline: one tensor in memory at a time; sd3 and
-    diffusers hold the whole fp32 weights."""
+    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     data: str
     """The dataset it was trained on: its text and VAE settings go into the file."""
     out: str
-    """File (or, as diffusers, folder) to write."""
+    """File (or, as diffusers, folder) to write, s3:// too."""
     lora: Literal["merged", "adapter"] = "merged"
     """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout (--format
     diffusers: for its load_lora_weights)."""

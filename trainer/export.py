@@ -103,6 +103,9 @@ class Weights(Mapping[str, Tensor]):
             raise ModelError(f"{self.meta['kind']} weights: {found}, expected finite {shape}")
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
