@@ -203,10 +203,13 @@ def run_ladder(arguments: list[str]) -> None:
     if args.budgets:
         if args.images is not None:
             raise UserError("--budgets says how long each run is: leave --images out")
-        iso_flop(
+        from trainer.isoflop import tell
+
+        runs = iso_flop(
             family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
             options=args.options,
         )  # fmt: skip
+        print(tell(runs, out=args.out), end="")
         return
     climb(
         family,
