@@ -6,7 +6,7 @@
 #
 # DATA: a dataset of the world (`python -m data_pipeline run world --out DATA --images 2400`). OUT: where the runs go; what
 # is trained is not trained again. FOLDER: where isoflop.json, .md and .png go (default infra/docs/runs/world_isoflop).
-# DEPTHS, BUDGETS, RANKS and PYTHON may be set; the defaults take about 12 CPU minutes.
+# DEPTHS, BUDGETS, RANKS and PYTHON may be set. Not run yet; by the counters the defaults take some 12 CPU minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=$1 out=$2 folder=${3:-infra/docs/runs/world_isoflop}
