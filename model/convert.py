@@ -50,25 +50,26 @@ def convert(
         config = MMDiTConfig.from_json(changed)
     if to is None:
         to = "beeline" if found != "beeline" else "sd3" if target.suffix == ".safetensors" else "diffusers"
-    _check_target(source, target, to)
+    if source.resolve() in (target.resolve(), (target / "transformer").resolve()):
+        raise ModelError(f"{target} would overwrite {source}, which it is made from; give another target")
+    check_target(target, to)
     given = [*(["vae"] if vae else []), *(encoders or {})]
     if given and to != "diffusers":
         raise ModelError(f"{', '.join(given)} given, but only a diffusers pipeline carries them, not dialect {to}")
     if to == "diffusers":
         write_pipeline(target, config, state, meta, vae=vae, encoders=encoders or {})
     elif to == "sd3":
-        write_safetensors(target, to_sd3(config, state), described(config, meta))
+        write_safetensors(target, dict(to_sd3(config, state)), described(config, meta))
     else:
         save_weights(target, state, described(config, meta))
     count = config.parameter_count()
     return f"{source} ({found}) -> {target} ({to}): mmdit depth {config.depth}, {count:,} parameters, {meta['kind']}"
 
 
-def _check_target(source: Path, target: Path, to: str) -> None:
+def check_target(target: Path, to: str) -> None:
+    """Refuse a name that does not say what will be there: a file, or a folder."""
     if to not in get_args(Dialect):
         raise ModelError(f"unknown dialect {to!r}; known: {', '.join(get_args(Dialect))}")
-    if source.resolve() in (target.resolve(), (target / "transformer").resolve()):
-        raise ModelError(f"{target} would overwrite {source}, which it is made from; give another target")
     if to == "diffusers":
         if target.suffix == ".safetensors" or target.is_file():
             raise ModelError(f"{target}: dialect diffusers is a folder; give the name of one")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from model.attention import HEAD_WIDTH
 from model.errors import ModelError, some
 from model.mmdit import MMDiTConfig
 from model.position import PositionTable
+from model.trunk import TokenConfig
 from model.weights import check_tensors
 
 SD3_PREFIX = "model.diffusion_model."
@@ -113,9 +114,14 @@ def _parameters(config: MMDiTConfig) -> dict[str, Tensor]:
         return dict(config.build().named_parameters())
 
 
+def position_table(config: TokenConfig) -> PositionTable:
+    """The positions of a model by its config's formula."""
+    return PositionTable(config.width, config.pos_max, target=config.pos_tokens, base=config.pos_base)
+
+
 def full_positions(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Tensor:
     """The (1, P*P, D) table of a model."""
-    table = PositionTable(config.width, config.pos_max, target=config.pos_tokens, base=config.pos_base)
+    table = position_table(config)
     if POSITIONS in state:
         table.axes_2PD = state[POSITIONS].float()
     return table.full_table()
@@ -132,11 +138,11 @@ def axes_of_positions(table_1ND: Tensor, source: str) -> Tensor:
     return axes.clone()
 
 
-def to_sd3(config: MMDiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights as an SD3 single file has them (prefix included)."""
-    out = {SD3_PREFIX + sd3_name(name): state[name] for name in _parameters(config)}
-    out[f"{SD3_PREFIX}pos_embed"] = full_positions(config, state).to(state["context_embed.weight"].dtype)
-    return out
+def to_sd3(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our weights as an SD3 single file has them (prefix included), one after the other: `state` may read them then."""
+    for name in _parameters(config):
+        yield SD3_PREFIX + sd3_name(name), state[name]
+    yield f"{SD3_PREFIX}pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
 
 
 def _stored_positions(count: int) -> dict[str, Any]:
@@ -251,30 +257,27 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
     )
 
 
-def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights in the diffusers dialect."""
-    out: dict[str, Tensor] = {}
+def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our weights in the diffusers dialect, one after the other: `state` may read them then."""
     for name in _parameters(config):
         tensor = _swap_halves(state[name]) if _swapped(name, config) else state[name]
         theirs = diffusers_names(name)
-        out.update(zip(theirs, tensor.chunk(len(theirs)), strict=True))
-    out["pos_embed.pos_embed"] = full_positions(config, state).to(state["context_embed.weight"].dtype)
-    return out
+        yield from zip(theirs, tensor.chunk(len(theirs)), strict=True)
+    yield "pos_embed.pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
 
 
 def adapter_to_diffusers(
-    config: MMDiTConfig, adapters: Mapping[str, tuple[Tensor, Tensor]], *, scale: float
-) -> dict[str, Tensor]:
-    """Adapters (weight's name -> A, B) as StableDiffusion3Pipeline.load_lora_weights reads them: B carries the scale, a
-    fused qkv gives three layers with the same A."""
-    out: dict[str, Tensor] = {}
-    for name, (a_RI, b_OR) in adapters.items():
+    config: MMDiTConfig, adapters: Iterable[tuple[str, Tensor, Tensor]], *, scale: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Adapters (weight's name, A, B) as StableDiffusion3Pipeline.load_lora_weights reads them, one after the other: B
+    carries the scale, a fused qkv gives three layers with the same A."""
+    for name, a_RI, b_OR in adapters:
         b_OR = scale * (_swap_halves(b_OR) if _swapped(name, config) else b_OR)
         theirs = diffusers_names(name)
         for weight, part_OR in zip(theirs, b_OR.chunk(len(theirs)), strict=True):
             module = f"transformer.{weight.removesuffix('.weight')}"
-            out |= {f"{module}.lora_A.weight": a_RI.clone(), f"{module}.lora_B.weight": part_OR.clone()}
-    return out
+            yield f"{module}.lora_A.weight", a_RI
+            yield f"{module}.lora_B.weight", part_OR
 
 
 def from_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

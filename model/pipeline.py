@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from model.errors import ModelError, some
 from model.mmdit import MMDiTConfig
 from model.names import diffusers_config, to_diffusers
 from model.vae import Latents, load_vae
-from model.weights import described, json_object, write_safetensors
+from model.weights import described, expected_tensors, json_object, write_safetensors
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {
@@ -29,6 +30,18 @@ _ENCODER_PARTS = {
     "t5": ("text_encoder_3", "tokenizer_3"),
 }
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+MAX_FILE = 10_000_000_000  # bytes of weights in one file; more are split as diffusers' own save_pretrained does
+TRANSFORMER = "diffusion_pytorch_model"  # how the names of its weights begin
+
+# Writes a safetensors file: its path, what it will hold (on the meta device), the tensors in that order, metadata.
+Save = Callable[[Path, Mapping[str, Tensor], Iterator[tuple[str, Tensor]], Mapping[str, Any]], object]
+
+
+def save_at_once(
+    path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Mapping[str, Any]
+) -> None:
+    """Tensors that are in memory anyway."""
+    write_safetensors(path, dict(tensors), meta)
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,12 @@ def write_pipeline(
     *,
     vae: Path | None = None,
     encoders: Mapping[str, Path],
+    save: Save = save_at_once,
 ) -> None:
-    """A folder for StableDiffusion3Pipeline.from_pretrained; parts that are not given are stated as absent."""
+    """A folder for StableDiffusion3Pipeline.from_pretrained; parts that are not given are stated as absent.
+
+    `state` is asked for one tensor after the other, those of a file when `save` takes them.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, __version__
 
     unknown = set(encoders) - set(_ENCODER_PARTS)
@@ -63,8 +80,7 @@ def write_pipeline(
     with torch.device("meta"):
         transformer: Any = SD3Transformer2DModel(**diffusers_config(config))
     transformer.save_config(target / "transformer")
-    weights = target / "transformer" / "diffusion_pytorch_model.safetensors"
-    write_safetensors(weights, to_diffusers(config, state), described(config, meta))
+    _write_transformer(target / "transformer", config, state, described(config, meta), save)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=meta.get("shift", 1.0))
     scheduler.save_pretrained(target / "scheduler")
     index: dict[str, Any] = {
@@ -91,6 +107,27 @@ def write_pipeline(
     (target / "README.md").write_text(
         _card(config, meta, [name for name, entry in index.items() if entry == [None, None]])
     )
+
+
+def _write_transformer(
+    folder: Path, config: MMDiTConfig, state: Mapping[str, Tensor], meta: Mapping[str, Any], save: Save
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    dtype = state["context_embed.weight"].dtype
+    ours = {name: like.to(dtype) for name, like in expected_tensors(meta).items()}
+    layout = {name: torch.empty_like(like, device="meta") for name, like in to_diffusers(config, ours)}
+    pattern = TRANSFORMER + "{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=MAX_FILE)
+    for old in folder.glob(f"{TRANSFORMER}*"):
+        if old.name not in split.filename_to_tensors:
+            old.unlink()  # diffusers would read an index of before
+    tensors = to_diffusers(config, state)
+    for name, names in split.filename_to_tensors.items():
+        save(folder / name, {n: layout[n] for n in names}, islice(tensors, len(names)), meta)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{TRANSFORMER}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _autoencoder(path: Path, config: MMDiTConfig) -> Any:

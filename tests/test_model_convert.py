@@ -45,7 +45,7 @@ def test_diffusers_own_converter_reads_our_sd3_files(changes: dict) -> None:
     config = MMDiTConfig.from_json({**CONFIG.to_json(), **changes})
     state = weights_of(config)
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(to_sd3(config, state)))
-    ours = to_diffusers(config, state)
+    ours = dict(to_diffusers(config, state))
     theirs = {name: tensor for name, tensor in theirs.items() if tensor is not None}
     assert set(theirs) == set(ours)
     for name, tensor in ours.items():
@@ -53,7 +53,7 @@ def test_diffusers_own_converter_reads_our_sd3_files(changes: dict) -> None:
 
 
 def sd3_tensors() -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in to_sd3(CONFIG, weights_of()).items()}
+    return {name: tensor.contiguous() for name, tensor in to_sd3(CONFIG, weights_of())}
 
 
 @pytest.mark.parametrize(

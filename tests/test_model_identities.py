@@ -126,7 +126,7 @@ def test_released_models_fit(name: str) -> None:
     with torch.device("meta"):
         ours = config.build()
         theirs = SD3Transformer2DModel(**told).state_dict()
-    mapped = to_diffusers(config, ours.state_dict())
+    mapped = dict(to_diffusers(config, ours.state_dict()))
     assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in theirs.items()}
     assert config.parameter_count() == sum(p.numel() for p in ours.parameters())
     if count is not None:

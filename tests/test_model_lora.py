@@ -142,11 +142,11 @@ def test_diffusers_reads_the_adapter(tmp_path, base):
 
     model = adapted(trained=True)
     state = {name: param.detach() for name, param in model.named_parameters()}
-    adapters = {n: tuple(state[part] for part in adapter_of(n)) for n in state if adapter_of(n)[0] in state}
-    found = adapter_to_diffusers(CONFIG, adapters, scale=ALPHA / RANK)
-    save_file(found, tmp_path / "pytorch_lora_weights.safetensors")
+    adapters = [(n, *(state[part] for part in adapter_of(n))) for n in state if adapter_of(n)[0] in state]
+    found = dict(adapter_to_diffusers(CONFIG, adapters, scale=ALPHA / RANK))
+    save_file({name: tensor.clone() for name, tensor in found.items()}, tmp_path / "pytorch_lora_weights.safetensors")
     theirs = SD3Transformer2DModel(**diffusers_config(CONFIG)).eval()
-    theirs.load_state_dict(to_diffusers(CONFIG, build().state_dict()))
+    theirs.load_state_dict(dict(to_diffusers(CONFIG, build().state_dict())))
     x, t, text = inputs()
 
     def predict():

@@ -51,7 +51,7 @@ def diffusers_twin(model: MMDiT) -> nn.Module:
 
     arguments = diffusers_config(model.config)
     twin = SD3Transformer2DModel(**arguments)
-    twin.load_state_dict(to_diffusers(model.config, model.state_dict()))
+    twin.load_state_dict(dict(to_diffusers(model.config, model.state_dict())))
     return twin
 
 

@@ -94,7 +94,7 @@ def test_an_sd3_release_with_encoders_and_its_own_positions(tmp_path: Path) -> N
     from safetensors.torch import save_file
 
     moved = MMDiTConfig.from_json({**CONFIG.to_json(), "pos_tokens": 10, "pos_base": 5})
-    tensors = {k: v.half().contiguous() for k, v in to_sd3(moved, weights_of()).items()}
+    tensors = {k: v.half().contiguous() for k, v in to_sd3(moved, weights_of())}
     tensors |= {"first_stage_model.x": torch.zeros(2), "text_encoders.clip_l.y": torch.zeros(2)}
     save_file(tensors, tmp_path / "sd3_medium.safetensors")
     convert(tmp_path / "sd3_medium.safetensors", tmp_path / "ours.safetensors", kind="raw")

@@ -58,6 +58,43 @@ def test_a_process_knows_what_started_it_and_that_it_is_gone():
     launcher.communicate()
 
 
+def test_a_process_knows_that_its_launcher_ended_before_it_looked():
+    code = "import os, time; from trainer.launchers import *; first = launchers_above(); print(ended_before(first))\n"
+    code += "print(os.getppid(), flush=True)\nwhile os.getppid() == int(os.environ['ABOVE']): time.sleep(0.1)\n"
+    code += "print(launchers_above(), ended_before([])); os.environ.pop('TORCHELASTIC_RUN_ID'); print(ended_before([]))"
+    words = "import os, subprocess, sys, time; more = {'ABOVE': str(os.getpid()), 'TORCHELASTIC_RUN_ID': 'none'}\n"
+    words += "subprocess.Popen([sys.executable, '-c', sys.argv[2]], env=os.environ | more); time.sleep(60)"
+    launcher = start(["-c", words, "torchrun", code])
+    assert launcher.stdout.readline() == "False\n"
+    assert int(launcher.stdout.readline()) == launcher.pid
+    launcher.kill()
+    assert launcher.communicate()[0].splitlines() == ["[] True", "False"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("killed", ["head", "second"])
+def test_ranks_whose_launcher_died_while_they_were_starting_do_not_begin(data, tmp_path, free_port, killed):
+    words = ["train", "world-d2", "--data", str(data), "--out", str(tmp_path / "run"), *TINY, *LONG]
+    port = ["--master_port", str(free_port())]
+    process = start([str(BIN / "deepspeed"), "--num_gpus", "2", *port, "--module", "trainer", *words])
+    try:
+        while not (ranks := [found for found in left_of(tmp_path) if not is_launcher(found)]):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        (ranks[0].parent() if killed == "second" else process).kill()
+        said = process.communicate(timeout=300)[0]  # to the end of the pipe: nobody holds it any more
+        assert said.count("the launcher ended while its ranks were starting") == 1, said
+        if killed == "head":
+            assert "exits with return code = 75" in said  # says the second process
+        assert not left_of(tmp_path)
+        assert not (tmp_path / "run").exists()
+    finally:
+        for found in left_of(tmp_path):
+            with contextlib.suppress(psutil.Error):
+                found.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sweeps and isoFLOP ladders: what is asked for, what is skipped, the law; runs are recorded, not trained."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from infra.results import ResultRow, ResultStore
 from model.flops import train_flops_per_image
 from model.flow import STUDY
 from trainer import ladder, sweep
+from trainer.isoflop import tell
 from trainer.ladder import UNSTABLE, branch_point, images_for, iso_flop
 from trainer.recipes import get_recipe
 from trainer.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
@@ -62,6 +64,30 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
         assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
     iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
     assert len(commands) == 6  # all is there
+
+
+def test_budgets_find_their_depth(tmp_path):
+    """Twice the FLOPs, one depth more; at the edge of the ladder the table says so."""
+    runs, losses = [], {(1, 1e12): 1.0, (2, 1e12): 0.9, (3, 1e12): 1.1, (1, 2e12): 0.9, (2, 2e12): 0.8, (3, 2e12): 0.7}
+    for (depth, budget), loss in losses.items():
+        recipe = get_recipe(f"world-d{depth}")
+        recipe = dataclasses.replace(recipe, images=images_for(recipe, budget))
+        runs.append(str(tmp_path / f"{recipe.name}-{budget:.0e}".replace("+", "")))
+        (tmp_path / runs[-1]).mkdir()
+        (tmp_path / runs[-1] / "recipe.json").write_text(json.dumps(recipe.to_json()))
+        row = ResultRow(run="r", recipe_hash="h", code_version="v", images_seen=recipe.images, metric="val_loss/sd3",
+                        value=loss, higher_is_better=False, sample_count=8, protocol_hash="p", low=loss - 0.01,
+                        high=loss + 0.01)  # fmt: skip
+        ResultStore(f"{runs[-1]}/results").append([row])
+    marks = [line.split("|")[-2].strip() for line in tell(runs, out=str(tmp_path)).splitlines()[2:]]
+    assert marks == ["", "best", "", "", "", "best, at the edge"]
+    found = json.loads((tmp_path / "isoflop.json").read_text())
+    assert found["best_depth"] == {"1e+12": 2, "2e+12": 3}
+    for cell in found["cells"]:
+        assert cell["loss"] == losses[cell["depth"], cell["budget"]]
+        assert cell["flops"] == pytest.approx(cell["budget"], rel=0.01)
+        assert cell["parameters"] == get_recipe(f"world-d{cell['depth']}").model.parameter_count()
+    assert (tmp_path / "isoflop.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_budget_too_small_is_refused(commands, tmp_path):

@@ -114,7 +114,25 @@ def test_run_folder_is_complete(straight):
     assert recipe["data"]["fingerprint"] == meta["data_fingerprint"]
     assert (meta["images_seen"], meta["run"], meta["kind"]) == (IMAGES, "world-d2", "ema")
     assert read_meta(straight / "weights" / "step_0000010" / "ema.safetensors")["images_seen"] == 80
-    assert list((straight / "logs" / "tensorboard").glob("events*"))
+
+
+def test_every_curve_is_in_the_log_and_over_images_in_tensorboard(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = (straight / "logs" / "train.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, told) if line["kind"] == "train"]
+    names = {
+        "loss", "grad_norm", "attention/max_logit", "attention/entropy", "lr", "images_per_second", "data_wait", "mfu",
+        "memory_gib",
+    }  # fmt: skip
+    assert all(line.keys() >= names and 0 <= line["data_wait"] <= 1 for line in lines)
+    bins = {name for line in lines for name in line if name.startswith("loss/t")}
+    assert len(bins) > 1
+    board = EventAccumulator(str(straight / "logs" / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    for name in names | bins:
+        found = {event.step: event.value for event in board.Scalars(f"train/{name}")}
+        assert found == pytest.approx({line["images_seen"]: line[name] for line in lines if name in line}, rel=1e-6)
 
 
 def test_results_tell_losses_and_cost(straight):
@@ -330,6 +348,8 @@ def test_dry_run_reads_the_checkpoint_that_would_be_continued(data, straight, tm
     (run / "checkpoints" / "step_0000010" / "rank_00001.safetensors").unlink()  # half copied
     with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         dry_run(monkeypatch, data, run)
+    with pytest.raises(UserError, match=r"not a whole .*step_0000010/rank_00001.safetensors: no such file"):
+        dry_run(monkeypatch, data, tmp_path / "new", "--resume", str(run / "checkpoints" / "step_0000010"))
 
 
 def test_dry_run_refuses_a_checkpoint_of_another_architecture(data, straight, tmp_path, monkeypatch):

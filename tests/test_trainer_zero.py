@@ -16,7 +16,7 @@ from data_pipeline.synthetic import write_synthetic
 from model.errors import ModelError
 from model.flops import parameter_count
 from model.weights import load_model, load_weights
-from trainer.export import write
+from trainer.export import Weights, write
 from trainer.recipe import check
 from trainer.validate import Validator
 from trainer.zero.engine import deepspeed_config
@@ -103,9 +103,9 @@ def test_an_exporter_that_is_given_a_wrong_tensor_leaves_no_file(tmp_path, spoil
         return spoil(state[name]) if name == last else state[name]
 
     with pytest.raises(ModelError, match=re.escape(f"{last} is {found} or not finite, expected finite (16, 128)")):
-        write([str(tmp_path / "w.safetensors")], shapes, read, meta)
+        write([str(tmp_path / "w.safetensors")], Weights(shapes, read, meta))
     with pytest.raises(ModelError, match="1 tensors do not fit the model"):
-        write([str(tmp_path / "w.safetensors")], {n: s for n, s in shapes.items() if n != last}, read, meta)
+        write([str(tmp_path / "w.safetensors")], Weights({n: shapes[n] for n in shapes if n != last}, read, meta))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,40 +1,52 @@
-"""Run by test_trainer_export_memory.py in a process of its own: writes weights to a URI, prints bytes and memory."""
+"""Run by test_trainer_export.py in a process of its own: writes weights in every format to a place, prints the
+bytes of one export and the memory that all of them together added."""
 
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import model.pipeline
+from data_pipeline.schema import DatasetInfo
+from data_pipeline.synthetic import write_synthetic
 from infra import storage
 from model.mmdit import MMDiTConfig
-from trainer.export import write
+from trainer.export import Weights, write_as
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def export(depth: int, uri: str) -> int:
-    """Made-up weights of a depth, as a checkpoint's reader hands them out; bytes written."""
-    config = MMDiTConfig(depth=depth, context_width=64, pooled_width=64)
+def export(depth: int, place: str, info: DatasetInfo) -> int:
+    """Made-up weights of a depth, as a checkpoint's reader hands them out; bytes of one export."""
+    config = MMDiTConfig(depth=depth, in_channels=8, context_width=64, pooled_width=64, pos_max=48)
     with torch.device("meta"):
         shapes = {name: tuple(param.shape) for name, param in config.build().named_parameters()}
-    meta = {"kind": "raw", "backbone": "mmdit", "config": config.to_json()}
-    write([uri], shapes, lambda name: torch.ones(shapes[name]), meta)
+    meta = {"kind": "raw", "backbone": "mmdit", "config": config.to_json(), "run": "made-up"}
+    weights = Weights(shapes, lambda name: torch.ones(shapes[name]), meta)
+    for form, name in (("beeline", "ours.safetensors"), ("sd3", "sd3.safetensors"), ("diffusers", "folder")):
+        write_as(form, f"{place}/{name}", weights, info=info, run=f"{place}/run")
     return sum(4 * torch.Size(shape).numel() for shape in shapes.values())
 
 
 def main() -> None:
-    folder, where = sys.argv[1:]
-    uri = f"{where}/weights.safetensors"
-    if storage.is_remote(where):  # a bucket that is a folder: S3's own client reads a file in parts of UPLOAD_PART
-        storage.upload = lambda path, uri: shutil.copyfile(path, Path(folder) / "sent")
-        storage.write_bytes = lambda uri, data: (Path(folder) / "sent").write_bytes(data)
-    export(1, uri)  # what is imported and kept at first use
+    folder, place = sys.argv[1:]
+    info = write_synthetic(f"{folder}/data", num_samples=8, val_samples=8)
+    info = replace(info, vae=replace(info.vae, checkpoint="world:vae"))
+    if storage.is_remote(place):  # a bucket that is a folder: S3's own client reads a file in parts of UPLOAD_PART
+        sent = Path(folder) / "sent"
+        sent.mkdir()
+        storage.upload = lambda path, uri: shutil.copyfile(path, sent / uri.rsplit("/", 1)[-1])
+        storage.write_bytes = lambda uri, data: (sent / uri.rsplit("/", 1)[-1]).write_bytes(data)
+        storage.list_files = lambda prefix, **more: []
+    export(1, place, info)  # what is imported and kept at first use
+    model.pipeline.MAX_FILE = 60_000_000
     before = peak()
-    size = export(8, uri)
+    size = export(8, place, info)
     print(size, peak() - before)
 
 

@@ -16,7 +16,8 @@ from model.flow import get_formulation
 from model.mmdit import MMDiTConfig
 from model.text import TextCond
 from model.weights import save_weights
-from trainer.export import export, weights_meta
+from trainer.card import weights_meta
+from trainer.export import export
 from trainer.objective import pretrain
 from trainer.recipe import EMA, Data, Optimizer, Parallel, Recipe, Validation
 from trainer.validate import Validator

@@ -150,15 +150,14 @@ class VerifyArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write weights from a checkpoint (no DeepSpeed, one process). beeline: one tensor in memory at a time; sd3 and
-    diffusers hold the whole fp32 weights."""
+    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     data: str
     """The dataset it was trained on: its text and VAE settings go into the file."""
     out: str
-    """File (or, as diffusers, folder) to write."""
+    """File (or, as diffusers, folder) to write, s3:// too."""
     lora: Literal["merged", "adapter"] = "merged"
     """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout (--format
     diffusers: for its load_lora_weights)."""
@@ -204,10 +203,13 @@ def run_ladder(arguments: list[str]) -> None:
     if args.budgets:
         if args.images is not None:
             raise UserError("--budgets says how long each run is: leave --images out")
-        iso_flop(
+        from trainer.isoflop import tell
+
+        runs = iso_flop(
             family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
             options=args.options,
         )  # fmt: skip
+        print(tell(runs, out=args.out), end="")
         return
     climb(
         family,

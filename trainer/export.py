@@ -1,12 +1,11 @@
 """From shares to one safetensors file: raw or EMA weights, tensor by tensor, with metadata that names their origin."""
 
-import dataclasses
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from infra.results import ResultStore
-from infra.version import code_version
-from model.convert import convert
+from model.backbone import config_from_json
+from model.convert import check_target
 from model.errors import ModelError
 from model.lora import merging
-from model.weights import META_KEY, expected_tensors, read_meta
+from model.mmdit import MMDiTConfig
+from model.names import POSITIONS, position_table, to_sd3
+from model.pipeline import TRANSFORMER, write_pipeline
+from model.weights import META_KEY, expected_tensors
+from trainer.card import Meta, figures, model_card, weights_meta
 from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
@@ -32,28 +34,6 @@ from trainer.zero.partition import Segment
 from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put
 
 log = get_logger("export")
-Meta = dict[str, Any]
-
-
-def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: int, run: str) -> dict[str, Any]:
-    """What a weights file says about itself: enough to sample from it and to trace it."""
-    return {
-        "kind": kind,
-        "backbone": recipe.model.name,
-        "config": recipe.model.to_json(),
-        "formulation": recipe.formulation,
-        "shift": recipe.shift,
-        "text_spec": info.text_spec.to_json(),
-        "vae": dataclasses.asdict(info.vae),
-        "resolution": info.resolution,
-        "recipe": recipe.name,
-        "recipe_hash": recipe.hash,
-        "data_fingerprint": info.fingerprint,
-        "images_seen": images_seen,
-        "code_version": code_version(),
-        "run": run,
-        "ema_profile": recipe.ema.profiles[0] if kind == "ema" else None,
-    }
 
 
 def weights_reader(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
@@ -101,7 +81,7 @@ def export(
                 assert base is not None, "a run with adapters keeps the file of its frozen weights"
                 scale = recipe.lora_alpha / recipe.lora.rank
                 whole = merging(weights_reader(base, engine.shapes), trained, engine.trained, scale=scale)
-            write(uris, shapes, read, meta)
+            write(uris, Weights(shapes, read, meta))
         except (UserError, ModelError, OSError) as error:
             problem = str(error)
             log.warning("weights not exported: %s", problem)
@@ -110,27 +90,50 @@ def export(
     return not group.any(bool(problem))
 
 
-def write(uris: list[str], shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta) -> None:
-    """One safetensors file at every URI, the tensors asked for in the order of `shapes`, each checked."""
-    put(uris[0], _pieces(uris[0], shapes, read, meta))
+class Weights(Mapping[str, Tensor]):
+    """Named tensors, each read when it is asked for; refuses those that are empty, misshapen or not finite."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta) -> None:
+        self.shapes, self.meta, self._read = dict(shapes), meta, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, shape = self._read(name).detach().to("cpu", torch.float32), self.shapes[name]
+        if tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
+            found = f"{name} is {tuple(tensor.shape)} or not finite"
+            raise ModelError(f"{self.meta['kind']} weights: {found}, expected finite {shape}")
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def check_names(self) -> dict[str, Tensor]:
+        """What the model that `meta` describes has, on the meta device; ModelError when these weights are others."""
+        expected = expected_tensors(self.meta)
+        shapes = {name: tuple(x.shape) for name, x in expected.items()}
+        if shapes != self.shapes:
+            wrong = sorted({n for n in shapes.keys() | self.shapes.keys() if shapes.get(n) != self.shapes.get(n)})
+            raise ModelError(f"{len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
+        return expected
+
+
+def write(uris: list[str], weights: Weights) -> None:
+    """One safetensors file at every URI, the tensors asked for in their order."""
+    weights.check_names()
+    put(uris[0], stream(weights.shapes, weights.items(), weights.meta))
     for uri in uris[1:]:
         _copy(uris[0], uri)
 
 
-def _pieces(
-    uri: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta
-) -> Iterator[bytes | memoryview]:
-    expected = {name: tuple(x.shape) for name, x in expected_tensors(meta).items()}
-    if expected != shapes:
-        wrong = sorted({n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)})
-        raise ModelError(f"{uri}: {len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
-    yield from stream(uri, shapes, read, meta)
-
-
 def stream(
-    uri: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], meta: Meta
+    shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any]
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, each tensor checked."""
+    """The bytes of a safetensors file, each tensor taken when the one before it is written."""
     header: dict[str, Any] = {"__metadata__": {META_KEY: json.dumps(meta), "format": "pt"}}
     at = 0
     for name, shape in shapes.items():
@@ -140,11 +143,9 @@ def stream(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for name, shape in shapes.items():
-        tensor = read(name).detach().to("cpu", torch.float32).contiguous()
-        if tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
-            raise ModelError(f"{uri}: {name} is {tuple(tensor.shape)} or not finite, expected finite {shape}")
-        yield tensor.reshape(-1).numpy().data.cast("B")
+    for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
+        assert (found, tuple(tensor.shape), tensor.dtype) == (name, shape, torch.float32), name
+        yield tensor.contiguous().view(-1).numpy().data.cast("B")
 
 
 def _copy(source: str, target: str) -> None:
@@ -188,10 +189,10 @@ class StoredWeights:
         return flat.view(shape)
 
 
-def export_checkpoint(
-    folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str, base: str | None = None
-) -> int:
-    """Whole weights from a checkpoint, adapters merged into `base`; the number of parameters."""
+def stored_weights(
+    folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, base: str | None = None
+) -> Weights:
+    """The whole weights of a checkpoint, adapters merged into `base`."""
     stored = StoredWeights(folder, kind=kind, profile=profile)
     recipe = stored.recipe
     with torch.device("meta"):
@@ -202,17 +203,15 @@ def export_checkpoint(
         whole = merging(weights_reader(base_of(recipe, base), shapes), stored, stored.shapes, scale=scale)
     elif base is not None:
         raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: leave --base out")
-    made = recipe.model.build().state_dict() if recipe.model.pos_stored else {}
-    buffers = {n: b for n, b in made.items() if n not in shapes}
-
-    def read(n: str) -> Tensor:
-        return buffers[n] if n in buffers else whole(n)
-
+    buffers = {POSITIONS: position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
     meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
         meta["ema_profile"] = profile
-    write([out], shapes | {n: tuple(b.shape) for n, b in buffers.items()}, read, meta)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+    return Weights(
+        shapes | {n: tuple(b.shape) for n, b in buffers.items()},
+        lambda name: buffers[name] if name in buffers else whole(name),
+        meta,
+    )
 
 
 def base_of(recipe: Recipe, base: str | None) -> str:
@@ -228,43 +227,49 @@ def export_as(
     to: str, folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str,
     base: str | None = None,
 ) -> int:  # fmt: skip
-    """A checkpoint as our file, as one file with SD3's names, or as a diffusers folder; the number of parameters."""
+    """A checkpoint in one of the formats; the number of parameters."""
     name = run.rstrip("/").rsplit("/", 1)[-1]
+    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=name, base=base)
+    return write_as(to, out, weights, info=info, run=run)
+
+
+def write_as(to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str) -> int:
+    """Our file, one file with SD3's names, or a diffusers folder, each with a model card; the number of parameters."""
+    model = config_from_json(weights.meta["backbone"], weights.meta["config"])
     if to == "beeline":
-        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=out, base=base)
-        card = model_card(run, read_meta(storage.localize(out)), file=out.rsplit("/", 1)[-1])
-        storage.write_bytes(f"{out}.md", card.encode())
-        return count
-    if storage.is_remote(out):
-        raise UserError(f"{out}: give a local folder; the diffusers library writes there")
-    with tempfile.TemporaryDirectory(dir=storage.local_path(out).absolute().parent) as temp:
-        ours = Path(temp) / "ours.safetensors"
-        count = export_checkpoint(folder, kind=kind, profile=profile, info=info, run=name, out=str(ours), base=base)
-        meta = read_meta(ours)
-        target = storage.local_path(out)
-        if to == "sd3":
-            convert(ours, target, to="sd3")
-            target.with_name(f"{target.name}.md").write_text(model_card(run, meta, file=target.name))
-        else:
-            convert(ours, target, to="diffusers", vae=resolve(info.vae.checkpoint))
-            card = (target / "README.md").read_text()
-            (target / "README.md").write_text(card + "\n" + figures(run))
-    return count
+        write([out], weights)
+    else:
+        check_target(Path(out), to)
+        if not isinstance(model, MMDiTConfig):
+            raise UserError(f"{run}: trained a {model.name}; only mmdit has other dialects: leave --format out")
+        _write_sd3(out, model, weights) if to == "sd3" else _write_diffusers(out, model, weights, info, run)
+    if to != "diffusers":
+        storage.write_bytes(f"{out}.md", model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
+    return model.parameter_count()
 
 
-def model_card(run: str, meta: Meta, *, file: str) -> str:
-    """What the weights are, where they come from, what they reached."""
-    facts = [f"- {key}: {value}" for key, value in meta.items() if key not in ("config", "text_spec", "vae")]
-    config = ", ".join(f"{key} {value}" for key, value in meta["config"].items())
-    head = ["---", "tags: [text-to-image, rectified-flow]", "---", f"# {meta['run']}: {file}", ""]
-    return "\n".join([*head, *facts, f"- model: {config}", "", figures(run)])
+def _write_sd3(out: str, model: MMDiTConfig, weights: Weights) -> None:
+    shapes = {name: tuple(like.shape) for name, like in to_sd3(model, weights.check_names())}
+    put(out, stream(shapes, to_sd3(model, weights), weights.meta))
 
 
-def figures(run: str) -> str:
-    """The last value of every figure in the run's results, as a table."""
-    rows = {row.metric: row for row in ResultStore(storage.join(run, "results")).rows()}
-    kept = [row for name, row in sorted(rows.items()) if not name.startswith("cost/bytes") and "/t" not in name]
-    if not kept:
-        return "No figures were written for this run yet.\n"
-    lines = [f"| {r.metric} | {r.value:.6g} | {r.images_seen:,} | {r.sample_count:,} |" for r in kept]
-    return "\n".join(["| figure | value | at images | samples |", "|---|---|---|---|", *lines]) + "\n"
+def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: DatasetInfo, run: str) -> None:
+    """The library writes the small parts into a folder here; the weights go straight to where they belong."""
+    weights.check_names()
+    written = []
+    with tempfile.TemporaryDirectory() as temp:
+
+        def save(path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Any) -> None:
+            written.append(storage.join(out, *path.relative_to(temp).parts))
+            put(written[-1], stream({name: tuple(like.shape) for name, like in layout.items()}, tensors, meta))
+
+        vae = resolve(info.vae.checkpoint)
+        write_pipeline(Path(temp), model, weights, weights.meta, vae=vae, encoders={}, save=save)
+        with (Path(temp) / "README.md").open("a") as card:
+            card.write("\n" + figures(run))
+        for path in sorted(file for file in Path(temp).rglob("*") if file.is_file()):
+            written.append(storage.join(out, *path.relative_to(temp).parts))
+            storage.upload(path, written[-1])
+    for old in storage.list_files(storage.join(out, "transformer")):
+        if old not in written and old.rsplit("/", 1)[-1].startswith(TRANSFORMER):
+            storage.delete(old)  # diffusers would read an index of before

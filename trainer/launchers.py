@@ -12,12 +12,36 @@ import psutil
 
 PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 COMMANDS = {"deepspeed", "torchrun", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
+TOLD = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")  # in the environment of deepspeed's ranks and of torchrun's
 MANY_RUNS = {"ladder", "sweep", "verify-resume"}
 
 
 def launchers_above() -> list[psutil.Process]:
     """What this process was started by and must not outlive. No shells: those end at a logout, under nohup too."""
     return [parent for parent in psutil.Process().parents() if is_launcher(parent)]
+
+
+def ended_before(launchers: list[psutil.Process]) -> bool:
+    """Was this rank started by a launcher that ended before the rank could find it among `launchers`?
+
+    Only where nothing else explains it: ranks of torchrun and deepspeed have a Python program above them, and on one
+    host deepspeed's second process has the first as its parent (elsewhere ssh or a scheduler starts it).
+    """
+    if not launchers:
+        above = psutil.Process().parents()
+        return any(name in os.environ for name in TOLD) and not any(_runs_python(parent) for parent in above)
+    with contextlib.suppress(psutil.Error, OSError):
+        top, session = launchers[-1], os.getsid(launchers[-1].pid)
+        second = "deepspeed.launcher.launch" in top.cmdline() and os.environ.get("CROSS_SIZE") == "1"
+        parent = top.ppid()
+        return second and top.pid != session and (parent == 1 or os.getsid(parent) != session)
+    return False
+
+
+def _runs_python(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error, IndexError):
+        return Path(process.cmdline()[0]).name.startswith("python")
+    return False
 
 
 def is_launcher(process: psutil.Process | None) -> bool:

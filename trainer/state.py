@@ -12,7 +12,8 @@ from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.export import export, weights_meta, weights_reader
+from trainer.card import weights_meta
+from trainer.export import export, weights_reader
 from trainer.fitting import caption_weights
 from trainer.preflight import same_recipe
 from trainer.progress import RunLog

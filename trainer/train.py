@@ -16,7 +16,7 @@ from model.flow import Formulation, get_formulation
 from trainer.dpo import HeldOut, preference
 from trainer.fitting import RUN_DATA
 from trainer.guard import keep_recent, problem_of, roll_back
-from trainer.launchers import PREEMPTED, launchers_above
+from trainer.launchers import PREEMPTED, ended_before, launchers_above
 from trainer.machines import this_machine
 from trainer.monitor import Monitor
 from trainer.objective import Losses, pretrain
@@ -41,6 +41,10 @@ def train(
 ) -> None:
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
     world, launchers = int(os.environ.get("WORLD_SIZE", "1")), launchers_above()
+    if ended_before(launchers):
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("the launcher ended while its ranks were starting: nothing was begun, the same command does it")
+        raise SystemExit(PREEMPTED)
     with one_voice():
         ready = prepare(recipe, data=data, out=out, resume=resume, init_from=init_from, world=world, thorough=dry_run)
     recipe = ready.recipe

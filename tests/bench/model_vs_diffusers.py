@@ -47,7 +47,7 @@ def runs_of(config: MMDiTConfig, dtype: torch.dtype) -> dict[str, dict[str, Run]
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     theirs: Any = SD3Transformer2DModel(**diffusers_config(config))
-    theirs.load_state_dict(to_diffusers(config, ours.state_dict()))
+    theirs.load_state_dict(dict(to_diffusers(config, ours.state_dict())))
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     x, t_B = torch.randn(BATCH, 8, 16, 16).to(dtype), torch.rand(BATCH)
     text, nothing = (TextCond(torch.randn(BATCH, 32, 384), torch.randn(BATCH, 128)).to(dtype=dtype) for _ in range(2))

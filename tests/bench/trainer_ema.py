@@ -1,9 +1,12 @@
 """The sharded EMA's share of a training step at true shapes: 256 image and 154 text tokens, bf16, two CPU ranks.
 
 python tests/bench/trainer_ema.py [--depth 6] [--batch 4] [--steps 5] [--profiles power:0.10]
+python tests/bench/trainer_ema.py --alone [--depth 15]
 
-The loop's own figure (`ema_share` in train.jsonl). The EMA's cost does not depend on the batch and a step's does: with
-the paper's 64 images a rank its share is far below what a batch of 4 shows. Depth 15 wants 13 GB of memory.
+The first is the loop's own figure (`ema_share` in train.jsonl). The EMA's cost does not depend on the batch and a
+step's does: with the paper's 64 images a rank its share is far below what a batch of 4 shows. The second times the
+update alone on a rank's true number of parameters (16 bytes each): one profile, three, and three with the paper's 0.99
+every 100 steps, in CPU seconds of interleaved rounds, against the steps of infra/docs/runs/true_size.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,34 +27,71 @@ from data_pipeline.synthetic import write_synthetic
 write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=(16, 32, 32), text_spec=SD3_TEXT,
                 buckets=("256x256",))
 """
+BATCH, ROUNDS = 1024, 5
+THREE = ("power:0.05", "power:0.10", "power:0.20")
+PAPER = f"decay:0.99@{100 * BATCH}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("depth", 6), ("batch", 4), ("steps", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--profiles", nargs="+", default=["power:0.10"])
-    args = parser.parse_args()
+def alone(depth: int) -> None:
+    """A rank's half of the parameters; an update that is due once in 100 steps counts for a hundredth."""
+    import torch
+
+    from trainer.recipes import get_recipe
+    from trainer.zero.ema import ShardedEMA
+
+    torch.set_num_threads(1)
+    report = json.loads((ROOT / "infra" / "docs" / "runs" / "true_size" / "report.json").read_text())
+    step = {run["depth"]: run["rows"]["step_cpu_seconds"][1] for run in report}.get(depth)
+    count = get_recipe(f"d{depth}").model.parameter_count()
+    masters, taken = [torch.zeros(-(-count // 2))], {}
+    ema = ShardedEMA(THREE, masters)
+    kept = ema.profiles
+    print(f"depth {depth}: {count:,} parameters, {masters[0].numel():,} on each of two ranks")
+    for number in range(ROUNDS):
+        for profiles in (kept[:1], kept):
+            ema.profiles, start = profiles, time.process_time()
+            ema.update(masters, BATCH * (number + 200), BATCH)
+            taken.setdefault(len(profiles), []).append(time.process_time() - start)
+    one, three = (statistics.median(taken[n]) for n in (1, 3))
+    for words, seconds in (("1 profile", one), ("3 profiles", three), (f"3 and {PAPER}", three + one / 100)):
+        share = f", {seconds / step:.2%} of a step of {step:.1f} CPU s at two images a rank" if step else ""
+        print(f"{words}: {seconds:.3f} CPU s{share}; {seconds / one:.2f} times one profile")
+
+
+def in_the_loop(depth: int, batch: int, steps: int, profiles: list[str]) -> None:
     from trainer_launch import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", DATA, f"{folder}/data"], cwd=ROOT, check=True)
         words = [
-            "train", "d15", "--model.depth", args.depth, "--data", f"{folder}/data", "--out", f"{folder}/run",
-            "--images", args.batch * args.steps, "--global-batch", args.batch, "--parallel.micro-batch", 1,
+            "train", "d15", "--model.depth", depth, "--data", f"{folder}/data", "--out", f"{folder}/run",
+            "--images", batch * steps, "--global-batch", batch, "--parallel.micro-batch", 1,
             "--parallel.zero-stage", 3, "--parallel.persistence-threshold", 0, "--parallel.max-live", 0,
-            "--ema.profiles", *args.profiles,
-            "--validation.every", "None", "--logging.log-every", args.batch,
+            "--ema.profiles", *profiles,
+            "--validation.every", "None", "--logging.log-every", batch,
         ]  # fmt: skip
         run_ranks(["-m", "trainer", *map(str, words)], 2)
         lines = [json.loads(line) for line in Path(folder, "run", "logs", "train.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"][1:]
-    seconds = statistics.median(args.batch / line["images_per_second"] for line in steps)
-    share = statistics.median(line["ema_share"] for line in steps)
+    told = [line for line in lines if line["kind"] == "train"][1:]
+    seconds = statistics.median(batch / line["images_per_second"] for line in told)
+    share = statistics.median(line["ema_share"] for line in told)
     print(
-        f"depth {args.depth}, {len(args.profiles)} profile(s), batch {args.batch}: EMA {share:.2%} of a step of "
+        f"depth {depth}, {len(profiles)} profile(s), batch {batch}: EMA {share:.2%} of a step of "
         f"{seconds:.2f} s ({seconds * share * 1000:.1f} ms)"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alone", action="store_true")
+    for name, default in (("depth", None), ("batch", 4), ("steps", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--profiles", nargs="+", default=["power:0.10"])
+    args = parser.parse_args()
+    if args.alone:
+        alone(args.depth or 15)
+    else:
+        in_the_loop(args.depth or 6, args.batch, args.steps, args.profiles)
 
 
 if __name__ == "__main__":

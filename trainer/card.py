@@ -1,0 +1,51 @@
+"""What weights say about themselves: the metadata in their file and the model card beside it."""
+
+import dataclasses
+from typing import Any
+
+from data_pipeline.schema import DatasetInfo
+from infra import storage
+from infra.results import ResultStore
+from infra.version import code_version
+from trainer.recipe import Recipe
+
+Meta = dict[str, Any]
+
+
+def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: int, run: str) -> dict[str, Any]:
+    """What a weights file says about itself: enough to sample from it and to trace it."""
+    return {
+        "kind": kind,
+        "backbone": recipe.model.name,
+        "config": recipe.model.to_json(),
+        "formulation": recipe.formulation,
+        "shift": recipe.shift,
+        "text_spec": info.text_spec.to_json(),
+        "vae": dataclasses.asdict(info.vae),
+        "resolution": info.resolution,
+        "recipe": recipe.name,
+        "recipe_hash": recipe.hash,
+        "data_fingerprint": info.fingerprint,
+        "images_seen": images_seen,
+        "code_version": code_version(),
+        "run": run,
+        "ema_profile": recipe.ema.profiles[0] if kind == "ema" else None,
+    }
+
+
+def model_card(run: str, meta: Meta, *, file: str) -> str:
+    """What the weights are, where they come from, what they reached."""
+    facts = [f"- {key}: {value}" for key, value in meta.items() if key not in ("config", "text_spec", "vae")]
+    config = ", ".join(f"{key} {value}" for key, value in meta["config"].items())
+    head = ["---", "tags: [text-to-image, rectified-flow]", "---", f"# {meta['run']}: {file}", ""]
+    return "\n".join([*head, *facts, f"- model: {config}", "", figures(run)])
+
+
+def figures(run: str) -> str:
+    """The last value of every figure in the run's results, as a table."""
+    rows = {row.metric: row for row in ResultStore(storage.join(run, "results")).rows()}
+    kept = [row for name, row in sorted(rows.items()) if not name.startswith("cost/bytes") and "/t" not in name]
+    if not kept:
+        return "No figures were written for this run yet.\n"
+    lines = [f"| {r.metric} | {r.value:.6g} | {r.images_seen:,} | {r.sample_count:,} |" for r in kept]
+    return "\n".join(["| figure | value | at images | samples |", "|---|---|---|---|", *lines]) + "\n"

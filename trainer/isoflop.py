@@ -1,0 +1,91 @@
+"""What an isoFLOP ladder found: for every budget of training FLOPs the loss at each depth, and the best depth."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from infra import storage
+from infra.errors import UserError
+from infra.results import ResultStore
+from model.flops import train_flops_per_image
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: the EMA validation loss that a budget bought at a depth, with its 95 % interval where it has one."""
+
+    budget: float
+    flops: float
+    """What its whole batches cost."""
+    depth: int
+    parameters: int
+    images: int
+    loss: float
+    low: float | None
+    high: float | None
+
+
+def tell(runs: Sequence[str], *, out: str) -> str:
+    """Write OUT/isoflop.json, .md and .png from the finished runs OUT/<recipe>-<budget>; the table."""
+    cells = sorted((cell_of(run) for run in runs), key=lambda cell: (cell.budget, cell.depth))
+    best = {f"{cell.budget:g}": cell.depth for cell in best_of(cells)}
+    found = {"cells": [asdict(cell) for cell in cells], "best_depth": best}
+    text = table(cells)
+    storage.write_bytes(storage.join(out, "isoflop.json"), json.dumps(found, indent=1).encode())
+    storage.write_bytes(storage.join(out, "isoflop.md"), text.encode())
+    storage.write_bytes(storage.join(out, "isoflop.png"), picture(cells))
+    return text
+
+
+def cell_of(run: str) -> Cell:
+    """By the run's own files; its budget is in its name."""
+    recipe = Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, "recipe.json"))))
+    rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
+    if not rows:
+        raise UserError(f"{run}: no validation loss; leave --options validation.every=None out")
+    _, height, width = recipe.data.latent_shape
+    flops = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    return Cell(
+        float(run.rsplit("-", 1)[-1]), recipe.images * flops, recipe.model.depth, recipe.model.parameter_count(),
+        recipe.images, rows[-1].value, rows[-1].low, rows[-1].high,
+    )  # fmt: skip
+
+
+def best_of(cells: Sequence[Cell]) -> list[Cell]:
+    """The cell of least loss for each budget."""
+    budgets = sorted({cell.budget for cell in cells})
+    return [min((cell for cell in cells if cell.budget == b), key=lambda cell: cell.loss) for b in budgets]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """As Markdown; a best depth at either end says that the optimum lies there or beyond."""
+    depths, best = sorted({cell.depth for cell in cells}), best_of(cells)
+    lines = ["| budget FLOPs | depth | parameters | images | validation loss (EMA) | |", "|---|---|---|---|---|---|"]
+    for cell in cells:
+        interval = f" ({cell.low:.5f} to {cell.high:.5f})" if cell.low is not None and cell.high is not None else ""
+        mark = ""
+        if cell in best:
+            mark = "best, at the edge" if len(depths) > 1 and cell.depth in (depths[0], depths[-1]) else "best"
+        lines.append(
+            f"| {cell.budget:g} | {cell.depth} | {cell.parameters:,} | {cell.images:,} | {cell.loss:.5f}{interval} "
+            f"| {mark} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(cells: Sequence[Cell]) -> bytes:
+    """Loss against parameters, a curve per budget, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for budget in sorted({cell.budget for cell in cells}):
+        mine = [cell for cell in cells if cell.budget == budget]
+        axes.plot([c.parameters for c in mine], [c.loss for c in mine], marker="o", label=f"{budget:g} FLOPs")
+    axes.set(xscale="log", xlabel="parameters", ylabel="validation loss (EMA)")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    return buffer.getvalue()
