@@ -220,7 +220,8 @@ class Columns:
         """What the fingerprints of captions, latents and text stand for: their own settings and those of their inputs.
 
         As JSON gives it back."""
-        stages: dict[str, Any] = {stage.name: stage for stage, _ in (*self.light, self.dedup, *self.heavy)}
+        pairs: tuple[tuple[Any, Column], ...] = (*self.light, self.dedup, *self.heavy)
+        stages = {stage.name: stage for stage, _ in pairs}
         wanted = [stage.name for stage, _ in self.heavy]
         for name in wanted:
             wanted += [before for before in getattr(stages.get(name), "inputs", ()) if before not in wanted]
