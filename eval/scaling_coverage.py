@@ -90,7 +90,6 @@ def _trial(ladder: Ladder, replicates: int, rng: np.random.Generator) -> dict[st
         "beta of L(N,D)": (joint.exponent(1), beta),
         "exponent of L(C)": (by_compute.exponent(0), compute_law.exponents[0]),
         "L(C) at the largest run's compute": (by_compute.loss(most), float(compute_law(most)[0])),
-        "L(C) at ten times that": (by_compute.loss(10 * most), float(compute_law(10 * most)[0])),
     }
     hits = {name: bool(interval.low <= truth <= interval.high) for name, (interval, truth) in checks.items()}
     return hits | {"frontier exponent": bool(low <= beta / (alpha + beta) <= high)}
