@@ -240,6 +240,7 @@ def scaling_json(scaling: Scaling) -> dict[str, Any]:
         "images": scaling.images,
         "laws": laws,
         "frontier": scaling.best,
+        "optimum": scaling.optimum,
         "size_exponent": scaling.size_exponent,
         "images_exponent": scaling.images_exponent,
         "next_rung": scaling.next_rung,

@@ -39,7 +39,9 @@ def _loss(report: "Report") -> Plan:
         line for run in losses.points if flops[run] and (line := _line(report, losses, run, scale=flops[run] or 1))
     ]
     if spent:
-        text = "Training FLOPs: exact counts, three forward passes per image. The lower envelope is the frontier."
+        text = "Training FLOPs: exact counts, three forward passes per image."
+        if report.scaling.compute is not None:
+            text += " Dashed: L(C), the best size at each compute by L(N,D)."
         draw = figures.loss_curves(
             spent, xlabel="training FLOPs", compute=True, ylabel="Validation loss", scaling=report.scaling
         )

@@ -81,6 +81,15 @@ def law_findings(scaling: Scaling) -> list[Finding]:
             f" (95 % interval of the exponent {alpha.low:.2f} to {alpha.high:.2f}, runs resampled).",
         )
     ]
+    if scaling.compute is not None:
+        gamma = scaling.compute.exponent(0)
+        found.append(
+            Finding(
+                "note",
+                f"At the size that is best for each compute it falls as L(C) = {scaling.compute.floor().value:.3g} + A "
+                f"C^-{gamma.value:.2f} (95 % interval of the exponent {gamma.low:.2f} to {gamma.high:.2f}).",
+            )
+        )
     ahead, back = scaling.next_rung, scaling.held_out
     if ahead:
         name = f"depth {ahead.depth}" if ahead.depth else "the next size"
@@ -149,14 +158,14 @@ def score_findings(
             where = {"seen": " on seen compositions", "unseen": " on unseen ones"}.get(split, "")
             said.append(f"{' and '.join(told)}{where}")
     direction = "highest" if comparison.higher_is_better else "lowest"
-    names = " and ".join(labels[name] for name in first)
+    names = _listed([labels[name] for name in first])
     verb = f"{'has' if len(first) == 1 else 'share'} the {direction}" if len(ends) > 1 else "gets"
     who = f"{names} {verb} {family}"
     edge = ends[run].low if comparison.higher_is_better else ends[run].high
     sign = 1 if comparison.higher_is_better else -1
     others = {labels[n]: end.value for n, end in ends.items() if n not in first}
     close = [label for label, value in others.items() if edge is not None and sign * (value - edge) >= 0]
-    tie = f" Its interval also holds the value of {' and '.join(close)}." if close else ""
+    tie = f" Its interval also holds the value of {_listed(close)}." if close else ""
     return [Finding("note", f"{who}: {', '.join(said)}, at {count_text(ends[run].images)} images.{tie}")]
 
 
@@ -164,6 +173,11 @@ def _best(values: Mapping[str, float], higher_is_better: bool) -> list[str]:
     """The runs with the best value: several where they tie."""
     best = (max if higher_is_better else min)(values.values())
     return [run for run, value in values.items() if value == best]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _value_text(point: Point, digits: int = 3) -> str:
@@ -280,7 +294,7 @@ def tiles(
         ends = {run: points[-1].value for run, points in found[metric].points.items()}
         first = _best(ends, found[metric].higher_is_better)
         where = ", seen compositions" if metric.endswith("/seen") else ""
-        whose = " and ".join(labels[run] for run in first) if len(ends) == 1 or len(first) < len(ends) else "every run"
+        whose = _listed([labels[run] for run in first]) if len(ends) == 1 or len(first) < len(ends) else "every run"
         made.append({"value": f"{ends[first[0]]:.3g}", "text": f"best {family}{where} ({whose})"})
     images = [cost["images"] for cost in costs.values() if cost["images"]]
     seconds = [cost["seconds"] for cost in costs.values() if cost["seconds"] is not None]

@@ -18,14 +18,13 @@ from eval.scaling import (
     fit_law,
     flops_law,
     frontier,
-    frontier_points,
     joint_points,
     loss_at,
     size_points,
     thin,
     too_little,
 )
-from eval.scaling_intervals import Bootstrap, Interval, bootstrap
+from eval.scaling_intervals import Bootstrap, Interval, bootstrap, compute_bootstrap
 
 COVERAGE = Path(__file__).parent / "templates" / "coverage.json"
 
@@ -47,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scaling:
-    """`reason` is set exactly when there is no fit."""
+    """`reason` is set exactly when there is no fit. `optimum`: best size and images for the costliest run's FLOPs."""
 
     reason: str | None
     curves: tuple[Curve, ...] = ()
@@ -58,6 +57,7 @@ class Scaling:
     best: Frontier | None = None
     size_exponent: Interval | None = None
     images_exponent: Interval | None = None
+    optimum: dict[str, float] | None = None
     next_rung: Prediction | None = None
     held_out: Prediction | None = None
 
@@ -79,18 +79,19 @@ def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
         return Scaling(reason + left, tuple(curves))
     images = float(min(curve.images[-1] for curve in curves))
     size_boot, joint_boot = _fitted(size_points(curves, images)), _fitted(joint_points(curves))
-    envelope = frontier_points(curves)
-    compute_boot = _fitted(envelope) if envelope else None
     joint_law = joint_boot.law
     factor, kappa = flops_law(curves)
     joint = joint_law.exponents[0] + kappa * joint_law.exponents[1]
     alpha_B, beta_B = joint_boot.theta_BQ[:, 2], joint_boot.theta_BQ[:, 4]
     spread_B = alpha_B + kappa * beta_B
+    best, most = frontier(joint_law, factor, kappa), max(float(curve.compute[-1]) for curve in curves)
     return Scaling(
-        None, tuple(curves), images, size_boot, joint_boot, compute_boot,
-        best=frontier(joint_law, factor, kappa),
+        None, tuple(curves), images, size_boot, joint_boot, compute_bootstrap(joint_boot, factor, kappa),
+        best=best,
         size_exponent=_quantiles(joint_law.exponents[1] / joint, beta_B / spread_B),
         images_exponent=_quantiles(joint_law.exponents[0] / joint, alpha_B / spread_B),
+        optimum={"compute": most, "parameters": best.size_factor * most**best.size_exponent,
+                 "images": best.images_factor * most**best.images_exponent},
         next_rung=_next_rung(runs, curves, size_boot, images),
         held_out=_held_out(runs, curves, images),
     )  # fmt: skip

@@ -90,27 +90,6 @@ def joint_points(curves: Sequence[Curve]) -> Points:
     return Points(x, y, np.repeat(np.arange(len(curves)), counts), tuple(c.run for c in curves))
 
 
-def frontier_points(curves: Sequence[Curve], *, per_decade: int = 12) -> Points | None:
-    """The compute-optimal envelope (approach 1): the best run wherever a smaller and a larger one lose to it.
-
-    Elsewhere the lowest curve is only the lowest of what was trained (its neighbours are missing or have ended).
-    None when less than half a decade or fewer than two different runs are left.
-    """
-    low, high = min(float(c.compute[0]) for c in curves), max(float(c.compute[-1]) for c in curves)
-    grid = np.geomspace(low, high, max(8, round(per_decade * math.log10(high / low))))
-    loss_RP = np.stack([np.exp(_interpolate(grid, c.compute, c.loss)) for c in curves])
-    size_R = np.array([c.parameters for c in curves])
-    there_RP = np.isfinite(loss_RP)
-    owner_P = np.argmin(np.where(there_RP, loss_RP, np.inf), axis=0)
-    smaller_P = (there_RP & (size_R[:, None] < size_R[owner_P])).any(axis=0)
-    larger_P = (there_RP & (size_R[:, None] > size_R[owner_P])).any(axis=0)
-    keep = np.flatnonzero(smaller_P & larger_P)
-    if len(keep) < 4 or grid[keep[-1]] / grid[keep[0]] < 10**0.5 or len(np.unique(owner_P[keep])) < 2:
-        return None
-    y_P = np.log(loss_RP[owner_P[keep], keep])
-    return Points(np.log(grid[keep])[None], y_P, owner_P[keep], tuple(c.run for c in curves))
-
-
 def loss_at(curve: Curve, images: float) -> float:
     """Interpolated between the two checkpoints around it, in logs; nan outside the curve."""
     return float(np.exp(_interpolate(np.array([images]), curve.images, curve.loss))[0])
@@ -264,6 +243,22 @@ def frontier(law: Law, flops_factor: float, flops_exponent: float = 1.0) -> Fron
     log_n = log_g - beta / joint * log_k
     log_d = -log_k - kappa * log_n
     return Frontier(math.exp(log_n), beta / joint, math.exp(log_d), alpha / joint, alpha * beta / joint)
+
+
+def compute_laws(theta_BQ: Array, flops_factor: float, flops_exponent: float = 1.0) -> Array:
+    """(B, 3): L(C) = E + A_C * C^-gamma of the models that `frontier` names, for each L(N,D).
+
+    At the minimum both terms fall with the same exponent gamma = alpha beta / (alpha + kappa beta), and their
+    quotient is kappa beta / alpha, so that one of them gives both.
+    """
+    e_B, log_a_B, alpha_B, log_b_B, beta_B = theta_BQ.T
+    joint_B = alpha_B + flops_exponent * beta_B
+    log_g_B = (np.log(alpha_B / (flops_exponent * beta_B)) + log_a_B - log_b_B) / joint_B
+    log_n_B = log_g_B - beta_B / joint_B * math.log(flops_factor)
+    log_size_term_B = log_a_B - alpha_B * log_n_B
+    return np.stack(
+        [e_B, log_size_term_B + np.log1p(alpha_B / (flops_exponent * beta_B)), alpha_B * beta_B / joint_B], axis=1
+    )
 
 
 def flops_law(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -12,10 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from eval.scaling import Array, Curve, Law, Points, center, joint_points, refit, size_points, uncenter
-from eval.scaling_intervals import Bootstrap, bootstrap
+from eval.scaling import (
+    Array,
+    Curve,
+    Law,
+    Points,
+    center,
+    compute_laws,
+    flops_law,
+    joint_points,
+    refit,
+    size_points,
+    uncenter,
+)
+from eval.scaling_intervals import Bootstrap, bootstrap, compute_bootstrap
 
 TRUTH = {"floor": 0.25, "a": 3.0, "alpha": 0.30, "b": 20.0, "beta": 0.45}
+FLOPS_PER_PARAMETER = 6.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,12 @@ def true_loss(parameters: float, images: Array | float) -> Array | float:
     return TRUTH["floor"] + TRUTH["a"] / parameters ** TRUTH["alpha"] + TRUTH["b"] / images ** TRUTH["beta"]
 
 
+def true_compute_law() -> Law:
+    """The least loss for a compute of FLOPS_PER_PARAMETER * parameters * images."""
+    theta_Q = [math.log(TRUTH["floor"]), math.log(TRUTH["a"]), TRUTH["alpha"], math.log(TRUTH["b"]), TRUTH["beta"]]
+    return Law(compute_laws(np.array([theta_Q]), FLOPS_PER_PARAMETER)[0], 0.0)
+
+
 def _trial(ladder: Ladder, replicates: int, rng: np.random.Generator) -> dict[str, bool]:
     sizes = np.geomspace(1e6, 1e6 * 10**ladder.decades, ladder.sizes)
     curves = [_curve(ladder, size, rng) for size in sizes]
@@ -58,6 +77,8 @@ def _trial(ladder: Ladder, replicates: int, rng: np.random.Generator) -> dict[st
         size_points(curves), [TRUTH["floor"] + TRUTH["b"] / images ** TRUTH["beta"], "a", "alpha"], replicates, seed
     )
     joint = _warm(joint_points(curves), [TRUTH["floor"], "a", "alpha", "b", "beta"], replicates, seed)
+    by_compute = compute_bootstrap(joint, *flops_law(curves))
+    compute_law, most = true_compute_law(), float(curves[-1].compute[-1])
     alpha, beta = TRUTH["alpha"], TRUTH["beta"]
     alpha_B, beta_B = joint.theta_BQ[:, 2], joint.theta_BQ[:, 4]
     low, high = np.quantile(beta_B / (alpha_B + beta_B), [0.025, 0.975])
@@ -67,6 +88,8 @@ def _trial(ladder: Ladder, replicates: int, rng: np.random.Generator) -> dict[st
         "a new run one rung further": (by_size.loss(ahead, new_run=True), run_there),
         "alpha of L(N,D)": (joint.exponent(0), alpha),
         "beta of L(N,D)": (joint.exponent(1), beta),
+        "exponent of L(C)": (by_compute.exponent(0), compute_law.exponents[0]),
+        "L(C) at the largest run's compute": (by_compute.loss(most), float(compute_law(most)[0])),
     }
     hits = {name: bool(interval.low <= truth <= interval.high) for name, (interval, truth) in checks.items()}
     return hits | {"frontier exponent": bool(low <= beta / (alpha + beta) <= high)}
@@ -80,7 +103,7 @@ def _curve(ladder: Ladder, size: float, rng: np.random.Generator) -> Curve:
     for t in range(1, ladder.checkpoints):
         wiggle[t] = ladder.memory * wiggle[t - 1] + math.sqrt(1 - ladder.memory**2) * fresh[t]
     loss = np.asarray(true_loss(size, images)) * np.exp(ladder.between * rng.standard_normal() + wiggle)
-    return Curve(f"{size:g}", round(size), 6 * size, images, loss)
+    return Curve(f"{size:g}", round(size), FLOPS_PER_PARAMETER * size, images, loss)
 
 
 def _warm(points: Points, truth: list[Any], replicates: int, seed: int) -> Bootstrap:

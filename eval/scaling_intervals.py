@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.scaling import Array, Law, Points, center, log_loss, log_loss_jacobian, refit, uncenter
+from eval.scaling import Array, Law, Points, center, compute_laws, log_loss, log_loss_jacobian, refit, uncenter
 
 REPLICATES = 1000
 LEAST_SQUARES = 1e3  # a Huber threshold that no residual reaches
@@ -101,3 +101,9 @@ def bootstrap(points: Points, law: Law, *, replicates: int = REPLICATES, seed: i
     theta_BQ = refit(np.repeat(theta_Q, replicates, axis=0), x_KP, y_BP)
     new_run_B = widen_B * scatter.between_runs * rng.standard_normal(replicates)
     return Bootstrap(law, uncenter(theta_BQ, center_K), new_run_B, scatter)
+
+
+def compute_bootstrap(joint: Bootstrap, factor: float, kappa: float) -> Bootstrap:
+    """L(C): what each L(N,D) of the bootstrap gives to models of its own compute-optimal size."""
+    law = Law(compute_laws(joint.law.theta_Q[None], factor, kappa)[0], joint.law.objective)
+    return Bootstrap(law, compute_laws(joint.theta_BQ, factor, kappa), joint.new_run_B, joint.scatter)

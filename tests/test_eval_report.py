@@ -119,6 +119,9 @@ def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
     assert scaling.reason is None
     assert scaling.size.exponent(0).low < LAW["alpha"] < scaling.size.exponent(0).high
     assert scaling.joint.law.exponents[1] == pytest.approx(LAW["beta"], rel=0.05)
+    frontier = LAW["alpha"] * LAW["beta"] / (LAW["alpha"] + LAW["beta"])  # FLOPs are parameters times images here
+    assert scaling.compute.exponent(0).low < frontier < scaling.compute.exponent(0).high
+    assert "best size for each C" in page(report)
     assert scaling.next_rung.depth == 10
     assert scaling.next_rung.loss.low < scaling.next_rung.loss.value < scaling.next_rung.loss.high
     assert scaling.held_out.depth == 8

@@ -11,10 +11,10 @@ from eval.scaling import (
     Curve,
     Law,
     Points,
+    compute_laws,
     fit_law,
     flops_law,
     frontier,
-    frontier_points,
     huber,
     joint_points,
     log_loss_jacobian,
@@ -108,21 +108,16 @@ def test_the_frontier_is_the_minimum_at_fixed_compute(factor, kappa):
         assert best.size_exponent == pytest.approx(beta / (alpha + beta))
 
 
-def test_the_envelope_is_used_only_where_sizes_compete():
-    long = np.geomspace(1e3, 1e9, 60)
-    runs = curves(LAWS[0], np.geomspace(1e6, 1e9, 7), images=long)
-    points = frontier_points(runs)
-    assert points is not None
-    owners = {points.runs[i] for i in points.run_P}
-    assert not owners & {"r0", "r6"}
-    assert len(owners) >= 3
-    alpha, beta = LAWS[0][2], LAWS[0][4]
-    assert fit_law(points).exponents[0] == pytest.approx(alpha * beta / (alpha + beta), rel=0.1)
-    # Curves so short that the smaller model has always ended where the larger begins: no choice was ever observed.
-    short = [
-        dataclasses.replace(c, images=c.images[:3], loss=c.loss[:3]) for c in curves(LAWS[0], [1e6, 1e8, 1e10, 1e12])
-    ]
-    assert frontier_points(short) is None
+@pytest.mark.parametrize(("factor", "kappa"), [(6.0, 1.0), (250.0, 0.8)])
+def test_the_law_of_compute_is_the_joint_law_along_its_frontier(factor, kappa):
+    theta_BQ = np.array([[math.log(e), math.log(a), alpha, math.log(b), beta] for e, a, alpha, b, beta in LAWS])
+    compute = np.geomspace(1e12, 1e24, 13)
+    for theta_Q, found in zip(theta_BQ, compute_laws(theta_BQ, factor, kappa)):
+        joint = Law(theta_Q, 0.0)
+        best = frontier(joint, factor, kappa)
+        size = best.size_factor * compute**best.size_exponent
+        assert Law(found, 0.0)(compute) == pytest.approx(joint(size, compute / (factor * size**kappa)), rel=1e-9)
+        assert Law(found, 0.0).exponents == [pytest.approx(best.loss_exponent)]
 
 
 def test_too_little_is_refused_with_the_reason():

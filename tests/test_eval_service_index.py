@@ -79,6 +79,9 @@ def test_a_service_that_only_shows_tells_what_others_evaluated(tmp_path):
     assert run.states("") == {10: "done", 20: "done"}
     assert views.run_list(index.snapshot, "")[0]["evaluated"] == 2
     assert views.run_list(index.snapshot, "mine")[0]["evaluated"] == 0
+    ResultStore(f"{uri}/results").append([row("world-d2", "world_fid", 9.0, images=30 * 64)])  # by `eval run`
+    index.refresh()
+    assert index.snapshot.runs[0].states("") == {10: "done", 20: "done", 30: "done"}
 
 
 def test_torn_rows_and_recipes_are_told_and_the_rest_is_shown(tmp_path):

@@ -1,5 +1,6 @@
 """The evaluating process: real weights in, rows and a gallery out; reasons for what cannot be; a crash is survived."""
 
+import json
 import os
 import signal
 import subprocess
@@ -104,30 +105,48 @@ def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_k
         unready.stop()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_watched_run_gets_rows_and_pictures_and_a_restart_does_nothing_twice(tmp_path):
-    for step in (10, 20):
-        checkpoint(tmp_path, step)
-    given = settings(tmp_path, metrics="geneval,clip_score", prompts_per_task=1, images_per_prompt=1, captions=4)
-    watcher = Watcher(Index(str(tmp_path)), given, every=0.2)
-    watcher.start()
-    end = time.monotonic() + 600
+@pytest.mark.timeout(600)
+def test_checkpoints_that_appear_get_rows_and_pictures_once_from_two_services(tmp_path):
+    """Two services on one store, each with its evaluating process; a third one, started later, finds nothing to do."""
+    checkpoint(tmp_path, 10)
+    given = settings(tmp_path, metrics="clip_score", captions=2)
+    services = [Watcher(Index(str(tmp_path)), given, every=0.2) for _ in range(2)]
+    for service in services:
+        service.start()
     try:
-        while True:
-            run = watcher.index.snapshot.by_name.get("tiny")
-            if run and sum(path.endswith(".done.json") for path in run.evaluations) == 2:
-                break
-            assert time.monotonic() < end, watcher.told()
-            time.sleep(0.5)
+        wait_for(services, "done", 1)
+        checkpoint(tmp_path, 20)
+        checkpoint(tmp_path, 30)
+        wait_for(services, "done", 3)
     finally:
-        watcher.stop()
-    assert run.series["world_geneval/overall/seen"]
-    assert set(run.gallery) == {10, 20}
+        for service in services:
+            service.stop()
+    run = services[0].index.snapshot.by_name["tiny"]
+    assert set(run.gallery) == {10, 20, 30}
+    assert sum(path.endswith(".claim.json") for path in run.evaluations) == 3
+    written = [
+        json.loads(line)
+        for path in (tmp_path / "tiny" / "results").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert sorted((row["metric"], row["images_seen"]) for row in written) == [
+        ("world_clip_score", step * 64) for step in (10, 20, 30)
+    ]
     before = sorted(storage.list_files(str(tmp_path)))
     again = Watcher(Index(str(tmp_path)), given)
     assert not again.step()
     assert sorted(storage.list_files(str(tmp_path))) == before
+
+
+def wait_for(services: list[Watcher], kind: str, count: int) -> None:
+    """Until every service has seen so many evaluations with this outcome."""
+    end = time.monotonic() + 500
+    while True:
+        runs = [service.index.snapshot.by_name.get("tiny") for service in services]
+        if all(run and sum(path.endswith(f".{kind}.json") for path in run.evaluations) == count for run in runs):
+            return
+        assert time.monotonic() < end, [service.told() for service in services]
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

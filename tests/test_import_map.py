@@ -18,7 +18,7 @@ OWNERS = {
     "s3fs": ("infra/storage.py",),
     "fsspec": ("infra/storage.py",),
     "webdataset": ("data_pipeline/shards.py",),
-    "ray": ("data_pipeline/runner.py", "eval/runner.py", "infra/launch/", "infra/doctor.py"),
+    "ray": ("data_pipeline/runner.py", "trainer/workers.py", "infra/launch/", "infra/doctor.py"),
 }
 APEX_PACKAGES = {"model", "trainer"}
 

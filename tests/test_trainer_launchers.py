@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from trainer_launch import ROOT, TINY, until
 
 from data_pipeline.synthetic import write_synthetic
+from trainer.ladder import is_done
 from trainer.launchers import gone, is_launcher
 
 BIN = Path(sys.executable).parent
@@ -131,13 +133,71 @@ def test_sigterm_to_a_launcher_saves_and_leaves_no_rank(data, tmp_path, free_por
                 process.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_sweep_on_ray_workers_goes_on_after_sigterm_and_sigkill(data, tmp_path):
+    """SIGTERM to the driver saves what runs. SIGKILL: the workers go with it, and their ranks save and leave."""
+    command = shared_sweep(data, tmp_path)
+    runs = [tmp_path / f"world-d1-{name}" for name in ("rf", "v-cos", "eps-linear")]
+    process = start(command)
+    try:
+        for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+            before = [saved(run) if (run / "checkpoints" / "latest").exists() else 0 for run in runs[:2]]
+            while not all((run / "checkpoints" / "latest").exists() and saved(run) > b for run, b in zip(runs, before)):
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.2)
+            process.send_signal(number)
+            said = process.communicate(timeout=300)[0]
+            assert process.returncode == code, said
+            end = time.monotonic() + 120
+            while left_of(tmp_path):
+                assert time.monotonic() < end, left_of(tmp_path)
+                time.sleep(0.2)
+            kept = {run: (manifest(run), manifest(run).stat().st_mtime_ns) for run in runs[:2]}
+            process = start(command)
+        said = process.communicate(timeout=900)[0]
+        assert process.returncode == 0, said
+        assert all(is_done(str(run)) for run in runs)
+        for path, written in kept.values():
+            assert path.stat().st_mtime_ns == written, "trained twice"
+        finished = {run: (run / "weights" / "ema.safetensors").stat().st_mtime_ns for run in runs}
+        process = start(command)
+        said = process.communicate(timeout=300)[0]
+        assert [line.count("is trained (") for line in said.splitlines()].count(1) == 3, said
+        assert {run: (run / "weights" / "ema.safetensors").stat().st_mtime_ns for run in runs} == finished
+    finally:
+        for process in left_of(tmp_path):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def manifest(run: Path) -> Path:
+    return run / "checkpoints" / f"step_{saved(run):07d}" / "manifest.json"
+
+
+def shared_sweep(data: Path, out: Path) -> list[str]:
+    """Three formulations for two workers of one rank each."""
+    names = ["rf", "v/cos", "eps/linear"]
+    common = ["--data", str(data), "--out", str(out), "--images", "2400", "--num-ranks", "1", "--workers", "2"]
+    cadence = ["--validation.every", "None", "--logging.log-every", "80", "--logging.save-every", "400"]
+    options = as_options([*TINY, *cadence, "--logging.keep", "100"])
+    sweep = ["-m", "trainer", "sweep", "formulations", "world-d1", "--formulations", *names]
+    return [*sweep, *common, "--options", *options]
+
+
 def ladder(data: Path, out: Path) -> list[str]:
     """A ladder of one rung, with the same options as NAME=VALUE."""
-    options, words = [], [*TINY, *LONG[2:]]
+    common = ["--data", str(data), "--out", str(out), "--images", "80000", "--num-ranks", "2"]
+    options = as_options([*TINY, *LONG[2:]])
+    return ["-m", "trainer", "ladder", "world", "--depths", "2", *common, "--options", *options]
+
+
+def as_options(words: list[str]) -> list[str]:
+    """`--name value ...` as NAME=VALUE."""
+    options: list[str] = []
     for word in words:
         if word.startswith("--"):
             options.append(word.removeprefix("--") + "=")
         else:
             options[-1] += (" " if not options[-1].endswith("=") else "") + word
-    common = ["--data", str(data), "--out", str(out), "--images", "80000", "--num-ranks", "2"]
-    return ["-m", "trainer", "ladder", "world", "--depths", "2", *common, "--options", *options]
+    return options

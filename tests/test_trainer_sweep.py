@@ -15,6 +15,7 @@ from trainer.isoflop import tell
 from trainer.ladder import UNSTABLE, branch_point, images_for, iso_flop
 from trainer.recipes import get_recipe
 from trainer.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
+from trainer.workers import on_my_gpus
 
 MORE = {"data": "D", "num_ranks": 1, "options": ("logging.samples=0",)}
 
@@ -50,7 +51,7 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
     ]
     assert len(commands) == 2 * (1 + 2)
     recipe = get_recipe("world-d2")
-    trunk, short, long = commands[:3]
+    trunk, _, short, long = commands[:4]  # all trunks first: workers share what does not wait for another run
     horizons = [images_for(recipe, budget) for budget in budgets]
     starts = [branch_point(recipe, images, 0.2) for images in horizons]
     assert option(trunk, "images") == str(starts[1])
@@ -108,6 +109,17 @@ def test_all_61_formulations_or_any_of_them(commands, tmp_path):
     assert folder_name("rf/lognorm(0.00,1.00)") == "rf-lognorm_0.00_1.00"
     with pytest.raises(UserError, match=r"unknown formulation 'v/coz'.*'v/cos'"):
         sweep_formulations("world-d2", ("v/coz",), out=str(tmp_path), images=160, **MORE)
+
+
+def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
+    """deepspeed's launcher would delete CUDA_VISIBLE_DEVICES and take the first two, as every other run of the node."""
+    two = ladder.train_command(get_recipe("world-d2"), data="D", run="R", images=None, ranks=2)
+    one = ladder.train_command(get_recipe("world-d2"), data="D", run="R", images=None, ranks=1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert on_my_gpus(two) == two
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert on_my_gpus(two) == ["deepspeed", "--include", "localhost:4,6", *two[3:]]
+    assert on_my_gpus(one) == one
 
 
 def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):

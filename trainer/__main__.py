@@ -69,6 +69,9 @@ class LadderArgs:
     """Images per rung; default: the recipe's."""
     num_ranks: int | None = None
     """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
+    workers: int = 0
+    """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
+    another, in this process."""
     options: tuple[str, ...] = ()
     """Overrides handed to every rung's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
 
@@ -91,6 +94,9 @@ class SweepArgs:
     """Images per run; default: the recipe's."""
     num_ranks: int | None = None
     """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
+    workers: int = 0
+    """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
+    another, in this process."""
     options: tuple[str, ...] = ()
     """Overrides handed to every run, as NAME=VALUE."""
 
@@ -198,6 +204,7 @@ def run_ladder(arguments: list[str]) -> None:
     get_family(family)
     args = _parse(LadderArgs, rest, "ladder " + family)
     _positive(args, "depths", "budgets", "images", "num_ranks")
+    _not_negative(args, "workers")
     from trainer.ladder import climb, iso_flop
 
     if args.budgets:
@@ -207,7 +214,7 @@ def run_ladder(arguments: list[str]) -> None:
 
         runs = iso_flop(
             family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
-            options=args.options,
+            workers=args.workers, options=args.options,
         )  # fmt: skip
         print(tell(runs, out=args.out), end="")
         return
@@ -218,6 +225,7 @@ def run_ladder(arguments: list[str]) -> None:
         out=args.out,
         images=args.images,
         num_ranks=args.num_ranks,
+        workers=args.workers,
         options=args.options,
     )
 
@@ -230,9 +238,10 @@ def run_sweep(arguments: list[str]) -> None:
     (get_family if what == "lr" else get_recipe)(name)
     args = _parse(SweepArgs, rest, f"sweep {what} {name}")
     _positive(args, "depths", "images", "num_ranks")
+    _not_negative(args, "workers")
     from trainer.sweep import sweep_formulations, sweep_rates
 
-    more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "options")}
+    more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "workers", "options")}
     if what == "lr":
         print(sweep_rates(name, args.depths, args.rates, **more))
     else:
@@ -298,6 +307,11 @@ def _positive(args: Any, *names: str) -> None:
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+
+
+def _not_negative(args: Any, name: str) -> None:
+    if getattr(args, name) < 0:
+        raise UserError(f"--{name} {getattr(args, name)}: expected zero or more")
 
 
 def _grade(args: GradeArgs) -> None:

@@ -4,28 +4,23 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.flops import train_flops_per_image
-from trainer.launchers import PREEMPTED, ask_to_stop, trainers_of
+from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 from trainer.zero.group import free_port
 
 log = get_logger("ladder")
 UNSTABLE = "unstable.json"  # written by a run whose guard ended it
-# glibc's malloc asks for huge pages. On CPUs every gather and gradient is fresh memory, and in pages of 4 KiB the
-# kernel takes a quarter of a step's time (depth 15, two ranks: 27 CPU seconds a step, with huge pages 20).
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,13 @@ def climb(
     out: str,
     images: int | None = None,
     num_ranks: int | None = None,
+    workers: int = 0,
     options: Sequence[str] = (),
 ) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
     recipes = _rungs(family, depths)
     jobs = [Job(r, storage.join(out, r.name), images or r.images, tuple(options)) for r in recipes]
-    return train_missing(jobs, data=data, num_ranks=num_ranks)
+    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers)
 
 
 def iso_flop(
@@ -62,6 +58,7 @@ def iso_flop(
     data: str,
     out: str,
     num_ranks: int | None = None,
+    workers: int = 0,
     options: Sequence[str] = (),
     cooldown: float = 0.2,
 ) -> list[str]:
@@ -70,20 +67,22 @@ def iso_flop(
     One run at constant rate (OUT/<recipe>-trunk) serves all horizons of a depth: each horizon branches off where its
     cooldown begins, into OUT/<recipe>-<budget>.
     """
-    runs: list[str] = []
+    trunks: list[Job] = []
+    branches: list[Job] = []
     for recipe in _rungs(family, depths):
         horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
         starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
         trunk, longest = storage.join(out, f"{recipe.name}-trunk"), max(starts.values())
         saves = " ".join(str(start) for start in sorted(set(starts.values())))
         constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
-        train_missing([Job(recipe, trunk, longest, (*options, *constant))], data=data, num_ranks=num_ranks)
+        trunks.append(Job(recipe, trunk, longest, (*options, *constant)))
         for budget, images in horizons.items():
             source = storage.join(trunk, "checkpoints", f"step_{starts[budget] // recipe.global_batch:07d}")
             branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
             run = storage.join(out, f"{recipe.name}-{budget:.0e}".replace("+", ""))
-            runs += train_missing([Job(recipe, run, images, (*options, *branch))], data=data, num_ranks=num_ranks)
-    return runs
+            branches.append(Job(recipe, run, images, (*options, *branch)))
+    train_missing(trunks, data=data, num_ranks=num_ranks, workers=workers)
+    return train_missing(branches, data=data, num_ranks=num_ranks, workers=workers)
 
 
 def images_for(recipe: Recipe, budget: float) -> int:
@@ -110,31 +109,74 @@ def _rungs(family: str, depths: Sequence[int]) -> list[Recipe]:
 
 
 def train_missing(
-    jobs: Sequence[Job], *, data: str, num_ranks: int | None, unstable_is_a_result: bool = False
+    jobs: Sequence[Job], *, data: str, num_ranks: int | None, workers: int = 0, unstable_is_a_result: bool = False
 ) -> list[str]:
-    """Train what is not trained yet, one after another; the run folders.
+    """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
 
     `unstable_is_a_result`: a run that its guard ended is told and passed over, as sweeps want.
     """
     ranks = num_ranks or default_ranks()
+    missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
     for number, job in enumerate(jobs, start=1):
         done = images_trained(job.run)
         if done is not None and done >= job.images:
             log.info("%d/%d: %s is trained (%s images)", number, len(jobs), job.run, f"{done:,}")
-            continue
-        if unstable_is_a_result and storage.exists(storage.join(job.run, UNSTABLE)):
+        elif unstable_is_a_result and _is_unstable(job.run):
             log.info("%d/%d: %s was unstable", number, len(jobs), job.run)
-            continue
-        images = None if job.images == job.recipe.images else job.images
-        command = train_command(job.recipe, data=data, run=job.run, images=images, ranks=ranks, options=job.options)
-        print(f"{number}/{len(jobs)}: {shlex.join(command)}", flush=True)
-        try:
-            run_command(command, job.run)
-        except UserError:
-            if not (unstable_is_a_result and storage.exists(storage.join(job.run, UNSTABLE))):
-                raise
-            log.warning("%s was unstable: it counts as diverged", job.run)
+        else:
+            images = None if job.images == job.recipe.images else job.images
+            command = train_command(job.recipe, data=data, run=job.run, images=images, ranks=ranks, options=job.options)
+            missing.append((job.run, command, f"{number}/{len(jobs)}: {shlex.join(command)}"))
+    if workers and missing:
+        _train_on_ray(missing, workers=workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
+    else:
+        for run, command, told in missing:
+            print(told, flush=True)
+            with _passing_over(run, unstable_is_a_result):
+                run_command(command, run)
     return [job.run for job in jobs]
+
+
+def _train_on_ray(
+    missing: Sequence[tuple[str, list[str], str]], *, workers: int, ranks: int, unstable_is_a_result: bool
+) -> None:
+    """After a mistake no other training begins, and those that run go on to their ends; then it is raised."""
+    from trainer.workers import train_on_ray
+
+    wrong: list[BaseException] = []
+
+    def begin(index: int) -> None:
+        print(missing[index][2], flush=True)
+
+    def ended(index: int, code: int, said: str) -> bool:
+        run = missing[index][0]
+        try:
+            with _passing_over(run, unstable_is_a_result):
+                judge(run, code)
+                log.info("%s is trained", run)
+        except (UserError, SystemExit) as error:
+            print(said, end="", file=sys.stderr, flush=True)
+            wrong.append(error)
+        return not wrong
+
+    commands = [command for _, command, _ in missing]
+    train_on_ray(commands, workers=min(workers, len(missing)), ranks=ranks, begin=begin, ended=ended)
+    if wrong:
+        raise wrong[0]
+
+
+@contextmanager
+def _passing_over(run: str, unstable_is_a_result: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        if not (unstable_is_a_result and _is_unstable(run)):
+            raise
+        log.warning("%s was unstable: it counts as diverged", run)
+
+
+def _is_unstable(run: str) -> bool:
+    return storage.exists(storage.join(run, UNSTABLE))
 
 
 def default_ranks() -> int:
@@ -183,30 +225,22 @@ def _metadata(uri: str) -> dict[str, Any]:
 
 
 def run_command(command: list[str], run: str) -> None:
-    """The command in a session of its own: a signal to the ladder goes to its ranks, which save and leave; so does the
-    ladder then, with their exit code."""
-    folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
-    environment.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
-    environment.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
-    process = subprocess.Popen([str(folder / command[0]), *command[1:]], env=environment, start_new_session=True)
-    asked = False
+    """The command, here. A signal to the ladder goes to its ranks, which save and leave; so does the ladder then, with
+    their exit code."""
+    process = start_training(command)
 
-    def forward(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
+    def forward() -> None:
         log.info("asking %s to save and stop", run)
         ask_to_stop(process.pid)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-        while trainers_of(process.pid):  # a launcher that was killed itself leaves ranks behind, which save
-            time.sleep(0.5)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked or code in (PREEMPTED, -signal.SIGTERM):
+    with on_stop(forward) as stopped:
+        code = await_end(process)
+    judge(run, PREEMPTED if stopped else code)
+
+
+def judge(run: str, code: int) -> None:
+    """Leave with the code of a training that was stopped; a mistake where it did not finish."""
+    if code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
     if code != 0 or not is_done(run):
         then = "mend that first" if code == 2 else "run the same command again"

@@ -6,7 +6,13 @@ and kill what is still there after 30 s.
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -14,6 +20,50 @@ PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command con
 COMMANDS = {"deepspeed", "torchrun", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 TOLD = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")  # in the environment of deepspeed's ranks and of torchrun's
 MANY_RUNS = {"ladder", "sweep", "verify-resume"}
+RAY_WORKER = "ray::train_here"  # what Ray calls a process that works on trainer/workers.py's task
+# glibc's malloc asks for huge pages. On CPUs every gather and gradient is fresh memory, and in pages of 4 KiB the
+# kernel takes a quarter of a step's time (depth 15, two ranks: 27 CPU seconds a step, with huge pages 20).
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def start_training(
+    command: list[str], *, environment: Mapping[str, str | None] = {}, output: IO[str] | None = None
+) -> subprocess.Popen[bytes]:
+    """The command in a session of its own, which `trainers_of` finds. `environment`: what differs here; None: unset."""
+    folder = Path(sys.executable).parent
+    ours = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
+    ours.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
+    ours.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
+    changed = {name: value for name, value in {**ours, **environment}.items() if value is not None}
+    return subprocess.Popen(
+        [str(folder / command[0]), *command[1:]], env=changed, start_new_session=True, stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+    )  # fmt: skip
+
+
+def await_end(process: subprocess.Popen[bytes]) -> int:
+    """Exit code of a started training. A launcher that was killed itself leaves ranks behind, which save. Never blocks
+    for long, as `ray.cancel` interrupts no blocking call."""
+    while process.poll() is None or trainers_of(process.pid):
+        time.sleep(0.2 if process.returncode is None else 0.5)
+    return process.returncode
+
+
+@contextlib.contextmanager
+def on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C call `react` meanwhile; the list is of those that came."""
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        react()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launchers_above() -> list[psutil.Process]:
@@ -49,7 +99,7 @@ def is_launcher(process: psutil.Process | None) -> bool:
     words: set[str] = set()
     with contextlib.suppress(psutil.Error):
         words = {Path(word).name for word in process.cmdline()[:6]} if process is not None else words
-    return bool(words & COMMANDS or ("trainer" in words and words & MANY_RUNS))
+    return bool(words & {*COMMANDS, RAY_WORKER} or ("trainer" in words and words & MANY_RUNS))
 
 
 def gone(launchers: list[psutil.Process]) -> bool:

@@ -38,6 +38,7 @@ def sweep_rates(
     out: str,
     images: int | None,
     num_ranks: int | None,
+    workers: int = 0,
     options: Sequence[str],
 ) -> str:
     """Train every depth at every rate; write OUT/sweep.json and OUT/sweep.png; the table and the law as text."""
@@ -51,7 +52,7 @@ def sweep_rates(
             run = storage.join(out, f"{recipe.name}-lr{rate:g}")
             jobs.append(Job(recipe, run, images or recipe.images, (*options, f"optimizer.lr={rate!r}")))
             places.append((recipe, rate, run))
-    train_missing(jobs, data=data, num_ranks=num_ranks, unstable_is_a_result=True)
+    train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
     points = [Point(r.model.depth, r.model.width, rate, final_loss(run, r)) for r, rate, run in places]
     law = transfer_law(points)
     told = {"points": [vars(point) for point in points], "law": law}
@@ -68,6 +69,7 @@ def sweep_formulations(
     out: str,
     images: int | None,
     num_ranks: int | None,
+    workers: int = 0,
     options: Sequence[str],
 ) -> list[str]:
     """Train a recipe once per formulation into OUT/<recipe>-<formulation>; the run folders. No name: all 61."""
@@ -84,7 +86,7 @@ def sweep_formulations(
             (*options, f"formulation={one}"))
         for one in chosen
     ]  # fmt: skip
-    return train_missing(jobs, data=data, num_ranks=num_ranks, unstable_is_a_result=True)
+    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
 
 
 def folder_name(formulation: str) -> str:

@@ -31,6 +31,7 @@ from infra.results import ResultRow, ResultStore
 log = get_logger("service")
 _WEIGHTS = re.compile(r"weights/step_(\d+)/ema\.safetensors$")
 _GALLERY = re.compile(r"gallery/step_(\d+)\.png$")
+TRAINERS_ROWS = ("val_loss", "train_loss", "cost/")  # written while training: no sign of a judge
 OPEN_STORES = 16  # runs that are still being written keep their parsed rows; the others are read again when they change
 
 
@@ -76,11 +77,27 @@ class IndexedRun:
         return self._outcomes[settings]
 
     def states(self, settings: str) -> dict[int, str]:
-        """Step -> how its evaluation stands; where `settings` is empty, whether any service has evaluated it."""
+        """Step -> how its evaluation stands; where `settings` is empty, whether any service or `eval run` judged it."""
         if settings:
             return {step: outcome.state for step, outcome in self.outcomes(settings).items()}
         known = {path.split("/")[1] for path in self.evaluations}
-        return {step: state for one in known for step, state in self.states(one).items() if state == "done"}
+        done = {step: state for one in known for step, state in self.states(one).items() if state == "done"}
+        return {**done, **dict.fromkeys(self._judged, "done")}
+
+    @cached_property
+    def _judged(self) -> list[int]:
+        """Steps of exported weights with rows that no trainer writes."""
+        batch = self.run.recipe.get("global_batch")
+        by_judges = [
+            series.images_P
+            for metric, by_protocol in self.series.items()
+            if not metric.startswith(TRAINERS_ROWS)
+            for series in by_protocol.values()
+        ]
+        if not by_judges or not isinstance(batch, int):
+            return []
+        images = set(np.unique(np.concatenate(by_judges)).tolist())
+        return [step for step in self.weights if step * batch in images]
 
 
 @dataclass(frozen=True)
