@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data_pipeline.estimate import Scale
-from data_pipeline.fetch import Fetch
+from data_pipeline.sources.fetch import Fetch
 from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
@@ -149,10 +149,10 @@ def gather_sources(args: list[str]) -> list[str]:
 
 def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # noqa: F821
     """Everything from source to dataset.json, then the table of what happened."""
-    from data_pipeline.pipeline import Pipeline
-    from data_pipeline.runner import Workers
-    from data_pipeline.sources import parse_sources
-    from data_pipeline.summary import summary
+    from data_pipeline.flow.pipeline import Pipeline
+    from data_pipeline.flow.runner import Workers
+    from data_pipeline.flow.summary import summary
+    from data_pipeline.sources.formats import parse_sources
     from infra import storage
 
     if run.workers is not None and run.workers < 0:
@@ -203,8 +203,8 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
 
 def _print_gate(pipeline: "Pipeline") -> None:  # type: ignore[name-defined]  # noqa: F821
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
-    from data_pipeline.keep import keep_report, keep_table
-    from data_pipeline.verdicts import totals
+    from data_pipeline.curation.keep import keep_report, keep_table
+    from data_pipeline.flow.verdicts import totals
 
     counts = totals(pipeline.run_gate())
     print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
@@ -213,7 +213,7 @@ def _print_gate(pipeline: "Pipeline") -> None:  # type: ignore[name-defined]  # 
 
 def world_source(run: Run) -> "Source":  # type: ignore[name-defined]  # noqa: F821
     """Draws the world's raw shards below the root unless they are there, and gives them as a source."""
-    from data_pipeline.sources import WdsSource
+    from data_pipeline.sources.formats import WdsSource
     from data_pipeline.world.write import write_world
     from infra import storage
 
@@ -286,7 +286,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
         uri: root of the dataset.
         columns: also check what the stages wrote, not only the training shards.
     """
-    from data_pipeline.verify import verify as check
+    from data_pipeline.packing.verify import verify as check
 
     findings = check(uri, columns=columns)
     for problem in findings.problems[:50]:
@@ -307,7 +307,7 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     Args:
         uri: root of the dataset.
     """
-    from data_pipeline.keep import keep_report, keep_table
+    from data_pipeline.curation.keep import keep_report, keep_table
     from data_pipeline.schema import read_dataset_info
 
     print(keep_table(keep_report(uri, read_dataset_info(uri).columns)))
@@ -332,7 +332,7 @@ def inspect(
         split: which one; train if there is one, else the first, if left out.
     """
     from data_pipeline.inspect import describe, some_samples, write_grid
-    from data_pipeline.loader import open_dataset
+    from data_pipeline.loading.loader import open_dataset
     from data_pipeline.schema import read_dataset_info
 
     splits = read_dataset_info(uri).splits

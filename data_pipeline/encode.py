@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.images import CROP_RULE, cover_crop
-from data_pipeline.layout import quantise
-from data_pipeline.stage import OK, ShardView, Worker, result
-from model.text import EncodedText, EncoderSpec, TextSpec
+from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.packing.layout import quantise
+from data_pipeline.sources.images import CROP_RULE, cover_crop
+from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 
 VERSION = 1
 
@@ -38,7 +38,7 @@ class LatentStage:
     def open(self) -> Worker:
         import torch
 
-        from model.vae import Latents, load_vae
+        from model.encoders.vae import Latents, load_vae
 
         vae = load_vae(resolve(self.checkpoint)).to(self.device, memory_format=torch.channels_last)
         latents = Latents.of(vae)
@@ -105,7 +105,7 @@ class TextStage:
         }
 
     def open(self) -> Worker:
-        from model.encoders import load_text_encoders
+        from model.encoders.networks import load_text_encoders
 
         alone = TextSpec(
             (self.encoder,), self.text_spec.layout, self.text_spec.context_width, self.text_spec.convention

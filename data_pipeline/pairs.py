@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import LatentBatch
 from data_pipeline.checkpoints import resolve
-from data_pipeline.collate import Draws
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.images import ImageError, cover_crop, decode
-from data_pipeline.index import RowTables, ShardEntry
-from data_pipeline.layout import TextFeatures
-from data_pipeline.loader import Dataset, open_dataset
-from data_pipeline.publish import publish
+from data_pipeline.flow.stage import OK
+from data_pipeline.loading.batch import LatentBatch
+from data_pipeline.loading.collate import Draws
+from data_pipeline.loading.index import RowTables, ShardEntry
+from data_pipeline.loading.loader import Dataset, open_dataset
+from data_pipeline.packing.layout import TextFeatures
+from data_pipeline.packing.publish import publish
+from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint
-from data_pipeline.shards import Sample, write_shard
-from data_pipeline.stage import OK
+from data_pipeline.sources.images import ImageError, cover_crop, decode
 from data_pipeline.weights import weights_hash
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
-from model.encoders import load_text_encoders
-from model.text import TextSpec
-from model.vae import load_vae
+from model.encoders.networks import load_text_encoders
+from model.encoders.text import TextSpec
+from model.encoders.vae import load_vae
 
 CAPTION = "original"
 BATCH = 64

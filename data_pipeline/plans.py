@@ -9,24 +9,24 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data_pipeline.buckets import BucketStage, bucket_table
-from data_pipeline.caption import CaptionStage
-from data_pipeline.captioners import CaptionerSpec, captioner_weights
+from data_pipeline.captions.captioners import CaptionerSpec, captioner_weights
+from data_pipeline.captions.column import CaptionStage
 from data_pipeline.checkpoints import resolve
-from data_pipeline.columns import Column
-from data_pipeline.dedup import Dedup, SignatureStage
-from data_pipeline.embed import EmbedStage
+from data_pipeline.curation.dedup import Dedup, SignatureStage
+from data_pipeline.curation.embed import EmbedStage
+from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
+from data_pipeline.curation.gate import Gate
+from data_pipeline.curation.scores import ScoreStage
+from data_pipeline.curation.semantic import Semantic
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.filters import FilterStage, MeasureStage, Thresholds
-from data_pipeline.gate import Gate
-from data_pipeline.ingest import Ingest
+from data_pipeline.flow.columns import Column
+from data_pipeline.flow.stage import Stage, stage_fingerprint
 from data_pipeline.schema import VaeMeta, canonical_json, fingerprint
-from data_pipeline.scores import ScoreStage
-from data_pipeline.semantic import Semantic
-from data_pipeline.stage import Stage, stage_fingerprint
+from data_pipeline.sources.ingest import Ingest
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
-from model.text import SEATS, EncoderSpec, TextSpec
-from model.vae import Latents
+from model.encoders.text import SEATS, EncoderSpec, TextSpec
+from model.encoders.vae import Latents
 
 
 @dataclass(frozen=True)

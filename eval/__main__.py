@@ -22,13 +22,13 @@ def sample_command() -> None:
 
 
 def report_command() -> None:
-    from eval.report import main
+    from eval.report.build import main
 
     main(sys.argv[2:])
 
 
 def predict_command() -> None:
-    from eval.report_predict import main
+    from eval.report.predict import main
 
     main(sys.argv[2:])
 
@@ -40,14 +40,14 @@ def serve_command() -> None:
 
 
 def geneval_command() -> None:
-    from eval.geneval_tool import judge, prompts, score
+    from eval.geneval.tool import judge, prompts, score
 
     commands: dict[str, Callable[..., Any]] = {"prompts": prompts, "judge": judge, "score": score}
     parse_command(commands, sys.argv[2:], prog="python -m eval geneval")
 
 
 def compbench_command() -> None:
-    from eval.compbench_tool import judge, merge, score
+    from eval.compbench.tool import judge, merge, score
 
     commands: dict[str, Callable[..., Any]] = {"judge": judge, "score": score, "merge": merge}
     parse_command(commands, sys.argv[2:], prog="python -m eval compbench")

@@ -18,15 +18,16 @@ from PIL import Image
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.weights import weights_hash
-from eval.fid import FeatureNetwork, Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
+from eval.fid import Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
 from eval.fidelity import Backbone, Lpips, psnr, ssim
 from eval.generate import to_pictures
-from eval.inception import Convention, InceptionFeatures
 from eval.metric import Clusters
+from eval.networks.features import FeatureNetwork
+from eval.networks.inception import Convention, InceptionFeatures
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
-from model.vae import Latents, load_vae
+from model.encoders.vae import Latents, load_vae
 
 # SD3 (arXiv 2403.03206), Table 3: autoencoders of factor 8 on other pictures than ours, shown for orientation.
 PAPER = {4: (2.41, 0.85, 0.75, 25.12), 8: (1.56, 0.68, 0.79, 26.40), 16: (1.06, 0.45, 0.86, 28.62)}

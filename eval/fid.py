@@ -8,12 +8,13 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from eval.judges import Judges, describe_judge
 from eval.metric import Kept, Prompt, Sample, Score
+from eval.networks.features import FeatureNetwork
 from infra.errors import UserError
 
 REFERENCES = 1000
@@ -23,15 +24,6 @@ RESAMPLES, WIDE = 200, 1024
 
 class RankDeficientWarning(UserWarning):
     """Fewer samples than feature dimensions: the covariance is singular and the distance strongly biased."""
-
-
-class FeatureNetwork(Protocol):
-    """A feature space: pictures to (N, E)."""
-
-    name: str
-    version: str
-
-    def images(self, images: Sequence[np.ndarray]) -> Any: ...
 
 
 class Moments:

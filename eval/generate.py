@@ -17,13 +17,13 @@ from data_pipeline.checkpoints import resolve
 from eval.precision import Precision, decide, in_bfloat16
 from infra import storage
 from infra.errors import MissingError, UserError
-from model.encoders import TextEncoders, load_text_encoders
+from model.diffusion.sampler import sample
+from model.encoders.networks import TextEncoders, load_text_encoders
+from model.encoders.text import TextCond, TextSpec, assemble, unconditional
+from model.encoders.vae import Latents, load_vae
 from model.errors import ModelError
-from model.sampler import sample
+from model.files.weights import load_model
 from model.seeding import keyed_normal
-from model.text import TextCond, TextSpec, assemble, unconditional
-from model.vae import Latents, load_vae
-from model.weights import load_model
 
 NEEDED_META = ("text_spec", "vae", "resolution", "formulation")
 DECODED = 16  # pictures that leave the autoencoder at once: more of them fall out of a core's cache

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval import prompts
-from eval.compbench import RENAMED, Rules
-from eval.depth import Depth, DptDepth
-from eval.detectors import Detector, SceneDetector, TransformersDetector
-from eval.inception import Convention, InceptionFeatures
-from eval.language import GrammarReader, Reader, SpacyReader
+from eval.compbench.language import GrammarReader, Reader, SpacyReader
+from eval.compbench.rules import RENAMED, Rules
 from eval.metric import Prompt
-from eval.typography import Ocr, RapidReader, prompts_with_words, typography_prompts
-from eval.vqa import VQA, BlipVQA
+from eval.networks.depth import Depth, DptDepth
+from eval.networks.detectors import Detector, SceneDetector, TransformersDetector
+from eval.networks.features import FeatureNetwork
+from eval.networks.inception import Convention, InceptionFeatures
+from eval.networks.ocr import Ocr, RapidReader
+from eval.networks.vqa import VQA, BlipVQA
+from eval.typography import prompts_with_words, typography_prompts
 from infra.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from eval.clip_model import ClipModel
-    from eval.fid import FeatureNetwork
+    from eval.networks.clip_model import ClipModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Judges:
     compbench_threshold: float = 0.5
     compbench_rules: Rules = "official"
     depth: Callable[[], Depth] | None = None
-    inception: Callable[[], "FeatureNetwork"] | None = None
+    inception: Callable[[], FeatureNetwork] | None = None
     truth: Callable[[Prompt, int], np.ndarray] | None = None
     """An image that shows the prompt; only a world has one. Calibration needs it."""
 
@@ -100,7 +101,7 @@ def world_judges(paths: OfficialPaths | None = None) -> Judges:
     from data_pipeline.world.grammar import plural
 
     def clip() -> "ClipModel":
-        from eval.clip_model import ClipModel
+        from eval.networks.clip_model import ClipModel
 
         return ClipModel(resolve("world:judge_clip"))
 
@@ -141,7 +142,7 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
 
     @functools.cache
     def clip(field: str) -> "ClipModel":
-        from eval.clip_model import ClipModel
+        from eval.networks.clip_model import ClipModel
 
         return ClipModel(need(field), device=given.device)
 
@@ -149,7 +150,7 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
         return _read_names(Path(need("compbench")) / "new_objects.txt")
 
     def substitute() -> Detector:
-        from eval.open_vocabulary import OpenVocabularyDetector
+        from eval.networks.open_vocabulary import OpenVocabularyDetector
 
         asked = [*names()[0], *RENAMED.values()]
         return OpenVocabularyDetector(need("compbench_detector"), asked, device=given.device)

@@ -1,18 +1,15 @@
-"""What a metric is: prompts in, images judged in any order, scores with intervals out. One line in METRICS adds one.
+"""What a metric is: prompts in, images judged in any order, scores with intervals out. eval/metrics.py lists them.
 
 A metric knows nothing of checkpoints or stores (run.py does) nor of the world (the Judges it is given do).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from infra.values import Kept
-
-if TYPE_CHECKING:
-    from eval.judges import Judges
 
 RESAMPLES = 1000
 
@@ -66,53 +63,6 @@ class Metric(Protocol):
     def kept(self) -> Kept:
         """What a paired comparison with another checkpoint needs (infra/values.py keeps it beside the rows)."""
         ...
-
-
-def _geneval(judges: "Judges") -> Metric:
-    from eval.geneval_metric import GenEval
-
-    return GenEval(judges)
-
-
-def _compbench(judges: "Judges") -> Metric:
-    from eval.compbench_metric import CompBench
-
-    return CompBench(judges)
-
-
-def _clip_score(judges: "Judges") -> Metric:
-    from eval.clip_score import ClipScore
-
-    return ClipScore(judges)
-
-
-def _fid(judges: "Judges") -> Metric:
-    from eval.fid import clip_fid
-
-    return clip_fid(judges)
-
-
-def _fid_inception(judges: "Judges") -> Metric:
-    from eval.fid import inception_fid
-
-    return inception_fid(judges)
-
-
-def _typography(judges: "Judges") -> Metric:
-    from eval.typography import Typography
-
-    return Typography(judges)
-
-
-# val_loss is not here: it looks at the network, not at images (eval/val_loss.py).
-METRICS: dict[str, Callable[["Judges"], Metric]] = {
-    "geneval": _geneval,
-    "compbench": _compbench,
-    "clip_score": _clip_score,
-    "fid": _fid,
-    "fid_inception": _fid_inception,
-    "typography": _typography,
-}
 
 
 class Clusters:

@@ -13,7 +13,7 @@ import tyro
 from data_pipeline.pairs import Pair, write_pairs
 from data_pipeline.schema import VaeMeta, fingerprint
 from data_pipeline.weights import weights_hash
-from eval import compbench
+from eval.compbench import rules as compbench
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges, describe_judge
 from eval.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts

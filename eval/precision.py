@@ -15,8 +15,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from model.layers import MLP
-from model.text import TextCond
+from model.backbones.layers import MLP
+from model.encoders.text import TextCond
 
 Precision = Literal["auto", "fp32", "bf16"]
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.geneval_prompts import TASKS, json_lines, official_metadata
+from eval.geneval.prompts import TASKS, json_lines, official_metadata
 from eval.metric import Prompt
 from infra.errors import UserError
 

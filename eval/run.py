@@ -16,7 +16,8 @@ import tyro
 from eval.calibrate import calibrate
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
-from eval.metric import METRICS, Metric, Prompt, Sample, Score
+from eval.metric import Metric, Prompt, Sample, Score
+from eval.metrics import METRICS
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.runner import Work, run_work
 from eval.val_loss import val_loss

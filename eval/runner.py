@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.runner import Task, Workers, run_tasks
+from data_pipeline.flow.runner import Task, Workers, run_tasks
 from infra.log import get_logger
 
 log = get_logger("eval")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from eval.compbench_files import sample_name
+from eval.compbench.files import sample_name
 from eval.generate import Job, Painter, Sampling
-from eval.geneval_prompts import json_lines
+from eval.geneval.prompts import json_lines
 from eval.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.prompts import read_lines, refuse_broken
 from infra.errors import UserError

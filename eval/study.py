@@ -13,7 +13,8 @@ from typing import Any
 
 from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
-from eval.metric import METRICS, Metric, Prompt, Sample
+from eval.metric import Metric, Prompt, Sample
+from eval.metrics import METRICS
 from eval.precision import Precision, decide
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
@@ -24,7 +25,7 @@ from infra.cli import parse
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 from infra.results import ResultStore
-from model.weights import read_meta
+from model.files.weights import read_meta
 
 log = get_logger("study")
 

@@ -1,23 +1,21 @@
 """Typography: prompts that ask for written words, read back by OCR: exact match and character error rate.
 
-SD3 measured this only by asking people (Figure 7). The OCR is rapidocr-onnxruntime, whose package carries its models.
+SD3 measured this only by asking people (Figure 7).
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from eval.metric import Clusters, Kept, Prompt, Sample, Score
+from eval.networks.ocr import SMALLEST_SIDE
 from infra.errors import UserError
 
 if TYPE_CHECKING:
     from eval.judges import Judges
 
-SMALLEST_SIDE = 256  # smaller pictures are enlarged before they are read: OCR models expect letters of some 20 pixels
 _QUOTED = re.compile("\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\\w)'([^']+)'(?!\\w)")
 TEMPLATES = (
     'a photo of a sign that says "{}"',
@@ -30,64 +28,6 @@ WORDS = (
     "HELLO", "OPEN", "CAFE", "STOP", "MUSIC", "GARDEN", "WELCOME HOME", "KEEP CALM", "FRESH BREAD", "NO ENTRY",
     "HAPPY BIRTHDAY", "SLOW DOWN", "BOOK SHOP", "TWO FOR ONE", "MIND THE GAP", "SEE YOU SOON",
 )  # fmt: skip
-
-
-class Ocr(Protocol):
-    """Reads the writing in pictures, in reading order."""
-
-    name: str
-    version: str
-
-    def read(self, images: Sequence[np.ndarray]) -> list[str]: ...
-
-
-class RapidReader:
-    """rapidocr-onnxruntime (PP-OCR detection, direction and recognition)."""
-
-    name = "rapidocr"
-
-    def __init__(self) -> None:
-        try:
-            from importlib.metadata import version
-
-            from rapidocr_onnxruntime import RapidOCR
-        except ImportError as error:
-            raise UserError(f"typography needs its OCR ({error}): pip install rapidocr-onnxruntime") from error
-        self._ocr = RapidOCR()
-        self.version = version("rapidocr-onnxruntime")
-
-    def read(self, images: Sequence[np.ndarray]) -> list[str]:
-        return [self._one(image) for image in images]
-
-    def _one(self, image: np.ndarray) -> str:
-        from PIL import Image
-
-        factor = SMALLEST_SIDE / min(image.shape[:2])
-        if factor > 1:
-            height, width = image.shape[:2]
-            size = (round(width * factor), round(height * factor))
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        found, _ = self._ocr(np.ascontiguousarray(image[..., ::-1]))  # as OpenCV has them: blue, green, red
-        return " ".join(text for _, text, _ in _in_order(found or []))
-
-
-def _in_order(found: Sequence[Any]) -> list[Any]:
-    """Lines from top to bottom, each from left to right; boxes less than half a height apart share a line.
-
-    A box is four corners, first the upper left one.
-    """
-    lines: list[list[Any]] = []
-    for item in sorted(found, key=lambda item: _middle(item[0])):
-        height = item[0][3][1] - item[0][0][1]
-        if lines and abs(_middle(item[0]) - _middle(lines[-1][0][0])) < height / 2:
-            lines[-1].append(item)
-        else:
-            lines.append([item])
-    return [item for line in lines for item in sorted(line, key=lambda item: item[0][0][0])]
-
-
-def _middle(box: Any) -> float:
-    return (box[0][1] + box[3][1]) / 2
 
 
 def asked_words(prompt: str) -> str:

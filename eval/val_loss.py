@@ -9,13 +9,13 @@ import math
 
 import torch
 
-from data_pipeline.loader import Dataset, open_dataset
+from data_pipeline.loading.loader import Dataset, open_dataset
 from eval.generate import Painter
 from eval.metric import Kept, Score
 from infra.errors import UserError
 from infra.values import one_per_sample
-from model.flow import get_formulation
-from model.validation import get_protocol, half_interval, validation_losses
+from model.diffusion.flow import get_formulation
+from model.diffusion.validation import get_protocol, half_interval, validation_losses
 
 SAMPLES, BATCH, SEED = 2048, 32, 0  # the trainer's defaults
 

@@ -60,7 +60,7 @@ def plot_densities(out: Path) -> None:
     Args:
         out: Folder for densities.png, shift.png and weights.png.
     """
-    from model.plots import plot_densities as draw
+    from model.diffusion.plots import plot_densities as draw
 
     for path in draw(out):
         print(path)
@@ -90,7 +90,7 @@ def convert(
         clip_g: transformers folder of CLIP-G to put into the pipeline.
         t5: transformers folder of the T5 encoder to put into the pipeline.
     """
-    from model.convert import convert as run
+    from model.files.convert import convert as run
 
     given = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
     encoders = {seat: path for seat, path in given.items() if path is not None}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.text import TextCond
-from model.trunk import TokenConfig
+from model.backbones.trunk import TokenConfig
+from model.encoders.text import TextCond
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from model.cross_dit import CrossDiTConfig
-from model.dit import DiTConfig
+from model.backbones.cross_dit import CrossDiTConfig
+from model.backbones.dit import DiTConfig
+from model.backbones.mmdit import MMDiTConfig
+from model.backbones.mmdit3 import MMDiT3Config
+from model.backbones.trunk import TokenConfig
+from model.backbones.uvit import UViTConfig
+from model.encoders.text import TextCond
 from model.errors import ModelError, hint
-from model.mmdit import MMDiTConfig
-from model.mmdit3 import MMDiT3Config
-from model.text import TextCond
-from model.trunk import TokenConfig
-from model.uvit import UViTConfig
 
 
 class Backbone(Protocol):

@@ -10,15 +10,15 @@ import torch
 
 from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
+from model.backbones.trunk import TokenConfig
+from model.diffusion.flow import FORMULATIONS, Formulation
+from model.diffusion.grids import level_at, over_sigma, sampling_grid
+from model.diffusion.paths import EDM
+from model.encoders.text import TextSpec
+from model.encoders.vae import Latents
 from model.errors import ModelError, hint
+from model.files.weights import read_meta
 from model.flops import train_flops_per_image
-from model.flow import FORMULATIONS, Formulation
-from model.grids import level_at, over_sigma, sampling_grid
-from model.paths import EDM
-from model.text import TextSpec
-from model.trunk import TokenConfig
-from model.vae import Latents
-from model.weights import read_meta
 
 RESOLUTIONS = (256, 512, 1024)
 # SD3's: pixels per latent pixel, 77 CLIP and 77 T5 tokens.

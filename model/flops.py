@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.trunk import TokenConfig
+    from model.backbones.trunk import TokenConfig
 
 
 def forward_flops_per_image(config: TokenConfig, height: int, width: int, text_tokens: int) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.weights import META_KEY, load_weights, save_weights
+from model.files.weights import META_KEY, load_weights, save_weights
 
 PART = ".lora."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

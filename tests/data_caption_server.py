@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
 
-from data_pipeline.captioner_spec import CaptionerSpec
-from data_pipeline.captioners import open_captioner
+from data_pipeline.captions.captioners import open_captioner
+from data_pipeline.captions.spec import CaptionerSpec
 
 
 def serve(port: int, key: str) -> None:

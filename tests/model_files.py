@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.mmdit import MMDiTConfig
-from model.weights import save_weights
+from model.backbones.mmdit import MMDiTConfig
+from model.files.weights import save_weights
 
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 DUAL = MMDiTConfig.from_json({**CONFIG.to_json(), "depth": 3, "dual_attention": [0]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.flow import FORMULATIONS, Formulation
+from model.diffusion.flow import FORMULATIONS, Formulation
 
 
 def _kind(form: Formulation) -> tuple[type, str, str]:

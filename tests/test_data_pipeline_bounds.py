@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline.index import read_split
-from data_pipeline.layout import SampleLayout
-from data_pipeline.loader import open_dataset
-from data_pipeline.pack import read_proofs
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.loading.index import read_split
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.layout import SampleLayout
+from data_pipeline.packing.pack import read_proofs
+from data_pipeline.packing.shards import largest_sample
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import SD3_TEXT, world
-from data_pipeline.runner import Workers
-from data_pipeline.shards import largest_sample
-from data_pipeline.sources import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.scenes import make_scene
 
 MIB = 2**20
@@ -80,11 +80,11 @@ def test_sd3s_samples_of_two_full_captions_make_shards_of_500():
 
 INGEST = """
 import json, resource, sys
-from data_pipeline.columns import Column
-from data_pipeline.ingest import Ingest
+from data_pipeline.flow.columns import Column
+from data_pipeline.sources.ingest import Ingest
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources import parse_source, source_to_json
-from data_pipeline.tasks import IngestTask
+from data_pipeline.sources.formats import parse_source, source_to_json
+from data_pipeline.flow.tasks import IngestTask
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

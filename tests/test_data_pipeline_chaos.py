@@ -17,12 +17,12 @@ from data_faulty_proxy import FaultyProxy
 from data_kill_points import POINTS, is_of, struck
 from PIL import Image
 
-from data_pipeline.index import read_table
-from data_pipeline.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.loading.index import read_table
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers
-from data_pipeline.sources import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.__main__ import main
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
 from infra.errors import UnavailableError, UserError, run_cli
 from model.errors import ModelError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.runner import Workers, _pool
+from data_pipeline.flow.runner import Workers, _pool
 from infra.job import Job
 from infra.launch import TARGETS
 

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from data_pipeline.crew import Crew
-from data_pipeline.runner import Workers
+from data_pipeline.flow.crew import Crew
+from data_pipeline.flow.runner import Workers
 
 
 @dataclass(frozen=True)

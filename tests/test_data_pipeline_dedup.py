@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.dedup import Dedup
-from data_pipeline.embed import EmbedStage, load_embedder, thumbnail
-from data_pipeline.semantic import Semantic, aligned_difference, thumb_crops
-from data_pipeline.stage import ShardView
+from data_pipeline.curation.dedup import Dedup
+from data_pipeline.curation.embed import EmbedStage, load_embedder, thumbnail
+from data_pipeline.curation.semantic import Semantic, aligned_difference, thumb_crops
+from data_pipeline.flow.stage import ShardView
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 

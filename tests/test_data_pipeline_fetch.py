@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.columns import Column, read_part
-from data_pipeline.fetch import Fetch, FetchError, _public, fetch
-from data_pipeline.ingest import Ingest
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.columns import Column, read_part
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers
-from data_pipeline.source_layouts import Cc12mSource, fetch_rows
-from data_pipeline.sources import Source, parse_source, source_from_json, source_to_json
+from data_pipeline.sources.fetch import Fetch, FetchError, _public, fetch
+from data_pipeline.sources.formats import Source, parse_source, source_from_json, source_to_json
+from data_pipeline.sources.ingest import Ingest
+from data_pipeline.sources.layouts import Cc12mSource, fetch_rows
 from infra.errors import UserError
 
 

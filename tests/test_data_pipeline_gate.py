@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data_pipeline.filters import Thresholds
-from data_pipeline.gate import Gate
-from data_pipeline.keep import keep_report, keep_table
-from data_pipeline.pipeline import Outcome, Pipeline
+from data_pipeline.curation.filters import Thresholds
+from data_pipeline.curation.gate import Gate
+from data_pipeline.curation.keep import keep_report, keep_table
+from data_pipeline.curation.scores import SCORERS, ScoreStage, caption_quality
+from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import Plan, build_columns, world
-from data_pipeline.runner import Workers
-from data_pipeline.scores import SCORERS, ScoreStage, caption_quality
-from data_pipeline.sources import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 
@@ -153,7 +153,7 @@ def test_the_nsfw_column_is_the_classifiers_own_number():
 
 def test_an_aesthetic_head_reads_clip_features(tmp_path):
     from data_pipeline.checkpoints import resolve
-    from data_pipeline.embed import load_embedder
+    from data_pipeline.curation.embed import load_embedder
 
     weight = np.random.default_rng(0).normal(size=(1, 128)).astype(np.float32)
     save_file({"weight": weight, "bias": np.array([5.0], np.float32)}, tmp_path / "head.safetensors")
@@ -193,7 +193,7 @@ def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpret
     script = """
 import os
 import pyarrow as pa
-from data_pipeline.index import read_table, table_bytes
+from data_pipeline.loading.index import read_table, table_bytes
 table = pa.table({name: list(range(5000)) for name in "abcdefgh"})
 data, threads = table_bytes(table), lambda: len(os.listdir("/proc/self/task"))
 before = threads()

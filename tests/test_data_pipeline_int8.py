@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from data_pipeline.layout import SampleLayout, quantise
-from data_pipeline.loader import open_dataset
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.layout import SampleLayout, quantise
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import build_columns, world
-from data_pipeline.runner import Workers
-from data_pipeline.sources import parse_source
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
-from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
-from model.text import EncoderSpec, TextSpec
+from model.encoders.text import EncoderSpec, TextSpec
 
 PAPER_KB = 65.5 + 121.3 + 202.2 + 630.8  # SD3's Table 7: autoencoder, CLIP-L, CLIP-G and T5 of one caption
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers
-from data_pipeline.sources import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.write import write_world
 
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)
@@ -60,7 +60,7 @@ def cluster(monkeypatch) -> Iterator:
 GROWS = """
 import time
 import ray
-from data_pipeline.runner import Workers, run_tasks
+from data_pipeline.flow.runner import Workers, run_tasks
 
 class Where:
     def open(self):

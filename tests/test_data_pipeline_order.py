@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Exceptions, Order
+from data_pipeline.loading.order import Exceptions, Order
 from infra.errors import UserError
 
 shapes = st.dictionaries(

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.verify import verify
 from data_pipeline.pairs import Pair, Partners, read_pairs, rejected_split, write_pairs
 from data_pipeline.plans import WORLD_TEXT, vae_meta
 from data_pipeline.schema import read_dataset_info
 from data_pipeline.synthetic import write_synthetic
-from data_pipeline.verify import verify
 from infra.errors import UserError
 
 
@@ -121,7 +121,7 @@ def test_own_pictures_become_shards_that_the_tools_read(written):
 
 def test_its_text_is_what_evaluation_gives_the_model(written):
     from data_pipeline.checkpoints import resolve
-    from model.encoders import load_text_encoders
+    from model.encoders.networks import load_text_encoders
 
     batch = open_dataset(written).read([0, 1])
     text = load_text_encoders(WORLD_TEXT, resolve).condition(batch.captions)

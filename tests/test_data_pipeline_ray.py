@@ -22,12 +22,12 @@ import yaml
 from data_kill_points import POINTS
 from ray import cloudpickle
 
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers, run_tasks
+from data_pipeline.flow.tasks import ColumnTask
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers, run_tasks
-from data_pipeline.sources import parse_source
-from data_pipeline.tasks import ColumnTask
-from data_pipeline.verify import verify
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
@@ -169,7 +169,7 @@ class StruckTask(ColumnTask):
 @pytest.mark.dist
 def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, reference, ray_cluster, monkeypatch):
     monkeypatch.setattr(StruckTask, "marks", str(tmp_path), raising=False)
-    monkeypatch.setattr("data_pipeline.pipeline.ColumnTask", StruckTask)
+    monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", StruckTask)
     root = tmp_path / "data"
     outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
@@ -202,7 +202,7 @@ class WatchedTask(ColumnTask):
         import ray
 
         from data_pipeline import caption, stage
-        from model.vae import Latents
+        from model.encoders.vae import Latents
 
         folder, mine = Path(self.folder), f"{os.getpid()}"
 
@@ -247,8 +247,8 @@ def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_foll
     folder = tmp_path / "seen"
     folder.mkdir()
     monkeypatch.setattr(WatchedTask, "folder", str(folder), raising=False)
-    monkeypatch.setattr("data_pipeline.pipeline.ColumnTask", WatchedTask)
-    monkeypatch.setattr("data_pipeline.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
+    monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", WatchedTask)
+    monkeypatch.setattr("data_pipeline.flow.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
     pipeline = Pipeline(PLAN, str(tmp_path / "data"), parse_source(f"wds:{raw}"), workers=Workers(0))
     verdicts = pipeline.run_gate()
     monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)

@@ -16,17 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.fetch import Fetch
-from data_pipeline.index import read_split
-from data_pipeline.loader import open_dataset
-from data_pipeline.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.flow.summary import summary
+from data_pipeline.loading.index import read_split
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.publish import write_rejected
+from data_pipeline.packing.verify import verify
 from data_pipeline.plans import Plan, vae_meta, world
-from data_pipeline.publish import write_rejected
-from data_pipeline.runner import Workers
 from data_pipeline.schema import read_dataset_info
-from data_pipeline.sources import parse_source, parse_sources
-from data_pipeline.summary import summary
-from data_pipeline.verify import verify
+from data_pipeline.sources.fetch import Fetch
+from data_pipeline.sources.formats import parse_source, parse_sources
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError
@@ -131,8 +131,8 @@ def test_the_dataset_trains_and_validates(made):
 
 def test_stored_features_are_those_of_the_encoders_alone(made):
     from data_pipeline.checkpoints import resolve
-    from model.encoders import load_text_encoders
-    from model.vae import load_vae
+    from model.encoders.networks import load_text_encoders
+    from model.encoders.vae import load_vae
 
     root, _ = made
     dataset = open_dataset(str(root), split="val")
@@ -336,7 +336,7 @@ def test_what_verify_names_is_deleted_and_the_same_command_repairs_it(made, raw,
 
 def test_a_lost_shard_that_another_version_packs_otherwise_has_a_new_proof(made, raw, copy, monkeypatch):
     next((copy / "train").rglob("*.tar")).unlink()
-    monkeypatch.setattr("data_pipeline.shards._RECORD", 512)
+    monkeypatch.setattr("data_pipeline.packing.shards._RECORD", 512)
     assert set(run(copy, raw).computed) == {"pack"}
     assert run(copy, raw).computed == {}
     assert verify(str(copy)).problems == []

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.columns import Column, read_part
-from data_pipeline.fetch import Fetch
-from data_pipeline.ingest import Ingest
-from data_pipeline.sources import parse_source, parse_sources, source_from_json, source_to_json
+from data_pipeline.flow.columns import Column, read_part
+from data_pipeline.sources.fetch import Fetch
+from data_pipeline.sources.formats import parse_source, parse_sources, source_from_json, source_to_json
+from data_pipeline.sources.ingest import Ingest
 from infra import storage
 from infra.errors import UnavailableError, UserError
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
-from data_pipeline.caption import caption_images, judge
-from data_pipeline.dedup import Dedup, SignatureStage, first_of_near
-from data_pipeline.filters import FilterStage, MeasureStage, Thresholds, clean_caption
-from data_pipeline.generations import keep_published
-from data_pipeline.images import ImageError, cover_crop, decode
-from data_pipeline.pack import Output, RowRun, make_plan, plan_table, read_outputs
-from data_pipeline.publish import assign_splits, draw_of
+from data_pipeline.captions.column import caption_images, judge
+from data_pipeline.curation.dedup import Dedup, SignatureStage, first_of_near
+from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
+from data_pipeline.flow.stage import ShardView
+from data_pipeline.flow.verdicts import ok_rows, overruled, rejected, totals, verdict_table
+from data_pipeline.packing.generations import keep_published
+from data_pipeline.packing.pack import Output, RowRun, make_plan, plan_table, read_outputs
+from data_pipeline.packing.publish import assign_splits, draw_of
 from data_pipeline.schema import Part, row_ranges
-from data_pipeline.stage import ShardView
-from data_pipeline.verdicts import ok_rows, overruled, rejected, totals, verdict_table
+from data_pipeline.sources.images import ImageError, cover_crop, decode
 from infra.errors import UserError
 
 

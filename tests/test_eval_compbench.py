@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.compbench import (
+from eval.compbench.language import GrammarReader, SpacyReader
+from eval.compbench.rules import (
     Seen,
     asked_chunks,
     blip_vqa,
@@ -19,7 +20,6 @@ from eval.compbench import (
     spatial_3d,
     three_in_one,
 )
-from eval.language import GrammarReader, SpacyReader
 from infra.errors import UserError
 
 LEFT, RIGHT, HIGH, LOW = [0, 40, 20, 60], [80, 45, 100, 65], [40, 0, 60, 20], [45, 80, 65, 100]
@@ -183,7 +183,7 @@ def test_detector_frame():
 
 
 def test_answers_are_written_as_officially_and_read_back(tmp_path):
-    from eval.compbench_files import read_answers, write_answers
+    from eval.compbench.files import read_answers, write_answers
 
     assert write_answers(tmp_path / "vqa_result.json", [0.12345, 1.0], as_text=True) == pytest.approx(0.56175)
     assert (tmp_path / "vqa_result.json").read_text() == (

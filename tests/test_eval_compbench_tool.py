@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from eval.compbench import Seen, position_2d, position_3d
-from eval.compbench_evidence import Evidence, answer
-from eval.compbench_files import read_answers, sample_name
-from eval.compbench_stored import Words, read_stored, stored_line
-from eval.compbench_tool import judge, merge, score
-from eval.depth import DptDepth, to_frame
+from eval.compbench.evidence import Evidence, answer
+from eval.compbench.files import read_answers, sample_name
+from eval.compbench.rules import Seen, position_2d, position_3d
+from eval.compbench.stored import Words, read_stored, stored_line
+from eval.compbench.tool import judge, merge, score
 from eval.judges import OfficialPaths, build_judges
-from eval.open_vocabulary import OpenVocabularyDetector
+from eval.networks.depth import DptDepth, to_frame
+from eval.networks.open_vocabulary import OpenVocabularyDetector
 from eval.pictures import write_picture
 from infra.errors import UserError
 
@@ -156,7 +156,7 @@ def english():
 
 
 def test_the_metric_has_3d_spatial_where_there_is_a_depth_network(tmp_path, dpt):
-    from eval.compbench_metric import CompBench
+    from eval.compbench.metric import CompBench
 
     (tmp_path / "3d_spatial_val.txt").write_text("a dog behind a cat\n")
     (tmp_path / "color_val.txt").write_text("a red dog\n")

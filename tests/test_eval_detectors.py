@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from eval.calibrate import control_image
-from eval.detectors import TransformersDetector, mask_box
-from eval.geneval_files import write_folder
-from eval.geneval_tool import judge, score
+from eval.geneval.files import write_folder
+from eval.geneval.tool import judge, score
 from eval.judges import build_judges
+from eval.networks.detectors import TransformersDetector, mask_box
 from eval.prompts import world_geneval_prompts
 from infra.errors import UserError
 
@@ -116,8 +116,8 @@ def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
 
 
 def test_a_scorer_without_weights_is_one_line(tmp_path):
-    from eval.clip_model import ClipModel
-    from eval.vqa import BlipVQA
+    from eval.networks.clip_model import ClipModel
+    from eval.networks.vqa import BlipVQA
 
     for build in (TransformersDetector, ClipModel, BlipVQA):
         with pytest.raises(UserError, match=r"no .* at"):

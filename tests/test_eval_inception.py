@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from eval.fid import FeatureDistance, inception_fid
-from eval.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
 from eval.judges import OfficialPaths, build_judges
 from eval.metric import Prompt, Sample
+from eval.networks.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
 from eval.pictures import write_picture
 from eval.prompt_files import read_coco, read_prompts, reference_files
 from infra.errors import UserError

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.verify import verify
 from data_pipeline.pairs import Partners
 from data_pipeline.plans import WORLD_TEXT, vae_meta
-from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
 from eval.generate import Painter, Sampling
 from eval.judges import build_judges
 from eval.pairs import PairOptions, by_clip, by_vqa, pairs, ranked, world_prompts
 from eval.prompts import world_compbench_prompts, world_geneval_prompts
 from infra.errors import UserError
-from model.mmdit import MMDiTConfig
-from model.weights import save_weights
+from model.backbones.mmdit import MMDiTConfig
+from model.files.weights import save_weights
 
 
 def test_prompts_of_the_world_are_none_that_are_evaluated():

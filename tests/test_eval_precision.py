@@ -12,8 +12,8 @@ from eval.generate import Job, Painter, Sampling
 from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack
 from eval.protocol import protocol_hash
 from model.backbone import BACKBONES
-from model.layers import MLP
-from model.text import TextCond
+from model.backbones.layers import MLP
+from model.encoders.text import TextCond
 
 PACKED = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products: nothing is packed on it"

@@ -9,14 +9,14 @@ from xml.etree import ElementTree as ET
 import pytest
 from eval_runs import LAW, grid, write_calibration, write_ladder, write_run
 
-from eval import report as reporting
-from eval.figure_style import count_text, log_ticks, power_text, ramp, spread
-from eval.figures import Line, loss_curves, render
-from eval.report import analyse, label_runs, markdown_text, page_context, to_json, write_report
-from eval.report_data import read_runs
-from eval.report_figures import draw_all
-from eval.report_findings import duration, score_findings, tiles
-from eval.report_series import Comparison, Point, Task
+from eval.report import build as reporting
+from eval.report.build import analyse, label_runs, markdown_text, page_context, to_json, write_report
+from eval.report.data import read_runs
+from eval.report.figures import draw_all
+from eval.report.findings import duration, score_findings, tiles
+from eval.report.plots import Line, loss_curves, render
+from eval.report.series import Comparison, Point, Task
+from eval.report.style import count_text, log_ticks, power_text, ramp, spread
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore

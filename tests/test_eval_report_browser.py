@@ -4,7 +4,7 @@ import pytest
 from eval_browser import chromium
 from eval_runs import write_ladder
 
-from eval.report import write_report
+from eval.report.build import write_report
 
 
 @pytest.mark.timeout(300)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from eval_runs import write_ladder, write_run
 
-from eval.report import analyse, write_report
-from eval.report_data import read_runs
-from eval.report_predict import predict
+from eval.report.build import analyse, write_report
+from eval.report.data import read_runs
+from eval.report.predict import predict
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from eval.compbench_files import read_samples
+from eval.compbench.files import read_samples
 from eval.generate import Job, Painter, Sampling
-from eval.geneval_files import check_complete, read_folders
-from eval.metric import METRICS, Clusters, Prompt, Score
+from eval.geneval.files import check_complete, read_folders
+from eval.metric import Clusters, Prompt, Score
+from eval.metrics import METRICS
 from eval.prompts import world_geneval_prompts
 from eval.protocol import protocol_hash, protocol_of
 from eval.run import RunOptions, find_checkpoints, parse_metrics, run
 from eval.sample import expand, sample
 from infra.errors import UserError
 from infra.results import ResultStore
-from model.mmdit import MMDiTConfig
-from model.text import EncoderSpec, TextSpec
-from model.weights import save_weights
+from model.backbones.mmdit import MMDiTConfig
+from model.encoders.text import EncoderSpec, TextSpec
+from model.files.weights import save_weights
 
 QUICK = Sampling(steps=2, guidance=2.0, batch=4)
 SPEC = TextSpec(
@@ -90,8 +91,8 @@ def test_guidance_and_the_unconditional_input_matter(painter):
 
 def test_leaving_t5_out_puts_zeros_in_its_seat(painter, tmp_path):
     from data_pipeline.checkpoints import resolve
-    from model.encoders import load_text_encoders
-    from model.text import assemble
+    from model.encoders.networks import load_text_encoders
+    from model.encoders.text import assemble
 
     texts = ["a red dog", "a cat"]
     features = load_text_encoders(SPEC, resolve).encode(texts)
@@ -156,7 +157,7 @@ def test_checkpoints_are_shared_by_ray_workers_and_measured_once(tmp_path):
 
 def test_weights_that_cannot_be_drawn_with_say_what_they_lack(tmp_path):
     path = export(tmp_path / "ema.safetensors", seed=1)
-    from model.weights import load_weights
+    from model.files.weights import load_weights
 
     state, meta = load_weights(path)
     save_weights(path, state, {k: v for k, v in meta.items() if k not in ("vae", "text_spec")})
@@ -381,7 +382,7 @@ def test_metrics_are_a_literal_of_known_names():
 
 def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     """Same samples, noise and protocol hash as trainer/validate.py, so that rows of both can be compared."""
-    from data_pipeline.loader import open_dataset
+    from data_pipeline.loading.loader import open_dataset
     from data_pipeline.synthetic import TINY_TEXT, write_synthetic
     from eval.val_loss import val_loss
     from trainer.recipe import Recipe, Validation
@@ -392,7 +393,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     torch.manual_seed(0)
     state = {k: v + 0.05 * torch.randn_like(v) for k, v in config.build().state_dict().items()}
     path = export(tmp_path / "ema.safetensors")
-    from model.weights import read_meta
+    from model.files.weights import read_meta
 
     meta = read_meta(path) | {
         "config": config.to_json(),

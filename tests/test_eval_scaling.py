@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from eval.correlation import across_runs, equal_images, within_runs
-from eval.scaling import (
+from eval.scaling.correlation import across_runs, equal_images, within_runs
+from eval.scaling.intervals import bootstrap
+from eval.scaling.laws import (
     Curve,
     Law,
     Points,
@@ -24,7 +25,6 @@ from eval.scaling import (
     thin,
     too_little,
 )
-from eval.scaling_intervals import bootstrap
 
 IMAGES = np.geomspace(1e4, 1e6, 10)
 # (E, A, alpha, B, beta): Chinchilla's published fit, its replication, and one at the scale of the world's losses.

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from eval.report_law import COVERAGE
-from eval.scaling_coverage import Ladder, study
+from eval.report.law import COVERAGE
+from eval.scaling.coverage import Ladder, study
 
 
-@pytest.mark.skipif(not COVERAGE.exists(), reason="not published yet: python -m eval.scaling_coverage (minutes)")
+@pytest.mark.skipif(not COVERAGE.exists(), reason="not published yet: python -m eval.scaling.coverage (minutes)")
 def test_the_published_coverage_is_what_it_should_be():
     told = json.loads(COVERAGE.read_text())
     assert told["trials"] >= 1000

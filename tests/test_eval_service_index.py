@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from eval_runs import write_calibration, write_run
 
-from eval.report_data import read_runs
-from eval.report_series import compare
+from eval.report.data import read_runs
+from eval.report.series import compare
 from eval.service import views
 from eval.service.index import Index
 from infra import storage

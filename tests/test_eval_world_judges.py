@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from eval.calibrate import control_image
-from eval.compbench_metric import CompBench
-from eval.geneval_metric import GenEval
+from eval.compbench.metric import CompBench
+from eval.geneval.metric import GenEval
 from eval.judges import build_judges
 from eval.metric import Sample
 from eval.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts

@@ -17,8 +17,8 @@ OWNERS = {
     "deepspeed": ("trainer/zero/",),
     "s3fs": ("infra/storage.py",),
     "fsspec": ("infra/storage.py",),
-    "webdataset": ("data_pipeline/shards.py",),
-    "ray": ("data_pipeline/runner.py", "trainer/workers.py", "infra/launch/", "infra/doctor.py"),
+    "webdataset": ("data_pipeline/packing/shards.py",),
+    "ray": ("data_pipeline/flow/runner.py", "trainer/ladders/workers.py", "infra/launch/", "infra/doctor.py"),
 }
 APEX_PACKAGES = {"model", "trainer"}
 

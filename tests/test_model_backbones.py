@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from data_pipeline.buckets import bucket_table
 from model.backbone import BACKBONES, config_from_json
+from model.backbones.norms import apex_available, layer_norm, rms_norm
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.norms import apex_available, layer_norm, rms_norm
-from model.text import TextCond
 from trainer.zero.engine import compile_blocks
 
 SMALL = {

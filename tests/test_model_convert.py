@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.__main__ import main
-from model.convert import convert
+from model.backbones.mmdit import MMDiTConfig
 from model.describe import describe
+from model.encoders.text import EncoderSpec, TextSpec
 from model.errors import ModelError
-from model.mmdit import MMDiTConfig
-from model.names import SD3_PREFIX, to_diffusers, to_sd3
-from model.text import EncoderSpec, TextSpec
-from model.weights import META_KEY, load_weights, read_meta, save_weights
+from model.files.convert import convert
+from model.files.names import SD3_PREFIX, to_diffusers, to_sd3
+from model.files.weights import META_KEY, load_weights, read_meta, save_weights
 
 
 @pytest.fixture(autouse=True)

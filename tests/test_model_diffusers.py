@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from model.convert import convert
+from model.diffusion.sampler import sample
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.sampler import sample
-from model.text import TextCond
-from model.weights import load_model, load_weights
+from model.files.convert import convert
+from model.files.weights import load_model, load_weights
 
 BORN = {
     "sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 64,

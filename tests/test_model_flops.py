@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.backbone import BACKBONES, config_from_json
-from model.cross_dit import CrossDiTConfig
+from model.backbones.cross_dit import CrossDiTConfig
+from model.backbones.mmdit import MMDiTConfig
+from model.backbones.mmdit3 import MMDiT3Config
+from model.backbones.uvit import UViTConfig
+from model.encoders.text import TextCond
 from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
-from model.mmdit import MMDiTConfig
-from model.mmdit3 import MMDiT3Config
-from model.text import TextCond
-from model.uvit import UViTConfig
 
 SMALL = {"in_channels": 4, "context_width": 48, "pooled_width": 24, "pos_max": 16, "pos_tokens": 8, "pos_base": 8}
 NEEDED = {"mmdit3": {"clip_tokens": 3}}

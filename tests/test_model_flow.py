@@ -10,12 +10,12 @@ import torch
 from model_kinds import KINDS
 from torch import Tensor
 
+from model.diffusion.flow import FORMULATIONS, STUDY, Formulation, get_formulation
+from model.diffusion.grids import sampling_grid
+from model.diffusion.paths import Linear
+from model.diffusion.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
 from model.errors import ModelError
-from model.flow import FORMULATIONS, STUDY, Formulation, get_formulation
-from model.grids import sampling_grid
-from model.paths import Linear
 from model.seeding import keyed_uniform
-from model.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
 
 ALL = list(FORMULATIONS)
 DENSITY_NAMES = ["uniform", "cosmap", "lognorm(-1,0.2)", "lognorm(0,1)", "lognorm(1,2.2)"] + [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import config_from_json
-from model.mmdit import MMDiTConfig
-from model.names import config_of_diffusers, diffusers_config, sd3_name, to_diffusers
-from model.text import TextCond
+from model.backbones.mmdit import MMDiTConfig
+from model.encoders.text import TextCond
+from model.files.names import config_of_diffusers, diffusers_config, sd3_name, to_diffusers
 
 SMALL = {"depth": 3, "in_channels": 4, "context_width": 48, "pooled_width": 24}
 GRID = {"pos_max": 12, "pos_tokens": 8, "pos_base": 8}
@@ -136,7 +136,7 @@ def test_released_models_fit(name: str) -> None:
 
 
 def test_names_of_the_released_single_files() -> None:
-    """Spot checks in Stability's dialect; the rest follows from the table in model/names.py."""
+    """Spot checks in Stability's dialect; the rest follows from the table in model/files/names.py."""
     assert isinstance(config_from_json("mmdit", {"depth": 24, "dual_attention": list(range(13))}), MMDiTConfig)
     for ours, theirs in (
         ("blocks.3.image.qkv.norm_q.weight", "joint_blocks.3.x_block.attn.ln_q.weight"),

@@ -8,10 +8,10 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import SHORT, attend
-from model.mmdit import MMDiTConfig
-from model.norms import RMSNorm
-from model.text import TextCond
+from model.backbones.attention import SHORT, attend
+from model.backbones.mmdit import MMDiTConfig
+from model.backbones.norms import RMSNorm
+from model.encoders.text import TextCond
 
 
 @pytest.fixture(autouse=True)

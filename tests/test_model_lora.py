@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 from model.backbone import BACKBONES
+from model.backbones.mmdit import MMDiTConfig
+from model.encoders.text import TextCond
 from model.errors import ModelError
+from model.files.names import adapter_to_diffusers, diffusers_config, to_diffusers
+from model.files.weights import load_weights, save_weights
 from model.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -21,10 +25,6 @@ from model.lora import (
     peft_name,
     switched_off,
 )  # fmt: skip
-from model.mmdit import MMDiTConfig
-from model.names import adapter_to_diffusers, diffusers_config, to_diffusers
-from model.text import TextCond
-from model.weights import load_weights, save_weights
 
 RANK, ALPHA = 4, 6.0
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)

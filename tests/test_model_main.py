@@ -13,8 +13,8 @@ from torch import Tensor
 from model.__main__ import main
 from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
-from model.flow import FORMULATIONS, STUDY
-from model.text import TextCond
+from model.diffusion.flow import FORMULATIONS, STUDY
+from model.encoders.text import TextCond
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

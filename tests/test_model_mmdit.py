@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.backbones.mmdit import MMDiT, MMDiTConfig
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.mmdit import MMDiT, MMDiTConfig
-from model.names import diffusers_config, from_diffusers, to_diffusers
-from model.text import TextCond
+from model.files.names import diffusers_config, from_diffusers, to_diffusers
 
 BASE = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from model.mmdit import MMDiTConfig
+from model.backbones.mmdit import MMDiTConfig
+from model.encoders.text import TextCond
 from model.probe import AttentionProbe, attention_seen
-from model.text import TextCond
 
 CONFIG = MMDiTConfig(depth=3, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 

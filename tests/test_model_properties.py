@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.flow import FORMULATIONS, get_formulation
-from model.grids import sampling_grid
-from model.layers import unpatchify
-from model.mmdit import MMDiTConfig
-from model.names import from_diffusers, from_sd3, to_diffusers, to_sd3
-from model.position import PositionTable
-from model.text import EncodedText, EncoderSpec, TextSpec, assemble, unconditional
-from model.timesteps import resolution_shift
+from model.backbones.layers import unpatchify
+from model.backbones.mmdit import MMDiTConfig
+from model.backbones.position import PositionTable
+from model.diffusion.flow import FORMULATIONS, get_formulation
+from model.diffusion.grids import sampling_grid
+from model.diffusion.timesteps import resolution_shift
+from model.encoders.text import EncodedText, EncoderSpec, TextSpec, assemble, unconditional
+from model.files.names import from_diffusers, from_sd3, to_diffusers, to_sd3
 
 quick = settings(max_examples=30, deadline=None)
 inside = st.floats(0.01, 0.99)

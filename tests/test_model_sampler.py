@@ -11,12 +11,12 @@ from model_kinds import KINDS
 from scipy.stats import norm
 from torch import Tensor
 
+from model.diffusion.flow import TARGETS, Formulation, get_formulation, like
+from model.diffusion.grids import sampling_grid
+from model.diffusion.paths import EDM, Linear
+from model.diffusion.sampler import sample, solve
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.flow import TARGETS, Formulation, get_formulation, like
-from model.grids import sampling_grid
-from model.paths import EDM, Linear
-from model.sampler import sample, solve
-from model.text import TextCond
 
 # A mixture of two Gaussians in one dimension: the flow is the quantile map, so single answers are known too.
 WEIGHT, MEAN, STD = (torch.tensor(x, dtype=torch.float64) for x in ([0.3, 0.7], [-1.2, 0.5], [0.2, 0.3]))

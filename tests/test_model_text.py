@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.encoders import load_text_encoders
+from model.encoders.networks import load_text_encoders
+from model.encoders.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble, sd3_text_spec, unconditional
 from model.errors import ModelError
-from model.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble, sd3_text_spec, unconditional
 
 CAPTIONS = ["a photo of a red apple", "two cats", ""]
 WORDS = ["a", "photo", "of", "red", "apple", "two", "cats"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.diffusion.flow import FORMULATIONS, get_formulation
+from model.diffusion.validation import VAL_PROTOCOLS, get_protocol, validation_losses
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.flow import FORMULATIONS, get_formulation
 from model.seeding import Normal, QuickNormal, keyed_normal, keyed_uniform
-from model.text import TextCond
-from model.validation import VAL_PROTOCOLS, get_protocol, validation_losses
 
 
 class Batch(NamedTuple):

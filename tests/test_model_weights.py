@@ -13,14 +13,14 @@ from model_files import CONFIG, DUAL, META, load_pipeline, saved, weights_of, wr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model.convert import convert
-from model.encoders import load_text_encoders
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.sampler import sample
+from model.encoders.networks import load_text_encoders
+from model.encoders.text import TextCond, TextSpec, sd3_text_spec
 from model.errors import ModelError
-from model.mmdit import MMDiTConfig
-from model.names import full_positions, to_sd3
-from model.sampler import sample
-from model.text import TextCond, TextSpec, sd3_text_spec
-from model.weights import load_model, load_weights, read_meta, save_weights
+from model.files.convert import convert
+from model.files.names import full_positions, to_sd3
+from model.files.weights import load_model, load_weights, read_meta, save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ def test_exported_pipeline_loads_silently_and_denoises_alike(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("channels", [4, 16])
 def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path, channels: int) -> None:
-    from model.vae import Latents, load_vae
+    from model.encoders.vae import Latents, load_vae
 
     vae = load_vae(write_vae(tmp_path / "vae", channels))
     latents = Latents.of(vae)

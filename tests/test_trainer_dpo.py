@@ -15,21 +15,21 @@ from safetensors import safe_open
 from trainer_dpo_checks import VARIANTS
 from trainer_launch import TINY, run_ranks
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.pairs import Partners
 from data_pipeline.synthetic import write_synthetic
 from infra.errors import UserError
 from infra.results import ResultStore
-from model.flow import get_formulation
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.flow import get_formulation
+from model.files.weights import load_weights, read_meta, save_weights
 from model.lora import add_adapters, is_adapter, merge_files, switched_off
-from model.mmdit import MMDiTConfig
 from model.seeding import keyed_normal, keyed_uniform
-from model.weights import load_weights, read_meta, save_weights
 from trainer.__main__ import main
-from trainer.adapter import DIFFUSERS_ADAPTER
+from trainer.checks.preflight import with_init
 from trainer.dpo import preference
-from trainer.plan import make_plan
-from trainer.preflight import with_init
+from trainer.exports.adapter import DIFFUSERS_ADAPTER
+from trainer.planning.plan import make_plan
 from trainer.recipe import DPO, LoRA, Recipe, check
 from trainer.recipes import get_recipe
 

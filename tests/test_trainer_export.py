@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from trainer_launch import ROOT
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.schema import DatasetInfo
 from data_pipeline.synthetic import write_synthetic
 from infra import storage
-from model.convert import convert
+from model.backbones.mmdit import MMDiTConfig
 from model.errors import ModelError
-from model.mmdit import MMDiTConfig
-from model.weights import load_weights, read_meta
-from trainer.export import Weights, export_as, write_as
+from model.files.convert import convert
+from model.files.weights import load_weights, read_meta
+from trainer.exports.export import Weights, export_as, write_as
 from trainer.recipes import get_recipe
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
@@ -80,7 +80,7 @@ def test_every_format_on_a_disk_and_on_s3_holds_the_same_bits(run, info, s3, tmp
     from diffusers import SD3Transformer2DModel
 
     if parts > 1:
-        monkeypatch.setattr("model.pipeline.MAX_FILE", 5_000_000)
+        monkeypatch.setattr("model.files.pipeline.MAX_FILE", 5_000_000)
     monkeypatch.setattr(storage, "localize", None)  # nothing that was sent is fetched again
     for place in (str(tmp_path), s3):
         for form, name in FORMATS:
@@ -113,7 +113,7 @@ def test_every_format_on_a_disk_and_on_s3_holds_the_same_bits(run, info, s3, tmp
 def test_files_of_an_earlier_split_do_not_stay(run, info, tmp_path, monkeypatch):
     given = {"kind": "raw", "profile": None, "info": info, "run": str(run), "out": str(tmp_path / "folder")}
     for size in (5_000_000, 10**10):
-        monkeypatch.setattr("model.pipeline.MAX_FILE", size)
+        monkeypatch.setattr("model.files.pipeline.MAX_FILE", size)
         export_as("diffusers", str(run / "checkpoints" / "step_0000001"), **given)
     found = {path.name for path in (tmp_path / "folder" / "transformer").iterdir()}
     assert found == {"config.json", "diffusion_pytorch_model.safetensors"}

@@ -16,9 +16,9 @@ from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
 from data_pipeline import synthetic
 from infra import storage
-from trainer.guard import ENOUGH, problem_of, suspects_of
 from trainer.recipe import Guard
-from trainer.watch import Watch
+from trainer.watching.guard import ENOUGH, problem_of, suspects_of
+from trainer.watching.watch import Watch
 from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
@@ -129,7 +129,7 @@ SEED = 4
 
 def batch_numbers(path: Path, step: int) -> set[int]:
     """Numbers of the samples in a global batch."""
-    from data_pipeline.loader import open_dataset
+    from data_pipeline.loading.loader import open_dataset
 
     batches = open_dataset(str(path)).batches(seed=SEED, start=step * 8, global_batch=8)
     keys = next(batches).keys
@@ -181,7 +181,7 @@ class Store:
 
 
 def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.watch.BEAT_S", 0.1)
+    monkeypatch.setattr("trainer.watching.watch.BEAT_S", 0.1)
     store = Store()
     ranks = [Watch(Group(r, 2, torch.device("cpu")), str(tmp_path), stall_s=1.5, store=store) for r in range(2)]
     for rank in ranks:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from model.backbone import BACKBONES
+from model.encoders.text import TextCond
 from model.probe import AttentionProbe
-from model.text import TextCond
-from trainer.machines import get_machine
-from trainer.monitor import BINS, Monitor
 from trainer.objective import Losses
+from trainer.planning.machines import get_machine
 from trainer.recipe import Data, Recipe
+from trainer.watching.monitor import BINS, Monitor
 from trainer.zero.group import Group
 
 SOLO = Group(0, 1, torch.device("cpu"))

@@ -10,9 +10,9 @@ import pytest
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from trainer.__main__ import main
-from trainer.machines import get_machine, this_machine
-from trainer.plan import layers, make_plan
-from trainer.reality import Calibration, calibrate, goal_of, graded, missed, waiting_of
+from trainer.planning.machines import get_machine, this_machine
+from trainer.planning.plan import layers, make_plan
+from trainer.planning.reality import Calibration, calibrate, goal_of, graded, missed, waiting_of
 from trainer.recipe import Optimizer, Parallel, Recipe
 from trainer.recipes import get_recipe
 

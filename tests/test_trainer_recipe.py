@@ -12,19 +12,19 @@ import torch
 
 from infra.errors import UserError, run_cli
 from model.backbone import BACKBONES
-from model.dit import DiTConfig
+from model.backbones.dit import DiTConfig
+from model.backbones.mmdit import MMDiTConfig
 from model.errors import ModelError
 from model.flops import parameter_count
-from model.mmdit import MMDiTConfig
 from trainer import recipes
 from trainer.__main__ import TrainArgs, _parse, main
-from trainer.machines import get_machine, transfer_seconds
-from trainer.plan import bytes_per_rank, describe, make_plan
-from trainer.preflight import micro_batches
-from trainer.reality import overhead_of
+from trainer.checks.preflight import micro_batches
+from trainer.planning.machines import get_machine, transfer_seconds
+from trainer.planning.plan import bytes_per_rank, describe, make_plan
+from trainer.planning.reality import overhead_of
+from trainer.planning.trial import efficiency_here, links_here
 from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
-from trainer.trial import efficiency_here, links_here
 
 
 def recipe(**changes) -> Recipe:

@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from trainer_launch import ROOT, TINY, run_ranks
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
-from model.flow import get_formulation
-from model.mmdit import MMDiTConfig
-from model.text import TextCond
-from model.weights import load_model, load_weights, read_meta, save_weights
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.flow import get_formulation
+from model.encoders.text import TextCond
+from model.files.weights import load_model, load_weights, read_meta, save_weights
 from trainer.__main__ import main
+from trainer.ladders.verify import cut, describe, drift, gaps, losses
 from trainer.objective import pretrain
-from trainer.verify import cut, describe, drift, gaps, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 # Latents of 4x4, 3x5 and 5x3 tokens; and, at the higher resolution, 6x6 and 5x7.

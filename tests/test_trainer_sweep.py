@@ -8,14 +8,14 @@ import pytest
 
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
+from model.diffusion.flow import STUDY
 from model.flops import train_flops_per_image
-from model.flow import STUDY
 from trainer import ladder, sweep
-from trainer.isoflop import tell
-from trainer.ladder import UNSTABLE, branch_point, images_for, iso_flop
+from trainer.ladders.isoflop import tell
+from trainer.ladders.ladder import UNSTABLE, branch_point, images_for, iso_flop
+from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
+from trainer.ladders.workers import on_my_gpus
 from trainer.recipes import get_recipe
-from trainer.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
-from trainer.workers import on_my_gpus
 
 MORE = {"data": "D", "num_ranks": 1, "options": ("logging.samples=0",)}
 

@@ -8,7 +8,7 @@ import pytest
 from trainer_launch import ROOT, TINY
 
 from data_pipeline.synthetic import write_synthetic
-from model.weights import read_meta
+from model.files.weights import read_meta
 
 
 @pytest.mark.slow

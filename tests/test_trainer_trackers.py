@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from infra.errors import UserError
-from model.mmdit import MMDiTConfig
+from model.backbones.mmdit import MMDiTConfig
 from trainer.recipe import Logging, Recipe
-from trainer.trackers import Trackers, check_trackers
+from trainer.watching.trackers import Trackers, check_trackers
 
 WANDB = """
 import json, pathlib

@@ -21,11 +21,11 @@ from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 from infra.values import read_values
-from model.convert import convert
-from model.weights import load_weights, read_meta
+from model.files.convert import convert
+from model.files.weights import load_weights, read_meta
 from trainer.__main__ import main
-from trainer.ladder import climb, images_trained
-from trainer.preflight import own_first
+from trainer.checks.preflight import own_first
+from trainer.ladders.ladder import climb, images_trained
 
 pytestmark = pytest.mark.dist
 IMAGES, EVERY = 240, 80  # 30 steps of 8 images; a checkpoint every 10 steps

@@ -12,10 +12,10 @@ from trainer_launch import TINY
 
 from data_pipeline.synthetic import write_synthetic
 from infra.errors import UserError
-from model.weights import save_weights
+from model.files.weights import save_weights
 from trainer.__main__ import _without
+from trainer.ladders.verify import close, cut, describe, drift, same, verify_resume
 from trainer.recipes import get_recipe
-from trainer.verify import close, cut, describe, drift, same, verify_resume
 
 CONFIG = dataclasses.replace(get_recipe("world-d1").model, in_channels=4, context_width=16, pooled_width=16)
 

@@ -11,12 +11,12 @@ import torch
 from trainer_launch import run_ranks
 from trainer_zero_checks import CONFIG, RECIPE
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.synthetic import write_synthetic
 from model.errors import ModelError
+from model.files.weights import load_model, load_weights
 from model.flops import parameter_count
-from model.weights import load_model, load_weights
-from trainer.export import Weights, write
+from trainer.exports.export import Weights, write
 from trainer.recipe import check
 from trainer.validate import Validator
 from trainer.zero.engine import deepspeed_config

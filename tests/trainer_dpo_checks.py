@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from trainer_zero_checks import Gathers
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.pairs import Partners
-from model.flow import get_formulation
-from model.text import TextCond
-from model.weights import load_model
+from model.diffusion.flow import get_formulation
+from model.encoders.text import TextCond
+from model.files.weights import load_model
 from trainer.dpo import preference
 from trainer.recipe import DPO, Data, LoRA, Optimizer, Parallel, Recipe
 from trainer.state import load_init

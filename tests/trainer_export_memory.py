@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-import model.pipeline
+import model.files.pipeline
 from data_pipeline.schema import DatasetInfo
 from data_pipeline.synthetic import write_synthetic
 from infra import storage
-from model.mmdit import MMDiTConfig
-from trainer.export import Weights, write_as
+from model.backbones.mmdit import MMDiTConfig
+from trainer.exports.export import Weights, write_as
 
 
 def peak() -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import open_dataset
-from trainer.fitting import RUN_DATA
+from data_pipeline.loading.loader import open_dataset
+from trainer.checks.fitting import RUN_DATA
 from trainer.recipe import Recipe
 from trainer.zero import checkpoint
 from trainer.zero.group import Group

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 import trainer.train as loop
 from infra.errors import run_cli
-from model.weights import write_safetensors
+from model.files.weights import write_safetensors
 from trainer.__main__ import run_train
 from trainer.zero.group import Group, leave, start
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import open_dataset
+from data_pipeline.loading.loader import open_dataset
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.flow import get_formulation
+from model.encoders.text import TextCond
 from model.errors import ModelError
-from model.flow import get_formulation
-from model.mmdit import MMDiTConfig
-from model.text import TextCond
-from model.weights import save_weights
-from trainer.card import weights_meta
-from trainer.export import export
+from model.files.weights import save_weights
+from trainer.exports.card import weights_meta
+from trainer.exports.export import export
 from trainer.objective import pretrain
 from trainer.recipe import EMA, Data, Optimizer, Parallel, Recipe, Validation
 from trainer.validate import Validator

@@ -205,12 +205,12 @@ def run_ladder(arguments: list[str]) -> None:
     args = _parse(LadderArgs, rest, "ladder " + family)
     _positive(args, "depths", "budgets", "images", "num_ranks")
     _not_negative(args, "workers")
-    from trainer.ladder import climb, iso_flop
+    from trainer.ladders.ladder import climb, iso_flop
 
     if args.budgets:
         if args.images is not None:
             raise UserError("--budgets says how long each run is: leave --images out")
-        from trainer.isoflop import tell
+        from trainer.ladders.isoflop import tell
 
         runs = iso_flop(
             family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
@@ -239,7 +239,7 @@ def run_sweep(arguments: list[str]) -> None:
     args = _parse(SweepArgs, rest, f"sweep {what} {name}")
     _positive(args, "depths", "images", "num_ranks")
     _not_negative(args, "workers")
-    from trainer.sweep import sweep_formulations, sweep_rates
+    from trainer.ladders.sweep import sweep_formulations, sweep_rates
 
     more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "workers", "options")}
     if what == "lr":
@@ -251,7 +251,7 @@ def run_sweep(arguments: list[str]) -> None:
 def run_plan(arguments: list[str]) -> None:
     import json
 
-    from trainer.plan import describe, make_plan
+    from trainer.planning.plan import describe, make_plan
 
     if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES and "/" in arguments[0]:
         _grade(_parse(GradeArgs, arguments, "plan"))
@@ -259,8 +259,8 @@ def run_plan(arguments: list[str]) -> None:
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
     _check_plan(args)
-    from trainer.machines import get_machine, this_machine
-    from trainer.reality import calibrate, trial
+    from trainer.planning.machines import get_machine, this_machine
+    from trainer.planning.reality import calibrate, trial
 
     more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
     calibration = calibrate(args.calibrate) if args.calibrate else None
@@ -283,7 +283,7 @@ def run_plan(arguments: list[str]) -> None:
 
 def _check_plan(args: PlanArgs) -> None:
     """What `train` refuses whatever the data, and numbers that no plan can be made of."""
-    from trainer.preflight import Findings, check_ranks, micro_batches
+    from trainer.checks.preflight import Findings, check_ranks, micro_batches
     from trainer.recipe import check
 
     _positive(args, "gpus", "efficiency", "dataset_images")
@@ -317,7 +317,7 @@ def _not_negative(args: Any, name: str) -> None:
 def _grade(args: GradeArgs) -> None:
     import json
 
-    from trainer.reality import calibrate, compare, graded, missed
+    from trainer.planning.reality import calibrate, compare, graded, missed
 
     calibration = calibrate(args.calibrate) if args.calibrate else None
     if not args.json:
@@ -329,10 +329,10 @@ def _grade(args: GradeArgs) -> None:
 
 def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
-    from data_pipeline.loader import open_dataset
+    from data_pipeline.loading.loader import open_dataset
     from infra import storage
-    from trainer.adapter import export_adapter, export_diffusers_adapter
-    from trainer.export import export_as
+    from trainer.exports.adapter import export_adapter, export_diffusers_adapter
+    from trainer.exports.export import export_as
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
@@ -359,7 +359,7 @@ def run_verify(arguments: list[str]) -> None:
     recipe, rest = _named_recipe(arguments, "verify-resume")
     args = _parse(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
     _positive(args, "num_ranks", "other_ranks")
-    from trainer.verify import describe, verify_resume
+    from trainer.ladders.verify import describe, verify_resume
 
     own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
     verdicts = verify_resume(

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.batch import LatentBatch
-from data_pipeline.collate import Draws
-from data_pipeline.loader import Dataset
+from data_pipeline.loading.batch import LatentBatch
+from data_pipeline.loading.collate import Draws
+from data_pipeline.loading.loader import Dataset
 from data_pipeline.pairs import CAPTION, Partners
 from infra.errors import UserError
-from model.flow import Formulation, get_formulation
+from model.diffusion.flow import Formulation, get_formulation
+from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
-from model.text import TextCond
 from trainer.objective import Losses
 from trainer.recipe import Recipe
 from trainer.validate import fixed_batches, turns

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import LatentBatch
-from model.flow import Formulation
+from data_pipeline.loading.batch import LatentBatch
+from model.diffusion.flow import Formulation
+from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
-from model.text import TextCond
 
 Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from model.backbone import BACKBONES
-from model.mmdit import MMDiTConfig
+from model.backbones.mmdit import MMDiTConfig
 from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Parallel, Recipe, Schedule, Validation
 
 DEPTHS = (15, 18, 21, 24, 30, 38)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from infra.errors import UserError, UserErrors, nearest
 from model.backbone import config_from_json
+from model.backbones.trunk import TokenConfig
+from model.diffusion.flow import get_formulation
 from model.errors import ModelError
-from model.flow import get_formulation
-from model.trunk import TokenConfig
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) decides only what we see.
 HASHED = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from infra.errors import UserError, nearest
 from model.backbone import BACKBONES
-from model.mmdit import MMDiTConfig
+from model.backbones.mmdit import MMDiTConfig
 from trainer.paper import DEPTHS, captions, dpo, high_resolution, pretrain_256, study
 from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Parallel, Recipe, Schedule, Validation
 

@@ -5,19 +5,19 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from data_pipeline.loader import Batches, Dataset
-from data_pipeline.order import Exceptions
+from data_pipeline.loading.loader import Batches, Dataset
+from data_pipeline.loading.order import Exceptions
 from data_pipeline.pairs import Partners
 from data_pipeline.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.card import weights_meta
-from trainer.export import export, weights_reader
-from trainer.fitting import caption_weights
-from trainer.preflight import same_recipe
-from trainer.progress import RunLog
+from trainer.checks.fitting import caption_weights
+from trainer.checks.preflight import same_recipe
+from trainer.exports.card import weights_meta
+from trainer.exports.export import export, weights_reader
 from trainer.recipe import Recipe
+from trainer.watching.progress import RunLog
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import MOMENTS, ZeroEngine

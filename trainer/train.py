@@ -7,27 +7,27 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.batch import LatentBatch
-from data_pipeline.loader import Dataset
+from data_pipeline.loading.batch import LatentBatch
+from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.flow import Formulation, get_formulation
+from model.diffusion.flow import Formulation, get_formulation
+from trainer.checks.fitting import RUN_DATA
+from trainer.checks.preflight import micro_batches, one_voice, prepare
 from trainer.dpo import HeldOut, preference
-from trainer.fitting import RUN_DATA
-from trainer.guard import keep_recent, problem_of, roll_back
-from trainer.launchers import PREEMPTED, ended_before, launchers_above
-from trainer.machines import this_machine
-from trainer.monitor import Monitor
+from trainer.ladders.launchers import PREEMPTED, ended_before, launchers_above
 from trainer.objective import Losses, pretrain
-from trainer.plan import describe, make_plan
-from trainer.preflight import micro_batches, one_voice, prepare
-from trainer.progress import RunLog
+from trainer.planning.machines import this_machine
+from trainer.planning.plan import describe, make_plan
 from trainer.recipe import Recipe
-from trainer.samples import Sampler
 from trainer.state import StopSignal, load_init, open_batches, restore, save
 from trainer.validate import Validator
-from trainer.watch import Watch, together
+from trainer.watching.guard import keep_recent, problem_of, roll_back
+from trainer.watching.monitor import Monitor
+from trainer.watching.progress import RunLog
+from trainer.watching.samples import Sampler
+from trainer.watching.watch import Watch, together
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, leave, start

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import Dataset
-from model.flow import get_formulation
-from model.validation import get_protocol, validation_losses
+from data_pipeline.loading.loader import Dataset
+from model.diffusion.flow import get_formulation
+from model.diffusion.validation import get_protocol, validation_losses
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group

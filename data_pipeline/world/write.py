@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.shards import TarBuilder
+from data_pipeline.packing.shards import TarBuilder
 from data_pipeline.world.grammar import official_prompt
 from data_pipeline.world.scenes import SIZE, Scene, make_scene
 from infra import storage

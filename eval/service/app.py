@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException, Query, Response
 from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.staticfiles import StaticFiles
 
-from eval.report_data import natural_key
+from eval.report.data import natural_key
 from eval.service import pictures, views
 from eval.service.access import Access
 from eval.service.claims import reason_of
@@ -197,7 +197,7 @@ def _picture_routes(app: FastAPI, parts: Parts) -> None:
         if found.gallery:
             sheet = _told(lambda: read_sheet(list(found.gallery.values())[-1]))
             return Json({"prompts": [tile.prompt for tile in sheet.tiles], "columns": sheet.columns})
-        from eval.report_pictures import prompts_of
+        from eval.report.pictures import prompts_of
 
         return Json({"prompts": list(prompts_of(found.run.samples[-1])) if found.run.samples else []})
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report_data import Run, natural_key, read_run, run_folders
-from eval.report_series import pick_protocol
-from eval.report_tables import cost_of, plan_against_reality
+from eval.report.data import Run, natural_key, read_run, run_folders
+from eval.report.series import pick_protocol
+from eval.report.tables import cost_of, plan_against_reality
 from eval.service.claims import Outcome, outcomes
 from infra import storage
 from infra.log import get_logger

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.figure_style import count_text
-from eval.report import plain, scaling_json
-from eval.report_law import Scaling, fit_ladder
-from eval.report_predict import grade
-from eval.report_series import Comparison, Point
-from eval.scaling import loss_at
+from eval.report.build import plain, scaling_json
+from eval.report.law import Scaling, fit_ladder
+from eval.report.predict import grade
+from eval.report.series import Comparison, Point
+from eval.report.style import count_text
+from eval.scaling.laws import loss_at
 from eval.service.index import Curves, Snapshot
 from eval.service.views import chosen, main_loss, number, numbers
 

@@ -4,7 +4,7 @@ import functools
 
 from PIL import Image
 
-from eval.report_pictures import open_picture, webp
+from eval.report.pictures import open_picture, webp
 from eval.service.gallery import Sheet
 from infra.errors import UserError
 

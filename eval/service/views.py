@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report import plain
-from eval.report_data import NOT_BEGUN
-from eval.report_series import Task, families_of, levels_among, most_common_loss
-from eval.report_tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
+from eval.report.build import plain
+from eval.report.data import NOT_BEGUN
+from eval.report.series import Task, families_of, levels_among, most_common_loss
+from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
 from eval.service.index import Curves, IndexedRun, Series, Snapshot
 
 MOST_FIELDS = 60

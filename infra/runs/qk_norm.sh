@@ -36,11 +36,11 @@ mpl.use("Agg")
 import torch
 from matplotlib import pyplot as plt
 
-from data_pipeline.loader import open_dataset
-from model.flow import get_formulation
+from data_pipeline.loading.loader import open_dataset
+from model.diffusion.flow import get_formulation
 from model.probe import AttentionProbe
 from model.seeding import keyed_normal
-from model.weights import load_model
+from model.files.weights import load_model
 
 data, folder, runs = sys.argv[1], Path(sys.argv[2]), [Path(p) for p in sys.argv[3:]]
 torch.set_num_threads(1)

@@ -64,8 +64,8 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.machines import Machine
-from trainer.reality import Calibration, calibrate, graded, missed, read_recipe
+from trainer.planning.machines import Machine
+from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
 
 depth, out, when, *load = sys.argv[1:]
 run, before, path = (Path(out, name) for name in (f"straight-d{depth}", f"before-d{depth}.json", "calibration.json"))
@@ -132,8 +132,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.reality import goal_of
-from trainer.verify import same
+from trainer.planning.reality import goal_of
+from trainer.ladders.verify import same
 
 out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
 

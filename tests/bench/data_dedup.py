@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.dedup import _phash, first_of_near
-from data_pipeline.semantic import Semantic
+from data_pipeline.curation.dedup import _phash, first_of_near
+from data_pipeline.curation.semantic import Semantic
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.columns import Column
-from data_pipeline.pack import make_plan, plan_table
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.columns import Column
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers
+from data_pipeline.flow.stage import result
+from data_pipeline.packing.pack import make_plan, plan_table
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers
 from data_pipeline.schema import Part
-from data_pipeline.stage import result
 
 SHARD_ROWS = 1000
 

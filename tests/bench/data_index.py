@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 
-from data_pipeline.index import SplitIndex, write_split
-from data_pipeline.order import Order
+from data_pipeline.loading.index import SplitIndex, write_split
+from data_pipeline.loading.order import Order
 from data_pipeline.synthetic import index_entries
 
 

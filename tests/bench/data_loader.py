@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.loader import Dataset, open_dataset
+from data_pipeline.loading.loader import Dataset, open_dataset
 from data_pipeline.synthetic import write_synthetic
-from model.text import EncoderSpec, TextSpec
+from model.encoders.text import EncoderSpec, TextSpec
 
 # SD3's own encoders with two captions of full length would be 1.9 MB; one caption at 77 tokens is 1.02 MB.
 SD3_TEXT = TextSpec(

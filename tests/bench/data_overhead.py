@@ -20,17 +20,17 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.captioners import open_captioner
+from data_pipeline.captions.captioners import open_captioner
 from data_pipeline.checkpoints import resolve
-from data_pipeline.pipeline import Pipeline
+from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.flow.runner import Workers, connect
+from data_pipeline.flow.stage import ShardView
 from data_pipeline.plans import world
-from data_pipeline.runner import Workers, connect
-from data_pipeline.sources import parse_source
-from data_pipeline.stage import ShardView
+from data_pipeline.sources.formats import parse_source
 from data_pipeline.world.write import write_world
-from model.encoders import load_text_encoders
-from model.text import TextSpec
-from model.vae import Latents, load_vae
+from model.encoders.networks import load_text_encoders
+from model.encoders.text import TextSpec
+from model.encoders.vae import Latents, load_vae
 
 PLAN = replace(world(), ingest_rows=125)
 Rows = list[tuple[torch.Tensor, list, list[str]]]  # per shard: pixels, pictures, captions

@@ -1,7 +1,7 @@
 """The two gradients that we write out for CPUs against torch's own: `python tests/bench/model_kernels.py`.
 
 Forward and backward of attention in bf16 by number of tokens (4 heads; where ours stops being faster is SHORT in
-model/attention.py) and of RMSNorm: interleaved, paired ratios of CPU seconds, median of 30, one thread.
+model/backbones/attention.py) and of RMSNorm: interleaved, paired ratios of CPU seconds, median of 30, one thread.
 """
 # Shapes: B batch, N tokens, H heads, K head width.
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model import attention
-from model.norms import EPS, CPURMSNorm
+from model.backbones import attention
+from model.backbones.norms import EPS, CPURMSNorm
 
 ROUNDS, WARM_UP, TOKENS_IN_ALL = 30, 3, 1536
 CASES = (48, 96, 192, 256, 384, 512)

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from model.mmdit import MMDiTConfig
-from model.names import diffusers_config, to_diffusers
-from model.sampler import sample
-from model.text import TextCond
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.sampler import sample
+from model.encoders.text import TextCond
+from model.files.names import diffusers_config, to_diffusers
 
 ROUNDS, WARM_UP, BATCH = 30, 3, 16
 GUIDANCE, STEPS = 4.0, 2

@@ -27,9 +27,9 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     import torch
     from trainer_zero_checks import Gathers
 
-    from data_pipeline.loader import open_dataset
+    from data_pipeline.loading.loader import open_dataset
     from data_pipeline.pairs import Partners
-    from model.flow import get_formulation
+    from model.diffusion.flow import get_formulation
     from trainer.dpo import preference
     from trainer.objective import pretrain
     from trainer.recipes import world, world_dpo

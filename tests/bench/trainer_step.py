@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 def inputs(batch: int):
     import torch
 
-    from model.text import TextCond
+    from model.encoders.text import TextCond
 
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(batch, 32, generator=g) < 0.7

@@ -113,6 +113,8 @@ def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
 def candidates(root: str) -> list[str]:
     """Folders of published checkpoints, newest first."""
     suffix = f"/{MANIFEST}"
+    if not storage.exists(root):
+        return []
     found = [uri.removesuffix(suffix) for uri in storage.list_files(root, suffix=suffix)]
     return sorted((uri for uri in found if re.search(r"/step_\d+$", uri)), reverse=True)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.encoders.text import TextCond
 from model.lora import add_adapters, is_adapter, switched_off
-from model.text import TextCond
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw

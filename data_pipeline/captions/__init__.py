@@ -1,0 +1,1 @@
+"""Captions: the column, and the captioners that write it."""

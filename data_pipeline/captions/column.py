@@ -1,0 +1,95 @@
+"""The caption column: what a captioner says of each image. The original caption stays where it is."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from PIL import Image
+
+from data_pipeline.captions.captioners import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
+from data_pipeline.curation.filters import clean_caption
+from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from infra.errors import UserError
+from infra.log import get_logger
+
+VERSION = 2  # 1 knew fewer openings and refusals
+MAX_CHARS = 2000
+_OPENING = re.compile(
+    r"(?:sure|certainly)?[,!.: ]*(?:here is a (?:factual )?description(?: of the image)?: )?"
+    r"(?:(?:this|the) (?:image|picture|photo|photograph) "
+    r"(?:showcases|shows|depicts|features|presents|displays|captures|is of|contains)(?: |[.:]?$)"
+    r"|in (?:this|the) (?:image|picture|photo|photograph),? )?",
+    re.IGNORECASE,
+)
+_REFUSALS = re.compile(
+    r"(?:i'm |i am |we are )(?:afraid|unable|not able)|(?:i'm |i am |we are )?sorry\b"
+    r"|i (?:cannot|can't|can not|won't)\b|as an? (?:ai|large language|language) "
+    r"|(?:this|the) (?:image|picture|content) (?:cannot|can't) be described",
+    re.IGNORECASE,
+)
+
+log = get_logger("caption")
+
+
+@dataclass(frozen=True)
+class CaptionStage:
+    """`weights` is the hash of the checkpoint's files: a moved checkpoint is the same, a changed one is not."""
+
+    spec: CaptionerSpec
+    weights: str
+    batch: int = 64
+    device: str = "cpu"
+    name: str = "caption"
+    inputs: tuple[str, ...] = ("ingest",)
+
+    def identity(self) -> dict[str, object]:
+        version = getattr(CAPTIONERS[self.spec.name], "version", 0)
+        return {"version": VERSION, "captioner": version, "weights": self.weights, **self.spec.identity()}
+
+    def open(self) -> Worker:
+        captioner = open_captioner(self.spec, self.device)
+
+        def run(shard: ShardView) -> pa.Table:
+            texts: list[str] = []
+            for first in range(0, len(shard.rows), self.batch):
+                images = [shard.image(row) for row in shard.rows[first : first + self.batch]]
+                texts += caption_images(captioner, images)
+            judged = [judge(text) for text in texts]
+            return result(
+                shard.rows,
+                [status for status, _ in judged],
+                caption=pa.array([text for _, text in judged], pa.string()),
+            )
+
+        return run
+
+
+def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[str]:
+    """One caption per image, "" where the captioner fails: a bad image must not take its batch along."""
+    try:
+        captions = captioner.caption(images)
+        if len(captions) != len(images):
+            raise ValueError(f"{captioner.name} gave {len(captions)} captions for {len(images)} images")
+        return captions
+    except UserError:  # no server, no budget: nothing that is wrong with an image
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        if len(images) == 1:
+            log.warning("%s failed on an image: %s", captioner.name, error)
+            return [""]
+        return [text for image in images for text in caption_images(captioner, [image])]
+
+
+def judge(text: str) -> tuple[str, str]:
+    """(status, caption): boilerplate openings trimmed; empty, refusing and runaway captions get a status."""
+    caption = clean_caption(text)
+    if _REFUSALS.match(caption):
+        return "refusal", ""
+    caption = _OPENING.sub("", caption, count=1)
+    if not any(character.isalnum() for character in caption):
+        return "empty", ""
+    words = caption.lower().split()
+    if len(caption) > MAX_CHARS or (len(words) >= 12 and len(set(words)) * 4 < len(words)):
+        return "runaway", ""
+    return OK, caption

@@ -1,0 +1,124 @@
+"""Captions from any server that speaks OpenAI's chat protocol with images: LMDeploy, vLLM, a hosted model.
+
+One async client per worker: bounded requests in flight, retries with growing waits, a budget that all workers share.
+The key comes from the environment and is never shown.
+"""
+
+import asyncio
+import base64
+import io
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_pipeline.captions.budget import Budget
+from data_pipeline.captions.spec import DESCRIBE, CaptionerSpec
+from infra.errors import UnavailableError, UserError
+from infra.log import get_logger
+
+log = get_logger("caption")
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+class ServerCaptioner:
+    """`checkpoint` is the model's name on the server. A picture that the server rejects gets an empty caption."""
+
+    name, version = "server", 1
+
+    def __init__(self, spec: CaptionerSpec, path: Path | None, device: str) -> None:
+        self._spec = spec
+        self._address = spec.address() + "/chat/completions"
+        self._requests = Budget("requests", spec.budget_requests, spec.claims)
+        self._tokens = Budget("tokens", spec.budget_tokens, spec.claims)
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        return asyncio.run(self._all(images))
+
+    async def _all(self, images: Sequence[Image.Image]) -> list[str]:
+        import httpx
+
+        key = os.environ.get("BEELINE_CAPTION_KEY", "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        places = asyncio.Semaphore(self._spec.concurrency)
+        limits = httpx.Limits(max_connections=self._spec.concurrency)
+        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=self._spec.timeout_s) as client:
+
+            async def one(image: Image.Image) -> str:
+                async with places:
+                    return await self._ask(client, image)
+
+            tasks = [asyncio.create_task(one(image)) for image in images]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:  # after the first failure nothing more is asked for
+                    task.cancel()
+
+    async def _ask(self, client: Any, image: Image.Image) -> str:
+        import httpx
+
+        body, problem = self._body(image), ""
+        for attempt in range(self._spec.attempts):
+            self._requests.check()
+            self._tokens.check()  # what is in flight is known only when it is answered
+            self._requests.spend(1)
+            wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
+            try:
+                answer = await client.post(self._address, json=body)
+            except (httpx.TransportError, httpx.TimeoutException) as error:
+                problem = type(error).__name__
+            else:
+                if answer.status_code == 200:
+                    return self._read(answer)
+                problem = f"status {answer.status_code}"
+                if answer.status_code in (401, 403, 404):
+                    raise UserError(
+                        f"caption server {self._spec.url}: {problem}: check the address, the model's name "
+                        f"({self._spec.checkpoint}) and BEELINE_CAPTION_KEY"
+                    )
+                if answer.status_code not in _WORTH_ANOTHER_TRY:
+                    log.warning("caption server: a picture was rejected with %s", problem)
+                    return ""
+                wait = max(wait, _retry_after(answer))
+            await asyncio.sleep(min(wait, _LONGEST_WAIT_S))
+        raise UnavailableError(
+            f"caption server {self._spec.url}: {problem} after {self._spec.attempts} tries: "
+            "start it again and run the same command; captions made so far are kept"
+        )
+
+    def _body(self, image: Image.Image) -> dict[str, Any]:
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        picture = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "text", "text": self._spec.prompt or DESCRIBE},
+        ]
+        return {
+            "model": self._spec.checkpoint,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._spec.max_new_tokens,
+            "temperature": 0,
+        }
+
+    def _read(self, answer: Any) -> str:
+        try:
+            data = answer.json()
+            choice = data["choices"][0]
+            self._tokens.spend(int((data.get("usage") or {}).get("total_tokens", 0)))
+            return str(choice["message"].get("content") or "")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"caption server {self._spec.url}: its answer is not of OpenAI's chat form") from error
+
+
+def _retry_after(answer: Any) -> float:
+    try:
+        return float(answer.headers.get("retry-after", 0))
+    except ValueError:  # it may also be a date
+        return 0.0

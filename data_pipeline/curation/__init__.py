@@ -1,0 +1,1 @@
+"""What stays: measures, scores, thresholds, and duplicates of three kinds."""

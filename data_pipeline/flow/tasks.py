@@ -1,0 +1,138 @@
+"""What a worker does with one unit: ingest a source file, add columns to a shard, pack an output shard."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.flow.columns import Column
+from data_pipeline.flow.runner import Report, Unit
+from data_pipeline.flow.stage import ShardView, Stage, Worker
+from data_pipeline.packing.pack import Output, pack_output
+from data_pipeline.schema import DatasetInfo, Manifest, Part, in_ranges
+from data_pipeline.sources.formats import SourceUnit, source_from_json
+from data_pipeline.sources.ingest import Ingest
+
+
+def parts_of(manifest: Manifest) -> dict[str, Part]:
+    return {part.shard: part for part in manifest.parts}
+
+
+def _counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for manifest in manifests:
+        mine = counts.setdefault(manifest.stage, {})
+        for status, count in manifest.counts.items():
+            mine[status] = mine.get(status, 0) + count
+    return counts
+
+
+def _report(rows: int, manifests: Sequence[Manifest]) -> Report:
+    return {"rows": rows, "counts": _counts(manifests), "manifests": [asdict(m) for m in manifests]}
+
+
+@dataclass(frozen=True)
+class IngestTask:
+    """A source unit to canonical shards, and at once the light columns of each shard (images are decoded once).
+
+    Memory stays bounded, whatever the size of a tar: one shard is in work, and what was read before is kept for the
+    columns up to `keep_bytes`.
+    """
+
+    root: str
+    source: Mapping[str, Any]
+    ingest: Ingest
+    column: Column
+    light: tuple[tuple[Stage, Column], ...]
+    keep_bytes: int = 256 * 2**20
+
+    def open(self) -> Callable[[Unit], Report]:
+        source = source_from_json(self.source)
+        workers = [(stage.open(), column) for stage, column in self.light]
+
+        def run(unit: Unit) -> Report:
+            known = {name: Manifest.from_json(m) for name, m in unit["known"].items()}
+            tables: dict[str, Any] = {}
+            made: list[Manifest] = []
+            if "ingest" in known:
+                ingested = known["ingest"]
+            else:
+                found = SourceUnit(unit["id"], unit["split"], unit["where"])
+                ingested, tables = self.ingest.run(source, found, self.column, keep_bytes=self.keep_bytes)
+                made.append(ingested)
+            for part in ingested.parts:
+                view = ShardView(self.root, part.shard, {"ingest": [part]})
+                if part.shard in tables:
+                    view.tables["ingest"] = tables.pop(part.shard)
+                made += self._columns(view, workers, known, part)
+            return _report(sum(part.num_rows for part in ingested.parts), made)
+
+        return run
+
+    def _columns(
+        self, view: ShardView, workers: Sequence[tuple[Worker, Column]], known: Mapping[str, Manifest], part: Part
+    ) -> list[Manifest]:
+        made = []
+        view.rows = range(part.num_rows)
+        parts = dict(view.parts)
+        for worker, column in workers:
+            manifest = known.get(f"{column.stage}/{view.shard}")
+            if manifest is None:
+                table = worker(view)
+                view.tables[column.stage] = table
+                manifest = column.write(view.shard, [(view.shard, table)])
+                made.append(manifest)
+            parts[column.stage] = [parts_of(manifest)[view.shard]]
+            view.parts = parts
+        return made
+
+
+@dataclass(frozen=True)
+class ColumnTask:
+    """Heavy columns of one shard, one after the other, for the rows that each still lacks."""
+
+    root: str
+    stages: tuple[tuple[Stage, Column], ...]
+
+    def open(self) -> Callable[[Unit], Report]:
+        workers = [(stage.open(), column) for stage, column in self.stages]
+
+        def run(unit: Unit) -> Report:
+            shard = unit["shard"]
+            parts = {stage: [Part.from_json(p) for p in found] for stage, found in unit["parts"].items()}
+            view, made = ShardView(self.root, shard, parts), []
+            for worker, column in workers:
+                rows = in_ranges(unit["missing"].get(column.stage, []))
+                if not rows:
+                    continue
+                view.rows = rows
+                number = len(parts.get(column.stage, ()))
+                manifest = column.write(shard, [(shard, worker(view))], number=number)
+                made.append(manifest)
+                parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
+                view.tables.pop(column.stage, None)
+            return _report(max((len(in_ranges(found)) for found in unit["missing"].values()), default=0), made)
+
+        return run
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One planned output shard."""
+
+    root: str
+    info: DatasetInfo
+
+    def open(self) -> Callable[[Unit], Report]:
+        def run(unit: Unit) -> Report:
+            rows = tuple((shard, np.array(in_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
+            output = Output(unit["id"], unit["split"], unit["bucket"], rows)
+            parts = {
+                stage: {shard: [Part.from_json(p) for p in found] for shard, found in shards.items()}
+                for stage, shards in unit["parts"].items()
+            }
+            entry = pack_output(self.root, self.info, output, parts)
+            return {"rows": entry.num_samples, "counts": {"pack": {"ok": entry.num_samples}}, "entry": asdict(entry)}
+
+        return run

@@ -1,0 +1,283 @@
+"""From shards to batches: `open_dataset(uri).batches(...)` for training, `.read(indices)` for validation.
+
+Every rank computes the same plan and reads its own lane of it; a background thread keeps batches ready.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from data_pipeline.loading.batch import LatentBatch
+from data_pipeline.loading.collate import Collator, Draws, Posterior
+from data_pipeline.loading.index import SplitIndex
+from data_pipeline.loading.order import BLOCK_SHARDS, BatchPlan, Exceptions, Order
+from data_pipeline.loading.reader import SampleReader, ShardError
+from data_pipeline.schema import DatasetInfo, VaeMeta, read_dataset_info
+from infra.errors import UserError, nearest
+from infra.log import get_logger
+from model.encoders.text import TextSpec
+from model.seeding import QuickNormal
+
+log = get_logger("loader")
+
+BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
+ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
+MAX_QUARANTINED = 0.05
+Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/pairs.py)
+
+
+def open_dataset(uri: str, *, split: str = "train") -> Dataset:
+    """A finished dataset's split; UserError when it is not there or mixes encodings."""
+    info = read_dataset_info(uri)
+    if split not in info.splits:
+        raise UserError(f"{uri}: no split {split!r}, it has {', '.join(info.splits)}{nearest(split, info.splits)}")
+    return Dataset(uri, info, split)
+
+
+class Dataset:
+    """One split of a dataset. Samples are numbered bucket by bucket."""
+
+    def __init__(self, uri: str, info: DatasetInfo, split: str) -> None:
+        self.uri, self.info, self.split = uri, info, split
+        self.index = SplitIndex(uri, info.splits[split].index)
+        foreign = self.index.encodings - {info.encoding}
+        if foreign:
+            raise UserError(
+                f"{uri}: shards of split {split!r} come from encoding {', '.join(sorted(foreign))}, the dataset is "
+                f"{info.encoding}: rebuild the columns latents and text, then pack again"
+            )
+        self._reader = SampleReader(self.index)
+        self._collator = Collator(info.text_spec, info.vae, info.captions, info.int8_seats)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content: part of a recipe's hash."""
+        return self.info.fingerprint
+
+    @property
+    def text_spec(self) -> TextSpec:
+        return self.info.text_spec
+
+    @property
+    def vae(self) -> VaeMeta:
+        return self.info.vae
+
+    @property
+    def resolution(self) -> int:
+        return self.info.resolution
+
+    @property
+    def num_samples(self) -> int:
+        return self.index.num_samples
+
+    @cached_property
+    def buckets(self) -> dict[str, int]:
+        """Samples per bucket; a bucket's name is its pixels, height x width."""
+        return {name: len(samples) for name, samples in self.bucket_ranges.items()}
+
+    @cached_property
+    def bucket_ranges(self) -> dict[str, range]:
+        """Sample numbers per bucket, for `read`."""
+        return self.index.bucket_ranges()
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def latent_shape(self, bucket: str) -> tuple[int, int, int]:
+        """(channels, height, width) of a bucket's latents."""
+        if bucket not in self.buckets:
+            raise UserError(f"{self.uri}: no bucket {bucket!r}, it has {', '.join(self.buckets)}")
+        height, width = map(int, bucket.split("x"))
+        return self.vae.channels, height // self.vae.factor, width // self.vae.factor
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        start: int = 0,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        caption_weights: Mapping[str, float] | None = None,
+        encoder_dropout: float = ENCODER_DROPOUT,
+        exceptions: Exceptions = Exceptions(),  # noqa: B008 - frozen
+        micro_batch: int | None = None,
+        prefetch: int = 2,
+        block_shards: int = BLOCK_SHARDS,
+        partner: Partner | None = None,
+        dealt: bool = False,
+    ) -> Batches:
+        """Endless batches from sample position `start` on: this rank's lane of each global batch.
+
+        `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it. `partner` finds what
+        makes pairs of the samples. A lane is a run of neighbours; `dealt` out instead, it is every `world_size`-th one.
+        """
+        lane, rest = divmod(global_batch, world_size)
+        if global_batch < 1 or rest:
+            raise UserError(f"global_batch={global_batch} cannot be shared by {world_size} ranks: make it a multiple")
+        if start < 0 or start % global_batch:
+            raise UserError(f"start={start} is no multiple of global_batch={global_batch}: resume with the same batch")
+        if micro_batch is not None and (micro_batch < 1 or lane % micro_batch):
+            raise UserError(f"micro_batch={micro_batch} does not divide the {lane} samples of a rank's lane")
+        weights = dict(caption_weights or self._default_weights())
+        draws = Draws(seed, weights, encoder_dropout, normal=QuickNormal)
+        draws.check(self.info.captions)
+        order = self.order(seed=seed, global_batch=global_batch, block_shards=block_shards)
+        return Batches(
+            self, order, draws, start=start,
+            lane=slice(rank, None, world_size) if dealt else slice(rank * lane, (rank + 1) * lane),
+            micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, partner=partner,
+        )  # fmt: skip
+
+    def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> Order:
+        """The plan of every global batch, for those who only want to look."""
+        sizes = self.index.num_samples_per_shard
+        shards = {name: self.index.shards_of(name) for name in self.buckets}
+        return Order(
+            {name: (numbers, sizes[numbers]) for name, numbers in shards.items()},
+            seed=seed, global_batch=global_batch, block_shards=block_shards, uri=self.uri,
+        )  # fmt: skip
+
+    def read(
+        self,
+        indices: Sequence[int] | range,
+        *,
+        seed: int = 0,
+        caption: str = "original",
+        encoder_dropout: float = 0.0,
+        posterior: Posterior = "sample",
+    ) -> LatentBatch:
+        """Samples by number, nothing dropped; draws are keyed by the number. All must lie in one bucket."""
+        numbers = np.asarray(indices, np.int64)
+        if len(numbers) == 0 or numbers.min() < 0 or numbers.max() >= self.num_samples:
+            raise UserError(
+                f"sample numbers {list(indices)[:4]}...: expected some between 0 and {self.num_samples - 1}"
+            )
+        names = {name for name, samples in self.bucket_ranges.items() if any(int(n) in samples for n in numbers)}
+        if len(names) > 1:
+            raise UserError(f"samples of buckets {', '.join(sorted(names))} in one batch: read them bucket by bucket")
+        draws = Draws(seed, {caption: 1.0}, encoder_dropout, posterior)
+        draws.check(self.info.captions)
+        shards, rows = self.index.locate(numbers)
+        return self.at(list(zip(shards.tolist(), rows.tolist())), numbers.tolist(), draws)
+
+    def at(self, places: Sequence[tuple[int, int]], positions: Sequence[int], draws: Draws) -> LatentBatch:
+        """Samples by (shard, row) of one bucket, drawn as if they stood at `positions`."""
+        try:
+            return self._load(np.asarray(positions, np.int64), places, self.index.buckets[places[0][0]], draws)
+        except ShardError as error:
+            raise UserError(f"{error.reason}; run `python -m data_pipeline verify {self.uri}`") from error
+
+    def _default_weights(self) -> dict[str, float]:
+        return {name: weight for name, weight in BOTH_CAPTIONS.items() if name in self.info.captions}
+
+    def _load(self, positions: np.ndarray, places: Sequence[tuple[int, int]], bucket: str, draws: Draws) -> LatentBatch:
+        reader, shards = self._reader, sorted({shard for shard, _ in places})
+        reader.spread(len(shards), lambda part: [reader.table(shards[n]) for n in part])  # at once, where they are far
+        rows = [(reader.table(shard), row) for shard, row in places]
+        return self._collator.collate(
+            positions, rows, lambda b, elsewhere: reader.read(*places[b], elsewhere), reader.spread,
+            latent_shape=self.latent_shape(bucket), draws=draws,
+        )  # fmt: skip
+
+
+class Batches(Iterator[LatentBatch]):
+    """The iterator behind `Dataset.batches`; a checkpoint keeps `.exceptions`, what was quarantined so far."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        draws: Draws,
+        *,
+        start: int,
+        lane: slice,
+        micro_batch: int,
+        exceptions: Exceptions,
+        prefetch: int,
+        partner: Partner | None = None,
+    ) -> None:
+        self._dataset, self._order, self._draws = dataset, order, draws
+        self._lane, self._micro_batch, self._partner = lane, micro_batch, partner
+        self._numbers = {name: number for number, name in enumerate(dataset.index.tars)}
+        self.exceptions = exceptions
+        self._banned = frozenset(self._numbers[name] for name in exceptions.shards if name in self._numbers)
+        self._step = start // order.global_batch
+        self._ready: deque[LatentBatch] = deque()
+        self._pending: deque[Future[LatentBatch]] = deque()
+        self._prefetch = max(1, prefetch)
+        # One worker: batches are made in order, so what is quarantined at a step never depends on timing.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._closed = threading.Event()
+
+    def __next__(self) -> LatentBatch:
+        if self._closed.is_set():
+            raise StopIteration
+        if not self._ready:
+            while len(self._pending) < self._prefetch:
+                self._pending.append(self._pool.submit(self._lane_of, self._step))
+                self._step += 1
+            batch = self._pending.popleft().result()
+            self._ready.extend(_pieces(batch, self._micro_batch))
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _lane_of(self, step: int) -> LatentBatch:
+        plan = self._order.batch(step)
+        positions = np.arange(step * self._order.global_batch, (step + 1) * self._order.global_batch)[self._lane]
+        while True:
+            places = self._places(plan, positions)
+            try:
+                batch = self._dataset._load(positions, places, plan.bucket, self._draws)
+            except ShardError as error:
+                self._quarantine(error)
+                continue
+            if self._partner is None:
+                return batch
+            return batch._replace(rejected_BCHW=self._partner(batch, self._draws))
+
+    def _places(self, plan: BatchPlan, positions: np.ndarray) -> list[tuple[int, int]]:
+        places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
+        skipped = self.exceptions.positions
+        if not self._banned and not skipped:
+            return places
+        bucket = self._order.bucket(plan.bucket)
+        return [
+            bucket.substitute(int(position), self._banned) if place[0] in self._banned or position in skipped else place
+            for position, place in zip(positions, places)
+        ]
+
+    def _quarantine(self, error: ShardError) -> None:
+        name = self._dataset.index.tars[error.shard]
+        log.error("shard %s quarantined, other samples of its bucket stand in: %s", name, error.reason)
+        self._banned |= {error.shard}
+        self.exceptions |= Exceptions(frozenset({name}))
+        total = len(self._numbers)
+        if len(self._banned) > max(1, int(MAX_QUARANTINED * total)):
+            raise UserError(
+                f"{len(self._banned)} of {total} shards of {self._dataset.uri} cannot be read (last: {error.reason}); "
+                f"run `python -m data_pipeline verify {self._dataset.uri}`"
+            )
+
+
+def _pieces(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
+    if size >= len(batch.keys):
+        yield batch
+        return
+    for start in range(0, len(batch.keys), size):
+        part = slice(start, start + size)
+        yield LatentBatch(
+            batch.latent_BCHW[part], batch.text[part], batch.positions[part],  # type: ignore[arg-type]
+            batch.keys[part], batch.captions[part], None if batch.rejected_BCHW is None else batch.rejected_BCHW[part],
+        )  # fmt: skip

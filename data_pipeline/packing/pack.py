@@ -1,0 +1,211 @@
+"""Packing: a hashed plan first (output shard -> list of rows), then its output shards, each restartable on its own.
+
+An output shard's id depends only on the rows in it and on what made their columns: data that is appended later leaves
+earlier shards untouched.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_pipeline.flow.columns import read_parts
+from data_pipeline.loading.index import ShardEntry
+from data_pipeline.packing.layout import SampleLayout, TextFeatures
+from data_pipeline.packing.shards import Sample, write_shard
+from data_pipeline.schema import DatasetInfo, Part, fingerprint
+from infra import storage
+from infra.errors import UserError
+
+CAPTIONS = ("original", "synthetic")
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Rows of one canonical shard that made it, with one way to go. `draw_R` decides where the split is still ""."""
+
+    shard: str
+    split: str
+    bucket: str
+    row_R: np.ndarray
+    draw_R: np.ndarray
+
+    def only(self, chosen_R: np.ndarray, *, split: str | None = None) -> "RowRun":
+        """Some of the rows."""
+        return RowRun(
+            self.shard, self.split if split is None else split, self.bucket, self.row_R[chosen_R], self.draw_R[chosen_R]
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """One planned training shard: rows of input shards, in order."""
+
+    id: str
+    split: str
+    bucket: str
+    rows: tuple[tuple[str, np.ndarray], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(rows) for _, rows in self.rows)
+
+
+def make_plan(
+    runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]
+) -> list[Output]:  # fmt: skip
+    """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given."""
+    groups: dict[tuple[str, str], list[RowRun]] = {}
+    for run in runs:
+        groups.setdefault((run.split, run.bucket), []).append(run)
+    outputs = []
+    for (split, bucket), members in sorted(groups.items()):
+        for listed in _cut(members, shard_rows[bucket]):
+            numbers = [(shard, rows.tolist()) for shard, rows in listed]
+            outputs.append(Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed))
+    return outputs
+
+
+def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndarray], ...]]:
+    listed: list[tuple[str, np.ndarray]] = []
+    room = size
+    for run in runs:
+        rest = run.row_R
+        while len(rest):
+            listed.append((run.shard, rest[:room]))
+            room, rest = room - len(rest[:room]), rest[room:]
+            if not room:
+                yield tuple(listed)
+                listed, room = [], size
+    if listed:
+        yield tuple(listed)
+
+
+def plan_table(outputs: Sequence[Output]) -> pa.Table:
+    """The plan as written down before any output shard."""
+    flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
+    return pa.table(
+        {
+            "output": pa.array([output.id for output, _, _ in flat], pa.string()),
+            "split": pa.array([output.split for output, _, _ in flat], pa.string()),
+            "bucket": pa.array([output.bucket for output, _, _ in flat], pa.string()),
+            "shard": pa.array([shard for _, shard, _ in flat], pa.string()),
+            "rows": pa.array([rows for _, _, rows in flat], pa.list_(pa.int32())),
+        }
+    )
+
+
+def read_outputs(table: pa.Table, wanted: AbstractSet[str]) -> list[Output]:
+    """Some of a plan's output shards."""
+    table = table.filter(pc.is_in(table["output"], value_set=pa.array(sorted(wanted), pa.string())))
+    found: dict[str, list[dict]] = {}
+    for line in table.to_pylist():
+        found.setdefault(line["output"], []).append(line)
+    return [
+        Output(name, lines[0]["split"], lines[0]["bucket"],
+               tuple((line["shard"], np.array(line["rows"], np.int32)) for line in lines))
+        for name, lines in found.items()
+    ]  # fmt: skip
+
+
+def proof_name(encoding: str, output: str) -> str:
+    """The object that proves an output shard, relative to the root."""
+    return f"pack/{encoding}/{output}.json"
+
+
+def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
+    """Output shards already made, by id."""
+    proofs = {}
+    for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
+        try:
+            entry = ShardEntry(**json.loads(storage.read_bytes(uri)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{uri}: not a pack manifest ({error}): delete it and run the command again") from error
+        proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = entry
+    return proofs
+
+
+def lost_outputs(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
+    """Proven output shards of which an object is gone (one listing per folder): these are to be packed again."""
+    folders = {entry.tar.rpartition("/")[0] for entry in proofs.values()}
+    there = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
+    return {
+        name
+        for name, entry in proofs.items()
+        if not {storage.join(root, entry.tar), storage.join(root, entry.rows)} <= there
+    }
+
+
+def pack_output(
+    root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[Part]]]
+) -> ShardEntry:
+    """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
+    layout = info.layout(output.bucket)
+    samples = (s for shard, rows in output.rows for s in _samples(root, layout, shard, rows.tolist(), parts))
+    entry = write_shard(
+        root,
+        samples,
+        split=output.split,
+        resolution=info.resolution,
+        bucket=output.bucket,
+        layout=layout,
+        encoding=info.encoding,
+    )
+    if entry.num_samples != output.num_rows:
+        raise AssertionError(f"output {output.id}: {entry.num_samples} samples, the plan says {output.num_rows}")
+    proof = json.dumps(asdict(entry), indent=1).encode() + b"\n"
+    uri = storage.join(root, proof_name(info.encoding, output.id))
+    if not storage.write_bytes_if_absent(uri, proof):
+        standing = ShardEntry(**json.loads(storage.read_bytes(uri)))
+        if all(storage.exists(storage.join(root, name)) for name in (standing.tar, standing.rows)):
+            return standing
+        storage.write_bytes(uri, proof)  # what it proved is gone, and another version of the code packs other bytes
+    return entry
+
+
+def _samples(
+    root: str,
+    layout: SampleLayout,
+    shard: str,
+    rows: Sequence[int],
+    parts: Mapping[str, Mapping[str, Sequence[Part]]],
+) -> Iterable[Sample]:
+    stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
+    tables = {stage: _by_row(root, shard, stage, parts, rows) for stage in stages}
+    for row in rows:
+        facts, said = tables["measure"][row], tables["caption"][row]
+        moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
+        text = {}
+        for caption, encoder in layout.slots:
+            states = tables[f"text_{encoder.seat}"][row]
+            if states[f"{caption}_tokens"]:
+                small = encoder.seat in layout.int8_seats
+                hidden = np.frombuffer(states[f"{caption}_hidden"], np.int8 if small else np.float16)
+                text[caption, str(encoder.seat)] = TextFeatures(
+                    hidden.reshape(-1, encoder.width),
+                    np.frombuffer(states[f"{caption}_pooled"], np.float32),
+                    np.frombuffer(states[f"{caption}_scale"], np.float32) if small else None,
+                )
+        captions = {"original": facts["caption"], "synthetic": said["caption"]}
+        info = {
+            "source": facts["source"],
+            "width": facts["width"],
+            "height": facts["height"],
+            "from": {"shard": shard, "row": row},
+            **json.loads(facts["info"] or "{}"),
+        }
+        yield Sample(facts["key"], moments, text, {k: v for k, v in captions.items() if v}, info)
+
+
+def _by_row(
+    root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[Part]]], rows: Sequence[int]
+) -> dict[int, dict]:
+    table = read_parts(root, parts[stage][shard])
+    if table is None:
+        raise UserError(f"{root}: column {stage} has nothing for shard {shard}: run the same command again")
+    table = table.filter(pc.is_in(table["row"], value_set=pa.array(rows, pa.int32())))
+    return {row["row"]: row for row in table.to_pylist()}

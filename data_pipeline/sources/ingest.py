@@ -1,0 +1,108 @@
+"""Ingest: a source unit becomes canonical shards of bounded size, each row with key, image bytes and caption.
+
+Rows that a container could not give properly stay as rows with a status: from here on nothing is dropped silently.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from data_pipeline.flow.columns import Column
+from data_pipeline.packing.shards import plain_key
+from data_pipeline.schema import Manifest
+from data_pipeline.sources.formats import RawRow, Source, SourceUnit
+
+VERSION = 1
+MAX_SHARD_BYTES = 512 * 2**20
+_INFO_KEYS = ("url", "sha256", "original_width", "original_height", "license")
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """How rows are cut into canonical shards."""
+
+    shard_rows: int = 1000
+
+    def identity(self) -> dict[str, object]:
+        return {"version": VERSION, "shard_rows": self.shard_rows}
+
+    def run(
+        self, source: Source, unit: SourceUnit, column: Column, *, keep_bytes: int = 0
+    ) -> tuple[Manifest, dict[str, pa.Table]]:
+        """Read the unit, put its shards one by one and the manifest that proves them.
+
+        The first tables, as many as fit into `keep_bytes`, are given to the stages that follow; they read the others.
+        """
+        kept: dict[str, pa.Table] = {}
+
+        def tables() -> Iterator[tuple[str, pa.Table]]:
+            room = keep_bytes
+            for number, rows in enumerate(self._chunks(source.rows(unit))):
+                shard, table = f"{unit.id}-{number:03d}", _table(rows)
+                rows.clear()
+                room -= table.nbytes
+                if room >= 0:
+                    kept[shard] = table
+                yield shard, table
+
+        return column.write(unit.id, tables()), kept
+
+    def _chunks(self, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+        chunk: list[RawRow] = []
+        seen: set[str] = set()
+        size = 0
+        for row in rows:
+            if row.status == "ok" and row.key in seen:
+                row = row._replace(image=None, status="duplicate_key", reason="the key occurred before in this file")
+            seen.add(row.key)
+            size += len(row.image or b"")
+            chunk.append(row)
+            if len(chunk) == self.shard_rows or size > MAX_SHARD_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+
+def _table(rows: list[RawRow]) -> pa.Table:
+    statuses, reasons, captions = [], [], []
+    for row in rows:
+        caption, problem = _caption_text(row.caption)
+        failed = row.status != "ok"
+        statuses.append(row.status if failed else ("bad_caption" if problem else "ok"))
+        reasons.append(_plain(row.reason if failed else problem))
+        captions.append(caption)
+    return pa.table(
+        {
+            "row": pa.array(range(len(rows)), pa.int32()),
+            "status": pa.array(statuses, pa.string()),
+            "reason": pa.array(reasons, pa.string()),
+            "key": pa.array([plain_key(row.key) for row in rows], pa.string()),
+            "source": pa.array([_plain(row.key) for row in rows], pa.string()),
+            "image": pa.array([row.image for row in rows], pa.large_binary()),
+            "caption": pa.array(captions, pa.string()),
+            "info": pa.array([_info(row) for row in rows], pa.string()),
+        }
+    )
+
+
+def _caption_text(caption: bytes | str | None) -> tuple[str, str]:
+    """(text, what is wrong with its bytes)."""
+    if caption is None:
+        return "", ""
+    try:
+        if isinstance(caption, bytes):
+            return caption.decode("utf-8-sig"), ""
+        return str(caption).encode().decode(), ""
+    except UnicodeError:
+        return "", "the caption is not UTF-8"
+
+
+def _plain(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()[:500]
+
+
+def _info(row: RawRow) -> str:
+    return json.dumps({key: row.info[key] for key in _INFO_KEYS if key in row.info})

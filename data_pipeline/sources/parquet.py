@@ -1,0 +1,109 @@
+"""Parquet as a source: image bytes, Hugging Face's {bytes, path}, local paths or URLs, with a caption beside them."""
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.schema import fingerprint
+from data_pipeline.sources.fetch import Fetch
+from data_pipeline.sources.layouts import fetch_rows
+from data_pipeline.sources.rows import SPLITS, RawRow, SourceUnit, etags_below, existing, read_row, split_of, stamp
+from infra import storage
+from infra.errors import UserError, nearest
+
+IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "bytes", "path", "image_path", "file")
+CAPTION_COLUMNS = ("caption", "text", "txt", "TEXT", "prompt")
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet rows with image bytes (or Hugging Face's {bytes, path}, or a local path) and a caption."""
+
+    uri: str
+    image_column: str = ""
+    caption_column: str = ""
+    fetch: Fetch | None = None
+
+    def units(self) -> list[SourceUnit]:
+        units, etags = [], etags_below(self.uri)
+        for file in existing(self.uri, (".parquet",), "parquet files"):
+            with storage.open_read(file) as stream:
+                parquet = _open_parquet(stream, file)
+                image, caption = self._columns(parquet.schema_arrow, file)
+                for group in range(parquet.num_row_groups):
+                    where = {"file": file, "group": group, "image": image, "caption": caption}
+                    relative = file.removeprefix(self.uri.rstrip("/") + "/")
+                    stem = posixpath.basename(file).rsplit(".", 1)[0]
+                    split = split_of(relative) or next((s for s in SPLITS if stem.startswith(f"{s}-")), "")
+                    mark = fingerprint([relative, where, stamp(file, etags)])[:10]
+                    label = f"{split or 'all'}-{stem[-40:]}-{group:04d}-{mark}"
+                    units.append(SourceUnit(label.replace(".", "_"), split, where))
+        return units
+
+    def _columns(self, schema: pa.Schema, file: str) -> tuple[str, str]:
+        names = schema.names
+        chosen = []
+        for what, asked, known in (
+            ("image", self.image_column, IMAGE_COLUMNS),
+            ("caption", self.caption_column, CAPTION_COLUMNS),
+        ):
+            name = asked or next((k for k in known if k in names), "")
+            urls = [n for n in names if n.lower() == "url"]
+            if what == "image" and not name and urls:
+                if self.fetch is None:
+                    raise UserError(
+                        f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
+                        "or, for not too many, add --fetch-urls"
+                    )
+                name = urls[0]
+            if name not in names:
+                raise UserError(
+                    f"{file}: no {what} column {name or 'named ' + ' or '.join(known[:4])}; it has {', '.join(names)}: "
+                    f"name it with --{what}-column{nearest(name, names) if name else ''}"
+                )
+            chosen.append(name)
+        return chosen[0], chosen[1]
+
+    def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        where = unit.where
+        with storage.open_read(where["file"]) as stream:
+            parquet = _open_parquet(stream, where["file"])
+            names = [where["image"], where["caption"]]
+            has_key = "key" in parquet.schema_arrow.names
+            wanted = [*names, *(["key"] if has_key else [])]
+            table = parquet.read_row_group(where["group"], columns=wanted, use_threads=False)  # as index.read_table
+        rows = table.to_pylist()
+        keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{n:06d}" for n, row in enumerate(rows)]
+        if self.fetch is not None and where["image"].lower() == "url":
+            found = zip(keys, rows)
+            items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in found]
+            yield from fetch_rows(items, self.fetch, where["file"])
+            return
+        for key, row in zip(keys, rows):
+            value = row[where["image"]]
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if isinstance(value, str):
+                yield self._from_path(key, value, row[where["caption"]], where["file"])
+            elif value:
+                yield RawRow(key, bytes(value), row[where["caption"]])
+            else:
+                yield RawRow(key, None, row[where["caption"]], "no_image", "the cell is empty")
+
+    @staticmethod
+    def _from_path(key: str, path: str, caption: str, file: str) -> RawRow:
+        uri = path if storage.is_remote(path) or path.startswith("/") else storage.join(posixpath.dirname(file), path)
+        return read_row(key, uri, caption)
+
+
+def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0][:120]})") from error

@@ -1,0 +1,1 @@
+"""T2I-CompBench: formulas, what judges saw, layouts and stored evidence, the metric, the commands."""

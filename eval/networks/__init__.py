@@ -1,0 +1,1 @@
+"""The networks that judge, each by the path of its checkpoint."""

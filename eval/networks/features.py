@@ -1,0 +1,15 @@
+"""What a network must offer for Frechet distances."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class FeatureNetwork(Protocol):
+    """A feature space: pictures to (N, E)."""
+
+    name: str
+    version: str
+
+    def images(self, images: Sequence[np.ndarray]) -> Any: ...

@@ -1,0 +1,181 @@
+"""Result rows as comparable series: one value per run and images under one protocol; others are left out, and said."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eval.report.data import LOSS, Run
+from infra.results import ResultRow
+
+# First parts of metric names that are not scores of the model.
+NOT_SCORES = {"val_loss", "train_loss", "cost", "calibration", "prediction", "plan"}
+TASK_ORDER = (
+    "overall", "single_object", "two_object", "counting", "colors", "position", "color_attr", "color", "shape",
+    "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex",
+)  # fmt: skip
+SCORES = ("geneval", "compbench", "clip_score", "fid", "inception_fid", "typography", "ocr")
+
+
+@dataclass(frozen=True)
+class Point:
+    images: int
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run's number that may not stand beside the others."""
+
+    metric: str
+    run: str
+    value: float
+    protocol: str
+    kept_protocol: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric under one protocol: run -> its points by images. `left_out`: runs that only have other protocols."""
+
+    metric: str
+    protocol: str
+    higher_is_better: bool
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+
+    def values(self) -> dict[str, dict[int, float]]:
+        return {run: {p.images: p.value for p in points} for run, points in self.points.items()}
+
+    def at(self, run: str, images: int | None = None) -> Point | None:
+        """The point at `images`, or the run's last."""
+        points = self.points.get(run, [])
+        if images is None:
+            return points[-1] if points else None
+        return next((p for p in points if p.images == images), None)
+
+    @property
+    def last_common(self) -> int | None:
+        """The largest number of images at which every run here has a value, or None."""
+        common = (
+            set.intersection(*({p.images for p in points} for points in self.points.values())) if self.points else set()
+        )
+        return max(common, default=None)
+
+
+def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
+    """All runs' values of a metric under the protocol that most runs have (then most points, then most samples)."""
+    rows = [row for run in runs for row in run.rows if row.metric == metric and row.value == row.value]
+    if not rows:
+        return None
+    owner = {id(row): run.name for run in runs for row in run.rows}
+    kept = pick_protocol([(owner[id(row)], row.protocol_hash, 1, row.sample_count) for row in rows])
+    points: dict[str, list[Point]] = {}
+    others: dict[str, ResultRow] = {}
+    for row in sorted(rows, key=lambda row: row.images_seen):
+        if row.protocol_hash == kept:
+            # A store may hold two recipes of one run name (it was started anew): the later row stands.
+            mine = points.setdefault(owner[id(row)], [])
+            if mine and mine[-1].images == row.images_seen:
+                mine.pop()
+            mine.append(Point(row.images_seen, row.value, row.low, row.high, row.sample_count))
+        else:
+            others[owner[id(row)]] = row
+    left = tuple(
+        LeftOut(metric, run, row.value, row.protocol_hash, kept) for run, row in others.items() if run not in points
+    )
+    ordered = {run.name: points[run.name] for run in runs if run.name in points}
+    return Comparison(metric, kept, rows[0].higher_is_better, ordered, left)
+
+
+def pick_protocol(measured: Sequence[tuple[str, str, int, int]]) -> str:
+    """From (run, protocol, points, sample count): the protocol of most runs, then most points, then most samples."""
+    runs: dict[str, set[str]] = {}
+    points: dict[str, int] = {}
+    samples: dict[str, int] = {}
+    for run, protocol, count, sample_count in measured:
+        runs.setdefault(protocol, set()).add(run)
+        points[protocol] = points.get(protocol, 0) + count
+        samples[protocol] = max(samples.get(protocol, 0), sample_count)
+    return max(runs, key=lambda protocol: (len(runs[protocol]), points[protocol], samples[protocol], protocol))
+
+
+def loss_when_scored(losses: Comparison, scores: Comparison) -> dict[str, dict[int, float]]:
+    """run -> images of each scored checkpoint -> validation loss there, read between its neighbours on the curve."""
+    found: dict[str, dict[int, float]] = {}
+    for run in scores.points.keys() & losses.points.keys():
+        curve = [p for p in losses.points[run] if p.images > 0]
+        if curve:
+            x, y = np.log([p.images for p in curve]), np.log([p.value for p in curve])
+            at = [p.images for p in scores.points[run] if curve[0].images <= p.images <= curve[-1].images]
+            found[run] = {images: float(np.exp(np.interp(np.log(images), x, y))) for images in at}
+    return {run: found[run] for run in scores.points if run in found}
+
+
+def main_loss(runs: Sequence[Run]) -> str | None:
+    """Name of the validation loss that most runs have; the paper's protocol on a tie. Protocols are never mixed."""
+    return most_common_loss(name for run in runs for name in {row.metric for row in run.rows})
+
+
+def most_common_loss(metrics: Iterable[str]) -> str | None:
+    """The same from each run's metric names, one after another."""
+    names = [name for name in metrics if _is_loss(name)]
+    return max(set(names), key=lambda name: (names.count(name), name == f"{LOSS}sd3"), default=None)
+
+
+def level_metrics(runs: Sequence[Run], loss: str) -> dict[float, str]:
+    """Noise level -> metric name, for `val_loss/sd3/t0.125` and its siblings."""
+    return levels_among({row.metric for run in runs for row in run.rows}, loss)
+
+
+def levels_among(metrics: Iterable[str], loss: str) -> dict[float, str]:
+    """The same from the names alone."""
+    found: dict[float, str] = {}
+    for name in (name for name in metrics if name.startswith(f"{loss}/t")):
+        try:
+            found[float(name.removeprefix(f"{loss}/t"))] = name
+        except ValueError:
+            continue
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of a score family: a task, and its metric names for seen, unseen or no such split."""
+
+    name: str
+    metrics: dict[str, str]
+
+
+def score_families(runs: Sequence[Run]) -> dict[str, list[Task]]:
+    """`world_geneval` -> its tasks, overall first. Known benchmarks first, then whatever else was measured."""
+    return families_of({row.metric for run in runs for row in run.rows})
+
+
+def families_of(metrics: Iterable[str]) -> dict[str, list[Task]]:
+    """The same from the names alone."""
+    names = sorted(name for name in metrics if name.split("/")[0] not in NOT_SCORES)
+    families: dict[str, dict[str, dict[str, str]]] = {}
+    for name in names:
+        family, *path = name.split("/")
+        split = path.pop() if path and path[-1] in ("seen", "unseen") else "all"
+        families.setdefault(family, {}).setdefault("/".join(path) or "overall", {})[split] = name
+
+    def rank(family: str) -> tuple[int, str]:
+        return next((i for i, known in enumerate(SCORES) if family.endswith(known)), len(SCORES)), family
+
+    return {
+        family: [Task(task, families[family][task]) for task in sorted(families[family], key=_task_rank)]
+        for family in sorted(families, key=rank)
+    }
+
+
+def _task_rank(task: str) -> tuple[int, str]:
+    return TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER), task
+
+
+def _is_loss(metric: str) -> bool:
+    return metric.startswith(LOSS) and metric.count("/") == 1

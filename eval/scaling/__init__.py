@@ -1,0 +1,1 @@
+"""Scaling laws: fits, intervals and their coverage, correlations."""

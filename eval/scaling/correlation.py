@@ -1,0 +1,107 @@
+"""Does validation loss predict a score? Pearson and Spearman across runs at equal images, and within runs.
+
+Points of one curve move together, so a correlation over all points of all curves would claim far more than it knows:
+the run is the unit. Intervals across runs are Fisher's z (a bootstrap of five runs draws the same three again and
+again and is too narrow); Spearman's has Bonett and Wright's variance (2000) and half a step of continuity.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.scaling.laws import Array
+
+MIN_RUNS = 3  # below, a coefficient is +1 or -1 by construction
+MIN_RUNS_INTERVAL = 4  # Fisher's z has the variance 1 / (runs - 3)
+Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """`reason` says why a coefficient or its interval is missing."""
+
+    num_runs: int
+    pearson: Coefficient | None = None
+    spearman: Coefficient | None = None
+    reason: str = ""
+
+
+def equal_images(one: Mapping[str, Mapping[int, float]], two: Mapping[str, Mapping[int, float]]) -> int | None:
+    """The images at which most runs have both numbers, the larger on a tie. Both arguments: run -> images -> value."""
+    shared = [images for run in one.keys() & two.keys() for images in one[run].keys() & two[run].keys()]
+    return max(set(shared), key=lambda images: (shared.count(images), images), default=None)
+
+
+def across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """One point per run."""
+    x_R, y_R = np.asarray(x, float), np.asarray(y, float)
+    keep = np.isfinite(x_R) & np.isfinite(y_R)
+    x_R, y_R = x_R[keep], y_R[keep]
+    if len(x_R) < MIN_RUNS:
+        return Correlation(len(x_R), reason=f"{_runs(len(x_R))} at equal images, and a coefficient needs {MIN_RUNS}")
+    if np.ptp(x_R) == 0 or np.ptp(y_R) == 0:
+        return Correlation(len(x_R), reason="all runs have the same value, so there is nothing to correlate")
+    pearson, spearman = _pearson(x_R, y_R), _pearson(_ranks(x_R), _ranks(y_R))
+    if len(x_R) < MIN_RUNS_INTERVAL:
+        reason = f"no interval: {_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
+        return Correlation(len(x_R), Coefficient(pearson), Coefficient(spearman), reason)
+    half_step = 6 / (len(x_R) * (len(x_R) ** 2 - 1))
+    return Correlation(
+        len(x_R),
+        _fisher(pearson, len(x_R), variance=1.0, step=0.0),
+        _fisher(spearman, len(x_R), variance=1 + spearman**2 / 2, step=half_step),
+    )
+
+
+def within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Correlation:
+    """Mean over runs of each run's own Pearson coefficient along its checkpoints, with Student's interval over runs."""
+    from scipy.stats import t
+
+    each = [
+        _pearson(np.array(x, float), np.array(y, float))
+        for x, y in curves
+        if len(x) >= MIN_RUNS and np.ptp(x) > 0 and np.ptp(y) > 0
+    ]
+    if not each:
+        long = [x for x, _ in curves if len(x) >= MIN_RUNS]
+        reason = f"no run has {MIN_RUNS} checkpoints with both numbers"
+        return Correlation(0, reason="no run's numbers change" if long else reason)
+    value, count = float(np.mean(each)), len(each)
+    if count < MIN_RUNS:
+        reason = f"no interval: {_runs(count)}, and one needs {MIN_RUNS}"
+        return Correlation(count, Coefficient(value), reason=reason)
+    half = float(t.ppf(0.975, count - 1) * np.std(each, ddof=1) / math.sqrt(count))
+    return Correlation(count, Coefficient(value, max(-1.0, value - half), min(1.0, value + half)))
+
+
+def _fisher(value: float, count: int, *, variance: float, step: float) -> Coefficient:
+    """tanh(atanh(r) +- 1.96 sqrt(variance / (n - 3))); `step` draws a coefficient of ranks away from +1 and -1."""
+    inner = math.copysign(min(max(abs(value) - step, 0.0), 1 - 1e-12), value)
+    half = Z * math.sqrt(variance / (count - 3))
+    low, high = math.tanh(math.atanh(inner) - half), math.tanh(math.atanh(inner) + half)
+    return Coefficient(value, min(low, value), max(high, value))
+
+
+def _pearson(x_R: Array, y_R: Array) -> float:
+    x_R, y_R = x_R - x_R.mean(), y_R - y_R.mean()
+    return float(np.clip((x_R * y_R).sum() / math.sqrt((x_R**2).sum() * (y_R**2).sum()), -1, 1))
+
+
+def _ranks(x_R: Array) -> Array:
+    """Ranks, ties sharing their mean."""
+    below = (x_R[None, :] < x_R[:, None]).sum(axis=1)
+    equal = (x_R[None, :] == x_R[:, None]).sum(axis=1)
+    return below + (equal - 1) / 2
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"

@@ -1,0 +1,108 @@
+"""MM-DiT with three sets of weights: image, CLIP tokens and T5 tokens apart (SD3 section 5.2.3, Figure 4)."""
+# Shapes: B batch, N image tokens, L text tokens (M of CLIP first), D width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.backbones.attention import QKV, attend, join, separate
+from model.backbones.layers import Modulation, scale_shift
+from model.backbones.mmdit import FinalTextStream, Stream
+from model.backbones.trunk import TokenBackbone, TokenConfig
+from model.encoders.text import TextCond
+from model.errors import ModelError
+
+
+@dataclass(frozen=True)
+class MMDiT3Config(TokenConfig):
+    """`clip_tokens` says where in the context the T5 tokens begin."""
+
+    clip_tokens: int = 77
+
+    @property
+    def name(self) -> str:
+        return "mmdit3"
+
+    def module(self) -> MMDiT3:
+        return MMDiT3(self)
+
+    def block_parameters(self) -> int:
+        h, qk = self.width, self.qk_parameters
+        stream, final_text = 18 * h * h + 15 * h + qk, 5 * h * h + 5 * h + qk
+        return (3 * self.depth - 2) * stream + 2 * final_text
+
+    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+        h, s = self.width, tokens + text_tokens
+        joint = 12 * h * h * s + 18 * h * h + 2 * h * s * s
+        last = 12 * h * h * tokens + 3 * h * h * text_tokens + 10 * h * h + 2 * h * s * s
+        return (self.depth - 1) * joint + last
+
+
+def _read(stream: Stream | FinalTextStream, x_BND: Tensor, shift: Tensor, scale: Tensor) -> QKV:
+    return stream.qkv(scale_shift(stream.norm(x_BND), shift, scale))
+
+
+class MMDiT3Block(nn.Module):
+    """Joint attention over three streams, then one MLP per stream."""
+
+    def __init__(self, config: MMDiT3Config):
+        super().__init__()
+        self.image, self.clip, self.t5 = Stream(config), Stream(config), Stream(config)
+
+    def forward(
+        self, x_BND: Tensor, clip_BMD: Tensor, t5_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        streams, inputs = (self.image, self.clip, self.t5), (x_BND, clip_BMD, t5_BLD)
+        adas = [stream.modulate(c_BD) for stream in streams]
+        image, clip, t5 = (_read(s, x, ada[0], ada[1]) for s, x, ada in zip(streams, inputs, adas, strict=True))
+        attended = separate(attend(*join(join(image, clip), t5), bias), *(x.shape[1] for x in inputs))
+        outputs = []
+        for stream, x, ada, seen in zip(streams, inputs, adas, attended, strict=True):
+            x = torch.addcmul(x, ada[2], stream.out(seen))
+            outputs.append(stream.mlp_step(x, Modulation(*ada[3:])))
+        return outputs[0], outputs[1], outputs[2]
+
+
+class FinalMMDiT3Block(nn.Module):
+    """The last block: both text streams give keys and values only."""
+
+    def __init__(self, config: MMDiT3Config):
+        super().__init__()
+        self.image, self.clip, self.t5 = Stream(config), FinalTextStream(config), FinalTextStream(config)
+
+    def forward(
+        self, x_BND: Tensor, clip_BMD: Tensor, t5_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        shift, scale, gate, *mlp = self.image.modulate(c_BD)
+        image = _read(self.image, x_BND, shift, scale)
+        clip = _read(self.clip, clip_BMD, *self.clip.modulate(c_BD))
+        t5 = _read(self.t5, t5_BLD, *self.t5.modulate(c_BD))
+        seen = attend(*join(join(image, clip), t5), bias)[:, : x_BND.shape[1]].contiguous()
+        x_BND = torch.addcmul(x_BND, gate, self.image.out(seen))
+        return self.image.mlp_step(x_BND, Modulation(*mlp))
+
+
+class MMDiT3(TokenBackbone):
+    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+
+    config: MMDiT3Config
+
+    def __init__(self, config: MMDiT3Config):
+        super().__init__(config)
+        self.blocks = nn.ModuleList([MMDiT3Block(config) for _ in range(config.depth - 1)] + [FinalMMDiT3Block(config)])
+        self.final = self.make_final()
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+        split = self.config.clip_tokens
+        if not 0 < split < text.context_BLD.shape[1]:
+            raise ModelError(f"clip_tokens={split} leaves no two parts of {text.context_BLD.shape[1]} text tokens")
+        self.check_inputs(x_BCHW, t_B, text)
+        e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
+        x_BND, clip_BMD, t5_BLD = e.x_BND, e.y_BLD[:, :split], e.y_BLD[:, split:]
+        for block in self.blocks[:-1]:
+            x_BND, clip_BMD, t5_BLD = self.call(block, x_BND, clip_BMD, t5_BLD, e.c_BD, e.bias)
+        x_BND = self.call(self.blocks[-1], x_BND, clip_BMD, t5_BLD, e.c_BD, e.bias)
+        return self.output(self.final, x_BND, e)

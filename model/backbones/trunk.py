@@ -1,0 +1,201 @@
+"""What all backbones share: the config's fields and counts, and the embedding of latents, time and text into tokens."""
+# Shapes: B batch, N image tokens, L text tokens, D width, C channels of the latents. Symbols in counts: h width.
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.backbones.attention import HEAD_WIDTH, key_bias
+from model.backbones.layers import TIME_CHANNELS, Condition, FinalLayer, PatchEmbed, XavierLinear, unpatchify
+from model.backbones.norms import NormBackend
+from model.backbones.position import PositionTable
+from model.encoders.text import TextCond
+from model.errors import ModelError, hint
+
+
+class MultiplyAdds(NamedTuple):
+    """Of one forward pass for one image. `stem` are the layers that read data, whose inputs need no gradient."""
+
+    stem: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class TokenConfig(ABC):
+    """Everything that decides the weights' shapes; JSON-able. Width is 64*depth; pos_*: see position.py."""
+
+    depth: int
+    patch: int = 2
+    in_channels: int = 16
+    context_width: int = 4096
+    pooled_width: int = 2048
+    qk_norm: bool = True
+    pos_max: int = 192
+    pos_tokens: int = 16
+    pos_base: int = 16
+    pos_stored: bool = False
+    norm_backend: NormBackend = "torch"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and (type(value) is not int or value < 1):
+                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected an integer of at least 1")
+            if field.type in ("bool", bool) and type(value) is not bool:
+                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected true or false")
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network with fresh weights from torch's current random state."""
+
+    @abstractmethod
+    def block_parameters(self) -> int:
+        """Parameters of all blocks."""
+
+    @abstractmethod
+    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+        """Multiply-adds of all blocks."""
+
+    @property
+    def width(self) -> int:
+        return HEAD_WIDTH * self.depth
+
+    @property
+    def heads(self) -> int:
+        return self.depth
+
+    @property
+    def pixels(self) -> int:
+        """Numbers in one patch."""
+        return self.patch**2 * self.in_channels
+
+    @property
+    def qk_parameters(self) -> int:
+        """Of one pair of query and key norms."""
+        return 2 * HEAD_WIDTH if self.qk_norm else 0
+
+    def build(self, *, seed: int = 0) -> nn.Module:
+        """The module with initial weights drawn from `seed`; under `torch.device("meta")` it costs no memory."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.module()
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise ModelError(f"unknown {cls.__name__} field {key!r}{hint(key, known)}")
+        if "depth" not in data:
+            raise ModelError(f"{cls.__name__} without a depth; found {', '.join(data) or 'nothing'}")
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**fields)
+
+    def parameter_count(self) -> int:
+        """Closed form (facts A.4 for MM-DiT)."""
+        h = self.width
+        embed = (self.pixels + 1) * h + (TIME_CHANNELS + 1 + self.pooled_width + 1) * h + 2 * (h * h + h)
+        embed += (self.context_width + 1) * h
+        final = 2 * h * h + 2 * h + self.pixels * h + self.pixels
+        return embed + self.block_parameters() + final
+
+    def multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
+        """Height and width are of the latents."""
+        h, tokens = self.width, (height // self.patch) * (width // self.patch)
+        stem = self.pixels * h * tokens + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
+        ends = 2 * h * h + 2 * h * h + self.pixels * h * tokens
+        return MultiplyAdds(stem, ends + self.block_multiply_adds(tokens, text_tokens))
+
+    def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
+        """As torch.utils.flop_counter counts one image's forward pass."""
+        counts = self.multiply_adds(height, width, text_tokens)
+        return 2 * (counts.stem + counts.inner)
+
+    def backward_flops(self, height: int, width: int, text_tokens: int) -> int:
+        """Likewise for the backward pass: twice the inner layers, once those that read data."""
+        counts = self.multiply_adds(height, width, text_tokens)
+        return 2 * (counts.stem + 2 * counts.inner)
+
+
+class Embedded(NamedTuple):
+    """Tokens of both modalities, the conditioning vector, the additive bias of masked text keys, the image grid."""
+
+    x_BND: Tensor
+    y_BLD: Tensor
+    c_BD: Tensor
+    bias: Tensor | None
+    rows: int
+    columns: int
+
+
+class TokenBackbone(nn.Module):
+    """Embedding and output; a child adds `blocks` and its forward. `checkpoint_blocks` recomputes them in backward."""
+
+    def __init__(self, config: TokenConfig, *, patch_channels: int | None = None):
+        super().__init__()
+        self.config: Any = config
+        self.checkpoint_blocks = False
+        width = config.width
+        self.patch_embed = PatchEmbed(patch_channels or config.in_channels, width, config.patch)
+        self.positions = PositionTable(
+            width, config.pos_max, target=config.pos_tokens, base=config.pos_base, stored=config.pos_stored
+        )
+        self.condition = Condition(config.pooled_width, width)
+        self.context_embed = XavierLinear(config.context_width, width)
+
+    def make_final(self) -> FinalLayer:
+        return FinalLayer(self.config.width, self.config.pixels, self.config.norm_backend)
+
+    def check_inputs(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> None:
+        """Refuse text of other widths than the model was built for, and parts of different batches."""
+        config, batch, mask = self.config, x_BCHW.shape[0], text.mask_BL
+        if x_BCHW.ndim != 4 or 0 in x_BCHW.shape:
+            raise ModelError(f"latents of shape {tuple(x_BCHW.shape)}, expected (batch, channels, height, width)")
+        if t_B.shape != (batch,) or len(text) != batch or len(text.pooled_BP) != batch:
+            raise ModelError(
+                f"{batch} latents with times of shape {tuple(t_B.shape)} and text for {len(text)} (context), "
+                f"{len(text.pooled_BP)} (pooled); expected {batch} of each"
+            )
+        if mask is not None and (mask.shape != text.context_BLD.shape[:2] or mask.dtype != torch.bool):
+            raise ModelError(
+                f"text mask of shape {tuple(mask.shape)} and type {mask.dtype}, expected "
+                f"{tuple(text.context_BLD.shape[:2])} and torch.bool"
+            )
+        if text.context_BLD.shape[-1] != config.context_width or text.pooled_BP.shape[-1] != config.pooled_width:
+            raise ModelError(
+                f"text of widths {text.context_BLD.shape[-1]} (context), {text.pooled_BP.shape[-1]} (pooled) does not "
+                f"fit the model's {config.context_width}, {config.pooled_width}"
+            )
+
+    def embed(self, x_BCHW: Tensor, c_BD: Tensor, text: TextCond) -> Embedded:
+        config = self.config
+        rows, columns = x_BCHW.shape[-2] // config.patch, x_BCHW.shape[-1] // config.patch
+        x_BND = self.patch_embed(x_BCHW)
+        x_BND = x_BND + self.positions(rows, columns).to(x_BND.dtype)
+        y_BLD = self.context_embed(text.context_BLD.to(x_BND.dtype))  # the loader leaves fp16 as it is stored
+        bias = None if text.mask_BL is None else key_bias(text.mask_BL, rows * columns, x_BND.dtype)
+        return Embedded(x_BND, y_BLD, c_BD, bias, rows, columns)
+
+    def call(self, block: nn.Module, *tensors: Tensor | None) -> Any:
+        """One block, with tensors only: DeepSpeed's hooks and torch.compile want modules called so."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *tensors, use_reentrant=False)
+        return block(*tensors)
+
+    def output(self, final: nn.Module, x_BND: Tensor, e: Embedded) -> Tensor:
+        return unpatchify(final(x_BND, e.c_BD), e.rows, e.columns, self.config.patch)

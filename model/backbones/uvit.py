@@ -1,0 +1,133 @@
+"""UViT after Hoogeboom et al. (simple diffusion): convolutions at the latent's own resolution around a transformer.
+
+Residual blocks of half the width, a patch to tokens, DiT blocks over image and text tokens, back up with a skip.
+"""
+# Shapes: B batch, C channels, H and W of the latents, N image tokens, S all tokens, D width. Counts: g = h/2 channels.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.backbones.dit import DiTBlock
+from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, unpatchify
+from model.backbones.norms import layer_norm
+from model.backbones.trunk import MultiplyAdds, TokenBackbone, TokenConfig
+from model.encoders.text import TextCond
+from model.errors import ModelError
+
+GROUPS = 32
+
+
+@dataclass(frozen=True)
+class UViTConfig(TokenConfig):
+    """`res_blocks` residual blocks on each side of the transformer."""
+
+    res_blocks: int = 2
+
+    @property
+    def name(self) -> str:
+        return "uvit"
+
+    @property
+    def channels(self) -> int:
+        return self.width // 2
+
+    def module(self) -> UViT:
+        return UViT(self)
+
+    def block_parameters(self) -> int:
+        h = self.width
+        return self.depth * (18 * h * h + 15 * h + self.qk_parameters)
+
+    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+        h, s = self.width, tokens + text_tokens
+        return self.depth * (12 * h * h * s + 6 * h * h + 2 * h * s * s)
+
+    def parameter_count(self) -> int:
+        h, g = self.width, self.channels
+        embed = (TIME_CHANNELS + self.pooled_width + 2) * h + 2 * (h * h + h) + (self.context_width + 1) * h
+        residual = 2 * (9 * g * g + g) + 4 * g + 2 * g * h + 2 * g
+        ends = 9 * self.in_channels * g + g + 2 * g + 9 * g * self.in_channels + self.in_channels
+        patches = self.patch**2 * g * h + h + h * self.patch**2 * g + self.patch**2 * g
+        return embed + ends + patches + 2 * self.res_blocks * residual + self.block_parameters()
+
+    def multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
+        h, g, area = self.width, self.channels, height * width
+        tokens = area // self.patch**2
+        conv_in = 9 * self.in_channels * g * area
+        stem = conv_in + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
+        residual = 2 * self.res_blocks * (18 * g * g * area + 2 * g * h)
+        patches = 2 * self.patch**2 * g * h * tokens
+        return MultiplyAdds(
+            stem, 2 * h * h + residual + patches + conv_in + self.block_multiply_adds(tokens, text_tokens)
+        )
+
+
+class Conv3(nn.Conv2d):
+    """3x3, same size, Xavier; `zero` for the last one of a residual branch or of the network."""
+
+    def __init__(self, inputs: int, outputs: int, *, zero: bool = False):
+        self.zero = zero
+        super().__init__(inputs, outputs, kernel_size=3, padding=1)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight) if self.zero else nn.init.xavier_uniform_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv; GroupNorm with shift and scale from c, SiLU, conv; plus the input."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.norm_in = nn.GroupNorm(GROUPS, channels)
+        self.conv_in = Conv3(channels, channels)
+        self.film = XavierLinear(width, 2 * channels)
+        self.norm_out = nn.GroupNorm(GROUPS, channels)
+        self.conv_out = Conv3(channels, channels, zero=True)
+
+    def forward(self, x_BCHW: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.film(F.silu(c_BD))[..., None, None].chunk(2, dim=1)
+        inner = self.conv_in(F.silu(self.norm_in(x_BCHW)))
+        return x_BCHW + self.conv_out(F.silu(scale_shift(self.norm_out(inner), shift, scale)))
+
+
+class UViT(TokenBackbone):
+    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+
+    config: UViTConfig
+
+    def __init__(self, config: UViTConfig):
+        super().__init__(config, patch_channels=config.channels)
+        channels, width = config.channels, config.width
+        self.conv_in = Conv3(config.in_channels, channels)
+        self.down = nn.ModuleList([ResBlock(channels, width) for _ in range(config.res_blocks)])
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        self.norm = layer_norm(width, config.norm_backend)
+        self.unpatch = XavierLinear(width, config.patch**2 * channels)
+        self.up = nn.ModuleList([ResBlock(channels, width) for _ in range(config.res_blocks)])
+        self.norm_out = nn.GroupNorm(GROUPS, channels)
+        self.conv_out = Conv3(channels, config.in_channels, zero=True)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+        if x_BCHW.shape[1] != self.config.in_channels:
+            raise ModelError(f"latents have {x_BCHW.shape[1]} channels, the model expects {self.config.in_channels}")
+        self.check_inputs(x_BCHW, t_B, text)
+        c_BD = self.condition(t_B, text.pooled_BP)
+        x_BCHW = self.conv_in(x_BCHW)
+        for block in self.down:
+            x_BCHW = self.call(block, x_BCHW, c_BD)
+        e = self.embed(x_BCHW, c_BD, text)
+        x_BSD = torch.cat([e.x_BND, e.y_BLD], dim=1)
+        for block in self.blocks:
+            x_BSD = self.call(block, x_BSD, c_BD, e.bias)
+        tokens_BND = self.unpatch(self.norm(x_BSD[:, : e.x_BND.shape[1]]))
+        x_BCHW = x_BCHW + unpatchify(tokens_BND, e.rows, e.columns, self.config.patch)
+        for block in self.up:
+            x_BCHW = self.call(block, x_BCHW, c_BD)
+        return self.conv_out(F.silu(self.norm_out(x_BCHW)))

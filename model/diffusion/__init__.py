@@ -1,0 +1,1 @@
+"""The objectives: paths, timesteps, formulations; sampling; validation at fixed noise."""

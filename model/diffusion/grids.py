@@ -1,0 +1,88 @@
+"""Where samplers evaluate: the coordinate in which each formulation is integrated, and the named grids on it.
+
+Rectified flow and cosine are integrated over t. EDM and the discrete linear schedule are integrated over the ratio
+b/a (sigma), in y = z/a, where dy/dsigma is the predicted noise (Euler there is DDIM). All grids end at 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.diffusion.flow import Formulation
+from model.diffusion.paths import EDM, Cosine, Level, Linear
+from model.diffusion.timesteps import require_shift, resolution_shift
+from model.errors import ModelError
+
+Grid = Literal["default", "released"]
+
+# eps/cos divides by a, which is 0 at t = 1: start one thousandth before.
+COSINE_EPS_START = 0.999
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+
+
+def over_sigma(formulation: Formulation) -> bool:
+    return isinstance(formulation.path, (EDM, Linear))
+
+
+def lowest_ratio(formulation: Formulation) -> float:
+    """The smallest sigma above 0 of a formulation that is integrated over sigma."""
+    path = formulation.path
+    return path.log_ratio_T[0].exp().item() if isinstance(path, Linear) else SIGMA_MIN
+
+
+def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
+    """The noise level at a point of the sampling coordinate."""
+    path = formulation.path
+    return path.level_of_ratio(coordinate) if over_sigma(formulation) else path.level(coordinate)
+
+
+def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
+    """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ModelError(f"sampling with {steps} steps; expected an integer of at least 1")
+    require_shift(shift)
+    if grid == "released":
+        return released_grid(formulation, steps, shift)
+    if grid != "default":
+        raise ModelError(f"unknown sampling grid {grid!r}; known: default, released")
+    path = formulation.path
+    zero = torch.zeros(1, dtype=torch.float64)
+    if isinstance(path, EDM):
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else zero
+        high, low = (SIGMA_MAX * shift) ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+        return torch.cat([(high + ramp * (low - high)) ** RHO, zero])
+    if isinstance(path, Linear):
+        # "Trailing" spacing: starts at the last level, so the terminal noise level is the one of training.
+        k = torch.linspace(path.num_levels, 0, steps + 1, dtype=torch.float64)[:-1].round().long() - 1
+        return torch.cat([shift * path.ratio_of_level(k.clamp(min=0)), zero])
+    start = COSINE_EPS_START if isinstance(path, Cosine) and formulation.target == "eps" else 1.0
+    t = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    if shift == 1.0:
+        return t
+    if isinstance(path, Cosine):
+        inner = path.time_of_ratio(shift * torch.tan(torch.pi / 2 * t[t < 1]))
+        return torch.cat([t[t >= 1], inner])
+    return resolution_shift(t, shift)
+
+
+def released_grid(formulation: Formulation, steps: int, shift: float) -> Tensor:
+    """The steps that sd3-ref and diffusers really take: their table of 1000 levels is shifted already, and the points
+    picked between its ends are shifted a second time."""
+    if over_sigma(formulation) or isinstance(formulation.path, Cosine):
+        raise ModelError(f"grid released is SD3's and needs a rectified flow, not {formulation.name}")
+    first = torch.ones(1, dtype=torch.float64)
+    last = resolution_shift(first / 1000, shift)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else 0 * first
+    return torch.cat([resolution_shift(first + ramp * (last - first), shift), 0 * first])
+
+
+def start_state(formulation: Formulation, noise: Tensor, coordinate: Tensor) -> Tensor:
+    """The state that replaces a noised image at the terminal level: z = noise, or sigma * noise for EDM."""
+    if isinstance(formulation.path, EDM):
+        return noise * coordinate.to(noise.dtype)
+    if isinstance(formulation.path, Linear):
+        return noise * (1 + coordinate**2).sqrt().to(noise.dtype)
+    return noise.clone()

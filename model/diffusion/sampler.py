@@ -1,0 +1,199 @@
+"""From noise to latents: Euler, Heun and adaptive Runge-Kutta over a formulation's grid, with classifier-free guidance.
+
+Both branches of guidance go through the network in one batch. Conversions are affine in the prediction, so guiding the
+prediction is guiding the velocity.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from model.diffusion.flow import Formulation, get_formulation, like
+from model.diffusion.grids import Grid, level_at, lowest_ratio, over_sigma, sampling_grid, start_state
+from model.encoders.text import TextCond
+from model.errors import ModelError, hint
+
+Solver = Literal["euler", "heun", "rk"]
+Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
+Slope = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a solve leaves behind, in the coordinate of integration; per sample where the name ends in _B.
+
+    straightness_B is the integral of |mean slope - slope|^2 (0 for a straight path), as in InstaFlow.
+    """
+
+    latents: Tensor
+    evaluations: int
+    path_length_B: Tensor
+    displacement_B: Tensor
+    straightness_B: Tensor
+
+
+def sample(
+    model_fn: Predict,
+    noise_BCHW: Tensor,
+    text: TextCond,
+    uncond: TextCond | None = None,
+    *,
+    steps: int = 25,
+    guidance: float = 1.0,
+    shift: float = 1.0,
+    solver: Solver = "euler",
+    formulation: Formulation | str = "rf/lognorm(0.00,1.00)",
+    grid: Grid = "default",
+) -> Tensor:
+    """Latents for `text` from `noise_BCHW`; see `solve` for the arguments."""
+    return solve(
+        model_fn,
+        noise_BCHW,
+        text,
+        uncond,
+        steps=steps,
+        guidance=guidance,
+        shift=shift,
+        solver=solver,
+        formulation=formulation,
+        grid=grid,
+    ).latents
+
+
+@torch.no_grad()
+def solve(
+    model_fn: Predict,
+    noise_BCHW: Tensor,
+    text: TextCond,
+    uncond: TextCond | None = None,
+    *,
+    steps: int = 25,
+    guidance: float = 1.0,
+    shift: float = 1.0,
+    solver: Solver = "euler",
+    formulation: Formulation | str = "rf/lognorm(0.00,1.00)",
+    grid: Grid = "default",
+    tolerance: float = 1e-4,
+) -> Trajectory:
+    """Integrate from noise to data. `guidance` 1 reads `text` only; any other value needs `uncond`.
+
+    solver rk is Dormand-Prince with relative and absolute `tolerance`; it chooses its own steps between the grid's ends
+    for the batch as a whole, so `steps` only says where its states are kept.
+    """
+    form = get_formulation(formulation) if isinstance(formulation, str) else formulation
+    if solver not in get_args(Solver):
+        raise ModelError(f"unknown solver {solver!r}{hint(solver, get_args(Solver))}; known: euler, heun, rk")
+    predict = guided(model_fn, text, uncond, guidance)
+    evaluations = 0
+
+    def slope(y: Tensor, at: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return _slope(form, predict, y, at)
+
+    points = sampling_grid(form, steps, shift=shift, grid=grid)
+    start, to_sigma = start_state(form, noise_BCHW, points[0]), over_sigma(form)
+    if solver == "rk" and to_sigma and points[-2] > lowest_ratio(form):
+        # The one step that rk does not choose, to 0, starts where it is shortest, however few points there are.
+        points = torch.cat([points[:-1], torch.tensor([lowest_ratio(form)], dtype=points.dtype), points[-1:]])
+    advance = {
+        "euler": _fixed(slope, None),
+        "heun": _fixed(slope, to_sigma),
+        "rk": _adaptive(slope, tolerance, to_sigma),
+    }
+    states = advance[solver](start, points)
+    return _trajectory(states, points, evaluations)
+
+
+def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
+    """predict(x, network_time_B) with classifier-free guidance folded in."""
+    if not math.isfinite(guidance):
+        raise ModelError(f"guidance is {guidance}, expected a finite number")
+    if guidance == 1.0:
+        return lambda x, t_B: model_fn(x, t_B, text)
+    if uncond is None:
+        raise ModelError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
+    shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
+    both = TextCond.cat([text, uncond])
+
+    def predict(x: Tensor, t_B: Tensor) -> Tensor:
+        with_text, without = model_fn(torch.cat([x, x]), torch.cat([t_B, t_B]), both).chunk(2)
+        return without + guidance * (with_text - without)
+
+    return predict
+
+
+def _slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
+    """dy/d(coordinate) at one coordinate for the whole batch."""
+    coordinate_B = at.to(torch.float64).expand(y.shape[0])
+    level = level_at(form, coordinate_B)
+    z = like(level.a, y) * y if over_sigma(form) else y
+    precise = torch.float64 if y.dtype == torch.float64 else torch.float32
+    prediction = predict(like(level.input_scale, z) * z, level.network_time.to(y.device, precise)).to(y.dtype)
+    x0, noise = form.split(prediction, z, level)
+    if over_sigma(form):
+        return noise
+    da, db = form.path.slope(coordinate_B)
+    return like(da, z) * x0 + like(db, z) * noise
+
+
+def _fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Euler (skip_last None) or Heun; skip_last ends Heun with an Euler step where the level 0 has no network time."""
+
+    def advance(y: Tensor, points: Tensor) -> list[Tensor]:
+        states = [y]
+        for i in range(len(points) - 1):
+            step = (points[i + 1] - points[i]).to(y.dtype)
+            first = slope(y, points[i])
+            nearly = y + step * first
+            if skip_last is None or (skip_last and i == len(points) - 2):
+                y = nearly
+            else:
+                y = y + step * (first + slope(nearly, points[i + 1])) / 2
+            states.append(y)
+        return states
+
+    return advance
+
+
+def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Dormand-Prince; skip_last ends with an Euler step where the level 0 has no network time."""
+
+    def advance(y: Tensor, points: Tensor) -> list[Tensor]:
+        from torchdiffeq import odeint
+
+        inner = points[:-1] if skip_last else points
+        # Without step_t the solver overshoots the last point and interpolates back: below 0, were it that.
+        path = odeint(
+            lambda at, x: slope(x, at),
+            y,
+            inner,
+            method="dopri5",
+            rtol=tolerance,
+            atol=tolerance,
+            options={"step_t": inner[-1:]},
+        )
+        states = list(path)
+        if skip_last:
+            states.append(states[-1] + (points[-1] - inner[-1]).to(y.dtype) * slope(states[-1], inner[-1]))
+        return states
+
+    return advance
+
+
+def _trajectory(states: list[Tensor], points: Tensor, evaluations: int) -> Trajectory:
+    moves = torch.stack([(b - a).flatten(1) for a, b in itertools.pairwise(states)]).double()
+    steps = points.diff().abs()[:, None].to(moves.device)
+    squared = moves.square().sum(2)
+    displacement = moves.sum(0).norm(dim=1)
+    straightness = (squared / steps).sum(0) - displacement**2 / steps.sum()
+    return Trajectory(states[-1], evaluations, squared.sqrt().sum(0), displacement, straightness.clamp(min=0))

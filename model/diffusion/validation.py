@@ -1,0 +1,110 @@
+"""Validation loss at fixed noise levels with fixed noise per sample. Protocols have names and are never compared.
+
+`sd3`: t = k/8, k = 1..8, reported as the mean over the first 7. `mlperf`: t = i/8, i = 0..7 (MLPerf Flux.1).
+`midpoint`: t = (i + 1/2)/8 (torchtitan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.diffusion.flow import Formulation, get_formulation
+from model.encoders.text import TextCond
+from model.errors import ModelError, hint
+from model.seeding import keyed_normal
+
+
+class Batch(Protocol):
+    """What a validation batch must carry (data_pipeline's LatentBatch does)."""
+
+    @property
+    def latent_BCHW(self) -> Tensor: ...
+
+    @property
+    def text(self) -> TextCond: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ValProtocol:
+    """Noise levels, and how many of them (the first ones) enter the mean."""
+
+    levels: tuple[float, ...]
+    averaged: int
+
+    def mean(self, losses_BV: Tensor) -> float:
+        """One number from losses per sample and level."""
+        return losses_BV[:, : self.averaged].double().mean().item()
+
+    def by_sample(self, name: str, losses_BV: Tensor) -> dict[str, Tensor]:
+        """What each sample adds to each figure: to the mean, under the protocol's name, then to each level (t0.125)."""
+        levels = {f"t{level:.3f}": losses_BV[:, k] for k, level in enumerate(self.levels)}
+        return {name: losses_BV[:, : self.averaged].mean(1), **levels}
+
+
+def half_interval(loss_B: Tensor) -> float | None:
+    """Half the width of a mean's normal 95 % interval: other samples could have been taken. None for a single one."""
+    return 1.96 * loss_B.std().item() / len(loss_B) ** 0.5 if len(loss_B) > 1 else None
+
+
+VAL_PROTOCOLS: dict[str, ValProtocol] = {
+    "sd3": ValProtocol(tuple(k / 8 for k in range(1, 9)), 7),
+    "mlperf": ValProtocol(tuple(i / 8 for i in range(8)), 8),
+    "midpoint": ValProtocol(tuple((i + 0.5) / 8 for i in range(8)), 8),
+}
+
+
+def get_protocol(name: str, formulation: Formulation | None = None) -> ValProtocol:
+    """For a formulation: without the levels outside the mean that it does not have (EDM's sigma is infinite at t = 1).
+
+    A protocol whose mean needs such a level (`mlperf` has t = 0, where EDM's network time is -inf) is refused.
+    """
+    if name not in VAL_PROTOCOLS:
+        raise ModelError(f"unknown validation protocol {name!r}{hint(name, VAL_PROTOCOLS)}")
+    protocol = VAL_PROTOCOLS[name]
+    if formulation is None:
+        return protocol
+    for level in protocol.levels[: protocol.averaged]:
+        _require_level(formulation, level)
+    averaged, rest = protocol.levels[: protocol.averaged], protocol.levels[protocol.averaged :]
+    return ValProtocol((*averaged, *(level for level in rest if _has_level(formulation, level))), protocol.averaged)
+
+
+def _has_level(formulation: Formulation, t: float) -> bool:
+    level = formulation.path.level(torch.tensor(t, dtype=torch.float64))
+    return all(bool(torch.isfinite(x)) for x in (level.a, level.b, level.network_time, level.input_scale))
+
+
+def _require_level(formulation: Formulation, t: float) -> None:
+    if not _has_level(formulation, t):
+        raise ModelError(f"{formulation.name} has no noise level t={t:g} to validate at; use protocol sd3 or midpoint")
+
+
+@torch.no_grad()
+def validation_losses(
+    predict: Callable[[Tensor, Tensor, TextCond], Tensor],
+    batch: Batch,
+    levels: tuple[float, ...],
+    seed: int,
+    *,
+    formulation: Formulation | str = "rf",
+) -> Tensor:
+    """Loss per sample and level, float64 (B, len(levels)), on the CPU; noise is keyed by (seed, position, level)."""
+    form = get_formulation(formulation) if isinstance(formulation, str) else formulation
+    x0 = batch.latent_BCHW
+    columns = []
+    for level in levels:
+        _require_level(form, level)
+        noise = keyed_normal(seed, batch.positions, f"validation/{level:.6f}", x0.shape[1:]).to(x0.device, x0.dtype)
+        t_B = torch.full((len(x0),), level, dtype=torch.float64)
+        drawn = form.sample(x0, noise, t_B)
+        prediction = predict(drawn.model_input, drawn.network_time_B, batch.text)
+        columns.append(form.loss_B(prediction.double(), drawn).cpu())
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,1 @@
+"""What conditions and carries an image: text encoders and the autoencoder's latents."""

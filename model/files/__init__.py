@@ -1,0 +1,1 @@
+"""Weights in and out, in our names and in others'."""

@@ -1,0 +1,135 @@
+"""Weights in and out: SD3/SD3.5 single files and diffusers folders to ours, and ours to either (`pipeline.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from model.backbones.mmdit import MMDiTConfig
+from model.errors import ModelError
+from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
+from model.files.pipeline import write_pipeline
+from model.files.weights import (
+    META_KEY,
+    add_qk_norm,
+    check_meta,
+    check_tensors,
+    described,
+    json_object,
+    load_weights,
+    save_weights,
+    write_safetensors,
+)
+
+Dialect = Literal["beeline", "sd3", "diffusers"]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: Dialect | None = None,
+    kind: Literal["raw", "ema"] = "ema",
+    with_qk_norm: bool = False,
+    vae: Path | None = None,
+    encoders: Mapping[str, Path] | None = None,
+) -> str:
+    """Read `source` in whatever dialect it has, write `target`; returns one line that says what was done.
+
+    Without `to`: our weights become a diffusers folder (or an SD3 file where target ends in .safetensors), anything
+    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm to weights without.
+    """
+    source, target = Path(source), Path(target)
+    found, config, state, meta = read_any(source, kind)
+    if with_qk_norm:
+        changed, state = add_qk_norm("mmdit", config.to_json(), state, str(source))
+        config = MMDiTConfig.from_json(changed)
+    if to is None:
+        to = "beeline" if found != "beeline" else "sd3" if target.suffix == ".safetensors" else "diffusers"
+    if source.resolve() in (target.resolve(), (target / "transformer").resolve()):
+        raise ModelError(f"{target} would overwrite {source}, which it is made from; give another target")
+    check_target(target, to)
+    given = [*(["vae"] if vae else []), *(encoders or {})]
+    if given and to != "diffusers":
+        raise ModelError(f"{', '.join(given)} given, but only a diffusers pipeline carries them, not dialect {to}")
+    if to == "diffusers":
+        write_pipeline(target, config, state, meta, vae=vae, encoders=encoders or {})
+    elif to == "sd3":
+        write_safetensors(target, dict(to_sd3(config, state)), described(config, meta))
+    else:
+        save_weights(target, state, described(config, meta))
+    count = config.parameter_count()
+    return f"{source} ({found}) -> {target} ({to}): mmdit depth {config.depth}, {count:,} parameters, {meta['kind']}"
+
+
+def check_target(target: Path, to: str) -> None:
+    """Refuse a name that does not say what will be there: a file, or a folder."""
+    if to not in get_args(Dialect):
+        raise ModelError(f"unknown dialect {to!r}; known: {', '.join(get_args(Dialect))}")
+    if to == "diffusers":
+        if target.suffix == ".safetensors" or target.is_file():
+            raise ModelError(f"{target}: dialect diffusers is a folder; give the name of one")
+    elif target.suffix != ".safetensors" or target.is_dir():
+        raise ModelError(f"{target}: dialect {to} is one file; give a name that ends in .safetensors")
+
+
+def read_any(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[str, Tensor], dict[str, Any]]:
+    """(dialect, config, our state dict, metadata)."""
+    if source.is_dir():
+        return _read_folder(source, kind)
+    if not source.is_file():
+        raise ModelError(f"nothing at {source}; expected a .safetensors file or a diffusers folder")
+    metadata, tensors = _read_safetensors(source)
+    if META_KEY in metadata and not any(k.startswith(SD3_PREFIX) for k in tensors):
+        state, meta = load_weights(source)
+        if meta["backbone"] != "mmdit":
+            raise ModelError(f"{source} holds a {meta['backbone']}; only mmdit has other dialects")
+        return "beeline", MMDiTConfig.from_json(meta["config"]), state, meta
+    config, state = from_sd3(tensors, str(source))
+    return "sd3", *_restore(config, state, metadata, kind)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[str, Tensor], dict[str, Any]]:
+    folder = source / "transformer" if (source / "model_index.json").is_file() else source
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
+    told = json_object((folder / "config.json").read_bytes(), f"{folder}/config.json")
+    config = config_of_diffusers(told, str(folder))
+    metadata: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        more, part = _read_safetensors(file)
+        metadata, tensors = metadata | more, tensors | part
+    if not tensors:
+        raise ModelError(f"no diffusion_pytorch_model*.safetensors in {folder}")
+    return "diffusers", *_restore(config, from_diffusers(config, tensors, str(folder)), metadata, kind)
+
+
+def _restore(
+    config: MMDiTConfig, state: dict[str, Tensor], metadata: Mapping[str, str], kind: str
+) -> tuple[MMDiTConfig, dict[str, Tensor], dict[str, Any]]:
+    """Files that we wrote carry our metadata, hence our config: positions are then a formula again."""
+    if META_KEY not in metadata:
+        return config, state, {"kind": kind}
+    meta = json_object(metadata[META_KEY], f"{META_KEY} metadata")
+    check_meta(meta, f"{META_KEY} metadata")
+    ours = MMDiTConfig.from_json(meta["config"])
+    with torch.device("meta"):
+        expected = ours.build().state_dict()
+    kept = {name: tensor for name, tensor in state.items() if name in expected}
+    check_tensors(kept, expected, "converted weights")
+    return ours, kept, meta

@@ -1,0 +1,230 @@
+"""A StableDiffusion3Pipeline folder from our weights; encoders and autoencoder join it where given.
+
+All parts are checked before anything is written: diffusers and transformers fill what does not fit with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.backbones.mmdit import MMDiTConfig
+from model.encoders.vae import Latents, load_vae
+from model.errors import ModelError, some
+from model.files.names import diffusers_config, to_diffusers
+from model.files.weights import described, expected_tensors, json_object, write_safetensors
+
+# The encoder's seat -> folders of model and tokenizer.
+_ENCODER_PARTS = {
+    "clip_l": ("text_encoder", "tokenizer"),
+    "clip_g": ("text_encoder_2", "tokenizer_2"),
+    "t5": ("text_encoder_3", "tokenizer_3"),
+}
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+MAX_FILE = 10_000_000_000  # bytes of weights in one file; more are split as diffusers' own save_pretrained does
+TRANSFORMER = "diffusion_pytorch_model"  # how the names of its weights begin
+
+# Writes a safetensors file: its path, what it will hold (on the meta device), the tensors in that order, metadata.
+Save = Callable[[Path, Mapping[str, Tensor], Iterator[tuple[str, Tensor]], Mapping[str, Any]], object]
+
+
+def save_at_once(
+    path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Mapping[str, Any]
+) -> None:
+    """Tensors that are in memory anyway."""
+    write_safetensors(path, dict(tensors), meta)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A transformers folder that was looked through; `width` of its states, `pooled` of its pooled vector."""
+
+    files: tuple[Path, ...]
+    architecture: str
+    tokenizer: Any
+    width: int
+    pooled: int
+
+
+def write_pipeline(
+    target: Path,
+    config: MMDiTConfig,
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    vae: Path | None = None,
+    encoders: Mapping[str, Path],
+    save: Save = save_at_once,
+) -> None:
+    """A folder for StableDiffusion3Pipeline.from_pretrained; parts that are not given are stated as absent.
+
+    `state` is asked for one tensor after the other, those of a file when `save` takes them.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, __version__
+
+    unknown = set(encoders) - set(_ENCODER_PARTS)
+    if unknown:
+        raise ModelError(f"encoders for unknown seats {sorted(unknown)}; known: {', '.join(_ENCODER_PARTS)}")
+    autoencoder = None if vae is None else _autoencoder(vae, config)
+    read = {seat: _encoder(seat, Path(path)) for seat, path in encoders.items()}
+    _check_widths(read, config)
+    with torch.device("meta"):
+        transformer: Any = SD3Transformer2DModel(**diffusers_config(config))
+    transformer.save_config(target / "transformer")
+    _write_transformer(target / "transformer", config, state, described(config, meta), save)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=meta.get("shift", 1.0))
+    scheduler.save_pretrained(target / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": __version__,
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", "AutoencoderKL"] if autoencoder else [None, None],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+    }
+    if autoencoder:
+        autoencoder.save_pretrained(target / "vae")
+    for seat, (model_folder, tokenizer_folder) in _ENCODER_PARTS.items():
+        index |= {model_folder: [None, None], tokenizer_folder: [None, None]}
+        if seat in read:
+            (target / model_folder).mkdir(parents=True, exist_ok=True)
+            for file in read[seat].files:
+                shutil.copy2(file, target / model_folder)
+            read[seat].tokenizer.save_pretrained(target / tokenizer_folder)
+            index[model_folder] = ["transformers", read[seat].architecture]
+            index[tokenizer_folder] = ["transformers", type(read[seat].tokenizer).__name__]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (target / "README.md").write_text(
+        _card(config, meta, [name for name, entry in index.items() if entry == [None, None]])
+    )
+
+
+def _write_transformer(
+    folder: Path, config: MMDiTConfig, state: Mapping[str, Tensor], meta: Mapping[str, Any], save: Save
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    dtype = state["context_embed.weight"].dtype
+    ours = {name: like.to(dtype) for name, like in expected_tensors(meta).items()}
+    layout = {name: torch.empty_like(like, device="meta") for name, like in to_diffusers(config, ours)}
+    pattern = TRANSFORMER + "{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=MAX_FILE)
+    for old in folder.glob(f"{TRANSFORMER}*"):
+        if old.name not in split.filename_to_tensors:
+            old.unlink()  # diffusers would read an index of before
+    tensors = to_diffusers(config, state)
+    for name, names in split.filename_to_tensors.items():
+        save(folder / name, {n: layout[n] for n in names}, islice(tensors, len(names)), meta)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{TRANSFORMER}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _autoencoder(path: Path, config: MMDiTConfig) -> Any:
+    vae = load_vae(path)
+    channels = Latents.of(vae).channels
+    if channels != config.in_channels:
+        raise ModelError(f"{path}: an autoencoder of {channels} channels beside a model of {config.in_channels}")
+    return vae
+
+
+def _encoder(seat: str, source: Path) -> _Encoder:
+    """Refuse another class than the seat's, weights that transformers would not find, tensors that it would miss."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    from model.encoders.networks import load_tokenizer
+
+    if not (source / "config.json").is_file():
+        raise ModelError(f"no config.json in {source}; the {seat} encoder must be a transformers folder")
+    told, wanted = json_object((source / "config.json").read_bytes(), f"{source}/config.json"), "clip_text_model"
+    architecture, kind = CLIPTextModelWithProjection, CLIPTextConfig
+    if seat == "t5":
+        wanted, architecture, kind = "t5", T5EncoderModel, T5Config
+    if told.get("model_type") != wanted:
+        raise ModelError(f"{source}: model_type {told.get('model_type')!r}, the {seat} encoder must be {wanted!r}")
+    weights = [file for file in sorted(source.iterdir()) if _WEIGHTS.fullmatch(file.name)]
+    if not weights:
+        raise ModelError(f"no model.safetensors in {source}; save_pretrained of {architecture.__name__} writes it")
+    settings = kind.from_pretrained(str(source), local_files_only=True)
+    missing = _missing(architecture, settings, weights)
+    if missing:
+        raise ModelError(f"{source}: tensors {some(missing)} are not there as {architecture.__name__} needs them")
+    index = source / "model.safetensors.index.json"
+    files = (source / "config.json", *weights, *([index] if index.is_file() else []))
+    pooled = 0 if seat == "t5" else settings.projection_dim
+    return _Encoder(files, architecture.__name__, load_tokenizer(source), settings.hidden_size, pooled)
+
+
+def _missing(architecture: Any, settings: Any, files: list[Path]) -> list[str]:
+    """Parameters that the files lack or have in another shape; only headers are read."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+    with torch.device("meta"):
+        model = architecture(settings)
+    # Target -> source of tied parameters; a file may carry either.
+    tied = model.all_tied_weights_keys
+
+    def there(name: str, shape: tuple[int, ...]) -> bool:
+        names = [name, tied.get(name), *(target for target, source in tied.items() if source == name)]
+        return any(shapes.get(known) == shape for known in names if known)
+
+    return [name for name, parameter in model.named_parameters() if not there(name, tuple(parameter.shape))]
+
+
+def _check_widths(read: Mapping[str, _Encoder], config: MMDiTConfig) -> None:
+    clips = [encoder for seat, encoder in read.items() if seat != "t5"]
+    states, pooled = sum(e.width for e in clips), sum(e.pooled for e in clips)
+    if states > config.context_width or ("t5" in read and read["t5"].width != config.context_width):
+        t5 = f", t5 of {read['t5'].width}" if "t5" in read else ""
+        raise ModelError(
+            f"CLIP states of width {states}{t5} do not fit the model's context_width {config.context_width}"
+        )
+    if pooled > config.pooled_width or (len(clips) == 2 and pooled != config.pooled_width):
+        raise ModelError(f"pooled vectors of width {pooled} do not fit the model's pooled_width {config.pooled_width}")
+
+
+def _card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str]) -> str:
+    """The model card: what this is, where it comes from, how to load it."""
+    optional = ("image_encoder", "feature_extractor")
+    needed = [name for name in absent if name not in optional]
+    arguments = ", ".join(["FOLDER", *(f"{name}=None" for name in needed)])
+    facts = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [text-to-image, rectified-flow]",
+        "---",
+        f"# MM-DiT of depth {config.depth}, {config.parameter_count():,} parameters",
+        "",
+        "Load with:",
+        "",
+        "```python",
+        "from diffusers import StableDiffusion3Pipeline",
+        f"pipeline = StableDiffusion3Pipeline.from_pretrained({arguments})",
+        "```",
+        "",
+    ]
+    if needed:
+        lines += [
+            f"Not included, hence passed as None: {', '.join(needed)}. Pass prompt embeddings or latents instead.",
+            "",
+        ]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    return "\n".join(lines) + "\n"

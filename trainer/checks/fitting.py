@@ -1,0 +1,100 @@
+"""Does this data set fit this recipe? Each mismatch with the flag that mends it, from dataset.json and the index."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.flow.misfits import in_words, misfits
+from data_pipeline.loading.loader import Dataset
+from data_pipeline.schema import read_dataset_info
+from infra import storage
+from infra.errors import UserError, UserErrors
+from trainer.recipe import Recipe
+
+RUN_DATA = "data.json"  # in a run's folder: dataset.json as it stood
+ROOM = 2.0  # times a data set's resolution squared; data_pipeline/buckets.py makes shapes that differ by some per cent
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> None:
+    """Latents, text and captions of the data against what the model reads, all mismatches at once."""
+    wrong = [*_of_shapes(recipe, dataset), *_of_buckets(recipe, dataset), *_of_captions(recipe, dataset)]
+    wanted, found = recipe.data.fingerprint, dataset.fingerprint
+    if wanted not in (None, found):
+        told = f"fingerprint {found}, recipe {recipe.name} was made for {wanted}: use the data it was made for"
+        wrong.append(f"{dataset.uri}: {told}")
+    if wrong:
+        raise UserErrors(wrong)
+
+
+def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    model, spec, vae = recipe.model, dataset.text_spec, dataset.vae
+    side = dataset.resolution // vae.factor
+    pairs: tuple[tuple[str, Any, Any, str], ...] = (
+        ("pixels", dataset.resolution, recipe.data.resolution, "--data.resolution"),
+        ("latent channels", vae.channels, model.in_channels, "--model.in-channels"),
+        ("latent shape", (vae.channels, side, side), recipe.data.latent_shape, "--data.latent-shape"),
+        ("text width", spec.context_width, model.context_width, "--model.context-width"),
+        ("pooled text width", spec.pooled_width, model.pooled_width, "--model.pooled-width"),
+        ("text tokens", spec.context_tokens, recipe.data.text_tokens, "--data.text-tokens"),
+    )
+    differ = [pair for pair in pairs if pair[1] != pair[2]]
+    if differ:
+        wrong = [f"{what}: data {_plain(a)}, recipe {_plain(b)} ({flag} {_plain(a)})" for what, a, b, flag in differ]
+        texts = [f"text_{encoder.seat}" for encoder in spec.encoders]
+        columns = dict.fromkeys(name for what, *_ in differ for name in (texts if "text" in what else ["latents"]))
+        yield (
+            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: take the data the recipe was made "
+            f"for, give these flags, or make columns {', '.join(columns)} of the data anew"
+        )
+
+
+def _of_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Latents that patches and positions cannot cover, and those that memory was not planned for."""
+    model, uri = recipe.model, dataset.uri
+    if dataset.num_samples == 0:
+        yield f"{uri}: the {dataset.split} split is empty: run the pipeline on more images"
+    planned = (dataset.resolution // dataset.vae.factor) ** 2
+    for bucket, count in dataset.buckets.items():
+        _, height, width = dataset.latent_shape(bucket)
+        if height % model.patch or width % model.patch or max(height, width) > model.pos_max * model.patch:
+            yield (
+                f"{uri}: bucket {bucket} ({count} images) has latents of {height}x{width}, which patch {model.patch} "
+                f"and positions up to {model.pos_max} cannot cover: raise --model.pos-max or drop the bucket"
+            )
+        if height * width > ROOM * planned:
+            yield (
+                f"{uri}: bucket {bucket} ({count} images) has latents of {height}x{width}, more than {ROOM:g} "
+                f"times the {planned} that the recipe is planned for: drop the bucket, or pack it as another resolution"
+            )
+
+
+def _of_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    if not caption_weights(recipe, dataset):
+        yield f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
+
+
+def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """How often each caption is taken, of those that the recipe wants and the data has."""
+    wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
+    return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
+
+
+def check_made_alike(dataset: Dataset, run: str) -> None:
+    """Data that was made anew, by other settings, since a run began with it: which column, and what changed."""
+    if not storage.exists(storage.join(run, RUN_DATA)):
+        return
+    found = misfits(dataset.info, read_dataset_info(run, RUN_DATA))
+    if found:
+        raise UserError(
+            f"{dataset.uri} does not fit the run {run}: {in_words(found)}: make these columns anew as the run asks "
+            f"(`python -m data_pipeline run PLAN ... --rebuild {' '.join(found)}`), or begin another run"
+        )
+
+
+def check_val(recipe: Recipe, val: Dataset) -> None:
+    """What validation needs."""
+    if val.num_samples == 0:
+        raise UserError(f"{val.uri}: split {val.split!r} is empty; use --validation.every None to train without")
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,311 @@
+"""Everything that can be refused before any work, found in one look: `prepare` goes on after a mistake.
+
+The data against the recipe is in fitting.py, what one machine may lack in host.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from data_pipeline.loading.loader import Dataset, open_dataset
+from data_pipeline.pairs import Partners
+from infra import storage
+from infra.errors import UserError, UserErrors
+from model.diffusion.flow import get_formulation
+from model.diffusion.validation import get_protocol
+from model.errors import ModelError
+from model.files.weights import read_meta
+from trainer.checks.fitting import check_data, check_made_alike, check_val
+from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
+from trainer.recipe import Recipe, check, differences
+from trainer.watching.trackers import check_trackers
+from trainer.zero import checkpoint
+from trainer.zero.ema import parse_profile
+from trainer.zero.group import Group
+from trainer.zero.optim import check_kernel
+from trainer.zero.rankfile import file_hash
+
+# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
+MAY_CHANGE = ("images", "schedule.", "optimizer.")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Refusal(UserErrors):
+    """All that was found. `here`: what may be true of this machine alone."""
+
+    def __init__(self, lines: list[str], here: list[str]) -> None:
+        super().__init__([*lines, *here])
+        self.here = here
+
+
+class Findings:
+    """Mistakes so far."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._here: list[str] = []
+
+    def ask(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """The answer; None when it is a refusal, which is kept."""
+        return self._ask(self._lines, question, *args, **kwargs)
+
+    def ask_here(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """The same of what this machine alone may lack."""
+        return self._ask(self._here, question, *args, **kwargs)
+
+    def _ask(self, lines: list[str], question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return question(*args, **kwargs)
+        except UserErrors as error:
+            lines.extend(error.lines)
+        except (UserError, ModelError) as error:
+            lines.append(str(error))
+        return None
+
+    def tell(self) -> None:
+        """Refuse when there was anything."""
+        if self._lines or self._here:
+            raise Refusal(self._lines, self._here)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that may begin. `recipe` knows its data and the weights it starts from; `goes_on`: where, in words."""
+
+    recipe: Recipe
+    dataset: Dataset
+    val: Dataset | None
+    resume: str
+    goes_on: str
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Rank 0 says what it finds, the others leave quietly after it has spoken. What may be true of another node alone
+    is said by that node's first rank, with the node's name."""
+    try:
+        yield
+    except (UserError, ModelError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        if os.environ.get("LOCAL_RANK") == "0" and isinstance(error, Refusal):
+            for line in error.here:
+                print(f"error: {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
+        time.sleep(3)
+        raise SystemExit(2) from None
+
+
+def prepare(
+    recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world: int, thorough: bool
+) -> Ready:
+    """Every check that needs no other rank and no network's weights. `thorough` (--dry-run) also reads every byte of
+    the checkpoint that would be continued and tries the port, as the run itself does when it comes to them."""
+    found = Findings()
+    found.ask_here(check_hostfile)
+    _check_recipe(found, recipe, world)
+    for question in (check_gpu, check_compiler, check_kernel, check_swapping):
+        found.ask_here(question, recipe)
+    found.ask_here(check_out, out)
+    resume = found.ask(own_first, out, resume) or resume
+    started, dataset = found.ask(with_init, recipe, init_from), found.ask(open_dataset, data)
+    val = None
+    if dataset is not None:
+        val = _check_splits(found, recipe, data, dataset)
+        begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
+        if checkpoint.candidates(storage.join(begun, "checkpoints")):
+            found.ask(check_made_alike, dataset, begun)
+    complete = _with_fingerprint(started or recipe, dataset)
+    unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
+    goes_on = found.ask(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
+    if thorough:
+        found.ask_here(check_port)
+    found.tell()
+    assert dataset is not None
+    assert goes_on is not None
+    return Ready(complete, dataset, val, resume, goes_on)
+
+
+def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
+    found.ask(check, recipe)
+    found.ask(check_trackers, recipe)
+    formulation = found.ask(get_formulation, recipe.formulation)
+    if formulation is not None:
+        found.ask(get_protocol, recipe.validation.protocol, formulation)
+    for profile in recipe.ema.profiles:
+        found.ask(parse_profile, profile)
+    if recipe.global_batch > 0 and (recipe.parallel.micro_batch or 1) > 0:
+        found.ask(micro_batches, recipe, world)
+    found.ask(check_ranks, recipe, world)
+
+
+def check_ranks(recipe: Recipe, world: int) -> None:
+    hpz = recipe.parallel.hpz
+    if hpz > 1 and world % hpz:
+        raise UserError(
+            f"recipe {recipe.name}: parallel.hpz {hpz} does not divide the {world} ranks: use the ranks of a node"
+        )
+
+
+def _check_splits(found: Findings, recipe: Recipe, data: str, dataset: Dataset) -> Dataset | None:
+    """The val split, opened, where the recipe wants it."""
+    found.ask(check_data, recipe, dataset)
+    val = found.ask(open_dataset, data, split="val") if recipe.validation.every is not None else None
+    if val is not None:
+        found.ask(check_val, recipe, val)
+    if recipe.objective == "dpo":
+        for split in (dataset, val):
+            if split is not None:
+                found.ask(Partners, split)  # refuses what are no pairs
+    return val
+
+
+def _with_fingerprint(recipe: Recipe, dataset: Dataset | None) -> Recipe:
+    if dataset is None:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fingerprint=dataset.fingerprint))
+
+
+def micro_batches(recipe: Recipe, world: int) -> int:
+    """Forward passes per rank and step."""
+    share, rest = divmod(recipe.global_batch, world)
+    if rest:
+        raise UserError(
+            f"recipe {recipe.name}: global_batch {recipe.global_batch} does not divide by {world} ranks: "
+            f"use another number of ranks or --global-batch {recipe.global_batch // world * world or world}"
+        )
+    micro = recipe.parallel.micro_batch or share
+    if share % micro:
+        raise UserError(
+            f"recipe {recipe.name}: micro_batch {micro} does not divide the {share} images of a rank: "
+            f"use a divisor of {share}"
+        )
+    return share // micro
+
+
+def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
+    """The recipe that starts from a weights file; refused when that file is for another model."""
+    if init_from is None:
+        if recipe.lora.rank is not None:
+            raise UserError(
+                f"recipe {recipe.name} trains adapters on frozen weights: give --init-from RUN/weights/ema.safetensors"
+            )
+        return recipe
+    path = storage.localize(init_from)
+    meta = read_meta(path)
+    wanted = recipe.model.to_json()
+    # Positions are a formula, and QK-norm may be added to weights without it (paper, section 5.3.2).
+    free = {"norm_backend"} | {key for key in wanted if key.startswith("pos_")}
+    found = {"backbone": meta["backbone"]} | meta["config"]
+    wrong = [
+        f"{key}: weights {found.get(key)}, recipe {value}"
+        for key, value in ({"backbone": recipe.model.name} | wanted).items()
+        if key not in free and found.get(key) != value and not (key == "qk_norm" and value)
+    ]
+    if wrong:
+        raise UserError(f"{init_from} is for another model than recipe {recipe.name}: {'; '.join(wrong)}")
+    return dataclasses.replace(recipe, init_weights=file_hash(str(path)))
+
+
+def own_first(out: str, resume: str) -> str:
+    """The same command continues a run: once it has checkpoints of its own they count, not the one it branched from."""
+    if resume in ("latest", "none") or not checkpoint.candidates(storage.join(out, "checkpoints")):
+        return resume
+    return "latest"
+
+
+def check_run_folder(
+    recipe: Recipe, out: str, resume: str, *, thorough: bool = False, unknown: tuple[str, ...] = ()
+) -> str:
+    """An existing run continues only with the recipe that it was started with. Where it would continue, in words;
+    `thorough` reads every byte of that checkpoint, as the run itself does before its first step. `unknown` fields of
+    the recipe, which other mistakes left open, are not compared."""
+    root, found = storage.join(out, "checkpoints"), Findings()
+    folders = checkpoint.candidates(root)
+    if resume == "none" and folders:
+        raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")
+    if folders:
+        found.ask(_check_started, recipe, out, unknown)
+    elif resume == "latest":
+        found.ask(_check_copy, root)
+    there = bool(folders)
+    if resume not in ("latest", "none"):
+        there = found.ask(_check_copied, resume) is not None
+        if there:
+            found.ask(_check_branch, recipe, resume, unknown)
+    goes_on = found.ask(_look_through, root, resume) if thorough and there else ""
+    found.tell()
+    return goes_on or ""
+
+
+def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:
+    uri = storage.join(out, "recipe.json")
+    if not storage.exists(uri):
+        return
+    try:
+        old = Recipe.from_json(json.loads(storage.read_bytes(uri)))
+    except ValueError as error:
+        raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
+    changed = [line for line in differences(old, recipe) if not line.startswith(unknown)]
+    if changed:
+        what = "; ".join(changed)
+        raise UserError(f"{out} was started with another recipe ({what}): choose another --out or the same options")
+
+
+def _check_copy(root: str) -> None:
+    """`latest` follows the manifest of what it names: alone it came here in a copy that was cut off."""
+    uri = storage.join(root, checkpoint.LATEST)
+    if storage.exists(uri):
+        name = storage.read_bytes(uri).decode(errors="replace").strip()
+        raise UserError(
+            f"{root} names {name} as its latest checkpoint, but that has no {checkpoint.MANIFEST}: it is half copied; "
+            f"copy it again, or remove {uri} to start over"
+        )
+
+
+def _check_copied(folder: str) -> bool:
+    if not storage.exists(storage.join(folder, checkpoint.MANIFEST)):
+        half = f" (half copied: its {checkpoint.MANIFEST} is missing)" if storage.list_files(folder) else ""
+        raise UserError(
+            f"--resume {folder}: no checkpoint there{half}; give latest, none, or a folder RUN/checkpoints/step_..."
+        )
+    return True
+
+
+def _check_branch(recipe: Recipe, folder: str, unknown: tuple[str, ...]) -> None:
+    try:
+        state = json.loads(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST)))["state"]
+    except (ValueError, KeyError, TypeError):
+        return  # damaged: told with its reason when every byte is read
+    same_recipe(folder, state, recipe, resume=folder, unknown=unknown)
+
+
+def _look_through(root: str, resume: str) -> str:
+    alone = Group(0, 1, torch.device("cpu"))
+    if resume == "latest":
+        found = checkpoint.find(root, alone)
+        assert found is not None
+    else:
+        found = checkpoint.whole(resume, alone)
+    return f"{found.uri} is whole: the run continues at {found.state['images_seen']:,} images"
+
+
+def same_recipe(uri: str, kept: dict[str, Any], recipe: Recipe, *, resume: str, unknown: tuple[str, ...] = ()) -> None:
+    """Refuse a checkpoint of another recipe; what --resume PATH may change is left aside."""
+    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
+    changed = [line for line in changed if not line.startswith(unknown)]
+    if resume != "latest":
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+    if any(line.startswith("model.") for line in changed):
+        raise UserError(f"{uri} is of another architecture ({'; '.join(changed)}): use the options it was saved with")
+    if changed:
+        raise UserError(f"{uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with")

@@ -1,0 +1,1 @@
+"""From shares to weights files: whole weights, adapters, what they say about themselves."""

@@ -1,0 +1,69 @@
+"""The adapters of a run alone: in peft's layout under our names, or as diffusers' `load_lora_weights` takes them."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import DatasetInfo
+from infra import storage
+from infra.errors import UserError
+from model.backbones.mmdit import MMDiTConfig
+from model.files.names import adapter_to_diffusers
+from model.files.weights import expected_tensors
+from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
+from trainer.exports.card import model_card, weights_meta
+from trainer.exports.export import StoredWeights, Weights, stream
+from trainer.zero.rankfile import put
+
+DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def export_adapter(folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str) -> int:
+    """The adapters of a checkpoint alone, as a folder in peft's layout; the number of parameters."""
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
+    if recipe.lora.rank is None:
+        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
+    meta = _meta(stored, info, kind=kind, run=run)
+    shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
+    ours = {peft_name(name): name for name in stored.shapes}
+    weights = Weights(shapes, lambda name: stored(ours[name]), meta)
+    put(storage.join(out, WEIGHTS_FILE), stream(shapes, weights.items(), meta))
+    config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
+    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
+    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=WEIGHTS_FILE).encode())
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def export_diffusers_adapter(
+    folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str
+) -> int:
+    """The adapters of a checkpoint for diffusers' `load_lora_weights`: one file in the folder `out`."""
+    stored = StoredWeights(folder, kind=kind, profile=profile)
+    recipe = stored.recipe
+    if recipe.lora.rank is None or not isinstance(recipe.model, MMDiTConfig):
+        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers reads: leave --lora out")
+    names = expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
+    adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
+    model, scale = recipe.model, recipe.lora_alpha / recipe.lora.rank
+    meta = _meta(stored, info, kind=kind, run=run)
+
+    def theirs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        ours = ((name, state[a], state[b]) for name, (a, b) in adapters.items())
+        return adapter_to_diffusers(model, ours, scale=scale)
+
+    likes = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
+    shapes = {name: tuple(like.shape) for name, like in theirs(likes)}
+    put(storage.join(out, DIFFUSERS_ADAPTER), stream(shapes, theirs(Weights(stored.shapes, stored, meta)), meta))
+    card = model_card(run, meta, file=DIFFUSERS_ADAPTER)
+    storage.write_bytes(storage.join(out, "README.md"), card.encode())
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    return meta | {"init_weights": stored.recipe.init_weights}

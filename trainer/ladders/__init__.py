@@ -1,0 +1,1 @@
+"""Many runs, each by the command a person would type."""

@@ -1,0 +1,247 @@
+"""Train the rungs of a ladder that are missing, each by the same command that a person would type; it is printed."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from model.flops import train_flops_per_image
+from trainer.ladders.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.recipe import Recipe
+from trainer.recipes import RECIPES, get_family
+from trainer.zero.group import free_port
+
+log = get_logger("ladder")
+UNSTABLE = "unstable.json"  # written by a run whose guard ended it
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that shall exist: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
+
+    recipe: Recipe
+    run: str
+    images: int
+    options: tuple[str, ...] = ()
+
+
+def climb(
+    family: str,
+    depths: Sequence[int],
+    *,
+    data: str,
+    out: str,
+    images: int | None = None,
+    num_ranks: int | None = None,
+    workers: int = 0,
+    options: Sequence[str] = (),
+) -> list[str]:
+    """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
+    recipes = _rungs(family, depths)
+    jobs = [Job(r, storage.join(out, r.name), images or r.images, tuple(options)) for r in recipes]
+    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers)
+
+
+def iso_flop(
+    family: str,
+    depths: Sequence[int],
+    budgets: Sequence[float],
+    *,
+    data: str,
+    out: str,
+    num_ranks: int | None = None,
+    workers: int = 0,
+    options: Sequence[str] = (),
+    cooldown: float = 0.2,
+) -> list[str]:
+    """Train every depth for every budget of training FLOPs; the run folders.
+
+    One run at constant rate (OUT/<recipe>-trunk) serves all horizons of a depth: each horizon branches off where its
+    cooldown begins, into OUT/<recipe>-<budget>.
+    """
+    trunks: list[Job] = []
+    branches: list[Job] = []
+    for recipe in _rungs(family, depths):
+        horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
+        starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
+        trunk, longest = storage.join(out, f"{recipe.name}-trunk"), max(starts.values())
+        saves = " ".join(str(start) for start in sorted(set(starts.values())))
+        constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
+        trunks.append(Job(recipe, trunk, longest, (*options, *constant)))
+        for budget, images in horizons.items():
+            source = storage.join(trunk, "checkpoints", f"step_{starts[budget] // recipe.global_batch:07d}")
+            branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
+            run = storage.join(out, f"{recipe.name}-{budget:.0e}".replace("+", ""))
+            branches.append(Job(recipe, run, images, (*options, *branch)))
+    train_missing(trunks, data=data, num_ranks=num_ranks, workers=workers)
+    return train_missing(branches, data=data, num_ranks=num_ranks, workers=workers)
+
+
+def images_for(recipe: Recipe, budget: float) -> int:
+    """Images that a budget of training FLOPs pays for, in whole batches."""
+    _, height, width = recipe.data.latent_shape
+    images = budget / train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    steps = round(images / recipe.global_batch)
+    if steps < 10:
+        raise UserError(f"{budget:g} FLOPs pay for {steps} steps of {recipe.name}: give a larger budget or less depth")
+    return steps * recipe.global_batch
+
+
+def branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
+    """Where the cooldown of a run of so many images begins, in whole batches."""
+    return int(images * (1 - cooldown)) // recipe.global_batch * recipe.global_batch
+
+
+def _rungs(family: str, depths: Sequence[int]) -> list[Recipe]:
+    recipes = [get_family(family)(depth) for depth in sorted(set(depths))]
+    unknown = [recipe.name for recipe in recipes if recipe.name not in RECIPES]
+    if unknown:
+        raise UserError(f"no recipe {', '.join(unknown)}; known: {', '.join(RECIPES)}")
+    return recipes
+
+
+def train_missing(
+    jobs: Sequence[Job], *, data: str, num_ranks: int | None, workers: int = 0, unstable_is_a_result: bool = False
+) -> list[str]:
+    """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
+
+    `unstable_is_a_result`: a run that its guard ended is told and passed over, as sweeps want.
+    """
+    ranks = num_ranks or default_ranks()
+    missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
+    for number, job in enumerate(jobs, start=1):
+        done = images_trained(job.run)
+        if done is not None and done >= job.images:
+            log.info("%d/%d: %s is trained (%s images)", number, len(jobs), job.run, f"{done:,}")
+        elif unstable_is_a_result and _is_unstable(job.run):
+            log.info("%d/%d: %s was unstable", number, len(jobs), job.run)
+        else:
+            images = None if job.images == job.recipe.images else job.images
+            command = train_command(job.recipe, data=data, run=job.run, images=images, ranks=ranks, options=job.options)
+            missing.append((job.run, command, f"{number}/{len(jobs)}: {shlex.join(command)}"))
+    if workers and missing:
+        _train_on_ray(missing, workers=workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
+    else:
+        for run, command, told in missing:
+            print(told, flush=True)
+            with _passing_over(run, unstable_is_a_result):
+                run_command(command, run)
+    return [job.run for job in jobs]
+
+
+def _train_on_ray(
+    missing: Sequence[tuple[str, list[str], str]], *, workers: int, ranks: int, unstable_is_a_result: bool
+) -> None:
+    """After a mistake no other training begins, and those that run go on to their ends; then it is raised."""
+    from trainer.ladders.workers import train_on_ray
+
+    wrong: list[BaseException] = []
+
+    def begin(index: int) -> None:
+        print(missing[index][2], flush=True)
+
+    def ended(index: int, code: int, said: str) -> bool:
+        run = missing[index][0]
+        try:
+            with _passing_over(run, unstable_is_a_result):
+                judge(run, code)
+                log.info("%s is trained", run)
+        except (UserError, SystemExit) as error:
+            print(said, end="", file=sys.stderr, flush=True)
+            wrong.append(error)
+        return not wrong
+
+    commands = [command for _, command, _ in missing]
+    train_on_ray(commands, workers=min(workers, len(missing)), ranks=ranks, begin=begin, ended=ended)
+    if wrong:
+        raise wrong[0]
+
+
+@contextmanager
+def _passing_over(run: str, unstable_is_a_result: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        if not (unstable_is_a_result and _is_unstable(run)):
+            raise
+        log.warning("%s was unstable: it counts as diverged", run)
+
+
+def _is_unstable(run: str) -> bool:
+    return storage.exists(storage.join(run, UNSTABLE))
+
+
+def default_ranks() -> int:
+    """One rank per GPU; on the CPU one per core, two at most."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+
+
+def train_command(
+    recipe: Recipe, *, data: str, run: str, images: int | None, ranks: int, options: Sequence[str] = ()
+) -> list[str]:
+    """`deepspeed --num_gpus N --module trainer train ...`, or `python -m trainer train ...` for one rank."""
+    arguments = ["train", recipe.name, "--data", data, "--out", run]
+    if images is not None:
+        arguments += ["--images", str(images)]
+    for option in options:
+        name, _, value = option.partition("=")
+        arguments += [f"--{name.removeprefix('--')}", *value.split()]
+    if ranks == 1:
+        return ["python", "-m", "trainer", *arguments]
+    # Not the launcher's own 29500: two trainings that start at once would both find it free, seconds before they meet.
+    port = ["--master_port", str(free_port())]
+    return ["deepspeed", "--num_gpus", str(ranks), *port, "--module", "trainer", *arguments]
+
+
+def images_trained(run: str) -> int | None:
+    """Images behind the final weights of a finished run, else None."""
+    uris = [storage.join(run, "weights", f"{kind}.safetensors") for kind in ("ema", "raw")]
+    if not all(storage.exists(uri) for uri in uris):
+        return None
+    return min(int(_metadata(uri)["images_seen"]) for uri in uris)
+
+
+def is_done(run: str) -> bool:
+    """By its folder: `deepspeed` ends with 0 when its second process is killed."""
+    uri = storage.join(run, "recipe.json")
+    return storage.exists(uri) and (images_trained(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
+
+
+def _metadata(uri: str) -> dict[str, Any]:
+    """The metadata of a weights file, reading its header only (s3:// too)."""
+    length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
+    header = json.loads(storage.read_bytes(uri, 8, length))
+    return json.loads(header["__metadata__"]["beeline"])
+
+
+def run_command(command: list[str], run: str) -> None:
+    """The command, here. A signal to the ladder goes to its ranks, which save and leave; so does the ladder then, with
+    their exit code."""
+    process = start_training(command)
+
+    def forward() -> None:
+        log.info("asking %s to save and stop", run)
+        ask_to_stop(process.pid)
+
+    with on_stop(forward) as stopped:
+        code = await_end(process)
+    judge(run, PREEMPTED if stopped else code)
+
+
+def judge(run: str, code: int) -> None:
+    """Leave with the code of a training that was stopped; a mistake where it did not finish."""
+    if code in (PREEMPTED, -signal.SIGTERM):
+        raise SystemExit(PREEMPTED)
+    if code != 0 or not is_done(run):
+        then = "mend that first" if code == 2 else "run the same command again"
+        raise UserError(f"{run}: training ended unfinished, exit code {code}; its own message stands above: {then}")

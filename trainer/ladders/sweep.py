@@ -1,0 +1,158 @@
+"""Sweeps: learning rates on some rungs of a ladder, and any of the 61 formulations. What is trained is skipped."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.loading.loader import open_dataset
+from infra import storage
+from infra.errors import UserError, nearest
+from infra.results import ResultStore
+from model.diffusion.flow import FORMULATIONS, STUDY
+from trainer.ladders.ladder import Job, train_missing
+from trainer.recipe import Recipe
+from trainer.recipes import get_family, get_recipe
+
+SAFE = {"/": "-", "(": "_", ")": "", ",": "_"}  # a formulation's name as a folder's
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its learning rate and the EMA validation loss at its end (nan: diverged)."""
+
+    depth: int
+    width: int
+    rate: float
+    loss: float
+
+
+def sweep_rates(
+    family: str,
+    depths: Sequence[int],
+    rates: Sequence[float],
+    *,
+    data: str,
+    out: str,
+    images: int | None,
+    num_ranks: int | None,
+    workers: int = 0,
+    options: Sequence[str],
+) -> str:
+    """Train every depth at every rate; write OUT/sweep.json and OUT/sweep.png; the table and the law as text."""
+    if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
+    open_dataset(data)  # refused here, in one line, rather than by the first run's ranks
+    jobs, places = [], []
+    for depth in sorted(set(depths)):
+        recipe = get_family(family)(depth)
+        for rate in sorted(set(rates)):
+            run = storage.join(out, f"{recipe.name}-lr{rate:g}")
+            jobs.append(Job(recipe, run, images or recipe.images, (*options, f"optimizer.lr={rate!r}")))
+            places.append((recipe, rate, run))
+    train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
+    points = [Point(r.model.depth, r.model.width, rate, final_loss(run, r)) for r, rate, run in places]
+    law = transfer_law(points)
+    told = {"points": [vars(point) for point in points], "law": law}
+    storage.write_bytes(storage.join(out, "sweep.json"), json.dumps(told, indent=1).encode())
+    storage.write_bytes(storage.join(out, "sweep.png"), curves(points))
+    return table(points, law)
+
+
+def sweep_formulations(
+    name: str,
+    formulations: Sequence[str],
+    *,
+    data: str,
+    out: str,
+    images: int | None,
+    num_ranks: int | None,
+    workers: int = 0,
+    options: Sequence[str],
+) -> list[str]:
+    """Train a recipe once per formulation into OUT/<recipe>-<formulation>; the run folders. No name: all 61."""
+    recipe = get_recipe(name)
+    chosen = list(formulations or STUDY)
+    for one in chosen:
+        if one not in FORMULATIONS:
+            raise UserError(
+                f"unknown formulation {one!r}{nearest(one, FORMULATIONS)}; all: python -m model formulations"
+            )
+    open_dataset(data)
+    jobs = [
+        Job(recipe, storage.join(out, f"{name}-{folder_name(one)}"), images or recipe.images,
+            (*options, f"formulation={one}"))
+        for one in chosen
+    ]  # fmt: skip
+    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
+
+
+def folder_name(formulation: str) -> str:
+    for found, instead in SAFE.items():
+        formulation = formulation.replace(found, instead)
+    return formulation
+
+
+def final_loss(run: str, recipe: Recipe) -> float:
+    """EMA validation loss at the end of a run; nan when it has none."""
+    rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
+    return rows[-1].value if rows else math.nan
+
+
+def best_rate(points: Sequence[Point]) -> float | None:
+    """Minimum of a parabola in log(rate) through the best point and its neighbours; None at the edge of the sweep."""
+    finite = sorted((p for p in points if math.isfinite(p.loss)), key=lambda p: p.rate)
+    if len(finite) < 3:
+        return None
+    at = min(range(len(finite)), key=lambda i: finite[i].loss)
+    if at in (0, len(finite) - 1):
+        return None
+    x = [math.log(p.rate) for p in finite[at - 1 : at + 2]]
+    y = [p.loss for p in finite[at - 1 : at + 2]]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * curvature))
+
+
+def transfer_law(points: Sequence[Point]) -> dict[str, Any]:
+    """rate = scale * width^exponent through the best rates of the rungs. muP's hidden layers want -1; the recipes take
+    -1/2. With two rungs the line is exact; with more it is least squares."""
+    best = {p.width: best_rate([q for q in points if q.width == p.width]) for p in points}
+    known = {width: rate for width, rate in best.items() if rate is not None}
+    law: dict[str, Any] = {"best": best, "exponent": None, "scale": None}
+    if len(known) >= 2:
+        x, y = [math.log(w) for w in known], [math.log(r) for r in known.values()]
+        mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
+        slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+        law |= {"exponent": slope, "scale": math.exp(my - slope * mx)}
+    return law
+
+
+def table(points: Sequence[Point], law: dict[str, Any]) -> str:
+    """The sweep as people read it."""
+    lines = ["depth      rate  validation loss"]
+    lines += [f"{p.depth:5}  {p.rate:8.2g}  {p.loss:.5f}" for p in points]
+    for width, rate in law["best"].items():
+        found = f"{rate:.3g}" if rate else "at the edge of the sweep, or too few runs: add rates"
+        lines.append(f"best rate at width {width}: {found}")
+    if law["exponent"] is not None:
+        lines.append(f"rate = {law['scale']:.3g} * width^{law['exponent']:.2f} (recipes: -0.50, muP: -1.00)")
+    return "\n".join(lines)
+
+
+def curves(points: Sequence[Point]) -> bytes:
+    """Loss against rate, a line per depth, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for depth in sorted({p.depth for p in points}):
+        mine = sorted((p for p in points if p.depth == depth), key=lambda p: p.rate)
+        axes.plot([p.rate for p in mine], [p.loss for p in mine], marker="o", label=f"depth {depth}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (EMA)")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    return buffer.getvalue()

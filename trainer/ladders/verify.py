@@ -1,0 +1,138 @@
+"""`verify-resume`: the promises about resuming, proved on the user's own recipe, data and machine.
+
+Five short runs of the same recipe, each by the command a person would type: straight through; continued from the
+middle on as many ranks; on other ranks; and, where the precision is bf16, with images of each batch exchanged between
+the ranks, which shows how far rounding alone lets two runs drift.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infra.errors import UserError
+from infra.log import get_logger
+from model.files.weights import load_weights
+from trainer.ladders.ladder import run_command, train_command
+from trainer.recipe import Recipe
+
+log = get_logger("verify")
+CLOSE = 1e-5
+TWICE = 2.0  # the two drifts are one draw each of the same rounding errors
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the answer."""
+
+    promise: str
+    kept: bool
+    found: str
+
+
+def verify_resume(
+    recipe: Recipe,
+    arguments: Sequence[str],
+    *,
+    data: str,
+    out: Path,
+    steps: int,
+    ranks: int,
+    other_ranks: int,
+) -> list[Verdict]:
+    """Run and compare; `arguments` are the overrides that made the recipe, handed to every run."""
+    if steps < 4 or steps % 2:
+        raise UserError(f"--steps {steps}: expected an even number, 4 at least: half of them come after the resume")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give a new folder; it can be removed afterwards")
+    batch, half = recipe.global_batch, steps // 2
+    cadence = [
+        *arguments, "--images", str(batch * steps), "--logging.log-every", str(batch), "--logging.save-every",
+        str(batch * half), "--logging.keep", "2", "--logging.samples", "0", "--validation.every", str(batch * steps),
+    ]  # fmt: skip
+
+    def run(name: str, num_ranks: int, *more: str) -> Path:
+        command = train_command(recipe, data=data, run=str(out / name), images=None, ranks=num_ranks)
+        log.info("%s: %d rank(s)", name, num_ranks)
+        run_command([*command, *cadence, *more], str(out / name))
+        return out / name
+
+    straight = run("straight", ranks)
+    cut(straight, out / "resumed", step=half)
+    resumed = run("resumed", ranks)
+    verdicts = [*same(straight, resumed, f"{ranks} -> {ranks} ranks")]
+    if other_ranks != ranks:
+        cut(straight, out / "other", step=half)
+        other = run("other", other_ranks)
+        if recipe.precision == "fp32":
+            verdicts.append(close(straight, other, f"{ranks} -> {other_ranks} ranks, fp32"))
+        else:
+            cut(straight, out / "exchanged", step=half)
+            exchanged = run("exchanged", ranks, "--parallel.reverse-lanes") if ranks > 1 else None
+            verdicts += drift(straight, other, exchanged, f"{ranks} -> {other_ranks} ranks, bf16", first=half + 1)
+    return verdicts
+
+
+def cut(run: Path, copy: Path, *, step: int) -> None:
+    """A copy of a run as a kill right after the checkpoint of `step` would have left it."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("tensorboard"))
+    for folder in (copy / "checkpoints").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) != step:
+            shutil.rmtree(folder)
+    for name in ("ema", "raw"):
+        (copy / "weights" / f"{name}.safetensors").unlink()
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Images seen -> training loss of each step."""
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    return {line["images_seen"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def same(one: Path, two: Path, what: str) -> list[Verdict]:
+    """Losses and weights bit by bit."""
+    a, b = losses(one), losses(two)
+    differing = [images for images in a.keys() | b.keys() if a.get(images) != b.get(images)]
+    where = f"{len(a)} steps, first difference at {min(differing):,} images" if differing else f"{len(a)} steps, equal"
+    found = [Verdict(f"{what}: losses bit-equal", not differing, where)]
+    for kind in ("raw", "ema"):
+        pair = [load_weights(run / "weights" / f"{kind}.safetensors")[0] for run in (one, two)]
+        wrong = [name for name in pair[0] if not torch.equal(pair[0][name], pair[1][name])]
+        told = f"{len(wrong)} of {len(pair[0])} tensors differ ({wrong[0]} ...)" if wrong else f"{len(pair[0])} tensors"
+        found.append(Verdict(f"{what}: {kind} weights bit-equal", not wrong, told))
+    return found
+
+
+def gaps(one: Path, two: Path) -> dict[int, float]:
+    """Relative difference of the losses at each step."""
+    a, b = losses(one), losses(two)
+    if a.keys() != b.keys():
+        raise UserError(f"{two} logged other steps than {one}: was it run with the same options?")
+    return {images: abs(b[images] - a[images]) / max(abs(a[images]), 1e-12) for images in a}
+
+
+def close(one: Path, two: Path, what: str) -> Verdict:
+    """The same run up to the order of float sums."""
+    largest = max(gaps(one, two).values())
+    return Verdict(f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}")
+
+
+def drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int) -> list[Verdict]:
+    """bf16: the first step after the resume agrees; then rounding alone may part the runs."""
+    found = gaps(one, two)
+    after = list(found.values())[first - 1 :]
+    verdicts = [Verdict(f"{what}: first step within {CLOSE:g}", after[0] <= CLOSE, f"{after[0]:.2g}")]
+    if exchanged is not None:
+        allowed = max(list(gaps(one, exchanged).values())[first - 1 :])
+        told = f"{max(after):.2g}, rounding alone {allowed:.2g}"
+        kept = max(after) <= max(TWICE * allowed, CLOSE)
+        verdicts.append(Verdict(f"{what}: drift at most twice that of rounding", kept, told))
+    return verdicts
+
+
+def describe(verdicts: Sequence[Verdict]) -> str:
+    """As people read it."""
+    return "\n".join(f"{'kept  ' if v.kept else 'BROKEN'}  {v.promise}: {v.found}" for v in verdicts)

@@ -1,0 +1,95 @@
+"""Trainings shared among Ray workers: each is a task that reserves its ranks' GPUs (or cores) and starts the command.
+
+Ranks watch the worker that started them as they watch a launcher: where it is killed, with its node or its sweep, they
+save and leave. Nothing is tried twice here; the same sweep continues.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipeline.flow.runner import Workers, connect
+from infra.log import get_logger
+from trainer.ladders.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+
+log = get_logger("ladder")
+LAST_LINES = 20  # of what a training said
+LOST = 137  # stands for the exit code where a worker was killed
+
+
+def train_on_ray(
+    commands: Sequence[list[str]], *, workers: int, ranks: int, begin: Callable[[int], None],
+    ended: Callable[[int, int, str], bool],
+) -> None:  # fmt: skip
+    """Run the commands, `workers` at a time. `ended(index, exit code, last lines)` says whether others may begin.
+
+    SIGTERM or Ctrl-C: those that run are asked to save and awaited, and this process leaves with their exit code.
+    """
+    connect(Workers(count=workers, cpus=ranks))
+    import ray
+
+    on_gpus = bool(ray.cluster_resources().get("GPU"))
+    # A core was reserved for each rank; Ray would give each as many threads as there are ranks.
+    threads = os.environ.get("OMP_NUM_THREADS", None if on_gpus else "1")
+    needs: dict[str, Any] = {"num_gpus" if on_gpus else "num_cpus": ranks, "max_retries": 0}
+    task = ray.remote(**needs)(train_here)
+    waiting, asked = deque(range(len(commands))), False
+    running: dict[Any, int] = {}
+    with on_stop(lambda: log.info("asking the trainings to save and stop")) as stopped:
+        while running or (waiting and not stopped):
+            while waiting and not stopped and len(running) < workers:
+                index = waiting.popleft()
+                begin(index)
+                running[task.remote(commands[index], threads)] = index
+            done, _ = ray.wait(list(running), timeout=1.0)
+            for reference in done:
+                if not ended(running.pop(reference), *_result(reference)):
+                    waiting.clear()
+            if stopped and not asked:
+                asked = True
+                for reference in running:
+                    ray.cancel(reference, force=False)
+    if stopped:
+        raise SystemExit(PREEMPTED)
+
+
+def train_here(command: list[str], threads: str | None) -> tuple[int, str]:
+    """On a worker: exit code and last words. When cancelled it asks the ranks to save, and waits until they have."""
+    with tempfile.TemporaryFile("w+", errors="replace") as words:
+        process = start_training(on_my_gpus(command), environment={"OMP_NUM_THREADS": threads}, output=words)
+        code = _await_end(process)
+        words.seek(0)
+        return code, "".join(deque(words, maxlen=LAST_LINES))
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> int:
+    asked = False
+    while True:
+        try:
+            return await_end(process)
+        except KeyboardInterrupt:  # this is how ray.cancel comes; a second one must not cut the saving off
+            if not asked:
+                ask_to_stop(process.pid)
+            asked = True
+
+
+def on_my_gpus(command: list[str]) -> list[str]:
+    """`deepspeed --num_gpus N` forgets CUDA_VISIBLE_DEVICES and takes the first N: name those that Ray gave."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not mine or command[:2] != ["deepspeed", "--num_gpus"]:
+        return command
+    return ["deepspeed", "--include", f"localhost:{mine}", *command[3:]]
+
+
+def _result(reference: Any) -> tuple[int, str]:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.TaskCancelledError:
+        return PREEMPTED, ""
+    except ray.exceptions.RayError as error:
+        return LOST, f"its Ray worker was lost: {type(error).__name__}\n"

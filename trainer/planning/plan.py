@@ -1,0 +1,340 @@
+"""What a run will need, before it starts: parameters, FLOPs exactly; bytes, seconds, dollars by a stated model."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from infra.log import clock
+from model.activations import activations_per_image
+from model.backbones.trunk import TokenConfig
+from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
+from model.lora import adapter_parameter_count, add_adapters
+from trainer.planning.machines import Machine, this_machine, transfer_seconds
+from trainer.recipe import Recipe
+
+ADAM_MOMENTS = 2
+USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels and NCCL
+STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, table 7: latent, CLIP-L, CLIP-G, T5
+DOLLARS_PER_GB_MONTH = 0.023
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    world: int,
+    machine: Machine | None = None,
+    efficiency: float | None = None,
+    dollars_per_hour: float | None = None,
+    dataset_images: int | None = None,
+    overhead: float = 0.0,
+    waiting: float = 0.0,
+) -> dict[str, Any]:
+    """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
+    layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
+    machine = machine or this_machine(recipe.precision)
+    efficiency = machine.efficiency if efficiency is None else efficiency
+    _, height, width = recipe.data.latent_shape
+    tokens = recipe.data.text_tokens
+    parameters = parameter_count(recipe.model)
+    train_flops = train_flops_of(recipe)
+    micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
+    pictures = micro * (2 if recipe.objective == "dpo" else 1)
+    activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
+    per_stage = {
+        f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
+        for stage in range(4)
+    }
+    stage = recipe.parallel.zero_stage
+    time = step_time(
+        recipe, parameters, machine, world=world, efficiency=efficiency, overhead=overhead, waiting=waiting
+    )
+    step, steps = time["step_seconds"], recipe.steps
+    checkpoint = checkpoint_bytes(recipe, parameters)
+    storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
+    storage += (recipe.logging_saves + 2) * 4 * parameters
+    hours = step * steps / 3600
+    price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
+    return {
+        "recipe": recipe.name,
+        "recipe_hash": recipe.hash,
+        "depth": recipe.model.depth,
+        "parameters": parameters,
+        "trained_parameters": trained_parameters(recipe, parameters),
+        "image_tokens": (height // recipe.model.patch) * (width // recipe.model.patch),
+        "text_tokens": tokens,
+        "forward_flops_per_image": forward_flops_per_image(recipe.model, height, width, tokens),
+        "train_flops_per_image": train_flops,
+        "images": recipe.images,
+        "steps": steps,
+        "train_flops": train_flops * steps * recipe.global_batch,
+        "world_size": world,
+        "zero_stage": stage,
+        "micro_batch": micro,
+        "machine": machine.name,
+        "device_peak_flops": machine.flops * world,
+        "efficiency": efficiency,
+        "bytes_per_rank": per_stage,
+        "activation_bytes_per_image": {
+            "kept": kept.kept(recompute=False), "recomputed": kept.kept(recompute=True),
+        },
+        "advice": advice(recipe, per_stage, machine),
+        "checkpoint_bytes": checkpoint,
+        "storage_bytes": storage,
+        "time": time | {"hours": hours, "device_hours": hours * world},
+        "dollars": hours * world * price,
+        "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
+        "predicted": {
+            "cost/parameters": parameters,
+            "cost/checkpoint_bytes": checkpoint,
+            "cost/storage_bytes": storage,
+            "cost/images_per_second": recipe.global_batch / step,
+            "cost/step_seconds": step,
+            **({} if machine.overlap else {"cost/step_cpu_seconds": time["work_seconds"]}),
+            **{f"cost/bytes_per_rank/{name}": value for name, value in per_stage[f"stage{stage}"].items()
+               if name in ("weights", "masters", "moments", "gradients", "ema", "activations")},
+        },
+    }  # fmt: skip
+
+
+def trained_parameters(recipe: Recipe, parameters: int) -> int:
+    """Those with masters, moments, gradients and EMA: all of them, or the adapters alone."""
+    return parameters if recipe.lora.rank is None else _adapter_parameters(recipe.model, recipe.lora.rank)
+
+
+@functools.lru_cache
+def _adapter_parameters(config: TokenConfig, rank: int) -> int:
+    with torch.device("meta"):
+        model = config.build()
+        add_adapters(model, rank=rank, alpha=rank)
+    return adapter_parameter_count(model)
+
+
+def train_flops_of(recipe: Recipe) -> int:
+    """To train on one image, or one pair. Frozen weights need no gradient; a pair is four forward and two backward
+    passes. Adapters are counted by their share of the parameters: an estimate."""
+    _, height, width = recipe.data.latent_shape
+    shape = height, width, recipe.data.text_tokens
+    if recipe.lora.rank is None:
+        return train_flops_per_image(recipe.model, *shape)
+    parameters = parameter_count(recipe.model)
+    forward, adapters = forward_flops_per_image(recipe.model, *shape), trained_parameters(recipe, parameters)
+    passes = 6 if recipe.objective == "dpo" else 2
+    return round(forward * (passes + passes * 1.5 * adapters / parameters))
+
+
+def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
+    """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
+    except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
+    what may stay for its next use."""
+    p = recipe.parallel
+    compute, gradient = widths(recipe)
+    trained = trained_parameters(recipe, parameters)
+    frozen = 0 if recipe.lora.rank is None else parameters
+
+    def share(sharded: bool) -> float:
+        return 1 / world if sharded else 1.0
+
+    found: dict[str, float] = {
+        "weights": (trained + frozen) * compute * share(stage >= 3),
+        "masters": trained * 4 * share(stage >= 1) if stage else 0,
+        "moments": trained * 4 * ADAM_MOMENTS * share(stage >= 1),
+        "gradients": trained * gradient * share(stage >= 2),
+        "ema": trained * 4 * len(recipe.ema.profiles) * share(stage >= 1),
+    }
+    host = 0.0
+    if stage and p.offload_optimizer:
+        host += found["masters"] + found["moments"] + found["ema"] + trained * 4 * share(stage >= 1)
+        found |= {"masters": 0, "moments": 0, "ema": 0}
+    if stage == 3 and p.offload_parameters != "no":
+        host += found["weights"]
+        found["weights"] = 0
+    if stage == 3:
+        two_blocks = 2 * recipe.model.block_parameters() / recipe.model.depth
+        found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world > 1 else 0
+        found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
+    found["activations"] = activations
+    whole = {name: math.ceil(value) for name, value in found.items()}
+    states = ("weights", "masters", "moments", "gradients", "ema")
+    return whole | {
+        "total": sum(whole[name] for name in states),
+        "device": sum(whole.values()),
+        "host": math.ceil(host),
+    }
+
+
+def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machine) -> str:
+    """The cheapest stage that fits: each higher one communicates more or earlier."""
+    room = USABLE * machine.memory
+    fitting = [stage for stage in range(recipe.lowest_stage, 4) if per_stage[f"stage{stage}"]["device"] <= room]
+    mine = per_stage[f"stage{recipe.parallel.zero_stage}"]
+    if not fitting:
+        largest = max((n for n in mine if n not in ("total", "device", "host")), key=lambda n: mine[n])
+        how = {"activations": "a smaller --parallel.micro-batch or --parallel.checkpoint-blocks"}.get(
+            largest, "more ranks or --parallel.offload-optimizer"
+        )
+        return f"no stage fits {room / 2**30:.0f} GiB of a {machine.name}, most of it {largest}: use {how}"
+    if mine["device"] > room:
+        return f"stage {recipe.parallel.zero_stage} does not fit {room / 2**30:.0f} GiB; stage {fitting[0]} does"
+    used = per_stage[f"stage{fitting[0]}"]["device"] / 2**30
+    return f"stage {fitting[0]} is enough: {used:.1f} of {room / 2**30:.0f} GiB"
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    return 4 * trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
+
+
+def step_time(
+    recipe: Recipe,
+    parameters: int,
+    machine: Machine,
+    *,
+    world: int,
+    efficiency: float,
+    overhead: float = 0.0,
+    waiting: float = 0.0,
+) -> dict[str, float]:
+    """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, copies
+    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks
+    also wait for each other, by the bytes that they exchange, and for cores (`waiting`, each time a layer runs)."""
+    p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
+    per_image = train_flops_of(recipe)
+    if p.checkpoint_blocks:
+        per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency) + overhead * layers(recipe, world)
+    moved = bytes_moved(recipe, parameters, world=world)
+    inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
+    over = {name: inside or world if name == "backward" else world for name in moved}
+    parts = [transfer_seconds(machine, nbytes, over[name]) for name, nbytes in moved.items()]
+    communication = sum(max(part) for part in parts)
+    copying = bytes_copied(recipe, parameters, world=world) / machine.bandwidth
+    mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)
+    # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
+    updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
+    exchange = communication + copying
+    work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
+    step = work + machine.waiting * communication + (waiting * layers(recipe, world) if world > 1 else 0.0)
+    return {
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "inside_node_seconds": sum(local for local, _ in parts),
+        "between_nodes_seconds": sum(remote for _, remote in parts),
+        "copy_seconds": copying,
+        "update_seconds": updating,
+        "work_seconds": work,
+        "step_seconds": step,
+        "step_seconds_without_overlap": compute + exchange + updating,
+        "bytes_moved_per_step": sum(moved.values()),
+    }
+
+
+def layers(recipe: Recipe, world: int) -> int:
+    """Layers that a rank runs in a step: blocks, and one for what stands around them."""
+    return (recipe.model.depth + 1) * passes_of(recipe, world)
+
+
+def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
+    """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch; in
+    one of them where all may stay gathered), gradients (stages 2 and 3: each micro-batch), and masters back into the
+    weights (stages 1 and 2)."""
+    p, (compute, gradient) = recipe.parallel, widths(recipe)
+    passes = passes_of(recipe, world)
+    if p.quantized_gradients:
+        gradient = 0.5
+    weights = 1 if p.quantized_weights else compute
+    reductions = passes if p.zero_stage >= 2 else 1
+    trained, looks = trained_parameters(recipe, parameters), 2 if recipe.objective == "dpo" else 1  # with the reference
+    stay = parameters <= p.max_live
+    return {
+        "forward": parameters * weights * passes * (1 if stay else looks) if p.zero_stage == 3 else 0,
+        "backward": parameters * weights * passes if p.zero_stage == 3 and not stay else 0,
+        # An all-reduce moves twice what a reduce-scatter does.
+        "gradients": trained * gradient * reductions * (2 if p.zero_stage == 0 else 1),
+        "publish": trained * compute if p.zero_stage in (1, 2) else 0,
+    }
+
+
+def bytes_copied(recipe: Recipe, parameters: int, *, world: int) -> float:
+    """Bytes that DeepSpeed reads and writes around the collectives of a step: gathered parts are put together;
+    gradients go into a bucket, are widened, laid out by rank and divided (its stage3.py, coalesced_collectives.py)."""
+    if world == 1 or recipe.parallel.zero_stage < 2:
+        return 0.0
+    moved, (compute, gradient) = bytes_moved(recipe, parameters, world=world), widths(recipe)
+    reduced = trained_parameters(recipe, parameters) * passes_of(recipe, world)
+    return 2 * (moved["forward"] + moved["backward"]) + reduced * (3 * compute + 5 * gradient)
+
+
+def widths(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of a weight that computes and of a gradient that is reduced."""
+    full = recipe.precision == "fp32"
+    return (4.0 if full else 2.0), (4.0 if full or recipe.parallel.fp32_reduce else 2.0)
+
+
+def passes_of(recipe: Recipe, world: int) -> int:
+    """Micro-batches of a rank in a step."""
+    share = math.ceil(recipe.global_batch / world)
+    return math.ceil(share / (recipe.parallel.micro_batch or share))
+
+
+def precompute(
+    recipe: Recipe, machine: Machine, *, price: float, hours: float, dataset_images: int | None
+) -> dict[str, Any]:
+    """Encode once and store, or encode at every pass? Storage counts for as long as the run lasts, a month at least."""
+    unique = min(dataset_images or recipe.images, recipe.images)
+    online = recipe.images * machine.encode_seconds / 3600
+    once = unique * machine.encode_seconds / 3600
+    stored = unique * STORED_BYTES_PER_IMAGE
+    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / 730)
+    return {
+        "passes": recipe.images / unique,
+        "online_device_hours": online,
+        "once_device_hours": once,
+        "stored_bytes": stored,
+        "storing_dollars": storing,
+        "saved_dollars": (online - once) * price - storing,
+        "pays": (online - once) * price > storing,
+    }
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan as people read it."""
+    lines = [
+        f"{plan['recipe']} ({plan['recipe_hash']}): depth {plan['depth']}, {plan['parameters']:,} parameters, "
+        f"{plan['image_tokens']} image + {plan['text_tokens']} text tokens",
+        f"{plan['images']:,} images in {plan['steps']:,} steps, {plan['train_flops_per_image']:.3e} FLOPs an image to "
+        f"train, {plan['train_flops']:.3e} in all",
+        f"bytes per rank on {plan['world_size']} rank(s) of {plan['machine']}, GiB (the recipe uses stage "
+        f"{plan['zero_stage']}, {plan['micro_batch']} image(s) at once; total: model states alone):",
+    ]
+    names = list(plan["bytes_per_rank"]["stage3"])
+    lines.append("         " + "".join(f"{name:>12}" for name in names))
+    for stage, sizes in plan["bytes_per_rank"].items():
+        lines.append(f"  {stage}" + "".join(f"{sizes.get(name, 0) / 2**30:12.3f}" for name in names))
+    time, pre = plan["time"], plan["precompute"]
+    lines += [
+        plan["advice"],
+        f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
+        f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
+        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating"
+        + (
+            f", {time['step_seconds'] - time['work_seconds']:.3g} s waiting"
+            if time["step_seconds"] > time["work_seconds"]
+            else ""
+        )
+        + "); the run "
+        + clock(3600 * time["hours"])
+        + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
+        f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
+        f"{plan['storage_bytes'] / 2**30:.3f} GiB",
+    ]
+    if pre["online_device_hours"] < 1:
+        return "\n".join(lines)  # of a run so small nobody asks what encoding costs
+    lines.append(
+        f"encoding once {'pays' if pre['pays'] else 'does not pay'}: {pre['once_device_hours']:,.1f} device-hours and "
+        f"{pre['stored_bytes'] / 1e9:,.0f} GB instead of {pre['online_device_hours']:,.1f} device-hours "
+        f"({pre['passes']:.3g} passes)"
+    )
+    return "\n".join(lines)

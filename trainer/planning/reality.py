@@ -1,0 +1,162 @@
+"""A run's plan against what the run took, and what a small run teaches about the steps of larger ones.
+
+    python -m trainer plan RUN/                            the plan that the run was started with, graded
+    python -m trainer plan RUN/ --calibrate SMALL_RUN/     its steps planned anew by what the small run measured
+    python -m trainer plan d38 --gpus 64 --calibrate SMALL_RUN/
+
+On a CPU a trial times the recipe's blocks and exchanges as they go now.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from infra.results import ResultStore
+from trainer.planning.machines import Machine, get_machine, this_machine
+from trainer.planning.plan import layers, make_plan
+from trainer.planning.trial import efficiency_here, links_here
+from trainer.recipe import Recipe
+
+# Of the planned value, by how the names begin; what has no goal is shown alone.
+GOALS = {"parameters": 0.0, "bytes_per_rank/": 0.05, "checkpoint_bytes": 0.02, "storage_bytes": 0.02, "step_": 0.15}
+Graded = dict[str, tuple[float, float]]
+
+
+def read_plan(run: str) -> dict[str, Any]:
+    """RUN/plan.json."""
+    uri = storage.join(run, "plan.json")
+    if not storage.exists(uri):
+        raise UserError(f"{run}: no plan.json there: give a run folder, or the name of a recipe")
+    return json.loads(storage.read_bytes(uri))
+
+
+def read_recipe(run: str) -> Recipe:
+    """RUN/recipe.json."""
+    return Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, "recipe.json"))))
+
+
+def measured(run: str) -> dict[str, float]:
+    """The last measured value of each cost."""
+    found = {row.metric: row.value for row in ResultStore(storage.join(run, "results")).rows(prefix="cost")}
+    if not found:
+        raise UserError(f"{run}: no measured costs there yet: they are written with the first checkpoint")
+    files = [uri for name in ("checkpoints", "weights") for uri in storage.list_files(storage.join(run, name))]
+    return found | {"cost/storage_bytes": float(sum(storage.size(uri) for uri in files))}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the steps of one run teach. Without `by_trial` its `efficiency` holds for all sizes; with it each recipe's
+    own blocks are timed on this device; `overhead` and `waiting` are what a layer took beyond that each time it ran."""
+
+    run: str
+    machine: Machine
+    efficiency: float
+    overhead: float = 0.0
+    waiting: float = 0.0
+    by_trial: bool = False
+
+    def plan(self, recipe: Recipe, *, world: int, **more: Any) -> dict[str, Any]:
+        """A plan for a recipe on the same kind of machine, as `make_plan` gives it."""
+        here = trial(recipe, self.machine, world=world) if self.by_trial else (self.machine, self.efficiency)
+        found = make_plan(
+            recipe, world=world, machine=here[0], efficiency=here[1], overhead=self.overhead, waiting=self.waiting,
+            **more,
+        )  # fmt: skip
+        told = {"overhead_seconds": self.overhead, "waiting_seconds": self.waiting, "by_trial": self.by_trial}
+        return found | {"calibration": {"run": self.run, **told}}
+
+    def describe(self) -> str:
+        if not self.by_trial:
+            return f"calibrated by the whole speed of {self.run}: {self.efficiency:.3g} of the peak"
+        waits = f" and waits {self.waiting * 1000:.3g} ms" if self.waiting else ""
+        return (
+            f"calibrated by {self.run}: its blocks reach {self.efficiency:.3g} of the peak here, a layer costs "
+            f"{self.overhead * 1000:.3g} ms whatever its size{waits}; the planned recipe's own blocks were timed, too"
+        )
+
+
+def calibrate(run: str) -> Calibration:
+    """From a finished run: on a device of its kind by a trial of its blocks, elsewhere by its speed as a whole."""
+    plan, costs, recipe = read_plan(run), measured(run), read_recipe(run)
+    if "device_peak_flops" not in plan or "cost/step_seconds" not in costs:
+        raise UserError(f"{run}: made by an older version, which measured no steps: run one rung again")
+    machine, world = get_machine(plan["machine"]), int(plan["world_size"])
+    whole = costs["cost/images_per_second"] * plan["train_flops_per_image"] / plan["device_peak_flops"]
+    work = costs.get("cost/step_cpu_seconds", costs["cost/step_seconds"])
+    if this_machine(recipe.precision) != machine:
+        return Calibration(run, machine, whole)
+    here, efficiency = trial(recipe, machine, world=world)
+    overhead = overhead_of(recipe, work, here, world=world, efficiency=efficiency)
+    without = make_plan(recipe, world=world, machine=here, efficiency=efficiency, overhead=overhead)["time"]
+    waiting = waiting_of(costs, without) / layers(recipe, world) if world > 1 else 0.0
+    return Calibration(run, machine, efficiency, overhead, waiting, by_trial=True)
+
+
+def waiting_of(costs: dict[str, float], time: dict[str, float]) -> float:
+    """Seconds of a step by the clock beyond its work and what exchanges make its ranks wait by plan: for cores that
+    others hold. Nothing where the run told no work (on GPUs)."""
+    if "cost/step_cpu_seconds" not in costs:
+        return 0.0
+    exchanging = time["step_seconds"] - time["work_seconds"]
+    return max(0.0, costs["cost/step_seconds"] - costs["cost/step_cpu_seconds"] - exchanging)
+
+
+def trial(recipe: Recipe, machine: Machine, *, world: int) -> tuple[Machine, float]:
+    """The machine with the links that it has now (CPUs alone), and the efficiency of a recipe's blocks on this device,
+    in micro-batches as `world` ranks would run them."""
+    micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world)
+    efficiency = efficiency_here(recipe, machine, micro_batch=micro, ranks=world)
+    return links_here(recipe, machine, ranks=world), efficiency
+
+
+def overhead_of(recipe: Recipe, step_seconds: float, machine: Machine, *, world: int, efficiency: float) -> float:
+    """Seconds that a layer costs each time it runs, whatever its size: what a small run's step took beyond its plan."""
+    plan = make_plan(recipe, world=world, machine=machine, efficiency=efficiency)
+    return max(0.0, step_seconds - plan["time"]["work_seconds"]) / layers(recipe, world)
+
+
+def graded(run: str, calibration: Calibration | None = None) -> Graded:
+    """(planned, measured) by name; by a calibration, the steps are planned anew."""
+    plan, costs = read_plan(run), measured(run)
+    predicted = dict(plan.get("predicted", {}))
+    if calibration is not None:
+        if plan["machine"] != calibration.machine.name:
+            raise UserError(
+                f"{run} ran on {plan['machine']}, {calibration.run} on {calibration.machine.name}: "
+                "calibrate by a run on the same kind of device"
+            )
+        again = calibration.plan(read_recipe(run), world=int(plan["world_size"]))["predicted"]
+        predicted |= {name: value for name, value in again.items() if name in predicted or "step" in name}
+    return {name.removeprefix("cost/"): (planned, costs[name])
+            for name, planned in sorted(predicted.items()) if name in costs}  # fmt: skip
+
+
+def goal_of(name: str) -> float | None:
+    """The largest relative error that a plan may have."""
+    return next((goal for start, goal in GOALS.items() if name.startswith(start)), None)
+
+
+def missed(rows: Graded) -> list[str]:
+    """Names whose error is beyond their goal."""
+    return [name for name, (planned, found) in rows.items()
+            if (goal := goal_of(name)) is not None and abs(planned - found) > goal * abs(found)]  # fmt: skip
+
+
+def compare(run: str, calibration: Calibration | None = None) -> str:
+    """Prediction, measurement, error and goal, line by line."""
+    rows = graded(run, calibration)
+    beyond = missed(rows)
+    lines = [f"{'':30}{'planned':>16}{'measured':>16}{'error':>9}{'goal':>9}"]
+    for name, (planned, found) in rows.items():
+        error = f"{planned / found - 1:+9.1%}" if found else f"{'':9}"
+        goal = goal_of(name)
+        told = "" if goal is None else f"{goal:9.0%}" + ("  MISSED" if name in beyond else "")
+        lines.append(f"{name:30}{planned:16,.6g}{found:16,.6g}{error}{told}".rstrip())
+    if calibration is not None:
+        lines.append(calibration.describe())
+    elif any(name.startswith("step_") for name in rows):
+        lines.append("steps by the planner's own figures of this machine; --calibrate SMALL_RUN plans them by a run")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""A loss or gradient that cannot be right never reaches the optimizer: the batch is told, left out, and the run goes
+back to its last good checkpoint. A batch that is bad again takes those before it along. A run may do that a few times,
+then it stops.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence, Set
+
+from data_pipeline.loading.loader import Batches
+from data_pipeline.loading.order import Exceptions
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from trainer.ladders.ladder import UNSTABLE
+from trainer.recipe import Guard, Recipe
+from trainer.state import State, restore
+from trainer.zero.ema import ShardedEMA
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group
+
+log = get_logger("guard")
+WINDOW, ENOUGH = 128, 16
+LEAST = 2.0  # a spike is so many times the largest recent loss ...
+LARGE = 256  # ... for a mean over so many images; 8 times over 16, where one time near 1 made 6 medians in a sound run
+
+
+class Unstable(UserError):
+    """The run met more bad batches than it may leave out."""
+
+
+def problem_of(loss: float, recent: Sequence[float], guard: Guard, *, batch: int) -> str:
+    """Why a step with this loss must not be taken; "" when it may. `recent` are the losses of the steps before it,
+    each a mean over `batch` images."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if guard.spike is None or len(recent) < ENOUGH:
+        return ""
+    median = statistics.median(recent)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)  # sigma of a normal distribution
+    least = LEAST * max(1.0, math.sqrt(LARGE / batch))
+    if loss > max(least * max(recent), median + guard.spike * deviation):
+        return f"the loss jumped to {loss:.4g} from a median of {median:.4g} over {len(recent)} steps"
+    return ""
+
+
+def keep_recent(state: State, loss: float) -> None:
+    """The losses that the next one is judged by."""
+    state.recent.append(loss)
+    del state.recent[:-WINDOW]
+
+
+def roll_back(
+    problem: str,
+    keys: list[str],
+    recipe: Recipe,
+    engine: ZeroEngine,
+    ema: ShardedEMA,
+    state: State,
+    batches: Batches,
+    *,
+    out: str,
+) -> State:
+    """The state to go on from, with the bad batch among its exceptions; Unstable when it was one too many. Collective.
+
+    Without a checkpoint the run goes on from where it is: the bad step was not taken.
+    """
+    group, batch = engine.group, recipe.global_batch
+    first = state.step * batch
+    where = f"images {first:,} to {first + batch - 1:,}"
+    _tell(problem, keys, state, group, out=out)
+    suspects = suspects_of(first, batch, state.exceptions.positions)
+    before = len(suspects) // batch - 1
+    exceptions = _of_all_ranks(batches.exceptions, group) | state.exceptions
+    exceptions |= Exceptions(positions=frozenset(suspects))
+    skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
+    if skips > recipe.guard.max_skips:
+        if group.rank == 0:
+            storage.write_bytes(storage.join(out, UNSTABLE), json.dumps({"problem": problem, "images": first}).encode())
+        raise Unstable(
+            f"{problem} at {where} (keys {keys[0]} ...), and {skips - 1} batches were left out already "
+            f"(--guard.max-skips {recipe.guard.max_skips}): the step was not taken; look at these images, or start "
+            "from the last checkpoint with a lower --optimizer.lr"
+        )
+    found = restore(recipe, engine, ema, out=out, resume="latest")
+    back = found if found.step else state
+    back.exceptions, back.skips = back.exceptions | exceptions, skips
+    if group.rank == 0:
+        then = f"back to the checkpoint at {back.images_seen:,} images" if found.step else "no checkpoint yet: going on"
+        left = f"that batch and the {before} before it: with other images it failed again" if before else "that batch"
+        log.warning(
+            "%s at %s: the step was not taken; %s, without %s (%d of %d)",
+            problem, where, then, left, skips, recipe.guard.max_skips,
+        )  # fmt: skip
+    return back
+
+
+def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
+    """Positions to leave out when the batch that begins at `first` was bad: itself; where it is bad again although
+    other images stand in, the harm was done by the steps before it, so eight times as many batches as were left out
+    in vain. (PaLM left out 200 to 500 batches before and during a spike: arXiv 2204.02311, section 5.1.)"""
+    in_vain = 0
+    while first - in_vain * batch in left_out:
+        in_vain += 1
+    return range(max(0, first - 8 * in_vain * batch), first + batch)
+
+
+def _tell(problem: str, keys: list[str], state: State, group: Group, *, out: str) -> None:
+    """RUN/skipped/: which images these were, one file per rank."""
+    uri = storage.join(out, "skipped", f"step_{state.step:07d}_rank_{group.rank:05d}.json")
+    told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
+    try:
+        storage.write_bytes(uri, json.dumps(told, indent=1).encode())
+    except (UserError, OSError) as error:
+        log.warning("the keys of the bad batch are not written: %s", error)
+
+
+def _of_all_ranks(mine: Exceptions, group: Group) -> Exceptions:
+    """Shards that any rank quarantined: after going back all ranks must leave out the same."""
+    if group.world == 1:
+        return mine
+    found = Exceptions()
+    for told in group.gather(json.dumps(mine.to_json())):
+        found |= Exceptions.from_json(json.loads(told))
+    return found

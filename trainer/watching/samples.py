@@ -1,0 +1,80 @@
+"""Pictures while training: the EMA weights draw the same captions from the same noise at each save, as one grid."""
+# Shapes: B batch, C latent channels, H and W latent height and width.
+
+import io
+import math
+
+import torch
+from torch import Tensor
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.loading.loader import Dataset
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from model.diffusion.sampler import sample
+from model.encoders.vae import load_vae
+from model.errors import ModelError
+from model.seeding import keyed_normal
+from trainer.recipe import Recipe
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import Group
+
+log = get_logger("samples")
+STEPS, GUIDANCE = 20, 4.0
+
+
+class Sampler:
+    """Draws the first captions of the val split; Euler with guidance towards the zeros input."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, group: Group) -> None:
+        self.recipe, self.dataset, self.group = recipe, dataset, group
+        bucket = next(iter(dataset.bucket_ranges.values()))
+        self.batch = dataset.read(bucket[: recipe.logging.samples])
+        self.share = math.ceil(len(self.batch.keys) / group.world)
+
+    def draw(self, engine: ZeroEngine, uri: str) -> None:
+        """With the weights that the engine now shows, into a PNG at `uri`. Collective."""
+        group, batch = self.group, self.batch
+        # The last rank may have fewer captions of its own; it repeats some, as every pass is a collective.
+        rows = torch.arange(group.rank * self.share, (group.rank + 1) * self.share) % len(batch.keys)
+        text = batch.text[rows].to(group.device)
+        noise_BCHW = keyed_normal(self.recipe.seed, rows, "samples", batch.latent_BCHW.shape[1:]).to(group.device)
+        with engine.inference():
+            mine_BCHW = sample(
+                engine,
+                noise_BCHW,
+                text,
+                text.zeros_like(),
+                steps=STEPS,
+                guidance=GUIDANCE,
+                shift=self.recipe.shift,
+                formulation=self.recipe.formulation,
+            )
+        all_BCHW = torch.zeros(group.world * self.share, *mine_BCHW.shape[1:], device=group.device)
+        all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = mine_BCHW
+        latents_BCHW = group.sum_(all_BCHW).cpu()[: len(batch.keys)]
+        if group.rank == 0:
+            self._write(latents_BCHW, uri)
+
+    def _write(self, latents_BCHW: Tensor, uri: str) -> None:
+        """Nothing here may end a training: what goes wrong is said and left."""
+        try:
+            vae = load_vae(resolve(self.dataset.vae.checkpoint))
+            images = self.dataset.vae.latents.decode(vae, latents_BCHW)
+            storage.write_bytes(uri, grid_png(images))
+            captions = "\n".join(self.batch.captions) + "\n"
+            storage.write_bytes(uri.rsplit("/", 1)[0] + "/captions.txt", captions.encode())
+        except (UserError, ModelError, OSError) as error:
+            log.warning("no sample grid: %s", error)
+
+
+def grid_png(images_BCHW: Tensor, *, columns: int = 4) -> bytes:
+    """Images in [-1, 1], row by row."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images_BCHW, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=1.0)
+    buffer = io.BytesIO()
+    Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,235 @@
+"""Who is alive and who is stuck: every rank beats in the meeting store; a thread reads all beats.
+
+A rank whose process is gone ends the others within a minute, with one line that names it, whatever the backend does
+(NCCL would wait for its own timeout). A rank that lives but does not move is reported with its stack traces. A launcher
+that is gone asks its ranks to stop: DeepSpeed's dies of a SIGTERM without a word to them.
+"""
+
+import contextlib
+import faulthandler
+import io
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from infra import storage
+from infra.errors import UserError
+from infra.log import get_logger
+from trainer.ladders.launchers import gone
+from trainer.zero.group import Group, lost_peer, meeting_store
+
+log = get_logger("watch")
+LOST = 76  # exit code when another rank was lost: the same command continues
+BEAT_S, DEAD_S, SURE_S = 3.0, 40.0, 12.0  # SURE_S: a collective has failed already
+RUNNING, LEFT, FAILED = range(3)
+
+
+@dataclass
+class Seen:
+    """The last beat of a rank, and when this rank saw it change."""
+
+    count: int
+    at: float
+    step: int
+    doing: str
+    done: int
+    state: int
+    waits: bool
+
+
+class Watch:
+    """`at` tells what the main thread does; the thread behind it beats, listens and reports."""
+
+    def __init__(
+        self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
+    ) -> None:
+        self.group, self.out, self.stall_s = group, out, stall_s
+        self._launchers = list(launchers)
+        self._step, self._doing, self._moved = 0, "start", time.monotonic()
+        self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
+        self._told: tuple[int, str] | None = None
+        self._state = RUNNING
+        self._seen: dict[int, Seen] = {}
+        self._stop = threading.Event()
+        self._store: Any = store or (meeting_store() if group.world > 1 else None)
+        self._contact = time.monotonic()
+        # Talking may block when the network is gone; judging must not.
+        self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
+        self._judge_thread = threading.Thread(target=self._judge, name="watch", daemon=True)
+        self._talker.start()
+        self._judge_thread.start()
+
+    def at(self, doing: str, step: int) -> None:
+        """The main thread begins this; also proof that it moves."""
+        self._step, self._doing, self._moved = step, doing, time.monotonic()
+        self._done += 1
+
+    def close(self, state: int = LEFT) -> None:
+        """An orderly end, which the others must not take for a death; FAILED: they shall end too."""
+        self._state = state
+        self._stop.set()
+        self._talker.join(timeout=10)
+        if state == FAILED and self._store is not None:
+            time.sleep(2 * BEAT_S)  # rank 0 may hold the store: let the others read it
+
+    # --- the threads
+
+    def _talk(self) -> None:
+        if self._store is None:
+            return
+        count = 0
+        try:
+            while not self._stop.wait(BEAT_S):
+                count += 1
+                self._beat(count)
+                self._listen()
+                self._contact = time.monotonic()
+            self._beat(-1)
+        except RuntimeError:  # the store is gone, and with it the rank (or the launcher) that held it
+            self._contact = -math.inf
+
+    def _judge(self) -> None:
+        while not self._stop.wait(min(BEAT_S, self.stall_s / 4)):
+            if gone(self._launchers):
+                self._launchers = []
+                log.warning("the launcher is gone: that counts as a SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
+            dead = self._dead()
+            # What fails on one rank may fail on all alike: the main thread then has its own line to say.
+            if dead and not self._stop.wait(BEAT_S):
+                self.end(dead)
+            self._report_stall()
+
+    def _beat(self, count: int) -> None:
+        told = json.dumps([count, self._step, self._doing, self._done, self._state, waits_for_others()])
+        self._store.set(f"beeline/beat/{self.group.rank}", told)
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        ranks = [r for r in range(self.group.world) if self._store.check([f"beeline/beat/{r}"])]
+        for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
+            count, step, doing, done, state, waits = json.loads(text)
+            old = self._seen.get(rank)
+            at = now if old is None or old.count != count else old.at
+            self._seen[rank] = Seen(count, at, step, doing, done, state, waits)
+
+    def _dead(self, after_s: float = DEAD_S) -> list[int]:
+        now = time.monotonic()
+        if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
+            return [0]
+        others = [(rank, seen) for rank, seen in self._seen.items() if rank != self.group.rank]
+        return [r for r, s in others if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
+
+    def wait_for_verdict(self) -> list[int]:
+        """Ranks that are gone, as soon as the beats say so; [] when none is after all."""
+        deadline = time.monotonic() + SURE_S + 4 * BEAT_S
+        while time.monotonic() < deadline:
+            if dead := self._dead(SURE_S):
+                return dead
+            time.sleep(0.5)
+        return []
+
+    def rank_0_failed_too(self) -> bool:
+        """After closing as FAILED: a mistake that all ranks found is told by rank 0 alone."""
+        if self.group.rank == 0:
+            return False
+        try:
+            self._listen()
+        except RuntimeError:
+            return True
+        return self._seen[0].state == FAILED
+
+    def end(self, dead: list[int]) -> None:
+        """The main thread may sit in a collective for ever: leave without it."""
+        failed = [rank for rank in dead if rank in self._seen and self._seen[rank].state == FAILED]
+        tell_lost(dead, self.group, self._step, failed=bool(failed))
+        sys.stderr.flush()
+        os._exit(LOST)
+
+    def _report_stall(self) -> None:
+        still = time.monotonic() - self._moved
+        here = self._step, self._doing
+        if still < self.stall_s or self._told == here:
+            return
+        self._told = here
+        name = f"stall_rank_{self.group.rank:05d}_step_{self._step:07d}.txt"
+        uri = storage.join(self.out, "logs", name)
+        with contextlib.suppress(UserError, OSError):
+            storage.write_bytes(uri, stacks().encode())
+        if self.group.rank == self._speaker():
+            log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._who(), uri)
+
+    def _silent(self) -> list[int]:
+        return [rank for rank in self._dead(SURE_S) if rank in self._seen]
+
+    def _speaker(self) -> int:
+        """The lowest rank that beats: one that is stopped has no voice."""
+        silent = self._silent()
+        return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
+
+    def _who(self) -> str:
+        """The ranks that hold the others up: in a collective all wait for the one that has done least and is not in it
+        yet, and for those that do not even beat, as they are stopped."""
+        if not self._seen:
+            return f"this rank is at step {self._step}: {self._doing}"
+        silent = self._silent()
+        least = min(seen.done for seen in self._seen.values())
+        behind = [rank for rank, seen in self._seen.items() if seen.done == least]
+        stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
+        told = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
+        return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(told)
+
+
+def waits_for_others() -> bool:
+    """Is the main thread inside a collective, as far as Python can see?"""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    where = frame.f_code.co_filename if frame is not None else ""
+    return "/torch/distributed/" in where or "/deepspeed/" in where
+
+
+def stacks() -> str:
+    """What every thread of this process is doing."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0, io.SEEK_SET)
+        return file.read()
+
+
+def tell_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None:
+    """One line from the lowest rank that lives."""
+    alive = [rank for rank in range(group.world) if rank not in dead]
+    if alive and group.rank == alive[0]:
+        who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
+        how = "stopped with an error of its own" if failed else "ended without a word (killed, stopped or out of reach)"
+        line = f"error: {who} {how} at step {step}"
+        print(f"{line}: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def together(watch: Watch) -> Iterator[Watch]:
+    """When a collective fails because another rank is gone, all that are left say so in one line and end."""
+    try:
+        yield watch
+    except BaseException as error:
+        if not lost_peer(error):
+            watch.close(FAILED)
+            if isinstance(error, UserError) and watch.rank_0_failed_too():
+                raise SystemExit(2) from None
+            raise
+        dead = watch.wait_for_verdict()
+        if not dead:
+            watch.close(FAILED)
+            raise
+        watch.end(dead)
+    watch.group.barrier()  # rank 0 may hold the store: it leaves with the others
+    watch.close()
