@@ -201,7 +201,8 @@ class WatchedTask(ColumnTask):
     def open(self):
         import ray
 
-        from data_pipeline import caption, stage
+        from data_pipeline.captions import column as caption
+        from data_pipeline.flow import stage
         from model.encoders.vae import Latents
 
         folder, mine = Path(self.folder), f"{os.getpid()}"

@@ -10,7 +10,7 @@ from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from model.diffusion.flow import STUDY
 from model.flops import train_flops_per_image
-from trainer import ladder, sweep
+from trainer.ladders import ladder, sweep
 from trainer.ladders.isoflop import tell
 from trainer.ladders.ladder import UNSTABLE, branch_point, images_for, iso_flop
 from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law

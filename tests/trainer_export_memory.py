@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-import model.files.pipeline
 from data_pipeline.schema import DatasetInfo
 from data_pipeline.synthetic import write_synthetic
 from infra import storage
 from model.backbones.mmdit import MMDiTConfig
+from model.files import pipeline
 from trainer.exports.export import Weights, write_as
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         storage.write_bytes = lambda uri, data: (sent / uri.rsplit("/", 1)[-1]).write_bytes(data)
         storage.list_files = lambda prefix, **more: []
     export(1, place, info)  # what is imported and kept at first use
-    model.pipeline.MAX_FILE = 60_000_000
+    pipeline.MAX_FILE = 60_000_000
     before = peak()
     size = export(8, place, info)
     print(size, peak() - before)
