@@ -64,7 +64,8 @@ def _unknown(tokens: Sequence[str], options: Callable[[], list[str]]) -> str:
     if flag is None:
         return f"unexpected argument {tokens[0]!r}"
     # without the dashes, which would make any two options alike
-    close = difflib.get_close_matches(flag.lstrip("-"), [name.lstrip("-") for name in options()], n=1)
+    known = [name.lstrip("-") for name in options() if name != flag]  # help may speak of other commands' options
+    close = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
     return f"unknown option {flag}" + (f" (did you mean --{close[0]}?)" if close else "")
 
 

@@ -105,6 +105,7 @@ def flip(path: Path) -> None:
         lambda folder: flip(folder / "rank_00000.safetensors"),
         lambda folder: (folder / "rank_00000.safetensors").write_bytes(b"short"),
         lambda folder: (folder / "rank_00000.json").unlink(),
+        lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: (folder / "manifest.json").write_text("{"),
         lambda folder: (folder / "manifest.json").write_text('{"format": 9}'),
     ],

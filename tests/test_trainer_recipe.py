@@ -379,5 +379,7 @@ def test_the_switches_that_commands_hand_on_are_understood():
     assert args.recipe.parallel.checkpoint_blocks
     assert args.recipe.images == 2_000_000_000
     for name in ("world-uvit-d2", "world-mmdit3-d2"):  # fields of other networks are options too
-        args = _parse(TrainArgs, ["--data", "D", "--out", "O", "--model.depth", "3"], "train", recipe=get_recipe(name))
+        words = ["--data", "D", "--out", "O", "--model.depth", "3", "--images=1.5e6"]
+        args = _parse(TrainArgs, words, "train", recipe=get_recipe(name))
+        assert args.recipe.images == 1_500_000
         assert (args.recipe.model.depth, args.recipe.model.name) == (3, name.split("-")[1])

@@ -65,6 +65,8 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
         assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
     iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
     assert len(commands) == 6  # all is there
+    runs = iso_flop("world", [2], (1.5e13, 2e13), data="D", out=str(tmp_path / "near"), num_ranks=1)
+    assert [run.rsplit("/", 1)[-1] for run in runs] == ["world-d2-1.5e13", "world-d2-2e13"]
 
 
 def test_budgets_find_their_depth(tmp_path):
@@ -73,7 +75,7 @@ def test_budgets_find_their_depth(tmp_path):
     for (depth, budget), loss in losses.items():
         recipe = get_recipe(f"world-d{depth}")
         recipe = dataclasses.replace(recipe, images=images_for(recipe, budget))
-        runs.append(str(tmp_path / f"{recipe.name}-{budget:.0e}".replace("+", "")))
+        runs.append(str(tmp_path / f"{recipe.name}-{budget:g}".replace("+", "")))
         (tmp_path / runs[-1]).mkdir()
         (tmp_path / runs[-1] / "recipe.json").write_text(json.dumps(recipe.to_json()))
         row = ResultRow(run="r", recipe_hash="h", code_version="v", images_seen=recipe.images, metric="val_loss/sd3",

@@ -369,9 +369,9 @@ def test_dry_run_finds_a_port_in_use(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dry", [True, False])
-def test_a_missing_hostfile_is_an_error_not_a_smaller_run(data, tmp_path, dry):
-    words = ["--hostfile", str(tmp_path / "hosts"), "--num_gpus", "1", "--module", "trainer"]
+@pytest.mark.parametrize(("dry", "option"), [(True, "-H"), (False, "--hostfile")])
+def test_a_missing_hostfile_is_an_error_not_a_smaller_run(data, tmp_path, dry, option):
+    words = [option, str(tmp_path / "hosts"), "--num_gpus", "1", "--module", "trainer"]
     more = ["--dry-run"] if dry else []
     done = subprocess.run(
         [str(Path(sys.executable).parent / "deepspeed"), *words, *command(data, tmp_path / "run", *more)[2:]],

@@ -146,12 +146,14 @@ class VerifyArgs:
     out: str
     """A new folder for the short runs; it can be removed afterwards."""
     recipe: Annotated[Recipe, ROOT]
-    steps: int = 8
-    """Steps of each run; the resume happens in the middle."""
+    steps: int = 40
+    """Steps of each run, a multiple of 4; it is resumed after half and after three quarters of them."""
     num_ranks: int = 2
     """Processes."""
     other_ranks: int = 1
     """Processes that the run is continued on."""
+    init_from: str | None = None
+    """Exported weights that every run starts from: a second stage's, or those that DPO's adapters stand on."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def run_plan(arguments: list[str]) -> None:
 
     from trainer.planning.plan import describe, make_plan
 
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES and "/" in arguments[0]:
+    if arguments and arguments[0] not in RECIPES and ("/" in arguments[0] or os.path.isdir(arguments[0])):
         _grade(_parse(GradeArgs, arguments, "plan"))
         return
     recipe, rest = _named_recipe(arguments, "plan")
@@ -361,10 +363,10 @@ def run_verify(arguments: list[str]) -> None:
     _positive(args, "num_ranks", "other_ranks")
     from trainer.ladders.verify import describe, verify_resume
 
-    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
+    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks", "--init-from")
     verdicts = verify_resume(
         args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
-        other_ranks=args.other_ranks,
+        other_ranks=args.other_ranks, init_from=args.init_from,
     )  # fmt: skip
     print(describe(verdicts))
     if not all(verdict.kept for verdict in verdicts):
@@ -423,10 +425,11 @@ def _parse(kind: type, arguments: list[str], prog: str, **defaults: Any) -> Any:
 
 def _whole_numbers(arguments: list[str]) -> list[str]:
     """`--images 2e9` as people write it."""
-    return [
-        str(int(float(word))) if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", word) and float(word).is_integer() else word
-        for word in arguments
-    ]
+
+    def whole(found: re.Match[str]) -> str:
+        return f"{float(found[0]):.0f}" if float(found[0]).is_integer() else found[0]
+
+    return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in arguments]
 
 
 def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:

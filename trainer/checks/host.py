@@ -15,6 +15,7 @@ import torch
 
 from infra import storage
 from infra.errors import UserError
+from trainer.ladders.launchers import is_launcher
 from trainer.recipe import Recipe
 from trainer.zero.group import PORT_IN_USE
 from trainer.zero.optim import check_aio
@@ -27,6 +28,9 @@ def check_hostfile() -> None:
             words = parent.cmdline()
             given = [b for a, b in itertools.pairwise(words) if a == "--hostfile"]
             given += [word.partition("=")[2] for word in words if word.startswith("--hostfile=")]
+            if is_launcher(parent):  # others mean something else by -H
+                given += [b for a, b in itertools.pairwise(words) if a == "-H"]
+                given += [word[2:] for word in words if word.startswith("-H") and len(word) > 2]
             for path in given:
                 if not os.path.isfile(os.path.join(parent.cwd(), path)):
                     raise UserError(

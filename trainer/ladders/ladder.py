@@ -79,7 +79,7 @@ def iso_flop(
         for budget, images in horizons.items():
             source = storage.join(trunk, "checkpoints", f"step_{starts[budget] // recipe.global_batch:07d}")
             branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
-            run = storage.join(out, f"{recipe.name}-{budget:.0e}".replace("+", ""))
+            run = storage.join(out, f"{recipe.name}-{budget:g}".replace("+", ""))
             branches.append(Job(recipe, run, images, (*options, *branch)))
     train_missing(trunks, data=data, num_ranks=num_ranks, workers=workers)
     return train_missing(branches, data=data, num_ranks=num_ranks, workers=workers)

@@ -1,11 +1,12 @@
 """`verify-resume`: the promises about resuming, proved on the user's own recipe, data and machine.
 
-Five short runs of the same recipe, each by the command a person would type: straight through; continued from the
-middle on as many ranks; on other ranks; and, where the precision is bf16, with images of each batch exchanged between
-the ranks, which shows how far rounding alone lets two runs drift.
+Short runs of the same recipe, each by the command a person would type: straight through; continued from the middle on
+as many ranks; on other ranks, and from there on as many as at first; and, where the precision is bf16, with images of
+each batch exchanged between the ranks, which shows how far rounding alone lets two runs drift.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from trainer.recipe import Recipe
 
 log = get_logger("verify")
 CLOSE = 1e-5
+CLOSE_WEIGHTS = 1e-3  # Adam divides by the root of a moment: where a gradient is all rounding, so is the step
 TWICE = 2.0  # the two drifts are one draw each of the same rounding errors
 
 
@@ -42,17 +44,22 @@ def verify_resume(
     steps: int,
     ranks: int,
     other_ranks: int,
+    init_from: str | None = None,
 ) -> list[Verdict]:
     """Run and compare; `arguments` are the overrides that made the recipe, handed to every run."""
-    if steps < 4 or steps % 2:
-        raise UserError(f"--steps {steps}: expected an even number, 4 at least: half of them come after the resume")
+    if steps < 4 or steps % 4:
+        raise UserError(f"--steps {steps}: expected a multiple of 4: runs resume after half and three quarters of them")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder; it can be removed afterwards")
     batch, half = recipe.global_batch, steps // 2
     cadence = [
         *arguments, "--images", str(batch * steps), "--logging.log-every", str(batch), "--logging.save-every",
-        str(batch * half), "--logging.keep", "2", "--logging.samples", "0", "--validation.every", str(batch * steps),
+        str(batch * (half // 2)), "--logging.keep", "4", "--logging.samples", "0",
     ]  # fmt: skip
+    if recipe.validation.every is not None:
+        cadence += ["--validation.every", str(batch * steps)]
+    if init_from is not None:
+        cadence += ["--init-from", init_from]
 
     def run(name: str, num_ranks: int, *more: str) -> Path:
         command = train_command(recipe, data=data, run=str(out / name), images=None, ranks=num_ranks)
@@ -66,13 +73,14 @@ def verify_resume(
     verdicts = [*same(straight, resumed, f"{ranks} -> {ranks} ranks")]
     if other_ranks != ranks:
         cut(straight, out / "other", step=half)
-        other = run("other", other_ranks)
+        cut(run("other", other_ranks), out / "back", step=half + half // 2)
+        back, what = run("back", ranks), f"{ranks} -> {other_ranks} -> {ranks} ranks, {recipe.precision}"
         if recipe.precision == "fp32":
-            verdicts.append(close(straight, other, f"{ranks} -> {other_ranks} ranks, fp32"))
+            verdicts += close(straight, back, what)
         else:
             cut(straight, out / "exchanged", step=half)
             exchanged = run("exchanged", ranks, "--parallel.reverse-lanes") if ranks > 1 else None
-            verdicts += drift(straight, other, exchanged, f"{ranks} -> {other_ranks} ranks, bf16", first=half + 1)
+            verdicts += drift(straight, back, exchanged, what, first=half + 1)
     return verdicts
 
 
@@ -114,10 +122,22 @@ def gaps(one: Path, two: Path) -> dict[int, float]:
     return {images: abs(b[images] - a[images]) / max(abs(a[images]), 1e-12) for images in a}
 
 
-def close(one: Path, two: Path, what: str) -> Verdict:
+def apart(one: Path, two: Path) -> float:
+    """How far the EMA weights of two runs are apart, over their own size (Euclidean norms)."""
+    a, b = (load_weights(run / "weights" / "ema.safetensors")[0] for run in (one, two))
+    pairs = [(a[name].double(), b[name].double()) for name in a]
+    between, size = sum(float((x - y).square().sum()) for x, y in pairs), sum(float(x.square().sum()) for x, _ in pairs)
+    return math.sqrt(between / max(size, 1e-300))
+
+
+def close(one: Path, two: Path, what: str) -> list[Verdict]:
     """The same run up to the order of float sums."""
-    largest = max(gaps(one, two).values())
-    return Verdict(f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}")
+    largest, weights = max(gaps(one, two).values()), apart(one, two)
+    near = weights <= CLOSE_WEIGHTS
+    return [
+        Verdict(f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}"),
+        Verdict(f"{what}: ema weights within {CLOSE_WEIGHTS:g}", near, f"{weights:.2g} of their size"),
+    ]
 
 
 def drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int) -> list[Verdict]:
@@ -130,6 +150,10 @@ def drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int
         told = f"{max(after):.2g}, rounding alone {allowed:.2g}"
         kept = max(after) <= max(TWICE * allowed, CLOSE)
         verdicts.append(Verdict(f"{what}: drift at most twice that of rounding", kept, told))
+        weights, allowed = apart(one, two), apart(one, exchanged)
+        kept = weights <= max(TWICE * allowed, CLOSE_WEIGHTS)
+        told = f"{weights:.2g} of their size, rounding alone {allowed:.2g}"
+        verdicts.append(Verdict(f"{what}: ema weights no further than that either", kept, told))
     return verdicts
 
 

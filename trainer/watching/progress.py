@@ -6,7 +6,6 @@ import shutil
 import statistics
 import threading
 import time
-from typing import Any
 
 from infra import storage
 from infra.errors import UserError
@@ -17,6 +16,7 @@ from infra.version import code_version
 from model.diffusion.validation import half_interval
 from trainer.recipe import Recipe
 from trainer.validate import ValidationLoss
+from trainer.watching.board import Board
 from trainer.watching.trackers import Trackers
 from trainer.zero.group import Group
 from trainer.zero.uploads import staging
@@ -39,7 +39,7 @@ class RunLog:
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
         self._store = ResultStore(storage.join(out, "results"))
-        self._board: Any = None
+        self._board: Board | None = None
         self._trackers = Trackers(recipe, self.run, out) if self._talks else None
         if self._talks:
             if storage.is_remote(out):
@@ -48,9 +48,7 @@ class RunLog:
             else:
                 self._events = storage.local_path(out) / "logs" / "tensorboard"
                 self._forget_after(images_seen)
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._events), purge_step=images_seen, flush_secs=10)
+            self._board = Board(self._events, images_seen)
 
     @property
     def seconds(self) -> float:
@@ -140,7 +138,7 @@ class RunLog:
                 self._rows, self._lines = rows + self._rows, lines + self._lines
                 self._values = values + self._values
         if self._board is not None:
-            self._board.flush()
+            self._board.flush(self.images_seen)
             if storage.is_remote(self.out):
                 for path in self._events.iterdir():
                     storage.upload(path, storage.join(self.out, "logs", "tensorboard", path.name))
@@ -196,8 +194,7 @@ class RunLog:
             self._trackers.log(kind, figures, self.images_seen)
         if self._board is not None:
             for name, value in figures.items():
-                # x-axis in images
-                self._board.add_scalar(f"{kind}/{name}", value, self.images_seen)
+                self._board.scalar(f"{kind}/{name}", value, self.images_seen)
 
     def _row(
         self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "",

@@ -122,6 +122,8 @@ def candidates(root: str) -> list[str]:
 def find(root: str, group: Group) -> Found | None:
     """The newest checkpoint that is whole, saying so when newer ones are damaged; None when there never was one."""
     folders = candidates(root)
+    if group.rank == 0:
+        _tell_half_copied(root, folders)
     for index, folder in enumerate(folders):
         found, reason = inspect(folder, group)
         if found is not None:
@@ -132,6 +134,16 @@ def find(root: str, group: Group) -> Found | None:
     if folders:
         raise UserError(f"{root}: all {len(folders)} checkpoints are damaged; start over in another folder with --out")
     return None
+
+
+def _tell_half_copied(root: str, folders: list[str]) -> None:
+    """`latest` follows the manifest of what it names: where that is missing, a copy was cut off or taken away."""
+    uri = storage.join(root, LATEST)
+    if folders and storage.exists(uri):
+        named = storage.join(root, storage.read_bytes(uri).decode(errors="replace").strip())
+        if named.rsplit("/", 1)[-1] not in {folder.rsplit("/", 1)[-1] for folder in folders}:
+            then = "falling back to the one before"
+            log.warning("checkpoint %s is damaged (no %s: half copied), %s", named, MANIFEST, then)
 
 
 def whole(folder: str, group: Group) -> Found:

@@ -1,0 +1,69 @@
+"""TensorBoard's curves, over images. Nobody must miss a training for them: a disk without room ends no run."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra.log import get_logger
+
+log = get_logger("train")
+
+
+class Board:
+    """Curves in FOLDER. What cannot be written is told once and dropped; `flush` begins a new file where it can."""
+
+    def __init__(self, folder: Path, images_seen: int) -> None:
+        self._folder, self._silent = folder, False
+        self._writer: Any = None
+        with self._dispensable():
+            self._open(images_seen)
+
+    def scalar(self, name: str, value: float, images_seen: int) -> None:
+        if self._writer is not None:
+            with self._dispensable():
+                self._writer.add_scalar(name, value, images_seen)
+
+    def flush(self, images_seen: int) -> None:
+        """Curves go to disk; those since the last flush are lost where that fails."""
+        with self._dispensable():
+            if self._writer is None:
+                self._open(images_seen)
+            self._writer.flush()
+            self._silent = False
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._dispensable():
+                self._writer.close()
+
+    def _open(self, images_seen: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        _quiet_writers()
+        self._writer = SummaryWriter(str(self._folder), purge_step=images_seen, flush_secs=10)
+
+    @contextlib.contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            if not self._silent:
+                log.warning("no curves for TensorBoard until the next save (%s); training goes on", error.strerror)
+            self._silent = True
+
+
+def _quiet_writers() -> None:
+    """TensorBoard's thread keeps its exception for the next call, and lets it fly as well: once is enough."""
+    hook = threading.excepthook
+    if getattr(hook, "quiet_writers", False):
+        return
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            hook(args)
+
+    quiet.quiet_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = quiet
