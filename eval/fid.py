@@ -155,7 +155,9 @@ class FeatureDistance:
         return self._judges.caption_prompts(per_task)
 
     def describe(self) -> dict[str, Any]:
-        return {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
+        found = {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
+        version = self._judges.reference_version
+        return found if version is None else found | {"reference_pictures": version(REFERENCES)}
 
     def update(self, samples: Sequence[Sample]) -> None:
         self._features.append(_features(self._network(), [sample.image for sample in samples]))

@@ -5,7 +5,8 @@ benchmarks' own models from local checkpoints. Metric code is the same for both.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ class Judges:
     typography_prompts: Callable[[int], list[Prompt]]
     ocr: Callable[[], Ocr]
     reference_images: Callable[[int], Iterator[np.ndarray]]
+    reference_version: Callable[[int], str] | None
+    """Of what pictures those are; None where the code alone decides (a world's scenes)."""
     # T2I-CompBench's own seats: UniDet's, CLIP ViT-B/32's and DPT's (None: no 3D-spatial).
     compbench_detector: Callable[[], Detector]
     compbench_clip: Callable[[], "ClipModel"]
@@ -124,6 +127,7 @@ def world_judges(paths: OfficialPaths | None = None) -> Judges:
         ocr=functools.cache(RapidReader),
         inception=_inception(paths) if paths and paths.inception else None,
         reference_images=prompts.world_reference_images,
+        reference_version=None,
         truth=prompts.scene_image,
     )
 
@@ -170,7 +174,8 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
             prompts_with_words(given.typography, count) if given.typography else typography_prompts(count)
         ),
         ocr=functools.cache(RapidReader),
-        reference_images=lambda count: _images(given, need("references"), count),
+        reference_images=lambda count: _pictures(_reference_files(given, need("references"), count)),
+        reference_version=functools.cache(lambda count: _hash_of(_reference_files(given, need("references"), count))),
         compbench_detector=functools.cache(substitute),
         compbench_clip=lambda: clip("compbench_clip" if given.compbench_clip else "clip"),
         compbench_threshold=given.compbench_threshold,
@@ -210,13 +215,24 @@ def _inception(paths: OfficialPaths) -> Callable[[], InceptionFeatures]:
     return functools.cache(build)
 
 
-def _images(paths: OfficialPaths, folder: str, count: int) -> Iterator[np.ndarray]:
+def _reference_files(paths: OfficialPaths, folder: str, count: int) -> list[Path]:
     """Real pictures; those of the caption prompts where their file names them (COCO)."""
-    from eval.pictures import read_picture
     from eval.prompt_files import read_prompts, reference_files
 
     prompts_there = read_prompts(paths.captions) if paths.captions else []
-    return (read_picture(file) for file in reference_files(folder, prompts_there)[:count])
+    return reference_files(folder, prompts_there)[:count]
+
+
+def _pictures(files: Sequence[Path]) -> Iterator[np.ndarray]:
+    from eval.pictures import read_picture
+
+    return map(read_picture, files)
+
+
+def _hash_of(files: Sequence[Path]) -> str:
+    """Of pictures' bytes in their order, whatever they are called."""
+    each = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return f"{len(files)} pictures {hashlib.sha256(each).hexdigest()[:16]}"
 
 
 def describe_judge(judge: Any) -> list[str]:

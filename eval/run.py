@@ -310,6 +310,8 @@ def _hand_over(
 def _measure_loss(store: ResultStore, painter: Painter, origin: Mapping[str, Any], options: RunOptions) -> None:
     """The trainer measures it while training; here only where it did not."""
     if store.has(origin["recipe_hash"], "val_loss/sd3", images_seen=origin["images_seen"]):
+        if options.data is not None:
+            log.info("%s has its val_loss already, so --data is not looked at", origin["run"])
         return
     if options.data is None:
         log.warning("%s has no val_loss at %s images: give --data URI", origin["run"], f"{origin['images_seen']:,}")

@@ -67,9 +67,9 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
         write_folder(
             tmp_path / "set", index, dict(prompt.metadata), [control_image("ground_truth", prompts, index, judges)]
         )
-    metadata, out = tmp_path / "m.jsonl", tmp_path / "results.jsonl"
+    metadata, out, stored = tmp_path / "m.jsonl", tmp_path / "results.jsonl", tmp_path / "stored.jsonl"
     metadata.write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in prompts))
-    score(tmp_path / "set", judges="world", metadata=metadata, images_per_prompt=1, out=str(out))
+    score(tmp_path / "set", judges="world", metadata=metadata, images_per_prompt=1, out=str(out), stored=str(stored))
     printed = capsys.readouterr().out
     assert "Overall score (avg. over tasks): 1.00000\n" in printed
     assert printed.rstrip().splitlines()[-1].startswith("95 % intervals over prompts: overall ")
@@ -77,6 +77,13 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     assert {row["tag"] for row in rows} == {p.task for p in prompts}
     with pytest.raises(UserError, match="prompts are not of this set"):
         score(tmp_path / "set", judges="world", images_per_prompt=1)
+
+    again = tmp_path / "again.jsonl"  # colors and all
+    judge(stored, metadata=metadata, images_per_prompt=1, out=str(again))
+    assert again.read_text() == out.read_text()
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"stores no colors for it; official .* score --stored FILE"):
+        judge(out, metadata=metadata, images_per_prompt=1)
 
     plain = tmp_path / "plain.jsonl"  # no colors stored, so only the prompts that ask for none
     plain.write_text("".join(json.dumps(r) + "\n" for r in rows if r["tag"] in ("single_object", "position")))

@@ -123,6 +123,22 @@ def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path):
     assert few.compute()[0].details["rank_deficient"] is True
 
 
+def test_other_real_pictures_are_another_protocol(tmp_path):
+    """A folder under another name is the same; one more picture, or another one, is not."""
+
+    def described(folder):
+        judges = build_judges("official", OfficialPaths(references=str(tmp_path / folder)))
+        return FeatureDistance("fid", judges, Pixels).describe()
+
+    for folder, seeds in (("a", (0, 1)), ("same", (0, 1)), ("more", (0, 1, 2)), ("other", (0, 3))):
+        for index, seed in enumerate(seeds):
+            write_picture(tmp_path / folder / f"{folder}{index}.png", picture(seed, 8, 8))
+    assert described("a") == described("same")
+    assert described("a")["reference_pictures"].startswith("2 pictures ")
+    assert len({described(folder)["reference_pictures"] for folder in ("a", "more", "other")}) == 3
+    assert "reference_pictures" not in FeatureDistance("fid", build_judges("world"), Pixels).describe()
+
+
 COCO = {
     "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 9, "file_name": "a.jpg"}],
     "annotations": [

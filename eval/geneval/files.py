@@ -6,7 +6,7 @@ Layout: ROOT/00000/metadata.jsonl and ROOT/00000/samples/0000.png; a folder coun
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,7 +152,10 @@ def _judge_line(line: str, where: str, rules: Rules) -> dict[str, Any]:
     def colorist(name: str, found: Sequence[Found]) -> list[str]:
         seen = [colors[item.row] for item in found]
         if None in seen:
-            raise UserError(f"{where}: the prompt asks for the color of {name!r}, but the line stores no colors for it")
+            raise UserError(
+                f"{where}: the prompt asks for the color of {name!r}, but the line stores no colors for it; official "
+                "result files never do: `python -m eval geneval score --stored FILE` writes lines that do"
+            )
         return [str(color) for color in seen]
 
     return result_row(str(record.get("filename", "")), detections, metadata, colorist, rules)
@@ -165,6 +168,19 @@ def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> lis
     if len(stored) != count:
         raise UserError(f"{where}: {len(stored)} colors for {count} boxes of {name!r}; expected one each")
     return stored
+
+
+def stored_line(
+    filename: str, detections: Detections, metadata: Metadata, color_of_row: Mapping[int, str]
+) -> dict[str, Any]:
+    """What `judge_stored` reads: all that was detected in an image, and the colors that were asked for."""
+    boxes: dict[str, list[list[float]]] = {}
+    colors: dict[str, list[str | None]] = {}
+    for row, (name, box_4, score) in enumerate(zip(detections.labels, detections.boxes_N4, detections.scores_N)):
+        boxes.setdefault(name, []).append([*map(float, box_4), float(score)])
+        colors.setdefault(name, []).append(color_of_row.get(row))
+    asked = {name: found for name, found in colors.items() if any(found)}
+    return {"filename": filename, "metadata": metadata, "detections": boxes, "colors": asked}
 
 
 def write_results(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from eval.geneval.files import (
     outside,
     read_folders,
     result_row,
+    stored_line,
     summarize,
     write_results,
 )
@@ -48,7 +49,8 @@ def judge(
     score], ...]} and, where a color is asked for, colors {class: [name, ...]} beside the boxes.
 
     Args:
-        detections: the JSONL file; result files of the official code are read too
+        detections: the JSONL file (`score --stored` writes such); result files of the official code are read too, but
+            those store no colors, so leave their prompts with colors out or add `colors`
         out: write one official result line per image here
         metadata: the prompt set that must be complete (default: the official 553)
         images_per_prompt: images that every prompt must have
@@ -70,6 +72,7 @@ def score(
     judges: str = "official",
     official: OfficialPaths = OfficialPaths(),  # noqa: B008 - frozen
     out: str | None = None,
+    stored: str | None = None,
     metadata: Path | None = None,
     images_per_prompt: int = IMAGES_PER_PROMPT,
     allow_partial: bool = False,
@@ -81,6 +84,7 @@ def score(
         judges: official (needs --official.detector and --official.clip), or world
         official: local checkpoints
         out: write one official result line per image here
+        stored: write what was seen in each image here, for `judge --detections`
         metadata: the prompt set that must be complete (default: the official 553)
         images_per_prompt: images that every prompt must have
         allow_partial: score an incomplete or partly unreadable set and say how many images are missing
@@ -93,15 +97,25 @@ def score(
     asked = [(str(file.path.parent.parent / "metadata.jsonl"), file.metadata) for file in files]
     _known_words(asked, detector.classes, COLORS, knows="the detector")
     rows: list[dict[str, Any]] = []
+    seen: list[dict[str, Any]] = []
     unreadable: list[str] = []
     with Progress(len(files), "images", desc="judge") as progress:
         for start in range(0, len(files), BATCH):
             part, pictures = read_pictures(files[start : start + BATCH], unreadable)
             for file, picture, found in zip(part, pictures, detector.detect(pictures) if pictures else []):
-                colorist = lambda name, items, p=picture, f=found: colors.of(p, f, name, items)  # noqa: E731
+                color_of_row: dict[int, str] = {}
+
+                def colorist(name, items, p=picture, f=found, kept=color_of_row):  # type: ignore[no-untyped-def]
+                    told = colors.of(p, f, name, items)
+                    kept.update({item.row: color for item, color in zip(items, told)})
+                    return told
+
                 rows.append(result_row(str(file.path), found, file.metadata, colorist))
+                seen.append(stored_line(str(file.path), found, file.metadata, color_of_row))
             progress.update(min(BATCH, len(files) - start))
     refuse_unreadable(unreadable, len(files), allow_partial)
+    if stored is not None:
+        write_results(stored, seen)
     _report(rows, out)
 
 
