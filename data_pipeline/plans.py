@@ -99,7 +99,8 @@ class Plan:
     """Token limit of the T5 seat; the plan's if left out."""
 
     def settled(self) -> "Plan":
-        """The plan with its text options written into the text spec."""
+        """The plan with its text options written into the text spec; numbers that no dataset can be made of refused."""
+        self._check_numbers()
         encoders = []
         for encoder in self.text_spec.encoders:
             tokens = self.text_tokens if encoder.seat == "t5" and self.text_tokens else encoder.tokens
@@ -112,6 +113,20 @@ class Plan:
                 raise UserError(f"--{option}: plan {self.name} has no such text encoder, it has {', '.join(seats)}")
         layout = self.text_layout or self.text_spec.layout
         return replace(self, text_spec=replace(self.text_spec, encoders=tuple(encoders), layout=layout))
+
+    def _check_numbers(self) -> None:
+        def ask(name: str, good: bool, wanted: str) -> None:
+            if not good:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {wanted}")
+
+        for name in ("ingest_rows", "pack_rows", "pack_mb", "batch", "text_tokens", "dedup_clusters"):
+            ask(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        for name in ("min_side", "max_caption_chars", "dedup_distance", "dedup_verify"):
+            ask(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        for name in ("max_aspect", "bucket_aspect"):
+            ask(name, getattr(self, name) >= 1, "1 or more: long side over short side")
+        ask("val_fraction", 0 <= self.val_fraction < 1, "a share of the rows, from 0 to less than 1")
+        ask("dedup_similarity", -1 <= self.dedup_similarity <= 1, "a cosine, from -1 to 1")
 
     @property
     def int8_seats(self) -> tuple[str, ...]:

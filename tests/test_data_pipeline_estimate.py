@@ -1,5 +1,8 @@
 """What a billion images take: the page in infra/docs is the command's own output, and its sums are right."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,15 @@ def test_the_sums_are_right():
     # two captions at SD3's 77 tokens: the paper's 1,019.8 kB and the text once more
     assert full["a sample"] == pytest.approx(1019.8 + 1019.8 - 65.5, abs=1)
     assert figures(Scale(images=2e9))["per million images"] == pytest.approx(found["per million images"])
+
+
+def test_an_index_of_a_hundred_million_rows_takes_less_than_two_gibibytes():
+    """In a process of its own; its seconds are told by the same bench (infra/docs/one_billion_images.md)."""
+    bench = Path(__file__).parent / "bench" / "data_index.py"
+    done = subprocess.run([sys.executable, str(bench)], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    assert figures["rows"] == 100_000_000
+    assert figures["peak_memory_gib"] < 2
 
 
 def test_an_index_of_a_hundred_million_rows_finds_its_samples(tmp_path):

@@ -83,6 +83,7 @@ def test_brace_patterns_name_tars_and_a_missing_one_is_named(tmp_path):
         write_tar(tmp_path / f"{n:05d}.tar", [(f"{n}.png", png()), (f"{n}.txt", b"x")])
     assert len(ingest(tmp_path, f"wds:{tmp_path}/{{00000..00002}}.tar")) == 3
     assert len(parse_source(f"wds:{tmp_path}/{{00000,00001,00001}}.tar").units()) == 2
+    assert len(parse_source(f"wds:{tmp_path}/{{00000,00000}}.tar").units()) == 1
     with pytest.raises(UserError, match=r"00003.tar: no such file \(1 of 4"):
         parse_source(f"wds:{tmp_path}/{{00000..00003}}.tar").units()
 
@@ -164,6 +165,40 @@ def test_parquet_with_bytes_structs_or_paths(tmp_path, kind):
     assert rows[0]["image"] == png()
     assert rows[1]["status"] == ("unreadable" if kind == "path" else "no_image")
     assert parse_source(f"parquet:{folder}").units()[0].split == "train"
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train", "train"), ("training", "train"), ("val", "val"), ("valid", "val"), ("validation", "val"),
+        ("dev", "val"), ("test", "val"), ("testing", "val"), ("more", ""),
+    ],
+)  # fmt: skip
+def test_what_a_set_holds_out_is_not_trained_on(tmp_path, name, split):
+    """By its folder in every kind of source, and by the file names of the hub's parquet."""
+    table = pa.table({"image": [png()], "caption": ["x"]})
+    for relative in (f"parquet/{name}/0.parquet", f"hub/{name}-00000-of-00001.parquet"):
+        (tmp_path / relative).parent.mkdir(parents=True)
+        pq.write_table(table, tmp_path / relative)
+    for kind in ("wds", "folder"):
+        (tmp_path / kind / name).mkdir(parents=True)
+    write_tar(tmp_path / "wds" / name / "0.tar", [("0.png", png()), ("0.txt", b"x")])
+    (tmp_path / "folder" / name / "0.png").write_bytes(png())
+    for source in ("parquet:parquet", "parquet:hub", "wds:wds", "folder:folder"):
+        kind, folder = source.split(":")
+        assert [unit.split for unit in parse_source(f"{kind}:{tmp_path}/{folder}").units()] == [split], source
+
+
+def test_a_row_group_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.sources.parquet.IMAGES_AT_ONCE", 3)
+    table = pa.table({"image": [png((8 + n, 8)) for n in range(8)], "caption": [f"c{n}" for n in range(8)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = parse_source(f"parquet:{tmp_path}")
+    [unit] = source.units()
+    rows = list(source.rows(unit))
+    assert [row.caption for row in rows] == [f"c{n}" for n in range(8)]
+    assert [row.image for row in rows] == table["image"].to_pylist()
+    assert [row.key for row in rows] == [f"0000-{n:06d}" for n in range(8)]
 
 
 def test_parquet_columns_are_found_or_asked_for(tmp_path):

@@ -19,7 +19,8 @@ def draw_of(digest: str) -> int:
 
 
 def assign_splits(runs: Sequence[RowRun], val_fraction: float) -> list[RowRun]:
-    """Rows without a split go to val by the hash of their pixels: growing data never moves a row to the other side."""
+    """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (but the
+    one row of a val split that would else be empty, in sets of a few dozen)."""
     undecided = [run for run in runs if not run.split]
     limit = int(val_fraction * 2**32)
     if val_fraction > 0 and sum(len(run.row_R) for run in undecided) > 1:

@@ -4,10 +4,12 @@ The name is resolved once, every answer checked, and the connection made to the 
 answer in between (DNS rebinding) gains nothing. Proxies of the environment are not used.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 _CHUNK = 64 * 2**10
 _REDIRECTS = (301, 302, 303, 307, 308)
+_SAFE = "/%:@!$&'()*+,;=~-._"  # what stays as it is in an address
 _AGENT = "Mozilla/5.0 (compatible; beeline)"
 
 
@@ -25,7 +28,7 @@ class Fetch:
     max_bytes: int = 32 * 2**20
     """A longer answer is given up (too_large)."""
     timeout_s: float = 15
-    """For all of it: name, connection, redirects and body."""
+    """For all of it: connection, redirects and body, however slowly bytes drip. (The resolver has its own limit.)"""
     redirects: int = 4
     """More of them are refused."""
     threads: int = 32
@@ -48,6 +51,9 @@ def fetch(url: str, bounds: Fetch) -> bytes:
     for _ in range(bounds.redirects + 1):
         parts = _checked(url)
         connection = _connect(parts, bounds, until)
+        clock = threading.Timer(_left(until), connection.cut)
+        clock.daemon = True
+        clock.start()
         try:
             answer = _ask(connection, parts)
             if answer.status in _REDIRECTS:
@@ -55,10 +61,17 @@ def fetch(url: str, bounds: Fetch) -> bytes:
                 continue
             if answer.status != 200:
                 raise FetchError("fetch_failed", f"status {answer.status}")
-            return _body(answer, connection, bounds, until)
+            data, stated = _body(answer, bounds)
+            _left(until)  # a connection that the clock has cut looks like one that came to its end
+            if stated is not None and len(data) < stated:
+                raise FetchError("fetch_failed", f"cut short: {len(data):,} of {stated:,} bytes")
+            return data
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise FetchError("fetch_failed", f"{type(error).__name__} from {parts.hostname}", network=True) from error
+            _left(until)
+            silent = isinstance(error, OSError)
+            raise FetchError("fetch_failed", f"{type(error).__name__} from {parts.hostname}", network=silent) from error
         finally:
+            clock.cancel()
             connection.close()
     raise FetchError("fetch_refused", f"more than {bounds.redirects} redirects")
 
@@ -74,7 +87,7 @@ def _checked(url: str) -> SplitResult:
     return parts
 
 
-def _connect(parts: SplitResult, bounds: Fetch, until: float) -> "_PinnedHTTP | _PinnedHTTPS":
+def _connect(parts: SplitResult, bounds: Fetch, until: float) -> "_Pinned":
     host, secure = parts.hostname or "", parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     try:
@@ -87,7 +100,7 @@ def _connect(parts: SplitResult, bounds: Fetch, until: float) -> "_PinnedHTTP | 
         if inside:
             raise FetchError("fetch_refused", f"{host} lies in a private network ({inside[0]})")
     kind = _PinnedHTTPS if secure else _PinnedHTTP
-    return kind(host, port, addresses, _left(until))
+    return kind(host, port, addresses, until)
 
 
 def _public(address: str) -> bool:
@@ -102,69 +115,68 @@ def _public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _PinnedHTTP(http.client.HTTPConnection):
+class _Pinned(http.client.HTTPConnection):
     """Connects to addresses that were checked, whatever the name says now.
 
     `wire` stays when http.client lets go of `sock`: before the body of an answer that ends the connection.
     """
 
-    wire: socket.socket
+    wire: socket.socket | None = None
 
-    def __init__(self, host: str, port: int, addresses: Sequence[str], timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._addresses = addresses
+    def __init__(self, host: str, port: int, addresses: Sequence[str], until: float) -> None:
+        super().__init__(host, port, timeout=_left(until))
+        self._addresses, self._until = addresses, until
 
+    def reach(self) -> socket.socket:
+        """A connection to one of the addresses, tried in turn while there is time."""
+        problem: OSError = OSError("no address")
+        for address in dict.fromkeys(self._addresses):
+            try:
+                self.wire = socket.create_connection((address, self.port), timeout=_left(self._until))
+                return self.wire
+            except OSError as error:
+                problem = error
+        raise problem
+
+    def cut(self) -> None:
+        """From another thread: whoever reads sees an end. (TLS' own shutdown would talk to the other side.)"""
+        if self.wire is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.wire, socket.SHUT_RDWR)
+
+
+class _PinnedHTTP(_Pinned):
     def connect(self) -> None:
-        self.wire = self.sock = _socket(self._addresses, self.port, self.timeout)
+        self.sock = self.reach()
 
 
-class _PinnedHTTPS(http.client.HTTPSConnection):
-    wire: socket.socket
-
-    def __init__(self, host: str, port: int, addresses: Sequence[str], timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._addresses = addresses
-
+class _PinnedHTTPS(_Pinned, http.client.HTTPSConnection):
     def connect(self) -> None:
-        plain = _socket(self._addresses, self.port, self.timeout)
-        self.wire = self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
-
-
-def _socket(addresses: Sequence[str], port: int, timeout: float | None) -> socket.socket:
-    problem: OSError = OSError("no address")
-    for address in dict.fromkeys(addresses):
-        try:
-            return socket.create_connection((address, port), timeout=timeout)
-        except OSError as error:
-            problem = error
-    raise problem
+        self.wire = self.sock = ssl.create_default_context().wrap_socket(self.reach(), server_hostname=self.host)
 
 
 def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse:
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
+    path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE + '?')}" if parts.query else "")
     headers = {"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
-    connection.request("GET", path.replace(" ", "%20"), headers=headers)
+    connection.request("GET", path, headers=headers)
     return connection.getresponse()
 
 
-def _body(
-    answer: http.client.HTTPResponse, connection: "_PinnedHTTP | _PinnedHTTPS", bounds: Fetch, until: float
-) -> bytes:
-    stated = answer.getheader("content-length") or ""
-    if stated.isdigit() and int(stated) > bounds.max_bytes:
-        raise FetchError("too_large", f"{int(stated):,} bytes, at most {bounds.max_bytes:,}")
+def _body(answer: http.client.HTTPResponse, bounds: Fetch) -> tuple[bytes, int | None]:
+    """All bytes that came, and how many were promised."""
+    length = answer.getheader("content-length") or ""
+    stated = int(length) if length.isdigit() else None
+    if stated is not None and stated > bounds.max_bytes:
+        raise FetchError("too_large", f"{stated:,} bytes, at most {bounds.max_bytes:,}")
     data = bytearray()
     while True:
-        connection.wire.settimeout(_left(until))
         chunk = answer.read1(_CHUNK)
         if not chunk:
             break
         data += chunk
         if len(data) > bounds.max_bytes:
             raise FetchError("too_large", f"more than {bounds.max_bytes:,} bytes")
-    if stated.isdigit() and len(data) < int(stated):
-        raise FetchError("fetch_failed", f"cut short: {len(data):,} of {int(stated):,} bytes")
-    return bytes(data)
+    return bytes(data), stated
 
 
 def _left(until: float) -> float:

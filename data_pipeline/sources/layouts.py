@@ -23,19 +23,15 @@ from data_pipeline.sources.rows import (
     SourceUnit,
     etags_below,
     existing,
+    marks,
     read_row,
+    split_name,
     stamp,
 )
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError, nearest
 
 _DEAD_ROWS = 10  # with so many URLs of a file and not one answer, the network is down, not the images gone
-
-
-def split_name(folder: str) -> str:
-    """train or val for what data sets call train, validation, val, dev or test."""
-    word = folder.lower().split("-")[0]
-    return {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}.get(word, "")
 
 
 def draw(seed: str, choices: Sequence[str]) -> str:
@@ -76,7 +72,8 @@ class HfSource:
                 continue
             image, caption, names = self._columns(folder)
             relative = file.removeprefix(self.uri.rstrip("/") + "/")
-            split = split_name(relative.split("/")[0]) if "/" in relative else split_name(self.uri.rsplit("/", 1)[-1])
+            folder = relative.split("/")[0] if "/" in relative else self.uri.rstrip("/").rsplit("/", 1)[-1]
+            split = split_name(folder.split("-")[0])
             label = (
                 f"{split or 'all'}-{posixpath.basename(file)[:40]}-{fingerprint([relative, stamp(file, etags)])[:10]}"
             )
@@ -139,7 +136,7 @@ class ImageNetSource:
     uri: str
 
     def units(self) -> list[SourceUnit]:
-        names, solution = self._names(), self._solution()
+        names, solution, etags = self._names(), self._solution(), etags_below(self.uri)
         root = self.uri.rstrip("/") + "/"
         rows: dict[tuple[str, str], list[list[str]]] = {}
         for file in existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images"):
@@ -154,7 +151,9 @@ class ImageNetSource:
         for (split, synset), found in sorted(rows.items()):
             for first in range(0, len(found), FOLDER_ROWS):
                 chosen = found[first : first + FOLDER_ROWS]
-                label = f"{split or 'all'}-{synset or 'none'}-{first // FOLDER_ROWS:05d}-{fingerprint(chosen)[:10]}"
+                held = marks([root + relative for relative, _ in chosen], etags)
+                mark = fingerprint([chosen, held])[:10]
+                label = f"{split or 'all'}-{synset or 'none'}-{first // FOLDER_ROWS:05d}-{mark}"
                 units.append(SourceUnit(label, split, {"rows": chosen}))
         return units
 
@@ -187,7 +186,7 @@ class CocoSource:
     uri: str
 
     def units(self) -> list[SourceUnit]:
-        units = []
+        units, etags = [], etags_below(self.uri)
         for split in SPLITS:
             uri = storage.join(self.uri, f"annotations/captions_{split}2014.json")
             if not storage.exists(uri):
@@ -199,7 +198,8 @@ class CocoSource:
             ]
             for first in range(0, len(rows), FOLDER_ROWS):
                 chosen = rows[first : first + FOLDER_ROWS]
-                label = f"{split}-coco2014-{first // FOLDER_ROWS:05d}-{fingerprint(chosen)[:10]}"
+                held = marks([storage.join(self.uri, relative) for relative, _ in chosen], etags)
+                label = f"{split}-coco2014-{first // FOLDER_ROWS:05d}-{fingerprint([chosen, held])[:10]}"
                 units.append(SourceUnit(label, split, {"rows": chosen}))
         if not units:
             raise MissingError(f"{self.uri}: no annotations/captions_val2014.json there: expected COCO-2014's layout")
@@ -231,12 +231,12 @@ class Cc12mSource:
     rows_per_unit: int = 1000
 
     def units(self) -> list[SourceUnit]:
-        units = []
+        units, etags = [], etags_below(self.uri)
         for file in existing(self.uri, (".tsv",), "TSV files of url and caption"):
-            offsets = self._offsets(storage.read_bytes(file))
+            offsets, held = self._offsets(storage.read_bytes(file)), stamp(file, etags)
             stem = posixpath.basename(file).rsplit(".", 1)[0]
             for number, (first, behind) in enumerate(pairwise(offsets)):
-                mark = fingerprint([posixpath.basename(file), stamp(file), first])[:10]
+                mark = fingerprint([posixpath.basename(file), held, first])[:10]
                 where = {"file": file, "start": first, "length": behind - first, "number": number}
                 units.append(SourceUnit(f"all-{stem[-40:]}-{number:06d}-{mark}", "", where))
         return units

@@ -1,7 +1,7 @@
 """Parquet as a source: image bytes, Hugging Face's {bytes, path}, local paths or URLs, with a caption beside them."""
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,20 @@ import pyarrow.parquet as pq
 from data_pipeline.schema import fingerprint
 from data_pipeline.sources.fetch import Fetch
 from data_pipeline.sources.layouts import fetch_rows
-from data_pipeline.sources.rows import SPLITS, RawRow, SourceUnit, etags_below, existing, read_row, split_of, stamp
+from data_pipeline.sources.rows import (
+    RawRow,
+    SourceUnit,
+    etags_below,
+    existing,
+    read_row,
+    split_name,
+    split_of,
+    stamp,
+)
 from infra import storage
 from infra.errors import UserError, nearest
 
+URLS_AT_ONCE, IMAGES_AT_ONCE = 1000, 64
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "bytes", "path", "image_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "txt", "TEXT", "prompt")
 
@@ -38,7 +48,7 @@ class ParquetSource:
                     where = {"file": file, "group": group, "image": image, "caption": caption}
                     relative = file.removeprefix(self.uri.rstrip("/") + "/")
                     stem = posixpath.basename(file).rsplit(".", 1)[0]
-                    split = split_of(relative) or next((s for s in SPLITS if stem.startswith(f"{s}-")), "")
+                    split = split_of(relative) or (split_name(stem.split("-")[0]) if "-" in stem else "")
                     mark = fingerprint([relative, where, stamp(file, etags)])[:10]
                     label = f"{split or 'all'}-{stem[-40:]}-{group:04d}-{mark}"
                     units.append(SourceUnit(label.replace(".", "_"), split, where))
@@ -69,20 +79,31 @@ class ParquetSource:
         return chosen[0], chosen[1]
 
     def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
-        where = unit.where
+        """A row group may be larger than memory, and so may the images behind its URLs: some rows at a time."""
+        where, number = unit.where, 0
+        urls = self.fetch is not None and where["image"].lower() == "url"
         with storage.open_read(where["file"]) as stream:
             parquet = _open_parquet(stream, where["file"])
-            names = [where["image"], where["caption"]]
             has_key = "key" in parquet.schema_arrow.names
-            wanted = [*names, *(["key"] if has_key else [])]
-            table = parquet.read_row_group(where["group"], columns=wanted, use_threads=False)  # as index.read_table
-        rows = table.to_pylist()
-        keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{n:06d}" for n, row in enumerate(rows)]
-        if self.fetch is not None and where["image"].lower() == "url":
-            found = zip(keys, rows)
-            items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in found]
-            yield from fetch_rows(items, self.fetch, where["file"])
-            return
+            wanted = [where["image"], where["caption"], *(["key"] if has_key else [])]
+            batches = parquet.iter_batches(
+                URLS_AT_ONCE if urls else IMAGES_AT_ONCE, row_groups=[where["group"]], columns=wanted,
+                use_threads=False,  # as index.read_table
+            )  # fmt: skip
+            for batch in batches:
+                rows = batch.to_pylist()
+                keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{number + n:06d}"
+                        for n, row in enumerate(rows)]  # fmt: skip
+                number += len(rows)
+                yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
+
+    def _fetched(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
+        assert self.fetch is not None
+        pairs = zip(keys, rows)
+        items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in pairs]
+        return fetch_rows(items, self.fetch, where["file"])
+
+    def _found(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         for key, row in zip(keys, rows):
             value = row[where["image"]]
             if isinstance(value, dict):

@@ -3,7 +3,7 @@
 A unit's id names what it holds (path, size, time): a changed file is a new unit, an unchanged one is never redone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,10 @@ from infra.errors import MissingError, UnavailableError, UserError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 TEXT_SUFFIXES = ("txt", "text", "caption")
 SPLITS = ("train", "val")
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "val"),
+}
 FOLDER_ROWS = 500
 MAX_IMAGE_BYTES = 256 * 2**20
 
@@ -58,10 +62,26 @@ def stamp(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     return [state.st_size, state.st_mtime_ns]
 
 
+def marks(uris: Sequence[str], etags: Mapping[str, str] = {}) -> list[object]:
+    """`stamp` of each; None for a file that is not there, whose row will say so."""
+    found: list[object] = []
+    for uri in uris:
+        try:
+            found.append(stamp(uri, etags))
+        except (FileNotFoundError, KeyError):
+            found.append(None)
+    return found
+
+
+def split_name(word: str) -> str:
+    """train or val for what data sets call train, val, validation, dev or test: the held-out are not trained on."""
+    return _SPLIT_NAMES.get(word.lower(), "")
+
+
 def split_of(relative: str) -> str:
-    """train/00000.tar belongs to train; anything else to no split."""
-    first = relative.split("/", 1)[0]
-    return first if first in SPLITS and "/" in relative else ""
+    """train/00000.tar belongs to train, validation/00000.tar to val; what lies in no such folder to no split."""
+    first, slash, _ = relative.partition("/")
+    return split_name(first) if slash else ""
 
 
 def existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
