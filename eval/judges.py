@@ -23,6 +23,7 @@ from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
 from eval.networks.ocr import Ocr, RapidReader
 from eval.networks.vqa import VQA, BlipVQA
+from eval.pictures import read_picture
 from eval.typography import prompts_with_words, typography_prompts
 from infra.errors import UserError, nearest
 
@@ -174,7 +175,7 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
             prompts_with_words(given.typography, count) if given.typography else typography_prompts(count)
         ),
         ocr=functools.cache(RapidReader),
-        reference_images=lambda count: _pictures(_reference_files(given, need("references"), count)),
+        reference_images=lambda count: map(read_picture, _reference_files(given, need("references"), count)),
         reference_version=functools.cache(lambda count: _hash_of(_reference_files(given, need("references"), count))),
         compbench_detector=functools.cache(substitute),
         compbench_clip=lambda: clip("compbench_clip" if given.compbench_clip else "clip"),
@@ -221,12 +222,6 @@ def _reference_files(paths: OfficialPaths, folder: str, count: int) -> list[Path
 
     prompts_there = read_prompts(paths.captions) if paths.captions else []
     return reference_files(folder, prompts_there)[:count]
-
-
-def _pictures(files: Sequence[Path]) -> Iterator[np.ndarray]:
-    from eval.pictures import read_picture
-
-    return map(read_picture, files)
 
 
 def _hash_of(files: Sequence[Path]) -> str:

@@ -14,7 +14,7 @@ from trainer_launch import ROOT, TINY, until
 
 from data_pipeline.synthetic import write_synthetic
 from trainer.ladders.ladder import is_done
-from trainer.ladders.launchers import gone, is_launcher
+from trainer.launchers import gone, is_launcher
 
 BIN = Path(sys.executable).parent
 LONG = ["--images", "80000", "--validation.every", "None", "--logging.log-every", "8", "--logging.save-every", "80000"]
@@ -48,7 +48,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_a_process_knows_what_started_it_and_that_it_is_gone():
-    code = "import time; from trainer.ladders.launchers import *\n"
+    code = "import time; from trainer.launchers import *\n"
     code += "found = launchers_above(); print(len(found), flush=True)\n"
     code += "while not gone(found): time.sleep(0.1)\nprint('gone', flush=True)"
     words = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[2]]); time.sleep(60)"
@@ -62,7 +62,7 @@ def test_a_process_knows_what_started_it_and_that_it_is_gone():
 
 
 def test_a_process_knows_that_its_launcher_ended_before_it_looked():
-    code = "import os, time; from trainer.ladders.launchers import *\n"
+    code = "import os, time; from trainer.launchers import *\n"
     code += "first = launchers_above(); print(ended_before(first))\n"
     code += "print(os.getppid(), flush=True)\nwhile os.getppid() == int(os.environ['ABOVE']): time.sleep(0.1)\n"
     code += "print(launchers_above(), ended_before([])); os.environ.pop('TORCHELASTIC_RUN_ID'); print(ended_before([]))"

@@ -113,9 +113,17 @@ def test_the_user_s_own_overrides_reach_every_run():
 )
 def test_the_command_proves_it_with_real_ranks(tmp_path, precision, elsewhere):
     write_synthetic(str(tmp_path / "data"), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
-    words = ["world-d2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--steps", "8", *TINY]
-    command = [sys.executable, "-m", "trainer", "verify-resume", *words, "--precision", precision]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    words = ["world-d2", "--data", str(tmp_path / "data"), *TINY, "--precision", precision]
+
+    def trainer(name: str, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer", name, *words, "--out", str(tmp_path / out), *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+
+    more = []
+    if precision == "fp32":  # a second stage
+        assert trainer("train", "first", "--images", "16").returncode == 0
+        more = ["--init-from", str(tmp_path / "first" / "weights" / "ema.safetensors")]
+    done = trainer("verify-resume", "runs", "--steps", "8", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith(("kept", "BROKEN"))]
     assert all(line.startswith("kept") for line in told)

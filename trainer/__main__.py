@@ -363,10 +363,10 @@ def run_verify(arguments: list[str]) -> None:
     _positive(args, "num_ranks", "other_ranks")
     from trainer.ladders.verify import describe, verify_resume
 
-    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks", "--init-from")
+    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
     verdicts = verify_resume(
         args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
-        other_ranks=args.other_ranks, init_from=args.init_from,
+        other_ranks=args.other_ranks,
     )  # fmt: skip
     print(describe(verdicts))
     if not all(verdict.kept for verdict in verdicts):

@@ -16,7 +16,7 @@ from model.diffusion.flow import Formulation, get_formulation
 from trainer.checks.fitting import RUN_DATA
 from trainer.checks.preflight import micro_batches, one_voice, prepare
 from trainer.dpo import HeldOut, preference
-from trainer.ladders.launchers import PREEMPTED, ended_before, launchers_above
+from trainer.launchers import PREEMPTED, ended_before, launchers_above
 from trainer.objective import Losses, pretrain
 from trainer.planning.machines import this_machine
 from trainer.planning.plan import describe, make_plan

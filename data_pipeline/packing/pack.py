@@ -55,9 +55,7 @@ class Output:
         return sum(len(rows) for _, rows in self.rows)
 
 
-def make_plan(
-    runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]
-) -> list[Output]:  # fmt: skip
+def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]) -> list[Output]:
     """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given."""
     groups: dict[tuple[str, str], list[RowRun]] = {}
     for run in runs:

@@ -99,8 +99,7 @@ class ParquetSource:
 
     def _fetched(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         assert self.fetch is not None
-        pairs = zip(keys, rows)
-        items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in pairs]
+        items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
         return fetch_rows(items, self.fetch, where["file"])
 
     def _found(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.geneval.files import (
     IMAGES_PER_PROMPT,
+    ImageFile,
     Summary,
     check_complete,
     judge_stored,
@@ -20,9 +23,11 @@ from eval.geneval.files import (
     write_results,
 )
 from eval.geneval.prompts import CLASSES, COLORS, Metadata, metadata_lines, official_metadata, read_metadata
+from eval.geneval.rules import Found
 from eval.judges import OfficialPaths, build_judges
 from eval.metric import Clusters
 from eval.networks.clip_model import ClipColors
+from eval.networks.detectors import Detections
 from eval.pictures import read_pictures, refuse_unreadable
 from infra.errors import UserError, nearest
 from infra.log import Progress
@@ -103,20 +108,29 @@ def score(
         for start in range(0, len(files), BATCH):
             part, pictures = read_pictures(files[start : start + BATCH], unreadable)
             for file, picture, found in zip(part, pictures, detector.detect(pictures) if pictures else []):
-                color_of_row: dict[int, str] = {}
-
-                def colorist(name, items, p=picture, f=found, kept=color_of_row):  # type: ignore[no-untyped-def]
-                    told = colors.of(p, f, name, items)
-                    kept.update({item.row: color for item, color in zip(items, told)})
-                    return told
-
-                rows.append(result_row(str(file.path), found, file.metadata, colorist))
-                seen.append(stored_line(str(file.path), found, file.metadata, color_of_row))
+                row, evidence = _judge_image(file, picture, found, colors)
+                rows.append(row)
+                seen.append(evidence)
             progress.update(min(BATCH, len(files) - start))
     refuse_unreadable(unreadable, len(files), allow_partial)
     if stored is not None:
         write_results(stored, seen)
     _report(rows, out)
+
+
+def _judge_image(
+    file: ImageFile, picture: np.ndarray, found: Detections, colors: ClipColors
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The official result line of an image, and the line from which it can be judged again."""
+    color_of_row: dict[int, str] = {}
+
+    def colorist(name: str, items: Sequence[Found]) -> Sequence[str]:
+        told = colors.of(picture, found, name, items)
+        color_of_row.update({item.row: color for item, color in zip(items, told)})
+        return told
+
+    row = result_row(str(file.path), found, file.metadata, colorist)
+    return row, stored_line(str(file.path), found, file.metadata, color_of_row)
 
 
 def _known_words(

@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.report.data import Run, counted_parameters
 from eval.report.series import Comparison
+from eval.scaling.coverage import COVERAGE
 from eval.scaling.intervals import Bootstrap, Interval, bootstrap, compute_bootstrap
 from eval.scaling.laws import (
     Curve,
@@ -25,8 +25,6 @@ from eval.scaling.laws import (
     thin,
     too_little,
 )
-
-COVERAGE = Path(__file__).parent.parent / "scaling" / "coverage.json"
 
 
 @dataclass(frozen=True)

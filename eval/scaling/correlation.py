@@ -66,15 +66,12 @@ def within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Co
     """Mean over runs of each run's own Pearson coefficient along its checkpoints, with Student's interval over runs."""
     from scipy.stats import t
 
-    each = [
-        _pearson(np.array(x, float), np.array(y, float))
-        for x, y in curves
-        if len(x) >= MIN_RUNS and np.ptp(x) > 0 and np.ptp(y) > 0
-    ]
+    enough = [(np.array(x, float), np.array(y, float)) for x, y in curves if len(x) >= MIN_RUNS]
+    if not enough:
+        return Correlation(0, reason=f"no run has {MIN_RUNS} checkpoints with both numbers")
+    each = [_pearson(x, y) for x, y in enough if np.ptp(x) > 0 and np.ptp(y) > 0]
     if not each:
-        long = [x for x, _ in curves if len(x) >= MIN_RUNS]
-        reason = f"no run has {MIN_RUNS} checkpoints with both numbers"
-        return Correlation(0, reason="no run's numbers change" if long else reason)
+        return Correlation(0, reason="no run's values change from one checkpoint to another")
     value, count = float(np.mean(each)), len(each)
     if count < MIN_RUNS:
         reason = f"no interval: {_runs(count)}, and one needs {MIN_RUNS}"

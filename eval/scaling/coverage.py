@@ -28,6 +28,7 @@ from eval.scaling.laws import (
 )
 
 TRUTH = {"floor": 0.25, "a": 3.0, "alpha": 0.30, "b": 20.0, "beta": 0.45}
+COVERAGE = Path(__file__).parent / "coverage.json"
 FLOPS_PER_PARAMETER = 6.0
 
 
@@ -123,7 +124,7 @@ def _binomial(hits: int, trials: int) -> dict[str, float]:
     return {"low": float(interval.low), "high": float(interval.high)}
 
 
-def main(trials: int = 1000, out: str = str(Path(__file__).parent / "coverage.json")) -> None:
+def main(trials: int = 1000, out: str = str(COVERAGE)) -> None:
     """Simulate ladders and write how often each interval held the truth."""
     found = study(trials)
     Path(out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

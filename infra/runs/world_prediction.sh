@@ -20,7 +20,6 @@ climb=(python -m trainer ladder world --data "$out/data" --out "$out/runs" --ima
 if [ ! -e "$kept/prediction.json" ]; then
   python -m eval predict --runs "$out/runs" --depth "$next"
   cat "$out"/runs/results/*.jsonl | grep '"prediction/' > "$kept/prediction.json"
-  [ -z "${ONLY_PREDICT:-}" ] || exit 0
 fi
 "${climb[@]}" --depths "$next"
 python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \

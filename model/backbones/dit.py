@@ -15,16 +15,8 @@ from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
 
 
-@dataclass(frozen=True)
-class DiTConfig(TokenConfig):
-    """MM-DiT with a single stream."""
-
-    @property
-    def name(self) -> str:
-        return "dit"
-
-    def module(self) -> DiT:
-        return DiT(self)
+class OfDiTBlocks(TokenConfig):
+    """The counts of `depth` DiT blocks."""
 
     def block_parameters(self) -> int:
         h = self.width
@@ -33,6 +25,18 @@ class DiTConfig(TokenConfig):
     def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h, s = self.width, tokens + text_tokens
         return self.depth * (12 * h * h * s + 6 * h * h + 2 * h * s * s)
+
+
+@dataclass(frozen=True)
+class DiTConfig(OfDiTBlocks):
+    """MM-DiT with a single stream."""
+
+    @property
+    def name(self) -> str:
+        return "dit"
+
+    def module(self) -> DiT:
+        return DiT(self)
 
 
 class DiTBlock(nn.Module):

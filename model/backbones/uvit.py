@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbones.dit import DiTBlock
+from model.backbones.dit import DiTBlock, OfDiTBlocks
 from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, unpatchify
 from model.backbones.norms import layer_norm
-from model.backbones.trunk import MultiplyAdds, TokenBackbone, TokenConfig
+from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
 from model.errors import ModelError
 
@@ -23,7 +23,7 @@ GROUPS = 32
 
 
 @dataclass(frozen=True)
-class UViTConfig(TokenConfig):
+class UViTConfig(OfDiTBlocks):
     """`res_blocks` residual blocks on each side of the transformer."""
 
     res_blocks: int = 2
@@ -38,14 +38,6 @@ class UViTConfig(TokenConfig):
 
     def module(self) -> UViT:
         return UViT(self)
-
-    def block_parameters(self) -> int:
-        h = self.width
-        return self.depth * (18 * h * h + 15 * h + self.qk_parameters)
-
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
-        h, s = self.width, tokens + text_tokens
-        return self.depth * (12 * h * h * s + 6 * h * h + 2 * h * s * s)
 
     def parameter_count(self) -> int:
         h, g = self.width, self.channels

@@ -15,7 +15,7 @@ import torch
 
 from infra import storage
 from infra.errors import UserError
-from trainer.ladders.launchers import is_launcher
+from trainer.launchers import is_launcher
 from trainer.recipe import Recipe
 from trainer.zero.group import PORT_IN_USE
 from trainer.zero.optim import check_aio

@@ -14,7 +14,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.flops import train_flops_per_image
-from trainer.ladders.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 from trainer.zero.group import free_port

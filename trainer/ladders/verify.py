@@ -44,9 +44,8 @@ def verify_resume(
     steps: int,
     ranks: int,
     other_ranks: int,
-    init_from: str | None = None,
 ) -> list[Verdict]:
-    """Run and compare; `arguments` are the overrides that made the recipe, handed to every run."""
+    """Run and compare; `arguments` made the recipe, or name weights to begin with: each run gets them."""
     if steps < 4 or steps % 4:
         raise UserError(f"--steps {steps}: expected a multiple of 4: runs resume after half and three quarters of them")
     if out.exists() and any(out.iterdir()):
@@ -58,8 +57,6 @@ def verify_resume(
     ]  # fmt: skip
     if recipe.validation.every is not None:
         cadence += ["--validation.every", str(batch * steps)]
-    if init_from is not None:
-        cadence += ["--init-from", init_from]
 
     def run(name: str, num_ranks: int, *more: str) -> Path:
         command = train_command(recipe, data=data, run=str(out / name), images=None, ranks=num_ranks)

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.flow.runner import Workers, connect
 from infra.log import get_logger
-from trainer.ladders.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 
 log = get_logger("ladder")
 LAST_LINES = 20  # of what a training said

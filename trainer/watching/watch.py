@@ -25,7 +25,7 @@ import psutil
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.ladders.launchers import gone
+from trainer.launchers import gone
 from trainer.zero.group import Group, lost_peer, meeting_store
 
 log = get_logger("watch")

@@ -32,7 +32,7 @@ def start_training(
     """The command in a session of its own, which `trainers_of` finds. `environment`: what differs here; None: unset."""
     folder = Path(sys.executable).parent
     ours = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
-    ours.setdefault("PYTHONPATH", str(Path(__file__).parents[2]))
+    ours.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
     ours.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     changed = {name: value for name, value in {**ours, **environment}.items() if value is not None}
     return subprocess.Popen(
