@@ -6,7 +6,8 @@
 # OUT/vae4, vae8, vae16: the autoencoders; a finished one is not trained again. FOLDER: the table and its numbers
 # (default infra/docs/runs/world_autoencoders). MINUTES of one idle core each: a busy core makes fewer steps in them, so
 # the cards in OUT say how many there were. What is committed took MINUTES=6.
-# The 8 channels of the pipeline's own world:vae stand beside them.
+# The 8 channels of the pipeline's own world:vae stand beside them. LPIPS: AlexNet's weights for it (torchvision's file, or
+# what infra/runs/lpips_backbone.py makes).
 set -euo pipefail
 out=$1 folder=${2:-infra/docs/runs/world_autoencoders}
 mkdir -p "$out" && out=$(realpath "$out")
@@ -20,4 +21,4 @@ for number in $channels; do
     --minutes "$minutes" --out "$out/vae$number"
   folders+=("$out/vae$number")
 done
-python -m eval autoencoder --vae "${folders[@]}" world:vae --count "$count" --out "$folder"
+python -m eval autoencoder --vae "${folders[@]}" world:vae --count "$count" --out "$folder" ${LPIPS:+--lpips "$LPIPS"}
