@@ -4,9 +4,11 @@ The environment is set when pytest starts, so that every process a test starts (
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -52,6 +54,20 @@ UNSET = ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN", "RANK", "WOR
 os.environ.update(ENVIRONMENT)
 for name in UNSET:
     os.environ.pop(name, None)
+
+
+def make_ray_folder() -> str:
+    """A folder for Ray: its name is short, as sockets' addresses below it end at 107 bytes."""
+    return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What Ray leaves (logs, copied environments of gigabytes) lies where it can be removed: one folder a process."""
+    os.environ["RAY_TMPDIR"] = make_ray_folder()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,6 +133,15 @@ def free_calls(s3_server: str) -> Iterator[Callable[[int], None]]:
 
     yield allow
     allow(float("inf"))
+
+
+@pytest.fixture
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder for Ray of the test's own, so that nobody's `ray.init` finds its cluster and nothing of it stays."""
+    folder = make_ray_folder()
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,7 @@ def wheel(folder: Path, name: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_the_captioners_workers_get_an_environment_of_their_own(cogvlm, tmp_path):
+def test_the_captioners_workers_get_an_environment_of_their_own(cogvlm, tmp_path, ray_folder):
     """Its code imports what this environment lacks. Ray copies a virtual environment for it: minutes and gigabytes."""
     folder = Path(shutil.copytree(cogvlm.checkpoint, tmp_path / "wants_more"))
     code = folder / "modeling_cogvlm.py"

@@ -5,11 +5,9 @@ import json
 import os
 import random
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -246,15 +244,6 @@ def start_head(ports: dict[str, int], log: Path) -> subprocess.Popen[bytes] | No
         if head.poll() is not None:
             return None
     return head
-
-
-@pytest.fixture
-def ray_folder(monkeypatch):
-    """A folder of its own for Ray, with a short name (sockets), so that nobody's `ray.init` finds this cluster."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
