@@ -11,8 +11,8 @@ from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from trainer.__main__ import main
 from trainer.planning.machines import get_machine, this_machine
-from trainer.planning.plan import layers, make_plan
-from trainer.planning.reality import Calibration, calibrate, goal_of, graded, missed, waiting_of
+from trainer.planning.plan import Cost, StepCost, describe, make_plan, passes_of
+from trainer.planning.reality import calibrate, goal_of, missed
 from trainer.recipe import Optimizer, Parallel, Recipe
 from trainer.recipes import get_recipe
 
@@ -86,42 +86,40 @@ def test_on_other_devices_a_run_s_whole_speed_plans_the_next(tmp_path, monkeypat
         run_plan(monkeypatch, capsys, cpu, "--calibrate", run)
 
 
-def test_overhead_and_waiting_reach_the_plan_of_another_depth():
+def test_on_cpus_ranks_wait_for_each_other():
     cpu = get_machine("cpu")
     large = dataclasses.replace(get_recipe("world-d4"), global_batch=16, parallel=Parallel(micro_batch=4))
     plain = make_plan(large, world=2, machine=cpu, efficiency=0.3)["time"]
-    # Ranks that exchange wait for each other, a fifth of their own work for it.
+    # A fifth of their own work for the exchange.
     assert plain["step_seconds"] == pytest.approx(plain["work_seconds"] + 0.2 * plain["communication_seconds"])
-    taught = Calibration("small", cpu, 0.3, overhead=0.01, waiting=0.02).plan(large, world=2)
-    assert layers(large, 2) == 5 * 2
-    assert taught["time"]["work_seconds"] == pytest.approx(plain["work_seconds"] + 0.1)
-    assert taught["time"]["step_seconds"] == pytest.approx(plain["step_seconds"] + 0.1 + 0.2)
-    assert taught["predicted"]["cost/step_cpu_seconds"] == taught["time"]["work_seconds"]
-    assert taught["predicted"]["cost/images_per_second"] == pytest.approx(16 / taught["time"]["step_seconds"])
-    alone = Calibration("small", cpu, 0.3, waiting=0.02).plan(large, world=1)["time"]
-    assert alone["step_seconds"] == alone["work_seconds"]  # one rank waits for nobody
+    alone = make_plan(large, world=1, machine=cpu, efficiency=0.3)["time"]
+    assert alone["step_seconds"] == alone["work_seconds"]
     gpus = make_plan(large, world=2, machine=get_machine("h100-80"))["time"]
     assert gpus["step_seconds"] == gpus["work_seconds"]
 
 
-def test_waiting_is_what_neither_work_nor_exchanges_explain():
-    time = {"step_seconds": 12.0, "work_seconds": 10.0}
-    assert waiting_of({"cost/step_seconds": 15.0, "cost/step_cpu_seconds": 10.0}, time) == 3.0
-    assert waiting_of({"cost/step_seconds": 11.0, "cost/step_cpu_seconds": 10.0}, time) == 0.0
-    assert waiting_of({"cost/step_seconds": 15.0}, time) == 0.0
+def test_what_was_tried_is_the_step_of_the_plan():
+    recipe = dataclasses.replace(get_recipe("world-d4"), global_batch=16, parallel=Parallel(micro_batch=4))
+    tried = StepCost(Cost(3.0, 2.5), Cost(1.0, 0.5))
+    plan = make_plan(recipe, world=2, machine=get_machine("cpu"), tried=tried, extra=Cost(0.25, 0.125))
+    assert passes_of(recipe, 2) == 2
+    assert plan["time"]["step_seconds"] == plan["predicted"]["cost/step_seconds"] == 2 * 3.25 + 1
+    assert plan["time"]["work_seconds"] == plan["predicted"]["cost/step_cpu_seconds"] == 2 * 2.625 + 0.5
+    assert plan["predicted"]["cost/images_per_second"] == pytest.approx(16 / 7.5)
+    assert "a step takes 7.5 s (tried here: 3 s a micro-batch, 1 s an update)" in describe(plan)
+    assert plan["time"]["hours"] == pytest.approx(7.5 * recipe.steps / 3600)
 
 
-def test_a_small_run_teaches_by_trial_what_a_layer_costs(tmp_path, monkeypatch, capsys):
-    """A step of 100 seconds of work: whatever the trial of these tiny blocks says, nearly all of it is overhead."""
-    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world=1, step_cpu_seconds=100.0)
+def test_a_small_run_teaches_what_a_micro_batch_takes_beyond_its_trial(tmp_path):
+    """A step of 100 seconds of work: whatever trials of these tiny models say, nearly all of it is beyond them."""
+    costs = {"step_seconds": 101.0, "step_cpu_seconds": 100.0}
+    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world=1, **costs)
     found = calibrate(run)
     assert found.by_trial
-    assert found.overhead == pytest.approx(100 / layers(SMALL, 1), rel=0.05)
-    assert graded(run, found)["step_cpu_seconds"] == (pytest.approx(100, rel=0.05), 100.0)
-    deeper = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, depth=5))
-    assert found.plan(deeper, world=1)["time"]["work_seconds"] == pytest.approx(200, rel=0.05)
-    told = run_plan(monkeypatch, capsys, run, "--calibrate", run)
-    assert f"calibrated by {run}" in told
+    assert found.extra == (pytest.approx(101, rel=0.05), pytest.approx(100, rel=0.05))
+    twice = dataclasses.replace(SMALL, parallel=Parallel(micro_batch=4))
+    assert found.plan(twice, world=1)["time"]["work_seconds"] == pytest.approx(200, rel=0.05)
+    assert f"what a micro-batch of {run} took beyond its own trial" in found.describe()
 
 
 def test_a_run_of_an_older_version_calibrates_nothing(tmp_path):

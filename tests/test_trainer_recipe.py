@@ -21,8 +21,6 @@ from trainer.__main__ import TrainArgs, _parse, main
 from trainer.checks.preflight import micro_batches
 from trainer.planning.machines import get_machine, transfer_seconds
 from trainer.planning.plan import bytes_per_rank, describe, make_plan
-from trainer.planning.reality import overhead_of
-from trainer.planning.trial import efficiency_here, links_here
 from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
@@ -157,36 +155,6 @@ def test_plan_against_arithmetic():
         hpz["time"]["between_nodes_seconds"] + 4 * 2 * p * (7 / 8) / 450e9  # the backward pass stays inside
     )
     assert hpz["bytes_per_rank"]["stage3"]["second_copy"] == p * 2 / 8
-
-
-def test_what_a_layer_costs_whatever_its_size_is_taken_from_a_small_run():
-    """A run that took 0.3 s a step longer than planned, with 3 layers and 2 micro-batches."""
-    small = recipe(global_batch=8, parallel=Parallel(micro_batch=2))
-    cpu = get_machine("cpu")
-    planned = make_plan(small, world=2, machine=cpu)["time"]["work_seconds"]
-    found = overhead_of(small, planned + 0.3, cpu, world=2, efficiency=cpu.efficiency)
-    assert found == pytest.approx(0.3 / (3 * 2))
-    large = recipe(model=MMDiTConfig(depth=5), global_batch=8, parallel=Parallel(micro_batch=4))
-    times = [make_plan(large, world=2, machine=cpu, overhead=o)["time"]["work_seconds"] for o in (0.0, found)]
-    assert times[1] - times[0] == pytest.approx(6 * found)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_trial_of_one_block_of_each_class_gives_an_efficiency(name):
-    more = {"clip_tokens": 77} if name == "mmdit3" else {}
-    r = recipe(model=BACKBONES[name](depth=3, context_width=64, pooled_width=64, **more))
-    found = efficiency_here(r, get_machine("cpu"), micro_batch=1, ranks=2 if name == "mmdit" else 1)
-    assert 0 < found < 100
-
-
-def test_cpus_exchange_at_the_speed_that_their_cores_show():
-    r, cpu, gpu = recipe(), get_machine("cpu"), get_machine("h100-80")
-    found = links_here(r, cpu, ranks=2)
-    assert found.link_inside == found.link_between != cpu.link_inside
-    assert 1e6 < found.link_inside < 1e12
-    assert dataclasses.replace(found, link_inside=cpu.link_inside, link_between=cpu.link_between) == cpu
-    assert links_here(r, cpu, ranks=1) is cpu
-    assert links_here(r, gpu, ranks=2) is gpu
 
 
 def test_offload_moves_bytes_to_the_host():

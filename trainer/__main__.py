@@ -113,10 +113,10 @@ class PlanArgs:
     efficiency: float | None = None
     """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
     calibrate: str | None = None
-    """A small finished run (folder): its measured steps give efficiency, overhead and waiting instead. On a device of
-    its kind the blocks of both recipes are timed, elsewhere its speed as a whole counts."""
+    """A small finished run (folder) teaches instead. On a device of its kind both recipes are tried (--trial), and what
+    the run took beyond that is added; elsewhere its speed as a whole counts."""
     trial: bool = False
-    """Time one block of the recipe on this device, which must be of the planned kind, and take its efficiency."""
+    """Let shallow models of the recipe's width take steps on the devices here, which must be of the planned kind."""
     dollars_per_gpu_hour: float | None = None
     """Price of one device; default: a guess of ours for each kind."""
     dataset_images: int | None = None
@@ -275,8 +275,8 @@ def run_plan(arguments: list[str]) -> None:
             )
         plan = calibration.plan(args.recipe, world=args.gpus, **more)
     else:
-        machine, efficiency = trial(args.recipe, machine, world=args.gpus) if args.trial else (machine, args.efficiency)
-        plan = make_plan(args.recipe, world=args.gpus, machine=machine, efficiency=efficiency, **more)
+        given = trial(args.recipe, machine, world=args.gpus) if args.trial else {"efficiency": args.efficiency}
+        plan = make_plan(args.recipe, world=args.gpus, machine=machine, **given, **more)
     if args.json:
         print(json.dumps(plan, indent=1))
         return

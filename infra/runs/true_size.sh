@@ -65,6 +65,7 @@ import sys
 from pathlib import Path
 
 from trainer.planning.machines import Machine
+from trainer.planning.plan import Cost
 from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
 
 depth, out, when, *load = sys.argv[1:]
@@ -74,7 +75,7 @@ if when == "before" and not path.exists():
 if not path.exists():
     path.write_text(json.dumps(dataclasses.asdict(calibrate(str(run)))))
 kept = json.loads(path.read_text())
-calibration = Calibration(**kept | {"machine": Machine(**kept["machine"])})
+calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extra": Cost(*kept["extra"])})
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,27 @@ STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, tabl
 DOLLARS_PER_GB_MONTH = 0.023
 
 
+class Cost(NamedTuple):
+    """What something takes: seconds by the clock, and of work of the busiest rank's cores."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+
+    def towards(self, other: "Cost", place: float) -> "Cost":
+        """On the line from this one (at 0) to the other one (at 1)."""
+        return Cost(*(a + place * (b - a) for a, b in zip(self, other)))
+
+
+NOTHING = Cost()
+
+
+class StepCost(NamedTuple):
+    """Of a micro-batch, forward and backward, and of the update that ends a step."""
+
+    micro_batch: Cost
+    update: Cost
+
+
 def make_plan(
     recipe: Recipe,
     *,
@@ -28,11 +49,11 @@ def make_plan(
     efficiency: float | None = None,
     dollars_per_hour: float | None = None,
     dataset_images: int | None = None,
-    overhead: float = 0.0,
-    waiting: float = 0.0,
+    tried: StepCost | None = None,
+    extra: Cost = NOTHING,
 ) -> dict[str, Any]:
-    """plan.json. `predicted` holds what a run measures under the same names (result rows). `overhead`: seconds that a
-    layer costs each time it runs, whatever its size; `waiting`: that it waits each time, without work."""
+    """plan.json. `predicted` holds what a run measures under the same names (result rows). `tried`: what trials of
+    this recipe took, which then is its step; `extra`: what each micro-batch takes beyond the rest."""
     machine = machine or this_machine(recipe.precision)
     efficiency = machine.efficiency if efficiency is None else efficiency
     _, height, width = recipe.data.latent_shape
@@ -49,9 +70,7 @@ def make_plan(
         for stage in range(4)
     }
     stage = recipe.parallel.zero_stage
-    time = step_time(
-        recipe, parameters, machine, world=world, efficiency=efficiency, overhead=overhead, waiting=waiting
-    )
+    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, tried=tried, extra=extra)
     step, steps = time["step_seconds"], recipe.steps
     checkpoint = checkpoint_bytes(recipe, parameters)
     storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
@@ -85,6 +104,7 @@ def make_plan(
         "checkpoint_bytes": checkpoint,
         "storage_bytes": storage,
         "time": time | {"hours": hours, "device_hours": hours * world},
+        "tried": tried and {name: cost._asdict() for name, cost in tried._asdict().items()},
         "dollars": hours * world * price,
         "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
         "predicted": {
@@ -194,17 +214,17 @@ def step_time(
     *,
     world: int,
     efficiency: float,
-    overhead: float = 0.0,
-    waiting: float = 0.0,
+    tried: StepCost | None = None,
+    extra: Cost = NOTHING,
 ) -> dict[str, float]:
     """Seconds of one optimizer step: computing at a stated efficiency, communication from bytes and links, copies
-    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks
-    also wait for each other, by the bytes that they exchange, and for cores (`waiting`, each time a layer runs)."""
+    around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks also wait
+    for each other, by the bytes that they exchange. What was `tried` stands for all of it."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
     per_image = train_flops_of(recipe)
     if p.checkpoint_blocks:
         per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
-    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency) + overhead * layers(recipe, world)
+    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
     moved = bytes_moved(recipe, parameters, world=world)
     inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
     over = {name: inside or world if name == "backward" else world for name in moved}
@@ -216,7 +236,11 @@ def step_time(
     updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
     exchange = communication + copying
     work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
-    step = work + machine.waiting * communication + (waiting * layers(recipe, world) if world > 1 else 0.0)
+    step = Cost(work + machine.waiting * communication, work)
+    passes = passes_of(recipe, world)
+    if tried is not None:
+        step = Cost(*(passes * one + update for one, update in zip(tried.micro_batch, tried.update)))
+    step = Cost(*(known + passes * more for known, more in zip(step, extra)))
     return {
         "compute_seconds": compute,
         "communication_seconds": communication,
@@ -224,16 +248,11 @@ def step_time(
         "between_nodes_seconds": sum(remote for _, remote in parts),
         "copy_seconds": copying,
         "update_seconds": updating,
-        "work_seconds": work,
-        "step_seconds": step,
+        "work_seconds": step.work,
+        "step_seconds": step.seconds,
         "step_seconds_without_overlap": compute + exchange + updating,
         "bytes_moved_per_step": sum(moved.values()),
     }
-
-
-def layers(recipe: Recipe, world: int) -> int:
-    """Layers that a rank runs in a step: blocks, and one for what stands around them."""
-    return (recipe.model.depth + 1) * passes_of(recipe, world)
 
 
 def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
@@ -316,15 +335,7 @@ def describe(plan: dict[str, Any]) -> str:
     time, pre = plan["time"], plan["precompute"]
     lines += [
         plan["advice"],
-        f"a step takes {time['step_seconds']:.3g} s ({time['compute_seconds']:.3g} s computing at "
-        f"{plan['efficiency']:.3g} of the peak, {time['communication_seconds']:.3g} s communicating, "
-        f"{time['copy_seconds'] + time['update_seconds']:.3g} s copying and updating"
-        + (
-            f", {time['step_seconds'] - time['work_seconds']:.3g} s waiting"
-            if time["step_seconds"] > time["work_seconds"]
-            else ""
-        )
-        + "); the run "
+        f"a step takes {time['step_seconds']:.3g} s ({_parts_of_a_step(plan)}); the run "
         + clock(3600 * time["hours"])
         + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
@@ -338,3 +349,16 @@ def describe(plan: dict[str, Any]) -> str:
         f"({pre['passes']:.3g} passes)"
     )
     return "\n".join(lines)
+
+
+def _parts_of_a_step(plan: dict[str, Any]) -> str:
+    time, tried = plan["time"], plan["tried"]
+    if tried:
+        each, update = (tried[name]["seconds"] for name in ("micro_batch", "update"))
+        return f"tried here: {each:.3g} s a micro-batch, {update:.3g} s an update"
+    waiting = time["step_seconds"] - time["work_seconds"]
+    return (
+        f"{time['compute_seconds']:.3g} s computing at {plan['efficiency']:.3g} of the peak, "
+        f"{time['communication_seconds']:.3g} s communicating, {time['copy_seconds'] + time['update_seconds']:.3g} s "
+        "copying and updating" + (f", {waiting:.3g} s waiting" if waiting > 0 else "")
+    )

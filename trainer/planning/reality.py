@@ -4,10 +4,11 @@
     python -m trainer plan RUN/ --calibrate SMALL_RUN/     its steps planned anew by what the small run measured
     python -m trainer plan d38 --gpus 64 --calibrate SMALL_RUN/
 
-On a CPU a trial times the recipe's blocks and exchanges as they go now.
+On the devices that are here, trials take steps as they go now (trial.py).
 """
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 from trainer.planning.machines import Machine, get_machine, this_machine
-from trainer.planning.plan import layers, make_plan
-from trainer.planning.trial import efficiency_here, links_here
+from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of
+from trainer.planning.trial import flops_here, step_here
 from trainer.recipe import Recipe
 
 # Of the planned value, by how the names begin; what has no goal is shown alone.
@@ -48,74 +49,57 @@ def measured(run: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the steps of one run teach. Without `by_trial` its `efficiency` holds for all sizes; with it each recipe's
-    own blocks are timed on this device; `overhead` and `waiting` are what a layer took beyond that each time it ran."""
+    """What the steps of one run teach. Without `by_trial` its `efficiency` holds for all sizes; with it each recipe is
+    tried on this device, and `extra` is what a micro-batch of the run took beyond its own trial: reading, logging."""
 
     run: str
     machine: Machine
     efficiency: float
-    overhead: float = 0.0
-    waiting: float = 0.0
+    extra: Cost = NOTHING
     by_trial: bool = False
 
     def plan(self, recipe: Recipe, *, world: int, **more: Any) -> dict[str, Any]:
         """A plan for a recipe on the same kind of machine, as `make_plan` gives it."""
-        here = trial(recipe, self.machine, world=world) if self.by_trial else (self.machine, self.efficiency)
-        found = make_plan(
-            recipe, world=world, machine=here[0], efficiency=here[1], overhead=self.overhead, waiting=self.waiting,
-            **more,
-        )  # fmt: skip
-        told = {"overhead_seconds": self.overhead, "waiting_seconds": self.waiting, "by_trial": self.by_trial}
-        return found | {"calibration": {"run": self.run, **told}}
+        given = trial(recipe, self.machine, world=world) if self.by_trial else {"efficiency": self.efficiency}
+        found = make_plan(recipe, world=world, machine=self.machine, extra=self.extra, **given, **more)
+        return found | {"calibration": {"run": self.run, "extra": self.extra._asdict(), "by_trial": self.by_trial}}
 
     def describe(self) -> str:
         if not self.by_trial:
             return f"calibrated by the whole speed of {self.run}: {self.efficiency:.3g} of the peak"
-        waits = f" and waits {self.waiting * 1000:.3g} ms" if self.waiting else ""
         return (
-            f"calibrated by {self.run}: its blocks reach {self.efficiency:.3g} of the peak here, a layer costs "
-            f"{self.overhead * 1000:.3g} ms whatever its size{waits}; the planned recipe's own blocks were timed, too"
+            "planned by steps of two shallow models of the recipe's width, and what a micro-batch of "
+            f"{self.run} took beyond its own trial, {self.extra.seconds * 1000:.3g} ms"
         )
 
 
 def calibrate(run: str) -> Calibration:
-    """From a finished run: on a device of its kind by a trial of its blocks, elsewhere by its speed as a whole."""
+    """From a finished run: on a device of its kind by a trial of it, elsewhere by its speed as a whole."""
     plan, costs, recipe = read_plan(run), measured(run), read_recipe(run)
     if "device_peak_flops" not in plan or "cost/step_seconds" not in costs:
         raise UserError(f"{run}: made by an older version, which measured no steps: run one rung again")
     machine, world = get_machine(plan["machine"]), int(plan["world_size"])
     whole = costs["cost/images_per_second"] * plan["train_flops_per_image"] / plan["device_peak_flops"]
-    work = costs.get("cost/step_cpu_seconds", costs["cost/step_seconds"])
     if this_machine(recipe.precision) != machine:
         return Calibration(run, machine, whole)
-    here, efficiency = trial(recipe, machine, world=world)
-    overhead = overhead_of(recipe, work, here, world=world, efficiency=efficiency)
-    without = make_plan(recipe, world=world, machine=here, efficiency=efficiency, overhead=overhead)["time"]
-    waiting = waiting_of(costs, without) / layers(recipe, world) if world > 1 else 0.0
-    return Calibration(run, machine, efficiency, overhead, waiting, by_trial=True)
+    time = make_plan(recipe, world=world, machine=machine, **trial(recipe, machine, world=world))["time"]
+    seconds = costs["cost/step_seconds"]
+    beyond = seconds - time["step_seconds"], costs.get("cost/step_cpu_seconds", seconds) - time["work_seconds"]
+    extra = Cost(*(max(0.0, value) / passes_of(recipe, world) for value in beyond))
+    return Calibration(run, machine, whole, extra, by_trial=True)
 
 
-def waiting_of(costs: dict[str, float], time: dict[str, float]) -> float:
-    """Seconds of a step by the clock beyond its work and what exchanges make its ranks wait by plan: for cores that
-    others hold. Nothing where the run told no work (on GPUs)."""
-    if "cost/step_cpu_seconds" not in costs:
-        return 0.0
-    exchanging = time["step_seconds"] - time["work_seconds"]
-    return max(0.0, costs["cost/step_seconds"] - costs["cost/step_cpu_seconds"] - exchanging)
-
-
-def trial(recipe: Recipe, machine: Machine, *, world: int) -> tuple[Machine, float]:
-    """The machine with the links that it has now (CPUs alone), and the efficiency of a recipe's blocks on this device,
-    in micro-batches as `world` ranks would run them."""
+def trial(recipe: Recipe, machine: Machine, *, world: int) -> dict[str, Any]:
+    """What `make_plan` is to know of a recipe's steps on this device, in micro-batches as `world` ranks run them: on a
+    CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
+    here = this_machine(recipe.precision)
+    if here != machine:
+        raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")
     micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world)
-    efficiency = efficiency_here(recipe, machine, micro_batch=micro, ranks=world)
-    return links_here(recipe, machine, ranks=world), efficiency
-
-
-def overhead_of(recipe: Recipe, step_seconds: float, machine: Machine, *, world: int, efficiency: float) -> float:
-    """Seconds that a layer costs each time it runs, whatever its size: what a small run's step took beyond its plan."""
-    plan = make_plan(recipe, world=world, machine=machine, efficiency=efficiency)
-    return max(0.0, step_seconds - plan["time"]["work_seconds"]) / layers(recipe, world)
+    if not machine.overlap:
+        ranks = min(world, len(os.sched_getaffinity(0)))
+        return {"tried": step_here(recipe, micro_batch=micro, ranks=ranks)}
+    return {"efficiency": flops_here(recipe, micro_batch=micro) / machine.flops}
 
 
 def graded(run: str, calibration: Calibration | None = None) -> Graded:

@@ -1,199 +1,189 @@
-"""How fast this device runs the very blocks of a recipe: what a plan is made with before any run.
+"""How fast the devices here take steps of a recipe: what a plan is made with before any run.
 
     python -m trainer plan d38 --gpus 64 --trial
 
-One block of each class, forward and backward, with tensors of the recipe's shapes; no other layer, no communication.
-On CPUs, where exchanges are work of the cores as well, a block's weights and gradients are exchanged, too.
+Two shallow models of the recipe's own width take real steps, under its ZeRO stage and switches, on made-up batches.
+What the deeper one takes beyond the other is what further blocks take, by their FLOPs and parameters. On a CPU, where
+exchanges, copies and fresh memory are work of the same cores, that is the whole step, on as many ranks as there are
+cores for; on a GPU it is how near one device comes to its peak.
 """
-# Shapes: B images of a micro-batch.
 
-import copy
+import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from data_pipeline.loading.batch import LatentBatch
+from infra.errors import UserError
+from model.backbones.trunk import TokenConfig
+from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
-from trainer.planning.machines import Machine
-from trainer.planning.plan import widths
+from model.flops import parameter_count
+from trainer.launchers import start_training
+from trainer.planning.plan import Cost, StepCost, train_flops_of
 from trainer.recipe import Recipe
+from trainer.train import losses_of
+from trainer.zero.ema import ShardedEMA
+from trainer.zero.engine import ZeroEngine
+from trainer.zero.group import free_port, leave, start
 
-ROUNDS = 5
-Given = list[tuple[torch.Size, torch.dtype] | None]
-
-
-def efficiency_here(recipe: Recipe, machine: Machine, *, micro_batch: int, ranks: int = 1) -> float:
-    """FLOP/s of the recipe's blocks on this device over the machine's peak.
-
-    On a CPU it is one core's, while as many of the others work as there are `ranks`: they share caches, memory and
-    clock (two cores of a virtual Xeon: 75 GFLOP/s each at depth 4, one alone 95).
-    """
-    beside = 0 if torch.cuda.is_available() else min(ranks, len(os.sched_getaffinity(0))) - 1
-    others = [_start(recipe, "busy", str(micro_batch)) for _ in range(beside)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        tasks = _tasks(recipe, micro_batch)
-        for other in others:
-            other.stdout.readline()  # type: ignore[union-attr]  # it has begun, or died
-        seconds = sum(count * statistics.median(_timed(once) for _ in range(ROUNDS)) for once, count in tasks)
-    finally:
-        torch.set_num_threads(threads)
-        for other in others:
-            other.kill()
-            other.communicate()
-    _, height, width = recipe.data.latent_shape
-    tokens = (height // recipe.model.patch) * (width // recipe.model.patch)
-    forward = 2 * recipe.model.block_multiply_adds(tokens, recipe.data.text_tokens)
-    return 3 * forward * micro_batch / seconds / machine.flops
+BLOCKS = (2, 4)
+ROUNDS = 3
+ANSWER = "trial: "
+PASSES = 2  # micro-batches of a step: passes that only add up gradients and those that end a step take their turns
 
 
-def links_here(recipe: Recipe, machine: Machine, *, ranks: int) -> Machine:
-    """A CPU with the links that two or more of its cores show: bytes per second of one core's work, over gloo."""
-    ranks = 1 if machine.overlap else min(ranks, len(os.sched_getaffinity(0)))
-    if ranks < 2:
-        return machine
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [_start(recipe, "exchange", str(rank), str(ranks), f"{folder}/store") for rank in range(ranks)]
-        told = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        return machine  # no loopback, for one
-    speed = statistics.mean(map(float, told))
-    return replace(machine, link_inside=speed, link_between=speed)
+@dataclass(frozen=True)
+class Sized:
+    """What a model took, and how large it is."""
+
+    cost: StepCost
+    flops: int
+    parameters: int
 
 
-def _exchange(recipe: Recipe, rank: int, ranks: int, store: str) -> float:
-    """What ZeRO-3 does of one block, as if alone: weights gathered forward and backward, gradients reduced."""
-    compute, gradient = (torch.bfloat16 if size == 2 else torch.float32 for size in widths(recipe))
-    numel = recipe.model.block_parameters() // recipe.model.depth // ranks * ranks
-    part = torch.zeros(numel // ranks, dtype=compute)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        start = time.process_time()
-        for _ in range(2):
-            dist.all_gather_into_tensor(torch.empty(numel, dtype=compute), part)
-        dist.reduce_scatter_tensor(torch.empty(numel // ranks, dtype=gradient), torch.zeros(numel, dtype=gradient))
-        seconds.append(time.process_time() - start)
-    dist.destroy_process_group()
-    taken = numel * (ranks - 1) / ranks * (2 * compute.itemsize + gradient.itemsize)
-    return taken / statistics.median(seconds[1:])
+def step_here(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
+    """What a micro-batch and an update take on `ranks` processes of this machine."""
+    found = _measured(recipe, micro_batch=micro_batch, ranks=ranks)
+    if len(found) == 1:
+        return found[0].cost
+    smaller, larger = found
+    flops = _place(train_flops_of(recipe), smaller.flops, larger.flops)
+    parameters = _place(parameter_count(recipe.model), smaller.parameters, larger.parameters)
+    return StepCost(
+        smaller.cost.micro_batch.towards(larger.cost.micro_batch, flops),
+        smaller.cost.update.towards(larger.cost.update, parameters),
+    )
 
 
-def _start(recipe: Recipe, *words: str) -> subprocess.Popen[str]:
-    """This module as another process, which reads the recipe."""
-    command = [sys.executable, "-W", "ignore", "-m", "trainer.planning.trial", *words]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(recipe.to_json()))
-    process.stdin.close()
-    process.stdin = None
-    return process
+def flops_here(recipe: Recipe, *, micro_batch: int) -> float:
+    """FLOP/s that the recipe's blocks reach on one device."""
+    *smaller, larger = _measured(recipe, micro_batch=micro_batch, ranks=1)
+    flops, seconds = larger.flops, larger.cost.micro_batch.seconds
+    for one in smaller:
+        flops, seconds = flops - one.flops, seconds - one.cost.micro_batch.seconds
+    return flops * micro_batch / max(seconds, 1e-9)
 
 
-def _be_busy(recipe: Recipe, micro_batch: int) -> None:
-    """What another rank does meanwhile, until it is killed."""
-    tasks = _tasks(recipe, micro_batch)
-    print("ready", flush=True)
-    while True:
-        for once, _ in tasks:
-            once()
+def shallow(config: TokenConfig, blocks: int) -> TokenConfig:
+    """A model as wide as `config`, of fewer blocks."""
+    kind = type(config)
+    as_wide = type(kind.__name__, (kind,), {"width": config.width, "heads": config.heads})
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if dual := fields.get("dual_attention"):
+        fields["dual_attention"] = tuple(number for number in dual if number < blocks - 1)
+    return as_wide(**fields | {"depth": blocks})
 
 
-def _tasks(recipe: Recipe, micro_batch: int) -> list[tuple[Callable[[], None], int]]:
-    """(a forward and backward pass, how often a step has it) for each class of blocks, warmed up."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    tasks = [(_pass(block.to(device, dtype), given, device), count)
-             for block, given, count in _blocks(recipe, micro_batch, dtype, device)]  # fmt: skip
-    for once, _ in tasks:
-        once()
-    return tasks
+def _place(value: int, smaller: int, larger: int) -> float:
+    """0 at the smaller one, 1 at the larger one."""
+    return (value - smaller) / (larger - smaller)
 
 
-def _blocks(recipe: Recipe, batch: int, dtype: torch.dtype, device: torch.device) -> list[tuple[nn.Module, Given, int]]:
-    """(a real block, shapes of what it is given, how many there are) of each class."""
-    config, given = recipe.model, _given(recipe, batch, dtype)
-    with torch.device("meta"):
-        blocks: Any = config.build().blocks
-    first: dict[type, int] = {}
-    count: dict[type, int] = {}
-    for number, block in enumerate(blocks):
-        first.setdefault(type(block), number)
-        count[type(block)] = count.get(type(block), 0) + 1
+def _measured(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
+    """The shallow models, smallest first; of a model that is as shallow itself, that one alone."""
+    counts = BLOCKS if recipe.model.depth > BLOCKS[-1] else (recipe.model.depth,)
     found = []
-    for kind, number in first.items():
-        block = copy.deepcopy(blocks[number]).to_empty(device=device)
-        for tensor in (*block.parameters(), *block.buffers()):
-            nn.init.normal_(tensor, std=0.02)
-        found.append((block, given[number], count[kind]))
+    for blocks in counts:
+        one = replace(recipe, model=shallow(recipe.model, blocks))
+        cost = _launch(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
+        found.append(Sized(cost, train_flops_of(one), parameter_count(one.model)))
     return found
 
 
-def _given(recipe: Recipe, batch: int, dtype: torch.dtype) -> list[Given]:
-    """What each block is called with, from a forward pass of fake tensors."""
-    config, found = recipe.model, []
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode(), torch.no_grad():
-            model: Any = config.build()
-            for block in model.blocks:
-                block.register_forward_pre_hook(lambda module, args: found.append(args))
-            context = torch.empty(batch, recipe.data.text_tokens, config.context_width)
-            text = TextCond(context, torch.empty(batch, config.pooled_width))
-            model(torch.empty(batch, *recipe.data.latent_shape), torch.empty(batch, dtype=torch.float32), text)
-    finally:
-        torch.set_default_dtype(default)
-    return [[(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args] for args in found]
+def _launch(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> StepCost:
+    """This module on `ranks` processes."""
+    words = [Path(sys.executable).name, "-W", "ignore", "-m", "trainer.planning.trial", str(blocks), str(micro_batch)]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "TRIAL_RECIPE": json.dumps(recipe.to_json())}
+    with tempfile.TemporaryFile("w+") as said:
+        processes = [
+            start_training(words, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=said)
+            for rank in range(ranks)
+        ]
+        codes = [process.wait() for process in processes]
+        said.seek(0)
+        lines = said.read().splitlines()
+    told = next((line.removeprefix(ANSWER) for line in lines if line.startswith(ANSWER)), None)
+    if told is None or any(codes):
+        why = lines[-1] if lines else f"exit codes {codes}"
+        raise UserError(f"the trial of {blocks} blocks on {ranks} rank(s) did not end well: {why}")
+    return StepCost(*(Cost(*pair) for pair in json.loads(told)))
 
 
-def _pass(block: nn.Module, given: Given, device: torch.device) -> Callable[[], None]:
-    inputs = [
-        None if one is None else torch.randn(one[0], device=device).to(one[1]).requires_grad_(one[1].is_floating_point)
-        for one in given
-    ]
+def take_steps(recipe: Recipe, *, blocks: int, micro_batch: int) -> StepCost | None:
+    """What each rank of a trial does; the first one's answer holds for all."""
+    group = start()
+    parallel = replace(recipe.parallel, micro_batch=micro_batch, hpz=min(recipe.parallel.hpz, group.world))
+    batch = micro_batch * PASSES * group.world
+    recipe = replace(recipe, model=shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
+    engine = ZeroEngine(recipe, group, accumulation=PASSES)
+    ema = ShardedEMA(recipe.ema.profiles, engine.masters)
+    formulation, micro = get_formulation(recipe.formulation), _made_up(recipe, micro_batch)
+    timer = Timer(group.device)
+    passes, updates = [], []
+    for number in range(1 + ROUNDS):
+        for left in reversed(range(PASSES)):
+            timer.start()
+            engine.backward(losses_of(recipe, engine, micro, formulation, group.device).loss_B.mean())
+            if left:
+                engine.step(0.0, boundary=False)
+            passes.append(timer.taken())
+        timer.start()
+        group.sum([0.0])
+        engine.step(recipe.optimizer.lr)
+        ema.update(engine.masters, batch * (number + 1), batch)
+        updates.append(timer.taken())
+    # The first round makes Adam's moments and compiles; of work the busier rank's counts, as in a run's log.
+    medians = [statistics.median(values) for found in (passes[PASSES:], updates[1:]) for values in zip(*found)]
+    told = group.max(medians)
+    leave()
+    return StepCost(Cost(*told[:2]), Cost(*told[2:])) if group.rank == 0 else None
 
-    def once() -> None:
-        out = block(*inputs)
-        sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
 
-    return once
+class Timer:
+    """Seconds, and CPU seconds of this process, since `start`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def _now(self) -> tuple[float, float]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter(), time.process_time()
+
+    def start(self) -> None:
+        self._since = self._now()
+
+    def taken(self) -> tuple[float, float]:
+        now = self._now()
+        return now[0] - self._since[0], now[1] - self._since[1]
 
 
-def _timed(once: Callable[[], None]) -> float:
-    """Seconds; on a CPU seconds of work, whoever else works there."""
-    if not torch.cuda.is_available():
-        start = time.process_time()
-        once()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    once()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _made_up(recipe: Recipe, count: int) -> LatentBatch:
+    """A batch of the recipe's shapes."""
+    config, shape = recipe.model, (count, *recipe.data.latent_shape)
+    text = TextCond(
+        torch.randn(count, recipe.data.text_tokens, config.context_width, dtype=torch.float16),
+        torch.randn(count, config.pooled_width),
+    )
+    places, words = torch.LongTensor(range(count)), [""] * count
+    other = torch.randn(shape) if recipe.objective == "dpo" else None
+    return LatentBatch(torch.randn(shape), text, places, words, words, other)
 
 
 def main() -> None:
-    recipe = Recipe.from_json(json.load(sys.stdin))
-    torch.set_num_threads(1)
-    if sys.argv[1] == "busy":
-        _be_busy(recipe, int(sys.argv[2]))
-    rank, ranks, store = sys.argv[2:]
-    print(_exchange(recipe, int(rank), int(ranks), store))
+    blocks, micro_batch = map(int, sys.argv[1:])
+    found = take_steps(Recipe.from_json(json.loads(os.environ["TRIAL_RECIPE"])), blocks=blocks, micro_batch=micro_batch)
+    if found is not None:
+        print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""Trials of a step: shallow models that stand for a deep one, tried by real ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.errors import UserError
+from model.backbone import BACKBONES
+from model.backbones.mmdit import MMDiTConfig
+from trainer.planning.machines import get_machine
+from trainer.planning.plan import Cost
+from trainer.planning.reality import trial
+from trainer.planning.trial import flops_here, shallow, step_here
+from trainer.recipe import Optimizer, Parallel, Recipe
+
+NARROW = {"context_width": 64, "pooled_width": 64}
+
+
+def recipe(**changes) -> Recipe:
+    base = Recipe(name="r", model=MMDiTConfig(6, **NARROW), images=1000, global_batch=16, precision="fp32",
+                  parallel=Parallel(micro_batch=2, zero_stage=3, persistence_threshold=0, max_live=0))  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(sorted(BACKBONES)), depth=st.integers(5, 40), latent=st.sampled_from([8, 16, 32]))
+def test_further_blocks_of_one_width_count_alike(name, depth, latent):
+    """The premise of a trial: FLOPs and parameters grow by the same with every block, whatever the backbone."""
+    config = BACKBONES[name](depth=depth, **({"clip_tokens": 77} if name == "mmdit3" else {}))
+    two, four = shallow(config, 2), shallow(config, 4)
+    assert two.width == four.width == config.width
+    steps = (depth - 2) / 2
+    for count in (lambda c: c.parameter_count(), lambda c: c.forward_flops(latent, latent, 154)):
+        assert count(config) == count(two) + steps * (count(four) - count(two))
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_a_shallow_model_is_one_of_its_kind(name):
+    config = BACKBONES[name](depth=7, **({"clip_tokens": 77} if name == "mmdit3" else {}))
+    with torch.device("meta"):
+        whole, model = config.build(), shallow(config, 3).build()
+    assert sum(p.numel() for p in model.parameters()) == shallow(config, 3).parameter_count()
+    assert len(model.blocks) == 3
+    mine = {n: p.shape for n, p in model.named_parameters() if not n.startswith("blocks")}
+    assert mine == {n: p.shape for n, p in whole.named_parameters() if not n.startswith("blocks")}
+    for block in (0, -1):
+        found = [[(n, p.shape) for n, p in m.blocks[block].named_parameters()] for m in (model, whole)]
+        assert found[0] == found[1]
+
+
+def test_blocks_with_two_attentions_stay_where_there_is_room():
+    config = MMDiTConfig(depth=6, dual_attention=(0, 1, 3, 4))
+    assert shallow(config, 3).dual_attention == (0, 1)
+    assert shallow(MMDiTConfig(depth=6), 3).dual_attention == ()
+
+
+def test_costs_lie_on_a_line():
+    assert Cost(1.0, 2.0).towards(Cost(3.0, 3.0), 0) == (1, 2)
+    assert Cost(1.0, 2.0).towards(Cost(3.0, 3.0), 2.5) == (6, 4.5)
+
+
+@pytest.mark.dist
+def test_two_ranks_try_a_step():
+    found = step_here(recipe(), micro_batch=2, ranks=2)
+    assert found.micro_batch.work > 0
+    assert 0 < found.micro_batch.seconds < 60
+    assert found.update.work > 0
+    assert 0 < found.update.seconds < 60
+
+
+@pytest.mark.dist
+def test_another_backbone_tells_how_fast_one_device_computes():
+    crossing = recipe(model=BACKBONES["cross_dit"](depth=2, **NARROW))
+    assert 1e6 < flops_here(crossing, micro_batch=2) < 1e16
+    with pytest.raises(UserError, match="of the devices that are here, cpu, not of h100-80"):
+        trial(crossing, get_machine("h100-80"), world=1)
+
+
+@pytest.mark.dist
+def test_a_trial_that_cannot_start_says_why():
+    with pytest.raises(UserError, match=r"the trial of 2 blocks on 1 rank.s. did not end well: .*apex"):
+        step_here(recipe(optimizer=Optimizer(kernel="apex")), micro_batch=2, ranks=1)
