@@ -56,9 +56,10 @@ ended() { # the exit codes of both ranks
 }
 
 # A shared machine's speed moves by a third within minutes, so a depth is planned before its run and after it, and the
-# mean of both is graded; the first depth calibrates.
+# mean of both is graded; the first depth calibrates. What a host takes from a virtual machine's cores is told beside.
 cat > "$out/plan.py" <<'PY'
-"""plan.py DEPTH OUT before: the steps as planned now. plan.py DEPTH OUT after LOAD LOAD: graded."""
+"""plan.py DEPTH OUT before: the steps as planned now. plan.py DEPTH OUT after LOAD LOAD STAT: graded; STAT is the first
+line of /proc/stat when the run began."""
 import dataclasses
 import json
 import sys
@@ -68,40 +69,55 @@ from trainer.planning.machines import Machine
 from trainer.planning.plan import Cost
 from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
 
-depth, out, when, *load = sys.argv[1:]
+
+def stolen(since: str) -> float:
+    """Share of the cores' time that the host gave to others: `steal` of /proc/stat."""
+    then, now = ([int(n) for n in line.split()[1:9]] for line in (since, stat()))
+    return (now[7] - then[7]) / max(1, sum(now) - sum(then))
+
+
+def stat() -> str:
+    return Path("/proc/stat").read_text().splitlines()[0]
+
+
+depth, out, when, *more = sys.argv[1:]
 run, before, path = (Path(out, name) for name in (f"straight-d{depth}", f"before-d{depth}.json", "calibration.json"))
+share = {"run": stolen(more[2])} if when == "after" else {}
 if when == "before" and not path.exists():
     sys.exit()  # nothing teaches yet: the first depth will
 if not path.exists():
     path.write_text(json.dumps(dataclasses.asdict(calibrate(str(run)))))
 kept = json.loads(path.read_text())
 calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extra": Cost(*kept["extra"])})
+begun = stat()
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))
-    before.write_text(json.dumps(calibration.plan(recipe, world=2)["predicted"]))
+    before.write_text(json.dumps(calibration.plan(recipe, world=2)["predicted"] | {"stolen": stolen(begun)}))
     sys.exit()
 
 rows, planned = graded(str(run), calibration), {}
+share["after"] = stolen(begun)
 if before.exists():
     first = json.loads(before.read_text())
+    share["before"] = first["stolen"]
     for name in [name for name in rows if name.startswith("step_")]:
         now, found = rows[name]
         planned[name] = (first[f"cost/{name}"], now)
         rows[name] = (sum(planned[name]) / 2, found)
-told = {"rows": rows, "missed": missed(rows), "planned": planned, "calibration": calibration.describe(), "load": load}
-(run / "graded.json").write_text(json.dumps(told))
+told = {"rows": rows, "missed": missed(rows), "planned": planned, "calibration": calibration.describe()}
+(run / "graded.json").write_text(json.dumps(told | {"load": more[:2], "stolen": share}))
 PY
 
 for depth in $depths; do
   run=$out/straight-d$depth
   if [ ! -e "$run/weights/raw.safetensors" ]; then
     "$python" "$out/plan.py" "$depth" "$out" before
-    load=$(cut -d' ' -f1 /proc/loadavg)
+    load=$(cut -d' ' -f1 /proc/loadavg) stat=$(head -1 /proc/stat)
     start "$depth" "$run" "$(images_of "$depth")"
     ended
     [ "${codes[*]}" = "0 0" ]
-    "$python" "$out/plan.py" "$depth" "$out" after "$load" "$(cut -d' ' -f1 /proc/loadavg)"
+    "$python" "$out/plan.py" "$depth" "$out" after "$load" "$(cut -d' ' -f1 /proc/loadavg)" "$stat"
     rm -rf "$run/checkpoints" # the disk shall hold one run at a time
   fi
 done
@@ -172,13 +188,14 @@ text = [
     f"{largest['steps']} steps. Written by `infra/runs/true_size.sh`; {platform.machine()}, "
     f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}.", "",
     f"Load average while depth {depths[-1]} ran: {' to '.join(largest['load'])} on {os.cpu_count()} cores. CPU seconds (of "
-    "the busier rank, with its helper threads) say what the work costs; seconds also hold what others did meanwhile.",
+    "the busier rank, with its helper threads) say what the work costs; seconds also hold what others did meanwhile. "
+    "Stolen: the share of the cores' time that the host gave to others while the run went on.",
     "", "## Killed and resumed", "", f"{(out / f'killed-d{depths[-1]}' / 'killed').read_text().strip()}.", "",
     *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
     "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
-    *head("depth", "seconds a step", "CPU seconds", "EMA's share", "largest process GiB", "load"),
+    *head("depth", "seconds a step", "CPU seconds", "EMA's share", "largest process GiB", "load", "stolen"),
     *[row(r["depth"], *(f"{r['rows'][name][1]:.2f}" for name in ("step_seconds", "step_cpu_seconds")), f"{r['ema_share']:.2%}",
-          f"{r['memory_gib']:.2f}", " to ".join(r["load"])) for r in runs],
+          f"{r['memory_gib']:.2f}", " to ".join(r["load"]), f"{r['stolen']['run']:.0%}") for r in runs],
     "", "## The plan against what was measured", "",
     "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass. Steps are planned "
     "by trials right before and right after each run, and the mean is graded: this machine's own speed moves meanwhile.",
@@ -196,7 +213,11 @@ for r in runs:
     text += [""]
 for r in runs:
     for name, (before, after) in r["planned"].items():
-        text.append(f"- depth {r['depth']}, {name}: planned {before:.3f} before the run, {after:.3f} after it")
+        share = [f"{r['stolen'][when]:.0%}" for when in ("before", "after")]
+        text.append(
+            f"- depth {r['depth']}, {name}: planned {before:.3f} before the run ({share[0]} stolen), {after:.3f} after it "
+            f"({share[1]} stolen)"
+        )
 text += ["", *[f"Depth {r['depth']}: {r['calibration']}." for r in runs[-1:]]]
 (folder / "report.md").write_text("\n".join(text) + "\n")
 (folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")

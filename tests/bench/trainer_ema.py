@@ -5,8 +5,9 @@ python tests/bench/trainer_ema.py --alone [--depth 15]
 
 The first is the loop's own figure (`ema_share` in train.jsonl). The EMA's cost does not depend on the batch and a
 step's does: with the paper's 64 images a rank its share is far below what a batch of 4 shows. The second times the
-update alone on a rank's true number of parameters (16 bytes each): one profile, three, and three with the paper's 0.99
-every 100 steps, in CPU seconds of interleaved rounds, against the steps of infra/docs/runs/true_size.
+update alone on a rank's true number of parameters (16 bytes each), in CPU seconds of interleaved rounds against the
+steps of infra/docs/runs/true_size: one power profile, the recipe's own (two of them and the paper's 0.99 every 100
+steps), and three that are all due at every step.
 """
 
 import argparse
@@ -27,13 +28,12 @@ from data_pipeline.synthetic import write_synthetic
 write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=(16, 32, 32), text_spec=SD3_TEXT,
                 buckets=("256x256",))
 """
-BATCH, ROUNDS = 1024, 5
-THREE = ("power:0.05", "power:0.10", "power:0.20")
-PAPER = f"decay:0.99@{100 * BATCH}"
+ROUNDS = 5
+THREE = ("power:0.10", "power:0.05", "power:0.20")
 
 
 def alone(depth: int) -> None:
-    """A rank's half of the parameters; an update that is due once in 100 steps counts for a hundredth."""
+    """A rank's half of the parameters; of an update that is due once in 100 steps a hundredth counts."""
     import torch
 
     from trainer.recipes import get_recipe
@@ -42,18 +42,23 @@ def alone(depth: int) -> None:
     torch.set_num_threads(1)
     report = json.loads((ROOT / "infra" / "docs" / "runs" / "true_size" / "report.json").read_text())
     step = {run["depth"]: run["rows"]["step_cpu_seconds"][1] for run in report}.get(depth)
-    count = get_recipe(f"d{depth}").model.parameter_count()
+    recipe = get_recipe(f"d{depth}")
+    count, batch = recipe.model.parameter_count(), recipe.global_batch
+    powers = [name for name in recipe.ema.profiles if name.startswith("power")]
+    assert powers == list(THREE[:2])
+    assert recipe.ema.profiles[2:] == (f"decay:0.99@{100 * batch}",)
     masters, taken = [torch.zeros(-(-count // 2))], {}
     ema = ShardedEMA(THREE, masters)
     kept = ema.profiles
     print(f"depth {depth}: {count:,} parameters, {masters[0].numel():,} on each of two ranks")
     for number in range(ROUNDS):
-        for profiles in (kept[:1], kept):
-            ema.profiles, start = profiles, time.process_time()
-            ema.update(masters, BATCH * (number + 200), BATCH)
-            taken.setdefault(len(profiles), []).append(time.process_time() - start)
-    one, three = (statistics.median(taken[n]) for n in (1, 3))
-    for words, seconds in (("1 profile", one), ("3 profiles", three), (f"3 and {PAPER}", three + one / 100)):
+        for some in (1, 2, 3):
+            ema.profiles, start = kept[:some], time.process_time()
+            ema.update(masters, batch * (number + 200), batch)
+            taken.setdefault(some, []).append(time.process_time() - start)
+    one, two, three = (statistics.median(taken[n]) for n in (1, 2, 3))
+    own = f"the recipe's own, {', '.join(recipe.ema.profiles)}"
+    for words, seconds in (("1 profile", one), (own, two + one / 100), ("3 at every step", three)):
         share = f", {seconds / step:.2%} of a step of {step:.1f} CPU s at two images a rank" if step else ""
         print(f"{words}: {seconds:.3f} CPU s{share}; {seconds / one:.2f} times one profile")
 

@@ -85,6 +85,9 @@ def picture(cells: Sequence[Cell]) -> bytes:
         mine = [cell for cell in cells if cell.budget == budget]
         axes.plot([c.parameters for c in mine], [c.loss for c in mine], marker="o", label=f"{budget:g} FLOPs")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation loss (EMA)")
+    depth_of = {cell.parameters: cell.depth for cell in cells}
+    axes.set_xticks(list(depth_of), [f"{count / 1e6:.3g} M\ndepth {depth}" for count, depth in depth_of.items()])
+    axes.minorticks_off()
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
