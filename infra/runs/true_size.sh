@@ -58,8 +58,7 @@ ended() { # the exit codes of both ranks
 # A shared machine's speed moves by a third within minutes, so a depth is planned before its run and after it, and the
 # mean of both is graded; the first depth calibrates. What a host takes from a virtual machine's cores is told beside.
 cat > "$out/plan.py" <<'PY'
-"""plan.py DEPTH OUT before: the steps as planned now. plan.py DEPTH OUT after LOAD LOAD STAT: graded; STAT is the first
-line of /proc/stat when the run began."""
+"""plan.py DEPTH OUT before: the steps as planned now. plan.py DEPTH OUT after LOAD LOAD: graded."""
 import dataclasses
 import json
 import sys
@@ -69,55 +68,40 @@ from trainer.planning.machines import Machine
 from trainer.planning.plan import Cost
 from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
 
-
-def stolen(since: str) -> float:
-    """Share of the cores' time that the host gave to others: `steal` of /proc/stat."""
-    then, now = ([int(n) for n in line.split()[1:9]] for line in (since, stat()))
-    return (now[7] - then[7]) / max(1, sum(now) - sum(then))
-
-
-def stat() -> str:
-    return Path("/proc/stat").read_text().splitlines()[0]
-
-
-depth, out, when, *more = sys.argv[1:]
+depth, out, when, *load = sys.argv[1:]
 run, before, path = (Path(out, name) for name in (f"straight-d{depth}", f"before-d{depth}.json", "calibration.json"))
-share = {"run": stolen(more[2])} if when == "after" else {}
 if when == "before" and not path.exists():
     sys.exit()  # nothing teaches yet: the first depth will
 if not path.exists():
     path.write_text(json.dumps(dataclasses.asdict(calibrate(str(run)))))
 kept = json.loads(path.read_text())
 calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extra": Cost(*kept["extra"])})
-begun = stat()
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))
-    before.write_text(json.dumps(calibration.plan(recipe, world=2)["predicted"] | {"stolen": stolen(begun)}))
+    before.write_text(json.dumps(calibration.plan(recipe, world=2)["predicted"]))
     sys.exit()
 
 rows, planned = graded(str(run), calibration), {}
-share["after"] = stolen(begun)
 if before.exists():
     first = json.loads(before.read_text())
-    share["before"] = first["stolen"]
     for name in [name for name in rows if name.startswith("step_")]:
         now, found = rows[name]
         planned[name] = (first[f"cost/{name}"], now)
         rows[name] = (sum(planned[name]) / 2, found)
-told = {"rows": rows, "missed": missed(rows), "planned": planned, "calibration": calibration.describe()}
-(run / "graded.json").write_text(json.dumps(told | {"load": more[:2], "stolen": share}))
+told = {"rows": rows, "missed": missed(rows), "planned": planned, "calibration": calibration.describe(), "load": load}
+(run / "graded.json").write_text(json.dumps(told))
 PY
 
 for depth in $depths; do
   run=$out/straight-d$depth
   if [ ! -e "$run/weights/raw.safetensors" ]; then
     "$python" "$out/plan.py" "$depth" "$out" before
-    load=$(cut -d' ' -f1 /proc/loadavg) stat=$(head -1 /proc/stat)
+    load=$(cut -d' ' -f1 /proc/loadavg)
     start "$depth" "$run" "$(images_of "$depth")"
     ended
     [ "${codes[*]}" = "0 0" ]
-    "$python" "$out/plan.py" "$depth" "$out" after "$load" "$(cut -d' ' -f1 /proc/loadavg)" "$stat"
+    "$python" "$out/plan.py" "$depth" "$out" after "$load" "$(cut -d' ' -f1 /proc/loadavg)"
     rm -rf "$run/checkpoints" # the disk shall hold one run at a time
   fi
 done
@@ -160,11 +144,14 @@ def look(depth: int) -> dict:
     run = out / f"straight-d{depth}"
     lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
+    batch = json.loads((run / "recipe.json").read_text())["global_batch"]
     told = json.loads((run / "graded.json").read_text())
     median = lambda values: statistics.median(values[1:])  # the first step makes Adam's moments
     return {
         "depth": depth, "steps": len(steps), "losses": [line["loss"] for line in steps],
         "ema_share": median([line["ema_share"] for line in steps]),
+        "stolen_cores": median([line["stolen_cores"] for line in steps]),
+        "clock_seconds": median([batch / line["images_per_second"] for line in steps]),
         "memory_gib": max(line["memory_gib"] for line in steps), **told,
     }  # fmt: skip
 
@@ -188,14 +175,15 @@ text = [
     f"{largest['steps']} steps. Written by `infra/runs/true_size.sh`; {platform.machine()}, "
     f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}.", "",
     f"Load average while depth {depths[-1]} ran: {' to '.join(largest['load'])} on {os.cpu_count()} cores. CPU seconds (of "
-    "the busier rank, with its helper threads) say what the work costs; seconds also hold what others did meanwhile. "
-    "Stolen: the share of the cores' time that the host gave to others while the run went on.",
+    "the busier rank, with its helper threads) say what the work costs. Stolen cores are those that the host of this virtual "
+    "machine gave to others meanwhile; seconds a step are by the clock without them, and the clock is told beside.",
     "", "## Killed and resumed", "", f"{(out / f'killed-d{depths[-1]}' / 'killed').read_text().strip()}.", "",
     *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts], "",
     "losses: " + ", ".join(f"{loss:.6f}" for loss in largest["losses"]), "", "## Steps", "",
-    *head("depth", "seconds a step", "CPU seconds", "EMA's share", "largest process GiB", "load", "stolen"),
-    *[row(r["depth"], *(f"{r['rows'][name][1]:.2f}" for name in ("step_seconds", "step_cpu_seconds")), f"{r['ema_share']:.2%}",
-          f"{r['memory_gib']:.2f}", " to ".join(r["load"]), f"{r['stolen']['run']:.0%}") for r in runs],
+    *head("depth", "seconds a step", "by the clock", "CPU seconds", "EMA's share", "largest process GiB", "load", "stolen cores"),
+    *[row(r["depth"], f"{r['rows']['step_seconds'][1]:.2f}", f"{r['clock_seconds']:.2f}",
+          f"{r['rows']['step_cpu_seconds'][1]:.2f}", f"{r['ema_share']:.2%}",
+          f"{r['memory_gib']:.2f}", " to ".join(r["load"]), f"{r['stolen_cores']:.2f}") for r in runs],
     "", "## The plan against what was measured", "",
     "Bytes are of the fuller rank; activations are those that autograd kept of the first forward pass. Steps are planned "
     "by trials right before and right after each run, and the mean is graded: this machine's own speed moves meanwhile.",
@@ -213,11 +201,7 @@ for r in runs:
     text += [""]
 for r in runs:
     for name, (before, after) in r["planned"].items():
-        share = [f"{r['stolen'][when]:.0%}" for when in ("before", "after")]
-        text.append(
-            f"- depth {r['depth']}, {name}: planned {before:.3f} before the run ({share[0]} stolen), {after:.3f} after it "
-            f"({share[1]} stolen)"
-        )
+        text.append(f"- depth {r['depth']}, {name}: planned {before:.3f} before the run, {after:.3f} after it")
 text += ["", *[f"Depth {r['depth']}: {r['calibration']}." for r in runs[-1:]]]
 (folder / "report.md").write_text("\n".join(text) + "\n")
 (folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")

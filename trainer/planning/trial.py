@@ -22,6 +22,7 @@ import torch
 
 from data_pipeline.loading.batch import LatentBatch
 from infra.errors import UserError
+from infra.stolen import own_seconds, stolen_seconds
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
@@ -32,7 +33,7 @@ from trainer.recipe import Recipe
 from trainer.train import losses_of
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
-from trainer.zero.group import free_port, leave, start
+from trainer.zero.group import Group, free_port, leave, start
 
 BLOCKS = (2, 4)
 ROUNDS = 3
@@ -127,7 +128,7 @@ def take_steps(recipe: Recipe, *, blocks: int, micro_batch: int) -> StepCost | N
     engine = ZeroEngine(recipe, group, accumulation=PASSES)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     formulation, micro = get_formulation(recipe.formulation), _made_up(recipe, micro_batch)
-    timer = Timer(group.device)
+    timer = Timer(group)
     passes, updates = [], []
     for number in range(1 + ROUNDS):
         for left in reversed(range(PASSES)):
@@ -149,22 +150,24 @@ def take_steps(recipe: Recipe, *, blocks: int, micro_batch: int) -> StepCost | N
 
 
 class Timer:
-    """Seconds, and CPU seconds of this process, since `start`."""
+    """Seconds and CPU seconds of this process since `start`, as a run's log counts them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, group: Group) -> None:
+        self._group = group
 
-    def _now(self) -> tuple[float, float]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter(), time.process_time()
+    def _now(self) -> tuple[float, float, float]:
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize(self._group.device)
+        return time.perf_counter(), time.process_time(), stolen_seconds()
 
     def start(self) -> None:
         self._since = self._now()
 
     def taken(self) -> tuple[float, float]:
-        now = self._now()
-        return now[0] - self._since[0], now[1] - self._since[1]
+        seconds, work, stolen = (now - then for now, then in zip(self._now(), self._since))
+        if self._group.device.type == "cuda":
+            return seconds, work
+        return own_seconds(seconds, stolen=stolen, work=work, ranks=self._group.world), work
 
 
 def _made_up(recipe: Recipe, count: int) -> LatentBatch:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.log import get_logger
+from infra.stolen import stolen_seconds
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.objective import Losses
 from trainer.planning.machines import Machine
@@ -48,7 +49,7 @@ class Monitor:
 
     def _start(self) -> None:
         self._waited, self._averaged, self._images = 0.0, 0.0, 0
-        self._since, self._cpu = time.monotonic(), time.process_time()
+        self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), stolen_seconds()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -113,7 +114,10 @@ class Monitor:
         more = [self._figures[name] for name in names]
         summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy, *more])
         logit = max((seen.max_logit for seen in self._attention), default=0.0)
-        shares = [self._waited / seconds, self._averaged / seconds, (time.process_time() - self._cpu) / seconds]
+        shares = [
+            self._waited / seconds, self._averaged / seconds, (time.process_time() - self._cpu) / seconds,
+            (stolen_seconds() - self._stolen) / seconds,
+        ]  # fmt: skip
         largest = self.group.max([*shares, float(memory_bytes(self.group.device)), logit])
         rate = summed[2 * BINS] / seconds
         figures = {
@@ -122,13 +126,13 @@ class Monitor:
         figures |= {
             "data_wait": largest[0],
             "mfu": self._flops * rate / (self._machine.flops * self.group.world),
-            "memory_gib": largest[3] / 2**30,
+            "memory_gib": largest[4] / 2**30,
         }
         if self.group.device.type == "cpu":
-            # Cores in use: on a machine that others use too, CPU seconds say more than seconds.
-            figures |= {"ema_share": largest[1], "cpu_cores": largest[2]}
+            # Cores in use, and those that the host of a virtual machine gave to others: seconds alone say little there.
+            figures |= {"ema_share": largest[1], "cpu_cores": largest[2], "stolen_cores": largest[3]}
         if self._attention:
-            figures |= {"attention/max_logit": largest[4], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
+            figures |= {"attention/max_logit": largest[5], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
         figures |= {name: value / summed[2 * BINS] for name, value in zip(names, summed[2 * BINS + 2 :])}
         self._sums.zero_()
         self._figures.clear()

@@ -11,6 +11,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
 from infra.results import ResultRow, ResultStore
+from infra.stolen import own_seconds
 from infra.values import Kept, keep_values, one_per_sample
 from infra.version import code_version
 from model.diffusion.validation import half_interval
@@ -33,8 +34,9 @@ class RunLog:
         self._values: list[tuple[int, str, Kept]] = []  # images seen, protocol hash, losses per sample
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
-        self._seconds: list[float] = []  # of a step, by the clock and of work on a CPU, for each line
-        self._cpu: list[float] = []
+        self._seconds: list[float] = []  # of a step, for each line: by the clock,
+        self._own: list[float] = []  # on a CPU also without what a host took,
+        self._cpu: list[float] = []  # and of work
         self._lock = threading.Lock()  # on S3 a thread flushes what the loop tells
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
@@ -77,7 +79,10 @@ class RunLog:
         rate = (self.images_seen - images) / max(now - then, 1e-9)
         self._seconds.append(self.recipe.global_batch / rate if rate else 0.0)
         if "cpu_cores" in figures:
-            self._cpu.append(self._seconds[-1] * figures["cpu_cores"])
+            seconds, ranks = self._seconds[-1], int(os.environ.get("LOCAL_SIZE", "1"))
+            self._cpu.append(seconds * figures["cpu_cores"])
+            stolen = seconds * figures["stolen_cores"]
+            self._own.append(own_seconds(seconds, stolen=stolen, work=self._cpu[-1], ranks=ranks))
         told = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
         self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)
@@ -111,8 +116,8 @@ class RunLog:
         details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
         speed = {}
         if self._seconds:
-            step = _settled(self._seconds)
-            speed = {"images_per_second": self.recipe.global_batch / max(step, 1e-9), "step_seconds": step}
+            rate = self.recipe.global_batch / max(_settled(self._seconds), 1e-9)
+            speed = {"images_per_second": rate, "step_seconds": _settled(self._own or self._seconds)}
         if self._cpu:
             speed["step_cpu_seconds"] = _settled(self._cpu)
         for name, value in {"seconds": self.seconds, **speed, **figures}.items():

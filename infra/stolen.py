@@ -1,0 +1,22 @@
+"""What the host of a virtual machine takes from its cores: on a small rented one up to half, other in each minute."""
+
+import os
+from pathlib import Path
+
+_STEAL = 7  # of the numbers of /proc/stat's first line, in clock ticks over all cores (proc(5))
+
+
+def stolen_seconds() -> float:
+    """Seconds since boot in which a core of this machine could not run what it should; 0 where Linux does not tell."""
+    try:
+        ticks = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    return int(ticks[_STEAL]) / os.sysconf("SC_CLK_TCK") if len(ticks) > _STEAL else 0.0
+
+
+def own_seconds(seconds: float, *, stolen: float, work: float, ranks: int) -> float:
+    """Seconds by the clock as they would have been without the `stolen` ones (of all cores together): `ranks` processes
+    that wait for each other lose what each of their cores loses. Never less than the `work` of the busiest one."""
+    cores = os.cpu_count() or 1
+    return max(min(seconds, work), seconds - stolen * min(ranks, cores) / cores)
