@@ -22,6 +22,7 @@ import torch
 
 from data_pipeline.loading.batch import LatentBatch
 from infra.errors import UserError
+from infra.log import get_logger
 from infra.stolen import own_seconds, stolen_seconds
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
@@ -35,6 +36,7 @@ from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, free_port, leave, start
 
+log = get_logger("plan")
 BLOCKS = (2, 4)
 ROUNDS = 3
 ANSWER = "trial: "
@@ -93,6 +95,7 @@ def _measured(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
     counts = BLOCKS if recipe.model.depth > BLOCKS[-1] else (recipe.model.depth,)
     found = []
     for blocks in counts:
+        log.info("trying %d blocks of width %d on %d rank(s)", blocks, recipe.model.width, ranks)
         one = replace(recipe, model=shallow(recipe.model, blocks))
         cost = _launch(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
         found.append(Sized(cost, train_flops_of(one), parameter_count(one.model)))
@@ -109,7 +112,11 @@ def _launch(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> Ste
             start_training(words, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=said)
             for rank in range(ranks)
         ]
-        codes = [process.wait() for process in processes]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:  # Ctrl-C does not reach them
+            for process in processes:
+                process.kill()
         said.seek(0)
         lines = said.read().splitlines()
     told = next((line.removeprefix(ANSWER) for line in lines if line.startswith(ANSWER)), None)
