@@ -35,6 +35,15 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
+def long_fingerprint(values: Iterable[object]) -> str:
+    """`fingerprint([*values])`, one value at a time."""
+    found = hashlib.sha256(b"[")
+    for number, value in enumerate(values):
+        found.update((b"," if number else b"") + canonical_json(value))
+    found.update(b"]")
+    return found.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Part:
     """One data object of a manifest, relative to the dataset's root, and the rows of a shard that it holds.
