@@ -95,7 +95,8 @@ class Manifest:
     created: str = ""
 
     def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+        raw = vars(self) | {"parts": [vars(part) for part in self.parts]}  # asdict() would copy every range of rows
+        return json.dumps(raw, indent=1).encode() + b"\n"
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> "Manifest":

@@ -126,8 +126,9 @@ class Pipeline:
             self.proven.take_column(light, first=True)
         todo = Todo(rows_known=False)
         for unit in units:
-            shards = json.loads(shards_of[unit.id,]) if (unit.id,) in shards_of else []
-            if not self._complete(shards) or (unit.id,) not in shards_of:
+            known = (unit.id,) in shards_of
+            shards = json.loads(shards_of[unit.id,]) if known else []
+            if not known or not self._complete(shards):
                 todo.add({**asdict(unit), "known": {shard: self.proven.described(shard) for shard in shards}})
         task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
         for report in self.crew.work("ingest + measure + filter", task, todo):
@@ -142,6 +143,7 @@ class Pipeline:
             self.proven.add_shard(part.shard, split)
 
     def _complete(self, shards: Sequence[str]) -> bool:
+        """Have these shards all their light columns?"""
         return all(self.proven.has(column.stage, shard) for _, column in self.columns.light for shard in shards)
 
     # --- dedup: one pass over all signatures

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.flow.ahead import in_order
-from data_pipeline.flow.columns import Column, read_parts
+from data_pipeline.flow.columns import Column, read_parts, readers
 from data_pipeline.flow.ledger import Ledger
 from data_pipeline.flow.stage import OK
 from data_pipeline.flow.verdicts import verdict_table
@@ -126,7 +126,7 @@ class Proven:
 
     def each_shard(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
         """What `work` gives for each shard, in order; what is read for one is gone when it is done."""
-        return in_order(work, self.shards() if shards is None else shards, threads=_READERS)
+        return in_order(work, self.shards() if shards is None else shards, threads=readers(self.root, _READERS))
 
     def read(self, stage: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's table of a stage, by row."""

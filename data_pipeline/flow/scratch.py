@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from infra.errors import DISK_FULL, UserError
 
-BLOCK = 2**18  # values that are worked on at a time
+BLOCK = 2**16  # values that are worked on at a time
 
 
 @contextlib.contextmanager

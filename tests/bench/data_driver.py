@@ -18,12 +18,13 @@ DRIVER = Path(__file__).parent.parent / "data_pipeline_driver.py"
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", type=lambda word: int(float(word)))
-    parser.add_argument("--distance", help="of perceptual hashes; exact pixels only if left out")
+    parser.add_argument("--distance")
     given = parser.parse_args()
     found = []
     for rows in given.rows or [100_000, 400_000, 1_600_000]:
         with tempfile.TemporaryDirectory() as root:
-            command = [sys.executable, str(DRIVER), root, str(rows), *([given.distance] if given.distance else [])]
+            command = [sys.executable, str(DRIVER), root, str(rows)]
+            command += ["--distance", given.distance] if given.distance else []
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found.append(json.loads(out.splitlines()[-1]))
         print(json.dumps(found[-1]))
