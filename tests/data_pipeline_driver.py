@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
-        index._GROUP_BYTES, ledger.CACHE_MIB = 2**20, 1
+        index._GROUP_BYTES, ledger.CACHE_MIB, ledger._PAGE, pipeline._DEDUP_SHARDS = 2**18, 1, 16, 10
     pipeline.PackTask = Packed  # type: ignore[assignment, misc]
     made = driver(given.root, given.rows, given.distance)
     fill(made)
