@@ -150,7 +150,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     assert sum(split.num_samples for split in outcome.info.splits.values()) == outcome.info.counts["ok"]
     found = {"rows": given.rows, "seconds": round(seconds, 1), "mib_before": round(memory.before)}
-    print(json.dumps(found | {"mib": round(memory.peak, 1), "fingerprint": outcome.info.fingerprint}))
+    pages = made.proven.ledger.ask("PRAGMA page_count")[0][0]
+    print(json.dumps(found | {"mib": round(memory.peak, 1), "ledger_mib_on_disk": round(pages * 4096 / 2**20)}))
 
 
 if __name__ == "__main__":

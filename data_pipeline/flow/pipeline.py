@@ -331,7 +331,7 @@ class Pipeline:
         # In one order, whichever of them are published already: the same plan has the same name.
         write_plan(self.root, outputs)
         for report in self.crew.work("pack", PackTask(self.root, info), todo):
-            proofs[report["id"]] = ShardEntry(**report["entry"])
+            proofs[report["id"]] = ShardEntry.from_json(report["entry"])
         entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
         self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries

@@ -3,12 +3,14 @@
 
 import hashlib
 import io
+import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ _GROUP_BYTES = 16 * 2**20
 _BATCH_ROWS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One training shard; `tar` and `rows` (its table of rows) are relative to the dataset's root."""
 
@@ -35,6 +37,11 @@ class ShardEntry:
     rows_sha256: str
     encoding: str
     generation: int = 0
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "ShardEntry":
+        """What many of them say alike is held once."""
+        return ShardEntry(**{**raw, "bucket": sys.intern(raw["bucket"]), "encoding": sys.intern(raw["encoding"])})
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
 def read_split(uri: str, name: str) -> list[ShardEntry]:
     """The entries that `write_split` wrote."""
     path = storage.join(uri, name)
-    return [ShardEntry(**line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
+    return [ShardEntry.from_json(line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
 
 
 class SplitIndex:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from infra import storage
 from infra.errors import UserError
 
 CAPTIONS = ("original", "synthetic")
+_PLANNED = 64  # output shards that are written down at a time
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Outputs:
 
 def write_plan(root: str, outputs: Iterable[Output]) -> None:
     """The plan as it is written down before any output shard: a table named by its hash below pack/."""
-    write_tables(root, "pack/plan-", (plan_table([output]) for output in outputs))
+    left = iter(outputs)
+    write_tables(root, "pack/plan-", map(plan_table, iter(lambda: list(islice(left, _PLANNED)), [])))
 
 
 def plan_table(outputs: Sequence[Output]) -> pa.Table:
@@ -125,8 +127,8 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
     proofs = {}
     for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
         try:
-            entry = ShardEntry(**json.loads(storage.read_bytes(uri)))
-        except (ValueError, TypeError) as error:
+            entry = ShardEntry.from_json(json.loads(storage.read_bytes(uri)))
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{uri}: not a pack manifest ({error}): delete it and run the command again") from error
         proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = entry
     return proofs
