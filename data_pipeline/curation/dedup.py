@@ -132,6 +132,7 @@ class Duplicates:
 
     @property
     def num_shards(self) -> int:
+        """Shards that came, those without rows too."""
         return len(self._ends)
 
     def merge(self, kind: str, first_R: np.ndarray) -> None:

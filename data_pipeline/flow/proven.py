@@ -95,12 +95,15 @@ class Proven:
         return (str(shard) for (shard,) in self._splits)
 
     def split(self, shard: str) -> str:
+        """What the source says of a shard; KeyError for one that is not of this run."""
         return self._splits[shard,].decode()
 
     def parts(self, stage: str, shard: str) -> list[Part]:
+        """In the order in which they were taken; none where nothing is proven."""
         return [Part.from_json(json.loads(data)) for _, data in self._parts.items(shard, stage)]
 
     def has(self, stage: str, shard: str) -> bool:
+        """Is there a part?"""
         return (shard, stage, 0) in self._parts
 
     def flawed(self, stage: str, shard: str) -> bool:

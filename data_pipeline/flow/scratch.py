@@ -33,6 +33,7 @@ class Spool:
         self._dtype, self._width, self._count = np.dtype(dtype), width, 0
 
     def append(self, values: npt.ArrayLike) -> None:
+        """Any number of values, row after row; UserError where the disk is full."""
         data = np.ascontiguousarray(values, self._dtype)
         with on_scratch():
             self._file.write(data.tobytes())
@@ -49,7 +50,7 @@ class Spool:
 
 
 def scratch(shape: int | tuple[int, ...], dtype: npt.DTypeLike, fill: int = 0) -> np.ndarray:
-    """An array to write to."""
+    """An array to write to, full of `fill`; UserError where the disk has no room for it."""
     shape = (shape,) if isinstance(shape, int) else shape
     if not np.prod(shape):
         return np.zeros(shape, dtype)

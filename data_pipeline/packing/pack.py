@@ -74,10 +74,12 @@ class Outputs:
         self._shelf = ledger.shelf("id")
 
     def add(self, output: Output) -> None:
+        """An id stands for its rows: the same output again changes nothing."""
         rows = [(shard, rows.tolist()) for shard, rows in output.rows]
         self._shelf[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
 
     def ids(self) -> Iterator[str]:
+        """Ascending, as the outputs come."""
         return (str(name) for (name,) in self._shelf)
 
     def __iter__(self) -> Iterator[Output]:

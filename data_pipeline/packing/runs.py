@@ -40,6 +40,7 @@ class Runs:
             del self._shelf[key]
 
     def get(self, split: str, bucket: str, shard: str) -> RowRun | None:
+        """The run with this way to go, None without one."""
         key = (split, bucket, shard)
         return _run(*key, data=self._shelf[key]) if key in self._shelf else None
 
@@ -51,6 +52,7 @@ class Runs:
 
     @property
     def buckets(self) -> list[str]:
+        """Each bucket once, in order."""
         return self._shelf.distinct("bucket")
 
 
