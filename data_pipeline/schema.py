@@ -35,6 +35,15 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
+def long_fingerprint(values: Iterable[object]) -> str:
+    """`fingerprint([*values])`, one value at a time."""
+    found = hashlib.sha256(b"[")
+    for number, value in enumerate(values):
+        found.update((b"," if number else b"") + canonical_json(value))
+    found.update(b"]")
+    return found.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Part:
     """One data object of a manifest, relative to the dataset's root, and the rows of a shard that it holds.
@@ -86,7 +95,8 @@ class Manifest:
     created: str = ""
 
     def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+        raw = vars(self) | {"parts": [vars(part) for part in self.parts]}  # asdict() would copy every range of rows
+        return json.dumps(raw, indent=1).encode() + b"\n"
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> "Manifest":

@@ -62,8 +62,7 @@ def size(uri: str) -> int:
     """Bytes of a file."""
     if is_remote(uri):
         with _s3(uri) as (fs, bucket, key):
-            head = _head(fs, bucket, key)
-            if head is None:
+            if (head := _head(fs, bucket, key)) is None:
                 raise FileNotFoundError(uri)
             return int(head["ContentLength"])
     with _local(uri):
@@ -139,16 +138,24 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
 
 def list_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> list[str]:
     """Full URIs of the files in a folder, sorted; [] when there is no such folder. A file's URI gives itself."""
-    if is_remote(prefix):
-        with _s3(prefix) as (fs, bucket, key):
-            items = _list_s3(fs, bucket, key, recursive=recursive)
-            found = [f"s3://{bucket}/{item['Key']}" for item in items if not item["Key"].endswith("/")]
-            if not found and key and _head(fs, bucket, key) is not None:
-                found = [f"s3://{bucket}/{key}"]
-    else:
+    return sorted(iter_files(prefix, suffix=suffix, recursive=recursive))
+
+
+def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> Iterator[str]:
+    """The same in no order and one by one: of a million names one page is held."""
+    if not is_remote(prefix):
         with _local(prefix):
-            found = list(_walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive))
-    return sorted(uri for uri in found if uri.endswith(suffix))
+            walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive)
+            yield from (uri for uri in walked if uri.endswith(suffix))
+        return
+    with _s3(prefix) as (fs, bucket, key):
+        there = False
+        for name in (item["Key"] for item in _list_s3(fs, bucket, key, recursive=recursive)):
+            there = there or not name.endswith("/")
+            if name.endswith(suffix) and not name.endswith("/"):
+                yield f"s3://{bucket}/{name}"
+        if not there and key and key.endswith(suffix) and _head(fs, bucket, key) is not None:
+            yield f"s3://{bucket}/{key}"
 
 
 def etags(uri: str) -> dict[str, str]:
@@ -336,10 +343,7 @@ def _filesystem(*, probing: bool = False) -> "S3FileSystem":
             "max_pool_connections": 32,
         }
         filesystem = s3fs.S3FileSystem(
-            endpoint_url=_endpoint() or None,
-            config_kwargs=config,
-            use_listings_cache=False,
-            skip_instance_cache=True,
+            endpoint_url=_endpoint() or None, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
         )
         filesystem.retries = 1 if probing else 3  # these cover a body that breaks off; boto's cover the request
         _filesystems[key] = filesystem
@@ -456,9 +460,8 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
     if code in ("NotImplemented", "501"):
         return UserError(f"{uri}: {where} lacks an operation that is needed (conditional writes): use a newer server")
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError | ConnectionError | TimeoutError):
-        return UnavailableError(
-            f"{uri}: {where} does not answer ({type(error).__name__}): check AWS_ENDPOINT_URL and the network"
-        )
+        name = type(error).__name__
+        return UnavailableError(f"{uri}: {where} does not answer ({name}): check AWS_ENDPOINT_URL and the network")
     if code:
         return UnavailableError(f"{uri}: {where} answered {code}: try again later")
     return UserError(f"{uri}: S3 request failed ({type(error).__name__}): check the AWS settings")
@@ -490,9 +493,7 @@ class _Ranges(io.RawIOBase):
             return 0
         data = read_bytes(self._uri, self._at, wanted)
         if not data:
-            raise UnavailableError(
-                f"{self._uri}: ended at byte {self._at:,} of {self._size:,}: replaced while reading?"
-            )
+            raise UnavailableError(f"{self._uri}: ended at byte {self._at:,} of {self._size:,}: replaced while read?")
         view[: len(data)] = data
         self._at += len(data)
         return len(data)

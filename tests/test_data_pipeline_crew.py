@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from data_pipeline.flow.crew import Crew
+from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.runner import Workers
 
 
@@ -15,15 +16,16 @@ class Judged:
         return lambda unit: {"rows": 2, "counts": {"ingest": {"odd": 2}, "filter": {"ok": 1, unit["says"]: 1}}}
 
 
-UNITS = [
-    {"id": str(n), "says": word, "num_rows": 2, "rows": [("s", [(0, 2)])]}
-    for n, word in enumerate(("corrupt", "nsfw", "corrupt"))
-]
+def units() -> Todo:
+    todo = Todo()
+    for number, word in enumerate(("corrupt", "nsfw", "corrupt")):
+        todo.add({"id": str(number), "says": word}, rows=2)
+    return todo
 
 
 def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images(capsys):
     crew = Crew(Workers(0), dollars_per_hour=36.0)
-    reports = crew.work("filter", Judged(), UNITS)
+    reports = list(crew.work("filter", Judged(), units()))
     assert (len(reports), crew.computed) == (3, {"filter": 6})
     line = capsys.readouterr().err.splitlines()[-1]
     shown = re.fullmatch(r"filter: 6/6 rows \(100%\), [\d,.]+ rows/s, \S+ taken, (.+)", line)
@@ -33,5 +35,5 @@ def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images(capsy
     assert fields == {"corrupt": "2", "nsfw": "1"}
     # 36 dollars an hour are a cent a second: a million rows at six in less than a minute cost below 100,000 dollars
     assert 0 < price < 100_000
-    Crew(Workers(0)).work("filter", Judged(), UNITS)
+    assert list(Crew(Workers(0)).work("filter", Judged(), units()))
     assert "dollars" not in capsys.readouterr().err  # where no price is known

@@ -99,7 +99,8 @@ def test_a_driver_killed_in_the_middle_goes_on_where_it_was(tmp_path, raw, refer
 
 
 @pytest.mark.dist
-def test_ray_workers_make_the_same_data(tmp_path, raw, reference, ray_cluster):
+def test_ray_workers_make_the_same_data_in_waves(tmp_path, raw, reference, ray_cluster, monkeypatch):
+    monkeypatch.setattr("data_pipeline.flow.runner._WAVE", 2)
     root = tmp_path / "data"
     outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference

@@ -14,13 +14,16 @@ from PIL import Image
 
 from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
 from data_pipeline.captions.column import caption_images, judge
-from data_pipeline.curation.dedup import Dedup, SignatureStage, first_of_near
+from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
+from data_pipeline.curation.firsts import first_of_near
+from data_pipeline.flow.ledger import Ledger
 from data_pipeline.flow.stage import ShardView
 from data_pipeline.flow.verdicts import ok_rows, overruled, rejected, totals, verdict_table
 from data_pipeline.packing.generations import keep_published
-from data_pipeline.packing.pack import Output, RowRun, make_plan, plan_table, read_outputs
+from data_pipeline.packing.pack import Output, make_plan, plan_table, read_outputs
 from data_pipeline.packing.publish import assign_splits, draw_of
+from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.schema import Part, row_ranges
 from data_pipeline.sources.images import ImageError, cover_crop, decode
 from infra.errors import UserError
@@ -190,20 +193,24 @@ def signatures(images: list[Image.Image]) -> dict[str, pa.Table]:
     return {"s": SignatureStage().open()(shard)}
 
 
+def duplicates(dedup: Dedup, found: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    return dict(dedup.run(found.items()).tables())
+
+
 def test_exact_and_perceptual_duplicates():
     image, other = gradient(256, 256), gradient(256, 256, seed=9)
     resized = image.resize((200, 200))
     squeezed = Image.open(io.BytesIO(encoded(image, "JPEG", quality=60)))
     found = signatures([image, other, resized, squeezed, image])
-    assert Dedup(None).run(found)["s"]["status"].to_pylist() == ["ok", "ok", "ok", "ok", "duplicate"]
-    near = Dedup(6).run(found)["s"]
+    assert duplicates(Dedup(None), found)["s"]["status"].to_pylist() == ["ok", "ok", "ok", "ok", "duplicate"]
+    near = duplicates(Dedup(6), found)["s"]
     assert near["status"].to_pylist() == ["ok", "ok", "duplicate", "duplicate", "duplicate"]
     assert near["reason"].to_pylist()[2] == "perceptual: of s row 0"
 
 
 def test_the_first_shard_in_order_keeps_a_duplicate():
     table = signatures([gradient()])["s"]
-    result = Dedup().run({"val": table, "train": table})
+    result = duplicates(Dedup(), {"val": table, "train": table})
     assert (result["val"]["status"].to_pylist(), result["train"]["status"].to_pylist()) == (["ok"], ["duplicate"])
 
 
@@ -260,6 +267,13 @@ def runs(rows: dict[tuple[str, int], str]) -> list[RowRun]:
     return [RowRun(s, split, "64x64", np.array(n), np.zeros(len(n))) for (s, split), n in sorted(found.items())]
 
 
+def shelved(found: Iterable[RowRun]) -> Runs:
+    made = Runs(Ledger())
+    for run in found:
+        made.put(run)
+    return made
+
+
 def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
     return sorted((o.split, shard, number) for o in outputs for shard, rows in o.rows for number in rows.tolist())
 
@@ -268,24 +282,25 @@ def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
 @given(ROWS, st.integers(1, 9))
 def test_the_plan_holds_every_row_once(rows, shard_rows):
     flat = sorted((split, shard, number) for (shard, number), split in rows.items())
-    outputs = make_plan(runs(rows), {"x": "1"}, shard_rows={"64x64": shard_rows})
+    outputs = list(make_plan(shelved(runs(rows)), {"x": "1"}, shard_rows={"64x64": shard_rows}))
     assert rows_of(outputs) == flat
     assert all(o.num_rows <= shard_rows for o in outputs)
     assert len({o.id for o in outputs}) == len(outputs)
     table = plan_table(outputs)  # as written down and read back
     some = {o.id for o in outputs[::2]}
-    assert rows_of(read_outputs(table, some)) == rows_of(o for o in outputs if o.id in some)
+    assert rows_of(read_outputs(table.to_batches(), some)) == rows_of(o for o in outputs if o.id in some)
 
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS, st.integers(1, 5))
 def test_full_shards_stay_wherever_new_rows_sort_unless_a_row_of_theirs_left(first, then, shard_rows):
-    outputs = make_plan(runs(first), {}, shard_rows={"64x64": shard_rows})
+    outputs = make_plan(shelved(runs(first)), {}, shard_rows={"64x64": shard_rows})
     full = [o for o in outputs if o.num_rows == shard_rows]
-    kept, rest = keep_published(runs(then), full)
+    left = shelved(runs(then))
+    kept = list(keep_published(left, full))
     whole = [o for o in full if set(rows_of([o])) <= {(split, *place) for place, split in then.items()}]
     assert [o.id for o in kept] == [o.id for o in whole]
-    again = make_plan(rest, {}, shard_rows={"64x64": shard_rows})
+    again = list(make_plan(left, {}, shard_rows={"64x64": shard_rows}))
     assert sorted(rows_of(kept) + rows_of(again)) == sorted((split, *place) for place, split in then.items())
 
 
@@ -303,7 +318,7 @@ def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
     assert len(val(3, 0.001)) == 1
     assert val(400, 0) == []
     given = [RowRun("a", "train", "64x64", np.array([0]), np.array([0]))]
-    assert assign_splits(given, 0.9) == given
+    assert list(assign_splits(given, 0.9)) == given
 
 
 def test_the_first_stage_that_objects_has_its_say():

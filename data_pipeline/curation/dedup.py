@@ -4,19 +4,21 @@ The first of a group stays, in the order of splits and shards; validation comes 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from data_pipeline.curation.firsts import first_of_equal, first_of_near
 from data_pipeline.curation.semantic import Load, Semantic
+from data_pipeline.flow.scratch import Spool, blocks, concatenated, gathered, scratch
 from data_pipeline.flow.stage import OK, ShardView, Worker, result
 from data_pipeline.sources.images import ImageError
 
 VERSION = 1
-HASH_BITS = 64
+KINDS = ("equal", "perceptual", "semantic")
 
 
 @dataclass(frozen=True)
@@ -76,94 +78,113 @@ class Dedup:
 
     def run(
         self,
-        signatures: Mapping[str, pa.Table],
+        signatures: Iterable[tuple[str, pa.Table]],
         *,
         load: Load | None = None,
-        preferred: Mapping[str, np.ndarray] | None = None,
-    ) -> dict[str, pa.Table]:
-        """Each shard's status per row; `signatures` hold rows that passed the gate, in order of precedence.
+        preferred: Callable[[str], np.ndarray] | None = None,
+    ) -> "Duplicates":
+        """`signatures` are shards with the rows that passed the gate, in order of precedence; they are read once.
 
         Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
         """
-        names = list(signatures)
-        shard_N = np.repeat(np.arange(len(names), dtype=np.int32), [len(signatures[name]) for name in names])
-        row_N = _joined(signatures, "row", np.int32)
-        order_N = np.arange(len(row_N))
-        if preferred is not None:
-            given = [np.isin(signatures[name]["row"].to_numpy(), preferred[name]) for name in names]
-            order_N = np.argsort(~np.concatenate([np.zeros(0, bool), *given]), kind="stable")
-        first_N = _in_order(order_N, first_of_equal(_codes([signatures[name] for name in names])[order_N]))
-        kind_N = np.where(first_N >= 0, "equal", "").astype("U10")
+        seen = Duplicates(signatures, preferred)
+        seen.merge("equal", first_of_equal(gathered(seen.exact_NK, seen.number_R)))
         if self.distance is not None:
-            hash_N = _joined(signatures, "perceptual", np.uint64)
-            near_N = _in_order(order_N, first_of_near(hash_N[order_N], self.distance))
-            kind_N = np.where((first_N < 0) & (near_N >= 0), "perceptual", kind_N)
-            first_N = np.where(first_N >= 0, first_N, near_N)
+            seen.merge("perceptual", first_of_near(gathered(seen.hash_N, seen.number_R), self.distance))
         if self.semantic is not None and load is not None:
-            places = [(names[shard], row) for shard, row in zip(shard_N[order_N].tolist(), row_N[order_N].tolist())]
-            near = self.semantic.first(places, load, skip=first_N[order_N] >= 0)
-            near_N = _in_order(order_N, near)
-            kind_N = np.where((first_N < 0) & (near_N >= 0), "semantic", kind_N)
-            first_N = np.where(first_N >= 0, first_N, near_N)
-        tables, start = {}, 0
-        for name in names:
-            numbers = range(start, start + len(signatures[name]))
-            kept = [(int(first_N[n]), str(kind_N[n])) for n in numbers]
-            reasons = ["" if n < 0 else f"{kind}: of {names[shard_N[n]]} row {row_N[n]}" for n, kind in kept]
-            tables[name] = result(
-                row_N[start : numbers.stop].tolist(),
-                [OK if n < 0 else "duplicate" for n, _ in kept],
+            seen.merge("semantic", self.semantic.first(seen, len(seen), load))
+        return seen
+
+
+class Duplicates:
+    """Which row stands for which, on scratch disk. Numbers count rows as they came, ranks in order of precedence."""
+
+    def __init__(
+        self, signatures: Iterable[tuple[str, pa.Table]], preferred: Callable[[str], np.ndarray] | None
+    ) -> None:
+        names, name_ends, ends = Spool(np.uint8), Spool(np.int64), Spool(np.int64)
+        row, exact, near = Spool(np.int32), Spool(np.uint64, 2), Spool(np.uint64)
+        given, others = Spool(np.int64), Spool(np.int64)
+        count = letters = 0
+        for name, table in signatures:
+            rows = table["row"].to_numpy()
+            row.append(rows)
+            exact.append(_keys(table["exact"].to_pylist()))
+            near.append(table["perceptual"].to_numpy())
+            first = np.ones(len(rows), bool) if preferred is None else np.isin(rows, preferred(name))
+            given.append(count + np.flatnonzero(first))
+            others.append(count + np.flatnonzero(~first))
+            count, letters = count + len(rows), letters + len(name.encode())
+            names.append(np.frombuffer(name.encode(), np.uint8))
+            name_ends.append(letters)
+            ends.append(count)
+        self.row_N, self.exact_NK, self.hash_N = row.array(), exact.array(), near.array()
+        self._names, self._name_ends, self._ends = names.array(), name_ends.array(), ends.array()
+        self._preferred = len(given.array())
+        self.number_R = concatenated([given.array(), others.array()])
+        self._rank_N = scratch(count, np.int64)
+        for block in blocks(count):
+            self._rank_N[self.number_R[block]] = np.arange(block.start, block.stop)
+        self.first_R, self._kind_R = scratch(count, np.int64, -1), scratch(count, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that came, those without rows too."""
+        return len(self._ends)
+
+    def merge(self, kind: str, first_R: np.ndarray) -> None:
+        """What a pass found (by rank: the rank of the row that stands for it, or -1), for rows that still stood."""
+        for block in blocks(len(self)):
+            new_B = (self.first_R[block] < 0) & (first_R[block] >= 0)
+            self.first_R[block] = np.where(new_B, first_R[block], self.first_R[block])
+            self._kind_R[block] = np.where(new_B, KINDS.index(kind), self._kind_R[block])
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(shard, rows, their ranks) of rows that no pass has set aside; shards with the first ranks come first."""
+        for preferred in (True, False):
+            for shard in range(self.num_shards):
+                rank_S = np.sort(self._rank_N[self._range(shard)])
+                rank_S = rank_S[self.first_R[rank_S] < 0]
+                if len(rank_S) and (rank_S[0] < self._preferred) == preferred:
+                    yield self._name(shard), self.row_N[self.number_R[rank_S]], rank_S
+
+    def digest(self) -> str:
+        """Sixteen hex digits that name the answer."""
+        found = hashlib.sha256()
+        for block in blocks(len(self)):
+            found.update(self.first_R[block].tobytes() + self._kind_R[block].tobytes())
+        return found.hexdigest()[:16]
+
+    def tables(self) -> Iterator[tuple[str, pa.Table]]:
+        """Each shard with the status of its rows, in the order in which they came."""
+        for shard in range(self.num_shards):
+            rank_S = self._rank_N[self._range(shard)]
+            first_S, kind_S = self.first_R[rank_S], self._kind_R[rank_S]
+            origin_S = self.number_R[np.maximum(first_S, 0)]
+            shard_S, row_S = np.searchsorted(self._ends, origin_S, side="right"), self.row_N[origin_S]
+            origins = zip(first_S.tolist(), kind_S.tolist(), shard_S.tolist(), row_S.tolist())
+            reasons = [
+                "" if first < 0 else f"{KINDS[kind]}: of {self._name(there)} row {row}"
+                for first, kind, there, row in origins
+            ]
+            yield self._name(shard), result(
+                self.row_N[self._range(shard)].tolist(),
+                np.where(first_S < 0, OK, "duplicate").tolist(),
                 reason=pa.array(reasons, pa.string()),
             )
-            start = numbers.stop
-        return tables
+
+    def _range(self, shard: int) -> slice:
+        return slice(int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard]))
+
+    def _name(self, shard: int) -> str:
+        letters = slice(int(self._name_ends[shard - 1]) if shard else 0, int(self._name_ends[shard]))
+        return self._names[letters].tobytes().decode()
 
 
-def _in_order(order_N: np.ndarray, first_N: np.ndarray) -> np.ndarray:
-    """Answers for rows taken in `order_N`, as answers for the rows themselves."""
-    back_N = np.empty_like(first_N)
-    back_N[order_N] = np.where(first_N >= 0, order_N[first_N], -1)
-    return back_N
-
-
-def _joined(tables: Mapping[str, pa.Table], name: str, dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *(table[name].to_numpy().astype(dtype) for table in tables.values())])
-
-
-def _codes(tables: Sequence[pa.Table]) -> np.ndarray:
-    """A number for each hash of pixels, the same for equal ones."""
-    chunks = [chunk for table in tables for chunk in table["exact"].chunks]
-    return pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
-
-
-def first_of_equal(code_N: np.ndarray) -> np.ndarray:
-    """For each value (small numbers) the index of its first occurrence, -1 for the first itself."""
-    number_N = np.arange(len(code_N))
-    first = np.zeros(code_N.max(initial=-1) + 1, np.int64)
-    first[code_N[::-1]] = number_N[::-1]  # of several writes to a place the last one stays
-    return np.where(first[code_N] == number_N, -1, first[code_N])
-
-
-def first_of_near(hash_N: np.ndarray, distance: int) -> np.ndarray:
-    """For each hash the earliest kept one within `distance` bits, -1 where it is itself kept.
-
-    Bands: hashes at most d bits apart agree in one of d + 1 pieces, so only rows that share a piece are compared.
-    """
-    edges = np.linspace(0, HASH_BITS, distance + 2).astype(int)
-    tables: list[dict[int, list[int]]] = [{} for _ in range(distance + 1)]
-    first_N = np.full(len(hash_N), -1, np.int64)
-    for number, value in enumerate(hash_N.tolist()):
-        pieces = list(_pieces(value, edges))
-        near = {n for table, piece in zip(tables, pieces) for n in table.get(piece, ())}
-        matches = [n for n in near if (int(hash_N[n]) ^ value).bit_count() <= distance]
-        if matches:
-            first_N[number] = min(matches)
-            continue
-        for table, piece in zip(tables, pieces):
-            table.setdefault(piece, []).append(number)
-    return first_N
-
-
-def _pieces(value: int, edges: np.ndarray) -> Iterator[int]:
-    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist()):
-        yield (value >> low) & ((1 << (high - low)) - 1)
+def _keys(digests: Sequence[str]) -> np.ndarray:
+    """(N, 2) words, equal for equal digests only."""
+    whole = b"".join(hashlib.blake2b(digest.encode(), digest_size=16).digest() for digest in digests)
+    return np.frombuffer(whole, np.uint64).reshape(-1, 2)

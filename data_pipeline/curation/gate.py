@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.filters import Thresholds, judged_rows
-from data_pipeline.flow.verdicts import Verdicts, ok_rows, verdict_table
+from data_pipeline.flow.verdicts import ok_rows, verdict_table
 from infra.errors import UserError
 
 
@@ -35,12 +35,9 @@ class Gate:
         return replace(strict, **named)
 
 
-def only_ok(tables: Mapping[str, pa.Table], judged: Verdicts) -> dict[str, pa.Table]:
-    """Rows that passed the filter."""
-    return {
-        shard: table.filter(pa.array(np.isin(table["row"].to_numpy(), ok_rows(judged[shard]))))
-        for shard, table in tables.items()
-    }
+def only_ok(table: pa.Table, judged: pa.Table) -> pa.Table:
+    """Rows of a shard's table that passed the filter."""
+    return table.filter(pa.array(np.isin(table["row"].to_numpy(), ok_rows(judged))))
 
 
 def strict_verdict(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:

@@ -8,8 +8,8 @@ import numpy as np
 from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.scores import SCORERS
 from data_pipeline.flow.columns import Column, read_parts
+from data_pipeline.flow.proven import Proven
 from data_pipeline.flow.stage import OK
-from data_pipeline.schema import Part
 from infra.errors import UserError
 
 LIMITS: Mapping[str, tuple[float, ...]] = {
@@ -48,10 +48,16 @@ def keep_report(root: str, columns: Mapping[str, str]) -> list[Kept]:
 
 
 def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    parts = {stage: _parts(root, stage, columns) for stage in ("measure", *scorers)}
-    for shard, mine in sorted(parts["measure"].items()):
-        table = read_parts(root, mine, ["row", "status", "width", "height", "caption"])
-        assert table is not None
+    proven = Proven(root)
+    for stage in ("measure", *scorers):
+        if stage not in columns:
+            raise UserError(f"{root}: no column {stage}: run the pipeline there first")
+        for manifest in proven.manifests(Column(root, stage, columns[stage]), heal=False):
+            proven.take(manifest)
+            for part in manifest.parts if stage == "measure" else ():
+                proven.add_shard(part.shard, "")
+    for shard in proven.shards():
+        table = proven.read("measure", shard, ["row", "status", "width", "height", "caption"])
         rows = [row for row in table.to_pylist() if row["status"] == OK]
         width, height = (np.array([row[side] for row in rows], float) for side in ("width", "height"))
         values = {
@@ -61,21 +67,10 @@ def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterat
         }
         for name, scorer in _SCORE_OF.items():
             if scorer in scorers:
-                found = read_parts(root, parts[scorer].get(shard, []), ["row", "score"])
+                found = read_parts(root, proven.parts(scorer, shard), ["row", "score"])
                 scores = {} if found is None else dict(zip(found["row"].to_pylist(), found["score"].to_pylist()))
                 values[name] = np.array([scores.get(row["row"], np.nan) for row in rows], float)
         yield values
-
-
-def _parts(root: str, stage: str, columns: Mapping[str, str]) -> dict[str, list[Part]]:
-    if stage not in columns:
-        raise UserError(f"{root}: no column {stage}: run the pipeline there first")
-    found: dict[str, list[Part]] = {}
-    for manifests in Column(root, stage, columns[stage]).manifests().values():
-        for manifest in manifests:
-            for part in manifest.parts:
-                found.setdefault(part.shard, []).append(part)
-    return found
 
 
 def keep_table(lines: list[Kept], thresholds: Thresholds | None = None) -> str:

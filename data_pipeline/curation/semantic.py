@@ -5,24 +5,29 @@ pixels say that they are the same picture. Memory stays bounded: clusters are wo
 """
 # Shapes: N rows, D embedding width, C rows of one cluster, V crops of a thumbnail, P values of one crop.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.embed import THUMB
+from data_pipeline.flow.scratch import Spool, scratch
 
-MAX_BYTES = 2 * 2**30  # of embeddings and thumbnails held at a time
-CLUSTER_ROWS = 1000  # rows per cluster where the plan names no number (the paper's 16,000 clusters are for billions)
+MAX_BYTES = 2**30  # of embeddings and thumbnails held at a time
+MAX_SAMPLE_BYTES = 2**29  # of embeddings that the centroids are made from
+MAX_CLUSTERS = 16_000  # the paper's, for billions of rows, where the plan names no number
+THUMB_BYTES = THUMB * THUMB * 3
+CLUSTER_ROWS = 1000  # rows per cluster where the plan names no number
 _SAMPLES_PER_CLUSTER = 256
 _QUERIES = 512
 _SCALES = (1.0, 0.975, 0.95, 0.925)
 _COARSE = 3.5  # no crop of these moves the unaligned difference further than this many thresholds away
 
 Load = Callable[[str], pa.Table]
+Places = Iterable[tuple[str, np.ndarray, np.ndarray]]  # shard, rows, numbers
 
 
 @dataclass(frozen=True)
@@ -34,57 +39,62 @@ class Semantic:
     clusters: int | None = None
     seed: int = 0
 
-    def first(
-        self, places: Sequence[tuple[str, int]], load: Load, max_bytes: int = MAX_BYTES, skip: np.ndarray | None = None
-    ) -> np.ndarray:
-        """For each place (shard, row), in order of precedence, the number of the one that stands for it; -1 if itself.
+    def first(self, places: Places, count: int, load: Load, max_bytes: int = MAX_BYTES) -> np.ndarray:
+        """For each of `count` numbers the number of the row that stands for it, -1 if itself or if it takes no part.
 
-        `load(shard)` gives the embedding column's table; rows where `skip` is true take no part.
+        `places` (shard, rows, their numbers) may be walked several times; numbers ascend in order of precedence, within
+        a shard too. `load(shard)` gives the embedding column's table.
         """
-        taking = np.ones(len(places), bool) if skip is None else ~skip
-        by_shard: dict[str, list[int]] = {}
-        for number in np.flatnonzero(taking).tolist():
-            by_shard.setdefault(places[number][0], []).append(number)
-        first_N = np.full(len(places), -1, np.int64)
-        if not by_shard:
+        first_N = scratch(count, np.int64, -1)
+        found = self._assign(count, places, load)
+        if found is None:
             return first_N
-        rows = {shard: np.array([places[n][1] for n in numbers]) for shard, numbers in by_shard.items()}
-        cluster_N, width = self._assign(len(places), by_shard, rows, load)
-        for group in _groups(cluster_N[taking], width * 2 + THUMB * THUMB * 3, max_bytes):
-            for numbers, vectors_CD, thumbs in _members(group, cluster_N, by_shard, rows, load):
-                first_N[numbers] = self._walk(numbers, vectors_CD, thumbs)
+        cluster_N, size_K, width = found
+        for group in _groups(size_K, width * 2 + THUMB_BYTES, max_bytes):
+            for number_C, vectors_CD, thumbs_CP in _members(group, size_K, width, cluster_N, places, load):
+                first_N[number_C] = self._walk(number_C, vectors_CD, thumbs_CP)
         return first_N
 
-    def _assign(
-        self, count: int, by_shard: dict[str, list[int]], rows: dict[str, np.ndarray], load: Load
-    ) -> tuple[np.ndarray, int]:
-        """(cluster of each row, width): centroids from a sample, then one shard after the other."""
+    def _assign(self, count: int, places: Places, load: Load) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """(cluster of each number, rows of each cluster, width): centroids from a sample, then shard after shard.
+
+        None where no row takes part.
+        """
         import faiss
 
         faiss.omp_set_num_threads(1)
-        total = sum(map(len, by_shard.values()))
-        clusters = self.clusters or max(1, total // CLUSTER_ROWS)
+        total = sum(len(numbers) for _, _, numbers in places)
+        if not total:
+            return None
+        clusters = self.clusters or min(MAX_CLUSTERS, max(1, total // CLUSTER_ROWS))
         step = max(1, total // (_SAMPLES_PER_CLUSTER * clusters))
-        sample = np.concatenate([_vectors(load(shard), rows[shard][::step]) for shard in by_shard])
+        shard, rows, _ = next(iter(places))
+        width = _vectors(load(shard), rows[:1]).shape[1]
+        every = -(-(total // step * width * 4) // MAX_SAMPLE_BYTES)  # shard that gives its share
+        sampled = Spool(np.float32, width)
+        for shard, rows, _ in islice(places, None, None, max(1, every)):
+            sampled.append(_vectors(load(shard), rows[::step]))
+        sample = sampled.array()
         clusters = min(clusters, len(sample))
         kmeans = faiss.Kmeans(
-            sample.shape[1], clusters, niter=20, seed=self.seed, spherical=True, min_points_per_centroid=1,
+            width, clusters, niter=20, seed=self.seed, spherical=True, min_points_per_centroid=1,
             max_points_per_centroid=_SAMPLES_PER_CLUSTER,
         )  # fmt: skip
         kmeans.train(sample)
-        cluster_N = np.full(count, -1, np.int32)
-        for shard, numbers in by_shard.items():
-            cluster_N[numbers] = kmeans.index.search(_vectors(load(shard), rows[shard]), 1)[1][:, 0]
-        return cluster_N, sample.shape[1]
+        cluster_N, size_K = scratch(count, np.int32, -1), np.zeros(clusters, np.int64)
+        for shard, rows, numbers in places:
+            cluster_N[numbers] = found = kmeans.index.search(_vectors(load(shard), rows), 1)[1][:, 0]
+            size_K += np.bincount(found, minlength=clusters)
+        return cluster_N, size_K, width
 
-    def _walk(self, numbers: np.ndarray, vectors_CD: np.ndarray, thumbs: list[bytes]) -> np.ndarray:
+    def _walk(self, numbers: np.ndarray, vectors_CD: np.ndarray, thumbs_CP: np.ndarray) -> np.ndarray:
         """Algorithm 1: walk the rows, pass over flagged ones, flag every later hit of the range search."""
         import faiss
 
         index = faiss.IndexFlatIP(vectors_CD.shape[1])
         index.add(vectors_CD)
         first_C = np.full(len(numbers), -1, np.int64)
-        same = _Same(thumbs, self.verify)
+        same = _Same(thumbs_CP, self.verify)
         for start in range(0, len(numbers), _QUERIES):
             limits, _, hits = index.range_search(vectors_CD[start : start + _QUERIES], self.similarity)
             for offset, (low, high) in enumerate(pairwise(limits)):
@@ -100,10 +110,9 @@ class Semantic:
 class _Same:
     """Are two pictures the same but for a crop? True for all where nothing is to be verified."""
 
-    def __init__(self, thumbs: Sequence[bytes], verify: float | None) -> None:
-        self._verify = verify
-        self._whole_CP = np.stack([np.frombuffer(thumb, np.uint8) for thumb in thumbs])
-        self._crops = lru_cache(maxsize=2048)(lambda at: thumb_crops(thumbs[at]))
+    def __init__(self, thumbs_CP: np.ndarray, verify: float | None) -> None:
+        self._verify, self._whole_CP = verify, thumbs_CP
+        self._crops = lru_cache(maxsize=1024)(lambda at: thumb_crops(thumbs_CP[at].tobytes()))
 
     def __call__(self, a: int, b: int) -> bool:
         if self._verify is None:
@@ -114,40 +123,42 @@ class _Same:
         return aligned_difference(self._crops(a), self._crops(b)) <= self._verify
 
 
-def _groups(cluster_N: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[np.ndarray]:
+def _groups(size_K: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[range]:
     """Clusters in groups whose rows fit into memory (one cluster at least)."""
-    sizes = np.bincount(cluster_N)
-    group: list[int] = []
-    held = 0
-    for cluster, size in enumerate(sizes.tolist()):
-        if group and held + size * row_bytes > max_bytes:
-            yield np.array(group)
-            group, held = [], 0
-        group.append(cluster)
+    start = held = 0
+    for cluster, size in enumerate(size_K.tolist()):
+        if cluster > start and held + size * row_bytes > max_bytes:
+            yield range(start, cluster)
+            start, held = cluster, 0
         held += size * row_bytes
-    yield np.array(group)
+    yield range(start, len(size_K))
 
 
 def _members(
-    group: np.ndarray, cluster_N: np.ndarray, by_shard: dict[str, list[int]], rows: dict[str, np.ndarray], load: Load
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[bytes]]]:
-    """(numbers in order, vectors, thumbnails) of each cluster of a group."""
-    numbers: list[int] = []
-    vectors, thumbs = [], []
-    for shard, mine in by_shard.items():
-        chosen = np.isin(cluster_N[mine], group)
-        if not chosen.any():
+    group: range, size_K: np.ndarray, width: int, cluster_N: np.ndarray, places: Places, load: Load
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(numbers in order, vectors in fp32, thumbnails) of each cluster of a group."""
+    ends = np.cumsum(size_K[group.start : group.stop])
+    filled, total = ends - size_K[group.start : group.stop], int(ends[-1])
+    number_M = np.empty(total, np.int64)
+    vectors_MD, thumbs_MP = np.empty((total, width), np.float16), np.empty((total, THUMB_BYTES), np.uint8)
+    for shard, rows, numbers in places:
+        cluster_S = np.array(cluster_N[numbers]) - group.start
+        chosen = np.flatnonzero((cluster_S >= 0) & (cluster_S < len(group)))
+        if not len(chosen):
             continue
-        table = load(shard)
-        vectors.append(_vectors(table, rows[shard][chosen]))
-        thumbs += _cells(table, "thumb", rows[shard][chosen])
-        numbers += np.array(mine)[chosen].tolist()
-    joined, all_numbers = np.concatenate(vectors), np.array(numbers)
-    for cluster in group.tolist():
-        at = np.flatnonzero(cluster_N[all_numbers] == cluster)
-        at = at[np.argsort(all_numbers[at])]
-        if len(at):
-            yield all_numbers[at], joined[at], [thumbs[n] for n in at.tolist()]
+        table, cluster_S = load(shard), cluster_S[chosen]
+        order = np.argsort(cluster_S, kind="stable")
+        chosen, many = chosen[order], np.bincount(cluster_S, minlength=len(group))
+        at = np.repeat(filled - np.cumsum(many) + many, many) + np.arange(len(chosen))
+        number_M[at] = numbers[chosen]
+        vectors_MD[at] = _vectors(table, rows[chosen])
+        thumbs_MP[at] = [np.frombuffer(cell, np.uint8) for cell in _cells(table, "thumb", rows[chosen])]
+        filled += many
+    for start, end in pairwise([0, *ends.tolist()]):
+        mine = start + np.argsort(number_M[start:end])
+        if len(mine):
+            yield number_M[mine], vectors_MD[mine].astype(np.float32), thumbs_MP[mine]
 
 
 def _cells(table: pa.Table, column: str, rows: np.ndarray) -> list[bytes]:
@@ -160,7 +171,7 @@ def _vectors(table: pa.Table, rows: np.ndarray) -> np.ndarray:
 
 
 def thumb_crops(thumb: bytes) -> np.ndarray:
-    """A thumbnail and its crops by up to 7.5 %, each back at full size: (V, P) float32; the whole comes first."""
+    """A thumbnail and its crops by up to 7.5 %, each back at full size: (V, P) uint8; the whole comes first."""
     from PIL import Image
 
     image = Image.frombytes("RGB", (THUMB, THUMB), thumb)
@@ -171,10 +182,11 @@ def thumb_crops(thumb: bytes) -> np.ndarray:
             for y in (slack * part / 4 for part in range(5 if slack else 1)):
                 box = (x, y, x + THUMB * scale, y + THUMB * scale)
                 crops.append(np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BICUBIC, box=box)).ravel())
-    return np.stack(crops).astype(np.float32)
+    return np.stack(crops)
 
 
 def aligned_difference(a_VP: np.ndarray, b_VP: np.ndarray) -> float:
     """Least root mean square difference (0 to 255) between one thumbnail and the crops of the other, either way."""
+    a_VP, b_VP = a_VP.astype(np.float32), b_VP.astype(np.float32)
     pairs = (((a_VP - b_VP[0]) ** 2).mean(1).min(), ((b_VP - a_VP[0]) ** 2).mean(1).min())
     return float(np.sqrt(min(pairs)))

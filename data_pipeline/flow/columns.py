@@ -6,24 +6,22 @@ zombie writer and its retry cannot mix. A shard may have several manifests, each
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.flow.ahead import in_order
 from data_pipeline.loading.index import read_table
 from data_pipeline.schema import Manifest, Part, row_ranges
 from infra import storage
 from infra.errors import UserError
-from infra.log import get_logger
 from infra.version import code_version
 
-log = get_logger("columns")
-
 _ROW_GROUP = 256
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Column:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         while True:
-            uri = storage.join(self.root, self.folder, f"{unit}.{number}.json")
+            uri = self.uri(unit, number)
             if storage.write_bytes_if_absent(uri, manifest.to_bytes()):
                 return manifest
             standing = Manifest.from_bytes(storage.read_bytes(uri), uri)
@@ -65,29 +63,33 @@ class Column:
                 return standing
             number += 1  # a manifest with a lower number was deleted, and this one is of other rows
 
-    def manifests(self, *, heal: bool = False) -> dict[str, list[Manifest]]:
-        """All manifests by unit, in the order of their numbers.
+    def manifests(self, *, prefix: str = "") -> Iterator[tuple[str, int, bytes]]:
+        """(unit, number, bytes) of the manifests of units whose names begin so, in no order; a few are held at a time.
 
-        `heal` deletes those that name an object which is gone: their rows are then made again.
+        A unit's manifests have numbers; each holds other rows.
         """
-        uris = storage.list_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
-        found: dict[str, list[Manifest]] = {}
-        with ThreadPoolExecutor(16) as pool:
-            manifests = list(pool.map(lambda uri: Manifest.from_bytes(storage.read_bytes(uri), uri), uris))
-        # listed last: objects are written before the manifest that names them
-        there = set(storage.list_files(storage.join(self.root, self.folder, "objects"))) if heal else None
-        for uri, manifest in sorted(zip(uris, manifests), key=lambda item: _number(item[0])):
-            if manifest.fingerprint != self.fingerprint:
-                raise UserError(
-                    f"{uri}: made by {manifest.fingerprint}, expected {self.fingerprint}: delete the folder"
-                )
-            names = [storage.join(self.root, part.object) for part in manifest.parts]
-            if there is not None and not there.issuperset(names):
-                log.warning("%s names an object that is gone; its rows are made again", uri)
-                storage.delete(uri)
-                continue
-            found.setdefault(manifest.unit, []).append(manifest)
-        return found
+        listed = storage.iter_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
+        uris = (uri for uri in listed if uri.rpartition("/")[2].startswith(prefix))
+        for uri, data in in_order(storage.read_bytes, uris, threads=readers(self.root, _READERS)):
+            unit, _, number = uri.rpartition("/")[2].removesuffix(".json").rpartition(".")
+            yield unit, int(number), data
+
+    def manifest(self, unit: str, number: int, data: bytes) -> Manifest:
+        """One of them; UserError where another fingerprint made it."""
+        uri = self.uri(unit, number)
+        manifest = Manifest.from_bytes(data, uri)
+        if manifest.fingerprint != self.fingerprint:
+            raise UserError(f"{uri}: made by {manifest.fingerprint}, expected {self.fingerprint}: delete the folder")
+        return manifest
+
+    def uri(self, unit: str, number: int) -> str:
+        """Where a manifest lies."""
+        return storage.join(self.root, self.folder, f"{unit}.{number}.json")
+
+    def objects(self) -> Iterator[str]:
+        """Names of the data objects that are there, as parts name them, in no order."""
+        for uri in storage.iter_files(storage.join(self.root, self.folder, "objects"), recursive=False):
+            yield f"{self.folder}/objects/{uri.rpartition('/')[2]}"
 
     def _put(self, shard: str, table: pa.Table) -> Part:
         out = io.BytesIO()
@@ -108,13 +110,13 @@ class Column:
         return Part(shard, name, sha, len(data), len(table), row_ranges(table["row"].to_pylist()))
 
 
+def readers(root: str, remote: int) -> int:
+    """Threads that read ahead: a remote answer takes tens of milliseconds, a local one less than changing threads."""
+    return remote if storage.is_remote(root) else 2
+
+
 def _rows(manifest: Manifest) -> list[tuple[str, object]]:
     return [(part.shard, part.rows) for part in manifest.parts]
-
-
-def _number(uri: str) -> tuple[str, int]:
-    stem, _, number = uri.removesuffix(".json").rpartition(".")
-    return stem, int(number)
 
 
 def count_statuses(table: pa.Table) -> dict[str, int]:

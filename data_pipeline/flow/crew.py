@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.flow.runner import Report, Task, Unit, Workers, run_tasks
+from data_pipeline.flow.ledger import Todo
+from data_pipeline.flow.runner import Report, Task, Workers, run_tasks
 from data_pipeline.flow.stage import OK
-from data_pipeline.schema import in_ranges
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 
@@ -26,38 +26,37 @@ class Crew:
         self,
         title: str,
         task: Task,
-        units: Sequence[Unit],
+        todo: Todo,
         *,
         workers: Workers | None = None,
         environment: Mapping[str, Any] | None = None,
-    ) -> list[Report]:
-        """Reports of the units that worked. The others stop the run before anything is published."""
-        if not units:
+    ) -> Iterator[Report]:
+        """Reports of the units that worked, as they come. The others stop the run before anything is published."""
+        if not len(todo):
             log.info("%s: nothing missing", title)
-            return []
-        done, rows = [], 0
+            return
+        done = rows = 0
         failed: dict[str, str] = {}
         started = time.monotonic()
-        known = all("num_rows" in unit or "missing" in unit or "rows" in unit for unit in units)
-        with Progress(sum(map(_rows_of, units)) if known else None, "rows", desc=title) as progress:
+        with Progress(todo.rows, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
-            for report in run_tasks(task, units, workers or self.workers, runtime_env=environment):
+            for report in run_tasks(task, todo, workers or self.workers, runtime_env=environment):
                 if report["error"]:
                     failed[report["id"]] = report["error"]
                     if report["fatal"]:
                         raise UserError(f"{title}: no worker can start: {report['error']}")
                     continue
-                done.append(report)
+                done += 1
                 rows += report["rows"]
                 bad += _not_ok(report)
-                if not known:
-                    progress.total = round(rows / len(done) * len(units))
+                if todo.rows is None:
+                    progress.total = round(rows / done * len(todo))
                 extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
                 progress.update(report["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
+                yield report
         self.computed[title] = rows
         if failed:
-            self._handle(title, failed, len(units))
-        return done
+            self._handle(title, failed, len(todo))
 
     def _price(self, rows: int, seconds: float) -> dict[str, object]:
         """Dollars per million rows of this pass, where the price of the machines is known."""
@@ -78,9 +77,3 @@ def _not_ok(report: Report) -> Counter[str]:
     """Rows by status, as the last stage that judges them says."""
     judging = {stage: counts for stage, counts in report["counts"].items() if stage not in ("ingest", "measure")}
     return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})
-
-
-def _rows_of(unit: Unit) -> int:
-    if "missing" in unit:
-        return max(len(in_ranges(ranges)) for ranges in unit["missing"].values())
-    return sum(len(in_ranges(ranges)) for _, ranges in unit["rows"])

@@ -1,12 +1,17 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
-The driver holds the verdict and the hash of each row (some hundred bytes), never captions, images or features.
+The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`ledger.py`,
+`scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
+training shards.
 """
 
+import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -16,24 +21,28 @@ from data_pipeline.captions.column import MAX_CHARS
 from data_pipeline.curation.gate import only_ok, strict_verdict
 from data_pipeline.flow.columns import Column
 from data_pipeline.flow.crew import Crew
+from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.misfits import check_rebuild
 from data_pipeline.flow.proven import Proven
 from data_pipeline.flow.runner import Unit, Workers
 from data_pipeline.flow.stage import OK, Stage
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.flow.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
-from data_pipeline.loading.index import ShardEntry, table_bytes
-from data_pipeline.packing.generations import keep_published, published, standing
+from data_pipeline.loading.index import ShardEntry
+from data_pipeline.packing.generations import Published, keep_published, standing
 from data_pipeline.packing.layout import SampleLayout
-from data_pipeline.packing.pack import CAPTIONS, Output, RowRun, lost_outputs, make_plan, plan_table, read_proofs
+from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
+from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import Plan, build_columns, vae_meta
-from data_pipeline.schema import DatasetInfo, Manifest, fingerprint, row_ranges
-from data_pipeline.sources.formats import Source, SourceUnit, source_to_json
+from data_pipeline.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
+from data_pipeline.sources.formats import Source, source_to_json
 from infra import storage
 from infra.errors import UserError
 from infra.version import code_version
+
+_DEDUP_SHARDS = 100  # that a manifest of the dedup column names
 
 
 @dataclass
@@ -73,7 +82,7 @@ class Pipeline:
         self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.proven = Proven(root)
-        self.strict: Verdicts = {}
+        self.strict = Verdicts(self.proven.ledger)
 
     def run_gate(self) -> Verdicts:
         """Everything that is cheap: what is said of every row before captions and latents are made."""
@@ -89,16 +98,17 @@ class Pipeline:
         self.encode(verdicts)
         runs = self._accepted(verdicts)
         info, entries = self._pack(runs)
-        name = write_rejected(self.root, list(self._dead(verdicts).values()))
+        name = write_rejected(self.root, self._dead(verdicts))
         info = publish(self.root, info, entries, totals(verdicts), rejected=name)
         rejected = storage.join(self.root, name)
         return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
 
-    def _dead(self, verdicts: Verdicts) -> dict[str, pa.Table]:
-        """Rows that are set aside, by shard."""
-        return self.proven.each_shard(
+    def _dead(self, verdicts: Verdicts) -> Iterator[pa.Table]:
+        """Rows that are set aside, shard by shard."""
+        found = self.proven.each_shard(
             lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
         )
+        return (table for _, table in found)
 
     # --- ingest, filter, signature, bucket: one pass over the source
 
@@ -107,85 +117,100 @@ class Pipeline:
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
         ingest, column = self.columns.ingest
-        known = {c.stage: c.manifests(heal=True) for c in (column, *(c for _, c in self.columns.light))}
-        todo = []
+        split_of, shards_of = {unit.id: unit.split for unit in units}, self.proven.ledger.shelf("unit")
+        for unit, (manifest, *_) in groupby(self.proven.manifests(column), lambda manifest: manifest.unit):
+            if unit in split_of:
+                self._take(manifest, split_of[unit])
+                shards_of[unit,] = json.dumps([part.shard for part in manifest.parts]).encode()
+        for _, light in self.columns.light:
+            self.proven.take_column(light, first=True)
+        todo = Todo(rows_known=False)
         for unit in units:
-            found = self._known(unit, known)
-            for manifest in found.values():
-                self.proven.take(manifest)
-            if "ingest" in found:
-                self.proven.splits |= {part.shard: unit.split for part in found["ingest"].parts}
-            if not self._complete(found):
-                todo.append(_ingest_unit(unit, found))
-        by_id = {unit.id: unit for unit in units}
+            known = (unit.id,) in shards_of
+            shards = json.loads(shards_of[unit.id,]) if known else []
+            if not known or not self._complete(shards):
+                todo.add({**asdict(unit), "known": {shard: self.proven.described(shard) for shard in shards}})
         task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
         for report in self.crew.work("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, report["manifests"]):
-                self.proven.take(manifest)
-                if manifest.stage == "ingest":
-                    self.proven.splits |= {part.shard: by_id[manifest.unit].split for part in manifest.parts}
-        if not self.proven.splits:
+                self._take(manifest, report["split"])
+        if not len(self.proven):
             raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
 
-    def _known(self, unit: SourceUnit, known: Mapping[str, Mapping[str, list[Manifest]]]) -> dict[str, Manifest]:
-        found = known["ingest"].get(unit.id)
-        if not found:
-            return {}
-        proven = {"ingest": found[0]}
-        for part in found[0].parts:
-            for _, column in self.columns.light:
-                if part.shard in known[column.stage]:
-                    proven[f"{column.stage}/{part.shard}"] = known[column.stage][part.shard][0]
-        return proven
+    def _take(self, manifest: Manifest, split: str) -> None:
+        self.proven.take(manifest)
+        for part in manifest.parts if manifest.stage == "ingest" else ():
+            self.proven.add_shard(part.shard, split)
 
-    def _complete(self, proven: Mapping[str, Manifest]) -> bool:
-        if "ingest" not in proven:
-            return False
-        shards = [part.shard for part in proven["ingest"].parts]
-        return all(f"{column.stage}/{shard}" in proven for _, column in self.columns.light for shard in shards)
+    def _complete(self, shards: Sequence[str]) -> bool:
+        """Have these shards all their light columns?"""
+        return all(self.proven.has(column.stage, shard) for _, column in self.columns.light for shard in shards)
 
     # --- dedup: one pass over all signatures
 
     def _dedup(self) -> None:
-        (stage, column), splits, parts = self.columns.dedup, self.proven.splits, self.proven.parts
-        # validation first: of two equal images the one that must not be trained on stays
-        shards = sorted(parts["signature"], key=lambda shard: (splits.get(shard) != "val", shard))
-        found: list[object] = [
-            [part.sha256 for name in stage.inputs for part in parts[name].get(shard, [])] for shard in shards
-        ]
+        stage, column = self.columns.dedup
+        found: Iterable[object] = (
+            [part.sha256 for name in stage.inputs for part in self.proven.parts(name, shard)]
+            for shard in self._in_precedence()
+        )
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
-        preferred = {shard: ok_rows(verdict) for shard, verdict in self.strict.items()}
-        unit = fingerprint([*found, self.plan.strict.identity()] if preferred else found)
-        known = column.manifests(heal=True).get(unit)
-        if known:
-            self.proven.take(known[0])
+        preferring = len(self.strict) > 0
+        unit = long_fingerprint(chain(found, [self.plan.strict.identity()]) if preferring else found)
+        if self._known_dedup(column, unit):
             return
-        read = only_ok(self._signatures(shards), self.proven.verdicts("filter"))
-        made = stage.run(read, load=partial(self.proven.read, "embed"), preferred=preferred or None)
-        manifest = column.write(unit, made.items())
-        self.crew.computed["dedup"] = sum(len(table) for table in read.values())
-        self.proven.take(manifest)
+        made = stage.run(
+            self.proven.each_shard(self._signatures, self._in_precedence()),
+            load=partial(self.proven.read, "embed"),
+            preferred=(lambda shard: ok_rows(self.strict[shard])) if preferring else None,
+        )
+        tables, length = made.tables(), max(1, -(-made.num_shards // _DEDUP_SHARDS))
+        # parts of a series have one digest: two drivers that found different answers do not mix
+        series = f"{unit}-{made.digest()}-{length}"
+        for number in range(length):
+            name = unit if length == 1 else f"{series}-{number:06d}"
+            self.proven.take(column.write(name, islice(tables, _DEDUP_SHARDS)))
+        self.crew.computed["dedup"] = len(made)
 
-    def _signatures(self, shards: Sequence[str]) -> dict[str, pa.Table]:
-        found = self.proven.each_shard(lambda s: self.proven.read("signature", s, ["row", "exact", "perceptual"]))
-        return {shard: found[shard] for shard in shards}
+    def _in_precedence(self) -> Iterator[str]:
+        """Validation first: of two equal images the one that must not be trained on stays."""
+        for val in (True, False):
+            for shard in self.proven.shards():
+                if (self.proven.split(shard) == "val") == val and self.proven.has("signature", shard):
+                    yield shard
+
+    def _known_dedup(self, column: Column, unit: str) -> bool:
+        """Takes what was found among the same signatures: one manifest, or a series that is whole."""
+        series = Counter(manifest.unit.rpartition("-")[0] for manifest in self.proven.manifests(column, prefix=unit))
+        for name, count in sorted(series.items()):
+            if not name or count == int(name.rpartition("-")[2]):
+                self.proven.take_column(column, prefix=f"{name}-" if name else f"{unit}.", first=True)
+                return True
+        return False
+
+    def _signatures(self, shard: str) -> pa.Table:
+        """Of rows that passed the filter."""
+        table = self.proven.read("signature", shard, ["row", "exact", "perceptual"])
+        return only_ok(table, self.proven.verdict("filter", shard))
 
     def _strict(self) -> Verdicts:
         """What the strict thresholds say, where the gate is looser."""
-        strict = self.plan.strict
+        strict, found = self.plan.strict, Verdicts(self.proven.ledger)
         if self.plan.gate.thresholds(strict) == strict:
-            return {}
+            return found
 
         def judge(shard: str) -> pa.Table:
             scores = {name: self.proven.read(name, shard) for name in strict.scorers}
             return strict_verdict(strict, self.proven.read("measure", shard), scores)
 
-        return self.proven.each_shard(judge)
+        found.update(self.proven.each_shard(judge))
+        return found
 
     def _gate(self) -> Verdicts:
         """What filter and dedup say."""
-        duplicates = self.proven.verdicts("dedup")
-        return {shard: overruled(mine, duplicates[shard]) for shard, mine in self.proven.verdicts("filter").items()}
+        found, of = Verdicts(self.proven.ledger), self.proven.verdict
+        found.update(self.proven.each_shard(lambda shard: overruled(of("filter", shard), of("dedup", shard))))
+        return found
 
     # --- captions, latents, text features: only rows that passed
 
@@ -209,49 +234,54 @@ class Pipeline:
         workers: Workers,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
-        stages = [column for _, column in pairs]
-        for column in stages:
+        stages = [column.stage for _, column in pairs]
+        for _, column in pairs:
             self.proven.take_column(column)
-        todo = []
+        todo = Todo()
         for shard, verdict in verdicts.items():
-            rows, done = ok_rows(verdict), self.proven.rows_done
-            lacking = {column.stage: np.setdiff1d(rows, done(column.stage, shard)) for column in stages}
+            rows = ok_rows(verdict)
+            lacking = {stage: np.setdiff1d(rows, self.proven.rows_done(stage, shard)) for stage in stages}
             missing = {stage: row_ranges(found.tolist()) for stage, found in lacking.items() if len(found)}
             if missing:
-                parts = {stage: [asdict(p) for p in found.get(shard, [])] for stage, found in self.proven.parts.items()}
-                todo.append({"id": shard, "shard": shard, "missing": missing, "parts": parts})
-        task, title = ColumnTask(self.root, pairs), " + ".join(column.stage for column in stages)
+                unit = {"id": shard, "shard": shard, "missing": missing, "parts": self.proven.described(shard)}
+                todo.add(unit, max(map(len, lacking.values())))
+        task, title = ColumnTask(self.root, pairs), " + ".join(stages)
         for report in self.crew.work(title, task, todo, workers=workers, environment=environment):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self.proven.take(manifest)
 
-    def _accepted(self, verdicts: Verdicts) -> list[RowRun]:
+    def _accepted(self, verdicts: Verdicts) -> Runs:
         """Rows that go into training shards, in a fixed order; `verdicts` learn why others do not."""
-        for shard in sorted(verdicts):
-            mine = verdicts[shard]
-            if shard in self.strict:
-                mine = overruled(mine, self.strict[shard])
-            for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
-                mine = overruled(mine, self._shortcomings(stage, shard, mine))
-            verdicts[shard] = mine
-        found = self.proven.each_shard(lambda shard: self._runs(shard, ok_rows(verdicts[shard])))
-        runs = [run for shard in sorted(found) for run in found[shard]]
-        if not runs:
+        undecided, runs = Runs(self.proven.ledger), Runs(self.proven.ledger)
+        for shard, (changed, mine) in self.proven.each_shard(lambda shard: self._judged(shard, verdicts[shard])):
+            if changed is not None:
+                verdicts[shard] = changed
+            for run in mine:
+                undecided.put(run)
+        if not undecided:
             bad = {name: n for counts in self.proven.counts.values() for name, n in counts.items() if name != OK}
-            dead = list(self._dead(verdicts).values())
-            first = next(row for table in dead for row in table.slice(0, 1).to_pylist())
-            listed = storage.join(self.root, write_rejected(self.root, dead))
+            first = next(row for table in self._dead(verdicts) for row in table.slice(0, 1).to_pylist())
+            listed = storage.join(self.root, write_rejected(self.root, self._dead(verdicts)))
             raise UserError(
                 f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}, e.g. {first['source']} "
                 f"({first['reason']}); all are listed in {listed}: mend them or add a --source"
             )
-        return assign_splits(runs, self.plan.val_fraction)
+        for run in assign_splits(undecided, self.plan.val_fraction):
+            runs.put(run)
+        return runs
+
+    def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowRun]]:
+        """The last word on a shard's rows (None: nothing new), and those that it lets pass."""
+        verdict = overruled(before, self.strict[shard]) if shard in self.strict else before
+        for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
+            verdict = overruled(verdict, self._shortcomings(stage, shard, verdict))
+        return verdict if verdict is not before else None, self._runs(shard, ok_rows(verdict))
 
     def _shortcomings(self, stage: str, shard: str, verdict: pa.Table) -> pa.Table:
         """Rows that were ok until an encoder gave nothing for them, or nonsense."""
         lost = np.setdiff1d(ok_rows(verdict), self.proven.rows_done(stage, shard)).tolist()
         said = [(row, "failed", f"{stage}: {self.crew.failed.get(shard, 'no result')}") for row in lost]
-        if (stage, shard) in self.proven.flawed:
+        if self.proven.flawed(stage, shard):
             table = self.proven.read(stage, shard)
             rows = zip(table["row"].to_pylist(), table["status"].to_pylist())
             said += [(row, word, f"{stage} gave values that are no numbers") for row, word in rows if word != OK]
@@ -261,7 +291,7 @@ class Pipeline:
         """A shard's rows by bucket, each with the number that decides its split where the source has none."""
         if not len(rows):
             return []
-        split = self.proven.splits[shard]
+        split = self.proven.split(shard)
         bucket_of = self.proven.field("bucket", shard, "bucket")
         exact = {} if split else self.proven.field("signature", shard, "exact")
         name_R = np.array([bucket_of[row] for row in rows.tolist()])
@@ -286,21 +316,23 @@ class Pipeline:
             settings=self.columns.settings,
         )
 
-    def _pack(self, runs: Sequence[RowRun]) -> tuple[DatasetInfo, list[ShardEntry]]:
+    def _pack(self, runs: Runs) -> tuple[DatasetInfo, list[ShardEntry]]:
         info = self._described()
         proofs = read_proofs(self.root, info.encoding)
-        full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in {run.bucket for run in runs}}
-        stands = published(self.root, info, proofs, shard_rows=full)
-        kept, rest = keep_published(runs, stands.outputs)
-        outputs = [*kept, *make_plan(rest, {"encoding": info.encoding}, shard_rows=full)]
-        # In one order, whichever of them are published already: the same plan has the same name.
-        plan = table_bytes(plan_table(sorted(outputs, key=lambda output: output.id)))
-        storage.write_bytes(storage.join(self.root, f"pack/plan-{storage.sha256_hex(plan)[:16]}.parquet"), plan)
         lost = lost_outputs(self.root, proofs)
-        todo = [self._pack_unit(output) for output in outputs if output.id not in proofs or output.id in lost]
+        full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in runs.buckets}
+        stands, outputs, todo = Published(self.root, info), Outputs(self.proven.ledger), Todo()
+        kept = keep_published(runs, stands.full_shards(proofs, shard_rows=full))
+        # what is kept leaves the runs before the rest is cut
+        for output in chain(kept, make_plan(runs, {"encoding": info.encoding}, shard_rows=full)):
+            outputs.add(output)
+            if output.id not in proofs or output.id in lost:
+                todo.add(self._pack_unit(output), output.num_rows)
+        # In one order, whichever of them are published already: the same plan has the same name.
+        write_plan(self.root, outputs)
         for report in self.crew.work("pack", PackTask(self.root, info), todo):
-            proofs[report["id"]] = ShardEntry(**report["entry"])
-        entries = [stands.numbered(proofs[output.id]) for output in outputs if output.id in proofs]
+            proofs[report["id"]] = ShardEntry.from_json(report["entry"])
+        entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
         self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
 
@@ -311,16 +343,10 @@ class Pipeline:
 
     def _pack_unit(self, output: Output) -> Unit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
-        parts = {
-            stage: {shard: [asdict(part) for part in self.proven.parts[stage][shard]] for shard, _ in output.rows}
-            for stage in stages
-        }
+        found = {shard: self.proven.described(shard) for shard, _ in output.rows}
+        parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}
         rows = [(shard, row_ranges(rows.tolist())) for shard, rows in output.rows]
         return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": rows, "parts": parts}
-
-
-def _ingest_unit(unit: SourceUnit, proven: Mapping[str, Manifest]) -> Unit:
-    return {**asdict(unit), "known": {name: asdict(manifest) for name, manifest in proven.items()}}
 
 
 def _totals(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

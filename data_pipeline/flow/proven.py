@@ -1,77 +1,151 @@
-"""What is proven so far of one root, by stage and shard, and how the driver reads it: small things, shard by shard."""
+"""What is proven so far of one root, by shard and stage, and how the driver reads it: small things, shard by shard."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
-from data_pipeline.flow.columns import Column, read_parts
+from data_pipeline.flow.ahead import in_order
+from data_pipeline.flow.columns import Column, read_parts, readers
+from data_pipeline.flow.ledger import Ledger
 from data_pipeline.flow.stage import OK
-from data_pipeline.flow.verdicts import Verdicts, verdict_table
+from data_pipeline.flow.verdicts import verdict_table
 from data_pipeline.schema import Manifest, Part
+from infra import storage
 from infra.errors import UserError
+from infra.log import get_logger
+
+log = get_logger("columns")
 
 _READERS = 8
 
+R = TypeVar("R")
+
 
 class Proven:
-    """`splits` names the shards of this run's source, each with the split that the source gives it ("" for none)."""
+    """Parts of columns and the splits of shards, in a ledger; only `counts` (rows by stage and status) is in memory."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.parts: dict[str, dict[str, list[Part]]] = {}
-        self.splits: dict[str, str] = {}
+        self.ledger = Ledger()
         self.counts: dict[str, dict[str, int]] = {}
-        self.flawed: set[tuple[str, str]] = set()  # (stage, shard) with rows that are not ok
+        self._parts = self.ledger.shelf("shard", "stage", "number")
+        self._flawed = self.ledger.shelf("stage", "shard")  # with rows that are not ok
+        self._splits = self.ledger.shelf("shard")
+
+    # --- what is proven
+
+    def manifests(self, column: Column, *, prefix: str = "", heal: bool = True) -> Iterator[Manifest]:
+        """Manifests of a column by unit and number, of units whose names begin with `prefix`.
+
+        `heal` deletes those that name an object which is gone: their rows are then made again.
+        """
+        found, there = self.ledger.shelf("unit", "number"), self.ledger.shelf("object")
+        for unit, number, data in column.manifests(prefix=prefix):
+            found[unit, number] = data
+        # listed last: objects are written before the manifest that names them
+        for name in column.objects() if heal else ():
+            there[name,] = b""
+        for key in found:
+            unit, number = str(key[0]), int(key[1])
+            manifest = column.manifest(unit, number, found[key])
+            if heal and not all((part.object,) in there for part in manifest.parts):
+                log.warning("%s names an object that is gone; its rows are made again", column.uri(unit, number))
+                storage.delete(column.uri(unit, number))
+                continue
+            yield manifest
+        found.drop()
+        there.drop()
 
     def take(self, manifest: Manifest) -> None:
+        """What a manifest proves; parts of a shard keep the order in which they are taken."""
         mine = self.counts.setdefault(manifest.stage, {})
         for status, count in manifest.counts.items():
             mine[status] = mine.get(status, 0) + count
-        if set(manifest.counts) - {OK}:
-            self.flawed |= {(manifest.stage, part.shard) for part in manifest.parts}
         for part in manifest.parts:
-            parts = self.parts.setdefault(manifest.stage, {}).setdefault(part.shard, [])
-            if part not in parts:
-                parts.append(part)
+            if set(manifest.counts) - {OK}:
+                self._flawed[manifest.stage, part.shard] = b""
+            told = json.dumps(vars(part)).encode()
+            before = [data for _, data in self._parts.items(part.shard, manifest.stage)]
+            if told not in before:
+                self._parts[part.shard, manifest.stage, len(before)] = told
 
-    def take_column(self, column: Column) -> None:
-        """All that is proven of a column, for shards of this source."""
-        for manifests in column.manifests(heal=True).values():
-            for manifest in manifests:
-                if manifest.parts[0].shard in self.splits:
+    def take_column(self, column: Column, *, prefix: str = "", first: bool = False) -> None:
+        """All that is proven of a column (the first manifest of each unit, if so asked), for shards that are known."""
+        for _, manifests in groupby(self.manifests(column, prefix=prefix), lambda manifest: manifest.unit):
+            for manifest in list(manifests)[: 1 if first else None]:
+                if manifest.parts[0].shard in self:
                     self.take(manifest)
 
-    def rows_done(self, stage: str, shard: str) -> list[int]:
-        """Rows of a shard that have their part of a column."""
-        return sorted(set().union(*(part.row_numbers() for part in self.parts.get(stage, {}).get(shard, []))))
+    def add_shard(self, shard: str, split: str) -> None:
+        """A shard of this run's source, with the split that the source gives it ("" for none)."""
+        self._splits[shard,] = split.encode()
 
-    def each_shard(self, work: Callable[[str], Any]) -> dict[str, Any]:
-        """Small results of every shard, in order; what is read for one is gone when it is done."""
-        shards = sorted(self.splits)
-        with ThreadPoolExecutor(_READERS) as pool:
-            return dict(zip(shards, pool.map(work, shards)))
+    def __contains__(self, shard: str) -> bool:
+        return (shard,) in self._splits
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    def shards(self) -> Iterator[str]:
+        """Those of this run's source, in order."""
+        return (str(shard) for (shard,) in self._splits)
+
+    def split(self, shard: str) -> str:
+        """What the source says of a shard; KeyError for one that is not of this run."""
+        return self._splits[shard,].decode()
+
+    def parts(self, stage: str, shard: str) -> list[Part]:
+        """In the order in which they were taken; none where nothing is proven."""
+        return [Part.from_json(json.loads(data)) for _, data in self._parts.items(shard, stage)]
+
+    def has(self, stage: str, shard: str) -> bool:
+        """Is there a part?"""
+        return (shard, stage, 0) in self._parts
+
+    def flawed(self, stage: str, shard: str) -> bool:
+        """Are there rows that are not ok?"""
+        return (stage, shard) in self._flawed
+
+    def described(self, shard: str) -> dict[str, list[dict[str, Any]]]:
+        """All parts of a shard by stage, as JSON: for units of work."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for (_, stage, _), data in self._parts.items(shard):
+            found.setdefault(str(stage), []).append(json.loads(data))
+        return found
+
+    def rows_done(self, stage: str, shard: str) -> np.ndarray:
+        """Rows of a shard that have their part of a column, ascending."""
+        ranges = [pair for _, data in self._parts.items(shard, stage) for pair in json.loads(data)["rows"]]
+        first_R, behind_R = np.array(ranges, np.int64).reshape(-1, 2).T
+        length_R = behind_R - first_R
+        start_R = np.cumsum(length_R) - length_R  # where each range begins among all rows
+        return np.unique(np.repeat(first_R - start_R, length_R) + np.arange(length_R.sum()))
+
+    # --- reading it
+
+    def each_shard(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
+        """What `work` gives for each shard, in order; what is read for one is gone when it is done."""
+        return in_order(work, self.shards() if shards is None else shards, threads=readers(self.root, _READERS))
 
     def read(self, stage: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's table of a stage, by row."""
-        table = read_parts(self.root, self.parts[stage].get(shard, []), columns)
+        table = read_parts(self.root, self.parts(stage, shard), columns)
         if table is None:
             raise UserError(f"{self.root}: column {stage} has nothing for shard {shard}: run the same command again")
         return table
 
-    def field(self, stage: str, shard: str, name: str) -> dict[int, str]:
+    def field(self, stage: str, shard: str, name: str) -> dict[int, Any]:
         """One field of it, by row."""
         table = self.read(stage, shard, ["row", name])
         return dict(zip(table["row"].to_pylist(), table[name].to_pylist()))
 
-    def verdicts(self, stage: str) -> Verdicts:
-        """What a stage says of its rows; a shard of which it says nothing has no rows."""
-
-        def of(shard: str) -> pa.Table:
-            if shard not in self.parts[stage]:
-                return verdict_table([], [], [])
-            table = self.read(stage, shard, ["row", "status", "reason"])
-            return verdict_table(*(table[name].to_pylist() for name in ("row", "status", "reason")))
-
-        return self.each_shard(of)
+    def verdict(self, stage: str, shard: str) -> pa.Table:
+        """What a stage says of a shard's rows; nothing where it says nothing."""
+        if not self.has(stage, shard):
+            return verdict_table([], [], [])
+        table = self.read(stage, shard, ["row", "status", "reason"])
+        return verdict_table(*(table[name].to_pylist() for name in ("row", "status", "reason")))

@@ -9,8 +9,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from infra.errors import UserError
@@ -19,6 +20,7 @@ from infra.log import get_logger
 log = get_logger("runner")
 
 _SMALL_POOL = 8
+_WAVE = 10_000  # units: ten million rows between two starts of the workers
 _LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs
 
 Unit = Mapping[str, Any]
@@ -44,14 +46,13 @@ class Workers:
 
 
 def run_tasks(
-    task: Task, units: Sequence[Unit], workers: Workers, *, runtime_env: Mapping[str, Any] | None = None
+    task: Task, units: Iterable[Unit], workers: Workers, *, runtime_env: Mapping[str, Any] | None = None
 ) -> Iterator[Report]:
     """One report per unit, in the order of completion. A report with `error` says what failed; others go on.
 
+    Ray Data keeps the blocks of all units of a pass, so they go to it in waves of `_WAVE`, each with a new pool.
     `runtime_env` is Ray's: the workers of this task get an environment of their own.
     """
-    if not units:
-        return
     if workers.count == 0:
         if runtime_env:
             raise UserError("workers with an environment of their own (--captioner.pip) need Ray: --workers 1 or more")
@@ -59,7 +60,9 @@ def run_tasks(
         for unit in units:
             yield work(unit)
         return
-    yield from _run_on_ray(task, units, workers, runtime_env)
+    left = iter(units)
+    while wave := list(islice(left, _WAVE)):
+        yield from _run_on_ray(task, wave, workers, runtime_env)
 
 
 class _Work:

@@ -37,7 +37,7 @@ class IngestTask:
     """A source unit to canonical shards, and at once the light columns of each shard (images are decoded once).
 
     Memory stays bounded, whatever the size of a tar: one shard is in work, and what was read before is kept for the
-    columns up to `keep_bytes`.
+    columns up to `keep_bytes`. A unit that was ingested before names its shards and the parts they have (`known`).
     """
 
     root: str
@@ -52,39 +52,40 @@ class IngestTask:
         workers = [(stage.open(), column) for stage, column in self.light]
 
         def run(unit: Unit) -> Report:
-            known = {name: Manifest.from_json(m) for name, m in unit["known"].items()}
+            known = {
+                shard: {stage: [Part.from_json(part) for part in parts] for stage, parts in stages.items()}
+                for shard, stages in unit["known"].items()
+            }
             tables: dict[str, Any] = {}
             made: list[Manifest] = []
-            if "ingest" in known:
-                ingested = known["ingest"]
-            else:
+            if not known:
                 found = SourceUnit(unit["id"], unit["split"], unit["where"])
                 ingested, tables = self.ingest.run(source, found, self.column, keep_bytes=self.keep_bytes)
                 made.append(ingested)
-            for part in ingested.parts:
-                view = ShardView(self.root, part.shard, {"ingest": [part]})
-                if part.shard in tables:
-                    view.tables["ingest"] = tables.pop(part.shard)
-                made += self._columns(view, workers, known, part)
-            return _report(sum(part.num_rows for part in ingested.parts), made)
+                known = {part.shard: {"ingest": [part]} for part in ingested.parts}
+            for shard, parts in known.items():
+                view = ShardView(self.root, shard, parts)
+                if shard in tables:
+                    view.tables["ingest"] = tables.pop(shard)
+                made += self._columns(view, workers)
+            rows = sum(part.num_rows for parts in known.values() for part in parts["ingest"])
+            return _report(rows, made) | {"split": unit["split"]}
 
         return run
 
-    def _columns(
-        self, view: ShardView, workers: Sequence[tuple[Worker, Column]], known: Mapping[str, Manifest], part: Part
-    ) -> list[Manifest]:
+    def _columns(self, view: ShardView, workers: Sequence[tuple[Worker, Column]]) -> list[Manifest]:
         made = []
-        view.rows = range(part.num_rows)
+        view.rows = range(view.parts["ingest"][0].num_rows)
         parts = dict(view.parts)
         for worker, column in workers:
-            manifest = known.get(f"{column.stage}/{view.shard}")
-            if manifest is None:
-                table = worker(view)
-                view.tables[column.stage] = table
-                manifest = column.write(view.shard, [(view.shard, table)])
-                made.append(manifest)
+            if column.stage in parts:
+                continue
+            table = worker(view)
+            view.tables[column.stage] = table
+            manifest = column.write(view.shard, [(view.shard, table)])
+            made.append(manifest)
             parts[column.stage] = [parts_of(manifest)[view.shard]]
-            view.parts = parts
+            view.parts = dict(parts)
         return made
 
 

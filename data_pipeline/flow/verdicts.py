@@ -1,16 +1,49 @@
-"""The status and reason of every row, shard by shard, as Arrow tables: a row that is ok takes a dozen bytes."""
+"""The status and reason of every row, shard by shard, as Arrow tables that lie on scratch disk."""
 
+import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.flow.columns import count_statuses
+from data_pipeline.flow.ledger import Ledger
 from data_pipeline.flow.stage import OK
 
-Verdicts = dict[str, pa.Table]  # shard -> row, status, reason; rows ascending
+# Arrow's own threads may outlive the interpreter, see `read_table`.
+_WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+
+
+class Verdicts(MutableMapping[str, pa.Table]):
+    """By shard, in order: row, status, reason; rows ascending. A table is read when it is asked for."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._shelf = ledger.shelf("shard")
+
+    def __getitem__(self, shard: str) -> pa.Table:
+        with pa.ipc.open_stream(self._shelf[shard,], options=_READ) as stream:
+            return stream.read_all()
+
+    def __setitem__(self, shard: str, table: pa.Table) -> None:
+        out = io.BytesIO()
+        with pa.ipc.new_stream(out, table.schema, options=_WRITE) as stream:
+            stream.write_table(table)
+        self._shelf[shard,] = out.getvalue()
+
+    def __delitem__(self, shard: str) -> None:
+        del self._shelf[shard,]
+
+    def __contains__(self, shard: object) -> bool:
+        return (str(shard),) in self._shelf
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(shard) for (shard,) in self._shelf)
+
+    def __len__(self) -> int:
+        return len(self._shelf)
 
 
 def verdict_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequence[str]) -> pa.Table:

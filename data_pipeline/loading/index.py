@@ -1,21 +1,30 @@
 """Where samples are: per split a table of shards, per shard a table of rows that is loaded when first needed."""
 # Shapes: R rows of one shard, S captions x seats.
 
+import hashlib
 import io
+import sys
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.flow.scratch import on_scratch
 from infra import storage
 from infra.errors import UserError
 
+_GROUP_BYTES = 16 * 2**20
+_BATCH_ROWS = 1024
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One training shard; `tar` and `rows` (its table of rows) are relative to the dataset's root."""
 
@@ -28,6 +37,11 @@ class ShardEntry:
     rows_sha256: str
     encoding: str
     generation: int = 0
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "ShardEntry":
+        """What many of them say alike is held once."""
+        return ShardEntry(**{**raw, "bucket": sys.intern(raw["bucket"]), "encoding": sys.intern(raw["encoding"])})
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,38 @@ def table_bytes(table: pa.Table) -> bytes:
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd")
     return out.getvalue()
+
+
+def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
+    """Tables (one at least) as one parquet file under `stem` and its hash, through scratch disk; returns that name.
+
+    Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `table_bytes`.
+    """
+    with tempfile.NamedTemporaryFile() as file, on_scratch():
+        writer, held, size = None, [], 0
+        for table in chain(tables, [None]):
+            if table is not None:
+                held.append(table)
+                size += table.nbytes
+            if held and (table is None or size >= _GROUP_BYTES):
+                writer = writer or pq.ParquetWriter(file, held[0].schema, compression="zstd")
+                writer.write_table(pa.concat_tables(held).combine_chunks())
+                held, size = [], 0
+        assert writer is not None, stem
+        writer.close()
+        file.seek(0)
+        name = f"{stem}{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.parquet"  # type: ignore[arg-type]
+        storage.upload(file.name, storage.join(root, name))
+    return name
+
+
+def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a large parquet file, some thousand at a time, in this thread."""
+    with storage.open_read(uri) as stream:
+        try:
+            yield from pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def read_table(data: bytes, uri: str) -> pa.Table:
@@ -115,7 +161,7 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
 def read_split(uri: str, name: str) -> list[ShardEntry]:
     """The entries that `write_split` wrote."""
     path = storage.join(uri, name)
-    return [ShardEntry(**line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
+    return [ShardEntry.from_json(line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
 
 
 class SplitIndex:

@@ -3,13 +3,14 @@
 A row that was set aside since, or went to another split or bucket, sets the rest of its shard free for a new one.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.loading.index import ShardEntry, read_split, read_table
-from data_pipeline.packing.pack import Output, RowRun, read_outputs
+from data_pipeline.loading.index import ShardEntry, read_batches, read_split
+from data_pipeline.packing.pack import Output, read_outputs
+from data_pipeline.packing.runs import Runs
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, read_dataset_info
 from infra import storage
 from infra.errors import UnavailableError, UserError
@@ -18,34 +19,30 @@ from infra.log import get_logger
 log = get_logger("pack")
 
 
-@dataclass(frozen=True)
 class Published:
-    """The dataset that stands: its full shards, and in which generation each of its tars came."""
+    """The dataset that dataset.json shows at this moment; nothing where there is none, or one of another encoding.
 
-    outputs: tuple[Output, ...] = ()
-    generation_of: Mapping[str, int] = field(default_factory=dict)
+    Its table of shards is in memory, as at the end of a run (some hundred bytes per training shard), its rows are not.
+    """
+
+    def __init__(self, root: str, info: DatasetInfo) -> None:
+        self._root = root
+        self._generation_of = {entry.tar: entry.generation for entry in _shown(root, info.encoding)}
+        self._next = max(self._generation_of.values(), default=-1) + 1
+
+    def full_shards(self, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]) -> Iterator[Output]:
+        """Its full shards, out of the plans that made them. `shard_rows`: samples of a full shard, by bucket."""
+        full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
+        missing = {name for name in full if proofs[name].tar in self._generation_of}
+        for uri in storage.list_files(storage.join(self._root, "pack"), suffix=".parquet", recursive=False):
+            if missing:
+                for output in read_outputs(read_batches(uri), frozenset(missing)):
+                    missing.discard(output.id)
+                    yield output
 
     def numbered(self, entry: ShardEntry) -> ShardEntry:
         """With its generation: shards that are not published yet make up the next one."""
-        newest = max(self.generation_of.values(), default=-1)
-        return replace(entry, generation=self.generation_of.get(entry.tar, newest + 1))
-
-
-def published(
-    root: str, info: DatasetInfo, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]
-) -> Published:
-    """What dataset.json shows at this moment; nothing where there is none, or one of another encoding.
-
-    `shard_rows`: samples of a full shard, by bucket."""
-    entries = _shown(root, info.encoding)
-    generation_of = {entry.tar: entry.generation for entry in entries}
-    full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
-    wanted = {name for name in full if proofs[name].tar in generation_of}
-    outputs: dict[str, Output] = {}
-    for uri in storage.list_files(storage.join(root, "pack"), suffix=".parquet", recursive=False):
-        if missing := wanted - outputs.keys():
-            outputs |= {o.id: o for o in read_outputs(read_table(storage.read_bytes(uri), uri), missing)}
-    return Published(tuple(outputs[name] for name in sorted(outputs)), generation_of)
+        return replace(entry, generation=self._generation_of.get(entry.tar, self._next))
 
 
 def standing(root: str) -> DatasetInfo | None:
@@ -74,15 +71,12 @@ def _shown(root: str, encoding: str) -> list[ShardEntry]:
         return []
 
 
-def keep_published(runs: Sequence[RowRun], outputs: Sequence[Output]) -> tuple[list[Output], list[RowRun]]:
-    """(outputs whose rows all still go the same way, what is left of the runs)."""
-    free = {(run.shard, run.split, run.bucket): run.row_R for run in runs}
-    kept = []
+def keep_published(runs: Runs, outputs: Iterable[Output]) -> Iterator[Output]:
+    """Outputs whose rows all still go the same way; their rows are taken out of the runs."""
     for output in outputs:
-        ways = [((shard, output.split, output.bucket), rows) for shard, rows in output.rows]
-        if all(way in free and np.isin(rows, free[way]).all() for way, rows in ways):
-            kept.append(output)
-            for way, rows in ways:
-                free[way] = np.setdiff1d(free[way], rows)
-    left = [run.only(np.isin(run.row_R, free[run.shard, run.split, run.bucket])) for run in runs]
-    return kept, [run for run in left if len(run.row_R)]
+        ways = [(runs.get(output.split, output.bucket, shard), rows) for shard, rows in output.rows]
+        if all(run is not None and np.isin(rows, run.row_R).all() for run, rows in ways):
+            for run, rows in ways:
+                assert run is not None
+                runs.put(run.only(~np.isin(run.row_R, rows)))
+            yield output

@@ -8,37 +8,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.flow.columns import read_parts
-from data_pipeline.loading.index import ShardEntry
+from data_pipeline.flow.ledger import Ledger
+from data_pipeline.loading.index import ShardEntry, write_tables
 from data_pipeline.packing.layout import SampleLayout, TextFeatures
+from data_pipeline.packing.runs import RowRun
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.schema import DatasetInfo, Part, fingerprint
 from infra import storage
 from infra.errors import UserError
 
 CAPTIONS = ("original", "synthetic")
-
-
-@dataclass(frozen=True)
-class RowRun:
-    """Rows of one canonical shard that made it, with one way to go. `draw_R` decides where the split is still ""."""
-
-    shard: str
-    split: str
-    bucket: str
-    row_R: np.ndarray
-    draw_R: np.ndarray
-
-    def only(self, chosen_R: np.ndarray, *, split: str | None = None) -> "RowRun":
-        """Some of the rows."""
-        return RowRun(
-            self.shard, self.split if split is None else split, self.bucket, self.row_R[chosen_R], self.draw_R[chosen_R]
-        )
+_PLANNED = 64  # output shards that are written down at a time
 
 
 @dataclass(frozen=True)
@@ -55,17 +42,14 @@ class Output:
         return sum(len(rows) for _, rows in self.rows)
 
 
-def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]) -> list[Output]:
-    """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given."""
-    groups: dict[tuple[str, str], list[RowRun]] = {}
-    for run in runs:
-        groups.setdefault((run.split, run.bucket), []).append(run)
-    outputs = []
-    for (split, bucket), members in sorted(groups.items()):
+def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]) -> Iterator[Output]:
+    """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given.
+
+    Runs of a split and bucket come one after the other; one output shard is held at a time."""
+    for (split, bucket), members in groupby(runs, lambda run: (run.split, run.bucket)):
         for listed in _cut(members, shard_rows[bucket]):
             numbers = [(shard, rows.tolist()) for shard, rows in listed]
-            outputs.append(Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed))
-    return outputs
+            yield Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed)
 
 
 def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndarray], ...]]:
@@ -83,8 +67,36 @@ def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndar
         yield tuple(listed)
 
 
+class Outputs:
+    """A plan's output shards on scratch disk, by id."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._shelf = ledger.shelf("id")
+
+    def add(self, output: Output) -> None:
+        """An id stands for its rows: the same output again changes nothing."""
+        rows = [(shard, rows.tolist()) for shard, rows in output.rows]
+        self._shelf[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
+
+    def ids(self) -> Iterator[str]:
+        """Ascending, as the outputs come."""
+        return (str(name) for (name,) in self._shelf)
+
+    def __iter__(self) -> Iterator[Output]:
+        for (name,), data in self._shelf.items():
+            split, bucket, listed = json.loads(data)
+            rows = tuple((shard, np.array(rows, np.int32)) for shard, rows in listed)
+            yield Output(str(name), split, bucket, rows)
+
+
+def write_plan(root: str, outputs: Iterable[Output]) -> None:
+    """The plan as it is written down before any output shard: a table named by its hash below pack/."""
+    left = iter(outputs)
+    write_tables(root, "pack/plan-", map(plan_table, iter(lambda: list(islice(left, _PLANNED)), [])))
+
+
 def plan_table(outputs: Sequence[Output]) -> pa.Table:
-    """The plan as written down before any output shard."""
+    """A line for each input shard of each output shard."""
     flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
     return pa.table(
         {
@@ -97,17 +109,14 @@ def plan_table(outputs: Sequence[Output]) -> pa.Table:
     )
 
 
-def read_outputs(table: pa.Table, wanted: AbstractSet[str]) -> list[Output]:
-    """Some of a plan's output shards."""
-    table = table.filter(pc.is_in(table["output"], value_set=pa.array(sorted(wanted), pa.string())))
-    found: dict[str, list[dict]] = {}
-    for line in table.to_pylist():
-        found.setdefault(line["output"], []).append(line)
-    return [
-        Output(name, lines[0]["split"], lines[0]["bucket"],
-               tuple((line["shard"], np.array(line["rows"], np.int32)) for line in lines))
-        for name, lines in found.items()
-    ]  # fmt: skip
+def read_outputs(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[str]) -> Iterator[Output]:
+    """Some of a plan's output shards, as its table comes."""
+    chosen = pa.array(sorted(wanted), pa.string())
+    lines = (line for batch in batches for line in batch.filter(pc.is_in(batch["output"], chosen)).to_pylist())
+    for name, group in groupby(lines, lambda line: line["output"]):
+        mine = list(group)
+        rows = tuple((line["shard"], np.array(line["rows"], np.int32)) for line in mine)
+        yield Output(name, mine[0]["split"], mine[0]["bucket"], rows)
 
 
 def proof_name(encoding: str, output: str) -> str:
@@ -120,8 +129,8 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
     proofs = {}
     for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
         try:
-            entry = ShardEntry(**json.loads(storage.read_bytes(uri)))
-        except (ValueError, TypeError) as error:
+            entry = ShardEntry.from_json(json.loads(storage.read_bytes(uri)))
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{uri}: not a pack manifest ({error}): delete it and run the command again") from error
         proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = entry
     return proofs

@@ -2,13 +2,13 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
 from data_pipeline.flow.verdicts import rejected
-from data_pipeline.loading.index import ShardEntry, table_bytes, write_split
-from data_pipeline.packing.pack import RowRun
+from data_pipeline.loading.index import ShardEntry, write_split, write_tables
+from data_pipeline.packing.runs import RowRun
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo
 from infra import storage
 
@@ -18,22 +18,22 @@ def draw_of(digest: str) -> int:
     return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
 
-def assign_splits(runs: Sequence[RowRun], val_fraction: float) -> list[RowRun]:
+def assign_splits(runs: Iterable[RowRun], val_fraction: float) -> Iterator[RowRun]:
     """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (but the
-    one row of a val split that would else be empty, in sets of a few dozen)."""
-    undecided = [run for run in runs if not run.split]
-    limit = int(val_fraction * 2**32)
-    if val_fraction > 0 and sum(len(run.row_R) for run in undecided) > 1:
-        limit = max(limit, min(int(run.draw_R.min()) for run in undecided) + 1)  # at least one row
-    decided = []
+    one row of a val split that would else be empty, in sets of a few dozen). `runs` are walked twice."""
+    limit, count, least = int(val_fraction * 2**32), 0, 2**32
+    for run in runs:
+        if not run.split and len(run.row_R):
+            count, least = count + len(run.row_R), min(least, int(run.draw_R.min()))
+    if val_fraction > 0 and count > 1:
+        limit = max(limit, least + 1)  # at least one row
     for run in runs:
         if run.split:
-            decided.append(run)
+            yield run
             continue
         val_R = run.draw_R < limit
         parts = (run.only(~val_R, split="train"), run.only(val_R, split="val"))
-        decided += [part for part in parts if len(part.row_R)]
-    return decided
+        yield from (part for part in parts if len(part.row_R))
 
 
 def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
@@ -49,12 +49,9 @@ def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> 
     return pa.table(columns)
 
 
-def write_rejected(root: str, tables: Sequence[pa.Table]) -> str:
+def write_rejected(root: str, tables: Iterable[pa.Table]) -> str:
     """The dead-letter table of all shards. Returns its name relative to the root."""
-    data = table_bytes(pa.concat_tables(tables).combine_chunks())
-    name = f"rejected/{storage.sha256_hex(data)[:16]}.parquet"
-    storage.write_bytes(storage.join(root, name), data)
-    return name
+    return write_tables(root, "rejected/", tables)
 
 
 def publish(

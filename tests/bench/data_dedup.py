@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.curation.dedup import _phash, first_of_near
+from data_pipeline.curation.dedup import _phash
+from data_pipeline.curation.firsts import first_of_near
 from data_pipeline.curation.semantic import Semantic
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def main() -> None:
-    from test_data_pipeline_dedup import embedding_table, planted, scores
+    from test_data_pipeline_dedup import embedding_table, first, planted, scores
 
     scenes = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     images, origin_N = planted(scenes, scenes // 10, seed=1)
@@ -25,10 +26,10 @@ def main() -> None:
     hash_N = np.array([_phash(image) for image in images], np.uint64)
     lines = [("perceptual, bits", distance, first_of_near(hash_N, distance)) for distance in (0, 2, 4, 6, 8, 12)]
     for similarity in (0.95, 0.9, 0.85, 0.8):
-        found = Semantic(similarity).first(places, lambda _: table)
+        found = np.array(first(Semantic(similarity), places, lambda _: table))
         lines.append(("embedding, similarity", similarity, found))
     for verify in (6.0, 9.0, 12.0, 15.0, 18.0, 22.0):
-        found = Semantic(0.8, verify).first(places, lambda _: table)
+        found = np.array(first(Semantic(0.8, verify), places, lambda _: table))
         lines.append(("embedding 0.8, verified within", verify, found))
     for name, value, first_N in lines:
         recall, precision = scores(first_N, origin_N)
