@@ -19,8 +19,8 @@ import sys
 from data_pipeline.plans import SD3_TEXT
 from data_pipeline.synthetic import write_synthetic
 
-shape = (16, 16, 16)
-write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("128x128",))
+shape = (16, 32, 32)
+write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))
 PY
 
 start() { # RUN OPTIONS...: two ranks in the background, their ids in $pids
