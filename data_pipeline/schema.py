@@ -62,9 +62,6 @@ class Part:
     def from_json(data: Mapping[str, Any]) -> "Part":
         return Part(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
 
-    def row_numbers(self) -> set[int]:
-        return set(in_ranges(self.rows))
-
 
 def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Sorted row numbers as few (first, behind last) pairs."""

@@ -1,9 +1,11 @@
 """The driver's state on scratch disk: what it finds equals what plain Python finds, and its memory does not grow."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.firsts import first_of_equal, first_of_near
-from data_pipeline.flow import pipeline
+from data_pipeline.flow import pipeline, runner
 from data_pipeline.flow.ahead import in_order
 from data_pipeline.flow.ledger import Ledger, Todo
 from data_pipeline.flow.verdicts import Verdicts, verdict_table
@@ -23,6 +25,7 @@ from data_pipeline.loading import index
 from data_pipeline.loading.index import read_batches, table_bytes, write_tables
 from data_pipeline.schema import fingerprint, long_fingerprint
 from infra import storage
+from infra.errors import UserError
 
 KEYS = st.tuples(st.sampled_from(["", "a", "b", "\u00e9", "\U0001f525"]), st.integers(-3, 300))
 
@@ -77,6 +80,92 @@ def test_units_and_verdicts_come_back_as_they_went():
     assert list(verdicts) == ["a", "b"]
     assert all(verdicts[shard].equals(table) for shard, table in tables.items())
     assert ("b" in verdicts, "c" in verdicts) == (True, False)
+
+
+FULL = """
+import resource, signal
+import pyarrow as pa
+from data_pipeline.flow.ledger import Ledger, Todo
+from data_pipeline.loading.index import write_tables
+from infra.errors import UserError
+from infra.scratch import Spool, scratch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+todo, shelf, table = Todo(), Ledger().shelf("name"), pa.table({"a": list(range(9999))})
+for n in range(300):
+    todo.add({"id": f"{n:09}"})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    WRITE
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("write", [
+    "todo.add({'id': 'x' * 9999})", "list(todo)", "write_tables('.', 't-', [table])", "scratch(9999, int)",
+    "shelf['a',] = bytes(99_999_999)", "Spool(int).append(range(9999))",
+])  # fmt: skip
+def test_a_full_scratch_disk_is_one_line(tmp_path, write):
+    """A file may grow to 4 kB here, of which a program is told as of a full disk."""
+    command = [sys.executable, "-c", FULL.replace("WRITE", write)]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}: scratch disk full")
+
+
+def test_all_that_is_remembered_lies_below_tmpdir(tmp_path):
+    code = """
+import os
+from data_pipeline.flow.ledger import Ledger, Todo
+from infra.scratch import Spool
+kept = Ledger(), Todo(), Spool(int)
+links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+print([os.readlink(link) for link in links if os.path.islink(link)])
+"""
+    env = os.environ | {"TMPDIR": str(tmp_path), "SQLITE_TMPDIR": "/var/tmp"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    found = [path for path in ast.literal_eval(done.stdout) if "deleted" in path]
+    assert len(found) == 3
+    assert all(path.startswith(str(tmp_path)) for path in found)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wave_of_units_is_bounded_in_number_and_bytes(monkeypatch):
+    units = [{"id": "x" * (n % 50)} for n in range(1000)]
+    monkeypatch.setattr(runner, "_WAVE", 60)
+    monkeypatch.setattr(runner, "_WAVE_BYTES", 1500)
+    waves = list(runner._waves(iter(units)))
+    assert [json.loads(text) for wave in waves for text in wave] == units
+    assert all(len(wave) <= 60 and sum(map(len, wave)) <= 1500 for wave in waves)
+    assert len(waves) < 1000
+    assert list(runner._waves([])) == []
+
+
+def test_tables_without_rows_take_no_memory(tmp_path):
+    """Of a root where hardly any row is set aside."""
+    alive: list[weakref.ref] = []
+
+    def tables():
+        for number in range(3000):
+            rows = number % 700 == 699
+            table = pa.table({"a": pa.array([number] * rows, pa.int64()), "b": pa.array(["x"] * rows, pa.string())})
+            alive.append(weakref.ref(table))
+            yield table
+
+    name = write_tables(str(tmp_path), "t-", tables())
+    assert (tmp_path / name).read_bytes() == table_bytes(pa.concat_tables(tables()).combine_chunks())
+    alive.clear()
+    most = 0
+
+    def counted():
+        nonlocal most
+        for table in tables():
+            most = max(most, sum(ref() is not None for ref in alive[-600:]))
+            yield table
+
+    write_tables(str(tmp_path), "t-", counted())
+    assert most < 300
 
 
 @given(st.lists(st.lists(st.text(), max_size=3), max_size=4))
@@ -190,6 +279,33 @@ def test_dedup_of_many_shards_is_a_series_of_manifests_that_counts_when_it_is_wh
     assert run() == (True, series, fingerprint)
     next((column / "objects").glob("*.parquet")).unlink()
     assert run() == (True, series, fingerprint)
+
+
+def test_a_run_goes_on_without_a_shard_whose_unit_fails_again(tmp_path, monkeypatch):
+    """It was ingested by an earlier run and lacks a column, which this run cannot make: its object holds no images."""
+    monkeypatch.setattr(pipeline, "PackTask", Packed)
+    fill(driver(str(tmp_path), 20_000))
+    whole = driver(str(tmp_path), 20_000).run().info.counts
+    column = driver(str(tmp_path), 0).columns.fingerprints["measure"][:12]
+    (tmp_path / "columns" / "measure" / column / "all-000001-003.0.json").unlink()
+    for _ in range(2):
+        again = driver(str(tmp_path), 20_000)
+        again.crew.keep_going = True
+        assert {name: 20 * n for name, n in again.run().info.counts.items()} == {n: 19 * c for n, c in whole.items()}
+        assert list(again.crew.failed) == ["all-000001"]
+    with pytest.raises(UserError, match="1 of 1 units failed, first all-000001"):
+        driver(str(tmp_path), 20_000).run()
+
+
+def test_a_root_of_which_nothing_is_left_is_told_so_each_time(tmp_path):
+    fill(driver(str(tmp_path), 10_000))
+    for path in (tmp_path / "columns" / "measure").glob("*/*.json"):
+        path.unlink()
+    for _ in range(3):
+        made = driver(str(tmp_path), 10_000)
+        made.crew.keep_going = True
+        with pytest.raises(UserError, match="the source gave no rows"):
+            made.run()
 
 
 def drive(root: Path, rows: int) -> dict:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
+from trainer.planning import trial as trying
 from trainer.planning.machines import get_machine
-from trainer.planning.plan import Cost
+from trainer.planning.plan import Cost, StepCost, train_flops_of
 from trainer.planning.reality import trial
 from trainer.planning.trial import flops_here, shallow, step_here
 from trainer.recipe import Optimizer, Parallel, Recipe
@@ -55,6 +56,37 @@ def test_blocks_with_two_attentions_stay_where_there_is_room():
     config = MMDiTConfig(depth=6, dual_attention=(0, 1, 3, 4))
     assert shallow(config, 3).dual_attention == (0, 1)
     assert shallow(MMDiTConfig(depth=6), 3).dual_attention == ()
+
+
+def stand_in(monkeypatch, cost_of) -> None:
+    """Trials that take what a function of their blocks says."""
+    monkeypatch.setattr(trying, "_launch", lambda recipe, blocks, **more: cost_of(blocks))
+
+
+def test_what_further_blocks_take_is_on_the_line_through_two_trials(monkeypatch):
+    """Where a block takes 2 seconds of 1.5 seconds' work, and its update 1 of 0.5, beside 3 seconds of each."""
+    stand_in(monkeypatch, lambda n: StepCost(Cost(3 + 2 * n, 3 + 1.5 * n), Cost(3 + n, 3 + 0.5 * n)))
+    found = step_here(recipe(model=MMDiTConfig(30, **NARROW)), micro_batch=2, ranks=2)
+    assert found.micro_batch == pytest.approx((63, 48))
+    assert found.update == pytest.approx((33, 18))
+    shallow_one = step_here(recipe(model=MMDiTConfig(3, **NARROW)), micro_batch=2, ranks=2)
+    assert shallow_one == StepCost(Cost(9, 7.5), Cost(6, 4.5))
+    deep = recipe(model=MMDiTConfig(30, **NARROW))
+    more = [train_flops_of(dataclasses.replace(deep, model=shallow(deep.model, n))) for n in (2, 4)]
+    assert flops_here(deep, micro_batch=2) == pytest.approx(2 * (more[1] - more[0]) / 4)
+
+
+def test_noise_gives_no_plan(monkeypatch):
+    asked = []
+    stand_in(monkeypatch, lambda n: asked.append(n) or StepCost(Cost(1.0, 1.0), Cost(1.0, 1.0)))
+    with pytest.raises(UserError, match="4 blocks took no longer than 2: something else works on this machine"):
+        step_here(recipe(), micro_batch=2, ranks=2)
+    assert asked == [2, 4] * 3
+    # less work and a shorter update of the deeper one are noise as well
+    stand_in(monkeypatch, lambda n: StepCost(Cost(n, 5 - n), Cost(5 - n, 5 - n)))
+    found = step_here(recipe(), micro_batch=2, ranks=2)
+    assert found.micro_batch == (pytest.approx(6), 1)
+    assert found.update == (1, 1)
 
 
 def test_costs_lie_on_a_line():

@@ -113,7 +113,7 @@ class PlanArgs:
     efficiency: float | None = None
     """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
     calibrate: str | None = None
-    """A small finished run (folder) teaches instead. On a device of its kind both recipes are tried (--trial), and what
+    """A small finished run (folder) to learn from. On a device of its kind both recipes are tried (--trial), and what
     the run took beyond that is added; elsewhere its speed as a whole counts."""
     trial: bool = False
     """Let shallow models of the recipe's width take steps on the devices here, which must be of the planned kind."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data_pipeline.flow.scratch import BLOCK, Spool, blocks, scratch
+from infra.scratch import BLOCK, Spool, blocks, scratch
 
 HASH_BITS = 64
 _NEAR_BLOCK = 2**16  # hashes that are compared one by one

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.embed import THUMB
-from data_pipeline.flow.scratch import Spool, scratch
+from infra.scratch import Spool, scratch
 
 MAX_BYTES = 2**30  # of embeddings and thumbnails held at a time
 MAX_SAMPLE_BYTES = 2**29  # of embeddings that the centroids are made from

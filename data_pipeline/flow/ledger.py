@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.flow.scratch import on_scratch
 from infra.errors import UserError
+from infra.scratch import on_scratch
 
 CACHE_MIB = 8
 _PAGE = 256  # entries that an iteration holds
@@ -24,11 +24,13 @@ class Ledger:
     """One private SQLite database, with a table per shelf. Safe for threads."""
 
     def __init__(self) -> None:
-        # a database without a name is a temporary file of SQLite's own, which is unlinked as soon as it is opened
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        # a database without a name would be a temporary file too, but where SQLite's own variables say
+        with tempfile.NamedTemporaryFile(prefix="ledger-") as file:
+            self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
         self._lock = threading.Lock()
         self._shelves = 0
-        for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_MIB * 1024}"):
+        cache = f"cache_size = -{CACHE_MIB * 1024}"
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", cache):
             self._db.execute(f"PRAGMA {pragma}")
 
     def shelf(self, *key: str) -> "Shelf":
@@ -44,7 +46,8 @@ class Ledger:
         except sqlite3.OperationalError as error:
             if "disk" not in str(error):
                 raise
-            raise UserError(f"$TMPDIR: scratch disk full? ({error}): free some space or set TMPDIR") from error
+            where = tempfile.gettempdir()
+            raise UserError(f"{where}: scratch disk full? ({error}): free some space or set TMPDIR") from error
 
 
 class Shelf:
@@ -128,5 +131,7 @@ class Todo:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """One at a time; a second iteration at the same time would move the first."""
+        with on_scratch():
+            self._file.flush()
         self._file.seek(0)
         return map(json.loads, self._file)

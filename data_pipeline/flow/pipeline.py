@@ -1,7 +1,7 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
 The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`ledger.py`,
-`scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
+`infra/scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
 training shards.
 """
 
@@ -134,6 +134,9 @@ class Pipeline:
         for report in self.crew.work("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest, report["split"])
+        for shard in self.proven.shards() if self.crew.failed else ():
+            if not self._complete([shard]):  # ingested by an earlier run, and its unit failed again
+                self.proven.leave_out(shard)
         if not len(self.proven):
             raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
 

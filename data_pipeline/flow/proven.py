@@ -77,12 +77,15 @@ class Proven:
         """All that is proven of a column (the first manifest of each unit, if so asked), for shards that are known."""
         for _, manifests in groupby(self.manifests(column, prefix=prefix), lambda manifest: manifest.unit):
             for manifest in list(manifests)[: 1 if first else None]:
-                if manifest.parts[0].shard in self:
+                if manifest.parts and manifest.parts[0].shard in self:
                     self.take(manifest)
 
     def add_shard(self, shard: str, split: str) -> None:
         """A shard of this run's source, with the split that the source gives it ("" for none)."""
         self._splits[shard,] = split.encode()
+
+    def leave_out(self, shard: str) -> None:
+        del self._splits[shard,]
 
     def __contains__(self, shard: str) -> bool:
         return (shard,) in self._splits

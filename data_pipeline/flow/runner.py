@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 from infra.errors import UserError
@@ -21,6 +20,7 @@ log = get_logger("runner")
 
 _SMALL_POOL = 8
 _WAVE = 10_000  # units: ten million rows between two starts of the workers
+_WAVE_BYTES = 256 * 2**20  # of their descriptions
 _LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs
 
 Unit = Mapping[str, Any]
@@ -50,7 +50,7 @@ def run_tasks(
 ) -> Iterator[Report]:
     """One report per unit, in the order of completion. A report with `error` says what failed; others go on.
 
-    Ray Data keeps the blocks of all units of a pass, so they go to it in waves of `_WAVE`, each with a new pool.
+    Ray Data keeps the blocks of all units of a pass, so they go to it in waves, each with a new pool.
     `runtime_env` is Ray's: the workers of this task get an environment of their own.
     """
     if workers.count == 0:
@@ -60,9 +60,23 @@ def run_tasks(
         for unit in units:
             yield work(unit)
         return
-    left = iter(units)
-    while wave := list(islice(left, _WAVE)):
+    for wave in _waves(units):
         yield from _run_on_ray(task, wave, workers, runtime_env)
+
+
+def _waves(units: Iterable[Unit]) -> Iterator[list[str]]:
+    """Units as JSON: as such they take a tenth of what their objects would."""
+    wave: list[str] = []
+    size = 0
+    for unit in units:
+        text = json.dumps(unit)
+        if wave and (len(wave) == _WAVE or size + len(text) > _WAVE_BYTES):
+            yield wave
+            wave, size = [], 0
+        wave.append(text)
+        size += len(text)
+    if wave:
+        yield wave
 
 
 class _Work:
@@ -107,7 +121,7 @@ class _Actor:
 
 
 def _run_on_ray(
-    task: Task, units: Sequence[Unit], workers: Workers, runtime_env: Mapping[str, Any] | None
+    task: Task, units: Sequence[str], workers: Workers, runtime_env: Mapping[str, Any] | None
 ) -> Iterator[Report]:
     connect(workers)
     import ray
@@ -123,7 +137,7 @@ def _run_on_ray(
     context.print_on_execution_start = False
     # a block above 1.5 times the target would be split, and one block is one unit here
     context.target_max_block_size = None
-    items = [{"unit": json.dumps(unit)} for unit in units]
+    items = [{"unit": unit} for unit in units]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Actor,
         fn_constructor_kwargs={"task": task, "cpus": workers.cpus},

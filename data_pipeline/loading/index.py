@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.flow.scratch import on_scratch
 from infra import storage
 from infra.errors import UserError
+from infra.scratch import on_scratch
 
 _GROUP_BYTES = 16 * 2**20
+_HELD = 256  # tables
 _BATCH_ROWS = 1024
 
 
@@ -71,12 +72,14 @@ def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
 
     Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `table_bytes`.
     """
-    with tempfile.NamedTemporaryFile() as file, on_scratch():
+    with on_scratch(), tempfile.NamedTemporaryFile() as file:
         writer, held, size = None, [], 0
         for table in chain(tables, [None]):
             if table is not None:
                 held.append(table)
                 size += table.nbytes
+                if len(held) == _HELD:  # small ones, or without rows: each takes kilobytes beside its values
+                    held = [pa.concat_tables(held).combine_chunks()]
             if held and (table is None or size >= _GROUP_BYTES):
                 writer = writer or pq.ParquetWriter(file, held[0].schema, compression="zstd")
                 writer.write_table(pa.concat_tables(held).combine_chunks())

@@ -22,7 +22,7 @@ log = get_logger("pack")
 class Published:
     """The dataset that dataset.json shows at this moment; nothing where there is none, or one of another encoding.
 
-    Its table of shards is in memory, as at the end of a run (some hundred bytes per training shard), its rows are not.
+    Its table of shards is in memory, as at the end of a run (about a kB per training shard), its rows are not.
     """
 
     def __init__(self, root: str, info: DatasetInfo) -> None:

@@ -68,7 +68,7 @@ class Calibration:
         if not self.by_trial:
             return f"calibrated by the whole speed of {self.run}: {self.efficiency:.3g} of the peak"
         return (
-            "planned by steps of two shallow models of the recipe's width, and what a micro-batch of "
+            "planned by steps of shallow models of the recipe's width, and what a micro-batch of "
             f"{self.run} took beyond its own trial, {self.extra.seconds * 1000:.3g} ms"
         )
 
