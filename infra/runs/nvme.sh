@@ -10,44 +10,13 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=$1 folder=${2:-infra/docs/runs/nvme} depth=${DEPTH:-9} python=${PYTHON:-python} batch=4 steps=8
 mkdir -p "$out/swap" "$folder"
-pids=()
-export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=$PWD
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
+source infra/runs/ranks.sh
+write_data "$out/data"
 
-[ -e "$out/data/dataset.json" ] || "$python" - "$out/data" <<'PY'
-import sys
-
-from data_pipeline.plans import SD3_TEXT
-from data_pipeline.synthetic import write_synthetic
-
-shape = (16, 32, 32)
-write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))
-PY
-
-start() { # RUN OPTIONS...: two ranks in the background, their ids in $pids
-  local run=$1 port rank
-  shift
-  port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
-  pids=()
-  for rank in 0 1; do
-    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
-      "$python" -m trainer train d15 --model.depth "$depth" --data "$out/data" --out "$run" --images $((steps * batch)) \
-      --global-batch "$batch" --parallel.micro-batch 1 --parallel.zero-stage 3 --parallel.persistence-threshold 0 \
-      --parallel.max-live 0 --parallel.offload-optimizer --ema.profiles power:0.10 --schedule.warmup-images 0 \
-      --validation.every None --logging.log-every "$batch" --logging.save-every $((steps * batch / 2)) "$@" &
-    pids+=($!)
-  done
-}
-
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
-
-ended() { # the exit codes of both ranks
-  codes=()
-  for pid in "${pids[@]}"; do
-    local code=0
-    wait "$pid" || code=$?
-    codes+=("$code")
-  done
+start() { # RUN OPTIONS...
+  start_ranks d15 --model.depth "$depth" --data "$out/data" --out "$1" --images $((steps * batch)) --global-batch "$batch" \
+    --parallel.micro-batch 1 --parallel.offload-optimizer --ema.profiles power:0.10 --schedule.warmup-images 0 \
+    --validation.every None --logging.log-every "$batch" --logging.save-every $((steps * batch / 2)) "${@:2}"
 }
 
 rm -rf "$out/memory" "$out/swapped"

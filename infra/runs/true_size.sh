@@ -13,46 +13,17 @@ out=$1 folder=${2:-infra/docs/runs/true_size}
 depths=${DEPTHS:-2 4 15} steps=${STEPS:-6} small_steps=${SMALL_STEPS:-24} batch=${BATCH:-4} python=${PYTHON:-python}
 half=$((steps / 2)) largest=${depths##* }
 mkdir -p "$out" "$folder"
-export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=$PWD
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # a quarter of a step's time at depth 15
-
-# Latents of 16x32x32 (256 tokens) and 154 text tokens, in the shape and layout of SD3's encoders; the content is made up.
-[ -e "$out/data/dataset.json" ] || "$python" - "$out/data" <<'PY'
-import sys
-
-from data_pipeline.plans import SD3_TEXT
-from data_pipeline.synthetic import write_synthetic
-
-shape = (16, 32, 32)
-write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))
-PY
+source infra/runs/ranks.sh
+write_data "$out/data"
 
 images_of() { # DEPTH
   echo $((($1 == largest ? steps : small_steps) * batch))
 }
 
-start() { # DEPTH RUN SAVE_EVERY: two ranks in the background, their ids in $pids
-  local port rank images
-  images=$(images_of "$1")
-  port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
-  pids=()
-  for rank in 0 1; do
-    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
-      "$python" -m trainer train d15 --model.depth "$1" --data "$out/data" --out "$2" --images "$images" \
-      --global-batch "$batch" --parallel.micro-batch 1 --parallel.zero-stage 3 --parallel.persistence-threshold 0 \
-      --parallel.max-live 0 --ema.profiles power:0.10 --schedule.warmup-images 0 --validation.every None \
-      --logging.log-every "$batch" --logging.save-every "$3" --logging.keep 1 &
-    pids+=($!)
-  done
-}
-
-ended() { # the exit codes of both ranks
-  codes=()
-  for pid in "${pids[@]}"; do
-    local code=0
-    wait "$pid" || code=$?
-    codes+=("$code")
-  done
+start() { # DEPTH RUN SAVE_EVERY
+  start_ranks d15 --model.depth "$1" --data "$out/data" --out "$2" --images "$(images_of "$1")" --global-batch "$batch" \
+    --parallel.micro-batch 1 --ema.profiles power:0.10 --schedule.warmup-images 0 --validation.every None \
+    --logging.log-every "$batch" --logging.save-every "$3" --logging.keep 1
 }
 
 # A shared machine's speed moves by a third within minutes, so a depth is planned before its run and after it, and the
