@@ -89,10 +89,11 @@ class MakeBucket:
 
     def run(self) -> None:
         from infra import storage
+        from infra.s3 import make_bucket
 
         if not storage.is_remote(self.uri):
             raise UserError(f"{self.uri}: not an s3:// URI: write s3://bucket")
-        storage.make_bucket(self.uri)
+        make_bucket(self.uri)
 
 
 def _pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:

@@ -104,11 +104,11 @@ def start_server(command: list[str], port: int) -> subprocess.Popen[bytes]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of a running S3 server with the tests' bucket; the AWS_* variables point there."""
-    from infra import storage
+    from infra.s3 import make_bucket
 
     server = start_server([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)], S3_PORT)
     try:
-        storage.make_bucket(f"s3://{BUCKET}")
+        make_bucket(f"s3://{BUCKET}")
         yield f"http://127.0.0.1:{S3_PORT}"
     finally:
         server.terminate()

@@ -15,8 +15,8 @@ ALLOWED = {
 }
 OWNERS = {
     "deepspeed": ("trainer/zero/",),
-    "s3fs": ("infra/storage.py",),
-    "fsspec": ("infra/storage.py",),
+    "s3fs": ("infra/s3.py",),
+    "fsspec": ("infra/s3.py",),
     "webdataset": ("data_pipeline/packing/shards.py",),
     "ray": ("data_pipeline/flow/runner.py", "trainer/ladders/workers.py", "infra/launch/", "infra/doctor.py"),
 }

@@ -9,6 +9,7 @@ import pytest
 
 from infra import storage
 from infra.errors import MissingError, UserError
+from infra.s3 import filesystem, list_objects, make_bucket
 
 WRITER = """
 import sys
@@ -102,8 +103,8 @@ def test_listing(root):
 def test_more_objects_than_one_page(s3, monkeypatch):
     for number in range(12):
         storage.write_bytes(f"{s3}/{number:02d}", b"")
-    fs, bucket, key = storage._filesystem(), *s3.removeprefix("s3://").split("/")
-    pages = storage._list_s3(fs, bucket, key, page_size=5)
+    fs, bucket, key = filesystem(), *s3.removeprefix("s3://").split("/")
+    pages = list_objects(fs, bucket, key, page_size=5)
     assert [item["Key"][-2:] for item in pages] == [f"{number:02d}" for number in range(12)]
 
 
@@ -139,7 +140,7 @@ def serial_s3(free_port, monkeypatch):
     )
     server = start_server([sys.executable, "-c", code], port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    storage.make_bucket("s3://race")
+    make_bucket("s3://race")
     yield "s3://race/claims"
     server.terminate()
     server.wait(timeout=20)

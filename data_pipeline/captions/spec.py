@@ -7,8 +7,8 @@ from typing import Annotated, Any, Protocol
 import tyro
 from PIL import Image
 
-from infra import storage
 from infra.errors import UserError
+from infra.s3 import shown_address
 
 # The nearest public text to what SD3's captions were made with: LAION-POP's instruction, in our words. The fixed
 # opening makes the model start with the picture itself; column.py cuts it off.
@@ -84,7 +84,7 @@ class CaptionerSpec:
 
     def address(self) -> str:
         """`url`, checked; it is printed and stored in plan.yaml, so that it must not hold a secret."""
-        shown = storage.shown_address(self.url).partition("?")[0]
+        shown = shown_address(self.url).partition("?")[0]
         if "@" in self.url or "?" in self.url:
             raise UserError(
                 f"--captioner.url {shown}: it must not hold a user, a password or a query, as it is printed and stored "
