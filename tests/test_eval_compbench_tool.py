@@ -81,7 +81,7 @@ def test_depth_is_in_unidets_frame_and_between_0_and_1(dpt):
         assert np.ptp(found) > 0.5, "min-max normalised"
     assert DptDepth(dpt, side=64).version == depth.version
     assert depth.version != DptDepth(dpt, side=96).version, "the input size is part of the protocol"
-    with pytest.raises(UserError, match="no depth checkpoint"):
+    with pytest.raises(UserError, match="no DPT at"):
         DptDepth(dpt / "missing")
 
 

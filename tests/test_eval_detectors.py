@@ -131,6 +131,39 @@ def test_a_scorer_without_weights_is_one_line(tmp_path):
             build(tmp_path / "missing")
 
 
+def test_a_scorer_that_is_torn_or_another_network_is_one_line(mask2former, tmp_path):
+    """Above all no network whose weights the folder lacks: transformers would fill in random ones."""
+    from data_pipeline.checkpoints import resolve
+    from eval.networks.clip_model import ClipModel
+    from eval.networks.depth import DptDepth
+    from eval.networks.vqa import BlipVQA
+
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    captioner, torn, bare = tmp_path / "captioner", tmp_path / "torn", tmp_path / "bare.bin"
+    BlipForConditionalGeneration(BlipConfig.from_pretrained(resolve("world:vqa"))).save_pretrained(captioner)
+    torn.mkdir()
+    for name in ("config.json", "open_clip_config.json", "model.safetensors"):
+        (torn / name).write_text("{}")
+    bare.write_text("no weights")
+    for build, where, told in [
+        (BlipVQA, captioner, r"holds no BLIP-VQA: it lacks text_encoder"),
+        (TransformersDetector, captioner, "cannot load Mask2Former"),
+        (DptDepth, mask2former, "cannot load DPT|holds no DPT"),
+        (BlipVQA, torn, "cannot load BLIP-VQA|holds no BLIP-VQA"),
+        (TransformersDetector, torn, "cannot load Mask2Former"),
+        (ClipModel, torn, "cannot load CLIP"),
+        (ClipModel, mask2former, r"no open_clip_config\.json"),
+        (ClipModel, f"ViT-B-32={bare}", "cannot load CLIP"),
+        (ClipModel, f"ViT-B-23={bare}", r"open_clip knows no 'ViT-B-23' \(did you mean 'ViT-B-32'\?\)"),
+    ]:
+        with pytest.raises(UserError, match=told) as caught:
+            build(where)
+        assert len(str(caught.value)) < 600
+    with pytest.raises(UserError, match=r"cannot load CLIP .*cudaa"):
+        ClipModel(resolve("world:judge_clip"), device="cudaa")
+
+
 def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tmp_path, capsys):
     """The whole official path on a checkpoint in the hub's layout: detector, CLIP colors, verdicts, summary."""
     from data_pipeline.checkpoints import resolve

@@ -16,7 +16,8 @@ from data_pipeline.weights import weights_hash
 from eval.geneval.prompts import COLORS
 from eval.geneval.rules import Found
 from eval.networks.detectors import Detections
-from infra.errors import UserError
+from eval.networks.loading import loading
+from infra.errors import UserError, nearest
 
 BATCH = 64
 MASKED_OUT = "#999999"
@@ -24,7 +25,10 @@ COLOR_TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}",
 
 
 class ClipModel:
-    """An OpenCLIP checkpoint: a folder with open_clip_config.json, or `ARCHITECTURE=FILE` such as ViT-L-14=clip.bin."""
+    """An OpenCLIP checkpoint: a folder with open_clip_config.json, or `ARCHITECTURE=FILE` such as ViT-L-14=clip.bin.
+
+    A bare file is taken for OpenAI's, which were trained with QuickGELU; a folder's config says what its weights need.
+    """
 
     def __init__(self, where: str | Path, *, device: str = "cpu") -> None:
         import open_clip
@@ -33,12 +37,17 @@ class ClipModel:
         name, pretrained = (arch, file) if file else (f"local-dir:{where}", None)
         if not Path(file or str(where)).exists():
             raise UserError(f"no CLIP checkpoint at {file or where}: give an OpenCLIP folder or ARCHITECTURE=FILE")
-        quick = bool(file) and "quickgelu" not in arch  # OpenAI's weights were trained with it
-        model, _, self._transform = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, force_quick_gelu=quick
-        )
-        self._model: Any = model.to(device).eval()
-        self._tokenize = open_clip.get_tokenizer(name)
+        if file and arch not in (known := open_clip.list_models()):
+            raise UserError(f"open_clip knows no {arch!r}{nearest(arch, known)}; give ARCHITECTURE=FILE, or a folder")
+        if not file and not (Path(where) / "open_clip_config.json").is_file():
+            raise UserError(f"no open_clip_config.json in {where}: give an OpenCLIP folder or ARCHITECTURE=FILE")
+        quick = bool(file) and "quickgelu" not in arch
+        with loading("CLIP", where):
+            model, _, self._transform = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, force_quick_gelu=quick
+            )
+            self._model: Any = model.to(device).eval()
+            self._tokenize = open_clip.get_tokenizer(name)
         self._device = device
         self.name, self.version = arch if file else Path(where).name, weights_hash(file or where)
         self._texts: dict[str, Tensor] = {}

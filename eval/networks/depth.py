@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from data_pipeline.weights import weights_hash
-from infra.errors import UserError
+from eval.networks.loading import pretrained
 
+UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.",)  # MiDaS' files lack it: the first fusion has no residual
 INPUT_SIDE = 480  # official: squeezed to 480 x 480, mean and std 0.5, whatever the checkpoint was trained at
 
 
@@ -33,15 +34,11 @@ class DptDepth:
 
     def __init__(self, path: str | Path, *, device: str = "cpu", side: int = INPUT_SIDE) -> None:
         from transformers import DPTForDepthEstimation
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
-        if not (Path(path) / "config.json").exists():
-            raise UserError(f"no depth checkpoint at {path}: expected a transformers folder of DPT with config.json")
-        model: Any = DPTForDepthEstimation.from_pretrained(str(path))
+        model: Any = pretrained(DPTForDepthEstimation, path, what="DPT", device=device, unused=UNUSED)
         if model.config.is_hybrid:  # it refuses other sizes than its own, though it resizes its positions
             model.dpt.embeddings.image_size = (side, side)
-        self._model, self._device, self._side = model.to(device).eval(), device, side
+        self._model, self._device, self._side = model, device, side
         self.version = f"{weights_hash(path)}@{side}"
 
     @torch.inference_mode()

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.weights import weights_hash
+from eval.networks.loading import loading, pretrained
 from infra.errors import UserError
 
+FAMILIES = ("mask2former", "maskformer")  # their heads give a class and a mask per query
 # COCO's spellings where GenEval writes another one (its object_names.txt).
 COCO_TO_GENEVAL = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
@@ -60,12 +62,15 @@ class TransformersDetector:
         import torch
         from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-        if not (Path(path) / "config.json").exists():
-            raise UserError(f"no detector at {path}: expected a transformers folder of Mask2Former with config.json")
-        self.name, self.version = "mask2former", weights_hash(path)
+        self._model = pretrained(
+            AutoModelForUniversalSegmentation, path, what="Mask2Former", device=device, unused=("criterion.",)
+        )
+        with loading("the image processor of Mask2Former", path):
+            self._processor: Any = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
+        self.name, self.version = self._model.config.model_type, weights_hash(path)
+        if self.name not in FAMILIES:
+            raise UserError(f"{path} holds a {self.name} model; expected {' or '.join(FAMILIES)}")
         self._torch, self._device, self._keep_above, self._top = torch, device, keep_above, top
-        self._processor = AutoImageProcessor.from_pretrained(str(path))
-        self._model: Any = AutoModelForUniversalSegmentation.from_pretrained(str(path)).to(device).eval()
         names = self._model.config.id2label
         self.classes = tuple(COCO_TO_GENEVAL.get(names[i], names[i]) for i in range(len(names)))
 

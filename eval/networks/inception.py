@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.weights import weights_hash
+from eval.networks.loading import loading
 from infra.errors import UserError
 
 SIDE, BATCH, CLASSES = 299, 32, 1008
@@ -31,7 +32,8 @@ class InceptionFeatures:
         self._convention, self._device = convention, device
         self._net = build_inception()
         self._net.load_state_dict(_read(Path(path), self._net.state_dict()))
-        self._net.to(device).eval().requires_grad_(False)
+        with loading("Inception", path):
+            self._net.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def images(self, images: Sequence[np.ndarray]) -> Tensor:

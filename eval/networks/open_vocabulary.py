@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipeline.weights import weights_hash
 from eval.networks.detectors import Detections
+from eval.networks.loading import loading, pretrained
 from infra.errors import UserError
 
 FAMILIES = ("owlv2", "owlvit")
@@ -24,12 +25,11 @@ class OpenVocabularyDetector:
     ) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
         if not (Path(path) / "config.json").exists():
             raise UserError(f"no detector at {path}: expected a transformers folder of OWLv2 with config.json")
-        family = AutoConfig.from_pretrained(str(path)).model_type
+        with loading("OWLv2", path):
+            family = AutoConfig.from_pretrained(str(path)).model_type
         if family not in FAMILIES:
             raise UserError(f"{path} holds a {family} model; expected {' or '.join(FAMILIES)} as UniDet's substitute")
         if not classes:
@@ -37,8 +37,9 @@ class OpenVocabularyDetector:
         self.name, self.version = f"{family} in place of UniDet", weights_hash(path)
         self.classes = tuple(dict.fromkeys(classes))
         self._torch, self._device, self._keep_above = torch, device, keep_above
-        self._processor: Any = AutoProcessor.from_pretrained(str(path))
-        self._model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(str(path)).to(device).eval()
+        self._model = pretrained(AutoModelForZeroShotObjectDetection, path, what="OWLv2", device=device)
+        with loading("the processor of OWLv2", path):
+            self._processor: Any = AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         return [self._one(image) for image in images]

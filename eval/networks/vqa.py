@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.weights import weights_hash
+from eval.networks.loading import loading, pretrained
 from infra.errors import UserError
 
 BATCH = 64
@@ -35,14 +36,10 @@ class BlipVQA:
 
     def __init__(self, path: str | Path, *, device: str = "cpu", image_size: int | None = None) -> None:
         from transformers import AutoTokenizer, BlipForQuestionAnswering
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # a bar per checkpoint would bury our own
-        if not (Path(path) / "config.json").exists():
-            raise UserError(f"no BLIP-VQA checkpoint at {path}: expected a transformers folder with config.json")
-        model: Any = BlipForQuestionAnswering.from_pretrained(str(path))
-        self._model = model.to(device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(str(path))
+        self._model = pretrained(BlipForQuestionAnswering, path, what="BLIP-VQA", device=device)
+        with loading("the tokenizer of BLIP-VQA", path):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self._device = device
         config = self._model.config
         self._size = image_size or config.vision_config.image_size
