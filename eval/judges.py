@@ -69,7 +69,7 @@ class OfficialPaths:
     detector: str | None = None
     """transformers folder, e.g. of facebook/mask2former-swin-small-coco-instance"""
     clip: str | None = None
-    """OpenCLIP folder, or ViT-L-14=FILE"""
+    """OpenCLIP folder, or ViT-L-14=FILE (a bare file is taken for OpenAI's, with QuickGELU)"""
     vqa: str | None = None
     """transformers folder of BLIP-VQA (capfilt large)"""
     spacy: str = "en_core_web_sm"
@@ -142,7 +142,8 @@ def official_judges(paths: OfficialPaths | None = None) -> Judges:
     def need(field: str) -> str:
         value = getattr(given, field)
         if value is None:
-            raise UserError(f"judges `official` need --official.{field} PATH for this metric")
+            option = field.replace("_", "-")
+            raise UserError(f"judges `official` need --official.{option} PATH for this metric")
         return value
 
     @functools.cache

@@ -11,7 +11,7 @@ from eval.geneval.prompts import COLORS
 from eval.geneval.rules import Found
 from eval.networks.clip_model import COLOR_TEMPLATES, ClipColors, masked_crop
 from eval.networks.detectors import Detections
-from eval.networks.vqa import BlipVQA
+from eval.networks.vqa import BlipVQA, plain_question
 from eval.pictures import read_picture
 
 
@@ -85,6 +85,7 @@ def test_the_class_head_is_the_mean_of_unit_templates():
     raw_CE = table_CTE.mean(1) / np.linalg.norm(table_CTE.mean(1), axis=-1, keepdims=True)
     assert said != [COLORS[i] for i in (image_NE @ raw_CE.T).argmax(1)], "the case tells the two apart"
     assert [crop.size for crop in clip.crops] == [(4, 4)] * 20
+    assert ClipColors(clip).of(image, detections, "dog", []) == [], "a clause may count to 0"
 
 
 def blip(logits_NV, *, size=4):
@@ -125,6 +126,17 @@ def test_yes_is_its_share_of_yes_and_no_over_the_whole_vocabulary():
     assert asked[0].input_ids[:, 0].tolist() == [7, 7, 7], "[ENC] opens the question"
     even, _ = blip(np.array([[0, 0, 80, 0, 0, 80, 0, 0, 0], [0, 0, 90, 0, 0, -90, 0, 0, 0]], dtype=np.float32))
     assert even.yes([picture()] * 2, ["a?", "b?"]) == pytest.approx([0.5, 1.0])
+
+
+def test_questions_are_put_as_blips_own_code_puts_them():
+    from data_pipeline.checkpoints import resolve
+
+    assert plain_question('A "Stop" sign (red); 50 cent*s!?') == "a stop sign red 50 cents?"
+    assert plain_question("so " * 60 + "?").count("so") == 50
+    model, image = BlipVQA(resolve("world:vqa")), picture(64, 64)
+    marked, plain, other = model.yes([image] * 3, ['A "red" dog:?', "a red dog?", "a blue kite?"])
+    assert marked == pytest.approx(plain, abs=1e-6)
+    assert abs(other - plain) > 1e-6
 
 
 def test_pixels_are_bicubic_and_normalised():

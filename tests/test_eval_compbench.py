@@ -193,6 +193,15 @@ def test_answers_are_written_as_officially_and_read_back(tmp_path):
     (tmp_path / "bad.json").write_text("[{}]")
     with pytest.raises(UserError, match="not a T2I-CompBench answer list"):
         read_answers(tmp_path / "bad.json")
+    for text, told in [
+        ('[{"question_id": 3, "answer": 1}, {"question_id": "3", "answer": 0}]', "1 answers carry a question_id"),
+        ('[{"question_id": 0, "answer": NaN}]', "not a finite number"),
+    ]:
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            read_answers(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="cannot read answers"):
+        read_answers(tmp_path / "missing.json")
 
 
 def test_grammar_reader():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.compbench.evidence import Evidence, answer
-from eval.compbench.files import read_answers, sample_name
+from eval.compbench.files import read_answers, read_samples, sample_name
 from eval.compbench.rules import Seen, position_2d, position_3d
 from eval.compbench.stored import Words, read_stored, stored_line
 from eval.compbench.tool import judge, merge, score
@@ -225,6 +225,7 @@ def test_boxes_in_pixels_are_brought_to_unidets_frame(tmp_path):
         ({"category": "spatial", "detections": [["dog", 0, 0, "inf", 1, 0.5]], "objects": ["a", "b"]}, "not a finite"),
         ({"category": "complex", "probabilities": []}, "needs its kind"),
         ({"category": "3d_spatial", "detections": [], "objects": ["a", "b"], "depth": "no.png"}, "cannot read depth"),
+        ({"category": "spatial", "detections": [], "objects": ["a", "b"], "locality": "left of"}, "unknown locality"),
         ({"category": "color", "probabilities": [], "filename": "a_b.png"}, "expected prompt and question_id"),
     ],
 )
@@ -286,7 +287,18 @@ def test_samples_that_are_broken_missing_or_repeated(tmp_path, capsys):
     assert len(read_answers(tmp_path / "out/color/annotation_blip/vqa_result.json")) == 3
     record = {"category": "color", "probabilities": [1.0], "filename": "a cat_000000.png"}
     (tmp_path / "color_val.txt").write_text("a cat\n")
-    with pytest.raises(UserError, match="two images carry one number"):
-        judge(lines(tmp_path / "twice.jsonl", record, record), dataset=tmp_path)
+    for dataset in (None, tmp_path):
+        with pytest.raises(UserError, match=r"two images carry one number, e\.g\. 000000"):
+            judge(lines(tmp_path / "twice.jsonl", record, record), dataset=dataset)
+    with pytest.raises(UserError, match="--images-per-prompt must be 1 or more"):
+        judge(lines(tmp_path / "s.jsonl", record), dataset=tmp_path, images_per_prompt=0)
     with pytest.raises(UserError, match=r"1 prompts are not of its file, e\.g\. 'a dog'"):
         judge(lines(tmp_path / "s.jsonl", record | {"filename": "a dog_000000.png"}), dataset=tmp_path)
+    capsys.readouterr()
+    judge(lines(tmp_path / "s.jsonl", record | {"filename": "a dog_000000.png"}), dataset=tmp_path, allow_partial=True)
+    assert "outside the set: 1 prompts are not of its file, e.g. 'a dog'" in capsys.readouterr().err
+    judge(lines(tmp_path / "s.jsonl", record))
+    assert "nobody knows whether prompts are missing; --dataset DIR" in capsys.readouterr().err
+    write_picture(samples / "snake_case_prompt_000009.png", picture(0, 8, 8))
+    assert len(read_samples(samples)) == 4
+    assert "1 pictures are no samples by their names, e.g. 'snake_case_prompt_000009.png'" in capsys.readouterr().err

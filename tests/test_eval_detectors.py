@@ -7,6 +7,7 @@ import pytest
 
 from eval.calibrate import control_image
 from eval.geneval.files import write_folder
+from eval.geneval.prompts import official_metadata
 from eval.geneval.tool import judge, score
 from eval.judges import build_judges
 from eval.networks.detectors import TransformersDetector, mask_box
@@ -72,6 +73,7 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     score(tmp_path / "set", judges="world", metadata=metadata, images_per_prompt=1, out=str(out), stored=str(stored))
     printed = capsys.readouterr().out
     assert "Overall score (avg. over tasks): 1.00000\n" in printed
+    assert printed.startswith("world_geneval, judged by world_detector ")
     assert printed.rstrip().splitlines()[-1].startswith("95 % intervals over prompts: overall ")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["tag"] for row in rows} == {p.task for p in prompts}
@@ -133,12 +135,12 @@ def test_a_scorer_without_weights_is_one_line(tmp_path):
 
 def test_a_scorer_that_is_torn_or_another_network_is_one_line(mask2former, tmp_path):
     """Above all no network whose weights the folder lacks: transformers would fill in random ones."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
     from data_pipeline.checkpoints import resolve
     from eval.networks.clip_model import ClipModel
     from eval.networks.depth import DptDepth
     from eval.networks.vqa import BlipVQA
-
-    from transformers import BlipConfig, BlipForConditionalGeneration
 
     captioner, torn, bare = tmp_path / "captioner", tmp_path / "torn", tmp_path / "bare.bin"
     BlipForConditionalGeneration(BlipConfig.from_pretrained(resolve("world:vqa"))).save_pretrained(captioner)
@@ -182,4 +184,12 @@ def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tm
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert set(rows[0]) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
-    assert "Overall score" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Overall score" in printed
+    assert printed.startswith(f"geneval, judged by mask2former {TransformersDetector(mask2former).version} and CLIP ")
+
+
+def test_an_incomplete_set_is_refused_before_any_network_is_loaded(tmp_path):
+    write_folder(tmp_path / "set", 0, official_metadata()[0], [np.zeros((8, 8, 3), dtype=np.uint8)])
+    with pytest.raises(UserError, match="2211 of 2212 images are missing"):
+        score(tmp_path / "set")

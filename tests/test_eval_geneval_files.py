@@ -172,6 +172,13 @@ def test_words_that_nobody_detects_are_refused_unless_the_own_prompts_have_them(
     assert printed.err == ""
 
 
+def test_a_set_is_not_complete_because_no_images_are_asked_for(tmp_path):
+    line = {"filename": "0000.png", "metadata": CAT, "detections": {}}
+    for number in (0, -1):
+        with pytest.raises(UserError, match="--images-per-prompt must be 1 or more"):
+            judge(stored(tmp_path, line), images_per_prompt=number)
+
+
 def test_images_outside_the_set_are_counted_and_said(tmp_path, capsys):
     dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
     lines = [

@@ -4,7 +4,9 @@ The prompt is read back from the file name, so a prompt that cannot be one is re
 """
 
 import json
+import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,14 +53,17 @@ def parse_name(name: str) -> tuple[str, int] | None:
 
 
 def read_samples(folder: str | Path) -> list[SampleFile]:
-    """Samples in the order of their index; other files are ignored."""
+    """Samples in the order of their index; other files are ignored, pictures among them with a word."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"no sample folder {folder}: expected files such as `{folder}/a red dog_000000.png`")
-    names = ((path, parse_name(path.name)) for path in root.iterdir() if path.is_file())
+    names = [(path, parse_name(path.name)) for path in sorted(root.iterdir()) if path.is_file()]
     found = [SampleFile(path, *name) for path, name in names if name]
+    strange = [path.name for path, name in names if name is None and path.suffix == ".png"]
     if not found:
         raise UserError(f"{folder} holds no samples of the form `<prompt>_<6 digits>.png`")
+    if strange:
+        print(f"{folder}: {len(strange)} pictures are no samples by their names, e.g. {strange[0]!r}", file=sys.stderr)
     return sorted(found, key=lambda file: file.number)
 
 
@@ -79,9 +84,16 @@ def read_answers(path: str | Path) -> list[float]:
     """Answers by question_id, from any of the official result files."""
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [float(record["answer"]) for record in sorted(records, key=lambda r: int(r["question_id"]))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        by_id = {int(record["question_id"]): float(record["answer"]) for record in records}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read answers {path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a T2I-CompBench answer list ({type(error).__name__}: {error})") from error
+    if len(by_id) < len(records):
+        raise UserError(f"{path}: {len(records) - len(by_id)} answers carry a question_id that stands there already")
+    if not all(map(math.isfinite, by_id.values())):
+        raise UserError(f"{path}: an answer is not a finite number")
+    return [by_id[number] for number in sorted(by_id)]
 
 
 def mean_answer(answers: Sequence[float | str]) -> float:

@@ -140,6 +140,9 @@ def _objects(record: Mapping[str, Any], category: str, prompt: str, words: Words
 
 def _locality(record: Mapping[str, Any], category: str, prompt: str, words: Words) -> str | None:
     if "locality" in record:
+        known = (*compbench.LOCALITIES_2D, *LOCALITIES_3D)
+        if record["locality"] not in (None, *known):
+            raise UserError(f"unknown locality {record['locality']!r}; known: null, {', '.join(known)}")
         return record["locality"]
     return compbench.find_locality(prompt, LOCALITIES_3D if category == "3d_spatial" else compbench.LOCALITIES_2D)
 

@@ -1,6 +1,7 @@
 """T2I-CompBench by itself: folders of samples from any model, stored evidence, 3-in-1 from official answer files."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +46,9 @@ def judge(
     """Score stored detections, depths and answers; no network runs.
 
     Each line is a JSON object of one image: filename (`<prompt>_<6 digits>.png`) and category, then what the category
-    asks for: detections [[label, x1, y1, x2, y2, score], ...] in the detector's order, in UniDet's frame (or in pixels,
-    with "size": [height, width]); probabilities [P(yes) of each noun chunk]; cosine; depth (path of an 8-bit picture).
+    asks for: detections [[label, x1, y1, x2, y2, score], ...] past the detector's threshold (UniDet: 0.5) in its order,
+    in UniDet's frame (or in pixels, with "size": [height, width]); probabilities [P(yes) of each noun chunk]; cosine;
+    depth (path of an 8-bit picture).
     Optional, else read from the prompt by spaCy: objects [a, b], counted [[names], [numbers]], locality, kind.
 
     Args:
@@ -66,8 +68,7 @@ def judge(
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
     for category in _categories(found):
         mine = [item for item in found if item.evidence.category == category]
-        if dataset is not None:
-            _check(category, mine, dataset, images_per_prompt, allow_partial)
+        _check(category, mine, dataset, images_per_prompt, allow_partial, give="--dataset")
         _finish(category, mine, rules, out)
 
 
@@ -99,8 +100,8 @@ def score(
         raise UserError("complex prompts need --official.compbench DIR, whose lists tell their kinds")
     if category == "3d_spatial" and chosen.depth is None:
         raise UserError("3d_spatial needs a depth network: give --official.depth PATH")
-    if official.compbench is not None:
-        _check(category, files, Path(official.compbench), images_per_prompt, allow_partial)
+    dataset = None if official.compbench is None else Path(official.compbench)
+    _check(category, files, dataset, images_per_prompt, allow_partial, give="--official.compbench")
     folder = out / category
     found: list[Stored] = []
     lines: list[str] = []
@@ -162,18 +163,32 @@ def _categories(found: Sequence[Stored]) -> list[str]:
 
 
 def _check(
-    category: str, found: Sequence[Stored | SampleFile], dataset: Path, images_per_prompt: int, allow_partial: bool
+    category: str,
+    found: Sequence[Stored | SampleFile],
+    dataset: Path | None,
+    images_per_prompt: int,
+    allow_partial: bool,
+    *,
+    give: str,
 ) -> None:
-    """Refuse a set that is not the category's whole prompt file, each prompt with all its images."""
+    """Refuse a set that is not the category's whole prompt file, each prompt with all its images.
+
+    Without the user's copy of the prompts nobody can tell: a line says so, and which option to `give`.
+    """
+    if images_per_prompt < 1:
+        raise UserError("--images-per-prompt must be 1 or more")
+    times = Counter(item.number for item in found)
+    if twice := [number for number, count in times.items() if count > 1]:
+        raise UserError(f"{category}: two images carry one number, e.g. {twice[0]:06d}; remove the repeated ones")
+    if dataset is None:
+        print(f"{category}: nobody knows whether prompts are missing; {give} DIR has them checked", file=sys.stderr)
+        return
     wanted = {_said(prompt) for prompt in read_lines(dataset / f"{category}_val.txt")}
     counts: dict[str, int] = dict.fromkeys(wanted, 0)
     strange = sorted({item.prompt for item in found if _said(item.prompt) not in wanted})
     for item in found:
         if _said(item.prompt) in wanted:
             counts[_said(item.prompt)] += 1
-    numbers = [item.number for item in found]
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"{category}: two images carry one number; remove the repeated ones")
     missing = sum(max(images_per_prompt - count, 0) for count in counts.values())
     if strange and not allow_partial:
         raise UserError(f"{category}: {len(strange)} prompts are not of its file, e.g. {strange[0]!r}; --allow-partial")
@@ -185,6 +200,12 @@ def _check(
     if missing:
         total = len(wanted) * images_per_prompt
         print(f"{category}: partial set: {missing} of {total} images are missing", file=sys.stderr)
+    if strange:
+        print(
+            f"{category}: outside the set: {len(strange)} prompts are not of its file, e.g. {strange[0]!r}, and are "
+            "scored with the rest",
+            file=sys.stderr,
+        )
 
 
 def _said(prompt: str) -> str:

@@ -135,7 +135,7 @@ def judge_stored(path: str | Path, rules: Rules = OFFICIAL_RULES) -> Iterator[di
 def _judge_line(line: str, where: str, rules: Rules) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        raw = record.get("detections", record.get("details"))
+        raw = record["detections"] if "detections" in record else record["details"]
         boxes = json.loads(raw) if isinstance(raw, str) else raw
         rows = [(name, box) for name, found in boxes.items() for box in found]
         table_N5 = np.array([box for _, box in rows], dtype=np.float32).reshape(len(rows), 5)
@@ -144,7 +144,8 @@ def _judge_line(line: str, where: str, rules: Rules) -> dict[str, Any]:
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: not a stored detection ({type(error).__name__}: {error}); see --help") from error
+        told = "expected an object with metadata and detections {class: [[x1, y1, x2, y2, score], ...]}"
+        raise UserError(f"{where}: not a stored detection: {told} ({type(error).__name__}: {error})") from error
     if not np.isfinite(table_N5).all():
         raise UserError(f"{where}: a box or score is not a finite number")
     detections = Detections(table_N5[:, :4], table_N5[:, 4], tuple(name for name, _ in rows))

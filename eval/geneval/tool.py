@@ -95,10 +95,10 @@ def score(
         allow_partial: score an incomplete or partly unreadable set and say how many images are missing
     """
     files = read_folders(images)
-    chosen = build_judges(judges, official)
-    detector, colors = chosen.detector(), ClipColors(chosen.clip())
     expected = official_metadata() if metadata is None else read_metadata(metadata)
     _check([file.metadata for file in files], expected, images_per_prompt, allow_partial)
+    chosen = build_judges(judges, official)
+    detector, colors = chosen.detector(), ClipColors(chosen.clip())
     asked = [(str(file.path.parent.parent / "metadata.jsonl"), file.metadata) for file in files]
     _known_words(asked, detector.classes, COLORS, knows="the detector")
     rows: list[dict[str, Any]] = []
@@ -115,6 +115,7 @@ def score(
     refuse_unreadable(unreadable, len(files), allow_partial)
     if stored is not None:
         write_results(stored, seen)
+    print(f"{chosen.prefix}geneval, judged by {detector.name} {detector.version} and CLIP {chosen.clip().version}\n")
     _report(rows, out)
 
 
@@ -170,6 +171,8 @@ def _refuse_repeated(rows: Sequence[dict[str, Any]], source: Path) -> None:
 def _check(
     found: Sequence[Metadata], expected: Sequence[Metadata], images_per_prompt: int, allow_partial: bool
 ) -> None:
+    if images_per_prompt < 1:
+        raise UserError("--images-per-prompt must be 1 or more")
     missing = check_complete(found, expected, images_per_prompt, allow_partial=allow_partial)
     strange = outside(found, expected)
     if missing:

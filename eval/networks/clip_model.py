@@ -93,6 +93,8 @@ class ClipColors:
         self._heads: dict[str, Tensor] = {}
 
     def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[Found]) -> list[str]:
+        if not found:  # a clause that counts to 0
+            return []
         crops = [
             masked_crop(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
             for item in found

@@ -3,6 +3,7 @@
 Shapes: N pairs of image and question, L question tokens, D width.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,12 @@ from infra.errors import UserError
 
 BATCH = 64
 MAX_TOKENS = 35  # of the question, as in BLIP's own VQA code
+MAX_WORDS, DROPPED = 50, re.compile(r"[.!\"()*#:;~]")  # likewise (its pre_question)
+
+
+def plain_question(question: str) -> str:
+    """The question as BLIP's own VQA code puts it: lower case, some marks dropped, at most 50 words."""
+    return " ".join(DROPPED.sub("", question.lower()).rstrip(" ").split(" ")[:MAX_WORDS])
 
 
 class VQA(Protocol):
@@ -64,7 +71,11 @@ class BlipVQA:
 
     def _yes_batch(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(
-            list(questions), padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            [plain_question(q) for q in questions],
+            padding="longest",
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
         ).to(self._device)
         if self._encode_id is not None:
             tokens.input_ids[:, 0] = self._encode_id
