@@ -19,11 +19,12 @@ from PIL import Image
 from data_pipeline.checkpoints import resolve
 from data_pipeline.weights import weights_hash
 from eval.fid import Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
-from eval.fidelity import Backbone, Lpips, psnr, ssim
+from eval.fidelity import SMALLEST, Backbone, Lpips, psnr, ssim
 from eval.generate import to_pictures
 from eval.metric import Clusters
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
+from eval.precision import refuse_device
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
@@ -78,6 +79,9 @@ def report(options: Options) -> None:
     """Reconstruct pictures with each autoencoder and print rFID, LPIPS, SSIM and PSNR with 95 % intervals."""
     if not options.vae or options.count < 2 or options.batch < 1:
         raise UserError("give at least one --vae, --count 2 or more and --batch 1 or more")
+    if options.size is not None and options.size < SMALLEST:
+        raise UserError(f"--size must be {SMALLEST} or more: SSIM's window is as large")
+    refuse_device(options.device)
     network = _features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
     found = [measure(name, options, network, perceptual) for name in options.vae]

@@ -37,7 +37,7 @@ class Moments:
     def update(self, features_NE: np.ndarray) -> None:
         x_NE = np.asarray(features_NE, dtype=np.float64)
         if not np.isfinite(x_NE).all():
-            raise ValueError("features hold a number that is not finite: the feature network or an image is broken")
+            raise UserError("features hold a number that is not finite: the feature network or an image is broken")
         if not len(x_NE):
             return
         mean_E = x_NE.mean(0)
@@ -52,7 +52,7 @@ class Moments:
     def covariance_EE(self) -> np.ndarray:
         """Unbiased (divided by N - 1), as numpy.cov."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs 2 images or more, found {self.count}")
+            raise UserError(f"a covariance needs 2 images or more, found {self.count}")
         return self._scatter_EE / (self.count - 1)
 
 
@@ -177,7 +177,12 @@ class FeatureDistance:
         if len(set(self._prompts)) > 1:
             again = resampled_distances(features_NE, np.array(self._prompts), reference.mean_E, reference.covariance_EE)
             low, high = (max(0.0, value + float(x)) for x in np.percentile(again - again.mean(), [2.5, 97.5]))
-        details = {"references": reference.count, "width": len(reference.mean_E), "rank_deficient": bool(caught)}
+        details = {
+            "features": self._network().name,
+            "references": reference.count,
+            "width": len(reference.mean_E),
+            "rank_deficient": bool(caught),
+        }
         return [Score("", value, own.count, low, high, details=details)]
 
     def kept(self) -> Kept:

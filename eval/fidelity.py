@@ -3,6 +3,7 @@
 Shapes: N pairs, C channels, H and W pixels; pictures are uint8 RGB.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 SIGMA, RADIUS = 1.5, 5  # SSIM's Gaussian window, cut to 11 x 11 as in Wang et al. 2004
+SMALLEST = 2 * RADIUS + 1
 K1, K2 = 0.01, 0.03
 Backbone = Literal["alex", "vgg", "squeeze"]
 
@@ -28,8 +30,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity, Gaussian window, mean over channels and over the places where the window fits."""
-    if min(a.shape[:2]) < 2 * RADIUS + 1:
-        raise UserError(f"SSIM needs pictures of {2 * RADIUS + 1} pixels a side or more, found {a.shape[:2]}")
+    if min(a.shape[:2]) < SMALLEST:
+        raise UserError(f"SSIM needs pictures of {SMALLEST} pixels a side or more, found {a.shape[:2]}")
     x, y = (torch.from_numpy(np.array(p)).permute(2, 0, 1).double()[:, None] for p in (a, b))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
@@ -53,9 +55,11 @@ class Lpips:
             import lpips
         except ImportError as error:
             raise UserError("LPIPS needs its package: pip install lpips") from error
-        model: Any = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        features = model.net.state_dict()
         given = _read_backbone(Path(backbone))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torchvision, at how lpips calls it
+            model: Any = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        features = model.net.state_dict()
         state = {name: given.get(_torchvision_name(name)) for name in features}
         wrong = next((n for n, tensor in state.items() if tensor is None or tensor.shape != features[n].shape), None)
         if wrong is not None:

@@ -1,5 +1,6 @@
 """Image files in and out: one reader that names a bad file, and labelled grids."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from infra import storage
 from infra.errors import UserError
 
 LABEL_HEIGHT = 16
@@ -71,12 +73,13 @@ def refuse_target(path: str | Path) -> None:
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        Image.fromarray(image).save(target)
-    except ValueError as error:  # PIL knows the format by the extension
-        raise UserError(f"cannot write {path}: {error}; use a name that ends in .png or .jpg") from error
+    """uint8 H x W x 3 (or H x W) in the format of the name, whole or not at all: a torn one would count as drawn."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"cannot write {path}: unknown kind of picture; use a name that ends in .png or .jpg")
+    held = io.BytesIO()
+    Image.fromarray(image).save(held, format=kind)
+    storage.write_bytes(str(path), held.getvalue())
 
 
 def labelled_grid(

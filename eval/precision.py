@@ -15,6 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.layers import MLP
 from model.encoders.text import TextCond
 
@@ -22,11 +23,24 @@ Precision = Literal["auto", "fp32", "bf16"]
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works
 
 
+def refuse_device(device: str) -> None:
+    """UserError where this machine cannot compute on it, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        told = str(error).splitlines()[0][:160]
+        raise UserError(f"--device {device} cannot be used here ({told}); cpu always can") from error
+
+
 def decide(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
     """`auto` is bf16 where hardware multiplies it faster than fp32: on any GPU, on a CPU with AMX or avx512_bf16."""
+    try:
+        kind = torch.device(device).type  # it need not be here: workers may have it
+    except RuntimeError as error:
+        raise UserError(f"unknown --device {device!r}: expected cpu, cuda or cuda:N") from error
     if precision != "auto":
         return precision
-    if torch.device(device).type != "cpu":
+    if kind != "cpu":
         return "bf16"
     able = torch.cpu.get_capabilities()
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"

@@ -67,7 +67,10 @@ def _coco(image: int, captions: dict[int, tuple[int, str]], files: dict[int, str
 
 
 def reference_files(folder: str | Path, prompts: Sequence[Prompt] = ()) -> list[Path]:
-    """Real pictures for FID: those of the prompts where they name files that are there, else all, by name."""
+    """Real pictures for FID: those that the prompts name, in their order; all, by name, where they name none.
+
+    UserError where the folder holds none of those that are named: other pictures would be another distance.
+    """
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
         raise UserError(f"no images under {folder}: expected .png, .jpg or .webp files")
@@ -75,7 +78,11 @@ def reference_files(folder: str | Path, prompts: Sequence[Prompt] = ()) -> list[
         str(prompt.metadata["file_name"]): n for n, prompt in enumerate(prompts) if "file_name" in prompt.metadata
     }
     chosen = sorted((p for p in files if p.name in wanted), key=lambda p: wanted[p.name])
-    return chosen or files
+    if wanted and not chosen:
+        raise UserError(
+            f"{folder} holds none of the {len(wanted)} pictures that the captions name, e.g. {next(iter(wanted))!r}"
+        )
+    return chosen if wanted else files
 
 
 def _text(path: str | Path) -> str:

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from data_pipeline.weights import weights_hash
 from eval.compbench.files import sample_name
 from eval.generate import Job, Painter, Sampling
 from eval.geneval.prompts import json_lines
 from eval.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.prompts import read_lines, refuse_broken
+from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
 
@@ -50,7 +52,8 @@ def sample(
         out: the grid to write; its prompts and settings go into a .json beside it
         images_per_prompt: pictures of each prompt, side by side
         scale: enlarge pixels by this factor; by default pictures smaller than 128 pixels are
-        folders: write the single pictures here; those already there are not drawn again
+        folders: write the single pictures here; those already there are not drawn again. FOLDERS.json beside them says
+            of what they are, and other weights, settings or prompts are refused there
         layout: of the folders: GenEval's, or T2I-CompBench's `<prompt>_<6 digits>.png`
         sampling: how pictures are drawn
     """
@@ -63,6 +66,11 @@ def sample(
         refuse_target(out)
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
+    if folders is not None:
+        drawn = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
+        _keep_origin(
+            Path(folders), drawn | {"prompts": [w.text for w in wanted], **_numbered(layout, images_per_prompt)}
+        )
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
     if layout == "geneval":
         for index, w in enumerate(wanted if folders else []):
@@ -105,6 +113,24 @@ def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prom
     if len(files) < len(wanted) * images_per_prompt:
         raise UserError("two prompts have the same words, so their folders would hold the same pictures: remove one")
     return files
+
+
+def _numbered(layout: Layout, images_per_prompt: int) -> dict[str, Any]:
+    """T2I-CompBench numbers pictures through the whole set; in GenEval's folders more of each may join."""
+    return {"layout": layout} | ({"images_per_prompt": images_per_prompt} if layout == "compbench" else {})
+
+
+def _keep_origin(root: Path, told: Mapping[str, Any]) -> None:
+    """What the pictures under `root` are of, in a file beside it; UserError where others are there already.
+
+    Pictures that are there are not drawn again: those of another checkpoint would be scored as this one's.
+    """
+    file = root.with_name(f"{root.name}.json")
+    text = json.dumps(told, indent=1) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{root} holds pictures of other weights, settings or prompts ({file}): choose another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def draw(

@@ -119,3 +119,8 @@ def test_pictures_of_any_size_are_cut_to_whole_latent_pixels(tmp_path, capsys):
         report(Options(vae=(str(tmp_path / "missing"),), count=2))
     with pytest.raises(UserError, match="--count 2 or more"):
         report(Options(count=1))
+    for size in (0, -5, 10):
+        with pytest.raises(UserError, match="--size must be 11 or more"):
+            report(Options(count=2, size=size))
+    with pytest.raises(UserError, match="--device cudaa cannot be used here"):
+        report(Options(count=2, device="cudaa"))

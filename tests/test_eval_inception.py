@@ -115,7 +115,7 @@ def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path):
     metric.update([Sample(p, i, picture(100 + i, 8, 8) // 2) for i, p in enumerate(prompts)])
     [score] = metric.compute()
     assert score.low < score.value < score.high
-    assert score.details == {"references": 40, "width": 3, "rank_deficient": False}
+    assert score.details == {"features": "pixels", "references": 40, "width": 3, "rank_deficient": False}
     assert score.sample_count == 20
     assert set(metric.kept()) == {"features", "cluster", "reference_mean", "reference_covariance"}
     few = FeatureDistance("fid", judges, metric._network)
@@ -159,6 +159,11 @@ def test_coco_gives_one_caption_per_image_and_its_pictures(tmp_path):
         (tmp_path / name).touch()
     assert [f.name for f in reference_files(tmp_path, prompts)] == [p.metadata["file_name"] for p in prompts]
     assert [f.name for f in reference_files(tmp_path)] == ["a.jpg", "b.jpg", "c.jpg"]
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    (elsewhere / "z.jpg").touch()
+    with pytest.raises(UserError, match=r"other holds none of the 2 pictures that the captions name"):
+        reference_files(elsewhere, prompts)
     for bad, told in (
         ("{}", "not COCO caption annotations"),
         ('{"annotations": []}', "holds no captions"),

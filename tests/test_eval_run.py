@@ -187,6 +187,16 @@ def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
     sample(str(weights), ("a red dog", 'a/b "quoted" cat'), folders=str(folders), images_per_prompt=2, sampling=QUICK)
     again = {p: p.stat().st_mtime_ns for p in folders.rglob("*.png")}
     assert sum(again[p] != pictures[p] for p in pictures) == 1, "only the missing picture is drawn"
+    sample(str(weights), ("a red dog", 'a/b "quoted" cat'), folders=str(folders), images_per_prompt=3, sampling=QUICK)
+    assert len(list(folders.rglob("*.png"))) == 6, "more of each may join"
+    other = export(tmp_path / "other.safetensors", seed=1)
+    for w, prompts, settings in [
+        (other, ("a red dog", 'a/b "quoted" cat'), QUICK),
+        (weights, ('a/b "quoted" cat', "a red dog"), QUICK),
+        (weights, ("a red dog", 'a/b "quoted" cat'), replace(QUICK, steps=3)),
+    ]:
+        with pytest.raises(UserError, match="holds pictures of other weights, settings or prompts"):
+            sample(str(w), prompts, folders=str(folders), sampling=settings)
     with pytest.raises(UserError, match="nowhere to write"):
         sample(str(weights), ("a dog",))
     with pytest.raises(UserError, match="same words"):
