@@ -110,6 +110,8 @@ class Painter:
 
     def paint(self, jobs: Iterable[Job], sampling: Sampling) -> Iterator[tuple[Job, np.ndarray]]:
         """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
+        if sampling.batch < 1:
+            raise UserError(f"--batch {sampling.batch}: expected 1 or more")
         waiting: list[Job] = []
         for job in jobs:
             waiting.append(job)

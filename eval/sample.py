@@ -68,9 +68,8 @@ def sample(
     painter = Painter(weights, device=sampling.device)
     if folders is not None:
         drawn = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
-        _keep_origin(
-            Path(folders), drawn | {"prompts": [w.text for w in wanted], **_numbered(layout, images_per_prompt)}
-        )
+        drawn |= {"prompts": [w.text for w in wanted]} | _numbered(layout, images_per_prompt)
+        _keep_origin(Path(folders), drawn)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
     if layout == "geneval":
         for index, w in enumerate(wanted if folders else []):
@@ -127,7 +126,8 @@ def _keep_origin(root: Path, told: Mapping[str, Any]) -> None:
     """
     file = root.with_name(f"{root.name}.json")
     text = json.dumps(told, indent=1) + "\n"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    others = file.exists() and file.read_text(encoding="utf-8") != text
+    if others and next(root.rglob("*.png"), None) is not None:
         raise UserError(f"{root} holds pictures of other weights, settings or prompts ({file}): choose another folder")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

@@ -199,6 +199,9 @@ def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
             sample(str(w), prompts, folders=str(folders), sampling=settings)
     with pytest.raises(UserError, match="nowhere to write"):
         sample(str(weights), ("a dog",))
+    with pytest.raises(UserError, match="--batch 0: expected 1 or more"):
+        sample(str(weights), ("a dog",), folders=str(tmp_path / "new"), sampling=replace(QUICK, batch=0))
+    sample(str(weights), ("a dog",), folders=str(tmp_path / "new"), images_per_prompt=1, sampling=QUICK)
     with pytest.raises(UserError, match="same words"):
         sample(str(weights), ("a dog", "a dog"), folders=str(folders))
     with pytest.raises(UserError, match="nothing to draw"):
