@@ -16,7 +16,9 @@ from eval.judges import Judges, describe_judge
 from eval.metric import Kept, Prompt, Sample, Score
 from eval.networks.features import FeatureNetwork
 from infra.errors import UserError
+from infra.log import get_logger
 
+log = get_logger("eval")
 REFERENCES = 1000
 CHUNK = 256
 RESAMPLES, WIDE = 200, 1024
@@ -173,6 +175,8 @@ class FeatureDistance:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RankDeficientWarning)
             value = frechet_distance(own, reference)
+        for warning in dict.fromkeys(str(item.message) for item in caught):
+            log.warning("%s: %s", self.name, warning)
         low = high = None
         if len(set(self._prompts)) > 1:
             again = resampled_distances(features_NE, np.array(self._prompts), reference.mean_E, reference.covariance_EE)

@@ -105,7 +105,7 @@ class Pixels:
         return np.stack([image.mean((0, 1)) for image in images])
 
 
-def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path):
+def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path, capsys):
     for index in range(40):
         write_picture(tmp_path / "real" / f"{index}.png", picture(index, 8, 8))
     judges = build_judges("official", OfficialPaths(references=str(tmp_path / "real")))
@@ -121,6 +121,7 @@ def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path):
     few = FeatureDistance("fid", judges, metric._network)
     few.update([Sample(prompts[i], i, picture(100 + i, 8, 8)) for i in range(2)])
     assert few.compute()[0].details["rank_deficient"] is True
+    assert "fid: 2 images for features of width 3: rank-deficient covariance" in capsys.readouterr().err
 
 
 def test_other_real_pictures_are_another_protocol(tmp_path):
