@@ -218,7 +218,7 @@ def test_boxes_in_pixels_are_brought_to_unidets_frame(tmp_path):
     ("record", "told"),
     [
         ({"category": "colour", "probabilities": []}, "did you mean 'color'"),
-        ({"category": "color"}, "not stored evidence .KeyError: 'probabilities'"),
+        ({"category": "color"}, "not stored evidence .it lacks 'probabilities'"),
         ({"category": "color", "probabilities": [1.5]}, "a probability of 1.5"),
         ({"category": "color", "probabilities": ["nan"]}, "not a finite number"),
         ({"category": "spatial", "detections": [["dog", 0, 0, 1, 0.5]], "objects": ["a", "b"]}, "not stored evidence"),
@@ -226,6 +226,11 @@ def test_boxes_in_pixels_are_brought_to_unidets_frame(tmp_path):
         ({"category": "complex", "probabilities": []}, "needs its kind"),
         ({"category": "3d_spatial", "detections": [], "objects": ["a", "b"], "depth": "no.png"}, "cannot read depth"),
         ({"category": "spatial", "detections": [], "objects": ["a", "b"], "locality": "left of"}, "unknown locality"),
+        (
+            {"category": "spatial", "detections": [["a", 5, 0, 4, 1, 1]], "objects": ["a", "b"]},
+            "is turned around",
+        ),
+        ({"category": "spatial", "detections": [], "objects": ["a", "b"], "size": [0, 9]}, r"a size of \[0, 9\]"),
         ({"category": "color", "probabilities": [], "filename": "a_b.png"}, "expected prompt and question_id"),
     ],
 )

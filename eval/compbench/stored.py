@@ -78,7 +78,7 @@ def read_stored(path: str | Path, words: Words) -> Iterator[Stored]:
         except UserError as error:
             raise UserError(f"{path}:{row}: {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            told = f"{type(error).__name__}: {error}"
+            told = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
             raise UserError(f"{path}:{row}: not stored evidence ({told}); see compbench judge --help") from error
 
 
@@ -123,10 +123,15 @@ def _kind(record: Mapping[str, Any], prompt: str, words: Words) -> str:
 
 def _seen(record: Mapping[str, Any]) -> list[Seen]:
     """Boxes in UniDet's frame, or in the pixels of an image whose `size` [height, width] is stated."""
-    scale = compbench.detector_scale(*record["size"]) if "size" in record else 1.0
+    height, width = record.get("size", (1, 1))
+    if min(height, width) < 1:
+        raise UserError(f"a size of {record['size']}; expected [height, width] in pixels")
+    scale = compbench.detector_scale(height, width) if "size" in record else 1.0
     seen = []
     for label, *numbers in record["detections"]:
         x1, y1, x2, y2, score = (_finite(value) for value in numbers)
+        if x2 < x1 or y2 < y1:
+            raise UserError(f"the box {[x1, y1, x2, y2]} of {label!r} is turned around; expected x1, y1, x2, y2")
         seen.append(Seen(str(label), [value * scale for value in (x1, y1, x2, y2)], score))
     return seen
 
