@@ -9,6 +9,7 @@ import json
 import math
 import re
 import secrets
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -179,7 +180,7 @@ class Studies:
 
 
 def win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
-    """Wilson's interval with the sample size that the spread between prompts leaves (Kish's effective size).
+    """Wilson's interval with the sample size that the spread between prompts leaves (Korn and Graubard 1998).
 
     Several answers to one prompt are not independent. Where all answers agree there is no spread to measure, and every
     prompt counts once.
@@ -199,12 +200,20 @@ def win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
 
 
 def effective_size(clusters: Sequence[Sequence[float]], mean: float) -> float:
-    """How many independent answers know as much: between the number of clusters' worth and the number of answers."""
+    """How many independent answers know as much, at most as many as there are answers.
+
+    Kish's effective size, less what is lost because a few prompts measure their own spread badly: (z / t)^2 with
+    clusters - 1 degrees of freedom.
+    """
     total, number = sum(map(len, clusters)), len(clusters)
     if number < 2 or mean in (0.0, 1.0):
         return float(number)
     spread = sum((sum(values) - len(values) * mean) ** 2 for values in clusters) * number / (number - 1) / total**2
-    return min(mean * (1 - mean) / spread, float(total)) if spread > 0 else float(number)
+    if spread <= 0:
+        return float(number)
+    from scipy.stats import t
+
+    return min(mean * (1 - mean) / spread * (Z / float(t.ppf(0.975, number - 1))) ** 2, float(total))
 
 
 def wilson(rate: float, size: float) -> tuple[float, float]:
@@ -215,8 +224,11 @@ def wilson(rate: float, size: float) -> tuple[float, float]:
 
 
 def clean_rater(rater: str) -> str:
-    """A rater's name as it is kept: trimmed; empty, long or unprintable ones are refused."""
-    rater = " ".join(rater.split())
+    """A rater's name as it is kept: trimmed, in small letters (a phone writes Ann where a desk writes ann).
+
+    Empty, long and unprintable ones are refused.
+    """
+    rater = unicodedata.normalize("NFC", " ".join(rater.split()).casefold())
     if not rater or len(rater) > 60 or not rater.isprintable():
         raise UserError("give a name of 1 to 60 printable characters, the same each time")
     return rater

@@ -64,6 +64,12 @@ class RunOptions:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
+    def check(self) -> None:
+        """Raises UserError for a number with which nothing could be drawn."""
+        for name, least in (("prompts_per_task", 1), ("images_per_prompt", 1), ("captions", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -116,9 +122,7 @@ def _choose(checkpoints: list[Checkpoint], which: str) -> list[Checkpoint]:
 def run(options: RunOptions) -> None:
     """Evaluate what is missing, checkpoint by checkpoint; each one's rows are stored before the next begins."""
     names = parse_metrics(options.metrics)
-    for field_name in ("prompts_per_task", "images_per_prompt", "captions"):
-        if getattr(options, field_name) < 1:
-            raise UserError(f"--{field_name.replace('_', '-')} must be 1 or more")
+    options.check()
     options = replace(options, sampling=options.sampling.decided())  # here, not by each worker's machine
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
     judges = build_judges(options.judges, options.official)

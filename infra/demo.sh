@@ -60,5 +60,5 @@ else
 fi
 
 printf "\n"; sed -n "1,40p" "$out/report/report.md"
-printf '\nReport:  %s\nGrid:    %s\nData:    %s\nCurves:  tensorboard --logdir %s\n' \
-  "$out/report/report.html" "$out/grid.png" "$out/inspect.png" "$out/runs"
+printf '\nReport:  %s\nGrid:    %s\nData:    %s\nCurves:  tensorboard --logdir %s\nPages:   python -m eval serve --runs %s --no-evaluate\n' \
+  "$out/report/report.html" "$out/grid.png" "$out/inspect.png" "$out/runs" "$out/runs"

@@ -42,7 +42,12 @@ def test_every_listed_route_answers_and_is_described(client):
             assert told["summary"], path
             if method == "get" and not path.startswith("/api/human/"):
                 parameters = {p["name"]: given[p["name"]] for p in told.get("parameters", []) if p["required"]}
-                assert client.get(path, params=parameters).status_code == 200, path
+                answer = client.get(path, params=parameters)
+                assert answer.status_code == 200, path
+                assert answer.headers["content-type"] in told["responses"]["200"]["content"], path
+    assert list(described["paths"]["/api/human/picture"]["get"]["responses"]["200"]["content"]) == ["image/webp"]
+    assert {"201", "400", "409"} <= set(described["paths"]["/api/human/votes"]["post"]["responses"])
+    assert "404" in described["paths"]["/api/run"]["get"]["responses"]
     assert "/api/series" in client.get("/api").text
 
 
@@ -169,6 +174,13 @@ def test_what_a_foreign_page_could_send_is_refused(client):
     assert client.post("/api/human/votes", json=vote).status_code == 400  # ours: no such study
 
 
+def test_half_a_surrogate_pair_is_refused_in_words(client):
+    wanted = b'{"name": "ab", "run_a": "\\ud800", "step_a": 1, "run_b": "b", "step_b": 1}'
+    answer = client.post("/api/human/studies", content=wanted, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "has no gallery at step 1" in answer.json()["detail"]
+
+
 def test_failures_come_with_reasons(tmp_path):
     from eval.run import RunOptions
     from eval.service.app import build_app
@@ -215,5 +227,9 @@ def test_odd_file_names_and_prompts_do_no_harm(tmp_path):
     ResultStore(uri + "/results").append([ResultRow("x", "h", "v", 8, "val_loss/sd3", 1.0, False, 2, "p")])
     write_run(root, 2, scored=False)
     client = TestClient(app_on(root), base_url="http://localhost")
-    assert odd in [run["name"] for run in client.get("/api/runs").json()["runs"]]
-    assert odd in client.get("/api/series", params={"metric": "val_loss/sd3"}).json()["left_out"]
+    shown = odd.replace("\udcff", r"\xff")  # what is no text could be in no address
+    assert shown in [run["name"] for run in client.get("/api/runs").json()["runs"]]
+    assert shown in client.get("/api/series", params={"metric": "val_loss/sd3"}).json()["left_out"]
+    assert client.get("/api/run", params={"name": shown}).json()["images"] == 8
+    told = client.get("/api/failures").json()["unreadable"]
+    assert {"run": shown, "reason": "plan.json is missing"} in told

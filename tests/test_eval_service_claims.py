@@ -17,6 +17,7 @@ from eval.service.index import Index
 from eval.service.watcher import Watcher
 from eval.service.worker import Died, NotReady, Settings, name_of
 from infra import storage
+from infra.results import ResultRow, ResultStore
 
 
 def files(run_uri):
@@ -218,3 +219,48 @@ def test_other_settings_are_evaluated_beside_these_and_batch_size_is_none(ladder
     assert Settings(one.options, gallery=("a cat",)).hash != one.hash
     faster = replace(one.options, sampling=replace(one.options.sampling, batch=2, device="cuda"))
     assert Settings(faster).hash == one.hash
+
+
+def test_pages_follow_what_is_trained_while_a_checkpoint_is_evaluated(ladder):
+    """An evaluation may take hours; curves and the count of waiting checkpoints do not stand still meanwhile."""
+    seen = []
+
+    class Slow(Counting):
+        def evaluate(self, checkpoints, alive):
+            row = ResultRow("world-d3", "h", "v", 99_000, "val_loss/sd3", 0.1, False, 4, "p")
+            ResultStore(storage.join(ladder, "world-d3", "results")).append([row])
+            storage.write_bytes(storage.join(ladder, "world-d3", "weights", "step_0000040", "ema.safetensors"), b"x")
+            alive()
+            seen.append((watcher.index.snapshot.by_name["world-d3"].images, watcher.told()))
+            return super().evaluate(checkpoints, alive)
+
+    watcher = Watcher(Index(ladder), settings(ladder), every=0.0, worker=Slow([], threading.Lock()))
+    assert watcher.step()
+    ((images, told),) = seen
+    assert images == 99_000
+    assert [(c["run"], c["step"]) for c in told["working"]] == [("world-d2", 30)]
+    assert (told["waiting"], told["elsewhere"]) == (6, 0)
+
+
+def test_the_status_tells_what_others_evaluate_and_what_failed(ladder):
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Counting([], threading.Lock()))
+    run = storage.join(ladder, "world-d2")
+    claim(run, watcher.settings.hash, 30)
+    claim(run, watcher.settings.hash, 20).end("failed", reason="no room")
+    watcher.index.refresh()
+    told = watcher.told()
+    assert (told["elsewhere"], told["failed"], told["checkpoints"]) == (1, 1, 6)
+
+
+def test_a_stop_that_reaches_the_evaluating_process_first_is_no_failure(ladder):
+    """Service managers and batch systems send SIGTERM to every process at once."""
+
+    class Stopped(Counting):
+        def evaluate(self, checkpoints, alive):
+            raise Died("ended with code -15", stopped=True)
+
+    watcher = Watcher(Index(ladder), settings(ladder), worker=Stopped([], threading.Lock()))
+    assert not watcher.step()  # and nothing new is begun at once
+    watcher.index.refresh()
+    states = outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
+    assert states == {30: Outcome("new", 1, 0)}

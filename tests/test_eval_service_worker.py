@@ -15,6 +15,8 @@ from test_eval_run import QUICK, export
 from eval.run import Checkpoint, RunOptions
 from eval.service.gallery import read_sheet, world_gallery
 from eval.service.index import Index
+from eval.service.serve import ServeOptions
+from eval.service.serve import prepare as serve_prepare
 from eval.service.watcher import Watcher
 from eval.service.worker import Died, EvaluateAndDraw, NotReady, Settings, Worker, prepare
 from infra import storage
@@ -71,6 +73,17 @@ def test_weights_that_are_no_weights_are_a_failure_with_words(tmp_path):
         work_of(settings(tmp_path))(mine)
 
 
+@pytest.mark.parametrize(("wrong", "told"), [
+    ({"captions": 0}, "--captions 0: expected 1 or more"), ({"workers": -1}, "--workers -1: expected 0 or more"),
+    ({"checkpoints": "3"}, "all, or the last of each run"), ({"metrics": "genevall"}, "did you mean 'geneval'"),
+])  # fmt: skip
+def test_a_service_that_could_not_evaluate_does_not_start(tmp_path, wrong, told):
+    with pytest.raises(UserError, match=told):
+        serve_prepare(ServeOptions(RunOptions(runs=str(tmp_path), **wrong)))
+    with pytest.raises(UserError, match="--every 0: expected seconds"):
+        serve_prepare(ServeOptions(RunOptions(runs=str(tmp_path)), every=0))
+
+
 def test_judges_that_are_not_there_are_found_before_any_checkpoint(tmp_path):
     checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"--official\."):
@@ -91,10 +104,15 @@ def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_k
         process = worker._process
         threading.Timer(0.2, os.kill, (process.pid, signal.SIGKILL)).start()
         os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(Died, match="code -9"):
+        with pytest.raises(Died, match="code -9") as died:
             worker.evaluate([good], lambda: None)
+        assert not died.value.stopped
         assert worker.evaluate([good], lambda: None) == {}
         assert worker._process is not process
+        os.kill(worker._process.pid, signal.SIGTERM)
+        with pytest.raises(Died) as died:
+            worker.evaluate([good], lambda: None)
+        assert died.value.stopped
     finally:
         worker.stop()
     unready = Worker(settings(tmp_path, metrics="geneval", judges="official"))

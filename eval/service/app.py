@@ -1,5 +1,6 @@
 """The web side of the service: pages, the JSON API behind them, and its OpenAPI description. All from one Snapshot."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from fastapi.staticfiles import StaticFiles
 from eval.report.data import natural_key
 from eval.service import pictures, views
 from eval.service.access import Access
+from eval.service.answers import Json, Webp, documented, tell_refusals, told, webp
 from eval.service.claims import reason_of
 from eval.service.gallery import read_sheet
 from eval.service.human_api import human_routes
 from eval.service.index import Index, Snapshot
 from eval.service.law import LawView
 from eval.service.watcher import Watcher
-from infra.errors import UserError
 from infra.version import code_version
 
 WEB = Path(__file__).parent.parent / "web"
@@ -38,19 +39,6 @@ PAGES = {
 MOST_KEPT = 200
 Runs = Annotated[list[str] | None, Query(description="names of runs, repeated; all where none is given")]
 Images = Annotated[int | None, Query(description="at exactly that many images; the last value of each run otherwise")]
-
-
-class Json(Response):
-    """Plain data as it is: these answers are too large for a second pass through a schema."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        if isinstance(content, bytes):
-            return content
-        # A file name may hold bytes that are no text (lone surrogates): they travel as JSON's own escapes.
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace")
 
 
 @dataclass
@@ -86,10 +74,12 @@ def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
         docs_url=None,  # FastAPI's own page loads its scripts from elsewhere; /api is ours
         redoc_url=None,
         default_response_class=Json,
+        responses=documented(_401="a token is needed") if access.token else {},
     )
     parts = Parts(index, watcher, watcher.settings.hash if watcher.settings else "", LawView())
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=4)
     app.middleware("http")(access)
+    tell_refusals(app)
     _state_routes(app, parts)
     _curve_routes(app, parts)
     _picture_routes(app, parts)
@@ -115,7 +105,8 @@ def _state_routes(app: FastAPI, parts: Parts) -> None:
             "runs", lambda now: {"runs": views.run_list(now, parts.settings), "metric": views.main_loss(now)}
         )
 
-    @app.get("/api/run", tags=["state"], summary="One run: recipe, cost, last value of every metric, checkpoints")
+    @app.get("/api/run", tags=["state"], summary="One run: recipe, cost, last value of every metric, checkpoints",
+             responses=documented(_404="no such run"))  # fmt: skip
     def run(name: str) -> Response:
         return Json(_found(views.run_details(parts.now, name, parts.settings), f"no run named {name!r}"))
 
@@ -165,7 +156,8 @@ def _curve_routes(app: FastAPI, parts: Parts) -> None:
     def levels(run: Runs = None, images: Images = None) -> Response:
         return parts.answer(("levels", images, *(run or [])), lambda now: views.levels_of(now, run or [], images))
 
-    @app.get("/api/scores", tags=["numbers"], summary="A benchmark's tasks with intervals")
+    @app.get("/api/scores", tags=["numbers"], summary="A benchmark's tasks with intervals",
+             responses=documented(_404="no such family"))  # fmt: skip
     def scores(family: str, run: Runs = None, images: Images = None) -> Response:
         if family not in views.families(parts.now):
             raise HTTPException(404, f"no metric family named {family!r}")
@@ -187,15 +179,18 @@ def _picture_routes(app: FastAPI, parts: Parts) -> None:
     def sheets(run: Runs = None) -> Response:
         return Json({"runs": views.sheets(parts.now, run or [])})
 
-    @app.get("/api/picture", tags=["pictures"], summary="One sample picture, as WEBP", response_class=Response)
+    @app.get("/api/picture", tags=["pictures"], summary="One sample picture, as WEBP", response_class=Webp,
+             responses=documented(_404="no such run or picture, or not a readable one"))  # fmt: skip
     def picture(run: str, file: str, width: Annotated[int, Query(ge=16, le=2400)] = 640) -> Response:
-        return webp(lambda: pictures.thumbnail(_picture_uri(parts.now, run, file), width))
+        make = functools.partial(pictures.thumbnail, _picture_uri(parts.now, run, file), width)
+        return webp(make, cache="private, max-age=3600", status=404)
 
-    @app.get("/api/prompts", tags=["pictures"], summary="The prompts of a run's sample pictures, tile by tile")
+    @app.get("/api/prompts", tags=["pictures"], summary="The prompts of a run's sample pictures, tile by tile",
+             responses=documented(_404="no such run"))  # fmt: skip
     def prompts(run: str) -> Response:
         found = _found(parts.now.by_name.get(run), f"no run named {run!r}")
         if found.gallery:
-            sheet = _told(lambda: read_sheet(list(found.gallery.values())[-1]))
+            sheet = told(lambda: read_sheet(list(found.gallery.values())[-1]), 404)
             return Json({"prompts": [tile.prompt for tile in sheet.tiles], "columns": sheet.columns})
         from eval.report.pictures import prompts_of
 
@@ -208,18 +203,6 @@ def _picture_uri(now: Snapshot, run: str, file: str) -> str:
     listed = {str(step): uri for step, uri in found.gallery.items()}
     listed |= {uri.rsplit("/", 1)[-1]: uri for uri in found.run.samples}
     return str(_found(listed.get(file), f"no picture named {file!r} in {run!r}"))
-
-
-def webp(make: Callable[[], bytes], *, cache: str = "private, max-age=3600") -> Response:
-    return Response(_told(make), media_type="image/webp", headers={"Cache-Control": cache})
-
-
-def _told(make: Callable[[], Any]) -> Any:
-    """Our own mistakes' words as the answer."""
-    try:
-        return make()
-    except UserError as error:
-        raise HTTPException(404, str(error)) from error
 
 
 def _found(value: Any, otherwise: str) -> Any:

@@ -1,17 +1,22 @@
 """Side by side in the service: create a study, hand out blind pairs, keep answers, give win rates."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, HTTPException, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from eval.human import QUESTIONS, Side, Studies, Study, clean_rater
 from eval.service import pictures
+from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
 from eval.service.index import Index
 from infra.errors import UserError
+from infra.log import get_logger
+
+log = get_logger("human")
+T = TypeVar("T")
+MISTAKE = documented(_400="no such study, or something that it does not allow; the text says what")
 
 
 class NewStudy(BaseModel):
@@ -45,47 +50,51 @@ def human_routes(app: FastAPI, index: Index) -> None:
                 found.append(_named(studies.get(name)))
             except UserError as error:  # one torn study hides no other
                 unreadable.append(str(error))
-        return JSONResponse({"studies": found, "unreadable": unreadable, "questions": QUESTIONS})
+        return Json({"studies": found, "unreadable": unreadable, "questions": QUESTIONS})
 
-    @app.post("/api/human/studies", tags=["side by side"], summary="Begin a study of two checkpoints", status_code=201)
+    @app.post("/api/human/studies", tags=["side by side"], summary="Begin a study of two checkpoints", status_code=201,
+              responses=MISTAKE)  # fmt: skip
     def create(wanted: NewStudy) -> Response:
         sides = Side(wanted.run_a, wanted.step_a), Side(wanted.run_b, wanted.step_b)
         sheets = asked(lambda: [read_sheet(_gallery(index, side)) for side in sides])
         study = asked(lambda: _create(studies, wanted, sides, sheets))
-        return JSONResponse(_named(study), 201)
+        return Json(_named(study), 201)
 
-    @app.get("/api/human/next", tags=["side by side"], summary="A rater's next pair, blind")
+    @app.get("/api/human/next", tags=["side by side"], summary="A rater's next pair, blind", responses=MISTAKE)
     def following(study: str, rater: str) -> Response:
         found = asked(lambda: studies.get(study))
         item, done, total = asked(lambda: studies.next(found, rater))
-        told: dict[str, Any] = {"item": item, "done": done, "total": total}
+        answer: dict[str, Any] = {"item": item, "done": done, "total": total}
         if item is not None:
-            told |= {"prompt": found.prompts[item], "questions": {q: QUESTIONS[q] for q in found.asked(item)}}
-        return JSONResponse(told)
+            answer |= {"prompt": found.prompts[item], "questions": {q: QUESTIONS[q] for q in found.asked(item)}}
+        return Json(answer)
 
-    @app.get("/api/human/picture", tags=["side by side"], summary="The left or right picture of a pair, as WEBP")
-    def picture(study: str, rater: str, item: int, side: str) -> Response:
+    @app.get("/api/human/picture", tags=["side by side"], summary="The left or right picture of a pair, as WEBP",
+             response_class=Webp, responses=MISTAKE | documented(_404="no such pair"))  # fmt: skip
+    def picture(study: str, rater: str, item: int, side: Literal["left", "right"]) -> Response:
         found = asked(lambda: studies.get(study))
-        if item not in range(len(found.prompts)) or side not in ("left", "right"):
-            raise HTTPException(404, "no such pair or side")
+        if item not in range(len(found.prompts)):
+            raise HTTPException(404, "no such pair")
         left = found.left(asked(lambda: clean_rater(rater)), item)
-        shown = found.a if (side == "left") == (left == "a") else found.b
-        data = asked(lambda: _tile(index, found, shown, item))
-        return Response(data, media_type="image/webp", headers={"Cache-Control": "no-store"})
+        pair = asked(lambda: _pair(index, found, item))
+        shown = "a" if (side == "left") == (left == "a") else "b"
+        return webp(lambda: pair[shown], cache="no-store", status=400)
 
-    @app.post("/api/human/votes", tags=["side by side"], summary="Keep a rater's answers; a second time is refused")
+    @app.post("/api/human/votes", tags=["side by side"], summary="Keep a rater's answers; a second time is refused",
+              status_code=201, responses=MISTAKE | documented(_409="this rater answered this pair before"))  # fmt: skip
     def vote(given: NewVote) -> Response:
         found = asked(lambda: studies.get(given.study))
         if not asked(lambda: studies.vote(found, given.rater, given.item, given.answers)):
             raise HTTPException(409, "this rater has answered this pair already; the first answer stands")
-        return JSONResponse({"kept": True}, 201)
+        return Json({"kept": True}, 201)
 
-    @app.get("/api/human/results", tags=["side by side"], summary="Win rates with intervals (no longer blind)")
+    @app.get("/api/human/results", tags=["side by side"], summary="Win rates with intervals (no longer blind)",
+             responses=MISTAKE)  # fmt: skip
     def results(study: str) -> Response:
         found = asked(lambda: studies.get(study))
         rates = asked(lambda: studies.results(found))
-        told = [{**vars(rate), "votes": rate.votes} for rate in rates]
-        return JSONResponse({**_named(found), "a": vars(found.a), "b": vars(found.b), "rates": told})
+        shown = [{**vars(rate), "votes": rate.votes} for rate in rates]
+        return Json({**_named(found), "a": vars(found.a), "b": vars(found.b), "rates": shown})
 
 
 def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets: list[Sheet]) -> Study:
@@ -95,6 +104,15 @@ def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets
     return studies.create(
         wanted.name, *sides, prompts=prompts, gallery=sheets[0].key, questions=tuple(wanted.questions)
     )
+
+
+def _pair(index: Index, study: Study, item: int) -> dict[str, bytes]:
+    """Both pictures or neither: which of them is missing, and why, would tell a rater whose the other one is."""
+    try:
+        return {name: _tile(index, study, side, item) for name, side in (("a", study.a), ("b", study.b))}
+    except UserError as error:
+        log.warning("study %s, pair %d cannot be shown: %s", study.name, item, error)
+        raise UserError("a picture of this pair is gone, damaged or drawn anew; the service's log says which") from None
 
 
 def _tile(index: Index, study: Study, shown: Side, item: int) -> bytes:
@@ -121,9 +139,5 @@ def _named(study: Study) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def asked(make: Callable[[], Any]) -> Any:
-    """A user's mistake becomes an answer with its words."""
-    try:
-        return make()
-    except UserError as error:
-        raise HTTPException(400, str(error)) from error
+def asked(make: Callable[[], T]) -> T:
+    return told(make, 400)

@@ -171,7 +171,7 @@ class Index:
     def _refresh(self) -> bool:
         inside = [file.removeprefix(self.uri).lstrip("/") for file in storage.list_files(self.uri)]
         told = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
-        folders = run_folders(self.uri, told)
+        folders = {_printable(name): found for name, found in run_folders(self.uri, told).items()}
         signatures = {name: _signature(files) for name, (_, files) in folders.items()}
         changed = [name for name, signature in signatures.items() if signature != self._seen.get(name)]
         gone = set(self._runs) - set(folders)
@@ -250,6 +250,11 @@ def _series(rows: list[ResultRow]) -> Series:
         np.array([nan if row.high is None else row.high for row in rows], np.float64),
         np.array([row.sample_count for row in rows], np.int64),
     )
+
+
+def _printable(name: str) -> str:
+    """A folder's name as text. Bytes that are none (lone surrogates) can be in no address: they become \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _signature(files: Iterable[str]) -> str:

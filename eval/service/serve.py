@@ -70,6 +70,9 @@ def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
         raise UserError(f"--checkpoints {wanted.checkpoints!r}: a service evaluates all, or the last of each run")
     if not 0 <= options.port < 65536:
         raise UserError(f"--port {options.port}: expected 0 to 65535")
+    if not options.every > 0:
+        raise UserError(f"--every {options.every:g}: expected seconds, more than 0")
+    wanted.check()
     gallery = tuple(read_lines(options.gallery)) if options.gallery else ()
     index = Index(wanted.runs)
     if not options.evaluate:

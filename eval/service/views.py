@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.report.build import plain
-from eval.report.data import NOT_BEGUN
+from eval.report.data import MARKS, NOT_BEGUN
 from eval.report.series import Task, families_of, levels_among, most_common_loss
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
 from eval.service.index import Curves, IndexedRun, Series, Snapshot
@@ -70,7 +70,8 @@ def _run_line(
 
 def problems_of(run: IndexedRun) -> list[str]:
     """What of the run's files cannot be read; that a run has only just begun is no fault of its files."""
-    return [piece for piece in (*run.run.missing, *run.skipped) if piece != NOT_BEGUN]
+    missing = [f"{piece} is missing" if piece in MARKS else piece for piece in run.run.missing if piece != NOT_BEGUN]
+    return [*missing, *run.skipped]
 
 
 def last_point(series: Series | None) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Watcher:
         self.broken = ""
         self.together = max(1, settings.options.workers) if settings is not None else 1
         self.looked = 0.0
+        self._look_again = 0.0
         self.waiting = 0
         self._retry = retry
         self._tried: set[tuple[str, int]] = set()
@@ -68,31 +69,32 @@ class Watcher:
 
     def _loop(self) -> None:
         while not self._stopping.is_set():
-            try:
+            busy = False
+            with self._problem_told():
                 busy = self.step()
-                self.problem = ""
-            except (UserError, OSError) as error:  # the store may come back
-                if str(error) != self.problem:
-                    log.warning("%s", error)
-                self.problem, busy = str(error), False
-            except Exception as error:  # a mistake of ours must not end the watching unseen
-                log.exception("the watcher failed and goes on")
-                self.problem, busy = f"internal error: {type(error).__name__}: {error}", False
             if not busy:
                 self._stopping.wait(self.every)
 
+    @contextlib.contextmanager
+    def _problem_told(self) -> Iterator[None]:
+        """Whatever goes wrong inside is for the status line and the log: the store may come back."""
+        try:
+            yield
+            self.problem = ""
+        except (UserError, OSError) as error:
+            if str(error) != self.problem:
+                log.warning("%s", error)
+            self.problem = str(error)
+        except Exception as error:  # a mistake of ours must not end the watching unseen
+            log.exception("the watcher failed and goes on")
+            self.problem = f"internal error: {type(error).__name__}: {error}"
+
     def step(self) -> bool:
         """One look, and one batch of evaluations where there is one to do (True)."""
-        self.index.refresh()
-        self.looked = time.time()
+        self._look()
         if self.settings is None or self.broken:
             return False
-        waiting = [
-            (run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()
-        ]
-        # The last checkpoint of every run comes before the last but one of any: a ladder shows its shape early.
-        waiting.sort(key=lambda open_: sum(step > open_[1] for step in open_[0].weights))
-        self.waiting = len(waiting)
+        waiting = self._waiting()
         batch: list[Mine] = []
         for run, step, outcome in waiting:
             if len(batch) == self.together or self._stopping.is_set():
@@ -101,8 +103,19 @@ class Watcher:
             if mine is not None:
                 checkpoint = Checkpoint(run.name, run.run.uri, step, run.weights[step])
                 batch.append(Mine(checkpoint, mine, outcome.deaths + (outcome.state == "running")))
-        self._evaluate(batch)
-        return bool(batch)
+        self.waiting = len(waiting) - len(batch)
+        return bool(batch) and self._evaluate(batch)
+
+    def _look(self) -> None:
+        self._look_again = time.monotonic() + self.every
+        self.index.refresh()
+        self.looked = time.time()
+
+    def _waiting(self) -> list[tuple[IndexedRun, int, Outcome]]:
+        found = [(run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()]
+        # The last checkpoint of every run comes before the last but one of any: a ladder shows its shape early.
+        found.sort(key=lambda open_: sum(step > open_[1] for step in open_[0].weights))
+        return found
 
     def _open(self, run: IndexedRun) -> dict[int, Outcome]:
         """The checkpoints of a run that nobody has evaluated or is evaluating, the newest first."""
@@ -126,8 +139,8 @@ class Watcher:
             return self._watch.abandoned(run.run.uri, self.settings.hash, step, outcome.attempt)
         return outcome.state == "new"
 
-    def _evaluate(self, batch: Sequence[Mine]) -> None:
-        """Every claim ends here: done, failed with its reason, or given back."""
+    def _evaluate(self, batch: Sequence[Mine]) -> bool:
+        """Every claim ends here: done, failed with its reason, or given back. False: better wait before the next."""
         assert self._worker is not None
         self._tried.update((mine.checkpoint.run, mine.checkpoint.step) for mine in batch)
         for mine in batch:
@@ -136,7 +149,7 @@ class Watcher:
                 mine.claim.end("failed", reason=reason)
         batch = [mine for mine in batch if mine.deaths < MOST_ATTEMPTS]
         if not batch:
-            return
+            return True
         self.working, self.since, began = tuple(mine.checkpoint for mine in batch), time.time(), time.monotonic()
         log.info("evaluating %s", ", ".join(map(name_of, self.working)))
 
@@ -144,6 +157,10 @@ class Watcher:
             with contextlib.suppress(UserError, OSError):  # the work goes on while the store does not answer
                 for mine in batch:
                     mine.claim.beat()
+            if time.monotonic() >= self._look_again:  # pages follow runs that train meanwhile
+                with self._problem_told():
+                    self._look()
+                    self.waiting = len(self._waiting())
 
         try:
             reasons = self._worker.evaluate(self.working, alive)
@@ -155,9 +172,10 @@ class Watcher:
             log.error("%s", self.broken)
             _give_back(batch, self.broken)
         except Died as error:
-            if self._stopping.is_set():
+            if self._stopping.is_set() or error.stopped:
                 _give_back(batch, "the service was stopped")
-            elif len(batch) > 1:  # one of them; alone it will be known which
+                return False
+            if len(batch) > 1:  # one of them; alone it will be known which
                 self.together = 1
                 _give_back(batch, str(error))
             else:
@@ -165,14 +183,22 @@ class Watcher:
                 batch[0].claim.end("failed", reason=str(error), seconds=time.monotonic() - began)
         finally:
             self.working = ()
+        return True
 
     def told(self) -> dict[str, Any]:
-        """For the status line."""
+        """For the status line. `elsewhere`: checkpoints that other services on this store have claimed."""
+        runs, working = self.index.snapshot.runs, self.working
+        settings = self.settings.hash if self.settings is not None else ""
+        states = [(run.name, step, state) for run in runs for step, state in run.states(settings).items()]
+        running = {(run, step) for run, step, state in states if state == "running"}
         return {
             "evaluates": self.settings is not None,
-            "working": [{"run": checkpoint.run, "step": checkpoint.step} for checkpoint in self.working],
+            "checkpoints": sum(len(run.weights) for run in runs),
+            "working": [{"run": checkpoint.run, "step": checkpoint.step} for checkpoint in working],
             "since": self.since,
+            "elsewhere": len(running - {(checkpoint.run, checkpoint.step) for checkpoint in working}),
             "waiting": self.waiting,
+            "failed": sum(state == "failed" for _, _, state in states),
             "problem": self.problem or self.broken,
             "looked": self.looked,
         }

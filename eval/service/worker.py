@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,14 @@ class Settings:
 
 
 class Died(Exception):
-    """The evaluating process ended in the middle of its work; the text says how."""
+    """The evaluating process ended in the middle of its work; the text says how.
+
+    `stopped`: by a SIGTERM, as service managers and batch systems send it to a service and all that it started.
+    """
+
+    def __init__(self, told: str, *, stopped: bool = False) -> None:
+        super().__init__(told)
+        self.stopped = stopped
 
 
 class NotReady(Exception):
@@ -76,7 +84,8 @@ class Worker:
             code = process.exitcode
             self.stop()
             killed = " (killed: often a lack of memory)" if code in (-9, 137) else ""
-            raise Died(f"the evaluating process ended with code {code}{killed}") from error
+            stopped = code in (-signal.SIGTERM, signal.SIGTERM)  # Ray's driver makes an exit of it
+            raise Died(f"the evaluating process ended with code {code}{killed}", stopped=stopped) from error
         if not_ready:
             raise NotReady(not_ready)
         return reasons
@@ -106,8 +115,6 @@ def name_of(checkpoint: Checkpoint) -> str:
 
 def _serve(pipe: Connection, settings: Settings) -> None:
     """The process: lists of checkpoints in, (reasons of the failed, why nothing works) out, until the pipe closes."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this process
     threading.Thread(target=_end_with_the_service, daemon=True).start()
     options, task, prepared = settings.options, EvaluateAndDraw(settings), False

@@ -124,6 +124,8 @@ export function lines(series, { x, y, xTitle, yTitle, xForm = count, label, heig
     };
     const scales = { x: axis(x, xTitle, xForm, innerWidth < 700 ? 5 : 8), y: axis(y, yTitle, (v) => sig(v), 6) };
     if (xRange) [scales.x.min, scales.x.max] = xRange;
+    const places = series.flatMap((line) => line.points).map((point) => point.x);
+    if (whiskers && x === "log" && !xRange) [scales.x.min, scales.x.max] = [0.94 * Math.min(...places), 1.06 * Math.max(...places)]; // off the frame
     const ends = datasets.filter((set) => set.whiskers).flatMap((set) => set.data).filter((point) => point.high !== null && point.high !== undefined);
     if (ends.length) Object.assign(scales.y, { suggestedMin: Math.min(...ends.map((p) => p.low)), suggestedMax: Math.max(...ends.map((p) => p.high)) });
     if (fromZero) Object.assign(scales.y, { min: 0, suggestedMax: Math.max(0.1, scales.y.suggestedMax ?? 0) });

@@ -70,7 +70,8 @@ async function pair(fill, study, rater) {
     return fill(el("div", { className: "box" }, `Thank you, ${rater}: all ${told.total} pairs are answered.`),
       el("div", { className: "controls" }, el("button", { className: "main", onclick: () => again(fill, { results: 1, rater: null }) }, "Show results"), back));
   }
-  const answers = {}, wanted = Object.keys(told.questions);
+  const answers = {}, wanted = Object.keys(told.questions), seen = new Set();
+  const ready = () => { send.disabled = seen.size < 2 || wanted.some((q) => !answers[q]); };
   const problem = el("p", { className: "bad" });
   const send = el("button", { className: "main", disabled: true, onclick: async () => {
     send.disabled = true;
@@ -79,13 +80,18 @@ async function pair(fill, study, rater) {
     }
     again(fill, {});
   } }, "Keep and go on");
-  const picture = (side) => el("figure", {}, el("img", { alt: `${side} picture`, className: "pixels", src: `/api/human/picture?${new URLSearchParams({ study, rater, item: told.item, side })}` }), el("figcaption", {}, side));
+  // Without both pictures there is nothing to judge.
+  const picture = (side) => el("figure", {}, el("img", {
+    alt: `${side} picture`, onload: ({ target }) => { target.classList.toggle("pixels", target.naturalWidth < 350); seen.add(side); ready(); },
+    onerror: () => { problem.textContent = "A picture of this pair cannot be shown: tell whoever began the study."; },
+    src: `/api/human/picture?${new URLSearchParams({ study, rater, item: told.item, side })}`,
+  }), el("figcaption", {}, side));
   fill(
     el("p", { className: "note" }, `Pair ${told.done + 1} of ${told.total}`),
     el("p", { className: "prompt" }, told.prompt),
     el("div", { className: "pair" }, picture("left"), picture("right")),
     wanted.map((question) => el("div", { className: "question" }, el("p", {}, told.questions[question]),
-      segments({ left: "Left", same: "Same", right: "Right" }, null, (value) => { answers[question] = value; send.disabled = wanted.some((q) => !answers[q]); }, told.questions[question]))),
+      segments({ left: "Left", same: "Same", right: "Right" }, null, (value) => { answers[question] = value; ready(); }, told.questions[question]))),
     el("div", { className: "controls" }, send, back), problem,
   );
 }

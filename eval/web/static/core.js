@@ -37,19 +37,28 @@ export const sig = (value, digits = 3) =>
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "";
   const whole = Math.round(seconds), two = (n) => `${n}`.padStart(2, "0");
+  if (seconds < 0.9995) return seconds ? `${sig(1000 * seconds)} ms` : "0 s";
+  if (seconds < 9.95) return `${sig(seconds, 2)} s`;
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${two(whole % 60)} s`;
   if (whole < 172800) return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
   return `${Math.floor(whole / 86400)} d ${two(Math.floor((whole % 86400) / 3600))} h`;
 }
 
+// Beside others in a column: with all its digits, so that they stand below each other.
+export const steady = (value, digits) => {
+  if (!Number.isFinite(value) || Math.abs(value) >= 1e5) return sig(value, digits);
+  const whole = Math.abs(value) <= 1 ? 0 : Math.floor(Math.log10(Math.abs(value))) + 1;
+  return value.toFixed(Math.max(0, digits - whole));
+};
+
 export const words = (text) => text.replaceAll("_", " ").replaceAll("/", ", ");
 
 export const range = (point, digits = 2) =>
-  point.low === null || point.high === null ? null : el("small", {}, ` ${sig(point.low, digits)}\u2013${sig(point.high, digits)}`);
+  point.low === null || point.high === null ? null : el("small", {}, ` ${steady(point.low, digits)}\u2013${steady(point.high, digits)}`);
 
 export const cell = (point, digits = 3) =>
-  point ? el("td", { title: `${point.count} samples at ${count(point.images)} images` }, sig(point.value, digits), range(point)) : el("td", {}, el("small", {}, "\u2013"));
+  point ? el("td", { title: `${point.count} samples at ${count(point.images)} images` }, steady(point.value, digits), range(point)) : el("td", {}, el("small", {}, "\u2013"));
 
 export async function api(path, parameters = {}, body = null) {
   const query = new URLSearchParams();

@@ -1,5 +1,5 @@
 // The pages: each asks the API and lays out what it answers. A page is drawn again when the store has something new.
-import { address, api, bytes, cell, chooser, chosen, count, duration, el, keepChoiceInMenu, note, power, segments, select, sig, table, words } from "./core.js";
+import { address, api, bytes, cell, chooser, chosen, count, duration, el, keepChoiceInMenu, note, power, range, segments, select, sig, steady, table, words } from "./core.js";
 import { dots, lines } from "./charts.js";
 import { compare } from "./compare.js";
 
@@ -7,9 +7,10 @@ const MOST_DOTS = 8;
 const content = document.getElementById("content");
 const fill = (...children) => content.replaceChildren(...children.flat(Infinity).filter(Boolean));
 const names = (runs) => runs.map((run) => run.name);
-const runLink = (name) => el("a", { href: `/run?name=${encodeURIComponent(name)}` }, name);
 // Names that differ in their last word are never cut off; they break after a slash.
-const whole = (name) => el("td", { className: "text" }, name.split("/").map((part, i) => (i ? ["/", el("wbr"), part] : part)));
+const broken = (name) => name.split("/").map((part, i) => (i ? ["/", el("wbr"), part] : part));
+const whole = (name) => el("td", { className: "text" }, broken(name));
+const runLink = (name) => el("a", { href: `/run?${new URLSearchParams({ name })}` }, broken(name));
 const nothing = (text) => el("div", { className: "box" }, text);
 
 // Asks for chosen runs by name, or for all of them with one short address.
@@ -39,7 +40,7 @@ async function overview() {
     return el("td", { title: `${count(run.images)} of ${count(run.planned_images)} images` }, `${count(run.images)} `, el("span", { className: "progress" }, bar));
   };
   const columns = [
-    { title: "Run", value: (run) => run.name, show: (run) => el("td", { title: run.name }, runLink(run.name)) },
+    { title: "Run", value: (run) => run.name, show: (run) => runLink(run.name) },
     { title: "Depth", value: (run) => run.depth },
     { title: "Parameters", value: (run) => run.parameters, show: (run) => count(run.parameters) },
     { title: "Images", value: (run) => run.images, show: progress },
@@ -130,7 +131,7 @@ async function scores() {
   const curves = over.runs.map((run) => ({ name: run.name, points: pointsOf(run) })).filter((line) => line.points.length);
   const { lines: trust } = family.startsWith("world_") ? await api("calibration") : { lines: [] };
   const columns = [
-    { title: "Run", value: (name) => name, show: (name) => el("td", { title: name }, runLink(name)) },
+    { title: "Run", value: (name) => name, show: (name) => runLink(name) },
     { title: "Images", value: (name) => mine.find((line) => line.runs[name])?.runs[name].images, show: (name) => count(mine.find((line) => line.runs[name])?.runs[name].images) },
     ...mine.map((line) => ({ title: words(line.task), value: (name) => line.runs[name]?.value, show: (name) => cell(line.runs[name]) })),
   ];
@@ -159,7 +160,7 @@ async function scores() {
       el("h2", {}, "Can the judges be believed?"),
       table([
         { title: "Score", text: true, value: (line) => line.metric, show: (line) => whole(line.metric) },
-        ...["ground_truth", "shuffled", "noise"].map((control) => ({ title: words(control), value: (line) => line[control]?.value, show: (line) => line[control] ? el("td", {}, sig(line[control].value), line[control].low === null ? null : el("small", {}, ` ${sig(line[control].low, 2)}\u2013${sig(line[control].high, 2)}`)) : "" })),
+        ...["ground_truth", "shuffled", "noise"].map((control) => ({ title: words(control), value: (line) => line[control]?.value, show: (line) => line[control] ? el("td", {}, steady(line[control].value, 3), range(line[control])) : "" })),
         { title: "Verdict", text: true, value: (line) => line.verdict ?? "" },
       ], trust),
     ] : null,
@@ -360,14 +361,16 @@ async function watch() {
   const place = document.getElementById("status");
   try {
     const told = await api("status");
-    const parts = [told.problem || null];
+    const parts = told.problem ? [told.problem] : [];
     if (told.reading) parts.push(`reading run ${told.reading[0] + 1} of ${told.reading[1]}`);
     else if (!told.generation) parts.push("looking at the store");
     const [one, ...others] = told.working;
     if (one) parts.push(`evaluating ${one.run} step ${one.step}${others.length ? ` and ${others.length} more` : ""} (${duration(told.time - told.since)})`);
-    if (told.waiting > told.working.length) parts.push(`${told.waiting - told.working.length} waiting`);
-    if (!told.problem && !one && told.generation) parts.push(told.evaluates ? "all checkpoints evaluated" : "evaluates nothing (--no-evaluate)");
-    place.textContent = parts.filter(Boolean).join(" \u00b7 ");
+    if (told.elsewhere) parts.push(`${told.elsewhere} being evaluated by another service`);
+    if (told.waiting) parts.push(`${told.waiting} waiting`);
+    if (!parts.length) parts.push(!told.evaluates ? "evaluates nothing (--no-evaluate)" : told.checkpoints ? "nothing left to evaluate" : "no checkpoint yet");
+    if (told.failed) parts.push(`${told.failed} failed`);
+    place.textContent = parts.join(" \u00b7 ");
     place.className = told.problem ? "trouble" : "";
     if (generation !== told.generation) {
       const first = generation === null;
