@@ -309,6 +309,20 @@ def test_runs_on_s3_read_like_local_ones(s3, tmp_path):
     assert "data:image/webp" in page(remote)
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_more_runs_than_names_fit_leave_room_for_the_curves():
+    """61 formulations, two seeds each: their names once pushed the axes to nothing."""
+    lines = [Line(f"run {i}", i, (1e3, 1e4), (1.0, 0.5 + i / 1000)) for i in range(122)]
+    for compute in (False, True):
+        draw = loss_curves(lines, xlabel="images", compute=compute, ylabel="loss")
+        drawn = render("loss", draw, alt="", caption="", num_series=len(lines))
+        texts = [element.text for element in ET.fromstring(drawn.wide_svg).iter() if element.tag.endswith("text")]
+        named = [text for text in texts if text and text.startswith("run ")]
+        assert {"run 0", "run 121"} <= set(named)
+        assert 8 <= len(named) <= 24
+        assert ("... 98 more" in texts) == compute
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0.31, 0.38), (0.56, 1.2), (1e3, 1.2e4), (3e12, 4e13), (1e6, 1e9), (1.0, 1.0001), (0.1, 1000.0)]
 )
