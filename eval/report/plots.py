@@ -326,8 +326,10 @@ def _end_labels(ax: "Axes", lines: Sequence[Line], theme: Theme) -> None:
     gap, named = 10.5 * scale, set[int]()
     for group in _together([float(end[0]) for end in ends], 50 * scale):
         shown = _evenly(sorted(group, key=lambda i: heights[i]), max(2, int(ax.bbox.height / gap)))
-        for i, height in zip(shown, spread([heights[i] for i in shown], gap=gap)):
-            heights[i] = height
+        places = spread([heights[i] for i in shown], gap=gap)
+        inside = max(0.0, ax.bbox.y0 - min(places)) - max(0.0, max(places) - ax.bbox.y1)
+        for i, height in zip(shown, places):
+            heights[i] = height + inside
             named.add(i)
     for i in sorted(named):
         line, end, height = lines[i], ends[i], heights[i]
