@@ -205,23 +205,25 @@ def paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarray | N
 
 
 def _drawn_difference(one: np.ndarray, two: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws of a task's difference around the measured one: a bootstrap over prompts, where prompts differ in it.
+    """Draws of a task's difference around the measured one, where prompts differ in it; one, two: rows of (prompt, sum,
+    count).
 
-    Differences of -1, 0 and 1 only are matched pairs, whose bootstrap claims certainty when few or none are
-    discordant. The shares of prompts won, tied and lost are drawn from their posterior under Jeffreys' prior instead,
-    Dirichlet(counts + 1/2): P. M. E. Altham, The analysis of matched proportions, Biometrika 58 (1971), 561-576. Eight
-    ties give about +-0.21. Other differences that all agree (one prompt) leave the spread unknown: NaN.
+    A bootstrap of prompts claims far too much where few of them differ: with no difference at all, 20 prompts of four
+    images were called better or worse in 8 to 28 cases of 100. So prompts get Dirichlet weights (the Bayesian
+    bootstrap, D. B. Rubin, Annals of Statistics 9 (1981), 130-134), and a win, a tie and a loss of the largest size
+    seen count half a prompt each. For wins, ties and losses of one size that is the posterior under Jeffreys' prior
+    (P. M. E. Altham, The analysis of matched proportions, Biometrika 58 (1971), 561-576). Eight ties give about
+    +-0.22. Differences that all agree on another value (one prompt) leave the spread unknown: NaN.
     """
     apart = two[:, 1] / two[:, 2] - one[:, 1] / one[:, 2]
-    outcomes = np.array([-1.0, 0.0, 1.0])
-    if np.isin(apart, outcomes).all():
-        counts = (apart[:, None] == outcomes).sum(0)
-        return rng.dirichlet(counts + 0.5, size=RESAMPLES) @ outcomes - apart.mean()
-    if all_alike(apart):
+    if all_alike(apart) and not np.isin(apart, (-1.0, 0.0, 1.0)).all():
         return np.full(RESAMPLES, np.nan)
-    drawn = rng.integers(len(one), size=(RESAMPLES, len(one)))
-    resampled = _mean(two, drawn) - _mean(one, drawn)
-    return resampled - resampled.mean()
+    size = float(np.abs(apart).max()) or 1.0
+    weights = rng.dirichlet(np.append(np.ones(len(apart)), [0.5, 0.5, 0.5]), size=RESAMPLES)
+    prompts, (lost, tied, won) = weights[:, :-3], weights[:, -3:].T
+    seen = _mean(two, prompts) - _mean(one, prompts)
+    measured = _mean(two, np.ones(len(apart))) - _mean(one, np.ones(len(apart)))
+    return (1 - lost - tied - won) * seen + (won - lost) * size - measured
 
 
 def _of_path(row: ResultRow) -> tuple[str, list[str]]:
@@ -242,8 +244,9 @@ def _rows(kept: Kept, split: str, stratum: str) -> np.ndarray:
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
-def _mean(table: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    return table[drawn, 1].sum(1) / table[drawn, 2].sum(1)
+def _mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over images, for each row of weights of the prompts."""
+    return (weights @ table[:, 1]) / (weights @ table[:, 2])
 
 
 def _interval(d: Difference) -> str:

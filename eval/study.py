@@ -292,12 +292,12 @@ def _images(entry: Entry) -> int:
 
 
 def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry], unfit: Mapping[str, str]) -> str:
-    """The seed noise first, then the table: no order is drawn inside a tier."""
+    """The seed noise first, then the table: no order is drawn inside a group."""
     seeds = ", ".join(map(str, ranking.seeds))
     if math.isfinite(ranking.seed_noise):
         noise = (
             f"Seed-to-seed noise of an average rank: {ranking.seed_noise:.2f}. Variants less than "
-            f"{ranking.least_difference:.2f} apart are not told apart; they share a tier."
+            f"{ranking.least_difference:.2f} apart are not told apart; they share a group."
         )
     else:
         noise = "One seed only: the noise of a rank is not known, so this is no order."
@@ -305,14 +305,15 @@ def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry
     lines = [
         f"{noise} Seeds {seeds}; {told}.",
         "",
-        "| tier | variant | all | few steps | most steps | by seed | SD3, Table 1 |",
+        "| groups | variant | all | few steps | most steps | by seed | SD3, Table 1 |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ranking.rows:
         by_seed = " ".join(f"{value:.2f}" for value in row.by_seed.values())
+        groups = " ".join(map(str, row.groups))
         paper = f"{TABLE_1[row.variant]:.2f}" if row.variant in TABLE_1 else ""
         lines.append(
-            f"| {row.tier} | {row.variant} | {row.overall:.2f} | {row.few_steps:.2f} | {row.many_steps:.2f} "
+            f"| {groups} | {row.variant} | {row.overall:.2f} | {row.few_steps:.2f} | {row.many_steps:.2f} "
             f"| {by_seed} | {paper} |"
         )
     lines += ["", *(f"Left out: {name}: {why}." for name, why in {**ranking.left_out, **unfit}.items())]

@@ -6,7 +6,7 @@ inside the noise no order is drawn.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ class Ranked:
     by_seed: Mapping[int, float]
     few_steps: float
     many_steps: float
-    tier: int = 0
-    """variants of one tier are closer than the noise between seeds"""
+    groups: tuple[int, ...] = ()
+    """variants that share one are closer than the noise between seeds; one may stand between two groups, in both"""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def rank(cells: Sequence[Cell]) -> Ranking:
     """Variants that lack a cell which another one has are left out, with the reason: a tournament needs all to play."""
     seeds = sorted({cell.seed for cell in cells})
     controls = sorted({cell.control for cell in cells})
-    table = {(c.variant, c.seed, c.control): c for c in cells}
+    table = {(c.variant, c.seed, c.control): c for c in cells if math.isfinite(c.clip) and math.isfinite(c.fid)}
     variants, left_out = [], {}
     for variant in sorted({cell.variant for cell in cells}):
         missing = [(s, c) for s in seeds for c in controls if (variant, s, c) not in table]
         if missing:
             seed, control = missing[0]
-            left_out[variant] = f"{len(missing)} cells are missing, e.g. seed {seed}, {'/'.join(control)}"
+            left_out[variant] = f"{_cells(len(missing))} missing or not finite, e.g. seed {seed}, {'/'.join(control)}"
         else:
             variants.append(variant)
     ranks_VSC = np.zeros((len(variants), len(seeds), len(controls)))
@@ -94,7 +94,11 @@ def rank(cells: Sequence[Cell]) -> Ranking:
             ranks_VSC[:, s, c] = front_numbers([x.clip for x in found], [x.fid for x in found])
     noise, least = seed_noise(ranks_VSC.mean(2)) if variants else (math.nan, math.nan)
     rows = [_row(name, ranks_SC, seeds, controls) for name, ranks_SC in zip(variants, ranks_VSC)]
-    return Ranking(_tiers(rows, least), noise, least, seeds, len(controls), left_out)
+    return Ranking(_grouped(rows, least), noise, least, seeds, len(controls), left_out)
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{' is' if count == 1 else 's are'}"
 
 
 def _row(name: str, ranks_SC: np.ndarray, seeds: Sequence[int], controls: Sequence[tuple[str, str, str]]) -> Ranked:
@@ -125,15 +129,16 @@ def seed_noise(rank_VS: np.ndarray) -> tuple[float, float]:
     return spread, quantile * spread * math.sqrt(2 / num_seeds)
 
 
-def _tiers(rows: Sequence[Ranked], least: float) -> list[Ranked]:
-    """By rank; a tier ends where a variant is further from the tier's best than noise explains."""
-    tiered: list[Ranked] = []
-    best, tier = None, 0
-    for row in sorted(rows, key=lambda row: (row.overall, row.variant)):
-        if best is None or (math.isfinite(least) and row.overall - best > least):
-            best, tier = row.overall, tier + 1
-        tiered.append(Ranked(**{**vars(row), "tier": tier}))
-    return tiered
+def _grouped(rows: Sequence[Ranked], least: float) -> list[Ranked]:
+    """By rank, with the numbers of all largest sets of variants that noise explains: two share a number exactly when
+    they are at most `least` apart (tiers would part neighbours that are closer than that)."""
+    ordered = sorted(rows, key=lambda row: (row.overall, row.variant))
+    ends = [
+        max(j for j, row in enumerate(ordered) if not row.overall - first.overall > least) for first in ordered
+    ]  # with an unknown `least` (nan) nothing is further apart
+    spans = [(i, end) for i, end in enumerate(ends) if i == 0 or end > ends[i - 1]]
+    groups = [tuple(n for n, (i, end) in enumerate(spans, 1) if i <= place <= end) for place in range(len(ordered))]
+    return [replace(row, groups=group) for row, group in zip(ordered, groups)]
 
 
 def against_paper(ranking: Ranking, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:

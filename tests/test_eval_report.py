@@ -131,6 +131,52 @@ def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
     assert all(c.pearson and c.pearson.low is not None for _, _, c, _ in report.correlations)
 
 
+def edit(file: Path, **changes) -> None:
+    """Replace fields of a recipe; a mapping's own fields one by one."""
+    told = json.loads(file.read_text())
+    for name, value in changes.items():
+        told[name] = {**told[name], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(told))
+
+
+def test_a_law_is_of_one_backbone_and_says_what_else_differs_under_it(tmp_path):
+    write_ladder(str(tmp_path), (2, 3, 4, 6), images=100_000, samples=False, scored=False)
+    alone = analyse(read_runs(str(tmp_path))).scaling
+    assert (alone.reason, alone.notes, alone.equal_ends) == (None, (), True)
+    for depth in (1, 5, 8):
+        write_run(str(tmp_path), depth, name=f"dit-d{depth}", images=100_000, samples=False, scored=False)
+        edit(tmp_path / f"dit-d{depth}" / "recipe.json", model={"backbone": "dit"})
+    report = analyse(read_runs(str(tmp_path)))
+    assert [curve.run for curve in report.scaling.curves] == [f"world-d{depth}" for depth in (2, 3, 4, 6)]
+    assert report.scaling.size.exponent(0) == alone.size.exponent(0)
+    assert "The law is of mmdit alone; other backbones are not under it: dit (dit-d1, dit-d5, dit-d8)." in words(report)
+    write_run(str(tmp_path), 4, name="hot", images=50_000, seed=1, samples=False, scored=False)
+    edit(tmp_path / "hot" / "recipe.json", optimizer={"lr": 5e-3}, seed=1)
+    report = analyse(read_runs(str(tmp_path)))
+    assert "differ in more than their seed (optimizer.lr)" in words(report)
+    assert "The runs end at different images, 50k to 100k" in page(report)
+    assert not report.scaling.equal_ends
+
+
+def test_losses_that_are_no_numbers_and_unstable_ends_are_told_and_left_out(tmp_path):
+    write_ladder(str(tmp_path / "runs"), (2, 3, 4, 6), samples=False, scored=False)
+    store = ResultStore(str(tmp_path / "runs" / "world-d6" / "results"))
+    ends = store.rows(metric="val_loss/sd3")[-4:]
+    later = "2999-01-01T00:00:00.000+00:00"
+    bad = (float("nan"), float("inf"), 0.0, -1.0)
+    store.append([replace(row, value=value, created=later) for row, value in zip(ends, bad, strict=True)])
+    (tmp_path / "runs" / "world-d6" / "unstable.json").write_text('{"problem": "loss nan", "images": 9000}')
+    (tmp_path / "runs" / "world-d2" / "unstable.json").write_text("{")
+    report = analyse(read_runs(str(tmp_path / "runs")))
+    assert len(report.losses.points["world-d6"]) == 12 - 4
+    said = "\n".join(report.missing)
+    assert "depth 6 (world-d6): no usable validation loss at 4 of its checkpoints" in said
+    assert "depth 6 (world-d6): no stable end (loss nan)" in said
+    assert "depth 2 (world-d2): no stable end (unstable)" in said
+    told = write_report(str(tmp_path / "runs"), str(tmp_path / "out")).read_text()
+    assert "no usable validation loss" in told
+
+
 def test_numbers_under_other_protocols_are_not_compared(tmp_path):
     for depth in (2, 3):
         write_run(str(tmp_path), depth)
@@ -261,6 +307,20 @@ def test_runs_on_s3_read_like_local_ones(s3, tmp_path):
     remote, local = (analyse(read_runs(root)) for root in (s3, str(tmp_path)))
     assert [f.text for f in remote.findings] == [f.text for f in local.findings]
     assert "data:image/webp" in page(remote)
+
+
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_more_runs_than_names_fit_leave_room_for_the_curves():
+    """61 formulations, two seeds each: their names once pushed the axes to nothing."""
+    lines = [Line(f"run {i}", i, (1e3, 1e4), (1.0, 0.5 + i / 1000)) for i in range(122)]
+    for compute in (False, True):
+        draw = loss_curves(lines, xlabel="images", compute=compute, ylabel="loss")
+        drawn = render("loss", draw, alt="", caption="", num_series=len(lines))
+        texts = [element.text for element in ET.fromstring(drawn.wide_svg).iter() if element.tag.endswith("text")]
+        named = [text for text in texts if text and text.startswith("run ")]
+        assert {"run 0", "run 121"} <= set(named)
+        assert 8 <= len(named) <= 24
+        assert ("... 98 more" in texts) == compute
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,36 @@ def test_it_is_graded_once_the_depth_is_trained(root, tmp_path):
         predict(root, 10)
 
 
+def test_the_same_curves_are_asked_once(tmp_path):
+    write_ladder(str(tmp_path), (2, 3, 4, 6), samples=False, scored=False)
+    told = predict(str(tmp_path))
+    assert predict(str(tmp_path)) == told
+    (row,) = rows(str(tmp_path))
+    again = replace(row, value=row.value / 2, created="2999-01-01T00:00:00.000+00:00")
+    ResultStore(storage.join(str(tmp_path), "results")).append([again])
+    (graded,) = analyse(read_runs(str(tmp_path))).graded
+    assert graded.created == row.created, "of two from the same curves the first counts"
+
+
+def test_what_is_graded_is_the_run_that_began_first(tmp_path):
+    """Else one could train many and show the one that fits; nor does a run that was trained anew begin later."""
+    root = str(tmp_path)
+    write_ladder(root, (2, 3, 4, 6), samples=False, scored=False)
+    predict(root)
+    for name in ("z", "a"):
+        write_run(root, 8, name=name, seed=ord(name), samples=False, scored=False)
+    other = tmp_path / "0-dit" / "recipe.json"
+    write_run(root, 8, name="0-dit", samples=False, scored=False)
+    other.write_text(other.read_text().replace('"depth": 8', '"depth": 8, "backbone": "dit"'))
+    (graded,) = analyse(read_runs(root)).graded
+    assert (graded.run, graded.first) == ("z", True)
+    store = ResultStore(f"{root}/z/results")
+    early = [replace(row, created="2000-01-01T00:00:00.000+00:00") for row in store.rows()]
+    store.append(early)  # the rows that stand now are later ones of the same keys
+    (graded,) = analyse(read_runs(root)).graded
+    assert (graded.run, graded.first) == ("z", False)
+
+
 def test_one_that_came_after_the_run_began_proves_nothing(root):
     (row,) = rows(root)
     data = read_runs(root)

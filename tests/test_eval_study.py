@@ -1,8 +1,10 @@
 """The formulation study: non-dominated sorting, noise between seeds, and tiny real runs that are measured once."""
 
+import itertools
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def test_a_clear_order_is_found_and_compared_with_the_paper():
     found = rank(cells(lambda variant, seed: order[variant]))
     assert [row.variant for row in found.rows] == ["eps/linear", "rf", "v/cos", "edm/rf"]
     assert [row.overall for row in found.rows] == [1, 2, 3, 4]
-    assert [row.tier for row in found.rows] == [1, 2, 3, 4]
+    assert [row.groups for row in found.rows] == [(1,), (2,), (3,), (4,)]
     assert found.seed_noise == 0
     assert (found.controls, found.seeds) == (6, [0, 1])
     paper = against_paper(found)
@@ -75,15 +77,28 @@ def test_no_order_is_drawn_inside_the_noise_of_seeds():
     }
     found = rank(cells(lambda variant, seed: swapped[seed][variant]))
     assert {row.overall for row in found.rows} == {2.5}
-    assert {row.tier for row in found.rows} == {1}
+    assert {row.groups for row in found.rows} == {(1,)}
     assert found.seed_noise == pytest.approx(np.sqrt(np.mean([4.5, 0.5, 0.5, 4.5])))
     assert found.least_difference > found.seed_noise
+
+
+def test_neighbours_inside_the_noise_share_a_group_wherever_the_line_of_ranks_is_cut():
+    """The committed study: a tier that begins at 1.00 and ends before 3.04 would part 2.62 from 3.04."""
+    folder = Path(__file__).parents[1] / "infra/docs/runs/world_study"
+    lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    found = rank([Cell(**{**line, "control": tuple(line["control"])}) for line in lines])
+    for one, two in itertools.combinations(found.rows, 2):
+        close = abs(one.overall - two.overall) <= found.least_difference
+        assert bool(set(one.groups) & set(two.groups)) == close, (one, two)
+    assert {row.groups for row in found.rows} > {(1,), (1, 2)}
+    told = json.loads((folder / "study.json").read_text())["ranking"]["rows"]
+    assert told == json.loads(json.dumps([asdict(row) for row in found.rows])), "what is committed is what is computed"
 
 
 def test_one_seed_gives_no_noise_and_no_order():
     found = rank(cells(lambda variant, seed: len(variant), seeds=(0,)))
     assert math.isnan(found.seed_noise)
-    assert {row.tier for row in found.rows} == {1}
+    assert {row.groups for row in found.rows} == {(1,)}
     assert all(math.isnan(x) for x in seed_noise(np.zeros((3, 1))))
 
 
@@ -100,8 +115,14 @@ def test_columns_average_the_papers_controls():
 
 def test_variants_with_missing_cells_do_not_play():
     found = rank(cells(lambda variant, seed: len(variant))[:-1])
-    assert [row.variant for row in found.rows] == ["edm/rf", "v/cos", "rf"] or len(found.rows) == 3
-    assert found.left_out == {"eps/linear": "1 cells are missing, e.g. seed 1, d/raw/5x5.0"}
+    assert len(found.rows) == 3
+    assert found.left_out == {"eps/linear": "1 cell is missing or not finite, e.g. seed 1, d/raw/5x5.0"}
+
+
+def test_a_number_that_is_none_leaves_its_variant_out():
+    played = cells(lambda variant, seed: len(variant))
+    found = rank([*played[:-1], played[-1]._replace(fid=math.nan)])
+    assert (len(found.rows), list(found.left_out)) == (3, ["eps/linear"])
 
 
 def test_settings_are_read():

@@ -223,7 +223,7 @@ def _run(run: Run, report: Report) -> dict[str, Any]:
 def scaling_json(scaling: Scaling) -> dict[str, Any]:
     """The laws with 95 % intervals, or the reason why there are none."""
     if scaling.reason is not None:
-        return {"reason": scaling.reason, "coverage": read_coverage()}
+        return {"reason": scaling.reason, "notes": scaling.notes, "coverage": read_coverage()}
     laws = {}
     for name, boot in (("L(N)", scaling.size), ("L(N,D)", scaling.joint), ("L(C)", scaling.compute)):
         if boot is None:
@@ -237,7 +237,9 @@ def scaling_json(scaling: Scaling) -> dict[str, Any]:
         }
     return {
         "reason": None,
+        "notes": scaling.notes,
         "images": scaling.images,
+        "equal_ends": scaling.equal_ends,
         "laws": laws,
         "frontier": scaling.best,
         "optimum": scaling.optimum,

@@ -14,6 +14,7 @@ from infra.results import ResultRow, ResultStore
 MARKS = ("recipe.json", "plan.json")
 PIECES = (*MARKS, "results", "samples", "weights", "checkpoints")
 LOSS = "val_loss/"
+UNSTABLE = "unstable.json"  # of a run that the trainer's guard ended
 NOT_BEGUN = "readable result rows (nothing was trained or evaluated yet)"
 
 
@@ -29,12 +30,16 @@ class Run:
     samples: tuple[str, ...]
     missing: tuple[str, ...] = ()
     began: str = ""
-    """when its first row was written (ISO time), "" before that"""
+    """when its first row was written (ISO time), also one that a later row replaced; "" before that"""
 
     @property
     def depth(self) -> int | None:
         depth = _mapping(self.recipe.get("model")).get("depth", self.plan.get("depth"))
         return depth if isinstance(depth, int) else None
+
+    @property
+    def backbone(self) -> str:
+        return str(_mapping(self.recipe.get("model")).get("backbone", "mmdit"))
 
     @property
     def parameters(self) -> int | None:
@@ -117,15 +122,18 @@ def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore |
     """The run in folder `uri` that holds the files `inside`; a store that is given again reads only what is new."""
     missing: list[str] = []
     recipe, plan = (_read_json(uri, file, inside, missing) for file in ("recipe.json", "plan.json"))
-    rows: list[ResultRow] = []
+    written: list[ResultRow] = []
     store_files = sum(path.startswith("results/") for path in inside)
     if store_files:
-        rows = (store or ResultStore(storage.join(uri, "results"))).rows()
+        written = (store or ResultStore(storage.join(uri, "results"))).rows(latest=False)
+    rows = list({row.key: row for row in written}.values())
+    if UNSTABLE in inside:
+        missing.append(f"stable end ({_read_json(uri, UNSTABLE, inside, missing).get('problem', 'unstable')})")
     if not rows:
         missing.append(NOT_BEGUN if store_files == 0 else "readable result rows")
     samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=natural_key)
     pictures = tuple(storage.join(uri, path) for path in samples)
-    began = min((row.created for row in rows), default="")
+    began = min((row.created for row in written), default="")
     return Run(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
 
 

@@ -33,6 +33,7 @@ def _loss(report: "Report") -> Plan:
     if lines:
         ends = "; ".join(f"{line.label} ends at {line.y[-1]:.4g}" for line in lines)
         text = "One line per run, of the EMA weights on the validation split."
+        text += " Where names do not fit, some lines bear none." if len(lines) > 16 else ""
         draw = figures.loss_curves(lines, xlabel="images seen", compute=False, ylabel="Validation loss")
         yield "loss_images", draw, f"Validation loss against images seen: {ends}.", text
     spent = [

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from eval.report.data import Run
 from eval.report.law import Scaling
 from eval.report.predict import Graded
-from eval.report.series import Comparison, LeftOut, Point, Task
+from eval.report.series import Comparison, LeftOut, Point, Task, is_loss, is_number
 from eval.report.style import count_text
 from eval.scaling.correlation import Correlation
 
@@ -70,15 +70,17 @@ def _size_findings(losses: Comparison, labels: Mapping[str, str], sizes: Mapping
 
 
 def law_findings(scaling: Scaling) -> list[Finding]:
+    notes = [Finding("note", text) for text in scaling.notes]
     if scaling.reason is not None:
-        return [Finding("note", f"No scaling law is drawn: {scaling.reason}.")]
+        return [Finding("note", f"No scaling law is drawn: {scaling.reason}."), *notes]
     assert scaling.size is not None
     alpha, floor = scaling.size.exponent(0), scaling.size.floor()
     found = [
         Finding(
             "note",
-            f"At {count_text(scaling.images)} images the loss follows L(N) = {floor.value:.3g} + A N^-{alpha.value:.2f}"
-            f" (95 % interval of the exponent {alpha.low:.2f} to {alpha.high:.2f}, runs resampled).",
+            f"At {count_text(scaling.images)} images the loss follows L(N) = {floor.value:.3g} + "
+            f"{scaling.size.law.coefficients[0]:.3g} N^-{alpha.value:.2f} (95 % interval of the exponent "
+            f"{alpha.low:.2f} to {alpha.high:.2f}, runs resampled).",
         )
     ]
     if scaling.compute is not None:
@@ -86,8 +88,9 @@ def law_findings(scaling: Scaling) -> list[Finding]:
         found.append(
             Finding(
                 "note",
-                f"At the size that is best for each compute it falls as L(C) = {scaling.compute.floor().value:.3g} + A "
-                f"C^-{gamma.value:.2f} (95 % interval of the exponent {gamma.low:.2f} to {gamma.high:.2f}).",
+                f"At the size that is best for each compute it falls as L(C) = {scaling.compute.floor().value:.3g} + "
+                f"{scaling.compute.law.coefficients[0]:.3g} C^-{gamma.value:.2f} (95 % interval of the exponent "
+                f"{gamma.low:.2f} to {gamma.high:.2f}).",
             )
         )
     ahead, back = scaling.next_rung, scaling.held_out
@@ -111,7 +114,7 @@ def law_findings(scaling: Scaling) -> list[Finding]:
                 f"measured is {back.actual:.4g}, {hit} the interval.",
             )
         )
-    return found
+    return found + notes
 
 
 def prediction_findings(graded: Sequence[Graded]) -> list[Finding]:
@@ -261,6 +264,13 @@ def missing_findings(
         return run.name if labels[run.name] == run.name else f"{labels[run.name]} ({run.name})"
 
     said = [f"{name(run)}: no {piece}" for run in runs for piece in run.missing]
+    for run in runs:
+        bad = [row.images_seen for row in run.rows if is_loss(row.metric) and not is_number(row)]
+        if bad:
+            said.append(
+                f"{name(run)}: no usable validation loss at {len(bad)} of its checkpoints (nan, infinite or not "
+                f"positive), the first at {count_text(min(bad))} images"
+            )
     said += [f"{name(run)}: no sample images" for run in runs if not run.samples]
     judged = set(families)
     said += [

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from eval.report.data import Run, counted_parameters
 from eval.report.series import Comparison
+from eval.report.style import count_text
+from eval.report.tables import recipe_differences
 from eval.scaling.coverage import COVERAGE
 from eval.scaling.intervals import Bootstrap, Interval, bootstrap, compute_bootstrap
 from eval.scaling.laws import (
@@ -25,6 +27,10 @@ from eval.scaling.laws import (
     thin,
     too_little,
 )
+
+# Recipe fields that make two runs of one size no more unlike than two seeds do; `images` has a caution of its own.
+LIKE_SEEDS = {"seed", "images"}
+LIKE_SEEDS_UNDER = ("logging.", "parallel.", "validation.", "guard.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scaling:
-    """`reason` is set exactly when there is no fit. `optimum`: best size and images for the costliest run's FLOPs."""
+    """`reason` is set exactly when there is no fit. `optimum`: best size and images for the costliest run's FLOPs.
+
+    `notes`: what a reader of the law must know of the runs under it, a sentence each.
+    """
 
     reason: str | None
     curves: tuple[Curve, ...] = ()
@@ -58,13 +67,20 @@ class Scaling:
     optimum: dict[str, float] | None = None
     next_rung: Prediction | None = None
     held_out: Prediction | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def equal_ends(self) -> bool:
+        """Do all runs end at the same images, so that L(N) compares ends with ends?"""
+        return len({curve.images[-1] for curve in self.curves}) == 1
 
 
 def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
-    """Fits to the main validation loss of every run whose size and FLOPs are known."""
-    curves = [thin(curve) for curve in curves_of(runs, losses)]
-    curves = [curve for curve in curves if len(curve.images) >= 3]
-    without = [run.name for run in runs if run.name not in {curve.run for curve in curves}]
+    """Fits to the main validation loss of the runs of one backbone whose size and FLOPs are known."""
+    known = [thin(curve) for curve in curves_of(runs, losses)]
+    known = [curve for curve in known if len(curve.images) >= 3]
+    without = [run.name for run in runs if run.name not in {curve.run for curve in known}]
+    curves, notes = _of_one_backbone(runs, known)
     if not curves:
         return Scaling("no run has three validation losses together with its size and FLOPs (plan.json)")
     reason = too_little(curves)
@@ -74,7 +90,7 @@ def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
         left = (
             f" ({len(without)} further run{'s' if len(without) > 1 else ''} without curve or size)" if without else ""
         )
-        return Scaling(reason + left, tuple(curves))
+        return Scaling(reason + left, tuple(curves), notes=notes)
     images = float(min(curve.images[-1] for curve in curves))
     size_boot, joint_boot = _fitted(size_points(curves, images)), _fitted(joint_points(curves))
     joint_law = joint_boot.law
@@ -92,7 +108,38 @@ def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
                  "images": best.images_factor * most**best.images_exponent},
         next_rung=_next_rung(runs, curves, size_boot, images),
         held_out=_held_out(runs, curves, images),
+        notes=(*notes, *_cautions(runs, curves, images)),
     )  # fmt: skip
+
+
+def _of_one_backbone(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[list[Curve], tuple[str, ...]]:
+    """The curves of the backbone that has most sizes (then most runs), and who is left out: a law is of one family."""
+    kinds = {run.name: run.backbone for run in runs}
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(kinds[curve.run], []).append(curve)
+    chosen = max(groups, key=lambda kind: (len({c.parameters for c in groups[kind]}), len(groups[kind])), default="")
+    others = [f"{kind} ({', '.join(c.run for c in groups[kind])})" for kind in groups if kind != chosen]
+    told = (f"The law is of {chosen} alone; other backbones are not under it: {'; '.join(others)}.",) if others else ()
+    return groups.get(chosen, []), told
+
+
+def _cautions(runs: Sequence[Run], curves: Sequence[Curve], images: float) -> Iterator[str]:
+    """What makes runs of one law less alike than it takes them for."""
+    fields: set[str] = set()
+    for size in {curve.parameters for curve in curves}:
+        names = {curve.run for curve in curves if curve.parameters == size}
+        recipes = [run for run in runs if run.name in names]
+        fields |= {line["field"] for line in recipe_differences(recipes)}
+    told = sorted(field for field in fields if field not in LIKE_SEEDS and not field.startswith(LIKE_SEEDS_UNDER))
+    if told:
+        yield f"Runs of one size differ in more than their seed ({', '.join(told)}); the law takes that for noise."
+    last = max(float(curve.images[-1]) for curve in curves)
+    if last > images:
+        yield (
+            f"The runs end at different images, {count_text(images)} to {count_text(last)}: L(N) compares the ends of "
+            "the shortest with checkpoints on the way."
+        )
 
 
 def curves_of(runs: Sequence[Run], losses: Comparison | None) -> list[Curve]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+MOST_NAMED = 24  # more names than that hide what they name
+T = TypeVar("T")
 Draw = Callable[[Theme, bool], "Figure"]
 
 
@@ -167,6 +169,7 @@ def size_law(scaling: Scaling, lines: Sequence[Line]) -> Draw:
         values = [line.y[0] for line in lines]
         for line in lines:
             _plot(ax, line, theme, size=6.5)
+        for line in _evenly(lines, MOST_NAMED):
             ax.annotate(
                 line.label, (line.x[0], line.y[0]), (5, 6), textcoords="offset points", color=theme["ink"], fontsize=7.5
             )
@@ -312,19 +315,35 @@ def _dot(ax: "Axes", dots: Dots, point: Point | None, y: float, theme: Theme) ->
 
 
 def _end_labels(ax: "Axes", lines: Sequence[Line], theme: Theme) -> None:
-    """Each line's name beside its own last point; where lines end together, moved apart until they do not touch."""
+    """Each line's name beside its own last point; where lines end together, moved apart until they do not touch.
+
+    Where more end together than fit beside the axes, evenly chosen ones from the lowest to the highest are named.
+    """
     ax.autoscale_view()  # the layout is not made yet; its last few pixels do not matter to labels
     scale = ax.figure.dpi / 72
     ends = [ax.transData.transform((line.x[-1], line.y[-1])) for line in lines]
     heights = [float(end[1]) for end in ends]
+    gap, named = 10.5 * scale, set[int]()
     for group in _together([float(end[0]) for end in ends], 50 * scale):
-        for i, height in zip(group, spread([heights[i] for i in group], gap=10.5 * scale)):
-            heights[i] = height
-    for line, end, height in zip(lines, ends, heights):
+        shown = _evenly(sorted(group, key=lambda i: heights[i]), max(2, int(ax.bbox.height / gap)))
+        places = spread([heights[i] for i in shown], gap=gap)
+        inside = max(0.0, ax.bbox.y0 - min(places)) - max(0.0, max(places) - ax.bbox.y1)
+        for i, height in zip(shown, places):
+            heights[i] = height + inside
+            named.add(i)
+    for i in sorted(named):
+        line, end, height = lines[i], ends[i], heights[i]
         ax.annotate(
             line.label, (line.x[-1], line.y[-1]), (7, (height - float(end[1])) / scale), textcoords="offset points",
             va="center", fontsize=8, color=_color(theme, line.order), fontweight="bold", annotation_clip=False,
         )  # fmt: skip
+
+
+def _evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly chosen, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def _together(values: Sequence[float], near: float) -> list[list[int]]:
@@ -339,9 +358,14 @@ def _together(values: Sequence[float], near: float) -> list[list[int]]:
 
 
 def _legend(figure: "Figure", rows: Sequence[Dots] | Sequence[Line], theme: Theme) -> None:
-    longest = max(len(row.label) for row in rows)
+    from matplotlib.lines import Line2D
+
+    shown = _evenly([*rows], MOST_NAMED)
+    longest = max(len(row.label) for row in shown)
     columns = max(1, int(72 * float(figure.get_figwidth()) / (38 + 5.4 * longest)))
-    handles = [_handle(row, theme) for row in rows]
+    handles = [_handle(row, theme) for row in shown]
+    if len(shown) < len(rows):
+        handles.append(Line2D([], [], lw=0, label=f"... {len(rows) - len(shown)} more"))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6,
         columnspacing=1.2, fontsize=8, labelcolor=theme["ink"],

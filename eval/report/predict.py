@@ -26,7 +26,10 @@ PREFIX = "prediction/"
 
 @dataclass(frozen=True)
 class Graded:
-    """A committed prediction, and what came of it. `first`: committed before the run had any row; None: not trained."""
+    """A committed prediction, and what came of it. `first`: committed before the run had any row; None: not trained.
+
+    Where several runs of that depth and backbone are there, the one that began first is graded: none can be picked.
+    """
 
     metric: str
     depth: int
@@ -35,6 +38,7 @@ class Graded:
     loss: Interval
     created: str
     fitted_to: tuple[str, ...]
+    backbone: str = "mmdit"
     run: str | None = None
     actual: float | None = None
     first: bool | None = None
@@ -46,7 +50,10 @@ class Graded:
 
 
 def predict(runs: str, depth: int | None = None) -> Graded:
-    """Fit the ladder under `runs`, and store what it says about `depth` (the next rung unless given)."""
+    """Fit the ladder under `runs`, and store what it says about `depth` (the next rung unless given).
+
+    What the same curves have said already stands as it was first stored.
+    """
     data = read_runs(runs)
     loss = main_loss(data.runs)
     losses = compare(data.runs, loss) if loss else None
@@ -54,7 +61,8 @@ def predict(runs: str, depth: int | None = None) -> Graded:
     if scaling.reason is not None or losses is None:
         raise UserError(f"{runs}: no prediction, because no law is fitted: {scaling.reason}")
     depth, parameters = _rung(data.runs, scaling, depth)
-    there = [run.name for run in data.runs if run.depth == depth]
+    kind = next(run.backbone for run in data.runs if run.name == scaling.curves[0].run)
+    there = [run.name for run in data.runs if run.depth == depth and run.backbone == kind]
     if there:
         raise UserError(f"depth {depth} is there already ({', '.join(there)}): a prediction must come before its run")
     assert scaling.size is not None
@@ -72,12 +80,15 @@ def predict(runs: str, depth: int | None = None) -> Graded:
         low=interval.low,
         high=interval.high,
         details=json.dumps(
-            {"depth": depth, "parameters": parameters, "fitted_to": [curve.run for curve in scaling.curves],
+            {"depth": depth, "backbone": kind, "parameters": parameters,
+             "fitted_to": [curve.run for curve in scaling.curves],
              "floor": scaling.size.law.floor, "exponents": scaling.size.law.exponents}
         ),
     )  # fmt: skip
-    ResultStore(storage.join(runs, "results")).append([row])
-    found = read_prediction(row)
+    before = next((earlier for earlier in data.predictions if earlier.key == row.key), None)
+    if before is None:
+        ResultStore(storage.join(runs, "results")).append([row])
+    found = read_prediction(before or row)
     assert found is not None
     return found
 
@@ -113,23 +124,31 @@ def read_prediction(row: ResultRow) -> Graded | None:
         metric = row.metric.removeprefix(PREFIX).rsplit("/", 1)[0]
         fitted_to = tuple(str(run) for run in told["fitted_to"])
         return Graded(
-            metric, int(told["depth"]), int(told["parameters"]), float(row.images_seen), loss, row.created, fitted_to
-        )
+            metric, int(told["depth"]), int(told["parameters"]), float(row.images_seen), loss, row.created, fitted_to,
+            str(told.get("backbone", "mmdit")),
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def grade(rows: Iterable[ResultRow], runs: Sequence[Run], losses: Comparison | None) -> list[Graded]:
-    """Every prediction among the rows beside what was measured at the same images under the same protocol."""
+    """Every prediction among the rows beside what was measured at the same images under the same protocol.
+
+    Of two from the same curves the one that was stored first counts.
+    """
+    stored = sorted((row for row in rows if row.metric.startswith(PREFIX)), key=lambda row: row.created, reverse=True)
+    first = {row.key: row for row in stored}
     return [
         _grade(found, row, runs, losses)
-        for row in rows
-        if row.metric.startswith(PREFIX) and (found := read_prediction(row)) is not None
+        for row in reversed(first.values())
+        if (found := read_prediction(row)) is not None
     ]
 
 
 def _grade(found: Graded, row: ResultRow, runs: Sequence[Run], losses: Comparison | None) -> Graded:
-    target = next((run for run in reversed(runs) if run.depth == found.depth), None)
+    there = [run for run in runs if run.depth == found.depth and run.backbone == found.backbone]
+    there = [run for run in there if losses is not None and run.name in losses.points] or there
+    target = min(there, key=lambda run: run.began or "~", default=None)
     if target is None:
         return replace(found, reason="not trained yet")
     if losses is None or losses.metric != found.metric or losses.protocol != row.protocol_hash:

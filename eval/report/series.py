@@ -1,5 +1,6 @@
 """Result rows as comparable series: one value per run and images under one protocol; others are left out, and said."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class Comparison:
 
 def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
     """All runs' values of a metric under the protocol that most runs have (then most points, then most samples)."""
-    rows = [row for run in runs for row in run.rows if row.metric == metric and row.value == row.value]
+    rows = [row for run in runs for row in run.rows if row.metric == metric and is_number(row)]
     if not rows:
         return None
     owner = {id(row): run.name for run in runs for row in run.rows}
@@ -89,6 +90,11 @@ def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
     )
     ordered = {run.name: points[run.name] for run in runs if run.name in points}
     return Comparison(metric, kept, rows[0].higher_is_better, ordered, left)
+
+
+def is_number(row: ResultRow) -> bool:
+    """A diverged run's rows are not; a loss, which is drawn and fitted as its logarithm, must be positive, too."""
+    return math.isfinite(row.value) and (row.value > 0 or not row.metric.startswith(LOSS))
 
 
 def pick_protocol(measured: Sequence[tuple[str, str, int, int]]) -> str:
@@ -122,7 +128,7 @@ def main_loss(runs: Sequence[Run]) -> str | None:
 
 def most_common_loss(metrics: Iterable[str]) -> str | None:
     """The same from each run's metric names, one after another."""
-    names = [name for name in metrics if _is_loss(name)]
+    names = [name for name in metrics if is_loss(name)]
     return max(set(names), key=lambda name: (names.count(name), name == f"{LOSS}sd3"), default=None)
 
 
@@ -177,5 +183,6 @@ def _task_rank(task: str) -> tuple[int, str]:
     return TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER), task
 
 
-def _is_loss(metric: str) -> bool:
+def is_loss(metric: str) -> bool:
+    """`val_loss/sd3`, not its noise levels."""
     return metric.startswith(LOSS) and metric.count("/") == 1

@@ -4,7 +4,8 @@
 #
 #   bash infra/runs/world_prediction.sh OUT [FOLDER]     about 60 minutes on two idle cores with AMX; it goes on where it was
 #
-# FOLDER (default infra/docs/runs/world_prediction): prediction.json, written before depth 5 begins, and the report.
+# FOLDER (default infra/docs/runs/world_prediction): prediction.json, written before depth 5 begins, and the report. Both
+# are of OUT: what FOLDER held before is written over.
 set -euo pipefail
 out=$(realpath -m "$1")
 cd "$(dirname "$0")/../.."
@@ -17,7 +18,7 @@ mkdir -p "$kept/figures"
 climb=(python -m trainer ladder world --data "$out/data" --out "$out/runs" --images "$images")
 # shellcheck disable=SC2086
 "${climb[@]}" --depths $below
-if [ ! -e "$kept/prediction.json" ]; then
+if [ ! -e "$out/runs/world-d$next" ]; then  # asked again, the same curves answer what they did at first
   python -m eval predict --runs "$out/runs" --depth "$next"
   cat "$out"/runs/results/*.jsonl | grep '"prediction/' > "$kept/prediction.json"
 fi
