@@ -1,7 +1,7 @@
 """From encoder outputs to what a backbone reads: TextSpec (which encoders, which layout), TextCond, and `assemble`.
 
 CLIP seats are concatenated on channels and zero-padded to context_width, the T5 seat follows along the sequence;
-pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders themselves live in encoders.py.
+pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders themselves live in networks.py.
 """
 # Shapes: B batch, L text tokens, D context width, W width of one encoder, P pooled width.
 
