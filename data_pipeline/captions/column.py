@@ -52,8 +52,7 @@ class CaptionStage:
 
         def run(shard: ShardView) -> pa.Table:
             texts: list[str] = []
-            for first in range(0, len(shard.rows), self.batch):
-                images = [shard.image(row) for row in shard.rows[first : first + self.batch]]
+            for _, images in shard.image_batches(shard.rows, self.batch):
                 texts += caption_images(captioner, images)
             judged = [judge(text) for text in texts]
             return result(

@@ -36,8 +36,7 @@ class SignatureStage:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
-        statuses = shard.values("measure", "status")
-        rows = [row for row in shard.rows if statuses[row] == OK]
+        rows = shard.decodable()
         exact, perceptual = [], []
         for row in rows:
             try:

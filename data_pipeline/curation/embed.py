@@ -42,12 +42,10 @@ class EmbedStage:
         embed = load_embedder(resolve(self.checkpoint), self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            statuses = shard.values("measure", "status")
-            rows = [row for row in shard.rows if statuses[row] == OK]
+            rows = shard.decodable()
             vectors: list[bytes] = []
             thumbs: list[bytes] = []
-            for first in range(0, len(rows), self.batch):
-                images = [shard.image(row) for row in rows[first : first + self.batch]]
+            for _, images in shard.image_batches(rows, self.batch):
                 vectors += [vector.tobytes() for vector in embed(images)]
                 thumbs += [thumbnail(image) for image in images]
             return result(
