@@ -94,9 +94,8 @@ def write_bytes(uri: str, data: bytes) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.pipe_file(f"{bucket}/{key}", data)
         return
-    with _local(uri, len(data)), _temp_beside(local_path(uri), data) as temp:
-        temp.replace(local_path(uri))
-        _sync_folder(temp.parent)
+    with _local(uri, len(data)), new_file(local_path(uri)) as file:
+        file.write(data)
 
 
 def upload(path: str | Path, uri: str) -> None:
@@ -105,9 +104,8 @@ def upload(path: str | Path, uri: str) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.put_file(str(path), f"{bucket}/{key}", chunksize=UPLOAD_PART, max_concurrency=4)
         return
-    with _local(uri), open(path, "rb") as source, _temp_beside(local_path(uri), source) as temp:
-        temp.replace(local_path(uri))
-        _sync_folder(temp.parent)
+    with _local(uri), open(path, "rb") as source, new_file(local_path(uri)) as file:
+        shutil.copyfileobj(source, file, READ_AHEAD)
 
 
 def write_bytes_if_absent(uri: str, data: bytes) -> bool:
@@ -125,7 +123,10 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
                     if code_of(error) not in ("ConditionalRequestConflict", "409"):
                         raise
             return False
-    with _local(uri, len(data)), _temp_beside(local_path(uri), data) as temp:
+    with _local(uri, len(data)), temp_beside(local_path(uri)) as temp:
+        with temp.open("wb") as file:
+            file.write(data)
+            _sync(file)
         try:
             os.link(temp, local_path(uri))
         except FileExistsError:
@@ -239,21 +240,33 @@ def local_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def _temp_beside(path: Path, data: bytes | BinaryIO) -> Iterator[Path]:
-    """The data, synced to disk under a temporary name in the same folder; the name is gone afterwards."""
+def temp_beside(path: Path) -> Iterator[Path]:
+    """A free name in the folder of `path`, which is made where it is missing; a file of that name is removed at the
+    end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.parent / f".{uuid.uuid4().hex}{TEMP_SUFFIX}"
     try:
-        with temp.open("wb") as file:
-            if isinstance(data, bytes):
-                file.write(data)
-            else:
-                shutil.copyfileobj(data, file, READ_AHEAD)
-            file.flush()
-            os.fsync(file.fileno())
         yield temp
     finally:
         temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it takes the place of `path` when the block ends, synced to disk, and never in part.
+
+    OSError as the system raises it: `write_bytes` and `upload` make it a UserError."""
+    with temp_beside(path) as temp:
+        with temp.open("wb") as file:
+            yield file
+            _sync(file)
+        temp.replace(path)
+        _sync_folder(path.parent)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,16 +154,12 @@ def _copy(source: str, target: str) -> None:
             put(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
     here, there = storage.local_path(source), storage.local_path(target)
-    there.parent.mkdir(parents=True, exist_ok=True)
-    temp = there.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
-    try:
+    with storage.temp_beside(there) as temp:
         try:
             os.link(here, temp)
         except OSError:
             shutil.copyfile(here, temp)
         temp.replace(there)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 class StoredWeights:

@@ -6,9 +6,7 @@ Memory stays at one tensor.
 
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,22 +196,9 @@ def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
             written = put(str(staged), pieces)
             storage.upload(staged, uri)
         return written
-    digest, path = hashlib.sha256(), storage.local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
-    try:
-        with temp.open("wb") as file:
-            for piece in pieces:
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    finally:
-        temp.unlink(missing_ok=True)
+    digest = hashlib.sha256()
+    with storage.new_file(storage.local_path(uri)) as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
     return digest.digest()
