@@ -73,8 +73,8 @@ def make_plan(
     time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, tried=tried, extra=extra)
     step, steps = time["step_seconds"], recipe.steps
     checkpoint = checkpoint_bytes(recipe, parameters)
-    storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
-    storage += (recipe.logging_saves + 2) * 4 * parameters
+    storage = checkpoint * min(recipe.logging.keep, recipe.num_saves)
+    storage += (recipe.num_saves + 2) * 4 * parameters
     hours = step * steps / 3600
     price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
