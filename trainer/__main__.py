@@ -332,16 +332,16 @@ def _grade(args: GradeArgs) -> None:
 def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
     from data_pipeline.loading.loader import open_dataset
-    from infra import storage
     from trainer.exports.adapter import export_adapter, export_diffusers_adapter
     from trainer.exports.export import export_as
+    from trainer.runfolder import checkpoints_of, step_name
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
         raise UserError(f"--kind {args.kind!r}, expected ema or raw")
-    folders = candidates(storage.join(args.run, "checkpoints"))
+    folders = candidates(checkpoints_of(args.run))
     if args.step is not None:
-        folders = [uri for uri in folders if uri.endswith(f"/step_{args.step:07d}")]
+        folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
     if not folders:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
     given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}

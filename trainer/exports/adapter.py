@@ -16,6 +16,7 @@ from model.files.weights import expected_tensors
 from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
 from trainer.exports.card import model_card, weights_meta
 from trainer.exports.export import StoredWeights, Weights, stream
+from trainer.runfolder import run_name
 from trainer.zero.rankfile import put
 
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
@@ -64,6 +65,5 @@ def export_diffusers_adapter(
 
 
 def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=run_name(run))
     return meta | {"init_weights": stored.recipe.init_weights}

@@ -26,6 +26,7 @@ from model.files.weights import META_KEY, expected_tensors
 from model.lora import merging
 from trainer.exports.card import Meta, figures, model_card, weights_meta
 from trainer.recipe import Recipe
+from trainer.runfolder import run_name
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
@@ -223,8 +224,7 @@ def export_as(
     base: str | None = None,
 ) -> int:  # fmt: skip
     """A checkpoint in one of the formats; the number of parameters."""
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=name, base=base)
+    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
     return write_as(to, out, weights, info=info, run=run)
 
 

@@ -13,8 +13,8 @@ from data_pipeline.loading.order import Exceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.ladders.ladder import UNSTABLE
 from trainer.recipe import Guard, Recipe
+from trainer.runfolder import UNSTABLE, rank_name, step_name
 from trainer.state import State, restore
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
@@ -108,7 +108,7 @@ def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
 
 def _tell(problem: str, keys: list[str], state: State, group: Group, *, out: str) -> None:
     """RUN/skipped/: which images these were, one file per rank."""
-    uri = storage.join(out, "skipped", f"step_{state.step:07d}_rank_{group.rank:05d}.json")
+    uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
     try:
         storage.write_bytes(uri, json.dumps(told, indent=1).encode())

@@ -16,6 +16,7 @@ from infra.values import Kept, keep_values, one_per_sample
 from infra.version import code_version
 from model.diffusion.validation import half_interval
 from trainer.recipe import Recipe
+from trainer.runfolder import run_name
 from trainer.validate import ValidationLoss
 from trainer.watching.board import Board
 from trainer.watching.trackers import Trackers
@@ -28,7 +29,7 @@ class RunLog:
 
     def __init__(self, recipe: Recipe, group: Group, out: str, *, images_seen: int, seconds: float) -> None:
         self.recipe, self.group, self.out = recipe, group, out
-        self.run = out.rstrip("/").rsplit("/", 1)[-1]
+        self.run = run_name(out)
         self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
         self._rows: list[ResultRow] = []
         self._values: list[tuple[int, str, Kept]] = []  # images seen, protocol hash, losses per sample

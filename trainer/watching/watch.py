@@ -26,6 +26,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.launchers import gone
+from trainer.runfolder import rank_name, step_name
 from trainer.zero.group import Group, lost_peer, meeting_store
 
 log = get_logger("watch")
@@ -162,7 +163,7 @@ class Watch:
         if still < self.stall_s or self._told == here:
             return
         self._told = here
-        name = f"stall_rank_{self.group.rank:05d}_step_{self._step:07d}.txt"
+        name = f"stall_{rank_name(self.group.rank)}_{step_name(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
             storage.write_bytes(uri, stacks().encode())

@@ -15,6 +15,7 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from trainer.runfolder import rank_name
 from trainer.zero.group import Group, meeting_store
 
 log = get_logger("upload")
@@ -116,4 +117,4 @@ class Uploads:
 
 def staging(out: str, rank: int) -> Path:
     """Where a rank keeps what has yet to travel."""
-    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / f"rank_{rank:05d}"
+    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / rank_name(rank)
