@@ -106,7 +106,7 @@ class Saver:
         elif group.any(self.uploads.busy):
             if group.rank == 0:
                 step, out = step_name(state.step), self.uploads.out
-                log.warning("%s is left out: the checkpoint before it still travels to %s", step, out)
+                log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
             return True
         exported = self._export(state)
         share = share_of(self.engine, self.ema, {"exceptions": exceptions.to_json()})

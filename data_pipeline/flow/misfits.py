@@ -54,5 +54,5 @@ def check_rebuild(root: str, stands: DatasetInfo, wanted: DatasetInfo, rebuild: 
     if found.keys() - set(rebuild):
         raise UserError(
             f"the dataset at {root} does not fit this plan: {in_words(found)}: run the same command with "
-            f"--rebuild {' '.join(found)}, which makes these columns and what reads them anew, or give another --out"
+            f"--rebuild {' '.join(found)}, which rebuilds these columns and what reads them, or give another --out"
         )

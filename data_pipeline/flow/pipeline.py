@@ -115,7 +115,7 @@ class Pipeline:
     def _ingest(self) -> None:
         units = [unit for unit in self.source.units() if self.only_split in (None, unit.split)]
         if not units:
-            raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
+            raise UserError(f"the source has no split {self.only_split!r}: omit --split, or name another")
         ingest, column = self.columns.ingest
         split_of, shards_of = {unit.id: unit.split for unit in units}, self.proven.ledger.shelf("unit")
         for unit, (manifest, *_) in groupby(self.proven.manifests(column), lambda manifest: manifest.unit):

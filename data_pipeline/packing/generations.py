@@ -54,7 +54,7 @@ def standing(root: str) -> DatasetInfo | None:
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)
+        log.warning("%s; packing it again", error)
         return None
 
 
@@ -67,7 +67,7 @@ def _shown(root: str, encoding: str) -> list[ShardEntry]:
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)
+        log.warning("%s; packing it again", error)
         return []
 
 

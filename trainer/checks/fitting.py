@@ -42,8 +42,8 @@ def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
         texts = [f"text_{encoder.seat}" for encoder in spec.encoders]
         columns = dict.fromkeys(name for what, *_ in differ for name in (texts if "text" in what else ["latents"]))
         yield (
-            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: take the data the recipe was made "
-            f"for, give these flags, or make columns {', '.join(columns)} of the data anew"
+            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: use the data the recipe was made "
+            f"for, give these flags, or rebuild columns {', '.join(columns)} of the data"
         )
 
 

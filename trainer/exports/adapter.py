@@ -27,7 +27,7 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     stored = StoredWeights(folder, kind=kind, profile=profile)
     recipe = stored.recipe
     if recipe.lora.rank is None:
-        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
+        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: omit --lora")
     meta = _meta(stored, info, kind=kind, run=run)
     shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
     ours = {peft_name(name): name for name in stored.shapes}
@@ -46,7 +46,7 @@ def export_diffusers_adapter(
     stored = StoredWeights(folder, kind=kind, profile=profile)
     recipe = stored.recipe
     if recipe.lora.rank is None or not isinstance(recipe.model, MMDiTConfig):
-        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers reads: leave --lora out")
+        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers could read: omit --lora")
     names = expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
     adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
     model, scale = recipe.model, recipe.lora_alpha / recipe.lora.rank

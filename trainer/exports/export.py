@@ -198,7 +198,7 @@ def stored_weights(
         scale = recipe.lora_alpha / recipe.lora.rank
         whole = merging(weights_reader(base_of(recipe, base), shapes), stored, stored.shapes, scale=scale)
     elif base is not None:
-        raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: leave --base out")
+        raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: omit --base")
     buffers = {POSITIONS: position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
     meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
@@ -236,7 +236,7 @@ def write_as(to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str
     else:
         check_target(Path(out), to)
         if not isinstance(model, MMDiTConfig):
-            raise UserError(f"{run}: trained a {model.name}; only mmdit has other dialects: leave --format out")
+            raise UserError(f"{run}: trained a {model.name}; only mmdit has other formats: omit --format")
         _write_sd3(out, model, weights) if to == "sd3" else _write_diffusers(out, model, weights, info, run)
     if to != "diffusers":
         storage.write_bytes(f"{out}.md", model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())

@@ -244,5 +244,5 @@ def judge(run: str, code: int) -> None:
     if code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
     if code != 0 or not is_done(run):
-        then = "mend that first" if code == 2 else "run the same command again"
+        then = "fix that first" if code == 2 else "run the same command again"
         raise UserError(f"{run}: training ended unfinished, exit code {code}; its own message stands above: {then}")

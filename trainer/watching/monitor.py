@@ -42,7 +42,7 @@ class Monitor:
         or compiled."""
         self._eager = not recipe.parallel.compile
         if not self._eager and group.rank == 0:
-            log.info("attention/max_logit and attention/entropy are not told: compiled blocks cannot be looked into")
+            log.info("no attention/max_logit, attention/entropy: the probe cannot see into compiled blocks")
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
         self._figures: dict[str, float] = {}

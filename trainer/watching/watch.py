@@ -27,7 +27,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from trainer.launchers import gone
 from trainer.runfolder import rank_name, step_name
-from trainer.zero.group import Group, lost_peer, meeting_store
+from trainer.zero.group import Group, lost_peer, rendezvous_store
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
@@ -62,7 +62,7 @@ class Watch:
         self._state = RUNNING
         self._seen: dict[int, Seen] = {}
         self._stop = threading.Event()
-        self._store: Any = store or (meeting_store() if group.world > 1 else None)
+        self._store: Any = store or (rendezvous_store() if group.world > 1 else None)
         self._contact = time.monotonic()
         # Talking may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)

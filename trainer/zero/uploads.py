@@ -16,7 +16,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.runfolder import rank_name
-from trainer.zero.group import Group, meeting_store
+from trainer.zero.group import Group, rendezvous_store
 
 log = get_logger("upload")
 POLL_S = 0.2
@@ -34,7 +34,7 @@ class Uploads:
         if self.remote:
             self.place = str(staging(out, group.rank))
             self._clear()  # what a killed run left
-            self._store = store or (meeting_store() if group.world > 1 else None)
+            self._store = store or (rendezvous_store() if group.world > 1 else None)
 
     @property
     def busy(self) -> bool:
