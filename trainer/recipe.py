@@ -123,14 +123,14 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Guard:
-    """What happens to a batch whose loss or gradient cannot be right: it is left out, the run goes back to its last
+    """What happens to a batch whose loss or gradient cannot be right: it is skipped, and the run goes back to its last
     checkpoint."""
 
     max_skips: int = 3
-    """Batches that a run may leave out; one more ends it."""
+    """Batches that a run may skip; one more ends it."""
     spike: float | None = 12.0
-    """A loss so many robust deviations above the median of the last 128 steps, and twice their largest (8 times in
-    batches of 16), is a spike; None: only what is not finite counts."""
+    """A loss this many robust deviations above the median of the last 128 steps, and above twice their largest (8 times
+    in batches of 16), is a spike; None: only non-finite values count."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class DPO:
     """Diffusion-DPO (Wallace et al., arXiv 2311.12908) on preference pairs: objective dpo, counted in pairs."""
 
     beta: float = 2000.0
-    """How dearly the model pays for leaving the reference; SD3 does not tell its own."""
+    """How strongly the model is held to the reference; SD3 does not state its value."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ class Logging:
     log_every: int | Literal["auto"] = "auto"
     save_every: int | Literal["auto"] = "auto"
     save_at: tuple[int, ...] = ()
-    """Further points, in images, at which a checkpoint is taken: where other runs shall branch off."""
+    """Further points, in images, at which a checkpoint is taken: where other runs will branch off."""
     keep: int = 3
     """Checkpoints kept; exported weights are always kept."""
     samples: int = 0
-    """Captions of the val split that are drawn at each checkpoint (RUN/samples/)."""
+    """Captions of the val split that pictures are drawn for at each checkpoint (RUN/samples/)."""
     wandb: str | None = None
     """Weights & Biases project that also gets the curves."""
     mlflow: str | None = None

@@ -122,7 +122,7 @@ def run(
             result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
-                uploads.wait()  # what still travels may be the checkpoint to go back to
+                uploads.wait()  # it may be the checkpoint to go back to
                 state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
                 batches.close()
                 batches, unlogged = open_batches(recipe, dataset, group, state), []
@@ -184,7 +184,7 @@ def losses_of(
 
 
 def due(recipe: Recipe, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
-    """Does the step that ends there cross a multiple of the cadence? So the batch size may change freely."""
+    """Does the step that ends at `images_seen` cross a multiple of the cadence? (It need not divide by the batch.)"""
     every, before = recipe.cadence(what), images_seen - recipe.global_batch
     if what == "save" and any(before < at <= images_seen for at in recipe.logging.save_at):
         return True

@@ -1,4 +1,4 @@
-"""Everything that can be refused before any work, found in one look: `prepare` goes on after a mistake.
+"""Everything that can be refused before any work, all at once: `prepare` goes on after a mistake.
 
 The data against the recipe is in fitting.py, what one machine may lack in host.py.
 """
@@ -74,7 +74,7 @@ class Findings:
         return None
 
     def tell(self) -> None:
-        """Refuse when there was anything."""
+        """Raise a Refusal if there were any."""
         if self._lines or self._here:
             raise Refusal(self._lines, self._here)
 
@@ -92,8 +92,8 @@ class Ready:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Rank 0 says what it finds, the others leave quietly after it has spoken. What may be true of another node alone
-    is said by that node's first rank, with the node's name."""
+    """Rank 0 reports what it finds; the others exit quietly afterwards. What may be true of another node alone is
+    reported by that node's first rank, with the node's name."""
     try:
         yield
     except (UserError, ModelError) as error:

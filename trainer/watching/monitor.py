@@ -89,7 +89,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def looking(self, on: bool) -> Iterator[None]:
-        """Around the forward pass whose attention is to be told, of one sample."""
+        """Around a forward pass whose attention is recorded, for one sample."""
         if not (on and self._eager):
             yield
             return

@@ -58,7 +58,7 @@ class Sampler:
             self._write(latents_BCHW, uri)
 
     def _write(self, latents_BCHW: Tensor, uri: str) -> None:
-        """Nothing here may end a training: what goes wrong is said and left."""
+        """Nothing here may end a training: errors are logged and passed over."""
         try:
             vae = load_vae(resolve(self.dataset.vae.checkpoint))
             images = self.dataset.vae.latents.decode(vae, latents_BCHW)

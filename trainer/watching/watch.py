@@ -1,8 +1,8 @@
-"""Who is alive and who is stuck: every rank beats in the meeting store; a thread reads all beats.
+"""Who is alive and who is stuck: every rank writes heartbeats to the rendezvous store, and a thread reads them all.
 
-A rank whose process is gone ends the others within a minute, with one line that names it, whatever the backend does
-(NCCL would wait for its own timeout). A rank that lives but does not move is reported with its stack traces. A launcher
-that is gone asks its ranks to stop: DeepSpeed's dies of a SIGTERM without a word to them.
+When a rank's process is gone the others exit within a minute, with one line that names it, whatever the backend does
+(NCCL would wait for its own timeout). A rank that is alive but stuck is reported with stack traces. When the launcher
+is gone its ranks save and stop: DeepSpeed's dies of a SIGTERM without telling them.
 """
 
 import contextlib
@@ -31,7 +31,8 @@ from trainer.zero.group import Group, lost_peer, rendezvous_store
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
-BEAT_S, DEAD_S, SURE_S = 3.0, 40.0, 12.0  # SURE_S: a collective has failed already
+BEAT_S, DEAD_S = 3.0, 40.0  # between heartbeats; without one, a rank counts as dead
+SURE_S = 12.0  # the same where a collective has failed already
 RUNNING, LEFT, FAILED = range(3)
 
 
@@ -49,7 +50,7 @@ class Seen:
 
 
 class Watch:
-    """`at` tells what the main thread does; the thread behind it beats, listens and reports."""
+    """`at` notes what the main thread does; threads behind it send heartbeats, read those of others, and report."""
 
     def __init__(
         self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
@@ -64,7 +65,7 @@ class Watch:
         self._stop = threading.Event()
         self._store: Any = store or (rendezvous_store() if group.world > 1 else None)
         self._contact = time.monotonic()
-        # Talking may block when the network is gone; judging must not.
+        # Talking to the store may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
         self._judge_thread = threading.Thread(target=self._judge, name="watch", daemon=True)
         self._talker.start()

@@ -1,4 +1,4 @@
-"""A thin face of DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
+"""A thin wrapper around DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
 
 Stages 0 to 3 by recipe. Under stage 3 every block of the backbone is a leaf module: one all-gather per block.
 """
@@ -307,7 +307,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _quieten(deepspeed: Any) -> None:
-    """DeepSpeed tells each of its settings at start; people want the loss."""
+    """DeepSpeed logs each of its settings at start; people want the loss."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # torch 2.14 renamed the collectives that DeepSpeed 0.19 calls.
     warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning)
