@@ -39,9 +39,9 @@ class Run:
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
     source: tuple[str, ...] = ()
-    """Own data, also several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
+    """Your own data, one or several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
     pattern), parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it
-    the plan `world` draws its own scenes. Keep the earlier ones when you add one: what they gave stays as it is."""
+    the plan `world` draws its own scenes. When you add a source, keep the earlier ones: their rows stay as they are."""
     split: Literal["all", "train", "val"] = "all"
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
@@ -71,12 +71,12 @@ class Run:
     caption_gpus: float | None = None
     """GPUs of each captioning worker, where it needs more than the others."""
     keep_going: bool = False
-    """Pack what is there even if some files or shards failed."""
+    """Pack what there is even if some files or shards failed."""
     rebuild: tuple[str, ...] = ()
-    """Columns to make anew (with what reads them) where the dataset at --out was made by other settings: without it
-    such a plan is refused."""
+    """Columns to rebuild (with what reads them) if the dataset at --out was made with other settings; without it such
+    a plan is refused."""
     until: Literal["gate", "pack"] = "pack"
-    """gate: stop before captions and latents, and say what each threshold would keep."""
+    """gate: stop before captions and latents, and show what each threshold would keep."""
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ class Plan:
     """Token limit of the T5 seat; the plan's if left out."""
 
     def settled(self) -> "Plan":
-        """The plan with its text options written into the text spec; numbers that no dataset can be made of refused."""
+        """The plan with its text options written into the text spec; UserError for numbers that make no dataset."""
         self._check_numbers()
         encoders = []
         for encoder in self.text_spec.encoders:

@@ -102,7 +102,7 @@ def check_gpus(_: Where) -> Iterator[Finding]:
 
 
 def _cpu_precision() -> Finding:
-    """Measured, because flags do not tell the speed: where bf16 is emulated it is a hundred times slower."""
+    """Measured, because CPU flags do not reveal speed: where bf16 is emulated it is a hundred times slower."""
     import torch
 
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""What the host of a virtual machine takes from its cores: on a small rented one up to half, other in each minute."""
+"""CPU time that the host takes from a virtual machine (steal): up to half on a small one, varying by the minute."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ _STEAL = 7  # of the numbers of /proc/stat's first line, in clock ticks over all
 
 
 def stolen_seconds() -> float:
-    """Seconds since boot in which a core of this machine could not run what it should; 0 where Linux does not tell."""
+    """Core-seconds since boot in which this machine was ready to run but its host did not let it; 0 if unknown."""
     try:
         ticks = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     except OSError:

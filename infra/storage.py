@@ -1,7 +1,7 @@
-"""Files by URI: a local path or s3://bucket/key, behaving alike. How S3 is reached stands in s3.py.
+"""Files by URI: a local path or s3://bucket/key, behaving alike. How S3 is reached is in s3.py.
 
-Writes are atomic (a reader sees a whole object or none). What goes wrong outside becomes one UserError line with the
-URI.
+Writes are atomic (a reader sees a whole object or none). Failures of disk or network become a UserError of one line
+with the URI.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ def upload(path: str | Path, uri: str) -> None:
 
 
 def write_bytes_if_absent(uri: str, data: bytes) -> bool:
-    """Put the object unless one is there; False when somebody else's stands. Of several writers exactly one wins."""
+    """Put the object unless one is there, else return False. Of several writers exactly one wins."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
             for _ in range(10):
@@ -141,7 +141,7 @@ def list_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> list
 
 
 def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> Iterator[str]:
-    """The same in no order and one by one: of a million names one page is held."""
+    """The same, unsorted and one by one: of a million names only one page is in memory."""
     if not is_remote(prefix):
         with _local(prefix):
             walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive)

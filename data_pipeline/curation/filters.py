@@ -126,7 +126,7 @@ def judged_rows(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[
 
 @dataclass(frozen=True)
 class FilterStage:
-    """The gate that rows pass before anything dear is computed for them."""
+    """The gate that rows pass before anything expensive is computed for them."""
 
     thresholds: Thresholds = Thresholds()
     name: str = "filter"

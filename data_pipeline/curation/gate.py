@@ -1,4 +1,4 @@
-"""Who goes on: the loose gate before anything dear is computed, the strict thresholds when the data is packed."""
+"""Which rows go on: a loose gate before anything expensive is computed, strict thresholds when data are packed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What is proven so far of one root, by shard and stage, and how the driver reads it: small things, shard by shard."""
+"""What the manifests of one root prove so far, by shard and stage, and how the driver reads it, shard by shard."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

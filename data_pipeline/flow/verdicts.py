@@ -57,7 +57,7 @@ def verdict_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequenc
 
 
 def overruled(mine: pa.Table, said: pa.Table) -> pa.Table:
-    """`mine`, where `said` objects to rows that were ok so far: the first stage that objects has its say."""
+    """`mine`, changed where `said` objects to rows that were ok so far: the first stage that objects decides."""
     objections = {row: (status, reason) for row, status, reason in _words(said) if status != OK}
     if not objections:
         return mine
