@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.stage import OK, ShardView, Worker, result
-from data_pipeline.packing.layout import quantise
+from data_pipeline.layout import quantise
 from data_pipeline.sources.images import CROP_RULE, cover_crop, pixels
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 

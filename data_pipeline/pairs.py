@@ -14,11 +14,11 @@ from torch import Tensor
 from data_pipeline.checkpoints import resolve
 from data_pipeline.encode import LatentStage, TextStage
 from data_pipeline.flow.stage import OK
+from data_pipeline.layout import TextFeatures
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Draws
 from data_pipeline.loading.index import RowTables, ShardEntry
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.packing.layout import TextFeatures
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint

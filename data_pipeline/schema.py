@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.packing.layout import SampleLayout
+from data_pipeline.layout import SampleLayout
 from infra import storage
 from infra.errors import UserError
 from model.encoders.text import TextSpec

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import ShardEntry, write_split
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.pairs import rejected_split
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo, VaeMeta, encoding_fingerprint

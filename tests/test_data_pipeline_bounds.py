@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import read_split
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.pack import read_proofs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.packing.verify import verify

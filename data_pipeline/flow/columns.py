@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.flow.ahead import in_order
-from data_pipeline.loading.index import read_table
+from data_pipeline.parquet_io import read_table
 from data_pipeline.schema import Manifest, Part, row_ranges
 from infra import storage
 from infra.errors import UserError

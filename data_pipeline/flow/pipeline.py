@@ -28,9 +28,9 @@ from data_pipeline.flow.runner import Unit, Workers
 from data_pipeline.flow.stage import OK, Stage
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.flow.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import ShardEntry
 from data_pipeline.packing.generations import Published, keep_published, standing
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.packing.runs import RowRun, Runs

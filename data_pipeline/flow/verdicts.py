@@ -12,7 +12,7 @@ from data_pipeline.flow.columns import count_statuses
 from data_pipeline.flow.ledger import Ledger
 from data_pipeline.flow.stage import OK
 
-# Arrow's own threads may outlive the interpreter, see `read_table`.
+# Arrow's own threads may outlive the interpreter, see parquet_io.py.
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 

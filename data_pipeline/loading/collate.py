@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.layout import SampleLayout, Slots
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.index import ShardRows
 from data_pipeline.loading.memory import Memory
 from data_pipeline.loading.reader import Part
-from data_pipeline.packing.layout import SampleLayout, Slots
 from data_pipeline.schema import VaeMeta
 from infra.errors import UserError, nearest
 from model.encoders.text import TextCond, TextSpec

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.layout import checksum
 from data_pipeline.loading.index import RowTables, ShardRows, SplitIndex
-from data_pipeline.packing.layout import checksum
 from infra import storage
 from infra.errors import UnavailableError, UserError
 
