@@ -47,7 +47,7 @@ def write_synthetic(
     Latents of a kind of thing scatter around that kind's own pattern, and the text features state the kind, so a model
     can learn something. `synthetic_share` is the share of samples that have a synthetic caption. With `pairs` there are
     splits train_rejected and val_rejected, which show another kind than their captions say. `autoencoder` is named as
-    the one that the latents come from; where pictures shall be drawn, it must be there and fit them.
+    the one that the latents come from; for pictures to be drawn it must exist and fit them.
     """
     channels, latent_height, _ = latent_shape
     factor = int(buckets[0].split("x")[0]) // latent_height

@@ -17,7 +17,7 @@ def stolen_seconds() -> float:
 
 def own_seconds(seconds: float, *, stolen: float, work: float, ranks: int) -> float:
     """Seconds by the clock as they would have been without the `stolen` ones (of all cores together): `ranks` processes
-    that wait for each other lose what each of their cores loses (nobody tells whether two lost the same moment). Never
+    that wait for each other lose what each of their cores loses (whether two lost the same moment is not known). Never
     less than the `work` of the busiest one."""
     cores = os.cpu_count() or 1
     return max(min(seconds, work), seconds - stolen * min(ranks, cores) / cores)

@@ -103,7 +103,7 @@ def is_launcher(process: psutil.Process | None) -> bool:
 
 
 def gone(launchers: list[psutil.Process]) -> bool:
-    """Has one of them ended? Whoever's parent ends gets another one at once, also where nobody reaps the dead."""
+    """Has one of them ended? A process whose parent ends gets another at once, even if the dead one is never reaped."""
     return bool(launchers) and not set(launchers) <= set(psutil.Process().parents())
 
 

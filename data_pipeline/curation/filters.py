@@ -58,7 +58,7 @@ class MeasureStage:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a row must fulfil. Statuses: too_small, aspect, bad_caption, nsfw, ugly, or what was said before.
+    """What a row must fulfil. Statuses: too_small, aspect, bad_caption, nsfw, ugly, or the one it had before.
 
     None switches a threshold off; the score thresholds need the column of their scorer.
     """

@@ -85,7 +85,7 @@ class Pipeline:
         self.strict = Verdicts(self.proven.ledger)
 
     def run_gate(self) -> Verdicts:
-        """Everything that is cheap: what is said of every row before captions and latents are made."""
+        """Everything that is cheap: the verdict on every row before captions and latents are made."""
         self._ingest()
         self.strict = self._strict()
         self._dedup()
@@ -274,7 +274,7 @@ class Pipeline:
         return runs
 
     def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowRun]]:
-        """The last word on a shard's rows (None: nothing new), and those that it lets pass."""
+        """The final verdict on a shard's rows (None: as before), and the runs of rows that pass it."""
         verdict = overruled(before, self.strict[shard]) if shard in self.strict else before
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
             verdict = overruled(verdict, self._shortcomings(stage, shard, verdict))

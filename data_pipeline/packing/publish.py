@@ -20,8 +20,8 @@ def draw_of(digest: str) -> int:
 
 
 def assign_splits(runs: Iterable[RowRun], val_fraction: float) -> Iterator[RowRun]:
-    """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (but the
-    one row of a val split that would else be empty, in sets of a few dozen). `runs` are walked twice."""
+    """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (except
+    one row, where val would be empty in a set of a few dozen). `runs` are walked twice."""
     limit, count, least = int(val_fraction * 2**32), 0, 2**32
     for run in runs:
         if not run.split and len(run.row_R):

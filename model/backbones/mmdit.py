@@ -137,7 +137,7 @@ class DualMMDiTBlock(nn.Module):
 
 
 class FinalMMDiTBlock(nn.Module):
-    """The last block: image tokens attend to the text, whose own output nobody reads."""
+    """The last block: image tokens attend to the text, whose own output is not used."""
 
     def __init__(self, config: TokenConfig):
         super().__init__()

@@ -41,7 +41,7 @@ def convert(
     """Read `source` in whatever dialect it has, write `target`; returns one line that says what was done.
 
     Without `to`: our weights become a diffusers folder (or an SD3 file where target ends in .safetensors), anything
-    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm to weights without.
+    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm where it is missing.
     """
     source, target = Path(source), Path(target)
     found, config, state, meta = read_any(source, kind)

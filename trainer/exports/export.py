@@ -267,4 +267,4 @@ def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: Datas
             storage.upload(path, written[-1])
     for old in storage.list_files(storage.join(out, "transformer")):
         if old not in written and old.rsplit("/", 1)[-1].startswith(TRANSFORMER):
-            storage.delete(old)  # diffusers would read an index of before
+            storage.delete(old)  # diffusers would read an index left there

@@ -26,7 +26,7 @@ log = get_logger("ladder")
 
 @dataclass(frozen=True)
 class Job:
-    """A run that shall exist: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
+    """A run to train unless it exists: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
 
     recipe: Recipe
     run: str
@@ -114,7 +114,7 @@ def train_missing(
 ) -> list[str]:
     """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
 
-    `unstable_is_a_result`: a run that its guard ended is told and passed over, as sweeps want.
+    `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
     ranks = num_ranks or default_ranks()
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed

@@ -77,7 +77,7 @@ class Watch:
         self._done += 1
 
     def close(self, state: int = LEFT) -> None:
-        """An orderly end, which the others must not take for a death; FAILED: they shall end too."""
+        """An orderly end, which the others must not take for a death; FAILED: they must end too."""
         self._state = state
         self._stop.set()
         self._talker.join(timeout=10)
@@ -142,7 +142,7 @@ class Watch:
         return []
 
     def rank_0_failed_too(self) -> bool:
-        """After closing as FAILED: a mistake that all ranks found is told by rank 0 alone."""
+        """After closing as FAILED: a mistake that all ranks found is reported by rank 0 alone."""
         if self.group.rank == 0:
             return False
         try:
