@@ -211,7 +211,7 @@ def _source_of(run: Run) -> "Source":
 def _print_gate(pipeline: "Pipeline") -> None:
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
     from data_pipeline.curation.keep import keep_report, keep_table
-    from data_pipeline.flow.verdicts import totals
+    from data_pipeline.stages.verdicts import totals
 
     counts = totals(pipeline.run_gate())
     print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.images import CROP_RULE, cover_crop, pixels
 from data_pipeline.layout import quantise
-from data_pipeline.sources.images import CROP_RULE, cover_crop, pixels
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 
 VERSION = 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.flow.stage import OK
+from data_pipeline.images import ImageError, cover_crop, decode, pixels
 from data_pipeline.layout import TextFeatures
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Draws
@@ -22,7 +22,7 @@ from data_pipeline.loading.loader import Dataset, open_dataset
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint
-from data_pipeline.sources.images import ImageError, cover_crop, decode, pixels
+from data_pipeline.stages.stage import OK
 from data_pipeline.weights import weights_hash
 from infra import storage
 from infra.errors import UserError

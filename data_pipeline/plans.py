@@ -19,10 +19,10 @@ from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import Semantic
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.flow.columns import Column
-from data_pipeline.flow.stage import Stage, stage_fingerprint
 from data_pipeline.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
+from data_pipeline.stages.columns import Column
+from data_pipeline.stages.stage import Stage, stage_fingerprint
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
 from model.encoders.text import SEATS, EncoderSpec, TextSpec

@@ -80,7 +80,7 @@ def test_sd3s_samples_of_two_full_captions_make_shards_of_500():
 
 INGEST = """
 import json, resource, sys
-from data_pipeline.flow.columns import Column
+from data_pipeline.stages.columns import Column
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.plans import build_columns, world
 from data_pipeline.sources.formats import parse_source, source_to_json

@@ -19,11 +19,11 @@ from data_pipeline import parquet_io
 from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.firsts import first_of_equal, first_of_near
 from data_pipeline.flow import pipeline, runner
-from data_pipeline.flow.ahead import in_order
-from data_pipeline.flow.ledger import Ledger, Todo
-from data_pipeline.flow.verdicts import Verdicts, verdict_table
 from data_pipeline.parquet_io import read_batches, table_bytes, write_tables
 from data_pipeline.schema import fingerprint, long_fingerprint
+from data_pipeline.stages.ahead import in_order
+from data_pipeline.stages.ledger import Ledger, Todo
+from data_pipeline.stages.verdicts import Verdicts, verdict_table
 from infra import storage
 from infra.errors import UserError
 
@@ -85,7 +85,7 @@ def test_units_and_verdicts_come_back_as_they_went():
 FULL = """
 import resource, signal
 import pyarrow as pa
-from data_pipeline.flow.ledger import Ledger, Todo
+from data_pipeline.stages.ledger import Ledger, Todo
 from data_pipeline.parquet_io import write_tables
 from infra.errors import UserError
 from infra.scratch import Spool, scratch
@@ -117,7 +117,7 @@ def test_a_full_scratch_disk_is_one_line(tmp_path, write):
 def test_all_that_is_remembered_lies_below_tmpdir(tmp_path):
     code = """
 import os
-from data_pipeline.flow.ledger import Ledger, Todo
+from data_pipeline.stages.ledger import Ledger, Todo
 from infra.scratch import Spool
 kept = Ledger(), Todo(), Spool(int)
 links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]

@@ -55,7 +55,7 @@ def test_captioner_says_what_it_sees() -> None:
     assert min(value for name, value in figures.items() if name.endswith("/seen")) >= 0.93
     from PIL import Image
 
-    from data_pipeline.sources.images import pixels
+    from data_pipeline.images import pixels
     from data_pipeline.world.scenes import make_scene
 
     scene = make_scene(0, 0, split="captioner_val_seen")

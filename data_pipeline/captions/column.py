@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline.captions.captioners import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
 from data_pipeline.curation.filters import clean_caption
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 from infra.log import get_logger
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 
 VERSION = 1

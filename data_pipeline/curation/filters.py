@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
-from data_pipeline.sources.images import MAX_PIXELS, ImageError
+from data_pipeline.images import MAX_PIXELS, ImageError
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 
 VERSION = 1
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners that emoji and several scripts need

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.filters import Thresholds, judged_rows
-from data_pipeline.flow.verdicts import ok_rows, verdict_table
+from data_pipeline.stages.verdicts import ok_rows, verdict_table
 from infra.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
-The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`ledger.py`,
+The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`stages/ledger.py`,
 `infra/scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
 training shards.
 """
@@ -19,15 +19,10 @@ import pyarrow as pa
 
 from data_pipeline.captions.column import MAX_CHARS
 from data_pipeline.curation.gate import only_ok, strict_verdict
-from data_pipeline.flow.columns import Column
 from data_pipeline.flow.crew import Crew
-from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.misfits import check_rebuild
-from data_pipeline.flow.proven import Proven
 from data_pipeline.flow.runner import Unit, Workers
-from data_pipeline.flow.stage import OK, Stage
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
-from data_pipeline.flow.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import ShardEntry
 from data_pipeline.packing.generations import Published, keep_published, standing
@@ -38,6 +33,11 @@ from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
 from data_pipeline.sources.formats import Source, source_to_json
+from data_pipeline.stages.columns import Column
+from data_pipeline.stages.ledger import Todo
+from data_pipeline.stages.proven import Proven
+from data_pipeline.stages.stage import OK, Stage
+from data_pipeline.stages.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.version import code_version

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.sources.images import pixels
+from data_pipeline.images import pixels
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.fit import fit, logger

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.sources.images import pixels
+from data_pipeline.images import pixels
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, make_scene

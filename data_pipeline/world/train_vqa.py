@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.sources.images import pixels
+from data_pipeline.images import pixels
 from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_training import (

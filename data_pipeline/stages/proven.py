@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.flow.ahead import in_order
-from data_pipeline.flow.columns import Column, read_parts, readers
-from data_pipeline.flow.ledger import Ledger
-from data_pipeline.flow.stage import OK
-from data_pipeline.flow.verdicts import verdict_table
 from data_pipeline.schema import Manifest, Part
+from data_pipeline.stages.ahead import in_order
+from data_pipeline.stages.columns import Column, read_parts, readers
+from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.stage import OK
+from data_pipeline.stages.verdicts import verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.flow.columns import count_statuses
-from data_pipeline.flow.ledger import Ledger
-from data_pipeline.flow.stage import OK
+from data_pipeline.stages.columns import count_statuses
+from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.stage import OK
 
 # Arrow's own threads may outlive the interpreter, see parquet_io.py.
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)

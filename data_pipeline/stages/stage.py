@@ -13,9 +13,9 @@ from typing import Protocol
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.flow.columns import read_parts
+from data_pipeline.images import decode
 from data_pipeline.schema import Part, fingerprint
-from data_pipeline.sources.images import decode
+from data_pipeline.stages.columns import read_parts
 
 OK = "ok"
 MAX_DECODED = 512 * 2**20  # bytes of decoded images that a shard keeps for the stages after the first
