@@ -7,23 +7,22 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.diffusion.flow import Formulation, get_formulation
+from model.diffusion.flow import get_formulation
 from trainer.checks.preflight import micro_batches, one_voice, prepare
-from trainer.dpo import HeldOut, preference
+from trainer.dpo import HeldOut
+from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.launchers import PREEMPTED, ended_before, launchers_above
-from trainer.objective import Losses, pretrain
+from trainer.losses import losses_of
 from trainer.planning.machines import this_machine
 from trainer.planning.plan import describe, make_plan
 from trainer.recipe import Recipe
 from trainer.runfolder import DATA, PLAN, RECIPE, step_name
 from trainer.state import Saver, StopSignal, load_init, open_batches, restore
 from trainer.validate import Validator
-from trainer.watching.guard import keep_recent, problem_of, roll_back
 from trainer.watching.monitor import Monitor
 from trainer.watching.progress import RunLog
 from trainer.watching.samples import Sampler
@@ -169,18 +168,6 @@ def run(
     batches.close()
     uploads.close()
     return state.images_seen >= recipe.images
-
-
-def losses_of(
-    recipe: Recipe, engine: ZeroEngine, micro: LatentBatch, formulation: Formulation, device: torch.device
-) -> Losses:
-    """What the recipe's objective gives for a micro-batch."""
-    if recipe.objective == "dpo":
-        return preference(
-            engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device,
-            beta=recipe.dpo.beta,
-        )  # fmt: skip
-    return pretrain(engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device)
 
 
 def due(recipe: Recipe, what: Literal["log", "validate", "save"], images_seen: int) -> bool:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import Latents, load_vae
-from model.errors import ModelError, some
+from model.errors import ModelError, json_object, some
 from model.files.names import diffusers_config, to_diffusers
-from model.files.weights import described, expected_tensors, json_object, write_safetensors
+from model.files.weights import described, expected_tensors, write_safetensors
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {

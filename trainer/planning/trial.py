@@ -30,9 +30,9 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.flops import parameter_count
 from trainer.launchers import start_training
+from trainer.losses import losses_of
 from trainer.planning.plan import Cost, StepCost, train_flops_of
 from trainer.recipe import Recipe
-from trainer.train import losses_of
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, free_port, leave, start
