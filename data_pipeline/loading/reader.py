@@ -16,7 +16,7 @@ from data_pipeline.loading.index import RowTables, ShardRows, SplitIndex
 from infra import storage
 from infra.errors import UnavailableError, UserError
 
-_OPEN_FILES = 128
+_OPEN_FILES = 128  # tars kept open, of those read most recently
 _REMOTE_THREADS = 16
 _LOCAL_THREADS = 2
 

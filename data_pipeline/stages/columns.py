@@ -20,8 +20,8 @@ from infra import storage
 from infra.errors import UserError
 from infra.version import code_version
 
-_ROW_GROUP = 256
-_READERS = 16
+_ROW_GROUP = 256  # rows
+_READERS = 16  # threads that read manifests from S3
 
 
 @dataclass(frozen=True)

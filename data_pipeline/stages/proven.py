@@ -20,7 +20,7 @@ from infra.log import get_logger
 
 log = get_logger("columns")
 
-_READERS = 8
+_READERS = 8  # threads that read columns from S3
 
 R = TypeVar("R")
 

@@ -17,7 +17,8 @@ from trainer.recipe import Recipe
 ADAM_MOMENTS = 2
 USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels and NCCL
 STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, table 7: latent, CLIP-L, CLIP-G, T5
-DOLLARS_PER_GB_MONTH = 0.023
+DOLLARS_PER_GB_MONTH = 0.023  # of object storage: a list price from memory
+HOURS_PER_MONTH = 730
 
 
 class Cost(NamedTuple):
@@ -316,7 +317,7 @@ def precompute(
     online = recipe.images * machine.encode_seconds / 3600
     once = unique * machine.encode_seconds / 3600
     stored = unique * STORED_BYTES_PER_IMAGE
-    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / 730)
+    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / HOURS_PER_MONTH)
     return {
         "passes": recipe.images / unique,
         "online_device_hours": online,

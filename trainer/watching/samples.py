@@ -21,7 +21,7 @@ from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
 log = get_logger("samples")
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; eval has settings of its own
 
 
 class Sampler:
