@@ -1,4 +1,4 @@
-"""python -m data_pipeline run | world | verify | report | inspect: from raw images to training shards."""
+"""python -m data_pipeline run | world | pairs | verify | report | estimate | inspect: raw images to training shards."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,11 @@ from data_pipeline.sources.fetch import Fetch
 from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
+
+if TYPE_CHECKING:
+    from data_pipeline.flow.pipeline import Pipeline
+    from data_pipeline.plans import Plan
+    from data_pipeline.sources.formats import Source
 
 COMMANDS = {
     "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN|FILE.yaml --out URI`",
@@ -34,9 +39,9 @@ class Run:
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
     source: tuple[str, ...] = ()
-    """Own data, also several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
+    """Your own data, one or several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
     pattern), parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it
-    the plan `world` draws its own scenes. Keep the earlier ones when you add one: what they gave stays as it is."""
+    the plan `world` draws its own scenes. When you add a source, keep the earlier ones: their rows stay as they are."""
     split: Literal["all", "train", "val"] = "all"
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
@@ -66,17 +71,17 @@ class Run:
     caption_gpus: float | None = None
     """GPUs of each captioning worker, where it needs more than the others."""
     keep_going: bool = False
-    """Pack what is there even if some files or shards failed."""
+    """Pack what there is even if some files or shards failed."""
     rebuild: tuple[str, ...] = ()
-    """Columns to make anew (with what reads them) where the dataset at --out was made by other settings: without it
-    such a plan is refused."""
+    """Columns to rebuild (with what reads them) if the dataset at --out was made with other settings; without it such
+    a plan is refused."""
     until: Literal["gate", "pack"] = "pack"
-    """gate: stop before captions and latents, and say what each threshold would keep."""
+    """gate: stop before captions and latents, and show what each threshold would keep."""
 
 
 def main() -> None:
-    """Dispatch by hand, so that a plan's name can choose the defaults of its options."""
-    # several threads in each of several workers only get in each other's way
+    """Dispatched by hand, so that a plan's name can choose the defaults of its options."""
+    # several threads in each of several workers would only get in each other's way
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
@@ -86,19 +91,13 @@ def main() -> None:
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}: one of {', '.join(COMMANDS)}")
-    prog = f"python -m data_pipeline {command}"
     if command == "run":
         _run(rest)
-    else:
-        commands: dict[str, Callable[..., None]] = {
-            "world": world,
-            "pairs": pairs,
-            "verify": verify,
-            "inspect": inspect,
-            "report": report,
-            "estimate": estimate,
-        }
-        parse(commands[command], rest, prog=prog)
+        return
+    functions: dict[str, Callable[..., None]] = {
+        "world": world, "pairs": pairs, "verify": verify, "report": report, "estimate": estimate, "inspect": inspect,
+    }  # fmt: skip
+    parse(functions[command], rest, prog=f"python -m data_pipeline {command}")
 
 
 def _run(args: list[str]) -> None:
@@ -123,7 +122,7 @@ def _run(args: list[str]) -> None:
     def call(run: Annotated[Run, flat], plan: Annotated[Plan, flat] = default) -> None:
         run_plan(run, plan.settled())
         if run.until == "pack":
-            # leave for one rebuild is none for the next
+            # consent to one rebuild is not consent to the next
             written = plan_file(name, replace(run, rebuild=()), plan, (Run(out=""), default))
             storage.write_bytes(storage.join(run.out, "plan.yaml"), written)
 
@@ -147,35 +146,14 @@ def gather_sources(args: list[str]) -> list[str]:
     return [*rest, "--source", *found] if found else rest
 
 
-def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # noqa: F821
+def run_plan(run: Run, plan: "Plan") -> None:
     """Everything from source to dataset.json, then the table of what happened."""
     from data_pipeline.flow.pipeline import Pipeline
     from data_pipeline.flow.runner import Workers
     from data_pipeline.flow.summary import summary
-    from data_pipeline.sources.formats import parse_sources
-    from infra import storage
 
-    if run.workers is not None and run.workers < 0:
-        raise UserError(f"--workers {run.workers}: expected 0 (no Ray) or more")
     started = time.monotonic()
-    # Ray unpacks the working directory of a submitted job below this name and deletes it afterwards
-    if "working_dir_files" in Path.cwd().parts and not storage.is_remote(run.out) and not Path(run.out).is_absolute():
-        raise UserError(
-            f"--out {run.out}: a submitted job runs in a temporary copy of the working directory, which is deleted: "
-            "give an absolute path that every node sees, or s3://bucket/prefix"
-        )
-    storage.exists(run.out)  # a place that cannot be written to shall be said before any work
-    if not run.source:
-        source = world_source(run)
-    else:
-        source = parse_sources(
-            run.source,
-            image_column=run.image_column,
-            caption_column=run.caption_column,
-            fetch=run.fetch,
-            fetch_urls=run.fetch_urls,
-        )
-    workers = Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker)
+    _check(run)
     captioning = None
     if run.caption_workers is not None or run.caption_gpus is not None:
         gpus = run.gpus_per_worker if run.caption_gpus is None else run.caption_gpus
@@ -183,8 +161,8 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
     pipeline = Pipeline(
         plan,
         run.out,
-        source,
-        workers=workers,
+        _source_of(run),
+        workers=Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker),
         caption_workers=captioning,
         keep_going=run.keep_going,
         only_split=None if run.split == "all" else run.split,
@@ -201,18 +179,47 @@ def run_plan(run: Run, plan: "Plan") -> None:  # type: ignore[name-defined]  # n
         raise UserError(f"{len(outcome.failed)} units failed and are not in the dataset: run the same command again")
 
 
-def _print_gate(pipeline: "Pipeline") -> None:  # type: ignore[name-defined]  # noqa: F821
+def _check(run: Run) -> None:
+    """What can be refused before any work."""
+    from infra import storage
+
+    if run.workers is not None and run.workers < 0:
+        raise UserError(f"--workers {run.workers}: expected 0 (no Ray) or more")
+    # Ray unpacks the working directory of a submitted job below this name and deletes it afterwards
+    if "working_dir_files" in Path.cwd().parts and not storage.is_remote(run.out) and not Path(run.out).is_absolute():
+        raise UserError(
+            f"--out {run.out}: a submitted job runs in a temporary copy of the working directory, which is deleted: "
+            "give an absolute path that every node sees, or s3://bucket/prefix"
+        )
+    storage.exists(run.out)  # UserError where it cannot be reached
+
+
+def _source_of(run: Run) -> "Source":
+    from data_pipeline.sources.formats import parse_sources
+
+    if not run.source:
+        return world_source(run)
+    return parse_sources(
+        run.source,
+        image_column=run.image_column,
+        caption_column=run.caption_column,
+        fetch=run.fetch,
+        fetch_urls=run.fetch_urls,
+    )
+
+
+def _print_gate(pipeline: "Pipeline") -> None:
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
     from data_pipeline.curation.keep import keep_report, keep_table
-    from data_pipeline.flow.verdicts import totals
+    from data_pipeline.stages.verdicts import totals
 
     counts = totals(pipeline.run_gate())
     print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
-    print("\nthe gate lets pass " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
+    print("\nrows at the gate: " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
 
 
-def world_source(run: Run) -> "Source":  # type: ignore[name-defined]  # noqa: F821
-    """Draws the world's raw shards below the root unless they are there, and gives them as a source."""
+def world_source(run: Run) -> "Source":
+    """The world's raw shards as a source; drawn below the root unless they are there."""
     from data_pipeline.sources.formats import WdsSource
     from data_pipeline.world.write import write_world
     from infra import storage

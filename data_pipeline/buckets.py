@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Names of checkpoints to local folders: `world:vae`, a local path, or an s3:// address that is brought near."""
+"""Names of checkpoints to local folders: `world:vae`, a local path, or an s3:// address, which is downloaded."""
 
 from pathlib import Path
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
-from data_pipeline.packing.layout import quantise
-from data_pipeline.sources.images import CROP_RULE, cover_crop
+from data_pipeline.images import CROP_RULE, cover_crop, pixels
+from data_pipeline.layout import quantise
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 
 VERSION = 1
@@ -51,9 +51,8 @@ class LatentStage:
                 rows = [row for row in shard.rows if buckets[row] == bucket]
                 for first in range(0, len(rows), self.batch):
                     chosen = rows[first : first + self.batch]
-                    pixels = [np.asarray(cover_crop(shard.image(row), width, height)) for row in chosen]
-                    image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-                    image_BCHW = image_BCHW.to(self.device, memory_format=torch.channels_last)
+                    crops = [np.asarray(cover_crop(shard.image(row), width, height)) for row in chosen]
+                    image_BCHW = pixels(crops).to(self.device, memory_format=torch.channels_last)
                     moments |= dict(zip(chosen, latents.encode(vae, image_BCHW).cpu().contiguous().numpy()))
             return _moments_table(shard, moments, buckets)
 
@@ -130,10 +129,7 @@ class TextStage:
             chosen = texts[first : first + self.batch]
             encoded: EncodedText = encoders.encode(chosen)[self.seat]
             for number, text in enumerate(chosen):
-                if self.text_spec.layout == "trimmed":
-                    hidden_LW, pooled_P = encoded.row(number)
-                else:
-                    hidden_LW, pooled_P = encoded.hidden_BLW[number], encoded.pooled_BP[number]
+                hidden_LW, pooled_P = encoded.stored(number, self.text_spec.layout)
                 states[text] = hidden_LW.half().cpu().numpy(), pooled_P.float().cpu().numpy()
         return states
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.flow.stage import OK
+from data_pipeline.images import ImageError, cover_crop, decode, pixels
+from data_pipeline.layout import TextFeatures
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Draws
 from data_pipeline.loading.index import RowTables, ShardEntry
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.packing.layout import TextFeatures
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint
-from data_pipeline.sources.images import ImageError, cover_crop, decode
+from data_pipeline.stages.stage import OK
 from data_pipeline.weights import weights_hash
 from infra import storage
 from infra.errors import UserError
@@ -161,8 +161,8 @@ class _Encoder:
 
         for first in range(0, len(images), BATCH):
             cut = [cover_crop(Image.fromarray(i), self._side, self._side) for i in images[first : first + BATCH]]
-            x_BCHW = torch.from_numpy(np.stack([np.asarray(i) for i in cut])).permute(0, 3, 1, 2).float() / 127.5 - 1
-            yield from self._latents.encode(self._vae, x_BCHW.to(self._device)).cpu().numpy()
+            x_BCHW = pixels([np.asarray(image) for image in cut]).to(self._device)
+            yield from self._latents.encode(self._vae, x_BCHW).cpu().numpy()
 
     @torch.inference_mode()
     def text(self, captions: Sequence[str]) -> dict[str, dict[tuple[str, str], TextFeatures]]:
@@ -172,13 +172,11 @@ class _Encoder:
             chosen = known[first : first + BATCH]
             encoded = self._texts.encode(chosen)
             for number, caption in enumerate(chosen):
-                rows = {
-                    (CAPTION, str(seat)): states.row(number)
-                    if self._spec.layout == "trimmed"
-                    else (states.hidden_BLW[number], states.pooled_BP[number])
-                    for seat, states in encoded.items()
+                stored = {seat: states.stored(number, self._spec.layout) for seat, states in encoded.items()}
+                found[caption] = {
+                    (CAPTION, seat): TextFeatures(hidden_LW.numpy(), pooled_P.numpy())
+                    for seat, (hidden_LW, pooled_P) in stored.items()
                 }
-                found[caption] = {slot: TextFeatures(h.numpy(), p.numpy()) for slot, (h, p) in rows.items()}
         return found
 
 

@@ -19,10 +19,10 @@ from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import Semantic
 from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.flow.columns import Column
-from data_pipeline.flow.stage import Stage, stage_fingerprint
 from data_pipeline.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
+from data_pipeline.stages.columns import Column
+from data_pipeline.stages.stage import Stage, stage_fingerprint
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
 from model.encoders.text import SEATS, EncoderSpec, TextSpec
@@ -99,7 +99,7 @@ class Plan:
     """Token limit of the T5 seat; the plan's if left out."""
 
     def settled(self) -> "Plan":
-        """The plan with its text options written into the text spec; numbers that no dataset can be made of refused."""
+        """The plan with its text options written into the text spec; UserError for numbers that make no dataset."""
         self._check_numbers()
         encoders = []
         for encoder in self.text_spec.encoders:

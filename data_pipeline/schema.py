@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.packing.layout import SampleLayout
+from data_pipeline.layout import SampleLayout
 from infra import storage
 from infra.errors import UserError
 from model.encoders.text import TextSpec
@@ -146,7 +146,7 @@ class DatasetInfo:
     counts: Mapping[str, int] = field(default_factory=dict)
     code_version: str = ""
     int8_seats: tuple[str, ...] = ()
-    rejected: str = ""  # the table of dead letters; "" where there is none (pairs, data of before it was named here)
+    rejected: str = ""  # the table of dead letters; "" where there is none (pairs, older data)
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprints of training's columns stand for
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import ShardEntry, write_split
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.pairs import rejected_split
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo, VaeMeta, encoding_fingerprint
@@ -47,7 +47,7 @@ def write_synthetic(
     Latents of a kind of thing scatter around that kind's own pattern, and the text features state the kind, so a model
     can learn something. `synthetic_share` is the share of samples that have a synthetic caption. With `pairs` there are
     splits train_rejected and val_rejected, which show another kind than their captions say. `autoencoder` is named as
-    the one that the latents come from; where pictures shall be drawn, it must be there and fit them.
+    the one that the latents come from; for pictures to be drawn it must exist and fit them.
     """
     channels, latent_height, _ = latent_shape
     factor = int(buckets[0].split("x")[0]) // latent_height

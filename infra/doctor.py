@@ -102,7 +102,7 @@ def check_gpus(_: Where) -> Iterator[Finding]:
 
 
 def _cpu_precision() -> Finding:
-    """Measured, because flags do not tell the speed: where bf16 is emulated it is a hundred times slower."""
+    """Measured, because CPU flags do not reveal speed: where bf16 is emulated it is a hundred times slower."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -139,7 +139,7 @@ def check_room(where: Where) -> Iterator[Finding]:
     free = psutil.virtual_memory().available / 2**30
     state: State = "ok" if free >= 6 else "note"
     yield Finding(
-        "memory", state, f"{free:.1f} GiB free", "" if free >= 6 else "the demo wants some 6 GiB: close others"
+        "memory", state, f"{free:.1f} GiB free", "" if free >= 6 else "the demo needs some 6 GiB: close other programs"
     )
     if Path("/dev/shm").is_dir():
         shm = shutil.disk_usage("/dev/shm").total / 2**30
@@ -152,7 +152,7 @@ def check_room(where: Where) -> Iterator[Finding]:
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder).free / 2**30
-    full = f"the demo wants 3 GiB: free some or work elsewhere than {folder}" if disk < 3 else ""
+    full = f"the demo needs 3 GiB: free some or work elsewhere than {folder}" if disk < 3 else ""
     yield Finding("disk", "bad" if full else "ok", f"{disk:.1f} GiB free at {folder}", full)
 
 

@@ -27,7 +27,7 @@ class UnavailableError(UserError, ConnectionError):
 
 
 class UserErrors(UserError):
-    """Several mistakes found in one look; `run_cli` says each on a line of its own."""
+    """Several mistakes found at once; `run_cli` prints each on a line of its own."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = tuple(lines)

@@ -142,7 +142,7 @@ def _refusal_of_a_listing(bucket: str) -> BaseException | None:
     return None
 
 
-# About who asks, not about the object: nothing can be read until that is mended, and no row may be blamed for it.
+# About the credentials, not the object: nothing can be read until they are renewed, and no row is to blame for it.
 _NOT_VALID = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 

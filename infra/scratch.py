@@ -1,4 +1,4 @@
-"""Arrays of any length on scratch disk: mapped files without a name below $TMPDIR."""
+"""Arrays of any length on scratch disk: unnamed memory-mapped files below $TMPDIR."""
 # Shapes: N values.
 
 import contextlib
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from infra.errors import DISK_FULL, UserError
 
-BLOCK = 2**16  # values that are worked on at a time
+BLOCK = 2**16  # values that are held in memory at a time
 
 
 @contextlib.contextmanager
 def on_scratch() -> Iterator[None]:
-    """A full disk in one line."""
+    """Makes a full disk a UserError of one line."""
     try:
         yield
     except OSError as error:
@@ -26,7 +26,7 @@ def on_scratch() -> Iterator[None]:
 
 
 class Spool:
-    """Values that are appended and then seen as one array; `width` values stand in each of its rows."""
+    """Values that are appended and then read as one array, with `width` values in each row."""
 
     def __init__(self, dtype: npt.DTypeLike, width: int | None = None) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
@@ -65,7 +65,7 @@ def scratch(shape: int | tuple[int, ...], dtype: npt.DTypeLike, fill: int = 0) -
 
 
 def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
-    """So many places in pieces that fit into memory."""
+    """Slices of `size` that cover range(count)."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

@@ -1,4 +1,4 @@
-"""What the host of a virtual machine takes from its cores: on a small rented one up to half, other in each minute."""
+"""CPU time that the host takes from a virtual machine (steal): up to half on a small one, varying by the minute."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ _STEAL = 7  # of the numbers of /proc/stat's first line, in clock ticks over all
 
 
 def stolen_seconds() -> float:
-    """Seconds since boot in which a core of this machine could not run what it should; 0 where Linux does not tell."""
+    """Core-seconds since boot in which this machine was ready to run but its host did not let it; 0 if unknown."""
     try:
         ticks = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     except OSError:
@@ -17,7 +17,7 @@ def stolen_seconds() -> float:
 
 def own_seconds(seconds: float, *, stolen: float, work: float, ranks: int) -> float:
     """Seconds by the clock as they would have been without the `stolen` ones (of all cores together): `ranks` processes
-    that wait for each other lose what each of their cores loses (nobody tells whether two lost the same moment). Never
+    that wait for each other lose what each of their cores loses (whether two lost the same moment is not known). Never
     less than the `work` of the busiest one."""
     cores = os.cpu_count() or 1
     return max(min(seconds, work), seconds - stolen * min(ranks, cores) / cores)

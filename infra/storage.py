@@ -1,7 +1,7 @@
-"""Files by URI: a local path or s3://bucket/key, behaving alike. How S3 is reached stands in s3.py.
+"""Files by URI: a local path or s3://bucket/key, behaving alike. How S3 is reached is in s3.py.
 
-Writes are atomic (a reader sees a whole object or none). What goes wrong outside becomes one UserError line with the
-URI.
+Writes are atomic (a reader sees a whole object or none). Failures of disk or network become a UserError of one line
+with the URI.
 """
 
 import contextlib
@@ -94,9 +94,8 @@ def write_bytes(uri: str, data: bytes) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.pipe_file(f"{bucket}/{key}", data)
         return
-    with _local(uri, len(data)), _temp_beside(local_path(uri), data) as temp:
-        temp.replace(local_path(uri))
-        _sync_folder(temp.parent)
+    with _local(uri, len(data)), new_file(local_path(uri)) as file:
+        file.write(data)
 
 
 def upload(path: str | Path, uri: str) -> None:
@@ -105,13 +104,12 @@ def upload(path: str | Path, uri: str) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.put_file(str(path), f"{bucket}/{key}", chunksize=UPLOAD_PART, max_concurrency=4)
         return
-    with _local(uri), open(path, "rb") as source, _temp_beside(local_path(uri), source) as temp:
-        temp.replace(local_path(uri))
-        _sync_folder(temp.parent)
+    with _local(uri), open(path, "rb") as source, new_file(local_path(uri)) as file:
+        shutil.copyfileobj(source, file, READ_AHEAD)
 
 
 def write_bytes_if_absent(uri: str, data: bytes) -> bool:
-    """Put the object unless one is there; False when somebody else's stands. Of several writers exactly one wins."""
+    """Put the object unless one is there, else return False. Of several writers exactly one wins."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
             for _ in range(10):
@@ -125,7 +123,10 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
                     if code_of(error) not in ("ConditionalRequestConflict", "409"):
                         raise
             return False
-    with _local(uri, len(data)), _temp_beside(local_path(uri), data) as temp:
+    with _local(uri, len(data)), temp_beside(local_path(uri)) as temp:
+        with temp.open("wb") as file:
+            file.write(data)
+            _sync(file)
         try:
             os.link(temp, local_path(uri))
         except FileExistsError:
@@ -140,7 +141,7 @@ def list_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> list
 
 
 def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> Iterator[str]:
-    """The same in no order and one by one: of a million names one page is held."""
+    """The same, unsorted and one by one: of a million names only one page is in memory."""
     if not is_remote(prefix):
         with _local(prefix):
             walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive)
@@ -239,21 +240,33 @@ def local_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def _temp_beside(path: Path, data: bytes | BinaryIO) -> Iterator[Path]:
-    """The data, synced to disk under a temporary name in the same folder; the name is gone afterwards."""
+def temp_beside(path: Path) -> Iterator[Path]:
+    """A free name in the folder of `path`, which is made where it is missing; a file of that name is removed at the
+    end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.parent / f".{uuid.uuid4().hex}{TEMP_SUFFIX}"
     try:
-        with temp.open("wb") as file:
-            if isinstance(data, bytes):
-                file.write(data)
-            else:
-                shutil.copyfileobj(data, file, READ_AHEAD)
-            file.flush()
-            os.fsync(file.fileno())
         yield temp
     finally:
         temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it takes the place of `path` when the block ends, synced to disk, and never in part.
+
+    OSError as the system raises it: `write_bytes` and `upload` make it a UserError."""
+    with temp_beside(path) as temp:
+        with temp.open("wb") as file:
+            yield file
+            _sync(file)
+        temp.replace(path)
+        _sync_folder(path.parent)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

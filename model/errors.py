@@ -1,9 +1,14 @@
-"""The one exception of this package for mistakes of its user, one line that says what was found and what to do."""
+"""The one exception of this package for mistakes of its user, one line that says what was found and what to do.
+
+Beside it are the pieces of such lines, and the one reader of JSON that raises it.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class ModelError(ValueError):
@@ -19,3 +24,14 @@ def hint(name: str, known: Iterable[str]) -> str:
 def some(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def json_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """Parsed; anything but an object is refused."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{source} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{source} is JSON of type {type(found).__name__}, expected an object")
+    return found

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.flow import ledger, pipeline
+from data_pipeline import parquet_io
+from data_pipeline.flow import pipeline
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.flow.stage import result
-from data_pipeline.loading import index
-from data_pipeline.loading.index import table_bytes
+from data_pipeline.parquet_io import table_bytes
 from data_pipeline.plans import world
 from data_pipeline.schema import Manifest, Part, in_ranges, row_ranges
 from data_pipeline.sources.formats import SourceUnit, WdsSource
+from data_pipeline.stages import ledger
+from data_pipeline.stages.stage import result
 from infra.storage import sha256_hex
 
 SHARD_ROWS = 1000
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
-        index._GROUP_BYTES, ledger.CACHE_MIB, ledger._PAGE, pipeline._DEDUP_SHARDS = 2**18, 1, 16, 10
+        parquet_io._GROUP_BYTES, ledger.CACHE_MIB, ledger._PAGE, pipeline._DEDUP_SHARDS = 2**18, 1, 16, 10
     pipeline.PackTask = Packed  # type: ignore[assignment, misc]
     made = driver(given.root, given.rows, given.distance)
     fill(made)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import read_split
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.pack import read_proofs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.packing.verify import verify
@@ -80,7 +80,7 @@ def test_sd3s_samples_of_two_full_captions_make_shards_of_500():
 
 INGEST = """
 import json, resource, sys
-from data_pipeline.flow.columns import Column
+from data_pipeline.stages.columns import Column
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.plans import build_columns, world
 from data_pipeline.sources.formats import parse_source, source_to_json

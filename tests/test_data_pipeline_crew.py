@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from data_pipeline.flow.crew import Crew
-from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.runner import Workers
+from data_pipeline.stages.ledger import Todo
 
 
 @dataclass(frozen=True)

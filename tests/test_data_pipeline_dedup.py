@@ -14,7 +14,7 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.embed import EmbedStage, load_embedder, thumbnail
 from data_pipeline.curation.semantic import Load, Semantic, aligned_difference, thumb_crops
-from data_pipeline.flow.stage import ShardView
+from data_pipeline.stages.stage import ShardView
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 

@@ -193,7 +193,7 @@ def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpret
     script = """
 import os
 import pyarrow as pa
-from data_pipeline.loading.index import read_table, table_bytes
+from data_pipeline.parquet_io import read_table, table_bytes
 table = pa.table({name: list(range(5000)) for name in "abcdefgh"})
 data, threads = table_bytes(table), lambda: len(os.listdir("/proc/self/task"))
 before = threads()

@@ -11,8 +11,8 @@ from safetensors.numpy import load
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.layout import SampleLayout, quantise
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.layout import SampleLayout, quantise
 from data_pipeline.packing.verify import verify
 from data_pipeline.plans import build_columns, world
 from data_pipeline.sources.formats import parse_source

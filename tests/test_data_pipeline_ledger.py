@@ -15,15 +15,15 @@ from data_pipeline_driver import Packed, driver, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import parquet_io
 from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.firsts import first_of_equal, first_of_near
 from data_pipeline.flow import pipeline, runner
-from data_pipeline.flow.ahead import in_order
-from data_pipeline.flow.ledger import Ledger, Todo
-from data_pipeline.flow.verdicts import Verdicts, verdict_table
-from data_pipeline.loading import index
-from data_pipeline.loading.index import read_batches, table_bytes, write_tables
+from data_pipeline.parquet_io import read_batches, table_bytes, write_tables
 from data_pipeline.schema import fingerprint, long_fingerprint
+from data_pipeline.stages.ahead import in_order
+from data_pipeline.stages.ledger import Ledger, Todo
+from data_pipeline.stages.verdicts import Verdicts, verdict_table
 from infra import storage
 from infra.errors import UserError
 
@@ -85,8 +85,8 @@ def test_units_and_verdicts_come_back_as_they_went():
 FULL = """
 import resource, signal
 import pyarrow as pa
-from data_pipeline.flow.ledger import Ledger, Todo
-from data_pipeline.loading.index import write_tables
+from data_pipeline.stages.ledger import Ledger, Todo
+from data_pipeline.parquet_io import write_tables
 from infra.errors import UserError
 from infra.scratch import Spool, scratch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -117,7 +117,7 @@ def test_a_full_scratch_disk_is_one_line(tmp_path, write):
 def test_all_that_is_remembered_lies_below_tmpdir(tmp_path):
     code = """
 import os
-from data_pipeline.flow.ledger import Ledger, Todo
+from data_pipeline.stages.ledger import Ledger, Todo
 from infra.scratch import Spool
 kept = Ledger(), Todo(), Spool(int)
 links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
@@ -179,10 +179,10 @@ def test_a_table_in_pieces_has_the_bytes_of_the_whole_where_it_fits_and_the_same
     name = write_tables(str(tmp_path), "t-", iter(tables))
     assert name == f"t-{storage.sha256_hex(whole)[:16]}.parquet"
     assert (tmp_path / name).read_bytes() == whole
-    monkeypatch.setattr(index, "_GROUP_BYTES", 64)
+    monkeypatch.setattr(parquet_io, "_GROUP_BYTES", 64)
     other = write_tables(str(tmp_path), "t-", iter(tables))
     assert other != name
-    monkeypatch.setattr(index, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(parquet_io, "_BATCH_ROWS", 7)
     rows = [row for batch in read_batches(str(tmp_path / other)) for row in batch.to_pylist()]
     assert rows == pa.concat_tables(tables).to_pylist()
     empty = tables[0].slice(0, 0)

@@ -203,7 +203,7 @@ class WatchedTask(ColumnTask):
         import ray
 
         from data_pipeline.captions import column as caption
-        from data_pipeline.flow import stage
+        from data_pipeline.stages import stage
         from model.encoders.vae import Latents
 
         folder, mine = Path(self.folder), f"{os.getpid()}"

@@ -166,8 +166,8 @@ def test_the_same_command_again_computes_nothing(made, raw, copy):
 
 
 def test_another_commit_of_the_code_alone_rebuilds_nothing(made, raw, copy, monkeypatch):
-    for module in ("columns", "pipeline"):
-        monkeypatch.setattr(f"data_pipeline.flow.{module}.code_version", lambda: "another-commit")
+    for module in ("stages.columns", "flow.pipeline"):
+        monkeypatch.setattr(f"data_pipeline.{module}.code_version", lambda: "another-commit")
     again = run(copy, raw)
     assert again.computed == {}
     assert again.info.fingerprint == made[1].info.fingerprint

@@ -89,7 +89,7 @@ def test_outputs_and_gradients_equal_diffusers(changes: dict, size: tuple[int, i
 
 
 def closed_form(depth: int) -> int:
-    """facts A.4, 16 channels, no QK-norm."""
+    """Summed by hand over SD3's layers: 16 channels, no QK-norm."""
     h = 64 * depth
     blocks = (depth - 1) * (36 * h * h + 30 * h) + 23 * h * h + 20 * h
     return blocks + 2 * h * h + 6470 * h + 2 * h * h + 66 * h + 64
@@ -155,7 +155,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 
 
 def test_positions_follow_the_paper_at_any_target() -> None:
-    """facts A.4: positions (p - (max - s)/2) * 256/S, centre crop, columns in the first half of the channels."""
+    """SD3 5.3.2: positions (p - (max - s)/2) * 256/S, centre crop, columns in the first half of the channels."""
     model = config_with(pos_max=12, pos_tokens=8, pos_base=4).build()
     table = model.positions(3, 6).view(3, 6, -1)
     width = table.shape[-1]

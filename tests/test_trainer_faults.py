@@ -16,8 +16,8 @@ from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
 from data_pipeline import synthetic
 from infra import storage
+from trainer.guard import ENOUGH, problem_of, suspects_of
 from trainer.recipe import Guard
-from trainer.watching.guard import ENOUGH, problem_of, suspects_of
 from trainer.watching.watch import Watch
 from trainer.zero.group import Group
 

@@ -12,10 +12,11 @@ from model.diffusion.flow import STUDY
 from model.flops import train_flops_per_image
 from trainer.ladders import ladder, sweep
 from trainer.ladders.isoflop import tell
-from trainer.ladders.ladder import UNSTABLE, branch_point, images_for, iso_flop
+from trainer.ladders.ladder import branch_point, images_for, iso_flop
 from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
 from trainer.ladders.workers import on_my_gpus
 from trainer.recipes import get_recipe
+from trainer.runfolder import UNSTABLE
 
 MORE = {"data": "D", "num_ranks": 1, "options": ("logging.samples=0",)}
 

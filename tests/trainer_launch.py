@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loading.loader import open_dataset
-from trainer.checks.fitting import RUN_DATA
 from trainer.recipe import Recipe
+from trainer.runfolder import DATA
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
@@ -35,7 +35,7 @@ def halted(recipe: Recipe, data: str, run: Path) -> Path:
     state = {"recipe": told, "images_seen": 8}
     assert checkpoint.save(f"{run}/checkpoints", share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1)
     (run / "recipe.json").write_text(json.dumps(told))
-    (run / RUN_DATA).write_bytes(dataset.info.to_bytes())
+    (run / DATA).write_bytes(dataset.info.to_bytes())
     return run / "checkpoints" / "step_0000001"
 
 

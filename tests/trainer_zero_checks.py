@@ -161,18 +161,10 @@ def spoil(engine: ZeroEngine, group: Group) -> tuple[bool, bool]:
     return skipped, all(torch.equal(a, b) for a, b in zip(kept, engine.masters))
 
 
-def main() -> None:
-    data, out = sys.argv[1:]
-    group, found = start(), {}
-    engine = ZeroEngine(RECIPE, group)
-    found["sizes"] = engine.describe()
-    lives = [p.numel() for p in engine.model.parameters()]
-    found["live_before"] = sum(lives)
-
-    # EMA on shards against the unsharded formula in float64.
+def train(engine: ZeroEngine, group: Group, data: str) -> tuple[ShardedEMA, dict[str, Any]]:
+    """Four steps, and how far the EMA on shards is from the unsharded formula in float64."""
     ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
     losses, seen = steps(engine, group, data, 4, ema)
-    found["losses"] = losses
     g, reference = gamma_of_width(0.20), None
     for n, masters in enumerate(seen, start=1):
         beta = (1 - 1 / n) ** (g + 1)
@@ -182,36 +174,45 @@ def main() -> None:
         for flat, a, r in zip(engine.partition.flats, ema.first, reference)
         for s in flat.segments
     ]
-    found["ema_error"] = max(errors)
+    return ema, {"losses": losses, "ema_error": max(errors)}
 
-    # Swapping weights: with zeros the model must compute like the zero model, and restoring is bit-exact.
+
+def swap_weights(engine: ZeroEngine) -> dict[str, Any]:
+    """With zeros swapped in, the model must compute like the zero model, and restoring is bit-exact."""
     before = probe(engine)
     with engine.weights([torch.zeros_like(m) for m in engine.masters]):
-        found["zero_output"] = probe(engine).abs().max().item()
-    found["normal_output"] = before.abs().max().item()
-    found["restored"] = torch.equal(probe(engine), before)
+        found = {"zero_output": probe(engine).abs().max().item()}
+    found |= {"normal_output": before.abs().max().item(), "restored": torch.equal(probe(engine), before)}
     # The trap itself: writing the partitions without emptying the cache changes nothing.
-    optimizer = engine.partition._optimizer
-    for target in optimizer.fp16_partitioned_groups_flat:
+    for target in engine.partition._optimizer.fp16_partitioned_groups_flat:
         target.zero_()
     found["trap"] = torch.equal(probe(engine), before)
     engine.publish()
+    return found
 
-    # Validation with EMA weights; the exported file must hold what all ranks' shards put together give.
+
+def validate_all(engine: ZeroEngine, group: Group, data: str, ema: ShardedEMA) -> dict[str, Any]:
+    """Validation by EMA weights under every protocol, and by zeros."""
     validator = Validator(RECIPE, open_dataset(data, split="val"))
     with engine.weights(ema.first):
         result = validator.run(engine, group)
-    found["validation"] = [result.mean, *result.per_level.values()]
-    found["validation_count"] = result.sample_count
-    found["protocols"] = {name: validate(engine, group, data, ema.first, name) for name in ("mlperf", "midpoint")}
     zeros = [torch.zeros_like(average) for average in ema.first]
-    found["zero_validation"] = validate(engine, group, data, zeros, RECIPE.validation.protocol)
-    info = open_dataset(data).info
-    meta = {kind: weights_meta(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
-    found["exported"] = export(engine, ema.first, [f"{out}/ema.safetensors"], meta["ema"], group)
-    found["exported"] &= export(engine, engine.masters, [f"{out}/raw.safetensors"], meta["raw"], group)
+    return {
+        "validation": [result.mean, *result.per_level.values()],
+        "validation_count": result.sample_count,
+        "protocols": {name: validate(engine, group, data, ema.first, name) for name in ("mlperf", "midpoint")},
+        "zero_validation": validate(engine, group, data, zeros, RECIPE.validation.protocol),
+    }
+
+
+def export_all(engine: ZeroEngine, group: Group, data: str, out: str, ema: ShardedEMA) -> dict[str, Any]:
+    """Exported files beside what all ranks' shards put together give; a place that takes no file; empty tensors."""
     import deepspeed
 
+    info = open_dataset(data).info
+    meta = {kind: weights_meta(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
+    found: dict[str, Any] = {"exported": export(engine, ema.first, [f"{out}/ema.safetensors"], meta["ema"], group)}
+    found["exported"] &= export(engine, engine.masters, [f"{out}/raw.safetensors"], meta["raw"], group)
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         if group.rank == 0:
             torch.save({n: p.detach().clone() for n, p in engine.model.named_parameters()}, f"{out}/gathered.pt")
@@ -221,46 +222,49 @@ def main() -> None:
         save_weights(f"{out}/empty_{group.rank}.safetensors", engine.model.state_dict(), meta["raw"])
     except ModelError as error:
         found["empty"] = str(error)
+    return found
 
-    found["skip_seen"], found["skip_kept"] = spoil(engine, group)
 
-    # The same run under other stages, with accumulation, with recomputation, with small parameters kept whole.
-    found["stages"] = {}
-    variants = {
-        "stage0": Parallel(zero_stage=0),
-        "stage1": Parallel(zero_stage=1),
-        "stage2": Parallel(zero_stage=2),
-        "accumulate": dataclasses.replace(RECIPE.parallel, micro_batch=2),
-        "checkpoint": dataclasses.replace(RECIPE.parallel, checkpoint_blocks=True, max_live=0),
-        "persistent": dataclasses.replace(RECIPE.parallel, persistence_threshold=100_000),
+VARIANTS = {
+    "stage0": Parallel(zero_stage=0),
+    "stage1": Parallel(zero_stage=1),
+    "stage2": Parallel(zero_stage=2),
+    "accumulate": dataclasses.replace(RECIPE.parallel, micro_batch=2),
+    "checkpoint": dataclasses.replace(RECIPE.parallel, checkpoint_blocks=True, max_live=0),
+    "persistent": dataclasses.replace(RECIPE.parallel, persistence_threshold=100_000),
+}
+
+
+def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
+    """The same run under another stage, with accumulation, recomputation, or small parameters kept whole."""
+    micro = 2 if name == "accumulate" else 1
+    engine = ZeroEngine(dataclasses.replace(RECIPE, parallel=VARIANTS[name]), group, accumulation=micro)
+    ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
+    losses, _ = steps(engine, group, data, 4, ema, micro)
+    here = probe(engine)
+    with engine.weights([torch.zeros_like(m) for m in engine.masters]):
+        zero = probe(engine).abs().max().item()
+    with engine.weights(ema.first):
+        mean = Validator(RECIPE, open_dataset(data, split="val")).run(engine, group).mean
+    found = {
+        "losses": losses,
+        "zero_output": zero,
+        "restored": torch.equal(probe(engine), here),
+        "validation": mean,
+        "local": engine.describe()["local"],
+        "adam_steps": engine.adam_steps,
     }
-    for name, parallel in variants.items():
-        micro = 2 if name == "accumulate" else 1
-        other = ZeroEngine(dataclasses.replace(RECIPE, parallel=parallel), group, accumulation=micro)
-        average = ShardedEMA(RECIPE.ema.profiles, other.masters)
-        got, _ = steps(other, group, data, 4, average, micro)
-        here = probe(other)
-        with other.weights([torch.zeros_like(m) for m in other.masters]):
-            zero = probe(other).abs().max().item()
-        with other.weights(average.first):
-            mean = validator.run(other, group).mean
-        found["stages"][name] = {
-            "losses": got,
-            "zero_output": zero,
-            "restored": torch.equal(probe(other), here),
-            "validation": mean,
-            "local": other.describe()["local"],
-            "adam_steps": other.adam_steps,
-        }
-        if micro == 1:
-            found["stages"][name]["discards"] = discards(other, group)
-        if name == "stage2":
-            whole = {n: other.whole(n, other.masters) for n in list(other.shapes)[:6]}
-            found["whole_matches"] = all(
-                torch.equal(whole[n], dict(other.model.named_parameters())[n].float()) for n in whole
-            )
+    if micro == 1:
+        found["discards"] = discards(engine, group)
+    if name == "stage2":
+        whole = {n: engine.whole(n, engine.masters) for n in list(engine.shapes)[:6]}
+        mine = dict(engine.model.named_parameters())
+        found["whole_matches"] = all(torch.equal(whole[n], mine[n].float()) for n in whole)
+    return found
 
-    # One all-gather per block forward, one backward, one reduce-scatter: leaf modules at work.
+
+def count_gathers(group: Group, data: str) -> dict[str, Any]:
+    """One all-gather per block forward, one backward, one reduce-scatter: leaf modules at work."""
     config = dataclasses.replace(CONFIG, depth=3)
     sizes = [sum(p.numel() for p in block.parameters()) for block in config.build().blocks]
     strict = dataclasses.replace(RECIPE.parallel, max_live=0, reduce_bucket=max(sizes), prefetch=0)
@@ -270,10 +274,13 @@ def main() -> None:
     with gathers.watching():
         steps(engine, group, data, 1)
     whole = sum(engine.partition.flats[0].master.numel() for _ in range(group.world))
-    found["wire"] = {"sizes": sizes, "blocks": gathers.blocks[0], "reduced": gathers.reduced[0], "whole": whole}
+    return {"sizes": sizes, "blocks": gathers.blocks[0], "reduced": gathers.reduced[0], "whole": whole}
 
+
+def train_bf16(group: Group, data: str) -> dict[str, Any]:
+    """In which types gradients are reduced and kept, and that masters stay fp32."""
     half = dataclasses.replace(RECIPE, precision="bf16")
-    found["reductions"] = {}
+    found: dict[str, Any] = {"reductions": {}}
     for fp32_reduce in (False, True):
         parallel = dataclasses.replace(half.parallel, fp32_reduce=fp32_reduce)
         engine = ZeroEngine(dataclasses.replace(half, parallel=parallel), group)
@@ -284,6 +291,25 @@ def main() -> None:
         found["reductions"][str(fp32_reduce)] = {"sent": sorted(gathers.dtypes), "kept": kept}
     found["bf16_skip_seen"], found["bf16_skip_kept"] = spoil(engine, group)
     found["bf16_masters"] = {str(m.dtype) for m in engine.masters} == {"torch.float32"}
+    return found
+
+
+def main() -> None:
+    data, out = sys.argv[1:]
+    group = start()
+    engine = ZeroEngine(RECIPE, group)
+    found: dict[str, Any] = {"sizes": engine.describe()}
+    found["live_before"] = sum(p.numel() for p in engine.model.parameters())
+    ema, trained = train(engine, group, data)
+    found |= trained
+    found |= swap_weights(engine)
+    found |= validate_all(engine, group, data, ema)
+    found |= export_all(engine, group, data, out, ema)
+    found["skip_seen"], found["skip_kept"] = spoil(engine, group)
+    found["stages"] = {name: train_variant(name, group, data) for name in VARIANTS}
+    found["whole_matches"] = found["stages"]["stage2"].pop("whole_matches")
+    found["wire"] = count_gathers(group, data)
+    found |= train_bf16(group, data)
     if group.rank == 0:
         Path(out, "found.json").write_text(json.dumps(found))
     leave()

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -30,7 +30,7 @@ USAGE = f"""Train SD3-class text-to-image models with DeepSpeed ZeRO.
 
 Recipes: {", ".join(RECIPES)}
 `python -m trainer COMMAND --help` shows every option, `python -m trainer train RECIPE --help` every field of a recipe.
-Run the same command again to continue an interrupted run. Exit codes: 0 done, 2 a mistake of yours (one line says
+Run the same command again to continue an interrupted run. Exit codes: 0 done, 2 a user's mistake (one line says
 which), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another rank was lost.
 """
 ROOT = tyro.conf.arg(name="")  # a recipe's fields stand at the top: --images, --optimizer.lr
@@ -54,42 +54,13 @@ class TrainArgs:
 
 
 @dataclass(frozen=True)
-class LadderArgs:
-    """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
+class ManyRuns:
+    """What `ladder` and `sweep` ask alike."""
 
     data: str
     """Dataset made by `python -m data_pipeline run`."""
     out: str
     """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
-    depths: tuple[int, ...] = (2, 3, 4)
-    """Depths of the rungs."""
-    budgets: tuple[float, ...] = ()
-    """Budgets of training FLOPs (1e13 3e13 ...): each depth is trained for each, from one run at constant rate."""
-    images: int | None = None
-    """Images per rung; default: the recipe's."""
-    num_ranks: int | None = None
-    """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
-    workers: int = 0
-    """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
-    another, in this process."""
-    options: tuple[str, ...] = ()
-    """Overrides handed to every rung's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
-
-
-@dataclass(frozen=True)
-class SweepArgs:
-    """Train a recipe's variants that are missing: learning rates on rungs of a ladder, or formulations."""
-
-    data: str
-    """Dataset made by `python -m data_pipeline run`."""
-    out: str
-    """Folder of run folders."""
-    depths: tuple[int, ...] = (2, 3)
-    """Rungs (sweep lr)."""
-    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-    """Learning rates (sweep lr)."""
-    formulations: tuple[str, ...] = ()
-    """Names as `python -m model formulations` lists them; none: all 61 (sweep formulations)."""
     images: int | None = None
     """Images per run; default: the recipe's."""
     num_ranks: int | None = None
@@ -98,7 +69,32 @@ class SweepArgs:
     """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
     another, in this process."""
     options: tuple[str, ...] = ()
-    """Overrides handed to every run, as NAME=VALUE."""
+    """Overrides handed to every run's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
+
+    def shared(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(ManyRuns)}
+
+
+@dataclass(frozen=True)
+class LadderArgs(ManyRuns):
+    """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
+
+    depths: tuple[int, ...] = (2, 3, 4)
+    """Depths of the rungs."""
+    budgets: tuple[float, ...] = ()
+    """Budgets of training FLOPs (1e13 3e13 ...): each depth is trained for each, from one run at constant rate."""
+
+
+@dataclass(frozen=True)
+class SweepArgs(ManyRuns):
+    """Train a recipe's variants that are missing: learning rates on rungs of a ladder, or formulations."""
+
+    depths: tuple[int, ...] = (2, 3)
+    """Rungs (sweep lr)."""
+    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    """Learning rates (sweep lr)."""
+    formulations: tuple[str, ...] = ()
+    """Names as `python -m model formulations` lists them; none: all 61 (sweep formulations)."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +109,14 @@ class PlanArgs:
     efficiency: float | None = None
     """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
     calibrate: str | None = None
-    """A small finished run (folder) to learn from. On a device of its kind both recipes are tried (--trial), and what
-    the run took beyond that is added; elsewhere its speed as a whole counts."""
+    """A small finished run (folder) to learn from. On a device of its kind both recipes are timed as by --trial, and
+    what the run took beyond its own trial is added; elsewhere its overall speed counts."""
     trial: bool = False
-    """Let shallow models of the recipe's width take steps on the devices here, which must be of the planned kind."""
+    """Time real steps of shallow models of the recipe's width, on devices here of the planned kind."""
     dollars_per_gpu_hour: float | None = None
     """Price of one device; default: a guess of ours for each kind."""
     dataset_images: int | None = None
-    """Different images in the data set: decides whether encoding them once pays."""
+    """Distinct images in the data set: decides whether encoding them once pays off."""
     json: bool = False
     """Print JSON."""
 
@@ -211,25 +207,14 @@ def run_ladder(arguments: list[str]) -> None:
 
     if args.budgets:
         if args.images is not None:
-            raise UserError("--budgets says how long each run is: leave --images out")
+            raise UserError("--budgets decides how long each run is: omit --images")
         from trainer.ladders.isoflop import tell
 
-        runs = iso_flop(
-            family, args.depths, args.budgets, data=args.data, out=args.out, num_ranks=args.num_ranks,
-            workers=args.workers, options=args.options,
-        )  # fmt: skip
-        print(tell(runs, out=args.out), end="")
+        shared = args.shared()
+        del shared["images"]
+        print(tell(iso_flop(family, args.depths, args.budgets, **shared), out=args.out), end="")
         return
-    climb(
-        family,
-        args.depths,
-        data=args.data,
-        out=args.out,
-        images=args.images,
-        num_ranks=args.num_ranks,
-        workers=args.workers,
-        options=args.options,
-    )
+    climb(family, args.depths, **args.shared())
 
 
 def run_sweep(arguments: list[str]) -> None:
@@ -243,11 +228,10 @@ def run_sweep(arguments: list[str]) -> None:
     _not_negative(args, "workers")
     from trainer.ladders.sweep import sweep_formulations, sweep_rates
 
-    more = {n: getattr(args, n) for n in ("data", "out", "images", "num_ranks", "workers", "options")}
     if what == "lr":
-        print(sweep_rates(name, args.depths, args.rates, **more))
+        print(sweep_rates(name, args.depths, args.rates, **args.shared()))
     else:
-        sweep_formulations(name, args.formulations, **more)
+        sweep_formulations(name, args.formulations, **args.shared())
 
 
 def run_plan(arguments: list[str]) -> None:
@@ -270,8 +254,8 @@ def run_plan(arguments: list[str]) -> None:
     if calibration is not None:
         if args.trial or args.efficiency is not None or (args.gpu and machine != calibration.machine):
             raise UserError(
-                f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: leave --trial, "
-                "--efficiency and another --gpu out"
+                f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: omit --trial, "
+                "--efficiency and any other --gpu"
             )
         plan = calibration.plan(args.recipe, world=args.gpus, **more)
     else:
@@ -332,22 +316,22 @@ def _grade(args: GradeArgs) -> None:
 def run_export(arguments: list[str]) -> None:
     args = _parse(ExportArgs, arguments, "export")
     from data_pipeline.loading.loader import open_dataset
-    from infra import storage
     from trainer.exports.adapter import export_adapter, export_diffusers_adapter
     from trainer.exports.export import export_as
+    from trainer.runfolder import checkpoints_of, step_name
     from trainer.zero.checkpoint import candidates
 
     if args.kind not in ("ema", "raw"):
         raise UserError(f"--kind {args.kind!r}, expected ema or raw")
-    folders = candidates(storage.join(args.run, "checkpoints"))
+    folders = candidates(checkpoints_of(args.run))
     if args.step is not None:
-        folders = [uri for uri in folders if uri.endswith(f"/step_{args.step:07d}")]
+        folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
     if not folders:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
     given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
     if args.lora == "adapter":
         if args.format == "sd3" or args.base is not None:
-            raise UserError("--lora adapter writes no whole weights: leave --base out, --format beeline or diffusers")
+            raise UserError("--lora adapter writes the adapter alone: omit --base, use --format beeline or diffusers")
         write = export_diffusers_adapter if args.format == "diffusers" else export_adapter
         count = write(folders[0], out=args.out, **given)
     else:
@@ -411,7 +395,7 @@ def _named_recipe(arguments: list[str], command: str) -> tuple[Recipe, list[str]
 
 
 def _parse(kind: type, arguments: list[str], prog: str, **defaults: Any) -> Any:
-    """A mistake is said by rank 0 alone (exit code 2); the others wait until it has, as the first to end stops all."""
+    """Rank 0 alone reports a mistake (exit code 2); the others wait until it has, as the first to exit stops all."""
     first = os.environ.get("RANK", "0") == "0"
     options = {**_with_defaults(kind, defaults), "console_outputs": first}
     try:
@@ -436,7 +420,7 @@ def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
     if not defaults:
         return {}
     missing = {name: tyro.MISSING for name in ("data", "out") if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    return {"default": replace(kind(**missing, **defaults))}
+    return {"default": kind(**missing, **defaults)}
 
 
 if __name__ == "__main__":

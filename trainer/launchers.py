@@ -1,7 +1,7 @@
-"""The processes that start ranks. SIGTERM does something else to each: ranks watch them, the ladder goes past them.
+"""The processes that start ranks. Each handles SIGTERM differently: ranks watch them, the ladder signals ranks itself.
 
-`deepspeed` dies of it and leaves its second process and the ranks alone; that second one and torchrun tell their ranks
-and kill what is still there after 30 s.
+`deepspeed` dies of it and leaves its second process and the ranks running; that second one and torchrun pass it on to
+their ranks and kill those still there after 30 s.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def await_end(process: subprocess.Popen[bytes]) -> int:
 
 @contextlib.contextmanager
 def on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C call `react` meanwhile; the list is of those that came."""
+    """Inside the block SIGTERM and Ctrl-C call `react`; the list holds the signals that came."""
     came: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -103,7 +103,7 @@ def is_launcher(process: psutil.Process | None) -> bool:
 
 
 def gone(launchers: list[psutil.Process]) -> bool:
-    """Has one of them ended? Whoever's parent ends gets another one at once, also where nobody reaps the dead."""
+    """Has one of them ended? A process whose parent ends gets another at once, even if the dead one is never reaped."""
     return bool(launchers) and not set(launchers) <= set(psutil.Process().parents())
 
 

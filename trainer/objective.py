@@ -20,12 +20,12 @@ Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
 
 
 class Losses(NamedTuple):
-    """Of each sample (or pair), fp32, and the time at which it was noised."""
+    """Loss of each sample (or pair) in fp32, and the time up to which noise was added."""
 
     loss_B: Tensor
     t_B: Tensor
     figures: Mapping[str, Tensor] = MappingProxyType({})
-    """Further figures of each sample, whose means are told."""
+    """Further figures of each sample, whose means are logged."""
 
 
 def pretrain(

@@ -21,7 +21,7 @@ from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.errors import ModelError
 
-# What decides the weights that come out. The rest (name, parallel, validation, logging) decides only what we see.
+# What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
 HASHED = (
     "model", "formulation", "shift", "images", "global_batch", "seed", "precision", "optimizer", "schedule", "ema",
     "data", "init_weights",
@@ -123,14 +123,14 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Guard:
-    """What happens to a batch whose loss or gradient cannot be right: it is left out, the run goes back to its last
+    """What happens to a batch whose loss or gradient cannot be right: it is skipped, and the run goes back to its last
     checkpoint."""
 
     max_skips: int = 3
-    """Batches that a run may leave out; one more ends it."""
+    """Batches that a run may skip; one more ends it."""
     spike: float | None = 12.0
-    """A loss so many robust deviations above the median of the last 128 steps, and twice their largest (8 times in
-    batches of 16), is a spike; None: only what is not finite counts."""
+    """A loss this many robust deviations above the median of the last 128 steps, and above twice their largest (8 times
+    in batches of 16), is a spike; None: only non-finite values count."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class DPO:
     """Diffusion-DPO (Wallace et al., arXiv 2311.12908) on preference pairs: objective dpo, counted in pairs."""
 
     beta: float = 2000.0
-    """How dearly the model pays for leaving the reference; SD3 does not tell its own."""
+    """How strongly the model is held to the reference; SD3 does not state its value."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ class Logging:
     log_every: int | Literal["auto"] = "auto"
     save_every: int | Literal["auto"] = "auto"
     save_at: tuple[int, ...] = ()
-    """Further points, in images, at which a checkpoint is taken: where other runs shall branch off."""
+    """Further points, in images, at which a checkpoint is taken: where other runs will branch off."""
     keep: int = 3
     """Checkpoints kept; exported weights are always kept."""
     samples: int = 0
-    """Captions of the val split that are drawn at each checkpoint (RUN/samples/)."""
+    """Captions of the val split that pictures are drawn for at each checkpoint (RUN/samples/)."""
     wandb: str | None = None
     """Weights & Biases project that also gets the curves."""
     mlflow: str | None = None
@@ -235,18 +235,15 @@ class Recipe:
         return (2 if self.parallel.fp32_reduce else 1) if self.precision == "bf16" else 0
 
     @property
-    def logging_saves(self) -> int:
+    def num_saves(self) -> int:
         """Checkpoints that a run takes; each leaves a file of EMA weights."""
         return -(-self.images // (self.cadence("save") or self.images))
 
     def cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
         """Images between two log lines, validations or checkpoints; None: never."""
-        asked = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}[
-            what
-        ]
-        if asked != "auto":
-            return asked
-        return max(self.global_batch, self.images // {"log": 100, "validate": 8, "save": 4}[what])
+        asked = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}
+        every, times_a_run = asked[what], {"log": 100, "validate": 8, "save": 4}[what]
+        return max(self.global_batch, self.images // times_a_run) if every == "auto" else every
 
     def to_json(self) -> dict[str, Any]:
         return _encode(self)
@@ -265,9 +262,8 @@ class Recipe:
         start = self.images * (1 - s.cooldown)
         if s.cooldown == 0 or images_seen <= start:
             return rate
-        left = 1 - min(
-            (images_seen - start) / (self.images - start), 1.0
-        )  # 1 at the start of the cooldown, 0 at the end
+        # From 1 at the start of the cooldown to 0 at its end.
+        left = 1 - min((images_seen - start) / (self.images - start), 1.0)
         falls = {"linear": left, "cosine": _half_cosine(left), "sqrt": 1 - (1 - left) ** 0.5}
         return rate * (s.final + (1 - s.final) * falls[s.shape])
 

@@ -17,6 +17,7 @@ from trainer.checks.preflight import same_recipe
 from trainer.exports.card import weights_meta
 from trainer.exports.export import export, weights_reader
 from trainer.recipe import Recipe
+from trainer.runfolder import checkpoints_of, step_name
 from trainer.watching.progress import RunLog
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
@@ -81,88 +82,115 @@ def measured(
     return {"parameters": float(parameters), "checkpoint_bytes": total, **named}
 
 
-def save(
-    recipe: Recipe,
-    engine: ZeroEngine,
-    ema: ShardedEMA,
-    state: State,
-    run_log: RunLog,
-    batches: Batches,
-    info: DatasetInfo,
-    *,
-    out: str,
-    uploads: Uploads,
-    final: bool,
-    init_from: str | None = None,
-    activations: int | None = None,
-) -> bool:
-    """Export weights, tell the results, publish a checkpoint. False when something could not be written. Collective.
+@dataclass(frozen=True)
+class Saver:
+    """Writes what a run leaves behind at each save: exported weights, result rows, a checkpoint."""
 
-    On S3 that happens behind the training, one checkpoint at a time; a `final` one is waited for. Adapters are exported
-    merged into `init_from`, checkpoints hold them alone.
-    """
-    group, step = engine.group, f"step_{state.step:07d}"
-    if final:
-        uploads.wait()
-    elif group.any(uploads.busy):
-        if group.rank == 0:
-            log.warning("%s is left out: the checkpoint before it still travels to %s", step, out)
-        return True
+    engine: ZeroEngine
+    ema: ShardedEMA
+    run_log: RunLog
+    uploads: Uploads
+    info: DatasetInfo
+    init_from: str | None = None
+    """The frozen weights under adapters: exports are merged into them, checkpoints hold the adapters alone."""
 
-    def meta(kind: str) -> dict[str, object]:
-        return weights_meta(recipe, info, kind=kind, images_seen=state.images_seen, run=run_log.run)
+    def save(self, state: State, exceptions: Exceptions, *, final: bool, activations: int | None = None) -> bool:
+        """False when something could not be written. Collective.
 
-    folder = storage.join(uploads.place, "weights")
-    uris = [storage.join(folder, step, "ema.safetensors"), storage.join(folder, "ema.safetensors")]
-    exported = export(engine, ema.first, uris, meta("ema"), group, base=init_from)
-    raw = [storage.join(folder, "raw.safetensors")]
-    exported &= export(engine, engine.masters, raw, meta("raw"), group, base=init_from)
-    share = share_of(engine, ema, {"exceptions": batches.exceptions.to_json()})
-    run_log.cost(**measured(engine, ema, share, activations))
-    kept = {
-        "images_seen": state.images_seen,
-        "adam_steps": engine.adam_steps,
-        "seconds": run_log.seconds,
-        "recipe": recipe.to_json(),
-        "recipe_hash": recipe.hash,
-        "recent": state.recent,
-        "skips": state.skips,
-    }
-    root, place = (storage.join(where, "checkpoints") for where in (out, uploads.place))
-    keep, said = recipe.logging.keep, f"saved {step} at {state.images_seen:,} images"
-    if uploads.remote:
-        manifest = checkpoint.write(place, share, group, step=state.step, state=kept)
-        if manifest is None:
-            _not_saved(step, group)
+        On S3 a checkpoint is uploaded while training continues, one at a time; a `final` one is waited for.
+        `activations`: bytes that a forward pass keeps, where they were counted.
+        """
+        group = self.engine.group
+        if final:
+            self.uploads.wait()
+        elif group.any(self.uploads.busy):
+            if group.rank == 0:
+                step, out = step_name(state.step), self.uploads.out
+                log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
+            return True
+        exported = self._export(state)
+        share = share_of(self.engine, self.ema, {"exceptions": exceptions.to_json()})
+        self.run_log.cost(**measured(self.engine, self.ema, share, activations))
+        if not self.uploads.remote:
+            return self._write(share, state) and exported
+        if not self._upload(share, state):
             return False
+        return exported and (self.uploads.wait() if final else True)
+
+    def _export(self, state: State) -> bool:
+        """EMA weights, a copy of them that stays, and raw weights; False when that failed. Collective."""
+        engine, folder = self.engine, storage.join(self.uploads.place, "weights")
+        ema_uris = [
+            storage.join(folder, step_name(state.step), "ema.safetensors"),
+            storage.join(folder, "ema.safetensors"),
+        ]
+        raw_uris = [storage.join(folder, "raw.safetensors")]
+        exported = True
+        for kind, tensors, uris in (("ema", self.ema.first, ema_uris), ("raw", engine.masters, raw_uris)):
+            meta = weights_meta(
+                engine.recipe, self.info, kind=kind, images_seen=state.images_seen, run=self.run_log.run
+            )
+            exported &= export(engine, tensors, uris, meta, engine.group, base=self.init_from)
+        return exported
+
+    def _write(self, share: checkpoint.Share, state: State) -> bool:
+        """Result rows and a checkpoint straight into the run folder. Collective."""
+        group, keep = self.engine.group, self.engine.recipe.logging.keep
+        flushed = self._flush()
+        root, kept = checkpoints_of(self.uploads.out), self._kept(state)
+        if not checkpoint.save(root, share, group, step=state.step, state=kept, keep=keep):
+            self._warn_not_saved(state)
+            return False
+        if group.rank == 0:
+            log.info("%s", _saved(state))
+        return not group.any(not flushed)
+
+    def _upload(self, share: checkpoint.Share, state: State) -> bool:
+        """Stage a checkpoint on a local disk and start sending it; False when it could not be staged. Collective."""
+        root, keep = checkpoints_of(self.uploads.out), self.engine.recipe.logging.keep
+        staged = checkpoints_of(self.uploads.place)
+        manifest = checkpoint.write(staged, share, self.engine.group, step=state.step, state=self._kept(state))
+        if manifest is None:
+            self._warn_not_saved(state)
+            return False
+        step, saved = state.step, _saved(state)  # as of now: the state moves on while files travel
 
         def publish() -> None:
             checkpoint.publish(root, manifest, keep=keep)
-            log.info("%s", said)
+            log.info("%s", saved)
 
-        uploads.start([lambda: checkpoint.withdraw(root, state.step), run_log.flush], publish)
-        return exported and (uploads.wait() if final else True)
-    told = _flush(run_log)
-    saved = checkpoint.save(root, share, group, step=state.step, state=kept, keep=keep)
-    if not saved:
-        _not_saved(step, group)
-    elif group.rank == 0:
-        log.info("%s", said)
-    return exported and saved and not group.any(not told)
+        self.uploads.start([lambda: checkpoint.withdraw(root, step), self.run_log.flush], publish)
+        return True
+
+    def _kept(self, state: State) -> dict[str, Any]:
+        """What the manifest says of the run."""
+        engine = self.engine
+        return {
+            "images_seen": state.images_seen,
+            "adam_steps": engine.adam_steps,
+            "seconds": self.run_log.seconds,
+            "recipe": engine.recipe.to_json(),
+            "recipe_hash": engine.recipe.hash,
+            "recent": list(state.recent),  # a manifest is written later, when the loop may have gone on
+            "skips": state.skips,
+        }
+
+    def _flush(self) -> bool:
+        try:
+            self.run_log.flush()
+        except (UserError, OSError) as error:
+            log.warning("results not written yet: %s", error)
+            return False
+        return True
+
+    def _warn_not_saved(self, state: State) -> None:
+        if self.engine.group.rank == 0:
+            step = step_name(state.step)
+            log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
 
 
-def _flush(run_log: RunLog) -> bool:
-    try:
-        run_log.flush()
-    except (UserError, OSError) as error:
-        log.warning("results not written yet: %s", error)
-        return False
-    return True
-
-
-def _not_saved(step: str, group: Group) -> None:
-    if group.rank == 0:
-        log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
+def _saved(state: State) -> str:
+    return f"saved {step_name(state.step)} at {state.images_seen:,} images"
 
 
 def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> State:
@@ -171,7 +199,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     if resume == "none":
         return State()
     if resume == "latest":
-        found = checkpoint.find(storage.join(out, "checkpoints"), group)
+        found = checkpoint.find(checkpoints_of(out), group)
         if found is None:
             return State()
     else:

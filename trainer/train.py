@@ -7,23 +7,22 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.diffusion.flow import Formulation, get_formulation
-from trainer.checks.fitting import RUN_DATA
+from model.diffusion.flow import get_formulation
 from trainer.checks.preflight import micro_batches, one_voice, prepare
-from trainer.dpo import HeldOut, preference
+from trainer.dpo import HeldOut
+from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.launchers import PREEMPTED, ended_before, launchers_above
-from trainer.objective import Losses, pretrain
+from trainer.losses import losses_of
 from trainer.planning.machines import this_machine
 from trainer.planning.plan import describe, make_plan
 from trainer.recipe import Recipe
-from trainer.state import StopSignal, load_init, open_batches, restore, save
+from trainer.runfolder import DATA, PLAN, RECIPE, step_name
+from trainer.state import Saver, StopSignal, load_init, open_batches, restore
 from trainer.validate import Validator
-from trainer.watching.guard import keep_recent, problem_of, roll_back
 from trainer.watching.monitor import Monitor
 from trainer.watching.progress import RunLog
 from trainer.watching.samples import Sampler
@@ -83,17 +82,18 @@ def run(
     state = restore(recipe, engine, ema, out=out, resume=resume)
     if group.rank == 0:
         log.info("%s", describe(plan))
-        storage.write_bytes(storage.join(out, "recipe.json"), json.dumps(recipe.to_json(), indent=1).encode())
-        storage.write_bytes(storage.join(out, RUN_DATA), dataset.info.to_bytes())
-        storage.write_bytes(storage.join(out, "plan.json"), json.dumps(plan, indent=1).encode())
+        storage.write_bytes(storage.join(out, RECIPE), json.dumps(recipe.to_json(), indent=1).encode())
+        storage.write_bytes(storage.join(out, DATA), dataset.info.to_bytes())
+        storage.write_bytes(storage.join(out, PLAN), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     validator = Validator(recipe, val) if val is not None else None
     held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     batches = open_batches(recipe, dataset, group, state)
     uploads = Uploads(group, out)
+    saver = Saver(engine, ema, run_log, uploads, dataset.info, init_from)
     formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine(recipe.precision))
-    losses: list[float] = []
+    unlogged: list[float] = []  # losses of the steps since the last line of the log
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")
 
@@ -108,10 +108,10 @@ def run(
                 watch.at("computing", state.step)
                 look = number == 0 and due(recipe, "log", state.images_seen + batch)
                 with monitor.looking(look), monitor.counting(engine.model):
-                    losses_B = losses_of(recipe, engine, micro, formulation, group.device)
-                engine.backward(losses_B.loss_B.mean())
-                loss_sum += losses_B.loss_B.detach().double().sum()
-                monitor.add(losses_B)
+                    losses = losses_of(recipe, engine, micro, formulation, group.device)
+                engine.backward(losses.loss_B.mean())
+                loss_sum += losses.loss_B.detach().double().sum()
+                monitor.add(losses)
                 if number + 1 < accumulation:
                     engine.step(0.0, boundary=False)
             # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
@@ -121,10 +121,10 @@ def run(
             result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
-                uploads.wait()  # what still travels may be the checkpoint to go back to
+                uploads.wait()  # it may be the checkpoint to go back to
                 state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
                 batches.close()
-                batches, losses = open_batches(recipe, dataset, group, state), []
+                batches, unlogged = open_batches(recipe, dataset, group, state), []
                 run_log.rewind(state.images_seen)
                 monitor.take()
                 continue
@@ -134,13 +134,13 @@ def run(
             with monitor.averaging():
                 ema.update(engine.masters, state.images_seen, batch)
             run_log.advance(state.images_seen, loss, lr)
-            losses.append(loss)
+            unlogged.append(loss)
 
             last = state.images_seen >= recipe.images
             if last or due(recipe, "log", state.images_seen):
-                mean = math.fsum(losses) / len(losses)
+                mean = math.fsum(unlogged) / len(unlogged)
                 run_log.train(mean, lr=lr, grad_norm=result.grad_norm, step=state.step, **monitor.take())
-                losses = []
+                unlogged = []
             if validator is not None and (last or due(recipe, "validate", state.images_seen)):
                 watch.at("validating", state.step)
                 with engine.weights(ema.first):
@@ -151,13 +151,11 @@ def run(
             if sampler is not None and (last or due(recipe, "save", state.images_seen)):
                 watch.at("sampling", state.step)
                 with engine.weights(ema.first):
-                    sampler.draw(engine, storage.join(uploads.place, "samples", f"step_{state.step:07d}.png"))
+                    sampler.draw(engine, storage.join(uploads.place, "samples", f"{step_name(state.step)}.png"))
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
-                written = save(
-                    recipe, engine, ema, state, run_log, batches, dataset.info, out=out, uploads=uploads,
-                    final=last or stop_votes > 0, init_from=init_from, activations=monitor.activations,
-                )  # fmt: skip
+                final = last or stop_votes > 0
+                written = saver.save(state, batches.exceptions, final=final, activations=monitor.activations)
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"
@@ -172,20 +170,8 @@ def run(
     return state.images_seen >= recipe.images
 
 
-def losses_of(
-    recipe: Recipe, engine: ZeroEngine, micro: LatentBatch, formulation: Formulation, device: torch.device
-) -> Losses:
-    """What the recipe's objective gives for a micro-batch."""
-    if recipe.objective == "dpo":
-        return preference(
-            engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device,
-            beta=recipe.dpo.beta,
-        )  # fmt: skip
-    return pretrain(engine, micro, formulation=formulation, seed=recipe.seed, shift=recipe.shift, device=device)
-
-
 def due(recipe: Recipe, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
-    """Does the step that ends there cross a multiple of the cadence? So the batch size may change freely."""
+    """Does the step that ends at `images_seen` cross a multiple of the cadence? (It need not divide by the batch.)"""
     every, before = recipe.cadence(what), images_seen - recipe.global_batch
     if what == "save" and any(before < at <= images_seen for at in recipe.logging.save_at):
         return True

@@ -1,7 +1,7 @@
 """CogVLM through its own remote code: transformers has no class for it, so the checkpoint's Python files run.
 
-Only when the plan says so, and only the files that were looked at: their hash is pinned. The old code wants its own
-transformers (below 4.42): give the captioner's workers an environment with --captioner.pip.
+They run only if the plan says so, and only in the version that was read: their hash is pinned. The old code needs its
+own transformers (below 4.42): give the captioner's workers an environment with --captioner.pip.
 """
 # Shapes: B batch, L tokens (vision and prompt).
 

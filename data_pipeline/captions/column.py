@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline.captions.captioners import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
 from data_pipeline.curation.filters import clean_caption
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -52,8 +52,7 @@ class CaptionStage:
 
         def run(shard: ShardView) -> pa.Table:
             texts: list[str] = []
-            for first in range(0, len(shard.rows), self.batch):
-                images = [shard.image(row) for row in shard.rows[first : first + self.batch]]
+            for _, images in shard.image_batches(shard.rows, self.batch):
                 texts += caption_images(captioner, images)
             judged = [judge(text) for text in texts]
             return result(

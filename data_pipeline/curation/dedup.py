@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_pipeline.curation.firsts import first_of_equal, first_of_near
 from data_pipeline.curation.semantic import Load, Semantic
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
-from data_pipeline.sources.images import ImageError
+from data_pipeline.images import ImageError
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.scratch import Spool, blocks, concatenated, gathered, scratch
 
 VERSION = 1
@@ -36,8 +36,7 @@ class SignatureStage:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
-        statuses = shard.values("measure", "status")
-        rows = [row for row in shard.rows if statuses[row] == OK]
+        rows = shard.decodable()
         exact, perceptual = [], []
         for row in rows:
             try:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
 
 VERSION = 1
@@ -42,12 +42,10 @@ class EmbedStage:
         embed = load_embedder(resolve(self.checkpoint), self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            statuses = shard.values("measure", "status")
-            rows = [row for row in shard.rows if statuses[row] == OK]
+            rows = shard.decodable()
             vectors: list[bytes] = []
             thumbs: list[bytes] = []
-            for first in range(0, len(rows), self.batch):
-                images = [shard.image(row) for row in rows[first : first + self.batch]]
+            for _, images in shard.image_batches(rows, self.batch):
                 vectors += [vector.tobytes() for vector in embed(images)]
                 thumbs += [thumbnail(image) for image in images]
             return result(

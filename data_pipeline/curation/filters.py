@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
-from data_pipeline.sources.images import MAX_PIXELS, ImageError
+from data_pipeline.images import MAX_PIXELS, ImageError
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 
 VERSION = 1
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners that emoji and several scripts need
@@ -58,7 +58,7 @@ class MeasureStage:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a row must fulfil. Statuses: too_small, aspect, bad_caption, nsfw, ugly, or what was said before.
+    """What a row must fulfil. Statuses: too_small, aspect, bad_caption, nsfw, ugly, or the one it had before.
 
     None switches a threshold off; the score thresholds need the column of their scorer.
     """
@@ -126,7 +126,7 @@ def judged_rows(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[
 
 @dataclass(frozen=True)
 class FilterStage:
-    """The gate that rows pass before anything dear is computed for them."""
+    """The gate that rows pass before anything expensive is computed for them."""
 
     thresholds: Thresholds = Thresholds()
     name: str = "filter"

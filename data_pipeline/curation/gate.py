@@ -1,4 +1,4 @@
-"""Who goes on: the loose gate before anything dear is computed, the strict thresholds when the data is packed."""
+"""Which rows go on: a loose gate before anything expensive is computed, strict thresholds when data are packed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.filters import Thresholds, judged_rows
-from data_pipeline.flow.verdicts import ok_rows, verdict_table
+from data_pipeline.stages.verdicts import ok_rows, verdict_table
 from infra.errors import UserError
 
 

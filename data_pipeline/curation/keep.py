@@ -7,9 +7,9 @@ import numpy as np
 
 from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.scores import SCORERS
-from data_pipeline.flow.columns import Column, read_parts
-from data_pipeline.flow.proven import Proven
-from data_pipeline.flow.stage import OK
+from data_pipeline.stages.columns import Column, read_parts
+from data_pipeline.stages.proven import Proven
+from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 
 LIMITS: Mapping[str, tuple[float, ...]] = {

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.curation.embed import load_embedder
-from data_pipeline.flow.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
@@ -48,15 +48,12 @@ class ScoreStage:
         score = SCORERS[self.name](self.model, self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            statuses, captions = shard.values("measure", "status"), shard.values("measure", "caption")
-            rows = [row for row in shard.rows if statuses[row] == OK]
+            rows, captions = shard.decodable(), shard.values("measure", "caption")
             scores: list[float] = []
-            for first in range(0, len(rows), self.batch):
-                chosen = rows[first : first + self.batch]
-                images = [shard.image(row) for row in chosen]
+            for chosen, images in shard.image_batches(rows, self.batch):
                 scores += [float(value) for value in score(images, [str(captions[row]) for row in chosen])]
-            statuses_out = [OK if np.isfinite(value) else "nonfinite" for value in scores]
-            return result(rows, statuses_out, score=pa.array(scores, pa.float32()))
+            statuses = [OK if np.isfinite(value) else "nonfinite" for value in scores]
+            return result(rows, statuses, score=pa.array(scores, pa.float32()))
 
         return run
 

@@ -21,9 +21,9 @@ MAX_SAMPLE_BYTES = 2**29  # of embeddings that the centroids are made from
 MAX_CLUSTERS = 16_000  # the paper's, for billions of rows, where the plan names no number
 THUMB_BYTES = THUMB * THUMB * 3
 CLUSTER_ROWS = 1000  # rows per cluster where the plan names no number
-_SAMPLES_PER_CLUSTER = 256
-_QUERIES = 512
-_SCALES = (1.0, 0.975, 0.95, 0.925)
+_SAMPLES_PER_CLUSTER = 256  # that k-means trains on, as many as faiss takes by default
+_QUERIES = 512  # rows of one range search
+_SCALES = (1.0, 0.975, 0.95, 0.925)  # of the crops that a thumbnail is compared under
 _COARSE = 3.5  # no crop of these moves the unaligned difference further than this many thresholds away
 
 Load = Callable[[str], pa.Table]

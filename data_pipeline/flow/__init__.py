@@ -1,1 +1,1 @@
-"""Work on Ray: stages and their columns, units of work, what is proven, what is told."""
+"""The run: what is missing, units of work on Ray, what no longer fits, what is reported."""

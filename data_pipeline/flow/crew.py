@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.runner import Report, Task, Workers, run_tasks
-from data_pipeline.flow.stage import OK
+from data_pipeline.stages.ledger import Todo
+from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 

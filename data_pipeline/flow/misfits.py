@@ -1,6 +1,6 @@
-"""Columns that do not fit what is asked of them, each with the setting that changed: said before anything is computed.
+"""Columns that do not fit a plan, each with the setting that changed: reported before anything is computed.
 
-Fingerprints alone keep encodings apart; this says why two differ, and which column would have to be made anew.
+Fingerprints alone keep encodings apart; this says why two differ, and which column would have to be rebuilt.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,18 +9,18 @@ from typing import Any
 from data_pipeline.schema import DatasetInfo
 from infra.errors import UserError, nearest
 
-_DEAR = ("caption", "latents", "text_")  # what training reads and what costs
-_UNTOLD = "made by other settings"  # data of before dataset.json named them
+_COSTLY = ("caption", "latents", "text_")  # what training reads and what is expensive
+_UNNAMED = "made by other settings"  # for data from before dataset.json named them
 
 
 def misfits(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
-    """Columns to make anew and what changed, from one description to the other; columns that follow are not named."""
-    changed = [name for name in {**wanted.columns, **stands.columns} if name.startswith(_DEAR)]
+    """Columns to rebuild and what changed, from one description to the other; columns that follow are not named."""
+    changed = [name for name in {**wanted.columns, **stands.columns} if name.startswith(_COSTLY)]
     changed = [name for name in changed if stands.columns.get(name) != wanted.columns.get(name)]
     if not changed:
         return {}
     if not stands.settings or not wanted.settings:
-        return dict.fromkeys(sorted(changed), _UNTOLD)
+        return dict.fromkeys(sorted(changed), _UNNAMED)
     names = sorted({*stands.settings, *wanted.settings})
     told = {name: list(_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
     return {name: ", ".join(lines) for name, lines in told.items() if lines}
@@ -54,5 +54,5 @@ def check_rebuild(root: str, stands: DatasetInfo, wanted: DatasetInfo, rebuild: 
     if found.keys() - set(rebuild):
         raise UserError(
             f"the dataset at {root} does not fit this plan: {in_words(found)}: run the same command with "
-            f"--rebuild {' '.join(found)}, which makes these columns and what reads them anew, or give another --out"
+            f"--rebuild {' '.join(found)}, which rebuilds these columns and what reads them, or give another --out"
         )

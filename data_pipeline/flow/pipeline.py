@@ -1,6 +1,6 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
-The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`ledger.py`,
+The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`stages/ledger.py`,
 `infra/scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
 training shards.
 """
@@ -19,18 +19,13 @@ import pyarrow as pa
 
 from data_pipeline.captions.column import MAX_CHARS
 from data_pipeline.curation.gate import only_ok, strict_verdict
-from data_pipeline.flow.columns import Column
 from data_pipeline.flow.crew import Crew
-from data_pipeline.flow.ledger import Todo
 from data_pipeline.flow.misfits import check_rebuild
-from data_pipeline.flow.proven import Proven
 from data_pipeline.flow.runner import Unit, Workers
-from data_pipeline.flow.stage import OK, Stage
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
-from data_pipeline.flow.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
+from data_pipeline.layout import SampleLayout
 from data_pipeline.loading.index import ShardEntry
 from data_pipeline.packing.generations import Published, keep_published, standing
-from data_pipeline.packing.layout import SampleLayout
 from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.packing.runs import RowRun, Runs
@@ -38,6 +33,11 @@ from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import Plan, build_columns, vae_meta
 from data_pipeline.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
 from data_pipeline.sources.formats import Source, source_to_json
+from data_pipeline.stages.columns import Column
+from data_pipeline.stages.ledger import Todo
+from data_pipeline.stages.proven import Proven
+from data_pipeline.stages.stage import OK, Stage
+from data_pipeline.stages.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.version import code_version
@@ -85,7 +85,7 @@ class Pipeline:
         self.strict = Verdicts(self.proven.ledger)
 
     def run_gate(self) -> Verdicts:
-        """Everything that is cheap: what is said of every row before captions and latents are made."""
+        """Everything that is cheap: the verdict on every row before captions and latents are made."""
         self._ingest()
         self.strict = self._strict()
         self._dedup()
@@ -115,7 +115,7 @@ class Pipeline:
     def _ingest(self) -> None:
         units = [unit for unit in self.source.units() if self.only_split in (None, unit.split)]
         if not units:
-            raise UserError(f"the source has no split {self.only_split!r}: leave --split out, or name another")
+            raise UserError(f"the source has no split {self.only_split!r}: omit --split, or name another")
         ingest, column = self.columns.ingest
         split_of, shards_of = {unit.id: unit.split for unit in units}, self.proven.ledger.shelf("unit")
         for unit, (manifest, *_) in groupby(self.proven.manifests(column), lambda manifest: manifest.unit):
@@ -274,7 +274,7 @@ class Pipeline:
         return runs
 
     def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowRun]]:
-        """The last word on a shard's rows (None: nothing new), and those that it lets pass."""
+        """The final verdict on a shard's rows (None: as before), and the runs of rows that pass it."""
         verdict = overruled(before, self.strict[shard]) if shard in self.strict else before
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
             verdict = overruled(verdict, self._shortcomings(stage, shard, verdict))

@@ -18,7 +18,7 @@ from infra.log import get_logger
 
 log = get_logger("runner")
 
-_SMALL_POOL = 8
+_SMALL_POOL = 8  # workers that are all waited for at the start; a larger pool starts with one and grows
 _WAVE = 10_000  # units: ten million rows between two starts of the workers
 _WAVE_BYTES = 256 * 2**20  # of their descriptions
 _LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs

@@ -1,7 +1,7 @@
 """The final table of a run: rows by stage and status, what came out, what was set aside and where it is listed."""
 
 from data_pipeline.flow.pipeline import Outcome
-from data_pipeline.flow.stage import OK
+from data_pipeline.stages.stage import OK
 
 _ORDER = ("ingest", "measure", "filter", "signature", "bucket", "dedup", "caption", "latents")
 

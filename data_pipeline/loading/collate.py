@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.layout import SampleLayout, Slots
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.index import ShardRows
 from data_pipeline.loading.memory import Memory
 from data_pipeline.loading.reader import Part
-from data_pipeline.packing.layout import SampleLayout, Slots
 from data_pipeline.schema import VaeMeta
 from infra.errors import UserError, nearest
 from model.encoders.text import TextCond, TextSpec
@@ -65,7 +65,7 @@ class _Seat:
 
 
 def _seats(spec: TextSpec) -> dict[str, _Seat]:
-    """CLIP seats side by side on channels, T5 behind them along the sequence: the placement of model.text.assemble."""
+    """CLIP seats side by side on channels, then T5 along the sequence, as model.encoders.text.assemble places them."""
     seats: dict[str, _Seat] = {}
     channel = pooled_at = 0
     for e in spec.clip:
@@ -176,7 +176,7 @@ class _Copy(NamedTuple):
 
 
 class _Target:
-    """Where each array of each sample goes: its moments, and its text as model.text.assemble places it.
+    """Where each array of each sample goes: its moments, and its text as model.encoders.text.assemble places it.
 
     The context stays fp16 as it is stored; only where int8 is about it is fp32. All is laid out beforehand: between two
     samples of a megabyte each every line of Python is slow, as it has left the cache.

@@ -1,28 +1,19 @@
 """Where samples are: per split a table of shards, per shard a table of rows that is loaded when first needed."""
 # Shapes: R rows of one shard, S captions x seats.
 
-import hashlib
-import io
 import sys
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_pipeline.parquet_io import read_table, table_bytes
 from infra import storage
 from infra.errors import UserError
-from infra.scratch import on_scratch
-
-_GROUP_BYTES = 16 * 2**20
-_HELD = 256  # tables
-_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +49,6 @@ class ShardRows:
 
     def __len__(self) -> int:
         return len(self.offset_R)
-
-
-def table_bytes(table: pa.Table) -> bytes:
-    """A parquet file as bytes; equal tables give equal bytes."""
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    return out.getvalue()
-
-
-def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
-    """Tables (one at least) as one parquet file under `stem` and its hash, through scratch disk; returns that name.
-
-    Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `table_bytes`.
-    """
-    with on_scratch(), tempfile.NamedTemporaryFile() as file:
-        writer, held, size = None, [], 0
-        for table in chain(tables, [None]):
-            if table is not None:
-                held.append(table)
-                size += table.nbytes
-                if len(held) == _HELD:  # small ones, or without rows: each takes kilobytes beside its values
-                    held = [pa.concat_tables(held).combine_chunks()]
-            if held and (table is None or size >= _GROUP_BYTES):
-                writer = writer or pq.ParquetWriter(file, held[0].schema, compression="zstd")
-                writer.write_table(pa.concat_tables(held).combine_chunks())
-                held, size = [], 0
-        assert writer is not None, stem
-        writer.close()
-        file.seek(0)
-        name = f"{stem}{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.parquet"  # type: ignore[arg-type]
-        storage.upload(file.name, storage.join(root, name))
-    return name
-
-
-def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a large parquet file, some thousand at a time, in this thread."""
-    with storage.open_read(uri) as stream:
-        try:
-            yield from pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-
-
-def read_table(data: bytes, uri: str) -> pa.Table:
-    """A parquet file's rows, read in this thread.
-
-    Arrow's pools may not have wound up when the interpreter ends: it then aborts after all work is done, or hangs
-    (apache/arrow issues 34314 and 50482).
-    """
-    try:
-        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def rows_bytes(rows: ShardRows) -> bytes:

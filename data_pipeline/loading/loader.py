@@ -29,7 +29,7 @@ log = get_logger("loader")
 
 BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
 ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
-MAX_QUARANTINED = 0.05
+MAX_QUARANTINED = 0.05  # of the shards of a split; more than one, and more than this, end the run
 Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/pairs.py)
 
 

@@ -1,5 +1,4 @@
-"""Memory of batches, used again: pages that the system has to find and clear cost as much as reading samples into them.
-"""
+"""Memory of batches, reused: fresh pages, which the system must find and clear, cost as much as reading samples."""
 
 import weakref
 from collections import deque

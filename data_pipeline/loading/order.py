@@ -16,8 +16,8 @@ import numpy as np
 
 from infra.errors import UserError
 
-BLOCK_SHARDS = 8
-_ATTEMPTS = 10_000
+BLOCK_SHARDS = 8  # shards whose samples are shuffled together
+_ATTEMPTS = 10_000  # draws for a substitute before all of a bucket counts as damaged
 
 
 def rng(seed: int, *purpose: object) -> np.random.Generator:

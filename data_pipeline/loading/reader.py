@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.layout import checksum
 from data_pipeline.loading.index import RowTables, ShardRows, SplitIndex
-from data_pipeline.packing.layout import checksum
 from infra import storage
 from infra.errors import UnavailableError, UserError
 
-_OPEN_FILES = 128
+_OPEN_FILES = 128  # tars kept open, of those read most recently
 _REMOTE_THREADS = 16
 _LOCAL_THREADS = 2
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.loading.index import ShardEntry, read_batches, read_split
+from data_pipeline.loading.index import ShardEntry, read_split
 from data_pipeline.packing.pack import Output, read_outputs
 from data_pipeline.packing.runs import Runs
+from data_pipeline.parquet_io import read_batches
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, read_dataset_info
 from infra import storage
 from infra.errors import UnavailableError, UserError
@@ -54,7 +55,7 @@ def standing(root: str) -> DatasetInfo | None:
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)
+        log.warning("%s; packing it again", error)
         return None
 
 
@@ -67,7 +68,7 @@ def _shown(root: str, encoding: str) -> list[ShardEntry]:
     except UnavailableError:
         raise
     except UserError as error:
-        log.warning("%s; packing it anew", error)
+        log.warning("%s; packing it again", error)
         return []
 
 

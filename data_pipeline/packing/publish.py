@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from data_pipeline.flow.verdicts import rejected
-from data_pipeline.loading.index import ShardEntry, write_split, write_tables
+from data_pipeline.loading.index import ShardEntry, write_split
 from data_pipeline.packing.runs import RowRun
+from data_pipeline.parquet_io import write_tables
 from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo
+from data_pipeline.stages.verdicts import rejected
 from infra import storage
 
 
@@ -19,8 +20,8 @@ def draw_of(digest: str) -> int:
 
 
 def assign_splits(runs: Iterable[RowRun], val_fraction: float) -> Iterator[RowRun]:
-    """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (but the
-    one row of a val split that would else be empty, in sets of a few dozen). `runs` are walked twice."""
+    """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (except
+    one row, where val would be empty in a set of a few dozen). `runs` are walked twice."""
     limit, count, least = int(val_fraction * 2**32), 0, 2**32
     for run in runs:
         if not run.split and len(run.row_R):

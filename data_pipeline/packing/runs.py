@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.flow.ledger import Ledger
+from data_pipeline.stages.ledger import Ledger
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.flow.columns import count_statuses
-from data_pipeline.flow.stage import OK
-from data_pipeline.loading.index import ShardEntry, read_table, rows_from_bytes
+from data_pipeline.layout import checksum
+from data_pipeline.loading.index import ShardEntry, read_split, rows_from_bytes
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.layout import checksum
 from data_pipeline.pairs import Partners, rejected_split
+from data_pipeline.parquet_io import read_table
 from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
+from data_pipeline.stages.columns import count_statuses
+from data_pipeline.stages.stage import OK
 from infra import storage
 from infra.errors import UnavailableError, UserError
 from infra.log import Progress
@@ -38,7 +39,7 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
     origins: Counter[tuple[str, int]] = Counter()
     for split, about in info.splits.items():
         path = storage.join(uri, about.index)
-        entries = [ShardEntry(**row) for row in read_table(storage.read_bytes(path), path).to_pylist()]
+        entries = read_split(uri, about.index)
         if sum(entry.num_samples for entry in entries) != about.num_samples:
             findings.problems.append(f"{path}: other sample counts than dataset.json")
         tasks += [(split, entry) for entry in entries]

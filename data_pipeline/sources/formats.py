@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.loading.index import read_table
+from data_pipeline.parquet_io import read_table
 from data_pipeline.schema import fingerprint
 from data_pipeline.sources.fetch import Fetch
 from data_pipeline.sources.layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource

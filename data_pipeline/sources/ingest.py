@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from data_pipeline.flow.columns import Column
 from data_pipeline.packing.shards import plain_key
 from data_pipeline.schema import Manifest
 from data_pipeline.sources.formats import RawRow, Source, SourceUnit
+from data_pipeline.stages.columns import Column
 
 VERSION = 1
 MAX_SHARD_BYTES = 512 * 2**20

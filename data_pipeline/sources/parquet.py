@@ -88,7 +88,7 @@ class ParquetSource:
             wanted = [where["image"], where["caption"], *(["key"] if has_key else [])]
             batches = parquet.iter_batches(
                 URLS_AT_ONCE if urls else IMAGES_AT_ONCE, row_groups=[where["group"]], columns=wanted,
-                use_threads=False,  # as index.read_table
+                use_threads=False,  # as in parquet_io.py
             )  # fmt: skip
             for batch in batches:
                 rows = batch.to_pylist()

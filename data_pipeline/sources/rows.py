@@ -34,7 +34,7 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What one ingest task reads: `where` is for the source that listed it. `split` is "" where pack shall decide."""
+    """What one ingest task reads: `where` is for the source that listed it. `split` is "" where pack decides."""
 
     id: str
     split: str
@@ -95,7 +95,7 @@ def existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
 
 
 def read_row(key: str, uri: str, caption: bytes | str | None) -> RawRow:
-    """A row whose image is a file; one that cannot be read is a counted row, a store that sleeps stops the unit."""
+    """A row whose image is a file. One that cannot be read is a row with that status; a store that is down raises."""
     try:
         return RawRow(key, storage.read_bytes(uri), caption)
     except UnavailableError:

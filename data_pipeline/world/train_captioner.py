@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.images import pixels
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.fit import fit, logger
@@ -80,16 +81,11 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     return model, AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def normalised(images: list[np.ndarray]) -> Tensor:
-    """What the image processor makes of 64x64 images: the range -1..1."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def write_captions(model: Any, tokenizer: Any, images: list[np.ndarray]) -> list[str]:
     texts: list[str] = []
     for first in range(0, len(images), 100):
-        pixels_BCHW = normalised(images[first : first + 100])
+        pixels_BCHW = pixels(images[first : first + 100])
         ids_BL = model.generate(pixel_values=pixels_BCHW, max_new_tokens=TOKENS + 4, do_sample=False)
         texts += [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
     return texts
@@ -124,7 +120,7 @@ def train_captioner(
         texts = [detailed_caption(scene) + tokenizer.eos_token for scene in scenes]
         ids_BL = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
         labels_BL = ids_BL.masked_fill(ids_BL == tokenizer.pad_token_id, -100)
-        return model(pixel_values=normalised([scene.image for scene in scenes]), labels=labels_BL).loss
+        return model(pixel_values=pixels([scene.image for scene in scenes]), labels=labels_BL).loss
 
     average, steps = fit(model, loss_of_step, minutes=minutes, muon_lr=lr)
     average.half().save_pretrained(out)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.images import pixels
 from data_pipeline.world.cards import Figure, trained_line, write_card
 from data_pipeline.world.fit import fit, logger
 from data_pipeline.world.scenes import SIZE, make_scene
@@ -45,12 +46,6 @@ CONFIG: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-
-
-def pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 HxWx3 images to the autoencoder's range -1..1, channels last in memory."""
-    x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x_BCHW.to(memory_format=torch.channels_last)
 
 
 def crop(seed: int, index: int) -> np.ndarray:

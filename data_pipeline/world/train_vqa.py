@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.images import pixels
 from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.fit import fit
 from data_pipeline.world.judge_training import (
@@ -104,11 +105,6 @@ class Batch:
                 self.asked += questions(words, scene, NUM_QUESTIONS)
         self.pixels_B3HW = pixels(images)
         self.class_BP, self.color_BP, self.centre_BP = (torch.from_numpy(np.stack(t)) for t in zip(*truth))
-
-
-def pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 images as the processor would normalise them, (B, 3, H, W) in -1..1."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def first_logits(vqa: Any, image_QPD: Tensor, tokens: Any, answers: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _ray_job(job: Job) -> dict[str, Any]:
         "workerGroupSpecs": [workers],
     }
     if job.working_dir != ".":
-        raise UserError("a RayJob runs in the image's own folder: leave --working-dir out and set WORKDIR in the image")
+        raise UserError("a RayJob runs in the image's own folder: omit --working-dir and set WORKDIR in the image")
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",

@@ -48,7 +48,7 @@ def _arguments(job: Job) -> list[str]:
 
 
 def _need_answer(address: str | None) -> None:
-    """`ray job submit` to nobody ends in a trace as well."""
+    """Without a cluster `ray job submit` ends in a trace as well."""
     parts = urlsplit(address or "http://127.0.0.1:8265")
     if parts.scheme not in ("http", "https"):
         raise UserError(f"address {address}: jobs go to the dashboard: write --option address=http://HEAD:8265")

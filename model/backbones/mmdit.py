@@ -137,7 +137,7 @@ class DualMMDiTBlock(nn.Module):
 
 
 class FinalMMDiTBlock(nn.Module):
-    """The last block: text gives keys and values only, so its queries are not attended with."""
+    """The last block: image tokens attend to the text, whose own output is not used."""
 
     def __init__(self, config: TokenConfig):
         super().__init__()

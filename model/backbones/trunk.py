@@ -107,7 +107,7 @@ class TokenConfig(ABC):
         return cls(**fields)
 
     def parameter_count(self) -> int:
-        """Closed form (facts A.4 for MM-DiT)."""
+        """In closed form; test_model_flops.py holds it against the module's own parameters."""
         h = self.width
         embed = (self.pixels + 1) * h + (TIME_CHANNELS + 1 + self.pooled_width + 1) * h + 2 * (h * h + h)
         embed += (self.context_width + 1) * h

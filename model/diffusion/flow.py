@@ -90,6 +90,7 @@ class Formulation:
         return t
 
     def sample(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> FlowSample:
+        """Data and noise of one shape (B, ...), mixed at times t_B."""
         level = self.path.level(t_B.double())
         alpha, beta = TARGETS[self.target](level)
         x_t = like(level.a, x0) * x0 + like(level.b, x0) * noise
@@ -124,7 +125,7 @@ class Formulation:
         return like(da, x_t) * x0 + like(db, x_t) * noise
 
     def from_x0_and_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """The prediction that a network with these beliefs would give."""
+        """The prediction that implies this x0 and this noise."""
         alpha, beta = TARGETS[self.target](self.path.level(t_B.double()))
         return like(alpha, x0) * x0 + like(beta, x0) * noise
 

@@ -20,10 +20,11 @@ Grid = Literal["default", "released"]
 
 # eps/cos divides by a, which is 0 at t = 1: start one thousandth before.
 COSINE_EPS_START = 0.999
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM (arXiv 2206.00364), table 1 and eq. 5
 
 
 def over_sigma(formulation: Formulation) -> bool:
+    """Is it integrated over sigma = b/a, not over t?"""
     return isinstance(formulation.path, (EDM, Linear))
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from model.diffusion.timesteps import require_finite
 from model.errors import ModelError
 
-SIGMA_DATA = 0.5
+SIGMA_DATA = 0.5  # of latents, as EDM assumes it of images (arXiv 2206.00364, table 1)
 
 
 @dataclass(frozen=True)
 class Level:
-    """One noise level per sample: z = a x0 + b noise, the time value told to the network, the factor on its input."""
+    """One noise level per sample: z = a x0 + b noise, the time value given to the network, the factor on its input."""
 
     a: Tensor
     b: Tensor
@@ -36,15 +36,21 @@ class Path(Protocol):
     @property
     def formula(self) -> str: ...
 
-    def level(self, t: Tensor) -> Level: ...
+    def level(self, t: Tensor) -> Level:
+        """Noise levels at times in [0, 1], in the shape of `t`."""
+        ...
 
     def slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(da/dt, db/dt)."""
         ...
 
-    def level_of_ratio(self, ratio: Tensor) -> Level: ...
+    def level_of_ratio(self, ratio: Tensor) -> Level:
+        """Noise levels where b/a is `ratio`."""
+        ...
 
-    def time_of_ratio(self, ratio: Tensor) -> Tensor: ...
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        """The times at which b/a is `ratio`."""
+        ...
 
 
 @dataclass(frozen=True)

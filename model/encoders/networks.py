@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.encoders.text import Convention, EncodedText, EncoderSpec, Layout, TextCond, TextSpec, assemble
+from model.encoders.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble
 from model.errors import ModelError, some
 
 
@@ -69,12 +69,13 @@ def load_text_encoders(
         path = Path(resolve(encoder.checkpoint))
         if not path.is_dir():
             raise ModelError(f"text encoder {encoder.checkpoint!r}: no folder at {path}; expected the hub's layout")
-        loaded[encoder.seat] = LOADERS[encoder.kind](path, encoder, spec.convention, spec.layout, device, dtype)
+        loaded[encoder.seat] = LOADERS[encoder.kind](path, encoder, spec, device, dtype)
     return TextEncoders(spec, loaded)
 
 
-def _projected(encoder: EncoderSpec, convention: Convention) -> bool:
-    return convention == "diffusers" or encoder.seat == "clip_g"
+def _projected(encoder: EncoderSpec, spec: TextSpec) -> bool:
+    """Is the pooled vector taken after CLIP's projection?"""
+    return spec.convention == "diffusers" or encoder.seat == "clip_g"
 
 
 def _checked(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length_B: Tensor) -> EncodedText:
@@ -131,7 +132,7 @@ def _tokenize(
 
 
 def _open_clip(
-    path: Path, encoder: EncoderSpec, convention: Convention, layout: Layout, device: Any, dtype: torch.dtype
+    path: Path, encoder: EncoderSpec, spec: TextSpec, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
     import open_clip
     from safetensors import SafetensorError
@@ -148,7 +149,7 @@ def _open_clip(
     limit = tower.positional_embedding.shape[0]
     if encoder.tokens > limit:
         raise ModelError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
-    projected = _projected(encoder, convention)
+    projected = _projected(encoder, spec)
     # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
     # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
     pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
@@ -173,11 +174,11 @@ def _open_clip(
 
 
 def _clip_hf(
-    path: Path, encoder: EncoderSpec, convention: Convention, layout: Layout, device: Any, dtype: torch.dtype
+    path: Path, encoder: EncoderSpec, spec: TextSpec, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
     from transformers import CLIPTextModelWithProjection
 
-    projected = _projected(encoder, convention)
+    projected = _projected(encoder, spec)
     model = _from_pretrained(
         CLIPTextModelWithProjection, path, dtype, device, unused=None if projected else "text_projection."
     )
@@ -194,18 +195,18 @@ def _clip_hf(
 
 
 def _t5_hf(
-    path: Path, encoder: EncoderSpec, convention: Convention, layout: Layout, device: Any, dtype: torch.dtype
+    path: Path, encoder: EncoderSpec, spec: TextSpec, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
     from transformers import T5EncoderModel
 
     if dtype == torch.float16:
         raise ModelError("T5 overflows in float16; load it in bfloat16 or float32")
     model = _from_pretrained(T5EncoderModel, path, dtype, device)
-    return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=layout == "trimmed")
+    return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=spec.layout == "trimmed")
 
 
 def _bert_hf(
-    path: Path, encoder: EncoderSpec, convention: Convention, layout: Layout, device: Any, dtype: torch.dtype
+    path: Path, encoder: EncoderSpec, spec: TextSpec, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
     from transformers import AutoModel
 
@@ -213,7 +214,9 @@ def _bert_hf(
     return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=True)
 
 
-def _masked_encoder(model: Any, tokenizer: Any, encoder: EncoderSpec, device: Any, *, use_mask: bool) -> TextEncoder:
+def _masked_encoder(
+    model: Any, tokenizer: Any, encoder: EncoderSpec, device: torch.device | str, *, use_mask: bool
+) -> TextEncoder:
     """Final states of a bidirectional encoder; SD3 runs T5 without a mask, so padding states are part of the input."""
 
     def encode(captions: Sequence[str]) -> EncodedText:
@@ -224,7 +227,7 @@ def _masked_encoder(model: Any, tokenizer: Any, encoder: EncoderSpec, device: An
     return encode
 
 
-LOADERS: dict[str, Callable[..., TextEncoder]] = {
+LOADERS: dict[str, Callable[[Path, EncoderSpec, TextSpec, torch.device | str, torch.dtype], TextEncoder]] = {
     "open_clip": _open_clip,
     "clip_hf": _clip_hf,
     "t5_hf": _t5_hf,

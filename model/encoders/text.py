@@ -1,7 +1,7 @@
 """From encoder outputs to what a backbone reads: TextSpec (which encoders, which layout), TextCond, and `assemble`.
 
 CLIP seats are concatenated on channels and zero-padded to context_width, the T5 seat follows along the sequence;
-pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders themselves live in encoders.py.
+pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders themselves live in networks.py.
 """
 # Shapes: B batch, L text tokens, D context width, W width of one encoder, P pooled width.
 
@@ -168,8 +168,12 @@ class EncodedText:
         return self.hidden_BLW.shape[0]
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
-        """(hidden_LW cut to its length, pooled_P): what a shard stores under the trimmed layout."""
+        """(hidden_LW cut to its length, pooled_P) of one caption."""
         return self.hidden_BLW[index, : int(self.length_B[index])], self.pooled_BP[index]
+
+    def stored(self, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        """(hidden_LW, pooled_P) of one caption as a shard stores them: only real tokens under `trimmed`."""
+        return self.row(index) if layout == "trimmed" else (self.hidden_BLW[index], self.pooled_BP[index])
 
     @staticmethod
     def stack(hidden: Sequence[Tensor], pooled: Sequence[Tensor]) -> EncodedText:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError, some
-from model.files.weights import json_object
+from model.errors import ModelError, json_object, some
 
 
 def load_vae(path: str | Path) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.backbones.mmdit import MMDiTConfig
-from model.errors import ModelError
+from model.errors import ModelError, json_object
 from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
 from model.files.pipeline import write_pipeline
 from model.files.weights import (
@@ -19,7 +19,6 @@ from model.files.weights import (
     check_meta,
     check_tensors,
     described,
-    json_object,
     load_weights,
     save_weights,
     write_safetensors,
@@ -41,7 +40,7 @@ def convert(
     """Read `source` in whatever dialect it has, write `target`; returns one line that says what was done.
 
     Without `to`: our weights become a diffusers folder (or an SD3 file where target ends in .safetensors), anything
-    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm to weights without.
+    else becomes ours. `kind` labels weights that come from elsewhere; `with_qk_norm` adds QK-norm where it is missing.
     """
     source, target = Path(source), Path(target)
     found, config, state, meta = read_any(source, kind)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import Latents, load_vae
-from model.errors import ModelError, some
+from model.errors import ModelError, json_object, some
 from model.files.names import diffusers_config, to_diffusers
-from model.files.weights import described, expected_tensors, json_object, write_safetensors
+from model.files.weights import described, expected_tensors, write_safetensors
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {
@@ -46,7 +46,7 @@ def save_at_once(
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A transformers folder that was looked through; `width` of its states, `pooled` of its pooled vector."""
+    """A transformers folder that was checked; `width` of its states, `pooled` of its pooled vector."""
 
     files: tuple[Path, ...]
     architecture: str
@@ -121,7 +121,7 @@ def _write_transformer(
     split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=MAX_FILE)
     for old in folder.glob(f"{TRANSFORMER}*"):
         if old.name not in split.filename_to_tensors:
-            old.unlink()  # diffusers would read an index of before
+            old.unlink()  # diffusers would read an index left there
     tensors = to_diffusers(config, state)
     for name, names in split.filename_to_tensors.items():
         save(folder / name, {n: layout[n] for n in names}, islice(tensors, len(names)), meta)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
-from model.errors import ModelError, some
+from model.errors import ModelError, json_object, some
 
 META_KEY = "beeline"
 REQUIRED_META: dict[str, type] = {"kind": str, "backbone": str, "config": dict}
@@ -90,17 +90,6 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
     meta = json_object(text, f"{path}: {META_KEY} metadata")
     check_meta(meta, str(path))
     return file, meta
-
-
-def json_object(text: str | bytes, source: str) -> dict[str, Any]:
-    """Parsed; anything but an object is refused."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ModelError(f"{source} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{source} is JSON of type {type(found).__name__}, expected an object")
-    return found
 
 
 def described(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:

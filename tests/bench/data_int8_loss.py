@@ -10,8 +10,8 @@ import sys
 
 import torch
 
+from data_pipeline.layout import quantise
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.layout import quantise
 from model.diffusion.validation import VAL_PROTOCOLS, validation_losses
 from model.encoders.text import TextCond
 from model.files.weights import load_model

@@ -9,8 +9,8 @@ from data_pipeline.schema import read_dataset_info
 from infra import storage
 from infra.errors import UserError, UserErrors
 from trainer.recipe import Recipe
+from trainer.runfolder import DATA
 
-RUN_DATA = "data.json"  # in a run's folder: dataset.json as it stood
 ROOM = 2.0  # times a data set's resolution squared; data_pipeline/buckets.py makes shapes that differ by some per cent
 
 
@@ -42,8 +42,8 @@ def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
         texts = [f"text_{encoder.seat}" for encoder in spec.encoders]
         columns = dict.fromkeys(name for what, *_ in differ for name in (texts if "text" in what else ["latents"]))
         yield (
-            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: take the data the recipe was made "
-            f"for, give these flags, or make columns {', '.join(columns)} of the data anew"
+            f"{dataset.uri} does not fit recipe {recipe.name}: {'; '.join(wrong)}: use the data the recipe was made "
+            f"for, give these flags, or rebuild columns {', '.join(columns)} of the data"
         )
 
 
@@ -80,9 +80,9 @@ def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
 
 def check_made_alike(dataset: Dataset, run: str) -> None:
     """Data that was made anew, by other settings, since a run began with it: which column, and what changed."""
-    if not storage.exists(storage.join(run, RUN_DATA)):
+    if not storage.exists(storage.join(run, DATA)):
         return
-    found = misfits(dataset.info, read_dataset_info(run, RUN_DATA))
+    found = misfits(dataset.info, read_dataset_info(run, DATA))
     if found:
         raise UserError(
             f"{dataset.uri} does not fit the run {run}: {in_words(found)}: make these columns anew as the run asks "

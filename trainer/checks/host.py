@@ -101,4 +101,4 @@ def check_gpu(recipe: Recipe) -> None:
     p = recipe.parallel
     asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(p, name)]
     if asked and not torch.cuda.is_available():
-        raise UserError(f"recipe {recipe.name}: parallel.{' and '.join(asked)} need a GPU, there is none: leave it out")
+        raise UserError(f"recipe {recipe.name}: parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")

@@ -1,4 +1,4 @@
-"""Everything that can be refused before any work, found in one look: `prepare` goes on after a mistake.
+"""Everything that can be refused before any work, all at once: `prepare` goes on after a mistake.
 
 The data against the recipe is in fitting.py, what one machine may lack in host.py.
 """
@@ -27,6 +27,7 @@ from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.recipe import Recipe, check, differences
+from trainer.runfolder import RECIPE, checkpoints_of, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
@@ -73,7 +74,7 @@ class Findings:
         return None
 
     def tell(self) -> None:
-        """Refuse when there was anything."""
+        """Raise a Refusal if there were any."""
         if self._lines or self._here:
             raise Refusal(self._lines, self._here)
 
@@ -91,8 +92,8 @@ class Ready:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Rank 0 says what it finds, the others leave quietly after it has spoken. What may be true of another node alone
-    is said by that node's first rank, with the node's name."""
+    """Rank 0 reports what it finds; the others exit quietly afterwards. What may be true of another node alone is
+    reported by that node's first rank, with the node's name."""
     try:
         yield
     except (UserError, ModelError) as error:
@@ -122,7 +123,7 @@ def prepare(
     if dataset is not None:
         val = _check_splits(found, recipe, data, dataset)
         begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
-        if checkpoint.candidates(storage.join(begun, "checkpoints")):
+        if checkpoint.candidates(checkpoints_of(begun)):
             found.ask(check_made_alike, dataset, begun)
     complete = _with_fingerprint(started or recipe, dataset)
     unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
@@ -218,7 +219,7 @@ def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
 
 def own_first(out: str, resume: str) -> str:
     """The same command continues a run: once it has checkpoints of its own they count, not the one it branched from."""
-    if resume in ("latest", "none") or not checkpoint.candidates(storage.join(out, "checkpoints")):
+    if resume in ("latest", "none") or not checkpoint.candidates(checkpoints_of(out)):
         return resume
     return "latest"
 
@@ -229,7 +230,7 @@ def check_run_folder(
     """An existing run continues only with the recipe that it was started with. Where it would continue, in words;
     `thorough` reads every byte of that checkpoint, as the run itself does before its first step. `unknown` fields of
     the recipe, which other mistakes left open, are not compared."""
-    root, found = storage.join(out, "checkpoints"), Findings()
+    root, found = checkpoints_of(out), Findings()
     folders = checkpoint.candidates(root)
     if resume == "none" and folders:
         raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")
@@ -248,11 +249,11 @@ def check_run_folder(
 
 
 def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:
-    uri = storage.join(out, "recipe.json")
+    uri = storage.join(out, RECIPE)
     if not storage.exists(uri):
         return
     try:
-        old = Recipe.from_json(json.loads(storage.read_bytes(uri)))
+        old = read_recipe(out)
     except ValueError as error:
         raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
     changed = [line for line in differences(old, recipe) if not line.startswith(unknown)]

@@ -16,6 +16,7 @@ from model.files.weights import expected_tensors
 from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
 from trainer.exports.card import model_card, weights_meta
 from trainer.exports.export import StoredWeights, Weights, stream
+from trainer.runfolder import run_name
 from trainer.zero.rankfile import put
 
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
@@ -26,7 +27,7 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     stored = StoredWeights(folder, kind=kind, profile=profile)
     recipe = stored.recipe
     if recipe.lora.rank is None:
-        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: leave --lora out")
+        raise UserError(f"{folder}: this run trained all of its weights and has no adapter: omit --lora")
     meta = _meta(stored, info, kind=kind, run=run)
     shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
     ours = {peft_name(name): name for name in stored.shapes}
@@ -45,7 +46,7 @@ def export_diffusers_adapter(
     stored = StoredWeights(folder, kind=kind, profile=profile)
     recipe = stored.recipe
     if recipe.lora.rank is None or not isinstance(recipe.model, MMDiTConfig):
-        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers reads: leave --lora out")
+        raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers could read: omit --lora")
     names = expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
     adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
     model, scale = recipe.model, recipe.lora_alpha / recipe.lora.rank
@@ -64,6 +65,5 @@ def export_diffusers_adapter(
 
 
 def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=name)
+    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=run_name(run))
     return meta | {"init_weights": stored.recipe.init_weights}

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from model.files.weights import META_KEY, expected_tensors
 from model.lora import merging
 from trainer.exports.card import Meta, figures, model_card, weights_meta
 from trainer.recipe import Recipe
+from trainer.runfolder import run_name
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
@@ -155,16 +155,12 @@ def _copy(source: str, target: str) -> None:
             put(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
     here, there = storage.local_path(source), storage.local_path(target)
-    there.parent.mkdir(parents=True, exist_ok=True)
-    temp = there.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
-    try:
+    with storage.temp_beside(there) as temp:
         try:
             os.link(here, temp)
         except OSError:
             shutil.copyfile(here, temp)
         temp.replace(there)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 class StoredWeights:
@@ -202,7 +198,7 @@ def stored_weights(
         scale = recipe.lora_alpha / recipe.lora.rank
         whole = merging(weights_reader(base_of(recipe, base), shapes), stored, stored.shapes, scale=scale)
     elif base is not None:
-        raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: leave --base out")
+        raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: omit --base")
     buffers = {POSITIONS: position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
     meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
@@ -228,8 +224,7 @@ def export_as(
     base: str | None = None,
 ) -> int:  # fmt: skip
     """A checkpoint in one of the formats; the number of parameters."""
-    name = run.rstrip("/").rsplit("/", 1)[-1]
-    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=name, base=base)
+    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
     return write_as(to, out, weights, info=info, run=run)
 
 
@@ -241,7 +236,7 @@ def write_as(to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str
     else:
         check_target(Path(out), to)
         if not isinstance(model, MMDiTConfig):
-            raise UserError(f"{run}: trained a {model.name}; only mmdit has other dialects: leave --format out")
+            raise UserError(f"{run}: trained a {model.name}; only mmdit has other formats: omit --format")
         _write_sd3(out, model, weights) if to == "sd3" else _write_diffusers(out, model, weights, info, run)
     if to != "diffusers":
         storage.write_bytes(f"{out}.md", model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
@@ -272,4 +267,4 @@ def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: Datas
             storage.upload(path, written[-1])
     for old in storage.list_files(storage.join(out, "transformer")):
         if old not in written and old.rsplit("/", 1)[-1].startswith(TRANSFORMER):
-            storage.delete(old)  # diffusers would read an index of before
+            storage.delete(old)  # diffusers would read an index left there

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 
 from infra import storage
 from infra.errors import UserError
-from infra.results import ResultStore
 from model.flops import train_flops_per_image
-from trainer.recipe import Recipe
+from trainer.runfolder import last_val_loss, read_recipe
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,15 @@ def tell(runs: Sequence[str], *, out: str) -> str:
 
 def cell_of(run: str) -> Cell:
     """By the run's own files; its budget is in its name."""
-    recipe = Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, "recipe.json"))))
-    rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
-    if not rows:
-        raise UserError(f"{run}: no validation loss; leave --options validation.every=None out")
+    recipe = read_recipe(run)
+    loss = last_val_loss(run, recipe)
+    if loss is None:
+        raise UserError(f"{run}: no validation loss: omit --options validation.every=None")
     _, height, width = recipe.data.latent_shape
     flops = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
     return Cell(
         float(run.rsplit("-", 1)[-1]), recipe.images * flops, recipe.model.depth, recipe.model.parameter_count(),
-        recipe.images, rows[-1].value, rows[-1].low, rows[-1].high,
+        recipe.images, loss.value, loss.low, loss.high,
     )  # fmt: skip
 
 

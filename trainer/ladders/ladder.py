@@ -13,19 +13,20 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from model.files.weights import META_KEY
 from model.flops import train_flops_per_image
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
+from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_of, step_name
 from trainer.zero.group import free_port
 
 log = get_logger("ladder")
-UNSTABLE = "unstable.json"  # written by a run whose guard ended it
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that shall exist: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
+    """A run to train unless it exists: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
 
     recipe: Recipe
     run: str
@@ -77,7 +78,7 @@ def iso_flop(
         constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
         trunks.append(Job(recipe, trunk, longest, (*options, *constant)))
         for budget, images in horizons.items():
-            source = storage.join(trunk, "checkpoints", f"step_{starts[budget] // recipe.global_batch:07d}")
+            source = storage.join(checkpoints_of(trunk), step_name(starts[budget] // recipe.global_batch))
             branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
             run = storage.join(out, f"{recipe.name}-{budget:g}".replace("+", ""))
             branches.append(Job(recipe, run, images, (*options, *branch)))
@@ -113,7 +114,7 @@ def train_missing(
 ) -> list[str]:
     """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
 
-    `unstable_is_a_result`: a run that its guard ended is told and passed over, as sweeps want.
+    `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
     ranks = num_ranks or default_ranks()
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
@@ -213,7 +214,7 @@ def images_trained(run: str) -> int | None:
 
 def is_done(run: str) -> bool:
     """By its folder: `deepspeed` ends with 0 when its second process is killed."""
-    uri = storage.join(run, "recipe.json")
+    uri = storage.join(run, RECIPE)
     return storage.exists(uri) and (images_trained(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
 
 
@@ -221,7 +222,7 @@ def _metadata(uri: str) -> dict[str, Any]:
     """The metadata of a weights file, reading its header only (s3:// too)."""
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     header = json.loads(storage.read_bytes(uri, 8, length))
-    return json.loads(header["__metadata__"]["beeline"])
+    return json.loads(header["__metadata__"][META_KEY])
 
 
 def run_command(command: list[str], run: str) -> None:
@@ -243,5 +244,5 @@ def judge(run: str, code: int) -> None:
     if code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
     if code != 0 or not is_done(run):
-        then = "mend that first" if code == 2 else "run the same command again"
+        then = "fix that first" if code == 2 else "run the same command again"
         raise UserError(f"{run}: training ended unfinished, exit code {code}; its own message stands above: {then}")

@@ -10,11 +10,11 @@ from typing import Any
 from data_pipeline.loading.loader import open_dataset
 from infra import storage
 from infra.errors import UserError, nearest
-from infra.results import ResultStore
 from model.diffusion.flow import FORMULATIONS, STUDY
 from trainer.ladders.ladder import Job, train_missing
 from trainer.recipe import Recipe
 from trainer.recipes import get_family, get_recipe
+from trainer.runfolder import last_val_loss
 
 SAFE = {"/": "-", "(": "_", ")": "", ",": "_"}  # a formulation's name as a folder's
 
@@ -97,8 +97,8 @@ def folder_name(formulation: str) -> str:
 
 def final_loss(run: str, recipe: Recipe) -> float:
     """EMA validation loss at the end of a run; nan when it has none."""
-    rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
-    return rows[-1].value if rows else math.nan
+    row = last_val_loss(run, recipe)
+    return math.nan if row is None else row.value
 
 
 def best_rate(points: Sequence[Point]) -> float | None:

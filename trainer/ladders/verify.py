@@ -21,7 +21,7 @@ from trainer.ladders.ladder import run_command, train_command
 from trainer.recipe import Recipe
 
 log = get_logger("verify")
-CLOSE = 1e-5
+CLOSE = 1e-5  # relative difference of two losses that differ by the order of fp32 sums
 CLOSE_WEIGHTS = 1e-3  # Adam divides by the root of a moment: where a gradient is all rounding, so is the step
 TWICE = 2.0  # the two drifts are one draw each of the same rounding errors
 

@@ -17,7 +17,8 @@ from trainer.recipe import Recipe
 ADAM_MOMENTS = 2
 USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels and NCCL
 STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, table 7: latent, CLIP-L, CLIP-G, T5
-DOLLARS_PER_GB_MONTH = 0.023
+DOLLARS_PER_GB_MONTH = 0.023  # of object storage: a list price from memory
+HOURS_PER_MONTH = 730
 
 
 class Cost(NamedTuple):
@@ -71,11 +72,7 @@ def make_plan(
     }
     stage = recipe.parallel.zero_stage
     time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, tried=tried, extra=extra)
-    step, steps = time["step_seconds"], recipe.steps
-    checkpoint = checkpoint_bytes(recipe, parameters)
-    storage = checkpoint * min(recipe.logging.keep, recipe.logging_saves)
-    storage += (recipe.logging_saves + 2) * 4 * parameters
-    hours = step * steps / 3600
+    hours = time["step_seconds"] * recipe.steps / 3600
     price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
         "recipe": recipe.name,
@@ -88,8 +85,8 @@ def make_plan(
         "forward_flops_per_image": forward_flops_per_image(recipe.model, height, width, tokens),
         "train_flops_per_image": train_flops,
         "images": recipe.images,
-        "steps": steps,
-        "train_flops": train_flops * steps * recipe.global_batch,
+        "steps": recipe.steps,
+        "train_flops": train_flops * recipe.steps * recipe.global_batch,
         "world_size": world,
         "zero_stage": stage,
         "micro_batch": micro,
@@ -101,23 +98,30 @@ def make_plan(
             "kept": kept.kept(recompute=False), "recomputed": kept.kept(recompute=True),
         },
         "advice": advice(recipe, per_stage, machine),
-        "checkpoint_bytes": checkpoint,
-        "storage_bytes": storage,
+        "checkpoint_bytes": checkpoint_bytes(recipe, parameters),
+        "storage_bytes": storage_bytes(recipe, parameters),
         "time": time | {"hours": hours, "device_hours": hours * world},
         "tried": tried and {name: cost._asdict() for name, cost in tried._asdict().items()},
         "dollars": hours * world * price,
         "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
-        "predicted": {
-            "cost/parameters": parameters,
-            "cost/checkpoint_bytes": checkpoint,
-            "cost/storage_bytes": storage,
-            "cost/images_per_second": recipe.global_batch / step,
-            "cost/step_seconds": step,
-            **({} if machine.overlap else {"cost/step_cpu_seconds": time["work_seconds"]}),
-            **{f"cost/bytes_per_rank/{name}": value for name, value in per_stage[f"stage{stage}"].items()
-               if name in ("weights", "masters", "moments", "gradients", "ema", "activations")},
-        },
+        "predicted": _predicted(recipe, machine, parameters, time, per_stage[f"stage{stage}"]),
     }  # fmt: skip
+
+
+def _predicted(
+    recipe: Recipe, machine: Machine, parameters: int, time: dict[str, float], per_rank: dict[str, int]
+) -> dict[str, float]:
+    """What a run measures, under the names of its result rows."""
+    measured = ("weights", "masters", "moments", "gradients", "ema", "activations")
+    return {
+        "cost/parameters": parameters,
+        "cost/checkpoint_bytes": checkpoint_bytes(recipe, parameters),
+        "cost/storage_bytes": storage_bytes(recipe, parameters),
+        "cost/images_per_second": recipe.global_batch / time["step_seconds"],
+        "cost/step_seconds": time["step_seconds"],
+        **({} if machine.overlap else {"cost/step_cpu_seconds": time["work_seconds"]}),
+        **{f"cost/bytes_per_rank/{name}": value for name, value in per_rank.items() if name in measured},
+    }
 
 
 def trained_parameters(recipe: Recipe, parameters: int) -> int:
@@ -204,7 +208,14 @@ def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machin
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Masters, moments and EMA profiles, in fp32."""
     return 4 * trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
+
+
+def storage_bytes(recipe: Recipe, parameters: int) -> int:
+    """A run's folder at its end: checkpoints that are kept, EMA weights of every save, final EMA and raw weights."""
+    kept = min(recipe.logging.keep, recipe.num_saves)
+    return kept * checkpoint_bytes(recipe, parameters) + (recipe.num_saves + 2) * 4 * parameters
 
 
 def step_time(
@@ -306,7 +317,7 @@ def precompute(
     online = recipe.images * machine.encode_seconds / 3600
     once = unique * machine.encode_seconds / 3600
     stored = unique * STORED_BYTES_PER_IMAGE
-    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / 730)
+    storing = stored / 1e9 * DOLLARS_PER_GB_MONTH * max(1.0, hours / HOURS_PER_MONTH)
     return {
         "passes": recipe.images / unique,
         "online_device_hours": online,

@@ -19,6 +19,7 @@ from trainer.planning.machines import Machine, get_machine, this_machine
 from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of
 from trainer.planning.trial import flops_here, step_here
 from trainer.recipe import Recipe
+from trainer.runfolder import PLAN, read_recipe
 
 # Of the planned value, by how the names begin; what has no goal is shown alone.
 GOALS = {"parameters": 0.0, "bytes_per_rank/": 0.05, "checkpoint_bytes": 0.02, "storage_bytes": 0.02, "step_": 0.15}
@@ -27,15 +28,10 @@ Graded = dict[str, tuple[float, float]]
 
 def read_plan(run: str) -> dict[str, Any]:
     """RUN/plan.json."""
-    uri = storage.join(run, "plan.json")
+    uri = storage.join(run, PLAN)
     if not storage.exists(uri):
         raise UserError(f"{run}: no plan.json there: give a run folder, or the name of a recipe")
     return json.loads(storage.read_bytes(uri))
-
-
-def read_recipe(run: str) -> Recipe:
-    """RUN/recipe.json."""
-    return Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, "recipe.json"))))
 
 
 def measured(run: str) -> dict[str, float]:

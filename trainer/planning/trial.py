@@ -30,17 +30,17 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.flops import parameter_count
 from trainer.launchers import start_training
+from trainer.losses import losses_of
 from trainer.planning.plan import Cost, StepCost, train_flops_of
 from trainer.recipe import Recipe
-from trainer.train import losses_of
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, free_port, leave, start
 
 log = get_logger("plan")
-BLOCKS = (2, 4)
-ROUNDS = 3
-TRIES = 3
+BLOCKS = (2, 4)  # of the two shallow models
+ROUNDS = 3  # steps that are timed, after one that warms up
+TRIES = 3  # of trials in which more blocks take no longer, before the machine counts as too busy
 ANSWER = "trial: "
 PASSES = 2  # micro-batches of a step: passes that only add up gradients and those that end a step take their turns
 

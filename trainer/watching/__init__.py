@@ -1,1 +1,1 @@
-"""What is watched while a run trains, and what is told of it."""
+"""What is watched while a run trains, and what is reported of it."""

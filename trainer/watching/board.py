@@ -1,4 +1,4 @@
-"""TensorBoard's curves, over images. Nobody must miss a training for them: a disk without room ends no run."""
+"""TensorBoard's curves, over images. They are dispensable: a full disk must not end a run for them."""
 
 import contextlib
 import threading
@@ -12,7 +12,7 @@ log = get_logger("train")
 
 
 class Board:
-    """Curves in FOLDER. What cannot be written is told once and dropped; `flush` begins a new file where it can."""
+    """Curves in FOLDER. What cannot be written is reported once and dropped; `flush` begins a new file where it can."""
 
     def __init__(self, folder: Path, images_seen: int) -> None:
         self._folder, self._silent = folder, False
@@ -56,7 +56,7 @@ class Board:
 
 
 def _quiet_writers() -> None:
-    """TensorBoard's thread keeps its exception for the next call, and lets it fly as well: once is enough."""
+    """TensorBoard's writer thread keeps its exception for the next call and also raises it: once is enough."""
     hook = threading.excepthook
     if getattr(hook, "quiet_writers", False):
         return

@@ -26,7 +26,7 @@ LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth
 
 
 class Monitor:
-    """Figures since the last `take`."""
+    """Gathers figures of the steps since the last `take`."""
 
     def __init__(self, recipe: Recipe, group: Group, machine: Machine) -> None:
         self.group, self._machine = group, machine
@@ -42,7 +42,7 @@ class Monitor:
         or compiled."""
         self._eager = not recipe.parallel.compile
         if not self._eager and group.rank == 0:
-            log.info("attention/max_logit and attention/entropy are not told: compiled blocks cannot be looked into")
+            log.info("no attention/max_logit, attention/entropy: the probe cannot see into compiled blocks")
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
         self._figures: dict[str, float] = {}
@@ -89,7 +89,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def looking(self, on: bool) -> Iterator[None]:
-        """Around the forward pass whose attention is to be told, of one sample."""
+        """Around a forward pass whose attention is recorded, for one sample."""
         if not (on and self._eager):
             yield
             return
@@ -109,31 +109,40 @@ class Monitor:
     def take(self) -> dict[str, float]:
         """Figures of all ranks; starts anew. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
-        entropy = sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1)
-        names = list(self._figures)  # the same on all ranks
-        more = [self._figures[name] for name in names]
-        summed = self.group.sum([*self._sums.flatten().tolist(), float(self._images), entropy, *more])
-        logit = max((seen.max_logit for seen in self._attention), default=0.0)
-        shares = [
-            self._waited / seconds, self._averaged / seconds, (time.process_time() - self._cpu) / seconds,
-            (stolen_seconds() - self._stolen) / seconds,
-        ]  # fmt: skip
-        largest = self.group.max([*shares, float(memory_bytes(self.group.device)), logit])
-        rate = summed[2 * BINS] / seconds
+        sums = {
+            **{f"loss/{i}": total for i, total in enumerate(self._sums[0].tolist())},
+            **{f"count/{i}": count for i, count in enumerate(self._sums[1].tolist())},
+            "images": float(self._images),
+            "entropy": sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1),
+            **self._figures,  # the same names on all ranks
+        }
+        largest = {
+            "data_wait": self._waited / seconds,
+            "ema_share": self._averaged / seconds,
+            "cpu_cores": (time.process_time() - self._cpu) / seconds,
+            "stolen_cores": (stolen_seconds() - self._stolen) / seconds,
+            "memory": float(memory_bytes(self.group.device)),
+            "max_logit": max((seen.max_logit for seen in self._attention), default=0.0),
+        }
+        sums = dict(zip(sums, self.group.sum(list(sums.values()))))
+        largest = dict(zip(largest, self.group.max(list(largest.values()))))
         figures = {
-            f"loss/t{(i + 0.5) / BINS:.4f}": summed[i] / summed[BINS + i] for i in range(BINS) if summed[BINS + i]
+            f"loss/t{(i + 0.5) / BINS:.4f}": sums[f"loss/{i}"] / sums[f"count/{i}"]
+            for i in range(BINS)
+            if sums[f"count/{i}"]
         }
         figures |= {
-            "data_wait": largest[0],
-            "mfu": self._flops * rate / (self._machine.flops * self.group.world),
-            "memory_gib": largest[4] / 2**30,
+            "data_wait": largest["data_wait"],
+            "mfu": self._flops * (sums["images"] / seconds) / (self._machine.flops * self.group.world),
+            "memory_gib": largest["memory"] / 2**30,
         }
         if self.group.device.type == "cpu":
             # Cores in use, and those that the host of a virtual machine gave to others: seconds alone say little there.
-            figures |= {"ema_share": largest[1], "cpu_cores": largest[2], "stolen_cores": largest[3]}
+            figures |= {name: largest[name] for name in ("ema_share", "cpu_cores", "stolen_cores")}
         if self._attention:
-            figures |= {"attention/max_logit": largest[5], "attention/entropy": summed[2 * BINS + 1] / self.group.world}
-        figures |= {name: value / summed[2 * BINS] for name, value in zip(names, summed[2 * BINS + 2 :])}
+            entropy = sums["entropy"] / self.group.world
+            figures |= {"attention/max_logit": largest["max_logit"], "attention/entropy": entropy}
+        figures |= {name: sums[name] / sums["images"] for name in self._figures}
         self._sums.zero_()
         self._figures.clear()
         self._attention.clear()

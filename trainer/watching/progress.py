@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the progress line, logs/train.jsonl, TensorBoard and result rows. Rank 0 only."""
+"""What a run reports while it trains: the progress line, logs/train.jsonl, TensorBoard and result rows. Rank 0 only."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from infra.values import Kept, keep_values, one_per_sample
 from infra.version import code_version
 from model.diffusion.validation import half_interval
 from trainer.recipe import Recipe
+from trainer.runfolder import run_name
 from trainer.validate import ValidationLoss
 from trainer.watching.board import Board
 from trainer.watching.trackers import Trackers
@@ -24,11 +25,11 @@ from trainer.zero.uploads import staging
 
 
 class RunLog:
-    """Silent on other ranks than 0. Result rows wait for `flush`, so that a resumed run tells each figure once."""
+    """Silent on ranks other than 0. Result rows wait for `flush`, so that a resumed run reports each figure once."""
 
     def __init__(self, recipe: Recipe, group: Group, out: str, *, images_seen: int, seconds: float) -> None:
         self.recipe, self.group, self.out = recipe, group, out
-        self.run = out.rstrip("/").rsplit("/", 1)[-1]
+        self.run = run_name(out)
         self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
         self._rows: list[ResultRow] = []
         self._values: list[tuple[int, str, Kept]] = []  # images seen, protocol hash, losses per sample
@@ -37,7 +38,7 @@ class RunLog:
         self._seconds: list[float] = []  # of a step, for each line: by the clock,
         self._own: list[float] = []  # on a CPU also without what a host took,
         self._cpu: list[float] = []  # and of work
-        self._lock = threading.Lock()  # on S3 a thread flushes what the loop tells
+        self._lock = threading.Lock()  # on S3 a thread flushes what the loop reports
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
         self._store = ResultStore(storage.join(out, "results"))
@@ -65,7 +66,7 @@ class RunLog:
         self.images_seen = images_seen
 
     def rewind(self, images_seen: int) -> None:
-        """The run went back: what was told of the time after will be told again."""
+        """The run went back: what was reported since then will be reported again."""
         self._progress.update(min(images_seen, self.recipe.images) - min(self.images_seen, self.recipe.images))
         self.images_seen, self._last = images_seen, (images_seen, time.monotonic())
         self._rows = [row for row in self._rows if row.images_seen <= images_seen]
@@ -138,7 +139,7 @@ class RunLog:
             rows = []
             self._keep("".join(lines))
             lines = []
-        finally:  # what did not get through is told the next time
+        finally:  # what did not get through is written the next time
             with self._lock:
                 self._rows, self._lines = rows + self._rows, lines + self._lines
                 self._values = values + self._values
@@ -167,7 +168,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """What led to a failure is kept too; a second failure while telling it must not hide the first."""
+        """What led to a failure is kept too; a second failure while writing it must not hide the first."""
         self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
@@ -182,7 +183,7 @@ class RunLog:
                 raise
 
     def _forget_after(self, images_seen: int) -> None:
-        """Lines from behind the checkpoint that the run continues from will be told again."""
+        """Drop lines from after the checkpoint that the run continues from: they will be written again."""
         path = storage.local_path(self.out) / "logs" / "train.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

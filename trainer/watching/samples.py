@@ -21,7 +21,7 @@ from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
 log = get_logger("samples")
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; eval has settings of its own
 
 
 class Sampler:
@@ -58,7 +58,7 @@ class Sampler:
             self._write(latents_BCHW, uri)
 
     def _write(self, latents_BCHW: Tensor, uri: str) -> None:
-        """Nothing here may end a training: what goes wrong is said and left."""
+        """Nothing here may end a training: errors are logged and passed over."""
         try:
             vae = load_vae(resolve(self.dataset.vae.checkpoint))
             images = self.dataset.vae.latents.decode(vae, latents_BCHW)

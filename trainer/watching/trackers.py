@@ -76,7 +76,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 class Trackers:
-    """All that the recipe names, on rank 0. One that fails is told once and then left alone."""
+    """All that the recipe names, on rank 0. One that fails is reported once and then dropped."""
 
     def __init__(self, recipe: Recipe, run: str, out: str) -> None:
         self._open: dict[str, Tracker] = {}

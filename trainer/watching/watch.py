@@ -1,8 +1,8 @@
-"""Who is alive and who is stuck: every rank beats in the meeting store; a thread reads all beats.
+"""Who is alive and who is stuck: every rank writes heartbeats to the rendezvous store, and a thread reads them all.
 
-A rank whose process is gone ends the others within a minute, with one line that names it, whatever the backend does
-(NCCL would wait for its own timeout). A rank that lives but does not move is reported with its stack traces. A launcher
-that is gone asks its ranks to stop: DeepSpeed's dies of a SIGTERM without a word to them.
+When a rank's process is gone the others exit within a minute, with one line that names it, whatever the backend does
+(NCCL would wait for its own timeout). A rank that is alive but stuck is reported with stack traces. When the launcher
+is gone its ranks save and stop: DeepSpeed's dies of a SIGTERM without telling them.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.launchers import gone
-from trainer.zero.group import Group, lost_peer, meeting_store
+from trainer.runfolder import rank_name, step_name
+from trainer.zero.group import Group, lost_peer, rendezvous_store
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
-BEAT_S, DEAD_S, SURE_S = 3.0, 40.0, 12.0  # SURE_S: a collective has failed already
+BEAT_S, DEAD_S = 3.0, 40.0  # between heartbeats; without one, a rank counts as dead
+SURE_S = 12.0  # the same where a collective has failed already
 RUNNING, LEFT, FAILED = range(3)
 
 
@@ -48,7 +50,7 @@ class Seen:
 
 
 class Watch:
-    """`at` tells what the main thread does; the thread behind it beats, listens and reports."""
+    """`at` notes what the main thread does; threads behind it send heartbeats, read those of others, and report."""
 
     def __init__(
         self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
@@ -61,9 +63,9 @@ class Watch:
         self._state = RUNNING
         self._seen: dict[int, Seen] = {}
         self._stop = threading.Event()
-        self._store: Any = store or (meeting_store() if group.world > 1 else None)
+        self._store: Any = store or (rendezvous_store() if group.world > 1 else None)
         self._contact = time.monotonic()
-        # Talking may block when the network is gone; judging must not.
+        # Talking to the store may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
         self._judge_thread = threading.Thread(target=self._judge, name="watch", daemon=True)
         self._talker.start()
@@ -75,7 +77,7 @@ class Watch:
         self._done += 1
 
     def close(self, state: int = LEFT) -> None:
-        """An orderly end, which the others must not take for a death; FAILED: they shall end too."""
+        """An orderly end, which the others must not take for a death; FAILED: they must end too."""
         self._state = state
         self._stop.set()
         self._talker.join(timeout=10)
@@ -140,7 +142,7 @@ class Watch:
         return []
 
     def rank_0_failed_too(self) -> bool:
-        """After closing as FAILED: a mistake that all ranks found is told by rank 0 alone."""
+        """After closing as FAILED: a mistake that all ranks found is reported by rank 0 alone."""
         if self.group.rank == 0:
             return False
         try:
@@ -162,7 +164,7 @@ class Watch:
         if still < self.stall_s or self._told == here:
             return
         self._told = here
-        name = f"stall_rank_{self.group.rank:05d}_step_{self._step:07d}.txt"
+        name = f"stall_{rank_name(self.group.rank)}_{step_name(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
             storage.write_bytes(uri, stacks().encode())

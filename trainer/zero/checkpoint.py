@@ -18,6 +18,7 @@ from torch import Tensor
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from trainer.runfolder import rank_name, step_name
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
 from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, read_index, write_rank_file
@@ -78,7 +79,7 @@ def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, A
 
 def write(root: str, share: Share, group: Group, *, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
     """Every rank's files under `root`, and the manifest to publish them with; None when a rank failed. Collective."""
-    folder = storage.join(root, f"step_{step:07d}")
+    folder = storage.join(root, step_name(step))
     problem = ""
     entry: tuple[int, ...] = ()
     try:
@@ -98,13 +99,13 @@ def write(root: str, share: Share, group: Group, *, step: int, state: dict[str, 
 
 def withdraw(root: str, step: int) -> None:
     """A damaged checkpoint of the same step must not vouch for new files."""
-    storage.delete(storage.join(root, f"step_{step:07d}", MANIFEST))
+    storage.delete(storage.join(root, step_name(step), MANIFEST))
 
 
 def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
     """Make the files of all ranks, which are there, a checkpoint; then remove what is too old. Rank 0 alone."""
     step = int(manifest["step"])
-    name = f"step_{step:07d}"
+    name = step_name(step)
     storage.write_bytes(storage.join(root, name, MANIFEST), json.dumps(manifest, indent=1).encode())
     storage.write_bytes(storage.join(root, LATEST), f"{name}\n".encode())
     _retain(root, keep, step)
@@ -192,8 +193,8 @@ def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
     rows = group.sum_(words).long().tolist()
     return [
         {
-            f"rank_{rank:05d}.safetensors": "".join(f"{word:08x}" for word in row[:8]),
-            f"rank_{rank:05d}.json": "".join(f"{word:08x}" for word in row[8:]),
+            f"{rank_name(rank)}.safetensors": "".join(f"{word:08x}" for word in row[:8]),
+            f"{rank_name(rank)}.json": "".join(f"{word:08x}" for word in row[8:]),
         }
         for rank, row in enumerate(rows)
     ]

@@ -1,4 +1,4 @@
-"""A thin face of DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
+"""A thin wrapper around DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
 
 Stages 0 to 3 by recipe. Under stage 3 every block of the backbone is a leaf module: one all-gather per block.
 """
@@ -109,10 +109,15 @@ class ZeroEngine:
     def discard(self) -> StepResult:
         """Instead of `step`: throw this step's gradients away; weights and Adam stay as they are. Collective."""
         optimizer = self._engine.optimizer
-        # DeepSpeed forgets gradients when their norm is invalid: hand it such a norm.
-        name = {0: "step", 3: "_get_norm_groups"}.get(self.stage, "scaled_global_norm")
+        # DeepSpeed's ZeRO optimizers forget gradients whose norm is invalid: hand them such a norm. Without ZeRO the
+        # plain optimizer's step is left out.
         bad = torch.tensor(-1.0, device=self.group.device)
-        stand_in = {0: lambda: None, 3: lambda: [bad]}.get(self.stage, lambda: bad)
+        name, stand_in = {
+            0: ("step", lambda: None),
+            1: ("scaled_global_norm", lambda: bad),
+            2: ("scaled_global_norm", lambda: bad),
+            3: ("_get_norm_groups", lambda: [bad]),
+        }[self.stage]
         setattr(optimizer, name, stand_in)
         try:
             self._engine.step()
@@ -307,7 +312,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _quieten(deepspeed: Any) -> None:
-    """DeepSpeed tells each of its settings at start; people want the loss."""
+    """DeepSpeed logs each of its settings at start; people want the loss."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # torch 2.14 renamed the collectives that DeepSpeed 0.19 calls.
     warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning)

@@ -102,7 +102,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     return Group(rank, world, device)
 
 
-def meeting_store() -> Any:
+def rendezvous_store() -> Any:
     """A connection of one's own to the store where the ranks met: safe to use from another thread."""
     return dist.distributed_c10d._get_default_store().clone()
 

@@ -6,9 +6,7 @@ Memory stays at one tensor.
 
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.errors import UserError
+from trainer.runfolder import rank_name
 from trainer.zero.partition import Segment
 
 CHUNK = 64 * 2**20
@@ -36,10 +35,6 @@ class Copy:
     flat: int
     target: int
     numel: int
-
-
-def stem(rank: int) -> str:
-    return f"rank_{rank:05d}"
 
 
 def write_rank_file(
@@ -69,14 +64,14 @@ def write_rank_file(
                 for start, stop in _runs(parts):
                     yield host[start:stop].data.cast("B")
 
-    written = put(storage.join(folder, f"{stem(rank)}.safetensors"), data())
-    described = put(storage.join(folder, f"{stem(rank)}.json"), iter([json.dumps(index).encode()]))
+    written = put(storage.join(folder, f"{rank_name(rank)}.safetensors"), data())
+    described = put(storage.join(folder, f"{rank_name(rank)}.json"), iter([json.dumps(index).encode()]))
     return tuple(int.from_bytes(digest[i : i + 4], "big") for digest in (written, described) for i in range(0, 32, 4))
 
 
 def read_index(folder: str, rank: int) -> dict[str, Any]:
     """The JSON beside a rank file: its ranges, in file order, and what else that rank had to keep."""
-    return json.loads(storage.read_bytes(storage.join(folder, f"{stem(rank)}.json")))
+    return json.loads(storage.read_bytes(storage.join(folder, f"{rank_name(rank)}.json")))
 
 
 def file_hash(uri: str) -> str:
@@ -118,7 +113,7 @@ def copy_ranges(ranges: Ranges, segments: Sequence[Sequence[Segment]], tensors: 
         if name not in entries:
             raise UserError(f"{folder}: holds no {name!r}; it was saved by a run with other settings")
         at = begin + entries[name]["data_offsets"][0] + copy.source * 4
-        uri = storage.join(folder, f"{stem(copy.rank)}.safetensors")
+        uri = storage.join(folder, f"{rank_name(copy.rank)}.safetensors")
         data = storage.read_bytes(uri, at, copy.numel * 4)
         if len(data) != copy.numel * 4:
             raise UserError(f"{uri}: ends early; the checkpoint is damaged")
@@ -170,7 +165,7 @@ def _joined(copies: list[Copy]) -> list[Copy]:
 
 def _header(folder: str, rank: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """(position of the data, entries) of a safetensors file."""
-    uri = storage.join(folder, f"{stem(rank)}.safetensors")
+    uri = storage.join(folder, f"{rank_name(rank)}.safetensors")
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     return 8 + length, json.loads(storage.read_bytes(uri, 8, length))
 
@@ -198,22 +193,9 @@ def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
             written = put(str(staged), pieces)
             storage.upload(staged, uri)
         return written
-    digest, path = hashlib.sha256(), storage.local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{uuid.uuid4().hex}{storage.TEMP_SUFFIX}")
-    try:
-        with temp.open("wb") as file:
-            for piece in pieces:
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    finally:
-        temp.unlink(missing_ok=True)
+    digest = hashlib.sha256()
+    with storage.new_file(storage.local_path(uri)) as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
     return digest.digest()

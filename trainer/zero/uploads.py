@@ -1,7 +1,7 @@
-"""Run folders on S3: what a save writes is staged on a local disk, then travels while the training goes on.
+"""Run folders on S3: what a save writes is staged on a local disk and uploaded while training continues.
 
-Each rank sends its own files from a thread and tells in the meeting store how that went; rank 0 publishes (the
-manifest, then `latest`) when all have arrived, and tells the verdict. One journey at a time: the loop asks `busy`.
+Each rank uploads its own files from a thread and reports the outcome in the rendezvous store; rank 0 publishes (the
+manifest, then `latest`) when all files are there, and reports the verdict. One upload at a time: the loop asks `busy`.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.zero.group import Group, meeting_store
+from trainer.runfolder import rank_name
+from trainer.zero.group import Group, rendezvous_store
 
 log = get_logger("upload")
 POLL_S = 0.2
@@ -33,25 +34,25 @@ class Uploads:
         if self.remote:
             self.place = str(staging(out, group.rank))
             self._clear()  # what a killed run left
-            self._store = store or (meeting_store() if group.world > 1 else None)
+            self._store = store or (rendezvous_store() if group.world > 1 else None)
 
     @property
     def busy(self) -> bool:
-        """Does something still travel? Ranks may differ for a moment."""
+        """Is an upload running? Ranks may differ for a moment."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, first: list[Callable[[], None]], publish: Callable[[], None]) -> None:
-        """Send what lies in `place` now. Rank 0 runs `first` before, and `publish` when every rank's files are there.
+        """Upload what lies in `place` now. Rank 0 runs `first` before, and `publish` when every rank's files are there.
         All ranks must call it; none waits."""
-        assert not self.busy, "one journey at a time"
+        assert not self.busy, "one upload at a time"
         self._number, self._arrived = self._number + 1, False
         files = sorted(path for path in Path(self.place).rglob("*") if path.is_file())
         work = self._number, files, first if self.group.rank == 0 else [], publish
-        self._thread = threading.Thread(target=self._travel, args=work, name="upload", daemon=True)
+        self._thread = threading.Thread(target=self._send, args=work, name="upload", daemon=True)
         self._thread.start()
 
     def wait(self) -> bool:
-        """Until nothing travels; did the last journey end well? The same answer on all ranks."""
+        """Until no upload runs; did the last one succeed? The same answer on all ranks."""
         if self._thread is not None:
             self._thread.join()
         return self._arrived
@@ -65,7 +66,7 @@ class Uploads:
     def _clear(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
 
-    def _travel(
+    def _send(
         self, number: int, files: list[Path], first: list[Callable[[], None]], publish: Callable[[], None]
     ) -> None:
         problem = ""
@@ -115,5 +116,5 @@ class Uploads:
 
 
 def staging(out: str, rank: int) -> Path:
-    """Where a rank keeps what has yet to travel."""
-    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / f"rank_{rank:05d}"
+    """Where a rank keeps what is still to be uploaded."""
+    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / rank_name(rank)

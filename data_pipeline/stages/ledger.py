@@ -1,7 +1,7 @@
 """What the driver must remember of its run, on scratch disk instead of in memory: sorted maps, and units of work.
 
-All of it lies in files without a name below $TMPDIR (some 40 kB per canonical shard of 1,000 rows): the system frees
-them with the process, however it ends. $TMPDIR must be a real disk; a tmpfs would be memory again.
+All of it lies in unnamed files below $TMPDIR (some 40 kB per canonical shard of 1,000 rows): the system frees them with
+the process, however it ends. $TMPDIR must be a real disk; a tmpfs would be memory again.
 """
 
 import json
@@ -24,7 +24,7 @@ class Ledger:
     """One private SQLite database, with a table per shelf. Safe for threads."""
 
     def __init__(self) -> None:
-        # a database without a name would be a temporary file too, but where SQLite's own variables say
+        # an unnamed database would be a temporary file too, but in the folder that SQLite's own variables name
         with tempfile.NamedTemporaryFile(prefix="ledger-") as file:
             self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
         self._lock = threading.Lock()
@@ -91,7 +91,7 @@ class Shelf:
         return [value for (value,) in self._ask(f"SELECT DISTINCT {field} FROM {self._name} ORDER BY {field}")]
 
     def drop(self) -> None:
-        """Give its disk back; it is of no use afterwards."""
+        """Free its disk space; the shelf cannot be used afterwards."""
         self._ask(f"DROP TABLE {self._name}")
 
     def _pages(self, wanted: str, prefix: Key) -> Iterator[tuple]:

@@ -13,15 +13,15 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.flow.ahead import in_order
-from data_pipeline.loading.index import read_table
+from data_pipeline.parquet_io import read_table
 from data_pipeline.schema import Manifest, Part, row_ranges
+from data_pipeline.stages.ahead import in_order
 from infra import storage
 from infra.errors import UserError
 from infra.version import code_version
 
-_ROW_GROUP = 256
-_READERS = 16
+_ROW_GROUP = 256  # rows
+_READERS = 16  # threads that read manifests from S3
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.flow.columns import count_statuses
-from data_pipeline.flow.ledger import Ledger
-from data_pipeline.flow.stage import OK
+from data_pipeline.stages.columns import count_statuses
+from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.stage import OK
 
-# Arrow's own threads may outlive the interpreter, see `read_table`.
+# Arrow's own threads may outlive the interpreter, see parquet_io.py.
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
@@ -57,7 +57,7 @@ def verdict_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequenc
 
 
 def overruled(mine: pa.Table, said: pa.Table) -> pa.Table:
-    """`mine`, where `said` objects to rows that were ok so far: the first stage that objects has its say."""
+    """`mine`, changed where `said` objects to rows that were ok so far: the first stage that objects decides."""
     objections = {row: (status, reason) for row, status, reason in _words(said) if status != OK}
     if not objections:
         return mine

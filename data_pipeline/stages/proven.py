@@ -1,4 +1,4 @@
-"""What is proven so far of one root, by shard and stage, and how the driver reads it: small things, shard by shard."""
+"""What the manifests of one root prove so far, by shard and stage, and how the driver reads it, shard by shard."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,19 +8,19 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.flow.ahead import in_order
-from data_pipeline.flow.columns import Column, read_parts, readers
-from data_pipeline.flow.ledger import Ledger
-from data_pipeline.flow.stage import OK
-from data_pipeline.flow.verdicts import verdict_table
 from data_pipeline.schema import Manifest, Part
+from data_pipeline.stages.ahead import in_order
+from data_pipeline.stages.columns import Column, read_parts, readers
+from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.stage import OK
+from data_pipeline.stages.verdicts import verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 
 log = get_logger("columns")
 
-_READERS = 8
+_READERS = 8  # threads that read columns from S3
 
 R = TypeVar("R")
 

@@ -5,7 +5,7 @@ ray nor where they run.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -13,9 +13,9 @@ from typing import Protocol
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.flow.columns import read_parts
+from data_pipeline.images import decode
 from data_pipeline.schema import Part, fingerprint
-from data_pipeline.sources.images import decode
+from data_pipeline.stages.columns import read_parts
 
 OK = "ok"
 MAX_DECODED = 512 * 2**20  # bytes of decoded images that a shard keeps for the stages after the first
@@ -60,6 +60,18 @@ class ShardView:
         if self._image_bytes <= MAX_DECODED:  # beyond it the next stage decodes again: memory stays bounded
             self._images[row] = image
         return image
+
+
+    def decodable(self) -> list[int]:
+        """Rows to do whose images the measure column could decode."""
+        statuses = self.values("measure", "status")
+        return [row for row in self.rows if statuses[row] == OK]
+
+    def image_batches(self, rows: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], list[Image.Image]]]:
+        """(rows, their images), so many at a time."""
+        for first in range(0, len(rows), size):
+            chosen = rows[first : first + size]
+            yield chosen, [self.image(row) for row in chosen]
 
 
 Worker = Callable[[ShardView], pa.Table]

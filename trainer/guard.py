@@ -1,6 +1,6 @@
-"""A loss or gradient that cannot be right never reaches the optimizer: the batch is told, left out, and the run goes
-back to its last good checkpoint. A batch that is bad again takes those before it along. A run may do that a few times,
-then it stops.
+"""A loss or gradient that cannot be right never reaches the optimizer: its batch is reported and skipped, and the run
+goes back to its last good checkpoint. If a batch is bad again, those before it are skipped too. After a few skips the
+run stops.
 """
 
 import json
@@ -13,21 +13,21 @@ from data_pipeline.loading.order import Exceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.ladders.ladder import UNSTABLE
 from trainer.recipe import Guard, Recipe
+from trainer.runfolder import UNSTABLE, rank_name, step_name
 from trainer.state import State, restore
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
 log = get_logger("guard")
-WINDOW, ENOUGH = 128, 16
-LEAST = 2.0  # a spike is so many times the largest recent loss ...
-LARGE = 256  # ... for a mean over so many images; 8 times over 16, where one time near 1 made 6 medians in a sound run
+WINDOW, ENOUGH = 128, 16  # steps whose losses are remembered, and how many there must be to judge the next one
+LEAST = 2.0  # a spike is at least this many times the largest recent loss ...
+LARGE = 256  # ... in batches of this many; 8 times in batches of 16, where one t near 1 gave 6 medians in a sound run
 
 
 class Unstable(UserError):
-    """The run met more bad batches than it may leave out."""
+    """The run met more bad batches than it may skip."""
 
 
 def problem_of(loss: float, recent: Sequence[float], guard: Guard, *, batch: int) -> str:
@@ -108,7 +108,7 @@ def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
 
 def _tell(problem: str, keys: list[str], state: State, group: Group, *, out: str) -> None:
     """RUN/skipped/: which images these were, one file per rank."""
-    uri = storage.join(out, "skipped", f"step_{state.step:07d}_rank_{group.rank:05d}.json")
+    uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
     try:
         storage.write_bytes(uri, json.dumps(told, indent=1).encode())

@@ -1,11 +1,16 @@
-"""Images as they come in: decoding with guards, upright and RGB, and the one crop rule."""
+"""Images as they come in: decoding with guards, upright and RGB, the one crop rule, and what networks read."""
+# Shapes: B batch, H and W height and width in pixels.
 
 import io
 import warnings
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CROP_RULE = "cover-center/1"  # raise the number when pixels change
 MAX_PIXELS = 178_956_970  # a quarter of a gigabyte of RGB; Pillow's own warning threshold is half of that
@@ -67,6 +72,13 @@ def cover_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     box = (left, top, left + box_width, top + box_height)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def pixels(images: Sequence[np.ndarray]) -> "Tensor":
+    """uint8 images (H, W, 3) of one size as networks read them: (B, 3, H, W) in [-1, 1], fp32, channels last."""
+    import torch
+
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_png(image: Image.Image) -> bytes:

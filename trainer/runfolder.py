@@ -1,0 +1,47 @@
+"""What lies where in a run's folder, a local one or s3://; every name that more than one file needs is here.
+
+    recipe.json, plan.json, data.json (dataset.json as it stood)    written when the run starts
+    checkpoints/step_0000100/rank_00000.safetensors ...             see trainer/zero/checkpoint.py
+    weights/ema.safetensors, raw.safetensors, step_0000100/         exported weights
+    results/, logs/, samples/, skipped/                             rows, lines, pictures, keys of batches left out
+    unstable.json                                                   only where the guard ended the run
+"""
+
+import json
+
+from infra import storage
+from infra.results import ResultRow, ResultStore
+from trainer.recipe import Recipe
+
+RECIPE, PLAN, DATA, UNSTABLE = "recipe.json", "plan.json", "data.json", "unstable.json"
+
+
+def run_name(run: str) -> str:
+    """The folder's own name, under which results are stored."""
+    return run.rstrip("/").rsplit("/", 1)[-1]
+
+
+def step_name(step: int) -> str:
+    """Names a checkpoint and what was made with it; names sort as steps do."""
+    return f"step_{step:07d}"
+
+
+def rank_name(rank: int) -> str:
+    """Names what one rank wrote."""
+    return f"rank_{rank:05d}"
+
+
+def checkpoints_of(run: str) -> str:
+    """URI of the folder of checkpoints."""
+    return storage.join(run, "checkpoints")
+
+
+def read_recipe(run: str) -> Recipe:
+    """The recipe that a run was started with; UserError (a ValueError) when it cannot be read."""
+    return Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, RECIPE))))
+
+
+def last_val_loss(run: str, recipe: Recipe) -> ResultRow | None:
+    """The last validation loss of a run's EMA weights; None where it was never measured."""
+    rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
+    return rows[-1] if rows else None
