@@ -24,7 +24,7 @@ from eval.networks.inception import Convention, InceptionFeatures
 from eval.networks.ocr import Ocr, RapidReader
 from eval.networks.vqa import VQA, BlipVQA
 from eval.pictures import read_picture
-from eval.typography import prompts_with_words, typography_prompts
+from eval.written_words import prompts_with_words, typography_prompts
 from infra.errors import UserError, nearest
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ import pytest
 from eval_runs import LAW, grid, write_calibration, write_ladder, write_run
 
 from eval.report import build as reporting
-from eval.report.build import analyse, label_runs, markdown_text, page_context, to_json, write_report
+from eval.report.analysis import analyse, label_runs
+from eval.report.as_json import to_json
+from eval.report.build import markdown_text, page_context, write_report
 from eval.report.data import read_runs
 from eval.report.figures import draw_all
 from eval.report.findings import duration, score_findings, tiles

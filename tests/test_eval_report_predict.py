@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from eval_runs import write_ladder, write_run
 
-from eval.report.build import analyse, write_report
+from eval.report.analysis import analyse
+from eval.report.build import write_report
 from eval.report.data import read_runs
 from eval.report.predict import predict
 from infra import storage

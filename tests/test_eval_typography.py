@@ -6,13 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.judges import OfficialPaths, build_judges
 from eval.metric import Prompt, Sample
-from eval.typography import (
-    Typography,
-    asked_words,
-    character_errors,
-    plain,
-    typography_prompts,
-)
+from eval.typography import Typography, character_errors
+from eval.written_words import asked_words, plain, typography_prompts
 from infra.errors import UserError
 
 

@@ -1,20 +1,17 @@
 """Which figures a report has, from what was found: each is drawn only when there is something to draw."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from eval.report import plots as figures
+from eval.report.analysis import Report
 from eval.report.plots import Dots, Draw, Drawn, Line, Panel, render
 from eval.report.series import Comparison, Point, Task, loss_when_scored
 from eval.report.style import count_text
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS
 from eval.scaling.laws import loss_at
 
-if TYPE_CHECKING:
-    from eval.report.build import Report
 
-
-def draw_all(report: "Report") -> list[Drawn]:
+def draw_all(report: Report) -> list[Drawn]:
     count = max(len(report.runs), 1)
     return [
         render(name, draw, alt=alt, caption=caption, num_series=count)
@@ -25,7 +22,7 @@ def draw_all(report: "Report") -> list[Drawn]:
 Plan = Iterator[tuple[str, Draw, str, str]]
 
 
-def _loss(report: "Report") -> Plan:
+def _loss(report: Report) -> Plan:
     losses, flops = report.losses, {run.name: run.flops_per_image for run in report.runs}
     if losses is None:
         return
@@ -50,7 +47,7 @@ def _loss(report: "Report") -> Plan:
     yield from _levels(report)
 
 
-def _levels(report: "Report") -> Plan:
+def _levels(report: Report) -> Plan:
     if len(report.levels) < 2:
         return
     everywhere = [run.name for run in report.runs if all(run.name in c.points for c in report.levels.values())]
@@ -67,7 +64,7 @@ def _levels(report: "Report") -> Plan:
         yield "loss_levels", draw, f"Validation loss per noise level for {', '.join(n.label for n in lines)}.", text
 
 
-def _law(report: "Report") -> Plan:
+def _law(report: Report) -> Plan:
     scaling = report.scaling
     if scaling.size is None:
         return
@@ -78,7 +75,7 @@ def _law(report: "Report") -> Plan:
     yield "law", figures.size_law(scaling, dots), "Fitted loss against parameters with its 95 percent band.", text
 
 
-def _scores(report: "Report") -> Plan:
+def _scores(report: Report) -> Plan:
     panels = []
     for family, tasks in report.families.items():
         if len(tasks) > 1 or len(tasks[0].metrics) > 1:
@@ -95,7 +92,7 @@ def _scores(report: "Report") -> Plan:
         yield "progress", figures.progress(panels), "Scores against images seen.", text
 
 
-def _family(report: "Report", family: str, tasks: list[Task]) -> Plan:
+def _family(report: Report, family: str, tasks: list[Task]) -> Plan:
     splits = [s for s in ("all", "seen", "unseen") if any(s in task.metrics for task in tasks)]
     rows = []
     for run in report.runs:
@@ -126,7 +123,7 @@ def _published(splits: list[str]) -> list[Dots]:
     return found
 
 
-def _correlations(report: "Report") -> Plan:
+def _correlations(report: Report) -> Plan:
     panels = []
     for metric, images, across, _ in report.correlations:
         if report.losses is None or images is None or across.num_runs < 2:
@@ -147,13 +144,13 @@ def _correlations(report: "Report") -> Plan:
         yield "correlation", figures.correlations(panels), "Validation loss against each score, one mark per run.", text
 
 
-def _line(report: "Report", comparison: Comparison, run: str, *, scale: float = 1.0) -> Line | None:
+def _line(report: Report, comparison: Comparison, run: str, *, scale: float = 1.0) -> Line | None:
     """Positive x only (an untrained checkpoint has no place on a log axis)."""
     points = [(p.images * scale, p.value) for p in comparison.points[run] if p.images > 0]
     return _as_line(report, run, points) if points else None
 
 
-def _as_line(report: "Report", run: str, points: list[tuple[float, float]]) -> Line:
+def _as_line(report: Report, run: str, points: list[tuple[float, float]]) -> Line:
     xs, ys = tuple(float(x) for x, _ in points), tuple(float(y) for _, y in points)
     return Line(_short(report.labels[run]), _order(report, run), xs, ys)
 
@@ -163,7 +160,7 @@ def _short(label: str, most: int = 22) -> str:
     return label if len(label) <= most else label[: most - 3] + "..."
 
 
-def _order(report: "Report", run: str) -> int:
+def _order(report: Report, run: str) -> int:
     return [r.name for r in report.runs].index(run)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.report.build import plain, scaling_json
+from eval.report.as_json import plain, scaling_json
 from eval.report.law import Scaling, fit_ladder
 from eval.report.predict import grade
 from eval.report.series import Comparison, Point

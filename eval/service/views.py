@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.report.build import plain
+from eval.report.as_json import plain
 from eval.report.data import MARKS, NOT_BEGUN
 from eval.report.series import Task, families_of, levels_among, most_common_loss
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
