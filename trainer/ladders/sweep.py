@@ -1,6 +1,5 @@
 """Sweeps: learning rates on some rungs of a ladder, and any of the 61 formulations. What is trained is skipped."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
 from trainer.ladders.ladder import Job, train_missing
 from trainer.ladders.launch import Launch
+from trainer.ladders.picture import loss_curves
 from trainer.recipe import Recipe
 from trainer.recipes import get_family, get_recipe
 from trainer.runfolder import last_val_loss
@@ -124,15 +124,6 @@ def table(points: Sequence[Point], law: dict[str, Any]) -> str:
 
 def curves(points: Sequence[Point]) -> bytes:
     """Loss against rate, a line per depth, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for depth in sorted({p.depth for p in points}):
-        mine = sorted((p for p in points if p.depth == depth), key=lambda p: p.rate)
-        axes.plot([p.rate for p in mine], [p.loss for p in mine], marker="o", label=f"depth {depth}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (EMA)")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    return buffer.getvalue()
+    depths = sorted({p.depth for p in points})
+    lines = {f"depth {depth}": sorted((p.rate, p.loss) for p in points if p.depth == depth) for depth in depths}
+    return loss_curves(lines, xlabel="learning rate")
