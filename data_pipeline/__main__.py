@@ -293,7 +293,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
         uri: root of the dataset.
         columns: also check what the stages wrote, not only the training shards.
     """
-    from data_pipeline.packing.verify import verify as check
+    from data_pipeline.verify import verify as check
 
     findings = check(uri, columns=columns)
     for problem in findings.problems[:50]:

@@ -18,9 +18,9 @@ from data_pipeline.loading.index import read_split
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pack import read_proofs
 from data_pipeline.packing.shards import largest_sample
-from data_pipeline.packing.verify import verify
 from data_pipeline.plans import SD3_TEXT, world
 from data_pipeline.sources.formats import parse_source
+from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
 
 MIB = 2**20

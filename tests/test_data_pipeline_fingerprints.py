@@ -13,10 +13,10 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.verify import verify
 from data_pipeline.plans import Plan, world
 from data_pipeline.schema import Manifest
 from data_pipeline.sources.formats import parse_source
+from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
 from infra.errors import UserError, UserErrors
 from trainer.__main__ import main

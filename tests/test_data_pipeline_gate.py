@@ -17,9 +17,9 @@ from data_pipeline.curation.keep import keep_report, keep_table
 from data_pipeline.curation.scores import SCORERS, ScoreStage, caption_quality
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.packing.verify import verify
 from data_pipeline.plans import Plan, build_columns, world
 from data_pipeline.sources.formats import parse_source
+from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 

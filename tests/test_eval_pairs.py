@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.verify import verify
 from data_pipeline.pairs import Partners
 from data_pipeline.plans import WORLD_TEXT, vae_meta
+from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
 from eval.generate import Painter, Sampling
 from eval.judges import build_judges

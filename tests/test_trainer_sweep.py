@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,15 @@ from model.flops import train_flops_per_image
 from trainer.ladders import ladder, sweep
 from trainer.ladders.isoflop import tell
 from trainer.ladders.ladder import branch_point, images_for, iso_flop
+from trainer.ladders.launch import Launch
 from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
 from trainer.ladders.workers import on_my_gpus
 from trainer.recipes import get_recipe
 from trainer.runfolder import UNSTABLE
 
-MORE = {"data": "D", "num_ranks": 1, "options": ("logging.samples=0",)}
+
+def launch(out: Path, images: int | None = None) -> Launch:
+    return Launch("D", str(out), images=images, num_ranks=1, options=("logging.samples=0",))
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def option(command: list[str], name: str) -> str:
 
 def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
     budgets = (3e13, 1e14)
-    runs = iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
+    runs = iso_flop("world", [2, 3], budgets, launch(tmp_path))
     assert [run.rsplit("/", 1)[-1] for run in runs] == [
         "world-d2-3e13",
         "world-d2-1e14",
@@ -64,9 +68,9 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
         assert option(command, "schedule.cooldown") == "0.2"
         flops = images * train_flops_per_image(recipe.model, 16, 16, 32)
         assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
-    iso_flop("world", [2, 3], budgets, data="D", out=str(tmp_path), num_ranks=1)
+    iso_flop("world", [2, 3], budgets, launch(tmp_path))
     assert len(commands) == 6  # all is there
-    runs = iso_flop("world", [2], (1.5e13, 2e13), data="D", out=str(tmp_path / "near"), num_ranks=1)
+    runs = iso_flop("world", [2], (1.5e13, 2e13), launch(tmp_path / "near"))
     assert [run.rsplit("/", 1)[-1] for run in runs] == ["world-d2-1.5e13", "world-d2-2e13"]
 
 
@@ -94,24 +98,26 @@ def test_budgets_find_their_depth(tmp_path):
     assert (tmp_path / "isoflop.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_budget_too_small_is_refused(commands, tmp_path):
+def test_a_budget_too_small_or_with_images_is_refused(commands, tmp_path):
     with pytest.raises(UserError, match="1e\\+10 FLOPs pay for 3 steps of world-d2"):
-        iso_flop("world", [2], [1e10], data="D", out=str(tmp_path), num_ranks=1)
+        iso_flop("world", [2], [1e10], launch(tmp_path))
+    with pytest.raises(UserError, match="omit --images"):
+        iso_flop("world", [2], [3e13], launch(tmp_path, 160))
     assert not commands
 
 
 def test_all_61_formulations_or_any_of_them(commands, tmp_path):
-    runs = sweep_formulations("world-d2", (), out=str(tmp_path), images=160, **MORE)
+    runs = sweep_formulations("world-d2", (), launch(tmp_path, 160))
     assert len(set(runs)) == len(commands) == len(STUDY) == 61
     assert {option(command, "formulation") for command in commands} == set(STUDY)
     assert option(commands[0], "logging.samples") == "0"
-    sweep_formulations("world-d2", ("rf", "v/cos"), out=str(tmp_path), images=160, **MORE)
+    sweep_formulations("world-d2", ("rf", "v/cos"), launch(tmp_path, 160))
     assert len(commands) == 61  # nothing is missing
-    sweep_formulations("world-d2", ("rf", "v/cos"), out=str(tmp_path), images=320, **MORE)
+    sweep_formulations("world-d2", ("rf", "v/cos"), launch(tmp_path, 320))
     assert len(commands) == 63
     assert folder_name("rf/lognorm(0.00,1.00)") == "rf-lognorm_0.00_1.00"
     with pytest.raises(UserError, match=r"unknown formulation 'v/coz'.*'v/cos'"):
-        sweep_formulations("world-d2", ("v/coz",), out=str(tmp_path), images=160, **MORE)
+        sweep_formulations("world-d2", ("v/coz",), launch(tmp_path, 160))
 
 
 def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
@@ -143,7 +149,7 @@ def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ladder, "run_command", trained)
     rates = (1e-3, 2e-3, 4e-3, 8e-3, 0.5)
-    told = sweep_rates("world", (2, 3), rates, out=str(tmp_path), images=160, **MORE)
+    told = sweep_rates("world", (2, 3), rates, launch(tmp_path, 160))
     law = json.loads((tmp_path / "sweep.json").read_text())["law"]
     assert law["exponent"] == pytest.approx(-1, abs=1e-6)
     assert law["scale"] == pytest.approx(0.4, rel=1e-6)
@@ -151,7 +157,7 @@ def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):
     assert "nan" in told
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     before = len(commands)
-    sweep_rates("world", (2, 3), rates, out=str(tmp_path), images=160, **MORE)
+    sweep_rates("world", (2, 3), rates, launch(tmp_path, 160))
     assert len(commands) == before  # the unstable ones are results too
 
 

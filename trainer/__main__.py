@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -13,6 +13,7 @@ import tyro
 from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from model.errors import ModelError
+from trainer.ladders.launch import Launch
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family, get_recipe
 
@@ -54,29 +55,7 @@ class TrainArgs:
 
 
 @dataclass(frozen=True)
-class ManyRuns:
-    """What `ladder` and `sweep` ask alike."""
-
-    data: str
-    """Dataset made by `python -m data_pipeline run`."""
-    out: str
-    """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
-    images: int | None = None
-    """Images per run; default: the recipe's."""
-    num_ranks: int | None = None
-    """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
-    workers: int = 0
-    """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
-    another, in this process."""
-    options: tuple[str, ...] = ()
-    """Overrides handed to every run's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
-
-    def shared(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(ManyRuns)}
-
-
-@dataclass(frozen=True)
-class LadderArgs(ManyRuns):
+class LadderArgs(Launch):
     """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
 
     depths: tuple[int, ...] = (2, 3, 4)
@@ -86,7 +65,7 @@ class LadderArgs(ManyRuns):
 
 
 @dataclass(frozen=True)
-class SweepArgs(ManyRuns):
+class SweepArgs(Launch):
     """Train a recipe's variants that are missing: learning rates on rungs of a ladder, or formulations."""
 
     depths: tuple[int, ...] = (2, 3)
@@ -206,15 +185,11 @@ def run_ladder(arguments: list[str]) -> None:
     from trainer.ladders.ladder import climb, iso_flop
 
     if args.budgets:
-        if args.images is not None:
-            raise UserError("--budgets decides how long each run is: omit --images")
         from trainer.ladders.isoflop import tell
 
-        shared = args.shared()
-        del shared["images"]
-        print(tell(iso_flop(family, args.depths, args.budgets, **shared), out=args.out), end="")
+        print(tell(iso_flop(family, args.depths, args.budgets, args), out=args.out), end="")
         return
-    climb(family, args.depths, **args.shared())
+    climb(family, args.depths, args)
 
 
 def run_sweep(arguments: list[str]) -> None:
@@ -229,9 +204,9 @@ def run_sweep(arguments: list[str]) -> None:
     from trainer.ladders.sweep import sweep_formulations, sweep_rates
 
     if what == "lr":
-        print(sweep_rates(name, args.depths, args.rates, **args.shared()))
+        print(sweep_rates(name, args.depths, args.rates, args))
     else:
-        sweep_formulations(name, args.formulations, **args.shared())
+        sweep_formulations(name, args.formulations, args)
 
 
 def run_plan(arguments: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""From columns to training shards: the hashed plan, shards, generations, the index, checks."""
+"""From columns to training shards: the hashed plan, shards, generations, the index."""

@@ -1,6 +1,5 @@
 """What an isoFLOP ladder found: for every budget of training FLOPs the loss at each depth, and the best depth."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 from infra import storage
 from infra.errors import UserError
 from model.flops import train_flops_per_image
+from trainer.ladders.picture import loss_curves
 from trainer.runfolder import last_val_loss, read_recipe
 
 
@@ -76,18 +76,9 @@ def table(cells: Sequence[Cell]) -> str:
 
 def picture(cells: Sequence[Cell]) -> bytes:
     """Loss against parameters, a curve per budget, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for budget in sorted({cell.budget for cell in cells}):
-        mine = [cell for cell in cells if cell.budget == budget]
-        axes.plot([c.parameters for c in mine], [c.loss for c in mine], marker="o", label=f"{budget:g} FLOPs")
-    axes.set(xscale="log", xlabel="parameters", ylabel="validation loss (EMA)")
-    depth_of = {cell.parameters: cell.depth for cell in cells}
-    axes.set_xticks(list(depth_of), [f"{count / 1e6:.3g} M\ndepth {depth}" for count, depth in depth_of.items()])
-    axes.minorticks_off()
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    return buffer.getvalue()
+    curves = {
+        f"{budget:g} FLOPs": [(cell.parameters, cell.loss) for cell in cells if cell.budget == budget]
+        for budget in sorted({cell.budget for cell in cells})
+    }
+    ticks = {cell.parameters: f"{cell.parameters / 1e6:.3g} M\ndepth {cell.depth}" for cell in cells}
+    return loss_curves(curves, xlabel="parameters", ticks=ticks)

@@ -15,6 +15,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import META_KEY
 from model.flops import train_flops_per_image
+from trainer.ladders.launch import Launch
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
@@ -34,56 +35,39 @@ class Job:
     options: tuple[str, ...] = ()
 
 
-def climb(
-    family: str,
-    depths: Sequence[int],
-    *,
-    data: str,
-    out: str,
-    images: int | None = None,
-    num_ranks: int | None = None,
-    workers: int = 0,
-    options: Sequence[str] = (),
-) -> list[str]:
+def climb(family: str, depths: Sequence[int], launch: Launch) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
     recipes = _rungs(family, depths)
-    jobs = [Job(r, storage.join(out, r.name), images or r.images, tuple(options)) for r in recipes]
-    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers)
+    jobs = [Job(r, storage.join(launch.out, r.name), launch.images or r.images, launch.options) for r in recipes]
+    return train_missing(jobs, launch)
 
 
 def iso_flop(
-    family: str,
-    depths: Sequence[int],
-    budgets: Sequence[float],
-    *,
-    data: str,
-    out: str,
-    num_ranks: int | None = None,
-    workers: int = 0,
-    options: Sequence[str] = (),
-    cooldown: float = 0.2,
+    family: str, depths: Sequence[int], budgets: Sequence[float], launch: Launch, *, cooldown: float = 0.2
 ) -> list[str]:
     """Train every depth for every budget of training FLOPs; the run folders.
 
     One run at constant rate (OUT/<recipe>-trunk) serves all horizons of a depth: each horizon branches off where its
     cooldown begins, into OUT/<recipe>-<budget>.
     """
+    if launch.images is not None:
+        raise UserError("--budgets decides how long each run is: omit --images")
     trunks: list[Job] = []
     branches: list[Job] = []
     for recipe in _rungs(family, depths):
         horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
         starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
-        trunk, longest = storage.join(out, f"{recipe.name}-trunk"), max(starts.values())
+        trunk, longest = storage.join(launch.out, f"{recipe.name}-trunk"), max(starts.values())
         saves = " ".join(str(start) for start in sorted(set(starts.values())))
         constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
-        trunks.append(Job(recipe, trunk, longest, (*options, *constant)))
+        trunks.append(Job(recipe, trunk, longest, (*launch.options, *constant)))
         for budget, images in horizons.items():
             source = storage.join(checkpoints_of(trunk), step_name(starts[budget] // recipe.global_batch))
             branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
-            run = storage.join(out, f"{recipe.name}-{budget:g}".replace("+", ""))
-            branches.append(Job(recipe, run, images, (*options, *branch)))
-    train_missing(trunks, data=data, num_ranks=num_ranks, workers=workers)
-    return train_missing(branches, data=data, num_ranks=num_ranks, workers=workers)
+            run = storage.join(launch.out, f"{recipe.name}-{budget:g}".replace("+", ""))
+            branches.append(Job(recipe, run, images, (*launch.options, *branch)))
+    train_missing(trunks, launch)
+    return train_missing(branches, launch)
 
 
 def images_for(recipe: Recipe, budget: float) -> int:
@@ -109,14 +93,12 @@ def _rungs(family: str, depths: Sequence[int]) -> list[Recipe]:
     return recipes
 
 
-def train_missing(
-    jobs: Sequence[Job], *, data: str, num_ranks: int | None, workers: int = 0, unstable_is_a_result: bool = False
-) -> list[str]:
+def train_missing(jobs: Sequence[Job], launch: Launch, *, unstable_is_a_result: bool = False) -> list[str]:
     """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
 
     `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
-    ranks = num_ranks or default_ranks()
+    ranks = launch.num_ranks or default_ranks()
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
     for number, job in enumerate(jobs, start=1):
         done = images_trained(job.run)
@@ -126,10 +108,12 @@ def train_missing(
             log.info("%d/%d: %s was unstable", number, len(jobs), job.run)
         else:
             images = None if job.images == job.recipe.images else job.images
-            command = train_command(job.recipe, data=data, run=job.run, images=images, ranks=ranks, options=job.options)
+            command = train_command(
+                job.recipe, data=launch.data, run=job.run, images=images, ranks=ranks, options=job.options
+            )
             missing.append((job.run, command, f"{number}/{len(jobs)}: {shlex.join(command)}"))
-    if workers and missing:
-        _train_on_ray(missing, workers=workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
+    if launch.workers and missing:
+        _train_on_ray(missing, workers=launch.workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
     else:
         for run, command, told in missing:
             print(told, flush=True)

@@ -1,6 +1,5 @@
 """Sweeps: learning rates on some rungs of a ladder, and any of the 61 formulations. What is trained is skipped."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from infra import storage
 from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
 from trainer.ladders.ladder import Job, train_missing
+from trainer.ladders.launch import Launch
+from trainer.ladders.picture import loss_curves
 from trainer.recipe import Recipe
 from trainer.recipes import get_family, get_recipe
 from trainer.runfolder import last_val_loss
@@ -29,49 +30,28 @@ class Point:
     loss: float
 
 
-def sweep_rates(
-    family: str,
-    depths: Sequence[int],
-    rates: Sequence[float],
-    *,
-    data: str,
-    out: str,
-    images: int | None,
-    num_ranks: int | None,
-    workers: int = 0,
-    options: Sequence[str],
-) -> str:
+def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], launch: Launch) -> str:
     """Train every depth at every rate; write OUT/sweep.json and OUT/sweep.png; the table and the law as text."""
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
-    open_dataset(data)  # refused here, in one line, rather than by the first run's ranks
+    open_dataset(launch.data)  # refused here, in one line, rather than by the first run's ranks
     jobs, places = [], []
     for depth in sorted(set(depths)):
         recipe = get_family(family)(depth)
         for rate in sorted(set(rates)):
-            run = storage.join(out, f"{recipe.name}-lr{rate:g}")
-            jobs.append(Job(recipe, run, images or recipe.images, (*options, f"optimizer.lr={rate!r}")))
+            run = storage.join(launch.out, f"{recipe.name}-lr{rate:g}")
+            jobs.append(Job(recipe, run, launch.images or recipe.images, (*launch.options, f"optimizer.lr={rate!r}")))
             places.append((recipe, rate, run))
-    train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
+    train_missing(jobs, launch, unstable_is_a_result=True)
     points = [Point(r.model.depth, r.model.width, rate, final_loss(run, r)) for r, rate, run in places]
     law = transfer_law(points)
     told = {"points": [vars(point) for point in points], "law": law}
-    storage.write_bytes(storage.join(out, "sweep.json"), json.dumps(told, indent=1).encode())
-    storage.write_bytes(storage.join(out, "sweep.png"), curves(points))
+    storage.write_bytes(storage.join(launch.out, "sweep.json"), json.dumps(told, indent=1).encode())
+    storage.write_bytes(storage.join(launch.out, "sweep.png"), curves(points))
     return table(points, law)
 
 
-def sweep_formulations(
-    name: str,
-    formulations: Sequence[str],
-    *,
-    data: str,
-    out: str,
-    images: int | None,
-    num_ranks: int | None,
-    workers: int = 0,
-    options: Sequence[str],
-) -> list[str]:
+def sweep_formulations(name: str, formulations: Sequence[str], launch: Launch) -> list[str]:
     """Train a recipe once per formulation into OUT/<recipe>-<formulation>; the run folders. No name: all 61."""
     recipe = get_recipe(name)
     chosen = list(formulations or STUDY)
@@ -80,13 +60,13 @@ def sweep_formulations(
             raise UserError(
                 f"unknown formulation {one!r}{nearest(one, FORMULATIONS)}; all: python -m model formulations"
             )
-    open_dataset(data)
+    open_dataset(launch.data)
     jobs = [
-        Job(recipe, storage.join(out, f"{name}-{folder_name(one)}"), images or recipe.images,
-            (*options, f"formulation={one}"))
+        Job(recipe, storage.join(launch.out, f"{name}-{folder_name(one)}"), launch.images or recipe.images,
+            (*launch.options, f"formulation={one}"))
         for one in chosen
     ]  # fmt: skip
-    return train_missing(jobs, data=data, num_ranks=num_ranks, workers=workers, unstable_is_a_result=True)
+    return train_missing(jobs, launch, unstable_is_a_result=True)
 
 
 def folder_name(formulation: str) -> str:
@@ -144,15 +124,6 @@ def table(points: Sequence[Point], law: dict[str, Any]) -> str:
 
 def curves(points: Sequence[Point]) -> bytes:
     """Loss against rate, a line per depth, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for depth in sorted({p.depth for p in points}):
-        mine = sorted((p for p in points if p.depth == depth), key=lambda p: p.rate)
-        axes.plot([p.rate for p in mine], [p.loss for p in mine], marker="o", label=f"depth {depth}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (EMA)")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    return buffer.getvalue()
+    depths = sorted({p.depth for p in points})
+    lines = {f"depth {depth}": sorted((p.rate, p.loss) for p in points if p.depth == depth) for depth in depths}
+    return loss_curves(lines, xlabel="learning rate")

@@ -1,0 +1,22 @@
+"""What every command that trains many runs is told alike: the data, where the runs go, on what each is started."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `ladder` and `sweep` ask alike."""
+
+    data: str
+    """Dataset made by `python -m data_pipeline run`."""
+    out: str
+    """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
+    images: int | None = None
+    """Images per run; default: the recipe's."""
+    num_ranks: int | None = None
+    """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
+    workers: int = 0
+    """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
+    another, in this process."""
+    options: tuple[str, ...] = ()
+    """Overrides handed to every run's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
