@@ -74,6 +74,17 @@ def test_a_ladder_gives_page_figures_numbers_and_markdown(ladder):
     assert html.count("data:image/webp;base64,") == 3 + 3  # one grid per rung, three steps of the deepest
 
 
+def test_a_missing_correlation_names_its_metric(tmp_path):
+    for depth in (2, 3, 4):
+        write_run(str(tmp_path), depth, samples=False, checkpoints=1)
+    report = analyse(read_runs(str(tmp_path)))
+    told = to_json(report)["correlations"]
+    reason = told[0]["within_runs"]["reason"]
+    names = ", ".join(line["metric"] for line in told if line["within_runs"]["reason"] == reason)
+    markdown = reporting._files(report, [])["report.md"].decode()
+    assert all(f"Within runs, {names}: {reason}." in text for text in (page(report), markdown))
+
+
 def test_the_page_is_self_contained(ladder):
     html = ladder.read_text()
     assert "<script" not in html
@@ -124,6 +135,8 @@ def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
     frontier = LAW["alpha"] * LAW["beta"] / (LAW["alpha"] + LAW["beta"])  # FLOPs are parameters times images here
     assert scaling.compute.exponent(0).low < frontier < scaling.compute.exponent(0).high
     assert "best size for each C" in page(report)
+    markdown = reporting._files(report, [])["report.md"].decode()
+    assert all("N is the exact number of" in text for text in (page(report), markdown))
     assert scaling.next_rung.depth == 10
     assert scaling.next_rung.loss.low < scaling.next_rung.loss.value < scaling.next_rung.loss.high
     assert scaling.held_out.depth == 8

@@ -25,6 +25,10 @@ from infra import storage
 from infra.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
+N_IS_COUNTED = (
+    "N is the exact number of parameters of the model, embeddings and both streams included; C is training FLOPs per "
+    "image (counted exactly, three forward passes) times images; D is images."
+)
 
 
 def write_report(runs: str, out: str) -> Path:
@@ -70,6 +74,7 @@ def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]
         "cooldown": any(tables.recipe_field(run, "schedule", "cooldown") for run in report.runs),
         "single_scores": [lines[0] for lines in told["scores"].values() if len(lines) == 1],
         "figure_names": {family: score_figure(family) for family in told["scores"]},
+        "n_is_counted": N_IS_COUNTED,
         "worldly": any(family.startswith("world_") for family in report.families),
         "tiles": words.tiles(report.losses, report.families, report.found, report.costs, report.labels),
         "light": light.variables(),
