@@ -106,6 +106,7 @@ def chromium() -> Iterator[Browser]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(theirs_in, theirs_out),
+            env={**os.environ, "TMPDIR": profile},  # it leaves folders in /tmp otherwise
         )
         os.close(theirs_in)
         os.close(theirs_out)
