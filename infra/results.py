@@ -81,6 +81,11 @@ def _decode(line: str) -> ResultRow:
     return row
 
 
+def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """One row per key, the last of them, from rows in order of creation."""
+    return list({row.key: row for row in rows}.values())
+
+
 class ResultStore:
     """The result rows under one URI (a run's store is `RUN/results/`)."""
 
@@ -111,7 +116,7 @@ class ResultStore:
         """
         found = sorted(self._all(), key=lambda row: (row.created, row.key))
         if latest:
-            found = list({row.key: row for row in found}.values())
+            found = newest(found)
         return [
             row
             for row in found

@@ -109,7 +109,7 @@ def test_what_cannot_stand_in_for_unidet_is_refused(owlv2, dpt):
         OpenVocabularyDetector(dpt, ["dog"])
     with pytest.raises(UserError, match="needs names"):
         OpenVocabularyDetector(owlv2, [])
-    with pytest.raises(UserError, match="no detector at"):
+    with pytest.raises(UserError, match="no OWLv2 at"):
         OpenVocabularyDetector(owlv2 / "missing", ["dog"])
 
 
@@ -303,7 +303,7 @@ def test_samples_that_are_broken_missing_or_repeated(tmp_path, capsys):
     judge(lines(tmp_path / "s.jsonl", record | {"filename": "a dog_000000.png"}), dataset=tmp_path, allow_partial=True)
     assert "outside the set: 1 prompts are not of its file, e.g. 'a dog'" in capsys.readouterr().err
     judge(lines(tmp_path / "s.jsonl", record))
-    assert "nobody knows whether prompts are missing; --dataset DIR" in capsys.readouterr().err
+    assert "completeness is not checked, which takes the prompts: --dataset DIR" in capsys.readouterr().err
     write_picture(samples / "snake_case_prompt_000009.png", picture(0, 8, 8))
     assert len(read_samples(samples)) == 4
     assert "1 pictures are no samples by their names, e.g. 'snake_case_prompt_000009.png'" in capsys.readouterr().err

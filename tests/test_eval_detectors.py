@@ -150,7 +150,7 @@ def test_a_scorer_that_is_torn_or_another_network_is_one_line(mask2former, tmp_p
     bare.write_text("no weights")
     for build, where, told in [
         (BlipVQA, captioner, r"holds no BLIP-VQA: it lacks text_encoder"),
-        (TransformersDetector, captioner, "cannot load Mask2Former"),
+        (TransformersDetector, captioner, "holds a blip model; expected mask2former"),
         (DptDepth, mask2former, "cannot load DPT|holds no DPT"),
         (BlipVQA, torn, "cannot load BLIP-VQA|holds no BLIP-VQA"),
         (TransformersDetector, torn, "cannot load Mask2Former"),

@@ -123,11 +123,12 @@ def _kind(record: Mapping[str, Any], prompt: str, words: Words) -> str:
 
 def _seen(record: Mapping[str, Any]) -> list[Seen]:
     """Boxes in UniDet's frame, or in the pixels of an image whose `size` [height, width] is stated."""
-    height, width = record.get("size", (1, 1))
-    if min(height, width) < 1:
-        raise UserError(f"a size of {record['size']}; expected [height, width] in pixels")
-    scale = compbench.detector_scale(height, width) if "size" in record else 1.0
-    seen = []
+    scale, seen = 1.0, []
+    if "size" in record:
+        height, width = record["size"]
+        if min(height, width) < 1:
+            raise UserError(f"a size of {record['size']}; expected [height, width] in pixels")
+        scale = compbench.detector_scale(height, width)
     for label, *numbers in record["detections"]:
         x1, y1, x2, y2, score = (_finite(value) for value in numbers)
         if x2 < x1 or y2 < y1:

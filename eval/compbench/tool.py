@@ -181,7 +181,7 @@ def _check(
     if twice := [number for number, count in times.items() if count > 1]:
         raise UserError(f"{category}: two images carry one number, e.g. {twice[0]:06d}; remove the repeated ones")
     if dataset is None:
-        print(f"{category}: nobody knows whether prompts are missing; {give} DIR has them checked", file=sys.stderr)
+        print(f"{category}: completeness is not checked, which takes the prompts: {give} DIR", file=sys.stderr)
         return
     wanted = {_said(prompt) for prompt in read_lines(dataset / f"{category}_val.txt")}
     counts: dict[str, int] = dict.fromkeys(wanted, 0)

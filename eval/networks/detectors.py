@@ -63,13 +63,12 @@ class TransformersDetector:
         from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
         self._model = pretrained(
-            AutoModelForUniversalSegmentation, path, what="Mask2Former", device=device, unused=("criterion.",)
-        )
+            AutoModelForUniversalSegmentation, path, what="Mask2Former", device=device, families=FAMILIES,
+            unused=("criterion.",),
+        )  # fmt: skip
         with loading("the image processor of Mask2Former", path):
             self._processor: Any = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
         self.name, self.version = self._model.config.model_type, weights_hash(path)
-        if self.name not in FAMILIES:
-            raise UserError(f"{path} holds a {self.name} model; expected {' or '.join(FAMILIES)}")
         self._torch, self._device, self._keep_above, self._top = torch, device, keep_above, top
         names = self._model.config.id2label
         self.classes = tuple(COCO_TO_GENEVAL.get(names[i], names[i]) for i in range(len(names)))

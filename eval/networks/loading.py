@@ -25,19 +25,29 @@ def loading(what: str, where: str | Path) -> Iterator[None]:
 
 
 def pretrained(
-    architecture: Any, path: str | Path, *, what: str, device: str = "cpu", unused: tuple[str, ...] = ()
+    architecture: Any,
+    path: str | Path,
+    *,
+    what: str,
+    device: str = "cpu",
+    families: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
 ) -> Any:
-    """A transformers network of a local folder, in eval mode on the device.
+    """A transformers network of a local folder, in eval mode on the device; UserError where its config names another
+    family than one of `families`, if any are given.
 
     Weights that the folder lacks would be random and so would be the scores: UserError, but for names that begin with
     one of `unused`, which no forward pass reads.
     """
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar per checkpoint would bury our own
     if not (Path(path) / "config.json").exists():
         raise UserError(f"no {what} at {path}: expected a transformers folder with config.json and weights")
     with loading(what, path):
+        if families and (family := AutoConfig.from_pretrained(str(path)).model_type) not in families:
+            raise UserError(f"{path} holds a {family} model; expected {' or '.join(families)}")
         model, found = architecture.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
         missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
         if missing:

@@ -24,20 +24,16 @@ class OpenVocabularyDetector:
         self, path: str | Path, classes: Sequence[str], *, device: str = "cpu", keep_above: float = 0.05
     ) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        if not (Path(path) / "config.json").exists():
-            raise UserError(f"no detector at {path}: expected a transformers folder of OWLv2 with config.json")
-        with loading("OWLv2", path):
-            family = AutoConfig.from_pretrained(str(path)).model_type
-        if family not in FAMILIES:
-            raise UserError(f"{path} holds a {family} model; expected {' or '.join(FAMILIES)} as UniDet's substitute")
         if not classes:
             raise UserError("an open-vocabulary detector needs names to look for; got none")
-        self.name, self.version = f"{family} in place of UniDet", weights_hash(path)
+        self._model = pretrained(
+            AutoModelForZeroShotObjectDetection, path, what="OWLv2", device=device, families=FAMILIES
+        )
+        self.name, self.version = f"{self._model.config.model_type} in place of UniDet", weights_hash(path)
         self.classes = tuple(dict.fromkeys(classes))
         self._torch, self._device, self._keep_above = torch, device, keep_above
-        self._model = pretrained(AutoModelForZeroShotObjectDetection, path, what="OWLv2", device=device)
         with loading("the processor of OWLv2", path):
             self._processor: Any = AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
