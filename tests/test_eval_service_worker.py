@@ -21,6 +21,7 @@ from eval.service.watcher import Watcher
 from eval.service.worker import Died, EvaluateAndDraw, NotReady, Settings, Worker, prepare
 from infra import storage
 from infra.errors import UserError
+from infra.results import ResultStore
 
 
 def checkpoint(root, step=10, **meta):
@@ -156,9 +157,36 @@ def test_checkpoints_that_appear_get_rows_and_pictures_once_from_two_services(tm
     assert sorted(storage.list_files(str(tmp_path))) == before
 
 
-def wait_for(services: list[Watcher], kind: str, count: int) -> None:
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_ray_workers_share_the_checkpoints_of_a_service(tmp_path, ray_folder):
+    """Two at a time on a real Ray: rows and pictures of each once, a torn one has its reason, and nothing is left."""
+    for step in (10, 20, 30):
+        checkpoint(tmp_path, step)
+    torn = tmp_path / "tiny" / "weights" / "step_0000040" / "ema.safetensors"
+    torn.parent.mkdir()
+    torn.write_bytes(b"no weights")
+    given = settings(tmp_path, metrics="clip_score", captions=2, workers=2)
+    service = Watcher(Index(str(tmp_path)), given, every=0.2)
+    service.start()
+    try:
+        wait_for([service], "done", 3, seconds=800)
+        wait_for([service], "failed", 1)
+    finally:
+        service.stop()
+    run = service.index.snapshot.by_name["tiny"]
+    assert set(run.gallery) == {10, 20, 30}
+    rows = ResultStore(f"{tmp_path}/tiny/results").rows(latest=False)
+    assert sorted((row.metric, row.images_seen) for row in rows) == [
+        ("world_clip_score", step * 64) for step in (10, 20, 30)
+    ]
+    assert not Watcher(Index(str(tmp_path)), given).step(), "measured again"
+
+
+def wait_for(services: list[Watcher], kind: str, count: int, *, seconds: float = 500) -> None:
     """Until every service has seen so many evaluations with this outcome."""
-    end = time.monotonic() + 500
+    end = time.monotonic() + seconds
     while True:
         runs = [service.index.snapshot.by_name.get("tiny") for service in services]
         if all(run and sum(path.endswith(f".{kind}.json") for path in run.evaluations) == count for run in runs):
