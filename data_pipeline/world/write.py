@@ -1,11 +1,13 @@
 """Writes the world to disk as img2dataset would have downloaded it, with the ground truth in a folder beside it.
 
 URI/train/00000.tar (KEY.json, KEY.png, KEY.txt), 00000.parquet and 00000_stats.json, the same under val, and
-URI/truth/<split>/00000.parquet. Every byte is a function of the arguments: no times, no names of the machine.
+URI/truth/<split>/00000.parquet. Every byte is a function of the arguments: no times, no names of the machine. So is a
+local tar's modification time, by which the pipeline tells raw files apart: a world drawn again is the same source.
 """
 
 import io
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from infra.errors import UserError
 from infra.log import Progress
 
 IMAGES_PER_SHARD = 1000
+TARS_FROM_NS = 1_577_836_800 * 10**9  # 2020-01-01
+TARS_SPAN_NS = 10**17  # three years: two tars of different bytes do not share a time
 
 # img2dataset's own columns and types (downloader.py); `url` names the scene.
 DOWNLOAD_SCHEMA = pa.schema(
@@ -97,10 +101,17 @@ def _write_shard(uri: str, split: str, number: int, *, seed: int, indices: range
         truths.append(truth_row(scene, key))
     name = f"{number:05d}"
     storage.write_bytes(storage.join(uri, "truth", split, f"{name}.parquet"), _parquet(truths, TRUTH_SCHEMA))
-    storage.write_bytes(storage.join(uri, split, f"{name}.tar"), tar.finish())
+    _write_tar(storage.join(uri, split, f"{name}.tar"), tar.finish())
     storage.write_bytes(storage.join(uri, split, f"{name}.parquet"), _parquet(rows, DOWNLOAD_SCHEMA))
     # The stats come last: to img2dataset they are the mark of a finished shard.
     storage.write_bytes(storage.join(uri, split, f"{name}_stats.json"), _stats(len(rows)))
+
+
+def _write_tar(uri: str, tar: bytes) -> None:
+    storage.write_bytes(uri, tar)
+    if not storage.is_remote(uri):
+        time_ns = TARS_FROM_NS + int(storage.sha256_hex(tar)[:16], 16) % TARS_SPAN_NS
+        os.utime(storage.local_path(uri), ns=(time_ns, time_ns))
 
 
 def png_bytes(image: np.ndarray) -> bytes:
