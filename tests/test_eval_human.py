@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from eval_service_runs import app_on, small_ladder, write_gallery
-from fastapi.testclient import TestClient
+from openapi import CheckedClient
 
 from eval.human import Side, Studies, Vote, effective_size, wilson, win_rate
 from infra import storage
@@ -137,7 +137,7 @@ def test_the_interval_holds_the_true_rate_as_often_as_it_says(prompts, raters):
 def test_the_whole_way_through_the_api_is_blind(tmp_path):
     root = str(tmp_path)
     small_ladder(root)
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     wanted = {"name": "ab", "run_a": "world-d2", "step_a": 200, "run_b": "world-d3", "step_b": 200}
     assert client.post("/api/human/studies", json=wanted).status_code == 201
     assert client.post("/api/human/studies", json=wanted).status_code == 400
@@ -175,7 +175,7 @@ def test_the_whole_way_through_the_api_is_blind(tmp_path):
 def test_a_torn_study_hides_no_other(tmp_path):
     root = str(tmp_path)
     small_ladder(root)
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     wanted = {"name": "ab", "run_a": "world-d2", "step_a": 200, "run_b": "world-d3", "step_b": 200}
     assert client.post("/api/human/studies", json=wanted).status_code == 201
     for name, content in (("torn", b'{"a": {"run"'), ("foreign", b"[]"), ("No Name", b"{}")):
@@ -190,7 +190,7 @@ def test_galleries_that_differ_are_not_compared(tmp_path):
     root = str(tmp_path)
     small_ladder(root)
     write_gallery(f"{root}/world-d3", 200, shade=9, sampling={"steps": 8})
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     wanted = {"name": "ab", "run_a": "world-d2", "step_a": 200, "run_b": "world-d3", "step_b": 200}
     refused = client.post("/api/human/studies", json=wanted)
     assert refused.status_code == 400

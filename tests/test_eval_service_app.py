@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import time
 
+import jsonschema
 import pytest
-from eval_runs import write_run
+from eval_runs import write_ladder, write_run
 from eval_service_runs import app_on, small_ladder
-from fastapi.testclient import TestClient
+from openapi import CheckedClient, check
 
+from eval.report.predict import predict
 from eval.service.access import access_for
 from eval.service.app import PAGES, WEB
 from infra import storage
@@ -28,7 +31,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(root):
-    return TestClient(app_on(root), base_url="http://127.0.0.1")
+    return CheckedClient(app_on(root), base_url="http://127.0.0.1")
 
 
 def test_every_listed_route_answers_and_is_described(client):
@@ -49,6 +52,33 @@ def test_every_listed_route_answers_and_is_described(client):
     assert {"201", "400", "409"} <= set(described["paths"]["/api/human/votes"]["post"]["responses"])
     assert "404" in described["paths"]["/api/run"]["get"]["responses"]
     assert "/api/series" in client.get("/api").text
+
+
+def test_a_fitted_law_is_as_described(tmp_path):
+    root = str(tmp_path)
+    write_ladder(root, (2, 3, 4, 6), samples=False)
+    predict(root, 8)
+    client = CheckedClient(app_on(root), base_url="http://localhost")
+    deadline = time.monotonic() + 120
+    while (told := client.get("/api/scaling").json())["state"] == "fitting":
+        assert told["runs"] == [f"world-d{depth}" for depth in (2, 3, 4, 6)]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert told["scaling"]["reason"] is None
+    assert set(told["scaling"]["laws"]) == {"L(N)", "L(N,D)", "L(C)"}
+    assert [found["depth"] for found in told["predictions"]] == [8]
+    page = client.get("/api").text
+    assert 'Answers <a href="#Fitted">Fitted</a> or <a href="#Fitting">Fitting</a>' in page
+    assert set(re.findall(r'href="#(\w+)"', page)) <= set(re.findall(r'id="(\w+)"', page))
+
+
+@pytest.mark.parametrize("wrong", [{"images": "12"}, {"images": None}, {"more": 1}, {"name": 3}])
+def test_an_answer_that_is_not_as_described_is_found(client, wrong):
+    """Of the check that all tests here make."""
+    told = client.get("/api/runs").json()
+    told["runs"][0] |= wrong
+    with pytest.raises(jsonschema.ValidationError):
+        check(client.app.openapi(), "get", "/api/runs", 200, told)
 
 
 def test_pages_are_shells_without_foreign_addresses_or_inline_code(client):
@@ -85,7 +115,7 @@ def test_numbers_of_another_protocol_are_named_and_not_shown(tmp_path):
     root = str(tmp_path)
     small_ladder(root, (2, 3))
     write_run(root, 4, protocol="another")
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     told = client.get("/api/series", params={"metric": "world_fid"}).json()
     assert "world-d4" in told["left_out"]
     assert "world-d4" not in [run["name"] for run in told["runs"]]
@@ -112,7 +142,7 @@ def test_pictures_are_encoded_anew_and_damaged_ones_are_told(tmp_path):
     root = str(tmp_path)
     small_ladder(root, (2,))
     storage.write_bytes(f"{root}/world-d2/gallery/step_0000300.png", b"\x89PNG\r\n\x1a\n<script>")
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     good = client.get("/api/picture", params={"run": "world-d2", "file": "100"})
     assert good.content[8:12] == b"WEBP"
     assert good.headers["content-type"] == "image/webp"
@@ -147,7 +177,7 @@ def test_other_addresses_need_a_token(root, tmp_path):
         access_for("0.0.0.0", str(file))
     file.write_text("a-token-of-some-length\n")
     app = app_on(root, host="0.0.0.0", token_file=str(file))
-    client = TestClient(app, base_url="http://eval.example", follow_redirects=False)
+    client = CheckedClient(app, base_url="http://eval.example", follow_redirects=False)
     for path in ("/", "/api/runs", "/static/pages.js", "/openapi.json"):
         assert client.get(path).status_code == 401
     assert client.get("/api/runs", headers={"authorization": "Bearer wrong"}).status_code == 401
@@ -198,7 +228,7 @@ def test_failures_come_with_reasons(tmp_path):
     index = Index(root)
     index.refresh()
     app = build_app(index, Watcher(index, settings), access_for("127.0.0.1", None))
-    client = TestClient(app, base_url="http://[::1]")
+    client = CheckedClient(app, base_url="http://[::1]")
     told = client.get("/api/failures").json()
     assert told["evaluations"][0]["reason"] == f"{XSS} is not finite"
     assert told["evaluations"][0]["step"] == 10
@@ -211,11 +241,11 @@ def test_a_run_that_has_just_begun_is_no_failure(tmp_path):
     write_run(root, 2, scored=False)
     for file in ("recipe.json", "plan.json"):
         storage.write_bytes(f"{root}/world-d3/{file}", storage.read_bytes(f"{root}/world-d2/{file}"))
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     assert {run["name"]: run["problems"] for run in client.get("/api/runs").json()["runs"]}["world-d3"] == 0
     assert client.get("/api/failures").json()["unreadable"] == []
     (tmp_path / "world-d3" / "plan.json").write_text("torn")
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     assert "plan.json (unreadable" in client.get("/api/failures").json()["unreadable"][0]["reason"]
 
 
@@ -226,7 +256,7 @@ def test_odd_file_names_and_prompts_do_no_harm(tmp_path):
     uri = storage.join(root, odd)
     ResultStore(uri + "/results").append([ResultRow("x", "h", "v", 8, "val_loss/sd3", 1.0, False, 2, "p")])
     write_run(root, 2, scored=False)
-    client = TestClient(app_on(root), base_url="http://localhost")
+    client = CheckedClient(app_on(root), base_url="http://localhost")
     shown = odd.replace("\udcff", r"\xff")  # what is no text could be in no address
     assert shown in [run["name"] for run in client.get("/api/runs").json()["runs"]]
     assert shown in client.get("/api/series", params={"metric": "val_loss/sd3"}).json()["left_out"]

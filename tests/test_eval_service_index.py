@@ -36,7 +36,7 @@ def test_it_says_what_the_report_says(tmp_path):
             assert ours.by_run[run].images_P.tolist() == [p.images for p in points]
             np.testing.assert_array_equal(ours.by_run[run].value_P, [p.value for p in points])
     assert index.snapshot.curves("no/such") is None
-    assert views.calibration(index.snapshot)[0]["ground_truth"]["value"] == pytest.approx(0.972)
+    assert views.calibration(index.snapshot)["lines"][0]["ground_truth"]["value"] == pytest.approx(0.972)
 
 
 def test_a_refresh_reads_only_runs_that_changed(tmp_path, monkeypatch):
@@ -77,8 +77,8 @@ def test_a_service_that_only_shows_tells_what_others_evaluated(tmp_path):
     [run] = index.snapshot.runs
     assert run.states("theirs") == {10: "done", 20: "failed"}
     assert run.states("") == {10: "done", 20: "done"}
-    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 2
-    assert views.run_list(index.snapshot, "mine")[0]["evaluated"] == 0
+    assert views.run_list(index.snapshot, "")["runs"][0]["evaluated"] == 2
+    assert views.run_list(index.snapshot, "mine")["runs"][0]["evaluated"] == 0
     ResultStore(f"{uri}/results").append([row("world-d2", "world_fid", 9.0, images=30 * 64)])  # by `eval run`
     index.refresh()
     assert index.snapshot.runs[0].states("") == {10: "done", 20: "done", 30: "done"}
@@ -131,9 +131,9 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
     run = index.snapshot.by_name["world-d2"]
     assert run.weights == {100: f"{uri}/weights/step_0000100/ema.safetensors"}
     assert run.gallery == {100: f"{uri}/gallery/step_0000100.png"}
-    assert views.run_list(index.snapshot, "s")[0]["evaluated"] == 1
-    assert views.run_list(index.snapshot, "other")[0]["evaluated"] == 0
-    assert views.run_list(index.snapshot, "")[0]["evaluated"] == 1  # whatever it was evaluated with
+    assert views.run_list(index.snapshot, "s")["runs"][0]["evaluated"] == 1
+    assert views.run_list(index.snapshot, "other")["runs"][0]["evaluated"] == 0
+    assert views.run_list(index.snapshot, "")["runs"][0]["evaluated"] == 1  # whatever it was evaluated with
 
 
 def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):

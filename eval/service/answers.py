@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from infra.errors import UserError
@@ -13,10 +14,8 @@ T = TypeVar("T")
 Documented = dict[int | str, dict[str, Any]]
 
 
-class Json(Response):
+class Json(JSONResponse):
     """Plain data as it is: these answers are too large for a second pass through a schema."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         if isinstance(content, bytes):

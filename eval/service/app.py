@@ -1,7 +1,6 @@
 """The web side of the service: pages, the JSON API behind them, and its OpenAPI description. All from one Snapshot."""
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from eval.report.data import natural_key
-from eval.service import pictures, views
+from eval.service import pictures, shapes, views
 from eval.service.access import Access
 from eval.service.answers import Json, Webp, documented, tell_refusals, told, webp
 from eval.service.claims import reason_of
@@ -90,42 +89,45 @@ def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
 
 
 def _state_routes(app: FastAPI, parts: Parts) -> None:
-    @app.get("/api/status", tags=["state"], summary="What is watched, and what is being evaluated")
+    @app.get("/api/status", response_model=shapes.Status, tags=["state"],
+             summary="What is watched, and what is being evaluated")  # fmt: skip
     def status() -> Response:
         now = parts.now
-        told = {
+        told: shapes.Status = {
             "uri": now.uri, "generation": now.generation, "runs": len(now.runs), "created": now.created,
             "reading": parts.index.reading, "version": code_version(), "time": time.time(), **parts.watcher.told(),
         }  # fmt: skip
         return Json(told)
 
-    @app.get("/api/runs", tags=["state"], summary="Every run: size, progress, last loss, overall scores")
+    @app.get("/api/runs", response_model=shapes.RunList, tags=["state"],
+             summary="Every run: size, progress, last loss, overall scores")  # fmt: skip
     def runs() -> Response:
-        return parts.answer(
-            "runs", lambda now: {"runs": views.run_list(now, parts.settings), "metric": views.main_loss(now)}
-        )
+        return parts.answer("runs", lambda now: views.run_list(now, parts.settings))
 
-    @app.get("/api/run", tags=["state"], summary="One run: recipe, cost, last value of every metric, checkpoints",
+    @app.get("/api/run", response_model=shapes.RunDetails, tags=["state"],
+             summary="One run: recipe, cost, last value of every metric, checkpoints",
              responses=documented(_404="no such run"))  # fmt: skip
     def run(name: str) -> Response:
         return Json(_found(views.run_details(parts.now, name, parts.settings), f"no run named {name!r}"))
 
-    @app.get("/api/recipes", tags=["state"], summary="Fields in which recipes differ")
+    @app.get("/api/recipes", response_model=shapes.Recipes, tags=["state"], summary="Fields in which recipes differ")
     def recipes(run: Runs = None) -> Response:
         return parts.answer(("recipes", *(run or [])), lambda now: views.recipes(now, run or []))
 
-    @app.get("/api/plans", tags=["state"], summary="Plan against reality")
+    @app.get("/api/plans", response_model=shapes.Plans, tags=["state"], summary="Plan against reality")
     def plans(run: Runs = None) -> Response:
-        return parts.answer(("plans", *(run or [])), lambda now: {"runs": views.plans(now, run or [])})
+        return parts.answer(("plans", *(run or [])), lambda now: views.plans(now, run or []))
 
-    @app.get("/api/failures", tags=["state"], summary="What could not be evaluated or read, with reasons")
+    @app.get("/api/failures", response_model=shapes.Failures, tags=["state"],
+             summary="What could not be evaluated or read, with reasons")  # fmt: skip
     def failures() -> Response:
-        told = parts.answer("failures", lambda now: _failures(now, parts.settings))
-        return Json({**json.loads(bytes(told.body)), "problem": parts.watcher.told()["problem"]})
+        problem = parts.watcher.told()["problem"]
+        return parts.answer(("failures", problem), lambda now: _failures(now, parts.settings, problem))
 
 
-def _failures(now: Snapshot, settings: str) -> dict[str, Any]:
-    failed, unread = [], []
+def _failures(now: Snapshot, settings: str, problem: str) -> shapes.Failures:
+    failed: list[shapes.Failure] = []
+    unread: list[shapes.Unreadable] = []
     for run in now.runs:
         for step, outcome in run.outcomes(settings).items():
             if outcome.state == "failed":
@@ -133,31 +135,29 @@ def _failures(now: Snapshot, settings: str) -> dict[str, Any]:
                 failed.append({"run": run.name, "step": step, "reason": reason, "at": at, "attempts": outcome.attempt})
         unread += [{"run": run.name, "reason": reason} for reason in views.problems_of(run)]
     unread += [{"run": "", "reason": note} for note in now.notes]
-    return {"evaluations": failed, "unreadable": unread}
+    return {"evaluations": failed, "unreadable": unread, "problem": problem}
 
 
 def _curve_routes(app: FastAPI, parts: Parts) -> None:
-    @app.get("/api/metrics", tags=["numbers"], summary="Names of metrics; benchmarks with their tasks")
+    @app.get("/api/metrics", response_model=shapes.Metrics, tags=["numbers"],
+             summary="Names of metrics; benchmarks with their tasks")  # fmt: skip
     def metrics() -> Response:
-        families = {
-            name: [{"task": task.name, "metrics": task.metrics} for task in tasks]
-            for name, tasks in views.families(parts.now).items()
-        }
-        return Json({"loss": views.main_loss(parts.now), "families": families, "metrics": list(parts.now.metrics)})
+        return Json(views.metrics(parts.now))
 
-    @app.get("/api/series", tags=["numbers"], summary="One metric over images, per run, under one protocol")
+    @app.get("/api/series", response_model=shapes.SeriesOf, tags=["numbers"],
+             summary="One metric over images, per run, under one protocol")  # fmt: skip
     def series(metric: str, run: Runs = None, points: Annotated[int, Query(ge=2, le=5000)] = 300) -> Response:
         return parts.answer(
             ("series", metric, points, *(run or [])),
             lambda now: views.curves_of(now, metric, run or [], points=points),
         )
 
-    @app.get("/api/levels", tags=["numbers"], summary="Validation loss per noise level")
+    @app.get("/api/levels", response_model=shapes.Levels, tags=["numbers"], summary="Validation loss per noise level")
     def levels(run: Runs = None, images: Images = None) -> Response:
         return parts.answer(("levels", images, *(run or [])), lambda now: views.levels_of(now, run or [], images))
 
-    @app.get("/api/scores", tags=["numbers"], summary="A benchmark's tasks with intervals",
-             responses=documented(_404="no such family"))  # fmt: skip
+    @app.get("/api/scores", response_model=shapes.Scores, tags=["numbers"],
+             summary="A benchmark's tasks with intervals", responses=documented(_404="no such family"))  # fmt: skip
     def scores(family: str, run: Runs = None, images: Images = None) -> Response:
         if family not in views.families(parts.now):
             raise HTTPException(404, f"no metric family named {family!r}")
@@ -165,19 +165,22 @@ def _curve_routes(app: FastAPI, parts: Parts) -> None:
             ("scores", family, images, *(run or [])), lambda now: views.scores_of(now, family, run or [], images)
         )
 
-    @app.get("/api/calibration", tags=["numbers"], summary="What the judges give to truth, shuffled scenes and noise")
+    @app.get("/api/calibration", response_model=shapes.Calibration, tags=["numbers"],
+             summary="What the judges give to truth, shuffled scenes and noise")  # fmt: skip
     def calibration() -> Response:
-        return Json({"lines": views.calibration(parts.now)})
+        return Json(views.calibration(parts.now))
 
-    @app.get("/api/scaling", tags=["numbers"], summary="Laws, frontier, predictions, or that they are being fitted")
+    @app.get("/api/scaling", response_model=shapes.Fitted | shapes.Fitting, tags=["numbers"],
+             summary="Laws, frontier, predictions, or that they are being fitted")  # fmt: skip
     def scaling(run: Runs = None) -> Response:
         return Json(parts.law.told(parts.now, run or []))
 
 
 def _picture_routes(app: FastAPI, parts: Parts) -> None:
-    @app.get("/api/sheets", tags=["pictures"], summary="Which sample pictures each run has")
+    @app.get("/api/sheets", response_model=shapes.Sheets, tags=["pictures"],
+             summary="Which sample pictures each run has")  # fmt: skip
     def sheets(run: Runs = None) -> Response:
-        return Json({"runs": views.sheets(parts.now, run or [])})
+        return Json(views.sheets(parts.now, run or []))
 
     @app.get("/api/picture", tags=["pictures"], summary="One sample picture, as WEBP", response_class=Webp,
              responses=documented(_404="no such run or picture, or not a readable one"))  # fmt: skip
@@ -185,7 +188,8 @@ def _picture_routes(app: FastAPI, parts: Parts) -> None:
         make = functools.partial(pictures.thumbnail, _picture_uri(parts.now, run, file), width)
         return webp(make, cache="private, max-age=3600", status=404)
 
-    @app.get("/api/prompts", tags=["pictures"], summary="The prompts of a run's sample pictures, tile by tile",
+    @app.get("/api/prompts", response_model=shapes.Prompts, tags=["pictures"],
+             summary="The prompts of a run's sample pictures, tile by tile",
              responses=documented(_404="no such run"))  # fmt: skip
     def prompts(run: str) -> Response:
         found = _found(parts.now.by_name.get(run), f"no run named {run!r}")
@@ -240,6 +244,7 @@ def _pages(app: FastAPI) -> None:
             for method, told in methods.items()
         ]
         html = environment.get_template("api.html.j2").render(
-            title="API", page="api", path="api", menu=menu, version=app.version, routes=listed
-        )
+            title="API", page="api", path="api", menu=menu, version=app.version, routes=listed,
+            shapes=app.openapi()["components"]["schemas"],
+        )  # fmt: skip
         return Response(html, media_type="text/html")

@@ -1,13 +1,13 @@
 """Side by side in the service: create a study, hand out blind pairs, keep answers, give win rates."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 
 from eval.human import QUESTIONS, Side, Studies, Study, clean_rater
-from eval.service import pictures
+from eval.service import pictures, shapes
 from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
 from eval.service.index import Index
@@ -42,9 +42,11 @@ class NewVote(BaseModel):
 def human_routes(app: FastAPI, index: Index) -> None:
     studies = Studies(index.uri)
 
-    @app.get("/api/human/studies", tags=["side by side"], summary="All studies, without their results")
+    @app.get("/api/human/studies", response_model=shapes.StudyList, tags=["side by side"],
+             summary="All studies, without their results")  # fmt: skip
     def listed() -> Response:
-        found, unreadable = [], []
+        found: list[shapes.StudyLine] = []
+        unreadable: list[str] = []
         for name in asked(studies.names):
             try:
                 found.append(_named(studies.get(name)))
@@ -52,21 +54,23 @@ def human_routes(app: FastAPI, index: Index) -> None:
                 unreadable.append(str(error))
         return Json({"studies": found, "unreadable": unreadable, "questions": QUESTIONS})
 
-    @app.post("/api/human/studies", tags=["side by side"], summary="Begin a study of two checkpoints", status_code=201,
-              responses=MISTAKE)  # fmt: skip
+    @app.post("/api/human/studies", response_model=shapes.StudyLine, tags=["side by side"],
+              summary="Begin a study of two checkpoints", status_code=201, responses=MISTAKE)  # fmt: skip
     def create(wanted: NewStudy) -> Response:
         sides = Side(wanted.run_a, wanted.step_a), Side(wanted.run_b, wanted.step_b)
         sheets = asked(lambda: [read_sheet(_gallery(index, side)) for side in sides])
         study = asked(lambda: _create(studies, wanted, sides, sheets))
         return Json(_named(study), 201)
 
-    @app.get("/api/human/next", tags=["side by side"], summary="A rater's next pair, blind", responses=MISTAKE)
+    @app.get("/api/human/next", response_model=shapes.NextPair, tags=["side by side"],
+             summary="A rater's next pair, blind", responses=MISTAKE)  # fmt: skip
     def following(study: str, rater: str) -> Response:
         found = asked(lambda: studies.get(study))
         item, done, total = asked(lambda: studies.next(found, rater))
-        answer: dict[str, Any] = {"item": item, "done": done, "total": total}
+        answer: shapes.NextPair = {"item": item, "done": done, "total": total}
         if item is not None:
-            answer |= {"prompt": found.prompts[item], "questions": {q: QUESTIONS[q] for q in found.asked(item)}}
+            answer["prompt"] = found.prompts[item]
+            answer["questions"] = {question: QUESTIONS[question] for question in found.asked(item)}
         return Json(answer)
 
     @app.get("/api/human/picture", tags=["side by side"], summary="The left or right picture of a pair, as WEBP",
@@ -80,16 +84,17 @@ def human_routes(app: FastAPI, index: Index) -> None:
         shown = "a" if (side == "left") == (left == "a") else "b"
         return webp(lambda: pair[shown], cache="no-store", status=400)
 
-    @app.post("/api/human/votes", tags=["side by side"], summary="Keep a rater's answers; a second time is refused",
-              status_code=201, responses=MISTAKE | documented(_409="this rater answered this pair before"))  # fmt: skip
+    @app.post("/api/human/votes", response_model=shapes.Kept, tags=["side by side"],
+              summary="Keep a rater's answers; a second time is refused", status_code=201,
+              responses=MISTAKE | documented(_409="this rater answered this pair before"))  # fmt: skip
     def vote(given: NewVote) -> Response:
         found = asked(lambda: studies.get(given.study))
         if not asked(lambda: studies.vote(found, given.rater, given.item, given.answers)):
             raise HTTPException(409, "this rater has answered this pair already; the first answer stands")
         return Json({"kept": True}, 201)
 
-    @app.get("/api/human/results", tags=["side by side"], summary="Win rates with intervals (no longer blind)",
-             responses=MISTAKE)  # fmt: skip
+    @app.get("/api/human/results", response_model=shapes.StudyResults, tags=["side by side"],
+             summary="Win rates with intervals (no longer blind)", responses=MISTAKE)  # fmt: skip
     def results(study: str) -> Response:
         found = asked(lambda: studies.get(study))
         rates = asked(lambda: studies.results(found))
@@ -131,11 +136,11 @@ def _gallery(index: Index, side: Side) -> str:
     return run.gallery[side.step]
 
 
-def _named(study: Study) -> dict[str, Any]:
+def _named(study: Study) -> shapes.StudyLine:
     """What may be told before the end: not which side is which, but whom it is about."""
     return {
         "name": study.name, "runs": sorted(f"{s.run} step {s.step}" for s in (study.a, study.b)),
-        "pairs": len(study.order("")), "questions": study.questions, "created": study.created,
+        "pairs": len(study.order("")), "questions": list(study.questions), "created": study.created,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from eval.report.data import Run, natural_key, read_run, run_folders
 from eval.report.series import pick_protocol
 from eval.report.tables import cost_of, plan_against_reality
-from eval.service.claims import Outcome, outcomes
+from eval.service.claims import Outcome, State, outcomes
 from infra import storage
 from infra.log import get_logger
 from infra.results import ResultRow, ResultStore
@@ -76,13 +76,13 @@ class IndexedRun:
             self._outcomes[settings] = outcomes(self.evaluations, settings) if settings else {}
         return self._outcomes[settings]
 
-    def states(self, settings: str) -> dict[int, str]:
+    def states(self, settings: str) -> dict[int, State]:
         """Step -> how its evaluation stands; where `settings` is empty, whether any service or `eval run` judged it."""
         if settings:
             return {step: outcome.state for step, outcome in self.outcomes(settings).items()}
         known = {path.split("/")[1] for path in self.evaluations}
-        done = {step: state for one in known for step, state in self.states(one).items() if state == "done"}
-        return {**done, **dict.fromkeys(self._judged, "done")}
+        done = (step for one in known for step, state in self.states(one).items() if state == "done")
+        return dict.fromkeys((*done, *self._judged), "done")
 
     @cached_property
     def _judged(self) -> list[int]:

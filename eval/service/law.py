@@ -4,16 +4,16 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from eval.report.as_json import plain, scaling_json
 from eval.report.law import Scaling, fit_ladder
-from eval.report.predict import grade
+from eval.report.predict import Graded, grade
 from eval.report.series import Comparison, Point
 from eval.report.style import count_text
 from eval.scaling.laws import loss_at
+from eval.service import shapes
 from eval.service.index import Curves, Snapshot
 from eval.service.views import chosen, main_loss, number, numbers
 
@@ -25,20 +25,19 @@ class LawView:
     """`told` answers at once: the fit, or that it is being made."""
 
     def __init__(self) -> None:
-        self._done: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._done: OrderedDict[str, shapes.Fitted] = OrderedDict()
         self._running: set[str] = set()
         self._lock = threading.Lock()
 
-    def told(self, snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
+    def told(self, snapshot: Snapshot, names: Sequence[str]) -> shapes.Fitted | shapes.Fitting:
         runs = chosen(snapshot, names)
         loss = main_loss(snapshot)
         curves = snapshot.curves(loss) if loss else None
         if curves is None:
-            return {"state": "done", "scaling": {"reason": "no run has a validation loss yet"}, "runs": []}
+            return unfitted("no run has a validation loss yet")
         mine = [run.name for run in runs if run.name in curves.by_run]
         if len(mine) > MOST_RUNS:
-            reason = f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit"
-            return {"state": "done", "scaling": {"reason": reason}, "runs": []}
+            return unfitted(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
         key = _key(snapshot, curves, mine)
         with self._lock:
             if key in self._done:
@@ -52,7 +51,7 @@ class LawView:
         try:
             answer = law_of(snapshot, curves, names)
         except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
-            answer = {"state": "done", "scaling": {"reason": f"the fit failed: {error}"}, "runs": []}
+            answer = unfitted(f"the fit failed: {error}")
         with self._lock:
             self._running.discard(key)
             self._done[key] = answer
@@ -60,7 +59,14 @@ class LawView:
                 self._done.popitem(last=False)
 
 
-def law_of(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> dict[str, Any]:
+def unfitted(reason: str) -> shapes.Fitted:
+    return {
+        "state": "done", "metric": None, "scaling": {"reason": reason}, "runs": [], "band": None, "frontier": None,
+        "predictions": [],
+    }  # fmt: skip
+
+
+def law_of(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> shapes.Fitted:
     """Law, band over sizes, points at equal images, the frontier over compute, and graded predictions."""
     runs = [snapshot.by_name[name].run for name in names]
     losses = comparison(curves, names)
@@ -80,10 +86,15 @@ def law_of(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> dict[str
         "band": _band(scaling),
         "frontier": _frontier(scaling),
         "predictions": [
-            {**plain(found), "inside": found.inside, "title": f"depth {found.depth}, {count_text(found.parameters)}"}
-            for found in grade(snapshot.shared, [run.run for run in snapshot.runs], losses)
+            _told(found) for found in grade(snapshot.shared, [run.run for run in snapshot.runs], losses)
         ],
     }  # fmt: skip
+
+
+def _told(found: Graded) -> shapes.GradedPrediction:
+    title = f"depth {found.depth}, {count_text(found.parameters)}"
+    told: shapes.GradedPrediction = plain({**vars(found), "inside": found.inside, "title": title})
+    return told
 
 
 def comparison(curves: Curves, names: Sequence[str]) -> Comparison:
@@ -100,7 +111,7 @@ def _known(value: float) -> float | None:
     return value if value == value else None
 
 
-def _band(scaling: Scaling) -> dict[str, Any] | None:
+def _band(scaling: Scaling) -> shapes.Band | None:
     if scaling.size is None:
         return None
     sizes = [curve.parameters for curve in scaling.curves]
@@ -115,7 +126,7 @@ def _band(scaling: Scaling) -> dict[str, Any] | None:
     }
 
 
-def _frontier(scaling: Scaling) -> dict[str, Any] | None:
+def _frontier(scaling: Scaling) -> shapes.FrontierCurve | None:
     if scaling.compute is None:
         return None
     low, high = (f(float(c.compute[k]) for c in scaling.curves) for f, k in ((min, 0), (max, -1)))

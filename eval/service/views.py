@@ -11,6 +11,7 @@ from eval.report.as_json import plain
 from eval.report.data import MARKS, NOT_BEGUN
 from eval.report.series import Task, families_of, levels_among, most_common_loss
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
+from eval.service import shapes
 from eval.service.index import Curves, IndexedRun, Series, Snapshot
 
 MOST_FIELDS = 60
@@ -29,7 +30,7 @@ def chosen(snapshot: Snapshot, names: Sequence[str]) -> tuple[IndexedRun, ...]:
     return tuple(run for run in snapshot.runs if run.name in set(names)) if names else snapshot.runs
 
 
-def run_list(snapshot: Snapshot, settings: str) -> list[dict[str, Any]]:
+def run_list(snapshot: Snapshot, settings: str) -> shapes.RunList:
     """One line per run: size, progress, last loss, overall scores, how far its evaluation is."""
     loss = main_loss(snapshot)
     headline = {
@@ -39,12 +40,12 @@ def run_list(snapshot: Snapshot, settings: str) -> list[dict[str, Any]]:
         if tasks[0].name == "overall"
     }
     losses = snapshot.curves(loss) if loss else None
-    return [_run_line(run, settings, losses, headline) for run in snapshot.runs]
+    return {"runs": [_run_line(run, settings, losses, headline) for run in snapshot.runs], "metric": loss}
 
 
 def _run_line(
     run: IndexedRun, settings: str, losses: Curves | None, headline: Mapping[str, Curves | None]
-) -> dict[str, Any]:
+) -> shapes.RunLine:
     states = list(run.states(settings).values())
     scores = {m: last_point(c.by_run.get(run.name)) for m, c in headline.items() if c is not None}
     return {
@@ -74,11 +75,11 @@ def problems_of(run: IndexedRun) -> list[str]:
     return [*missing, *run.skipped]
 
 
-def last_point(series: Series | None) -> dict[str, Any] | None:
+def last_point(series: Series | None) -> shapes.Point | None:
     return point_at(series, None)
 
 
-def point_at(series: Series | None, images: int | None) -> dict[str, Any] | None:
+def point_at(series: Series | None, images: int | None) -> shapes.Point | None:
     """The point at that many images, or the last."""
     if series is None or not len(series.images_P):
         return None
@@ -91,33 +92,32 @@ def point_at(series: Series | None, images: int | None) -> dict[str, Any] | None
     }  # fmt: skip
 
 
-def curves_of(snapshot: Snapshot, metric: str, names: Sequence[str], *, points: int) -> dict[str, Any]:
+def curves_of(snapshot: Snapshot, metric: str, names: Sequence[str], *, points: int) -> shapes.SeriesOf:
     """A metric's points per run, at most `points` of each, and which runs were measured otherwise."""
     found = snapshot.curves(metric)
     if found is None:
         return {"metric": metric, "runs": [], "left_out": {}, "higher_is_better": False, "protocol": None}
-    runs = [
-        {"name": run.name, "parameters": run.run.parameters, "depth": run.run.depth,
-         "flops_per_image": run.run.flops_per_image, **columns(found.by_run[run.name], points)}
-        for run in chosen(snapshot, names)
-        if run.name in found.by_run
-    ]  # fmt: skip
-    wanted = {run.name for run in chosen(snapshot, names)}
+    runs = chosen(snapshot, names)
+    wanted = {run.name for run in runs}
     return {
         "metric": metric,
         "protocol": found.protocol,
         "higher_is_better": found.higher_is_better,
         "left_out": {run: protocols for run, protocols in found.left_out.items() if run in wanted},
-        "runs": runs,
+        "runs": [_thinned(run, found.by_run[run.name], points) for run in runs if run.name in found.by_run],
     }
 
 
-def columns(series: Series, points: int) -> dict[str, list[Any]]:
+def _thinned(run: IndexedRun, series: Series, points: int) -> shapes.RunSeries:
     """Columns for a chart; a longer series is thinned evenly, its first and last point kept."""
     pick = np.arange(len(series.images_P))
     if len(pick) > points:
         pick = np.unique(np.linspace(0, len(pick) - 1, points).round().astype(int))
     return {
+        "name": run.name,
+        "parameters": run.run.parameters,
+        "depth": run.run.depth,
+        "flops_per_image": run.run.flops_per_image,
         "images": series.images_P[pick].tolist(),
         "value": numbers(series.value_P[pick]),
         "low": numbers(series.low_P[pick]),
@@ -126,12 +126,12 @@ def columns(series: Series, points: int) -> dict[str, list[Any]]:
     }
 
 
-def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> dict[str, Any]:
+def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> shapes.Levels:
     """Loss at each noise level, per run, at its last checkpoint or at `images`."""
     loss = main_loss(snapshot)
     levels = levels_among(snapshot.metrics, loss) if loss else {}
     found = {t: snapshot.curves(metric) for t, metric in levels.items()}
-    runs = []
+    runs: list[shapes.RunLevels] = []
     for run in chosen(snapshot, names):
         points = [(t, point_at(c.by_run.get(run.name), images)) for t, c in found.items() if c is not None]
         told = [(t, point) for t, point in points if point]
@@ -143,10 +143,10 @@ def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> d
     return {"metric": loss, "levels": {f"{t:g}": metric for t, metric in levels.items()}, "runs": runs}
 
 
-def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int | None) -> dict[str, Any]:
+def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int | None) -> shapes.Scores:
     """A benchmark's tasks with intervals: each run's last value, or the one at `images`."""
     tasks = families(snapshot).get(family, [])
-    lines = []
+    lines: list[shapes.ScoreLine] = []
     for task in tasks:
         for split, metric in sorted(task.metrics.items()):
             found = snapshot.curves(metric)
@@ -167,7 +167,7 @@ def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int
     }
 
 
-def run_details(snapshot: Snapshot, name: str, settings: str) -> dict[str, Any] | None:
+def run_details(snapshot: Snapshot, name: str, settings: str) -> shapes.RunDetails | None:
     run = snapshot.by_name.get(name)
     if run is None:
         return None
@@ -194,12 +194,21 @@ def _scores_first(item: tuple[str, Any]) -> tuple[int, str]:
     return (0 if name.startswith("val_loss") else 2 if name.startswith(("train_loss", "cost/")) else 1), name
 
 
-def _states(run: IndexedRun, settings: str) -> dict[int, str]:
+def _states(run: IndexedRun, settings: str) -> dict[int, shapes.State]:
     known = run.states(settings)
     return {step: known.get(step, "new") for step in run.weights}
 
 
-def recipes(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
+def metrics(snapshot: Snapshot) -> shapes.Metrics:
+    """Every metric's name; benchmarks with their tasks."""
+    found: dict[str, list[shapes.TaskMetrics]] = {
+        name: [{"task": task.name, "metrics": task.metrics} for task in tasks]
+        for name, tasks in families(snapshot).items()
+    }
+    return {"loss": main_loss(snapshot), "families": found, "metrics": list(snapshot.metrics)}
+
+
+def recipes(snapshot: Snapshot, names: Sequence[str]) -> shapes.Recipes:
     """Fields in which the chosen runs' recipes differ, one row per run."""
     runs = chosen(snapshot, names)
     flat = {run.name: flatten(run.run.recipe) for run in runs}
@@ -214,7 +223,7 @@ def recipes(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def plans(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
+def plans(snapshot: Snapshot, names: Sequence[str]) -> shapes.Plans:
     """Plan against reality: what plan.json says, and what was measured so far."""
     found = []
     for run in chosen(snapshot, names):
@@ -229,7 +238,7 @@ def plans(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
             "name": run.name, "parameters": run.run.parameters, "progress": _ratio(cost["images"], images),
             "lines": [line for line in lines if line["planned"] is not None], "cost": plain(cost),
         })  # fmt: skip
-    return plain(found)
+    return {"runs": plain(found)}
 
 
 def _planned(name: str, planned: Any, measured: Any) -> dict[str, Any]:
@@ -244,27 +253,27 @@ def _ratio(measured: Any, planned: Any) -> float | None:
     return measured / planned if measured and planned else None
 
 
-def sheets(snapshot: Snapshot, names: Sequence[str]) -> list[dict[str, Any]]:
+def sheets(snapshot: Snapshot, names: Sequence[str]) -> shapes.Sheets:
     """Which pictures each run has: galleries drawn by the service, else the trainer's sample grids."""
-    found = []
+    found: list[shapes.RunPictures] = []
     for run in chosen(snapshot, names):
         batch = _positive(run.run.recipe.get("global_batch"))
         listed: list[tuple[str, int | None]] = [(str(step), step) for step in run.gallery]
         listed = listed or [(uri.rsplit("/", 1)[-1], _digits(uri)) for uri in run.run.samples]
-        files = [
+        files: list[shapes.Picture] = [
             {"file": file, "step": step, "images": step * int(batch) if batch and step is not None else None}
             for file, step in listed
         ]
         if files:
             found.append({"name": run.name, "kind": "gallery" if run.gallery else "samples", "files": files})
-    return found
+    return {"runs": found}
 
 
-def calibration(snapshot: Snapshot) -> list[dict[str, Any]]:
+def calibration(snapshot: Snapshot) -> shapes.Calibration:
     """What the judges give to ground truth, to shuffled scenes and to noise."""
     rows = {row.key: row for row in snapshot.shared if row.metric.startswith("calibration/")}
     lines = calibration_table(list(rows.values()))
-    return plain([line for line in lines if "overall" in line["metric"] or "/" not in line["metric"]])
+    return {"lines": plain([line for line in lines if "overall" in line["metric"] or "/" not in line["metric"]])}
 
 
 def number(value: float) -> float | None:

@@ -5,9 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from eval.run import Checkpoint
+from eval.service import shapes
 from eval.service.claims import MOST_ATTEMPTS, Claim, Outcome, Watch, claim
 from eval.service.index import Index, IndexedRun
 from eval.service.worker import Died, NotReady, Settings, Worker, name_of
@@ -185,8 +186,8 @@ class Watcher:
             self.working = ()
         return True
 
-    def told(self) -> dict[str, Any]:
-        """For the status line. `elsewhere`: checkpoints that other services on this store have claimed."""
+    def told(self) -> shapes.Work:
+        """For the status line."""
         runs, working = self.index.snapshot.runs, self.working
         settings = self.settings.hash if self.settings is not None else ""
         states = [(run.name, step, state) for run in runs for step, state in run.states(settings).items()]
