@@ -96,12 +96,11 @@ class Clusters:
         return float(np.mean([np.mean([x for v in self._values[s].values() for x in v]) for s in self._pick(strata)]))
 
     def interval(self, strata: Iterable[str] | None = None, *, seed: int = 0) -> tuple[float, float] | None:
-        """95 % percentile bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
+        """95 % bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
 
         Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
-        Where a stratum is all 0 or all 1 there is nothing to draw: 0 of 20 prompts does not prove 0, so its mean is
-        drawn from Jeffreys' posterior of a share of that many prompts. Where its prompts agree on another value (or it
-        has one prompt) nothing tells how prompts vary: None, the interval is unknown.
+        Shares (values of 0 and 1) are drawn by `_drawn_share`, other numbers by the percentile bootstrap. Where prompts
+        agree on a value between (or there is one) nothing tells how prompts vary: None, the interval is unknown.
         """
         rng = np.random.default_rng(seed)
         total = np.zeros(RESAMPLES)
@@ -109,11 +108,11 @@ class Clusters:
         for name in names:
             sums = np.array([np.sum(v) for v in self._values[name].values()])
             sizes = np.array([len(v) for v in self._values[name].values()])
-            ones = sums.sum() / sizes.sum()
-            if ones in (0, 1) and all(x == ones for v in self._values[name].values() for x in v):
-                total += rng.beta(0.5 + ones * len(sums), 0.5 + (1 - ones) * len(sums), size=RESAMPLES)
-            elif all_alike(sums / sizes):
+            shares = all(x in (0, 1) for v in self._values[name].values() for x in v)
+            if all_alike(sums / sizes) and not (shares and sums.sum() in (0, sizes.sum())):
                 return None
+            if shares:
+                total += _drawn_share(sums, sizes, 0.5 / len(names), rng)
             else:
                 drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
                 total += sums[drawn].sum(1) / sizes[drawn].sum(1)
@@ -127,6 +126,22 @@ class Clusters:
 
     def _pick(self, strata: Iterable[str] | None) -> list[str]:
         return list(self._values) if strata is None else list(strata)
+
+
+def _drawn_share(sums_P: np.ndarray, sizes_P: np.ndarray, prior: float, rng: np.random.Generator) -> np.ndarray:
+    """Draws of the share of right images: a Bayesian bootstrap of the prompts (D. B. Rubin, Annals of Statistics 9
+    (1981), 130-134) with `prior` prompts added that are all right and as many all wrong.
+
+    Drawing prompts with repetition proves too much where few are right: for eight prompts of four images and a share of
+    0.1 to 0.6, 84 to 88 of its intervals in 100 held the truth; 97 to 98 of these do. The weights' sum, one less than
+    the prompts, makes draws vary as much as drawing with repetition does. Alone, a half each way is Jeffreys' prior;
+    several strata that are averaged divide it between them, or what it adds would sum up to a bias (six strata at 3 %:
+    53 in 100 held the truth).
+    """
+    count = len(sums_P)
+    weights = rng.standard_gamma([*np.full(count, (count - 1) / count), prior, prior], size=(RESAMPLES, count + 2))
+    size = sizes_P.mean()
+    return weights @ [*sums_P, size, 0.0] / (weights @ [*sizes_P, size, size])
 
 
 def all_alike(values: np.ndarray) -> bool:
