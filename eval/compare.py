@@ -85,7 +85,7 @@ def _record(d: Difference) -> dict[str, Any]:
 
 def read_side(where: str) -> Side:
     run, _, stated = where.rstrip("/").partition("@")
-    if stated and not stated.isdigit():
+    if stated and not stated.isdecimal():
         raise UserError(f"{where}: expected RUN or RUN@IMAGES with a whole number of images")
     store = storage.join(run, "results")
     rows = ResultStore(store).rows()

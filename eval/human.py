@@ -116,12 +116,14 @@ class Studies:
             read = json.loads(storage.read_bytes(self._uri(name, "study.json")))
             a, b = (Side(str(read[side]["run"]), int(read[side]["step"])) for side in ("a", "b"))
             prompts, questions = tuple(map(str, read["prompts"])), tuple(map(str, read["questions"]))
+            if unknown := set(questions) - set(QUESTIONS):
+                raise ValueError(f"unknown questions {sorted(unknown)}")
             return Study(
                 name, a, b, prompts, questions, str(read["gallery"]), str(read["secret"]), str(read["created"])
             )
         except MissingError as error:
             raise UserError(f"no study named {name!r}{nearest(name, self.names())}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{self._uri(name, 'study.json')}: not a study ({error!r})") from error
 
     def create(self, name: str, a: Side, b: Side, *, prompts: Sequence[str], gallery: str,

@@ -100,7 +100,7 @@ class Clusters:
 
         Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
         Shares (values of 0 and 1) are drawn by `_drawn_share`, other numbers by the percentile bootstrap. Where prompts
-        agree on a value between (or there is one) nothing tells how prompts vary: None, the interval is unknown.
+        agree on a value between 0 and 1 (as one prompt does) nothing tells how they vary: None, it is unknown.
         """
         rng = np.random.default_rng(seed)
         total = np.zeros(RESAMPLES)
@@ -139,7 +139,8 @@ def _drawn_share(sums_P: np.ndarray, sizes_P: np.ndarray, prior: float, rng: np.
     53 in 100 held the truth).
     """
     count = len(sums_P)
-    weights = rng.standard_gamma([*np.full(count, (count - 1) / count), prior, prior], size=(RESAMPLES, count + 2))
+    shapes = [*np.full(count, max(count - 1, 1) / count), prior, prior]
+    weights = rng.standard_gamma(shapes, size=(RESAMPLES, count + 2))
     size = sizes_P.mean()
     return weights @ [*sums_P, size, 0.0] / (weights @ [*sizes_P, size, size])
 

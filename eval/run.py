@@ -113,7 +113,7 @@ def find_checkpoints(runs: str, which: str = "all") -> list[Checkpoint]:
 def _choose(checkpoints: list[Checkpoint], which: str) -> list[Checkpoint]:
     if which == "all":
         return checkpoints
-    if which != "last" and not (which.isdigit() and int(which) > 0):
+    if which != "last" and not (which.isdecimal() and int(which) > 0):
         raise UserError(f"--checkpoints {which!r}: expected all, last or a number from 1 on")
     count = 1 if which == "last" else min(int(which), len(checkpoints))
     return [checkpoints[-1 - (len(checkpoints) * back) // count] for back in reversed(range(count))]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 def rank() -> int:
     """This process' rank as the launchers (deepspeed, torchrun) state it; 0 outside of them."""
     value = os.environ.get("RANK", "0")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdecimal() else 0
 
 
 class _CurrentStderr(logging.Handler):

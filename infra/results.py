@@ -78,6 +78,9 @@ def _decode(line: str) -> ResultRow:
     for name, kind in _TYPES.items():
         if not isinstance(getattr(row, name), kind):
             raise TypeError(f"{name} is {getattr(row, name)!r}")
+    for count in (row.images_seen, row.sample_count):
+        if isinstance(count, bool) or abs(count) >= 2**63:
+            raise TypeError(f"{count!r} is no number of images")
     return row
 
 

@@ -165,7 +165,7 @@ def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.cli
 def _body(answer: http.client.HTTPResponse, bounds: Fetch) -> tuple[bytes, int | None]:
     """All bytes that came, and how many were promised."""
     length = answer.getheader("content-length") or ""
-    stated = int(length) if length.isdigit() else None
+    stated = int(length) if length.isdecimal() else None
     if stated is not None and stated > bounds.max_bytes:
         raise FetchError("too_large", f"{stated:,} bytes, at most {bounds.max_bytes:,}")
     data = bytearray()

@@ -8,6 +8,7 @@ local tar's modification time, by which the pipeline tells raw files apart: a wo
 import io
 import json
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def _write_tar(uri: str, tar: bytes) -> None:
     storage.write_bytes(uri, tar)
     if not storage.is_remote(uri):
         time_ns = TARS_FROM_NS + int(storage.sha256_hex(tar)[:16], 16) % TARS_SPAN_NS
-        os.utime(storage.local_path(uri), ns=(time_ns, time_ns))
+        os.utime(storage.local_path(uri), ns=(time.time_ns(), time_ns))
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -45,7 +45,7 @@ def read_folders(root: str | Path) -> list[ImageFile]:
             f"no image folder {root}: expected {root}/00000/metadata.jsonl and {root}/00000/samples/0000.png"
         )
     images: list[ImageFile] = []
-    for folder in sorted(f for f in base.iterdir() if f.is_dir() and f.name.isdigit()):
+    for folder in sorted(f for f in base.iterdir() if f.is_dir() and f.name.isdecimal()):
         source = folder / "metadata.jsonl"
         try:
             metadata = parse_metadata(source.read_text(encoding="utf-8"), str(source))

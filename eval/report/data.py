@@ -1,6 +1,7 @@
 """Reads run folders for a report: recipe, plan, rows, samples. Local or s3://; a damaged piece is noted, not fatal."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Run:
     @property
     def depth(self) -> int | None:
         depth = _mapping(self.recipe.get("model")).get("depth", self.plan.get("depth"))
-        return depth if isinstance(depth, int) else None
+        return depth if isinstance(depth, int) and not isinstance(depth, bool) else None
 
     @property
     def backbone(self) -> str:
@@ -43,12 +44,13 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        return _positive(self.plan.get("parameters")) or counted_parameters(_mapping(self.recipe.get("model")))
+        planned = positive(self.plan.get("parameters"))
+        return int(planned) if planned else counted_parameters(_mapping(self.recipe.get("model")))
 
     @property
     def flops_per_image(self) -> float | None:
         """Of training: forward and backward."""
-        return _positive(self.plan.get("train_flops_per_image"))
+        return positive(self.plan.get("train_flops_per_image"))
 
     @property
     def recipe_hash(self) -> str:
@@ -159,12 +161,23 @@ def counted_parameters(model: Mapping[str, Any]) -> int | None:
 
     try:
         return MMDiTConfig.from_json(dict(model)).parameter_count()
-    except (ModelError, TypeError, ValueError, KeyError, AttributeError):
+    except (ModelError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return None
 
 
-def _positive(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+def finite(value: Any) -> int | float | None:
+    """A number of a recipe or plan; None for what is none or not finite (JSON's 1e999 and, to Python, Infinity)."""
+    try:
+        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return None
+    return value if known else None
+
+
+def positive(value: Any) -> int | float | None:
+    """As `finite`, where zero and less mean nothing."""
+    found = finite(value)
+    return found if found is not None and found > 0 else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -173,4 +186,4 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key in which step_9 comes before step_10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]

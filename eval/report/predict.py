@@ -127,7 +127,7 @@ def read_prediction(row: ResultRow) -> Graded | None:
             metric, int(told["depth"]), int(told["parameters"]), float(row.images_seen), loss, row.created, fitted_to,
             str(told.get("backbone", "mmdit")),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -142,9 +142,11 @@ def levels_among(metrics: Iterable[str], loss: str) -> dict[float, str]:
     found: dict[float, str] = {}
     for name in (name for name in metrics if name.startswith(f"{loss}/t")):
         try:
-            found[float(name.removeprefix(f"{loss}/t"))] = name
+            level = float(name.removeprefix(f"{loss}/t"))
         except ValueError:
             continue
+        if math.isfinite(level):
+            found[level] = name
     return dict(sorted(found.items()))
 
 

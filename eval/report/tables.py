@@ -1,10 +1,11 @@
 """The tables of a report as plain data: cost, plan against reality, recipe differences, judges, scores, origin."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.report.data import Run
+from eval.report.data import Run, finite
 from eval.report.series import Comparison, Point, Task
 from infra.results import ResultRow
 
@@ -31,7 +32,7 @@ def cost_of(run: Run) -> dict[str, Any]:
     images = images or run.images
     speed = speed or (images / seconds if seconds and images else None)
     flops = run.flops_per_image * images if run.flops_per_image and images else None
-    peak = _number(run.plan.get("peak_flops_per_second")) or _number(run.plan.get("device_peak_flops"))
+    peak = finite(run.plan.get("peak_flops_per_second")) or finite(run.plan.get("device_peak_flops"))
     rate = run.flops_per_image * speed if run.flops_per_image and speed else None
     return {
         "images": images,
@@ -48,7 +49,7 @@ def plan_against_reality(run: Run) -> list[dict[str, Any]]:
     predicted = run.plan.get("predicted", run.plan.get("predictions"))
     lines = []
     for name, value in sorted(predicted.items()) if isinstance(predicted, Mapping) else []:
-        planned = _number(value)
+        planned = finite(value)
         measured = next((m for m in (_last(run, name), _last(run, f"cost/{name}")) if m is not None), None)
         if planned is not None:
             ratio = measured / planned if measured is not None and planned else None
@@ -70,7 +71,7 @@ def calibration_table(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     for row in rows:
         parts = row.metric.split("/")[1:]
         control = next((name for name in CONTROLS if name in parts), None)
-        if control is None:
+        if control is None or not math.isfinite(row.value):
             continue
         name = "/".join(part for part in parts if part != control)
         line = lines.setdefault(name, {"metric": name, **dict.fromkeys(CONTROLS), "protocols": set()})
@@ -181,10 +182,6 @@ def recipe_field(run: Run, *path: str) -> Any:
 
 def _fingerprint(run: Run) -> str:
     return str(recipe_field(run, "data", "fingerprint") or run.plan.get("data_fingerprint") or "")
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _overall_first(name: str) -> tuple[str, bool, str]:

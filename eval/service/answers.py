@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
@@ -54,3 +55,9 @@ def tell_refusals(app: FastAPI) -> None:
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Request, error: AnyHTTPException) -> Response:
         return Json({"detail": error.detail}, error.status_code, headers=dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def mistyped(_: Request, error: RequestValidationError) -> Response:
+        # Without what was given: it may be no JSON (NaN, half a surrogate pair).
+        found = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
+        return Json({"detail": found}, 422)

@@ -12,6 +12,7 @@ from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from eval.report.data import natural_key
+from eval.report.pictures import prompts_of
 from eval.service import pictures, shapes, views
 from eval.service.access import Access
 from eval.service.answers import Json, Webp, documented, tell_refusals, told, webp
@@ -193,12 +194,11 @@ def _picture_routes(app: FastAPI, parts: Parts) -> None:
              responses=documented(_404="no such run"))  # fmt: skip
     def prompts(run: str) -> Response:
         found = _found(parts.now.by_name.get(run), f"no run named {run!r}")
+        answer: shapes.Prompts = {"prompts": list(prompts_of(found.run.samples[-1])) if found.run.samples else []}
         if found.gallery:
             sheet = told(lambda: read_sheet(list(found.gallery.values())[-1]), 404)
-            return Json({"prompts": [tile.prompt for tile in sheet.tiles], "columns": sheet.columns})
-        from eval.report.pictures import prompts_of
-
-        return Json({"prompts": list(prompts_of(found.run.samples[-1])) if found.run.samples else []})
+            answer = {"prompts": [tile.prompt for tile in sheet.tiles], "columns": sheet.columns}
+        return Json(answer)
 
 
 def _picture_uri(now: Snapshot, run: str, file: str) -> str:

@@ -54,7 +54,7 @@ class Sheet:
             if not tiles or min(columns, width, height) < 1:
                 raise ValueError("sizes")
             return Sheet(tiles, columns, width, height, int(read["images_seen"]), dict(read["sampling"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             told = f"not a gallery description ({error!r}); delete it and evaluate the checkpoint again"
             raise UserError(told) from error
 

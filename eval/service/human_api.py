@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 
-from eval.human import QUESTIONS, Side, Studies, Study, clean_rater
+from eval.human import QUESTIONS, Side, Studies, Study, WinRate, clean_rater
 from eval.service import pictures, shapes
 from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
@@ -52,7 +52,8 @@ def human_routes(app: FastAPI, index: Index) -> None:
                 found.append(_named(studies.get(name)))
             except UserError as error:  # one torn study hides no other
                 unreadable.append(str(error))
-        return Json({"studies": found, "unreadable": unreadable, "questions": QUESTIONS})
+        answer: shapes.StudyList = {"studies": found, "unreadable": unreadable, "questions": QUESTIONS}
+        return Json(answer)
 
     @app.post("/api/human/studies", response_model=shapes.StudyLine, tags=["side by side"],
               summary="Begin a study of two checkpoints", status_code=201, responses=MISTAKE)  # fmt: skip
@@ -98,8 +99,13 @@ def human_routes(app: FastAPI, index: Index) -> None:
     def results(study: str) -> Response:
         found = asked(lambda: studies.get(study))
         rates = asked(lambda: studies.results(found))
-        shown = [{**vars(rate), "votes": rate.votes} for rate in rates]
-        return Json({**_named(found), "a": vars(found.a), "b": vars(found.b), "rates": shown})
+        answer: shapes.StudyResults = {
+            **_named(found),
+            "a": {"run": found.a.run, "step": found.a.step},
+            "b": {"run": found.b.run, "step": found.b.step},
+            "rates": [_rate(rate) for rate in rates],
+        }
+        return Json(answer)
 
 
 def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets: list[Sheet]) -> Study:
@@ -107,7 +113,7 @@ def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets
         raise UserError("these galleries differ in prompts, seeds or sampler, so their pictures are not comparable")
     prompts = [tile.prompt for tile in sheets[0].tiles]
     return studies.create(
-        wanted.name, *sides, prompts=prompts, gallery=sheets[0].key, questions=tuple(wanted.questions)
+        wanted.name, *sides, prompts=prompts, gallery=sheets[0].key, questions=tuple(dict.fromkeys(wanted.questions))
     )
 
 
@@ -141,6 +147,13 @@ def _named(study: Study) -> shapes.StudyLine:
     return {
         "name": study.name, "runs": sorted(f"{s.run} step {s.step}" for s in (study.a, study.b)),
         "pairs": len(study.order("")), "questions": list(study.questions), "created": study.created,
+    }  # fmt: skip
+
+
+def _rate(rate: WinRate) -> shapes.Rate:
+    return {
+        "question": rate.question, "value": rate.value, "low": rate.low, "high": rate.high, "wins_a": rate.wins_a,
+        "wins_b": rate.wins_b, "ties": rate.ties, "votes": rate.votes, "prompts": rate.prompts, "raters": rate.raters,
     }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from eval.scaling.laws import loss_at
 from eval.service import shapes
 from eval.service.index import Curves, Snapshot
 from eval.service.views import chosen, main_loss, number, numbers
+from infra.log import get_logger
 
+log = get_logger("law")
 MOST_RUNS = 60  # a fit over more is slow, and what is asked then is better asked of fewer
 KEPT = 8
 
@@ -50,8 +52,11 @@ class LawView:
     def _fit(self, key: str, snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> None:
         try:
             answer = law_of(snapshot, curves, names)
-        except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
+        except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
             answer = unfitted(f"the fit failed: {error}")
+        except Exception as error:  # else the answer would be "fitting" for ever
+            log.exception("fitting a law")
+            answer = unfitted(f"the fit failed (internal error): {type(error).__name__}: {error}")
         with self._lock:
             self._running.discard(key)
             self._done[key] = answer
@@ -136,9 +141,11 @@ def _frontier(scaling: Scaling) -> shapes.FrontierCurve | None:
 
 def _key(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> str:
     """Of everything that the answer is made of."""
-    digest = hashlib.sha256(f"{curves.metric} {curves.protocol} {len(snapshot.shared)}".encode())
+    told = [f"{curves.metric} {curves.protocol} {len(snapshot.shared)}"]
+    digest = hashlib.sha256()
     for name in names:
         run, series = snapshot.by_name[name].run, curves.by_run[name]
-        digest.update(f"{name} {run.parameters} {run.flops_per_image} {run.depth}".encode("utf-8", "surrogateescape"))
+        told.append(f"{name} {run.parameters} {run.flops_per_image} {run.depth}")
         digest.update(series.images_P.tobytes() + series.value_P.tobytes())
+    digest.update("\n".join(told).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()

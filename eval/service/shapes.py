@@ -46,9 +46,7 @@ class Checkpoint(TypedDict):
 
 
 class Work(TypedDict):
-    """`working` are checkpoints that this service evaluates (since `since`), `elsewhere` counts those that others have
-    claimed, `waiting` those that nobody has. `problem` says what keeps the service from its work, "" when nothing does.
-    """
+    """What `Status` says of evaluation."""
 
     evaluates: bool
     checkpoints: int
@@ -62,7 +60,11 @@ class Work(TypedDict):
 
 
 class Status(Work):
-    """`created`, `time`, `since` and `looked` are seconds since 1970; `reading`: runs read and runs to read."""
+    """`created`, `time`, `since` and `looked` are seconds since 1970; `reading`: runs read and runs to read.
+
+    `working` are checkpoints that this service evaluates (since `since`), `elsewhere` counts those that others have
+    claimed, `waiting` those that nobody has. `problem` says what keeps the service from its work, "" when nothing does.
+    """
 
     uri: str
     generation: int
@@ -208,7 +210,7 @@ class RunSeries(TypedDict):
 
 
 class SeriesOf(TypedDict):
-    """`left_out`: runs measured under another protocol only -> that protocol's hash."""
+    """`left_out`: runs measured under other protocols only -> their hashes."""
 
     metric: str
     protocol: str | None
@@ -349,7 +351,10 @@ class FrontierCurve(TypedDict):
 
 
 class GradedPrediction(Prediction):
-    """A prediction as committed; `first`: before its run had any row, null where that run is not there."""
+    """A prediction as committed, and what came of it: `run` is the run of that depth, if there is one.
+
+    `first`: it was committed before that run had any row; null, as `actual`, where `reason` says why it is not graded.
+    """
 
     metric: str
     created: str
@@ -454,6 +459,8 @@ class Rate(TypedDict):
 
 
 class StudyResults(StudyLine):
+    """`runs` as in `StudyLine`; `a` and `b` say which is which."""
+
     a: Checkpoint
     b: Checkpoint
     rates: list[Rate]

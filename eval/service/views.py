@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.report.as_json import plain
-from eval.report.data import MARKS, NOT_BEGUN
+from eval.report.data import MARKS, NOT_BEGUN, finite, positive
 from eval.report.series import Task, families_of, levels_among, most_common_loss
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS, calibration_table, flatten
 from eval.service import shapes
@@ -54,7 +54,7 @@ def _run_line(
         "parameters": run.run.parameters,
         "flops_per_image": run.run.flops_per_image,
         "images": run.images,
-        "planned_images": _positive(run.run.recipe.get("images")),
+        "planned_images": positive(run.run.recipe.get("images")),
         "recipe_hash": run.recipe_hash,
         "last": run.last,
         "loss": last_point(losses.by_run.get(run.name)) if losses else None,
@@ -146,6 +146,7 @@ def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> s
 def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int | None) -> shapes.Scores:
     """A benchmark's tasks with intervals: each run's last value, or the one at `images`."""
     tasks = families(snapshot).get(family, [])
+    wanted = {run.name for run in chosen(snapshot, names)}
     lines: list[shapes.ScoreLine] = []
     for task in tasks:
         for split, metric in sorted(task.metrics.items()):
@@ -155,7 +156,7 @@ def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int
                 {"task": task.name, "split": split, "metric": metric,
                  "higher_is_better": bool(found and found.higher_is_better),
                  "runs": {name: cell for name, cell in cells.items() if cell},
-                 "left_out": dict(found.left_out) if found else {}}
+                 "left_out": {name: p for name, p in found.left_out.items() if name in wanted} if found else {}}
             )  # fmt: skip
     # Only the official benchmark may have the paper's own figures beside it.
     paper = {f"SD3 depth {depth}": dict(zip(PAPER_TASKS, values)) for depth, values in PAPER_GENEVAL.items()}
@@ -228,10 +229,10 @@ def plans(snapshot: Snapshot, names: Sequence[str]) -> shapes.Plans:
     found = []
     for run in chosen(snapshot, names):
         plan, cost = run.run.plan, run.cost
-        images = _positive(plan.get("images")) or _positive(run.run.recipe.get("images"))
+        images = positive(plan.get("images")) or positive(run.run.recipe.get("images"))
         lines = [
             _planned("images", images, cost["images"]),
-            _planned("training FLOPs", _positive(plan.get("train_flops")) or _times(images, run), cost["flops"]),
+            _planned("training FLOPs", positive(plan.get("train_flops")) or _times(images, run), cost["flops"]),
             *sorted(map(dict, run.planned), key=lambda line: ("bytes" in line["name"], line["name"])),
         ]
         found.append({
@@ -246,7 +247,7 @@ def _planned(name: str, planned: Any, measured: Any) -> dict[str, Any]:
 
 
 def _times(images: Any, run: IndexedRun) -> float | None:
-    return images * run.run.flops_per_image if images and run.run.flops_per_image else None
+    return finite(images * run.run.flops_per_image) if images and run.run.flops_per_image else None
 
 
 def _ratio(measured: Any, planned: Any) -> float | None:
@@ -257,7 +258,7 @@ def sheets(snapshot: Snapshot, names: Sequence[str]) -> shapes.Sheets:
     """Which pictures each run has: galleries drawn by the service, else the trainer's sample grids."""
     found: list[shapes.RunPictures] = []
     for run in chosen(snapshot, names):
-        batch = _positive(run.run.recipe.get("global_batch"))
+        batch = positive(run.run.recipe.get("global_batch"))
         listed: list[tuple[str, int | None]] = [(str(step), step) for step in run.gallery]
         listed = listed or [(uri.rsplit("/", 1)[-1], _digits(uri)) for uri in run.run.samples]
         files: list[shapes.Picture] = [
@@ -285,11 +286,7 @@ def numbers(values_P: NDArray[np.float64]) -> list[float | None]:
     return [number(value) for value in values_P.tolist()]
 
 
-def _positive(value: Any) -> float | int | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
-
-
 def _digits(uri: str) -> int | None:
     """The step in a sample's file name."""
-    digits = "".join(c for c in uri.rsplit("/", 1)[-1] if c.isdigit())
+    digits = "".join(c for c in uri.rsplit("/", 1)[-1] if c.isdecimal())
     return int(digits) if digits else None
