@@ -81,7 +81,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of pairs that a wins (ties count half). `votes` are answers, `prompts` the independent units."""
+    """Share of answers that a wins (ties count half); `prompts` are the independent units of the interval."""
 
     question: str
     value: float | None
@@ -92,10 +92,6 @@ class WinRate:
     ties: int
     prompts: int
     raters: int
-
-    @property
-    def votes(self) -> int:
-        return self.wins_a + self.wins_b + self.ties
 
 
 class Studies:

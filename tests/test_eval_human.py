@@ -168,7 +168,7 @@ def test_the_whole_way_through_the_api_is_blind(tmp_path):
     results = client.get("/api/human/results", params={"study": "ab"}).json()
     by_question = {rate["question"]: rate for rate in results["rates"]}
     assert by_question["prompt_following"]["wins_a"] == 4
-    assert by_question["typography"]["votes"] == 2  # two of the prompts quote words
+    assert by_question["typography"]["prompts"] == 2  # two of them quote words
     assert secret not in json.dumps(results)
 
 

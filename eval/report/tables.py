@@ -1,12 +1,11 @@
 """The tables of a report as plain data: cost, plan against reality, recipe differences, judges, scores, origin."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.report.data import Run, finite
-from eval.report.series import Comparison, Point, Task
+from eval.report.series import Comparison, Point, Task, is_number
 from infra.results import ResultRow
 
 # Scoring the world's own scenes must give this much, and scenes under other captions at most that.
@@ -71,7 +70,7 @@ def calibration_table(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     for row in rows:
         parts = row.metric.split("/")[1:]
         control = next((name for name in CONTROLS if name in parts), None)
-        if control is None or not math.isfinite(row.value):
+        if control is None or not is_number(row):
             continue
         name = "/".join(part for part in parts if part != control)
         line = lines.setdefault(name, {"metric": name, **dict.fromkeys(CONTROLS), "protocols": set()})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -16,13 +17,13 @@ Documented = dict[int | str, dict[str, Any]]
 
 
 class Json(JSONResponse):
-    """Plain data as it is: these answers are too large for a second pass through a schema."""
+    """Plain data and dataclasses as they are: these answers are too large for a second pass through a schema."""
 
     def render(self, content: Any) -> bytes:
         if isinstance(content, bytes):
             return content
         # What was posted or stored may hold half a surrogate pair, which is no text: it travels as JSON's own escape.
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=asdict)
         return text.encode("utf-8", "backslashreplace")
 
 

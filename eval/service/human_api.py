@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 
-from eval.human import QUESTIONS, Side, Studies, Study, WinRate, clean_rater
+from eval.human import QUESTIONS, Side, Studies, Study, clean_rater
 from eval.service import pictures, shapes
 from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
@@ -99,12 +99,7 @@ def human_routes(app: FastAPI, index: Index) -> None:
     def results(study: str) -> Response:
         found = asked(lambda: studies.get(study))
         rates = asked(lambda: studies.results(found))
-        answer: shapes.StudyResults = {
-            **_named(found),
-            "a": {"run": found.a.run, "step": found.a.step},
-            "b": {"run": found.b.run, "step": found.b.step},
-            "rates": [_rate(rate) for rate in rates],
-        }
+        answer: shapes.StudyResults = {**_named(found), "a": found.a, "b": found.b, "rates": rates}
         return Json(answer)
 
 
@@ -147,13 +142,6 @@ def _named(study: Study) -> shapes.StudyLine:
     return {
         "name": study.name, "runs": sorted(f"{s.run} step {s.step}" for s in (study.a, study.b)),
         "pairs": len(study.order("")), "questions": list(study.questions), "created": study.created,
-    }  # fmt: skip
-
-
-def _rate(rate: WinRate) -> shapes.Rate:
-    return {
-        "question": rate.question, "value": rate.value, "low": rate.low, "high": rate.high, "wins_a": rate.wins_a,
-        "wins_b": rate.wins_b, "ties": rate.ties, "votes": rate.votes, "prompts": rate.prompts, "raters": rate.raters,
     }  # fmt: skip
 
 

@@ -36,10 +36,10 @@ class LawView:
         loss = main_loss(snapshot)
         curves = snapshot.curves(loss) if loss else None
         if curves is None:
-            return unfitted("no run has a validation loss yet")
+            return _unfitted("no run has a validation loss yet")
         mine = [run.name for run in runs if run.name in curves.by_run]
         if len(mine) > MOST_RUNS:
-            return unfitted(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
+            return _unfitted(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
         key = _key(snapshot, curves, mine)
         with self._lock:
             if key in self._done:
@@ -53,10 +53,10 @@ class LawView:
         try:
             answer = law_of(snapshot, curves, names)
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-            answer = unfitted(f"the fit failed: {error}")
+            answer = _unfitted(f"the fit failed: {error}")
         except Exception as error:  # else the answer would be "fitting" for ever
             log.exception("fitting a law")
-            answer = unfitted(f"the fit failed (internal error): {type(error).__name__}: {error}")
+            answer = _unfitted(f"the fit failed (internal error): {type(error).__name__}: {error}")
         with self._lock:
             self._running.discard(key)
             self._done[key] = answer
@@ -64,7 +64,7 @@ class LawView:
                 self._done.popitem(last=False)
 
 
-def unfitted(reason: str) -> shapes.Fitted:
+def _unfitted(reason: str) -> shapes.Fitted:
     return {
         "state": "done", "metric": None, "scaling": {"reason": reason}, "runs": [], "band": None, "frontier": None,
         "predictions": [],

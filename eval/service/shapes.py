@@ -7,6 +7,8 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # typing's own makes no schema before Python 3.12
 
+from eval.human import Side, WinRate
+from eval.scaling.laws import Frontier
 from eval.service.claims import State
 
 
@@ -288,16 +290,6 @@ class LawFigures(TypedDict):
     degrees_of_freedom: float
 
 
-class Frontier(TypedDict):
-    """N = size_factor * C ** size_exponent and D = images_factor * C ** images_exponent, for C FLOPs."""
-
-    size_factor: float
-    size_exponent: float
-    images_factor: float
-    images_exponent: float
-    loss_exponent: float
-
-
 class Prediction(TypedDict):
     """What the law says of a model that it has not seen, at `images`; `actual`: what that model then had."""
 
@@ -443,24 +435,9 @@ class Kept(TypedDict):
     kept: bool
 
 
-class Rate(TypedDict):
-    """`value`: share of pairs that a wins, ties half; `prompts` are the independent units of the interval."""
-
-    question: str
-    value: float | None
-    low: float | None
-    high: float | None
-    wins_a: int
-    wins_b: int
-    ties: int
-    votes: int
-    prompts: int
-    raters: int
-
-
 class StudyResults(StudyLine):
     """`runs` as in `StudyLine`; `a` and `b` say which is which."""
 
-    a: Checkpoint
-    b: Checkpoint
-    rates: list[Rate]
+    a: Side
+    b: Side
+    rates: list[WinRate]

@@ -98,14 +98,17 @@ def curves_of(snapshot: Snapshot, metric: str, names: Sequence[str], *, points: 
     if found is None:
         return {"metric": metric, "runs": [], "left_out": {}, "higher_is_better": False, "protocol": None}
     runs = chosen(snapshot, names)
-    wanted = {run.name for run in runs}
     return {
         "metric": metric,
         "protocol": found.protocol,
         "higher_is_better": found.higher_is_better,
-        "left_out": {run: protocols for run, protocols in found.left_out.items() if run in wanted},
+        "left_out": _left_out(found, runs),
         "runs": [_thinned(run, found.by_run[run.name], points) for run in runs if run.name in found.by_run],
     }
+
+
+def _left_out(curves: Curves, runs: Sequence[IndexedRun]) -> dict[str, str]:
+    return {run.name: curves.left_out[run.name] for run in runs if run.name in curves.left_out}
 
 
 def _thinned(run: IndexedRun, series: Series, points: int) -> shapes.RunSeries:
@@ -146,17 +149,17 @@ def levels_of(snapshot: Snapshot, names: Sequence[str], images: int | None) -> s
 def scores_of(snapshot: Snapshot, family: str, names: Sequence[str], images: int | None) -> shapes.Scores:
     """A benchmark's tasks with intervals: each run's last value, or the one at `images`."""
     tasks = families(snapshot).get(family, [])
-    wanted = {run.name for run in chosen(snapshot, names)}
+    runs = chosen(snapshot, names)
     lines: list[shapes.ScoreLine] = []
     for task in tasks:
         for split, metric in sorted(task.metrics.items()):
             found = snapshot.curves(metric)
-            cells = {run.name: point_at(found.by_run.get(run.name), images) for run in chosen(snapshot, names) if found}
+            cells = {run.name: point_at(found.by_run.get(run.name), images) for run in runs if found}
             lines.append(
                 {"task": task.name, "split": split, "metric": metric,
                  "higher_is_better": bool(found and found.higher_is_better),
                  "runs": {name: cell for name, cell in cells.items() if cell},
-                 "left_out": {name: p for name, p in found.left_out.items() if name in wanted} if found else {}}
+                 "left_out": _left_out(found, runs) if found else {}}
             )  # fmt: skip
     # Only the official benchmark may have the paper's own figures beside it.
     paper = {f"SD3 depth {depth}": dict(zip(PAPER_TASKS, values)) for depth, values in PAPER_GENEVAL.items()}

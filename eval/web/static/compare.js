@@ -99,7 +99,7 @@ async function pair(fill, study, rater) {
 async function results(fill, study) {
   const told = await api("human/results", { study });
   const side = (s) => `${s.run} step ${s.step}`;
-  const known = told.rates.filter((rate) => rate.votes);
+  const known = told.rates.filter((rate) => rate.prompts);
   fill(
     el("p", {}, "How often ", el("b", {}, side(told.a)), " is preferred over ", el("b", {}, side(told.b)), "; a tie counts half."),
     known.length ? table([
