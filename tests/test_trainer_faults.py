@@ -259,3 +259,8 @@ def test_a_failing_s3_in_a_save_leaves_the_run_alive(data, s3, tmp_path, monkeyp
     codes, rest = finish([process])
     assert codes == [0], said + rest
     assert storage.read_bytes(f"{s3}/run/checkpoints/latest") == b"step_0000128\n"
+
+
+def test_a_rank_ends_well_though_gloo_holds_the_last_tensor_still():
+    for _ in range(4):
+        run_ranks([str(Path(__file__).with_name("trainer_starved_exit.py"))], 2)

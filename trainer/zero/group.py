@@ -3,11 +3,14 @@
 Works under `deepspeed`, under `torchrun` and as one plain process. Without a GPU it runs on the CPU over gloo.
 """
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from infra.errors import UserError
 
 PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
+LOOKS = 3  # at gloo's threads, all asleep in each, before they count as idle
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,34 @@ def lost_peer(error: BaseException | None) -> bool:
 
 
 def leave() -> None:
-    """End the process group, so that the other ranks see an orderly end."""
+    """End the process group, so that the other ranks see an orderly end, and this one comes to one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    settle()
+
+
+def settle(*, limit_s: float = 10.0) -> None:
+    """Wait until gloo's threads have let go of the last exchange's tensors; call it before the process ends.
+
+    To free a tensor they need Python's lock, also some time after the exchange: a thread that asks for it while Python
+    shuts down is cancelled, and the process aborts ("terminate called without an active exception", on a busy machine
+    now and then). Ending the group does not end them, as DeepSpeed's functions hold it for good.
+    """
+    end, idle = time.monotonic() + limit_s, 0
+    while idle < LOOKS and time.monotonic() < end:
+        time.sleep(0.005)  # without the lock: who waits for it can run, and no longer counts as asleep
+        idle = idle + 1 if all(state == "S" for state in _states("pt_gloo_runloop")) else 0
+
+
+def _states(name: str) -> list[str]:
+    """State (S: sleeping, R: running or waiting for a core) of this process's threads of a name; Linux only."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            head, _, rest = path.read_text().rpartition(")")
+            if head.endswith(f"({name}"):
+                found.append(rest.split()[0])
+    return found
 
 
 def free_port() -> int:
