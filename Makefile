@@ -10,13 +10,14 @@ TESTS := python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-slow lint types bench lock clean
+.PHONY: help setup demo test test-slow test-gpu lint types bench lock clean
 
 help:
 	@echo "make setup      create $(VENV) with the exact versions of requirements.lock (minutes once, seconds after)"
 	@echo "make demo       raw images -> shards -> ladder of models -> scores -> report, in $(DEMO)/ (under 20 minutes on 2 cores)"
 	@echo "make test       lint, types and tests (under 15 minutes on 2 cores; WORKERS=2 test files at once)"
 	@echo "make test-slow  the long proofs (under 40 minutes on 2 cores)"
+	@echo "make test-gpu   what needs a GPU (minutes on one; skipped elsewhere)"
 	@echo "make bench      side-by-side speed figures, printed as ratios"
 	@echo "make lock       write requirements.lock anew from what $(VENV) holds"
 
@@ -43,6 +44,9 @@ test: lint types
 
 test-slow: setup
 	$(TESTS) -m "slow and not gpu"
+
+test-gpu: setup
+	$(TESTS) -m gpu
 
 bench: setup
 	@for file in tests/bench/[a-z]*.py; do echo "== $$file"; python $$file || exit 1; done

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.errors import ModelError
 from model.files.weights import META_KEY, load_weights, save_weights
+from model.seeding import draw_, seeded
 
 PART = ".lora."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -34,7 +35,7 @@ class Adapter(nn.Module):
         self.scale, self.on = scale, True
         self.a = nn.Parameter(torch.empty(rank, inputs))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        draw_(self.a, lambda a: nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.a), self.b) * self.scale
@@ -44,8 +45,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, seed: int = 0) ->
     """Freeze the model and give each nn.Linear (the patch convolution is none) an adapter that trains."""
     model.requires_grad_(False)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for linear in linears:
             linear.lora = Adapter(linear.in_features, linear.out_features, rank=rank, scale=alpha / rank)
             linear.register_forward_hook(_add)

@@ -7,8 +7,9 @@ no draw of position n-1.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -96,3 +97,23 @@ def keyed_uniform(seed: int, positions: Positions, purpose: str, shape: Sequence
     for row, position in enumerate(_as_ints(positions)):
         keyed.at(position).random(out=out[row : row + 1])
     return torch.from_numpy(out)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws inside come from `seed`; the global generators, GPUs' too, are afterwards as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, init: Callable[[Tensor], object]) -> None:
+    """Fill a weight by the CPU's generator wherever it lies: one seed gives one model, on a CPU, on a GPU, and under
+    zero.Init, which makes parameters on the GPU at once."""
+    if weight.device.type in ("cpu", "meta"):
+        init(weight)
+        return
+    host = torch.empty_like(weight, device="cpu")
+    init(host)
+    weight.copy_(host)

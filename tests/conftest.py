@@ -62,8 +62,16 @@ def make_ray_folder() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What Ray leaves (logs, copied environments of gigabytes) lies where it can be removed: one folder a process."""
+    """What Ray leaves (logs, copied environments of gigabytes) lies where it can be removed: one folder a process.
+
+    All tests but those of `make test-gpu` are about CPUs, two ranks at a time: GPUs are hidden from them.
+    """
     os.environ["RAY_TMPDIR"] = make_ray_folder()
+    if config.option.markexpr != "gpu":
+        import torch
+
+        if torch.cuda.device_count():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -78,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             for item in wanting:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and `-m gpu` (make test-gpu)"))
 
 
 @pytest.fixture(scope="session")

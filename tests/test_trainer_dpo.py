@@ -29,6 +29,7 @@ from trainer.__main__ import main
 from trainer.checks.preflight import with_init
 from trainer.dpo import preference
 from trainer.exports.adapter import DIFFUSERS_ADAPTER
+from trainer.feed import drawn
 from trainer.planning.plan import make_plan
 from trainer.recipe import DPO, LoRA, Recipe, check
 from trainer.recipes import get_recipe
@@ -86,7 +87,7 @@ def batch(data):
 
 
 def losses(policy, batch, beta=100.0):
-    return preference(policy, batch, formulation=FORM, seed=3, shift=1.0, device=CPU, beta=beta)
+    return preference(policy, drawn(batch, FORM, seed=3, shift=1.0), formulation=FORM, device=CPU, beta=beta)
 
 
 def test_the_loss_starts_at_ln_2_exactly(batch):

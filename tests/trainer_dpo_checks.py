@@ -14,6 +14,7 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model
 from trainer.dpo import preference
+from trainer.feed import drawn
 from trainer.recipe import DPO, Data, LoRA, Optimizer, Parallel, Recipe
 from trainer.state import load_init
 from trainer.zero.engine import ZeroEngine
@@ -45,9 +46,8 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int) -> list[float
     )
     losses = []
     for _ in range(count):
-        loss_P = preference(
-            engine, next(batches), formulation=form, seed=0, shift=1.0, device=group.device, beta=100.0
-        ).loss_B
+        micro = drawn(next(batches), form, seed=0, shift=1.0)
+        loss_P = preference(engine, micro, formulation=form, device=group.device, beta=100.0).loss_B
         engine.backward(loss_P.mean())
         engine.step(3e-3)
         losses.append(group.sum([loss_P.double().sum().item()])[0] / 8)

@@ -46,11 +46,11 @@ class Observed:
         (self.run / f"seen_{self.group.rank}.json").write_text(json.dumps(told))
 
     def losses_of(self, recipe, engine, micro, *more):
-        self.seen.append({"shape": list(micro.latent_BCHW.shape[1:]), "positions": micro.positions.tolist()})
+        self.seen.append({"shape": list(micro.noise_BCHW.shape[1:]), "positions": micro.batch.positions.tolist()})
         if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world - 1:
             time.sleep(self.job["hold"])
         found = self._losses_of(recipe, engine, micro, *more)
-        if self.job.get("poison") in micro.keys:
+        if self.job.get("poison") in micro.batch.keys:
             zero_B = found.loss_B - found.loss_B.detach()
             found = found._replace(loss_B=found.loss_B + zero_B.sqrt())  # infinitely steep at zero
         return found

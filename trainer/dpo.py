@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Draws
 from data_pipeline.loading.loader import Dataset
 from data_pipeline.pairs import CAPTION, Partners
 from infra.errors import UserError
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
-from model.seeding import keyed_normal, keyed_uniform
+from trainer.feed import Micro, drawn
 from trainer.objective import Losses
 from trainer.recipe import Recipe
 from trainer.validate import fixed_batches, turns
@@ -52,30 +51,20 @@ class Errors(NamedTuple):
 
 
 def preference(
-    policy: Policy,
-    batch: LatentBatch,
-    *,
-    formulation: Formulation,
-    seed: int,
-    shift: float,
-    device: torch.device,
-    beta: float,
+    policy: Policy, micro: Micro, *, formulation: Formulation, device: torch.device, beta: float
 ) -> Losses:
     """-log sigmoid(reward margin) of each pair; ln 2 while the adapters are zero. Errors are the formulation's own,
     which for rectified flows is the velocity's."""
-    if batch.rejected_BCHW is None:
+    if micro.batch.rejected_BCHW is None:
         raise UserError("objective dpo needs pairs, this batch has none")
-    x0_BCHW = torch.cat([batch.latent_BCHW, batch.rejected_BCHW]).to(device, non_blocking=True)
-    t_P = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
-    noise_PCHW = keyed_normal(seed, batch.positions, "noise", x0_BCHW.shape[1:]).to(device, non_blocking=True)
-    drawn = formulation.sample(x0_BCHW, noise_PCHW.repeat(2, 1, 1, 1), t_P.repeat(2))
-    text = batch.text.to(device)
-    inputs = drawn.model_input, drawn.network_time_B, TextCond.cat([text, text])
+    x0_BCHW, noise_PCHW, text = micro.to(device)
+    sample = formulation.sample(x0_BCHW, noise_PCHW.repeat(2, 1, 1, 1), micro.t_B.repeat(2))
+    inputs = sample.model_input, sample.network_time_B, TextCond.cat([text, text])
     with policy.reference():
-        reference_B = formulation.loss_B(policy(*inputs), drawn)
-    policy_B = formulation.loss_B(policy(*inputs), drawn)
+        reference_B = formulation.loss_B(policy(*inputs), sample)
+    policy_B = formulation.loss_B(policy(*inputs), sample)
     errors = Errors(*policy_B.chunk(2), *reference_B.chunk(2))
-    return Losses(-F.logsigmoid(errors.reward_P(beta)), t_P, _figures(errors, beta))
+    return Losses(-F.logsigmoid(errors.reward_P(beta)), micro.t_B, _figures(errors, beta))
 
 
 @torch.no_grad()
@@ -114,11 +103,10 @@ class HeldOut:
         batch = self.dataset.read(numbers, seed=seed)
         pairs = batch._replace(rejected_BCHW=self._partners(batch, Draws(seed, {CAPTION: 1.0}, 0.0)))
         sums: dict[str, float] = {}
+        formulation = get_formulation(recipe.formulation)
         for draw in range(DRAWS):
-            found = preference(
-                engine, pairs, formulation=get_formulation(recipe.formulation), seed=seed + draw, shift=recipe.shift,
-                device=device, beta=recipe.dpo.beta,
-            )  # fmt: skip
+            micro = drawn(pairs, formulation, seed=seed + draw, shift=recipe.shift)
+            found = preference(engine, micro, formulation=formulation, device=device, beta=recipe.dpo.beta)
             for name, value_P in {"dpo/loss": found.loss_B, **found.figures}.items():
                 sums[name] = sums.get(name, 0.0) + value_P.double().sum().item()
         return sums

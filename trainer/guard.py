@@ -8,11 +8,11 @@ import math
 import statistics
 from collections.abc import Sequence, Set
 
-from data_pipeline.loading.loader import Batches
 from data_pipeline.loading.order import Exceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from trainer.feed import Feed
 from trainer.recipe import Guard, Recipe
 from trainer.runfolder import UNSTABLE, rank_name, step_name
 from trainer.state import State, restore
@@ -58,7 +58,7 @@ def roll_back(
     engine: ZeroEngine,
     ema: ShardedEMA,
     state: State,
-    batches: Batches,
+    feed: Feed,
     *,
     out: str,
 ) -> State:
@@ -72,7 +72,7 @@ def roll_back(
     _tell(problem, keys, state, group, out=out)
     suspects = suspects_of(first, batch, state.exceptions.positions)
     before = len(suspects) // batch - 1
-    exceptions = _of_all_ranks(batches.exceptions, group) | state.exceptions
+    exceptions = _of_all_ranks(feed.exceptions, group) | state.exceptions
     exceptions |= Exceptions(positions=frozenset(suspects))
     skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
     if skips > recipe.guard.max_skips:

@@ -1,4 +1,4 @@
-"""What is minimised. `pretrain`: the formulation's loss at random times; each draw is keyed by a sample's position.
+"""What is minimised. `pretrain`: the formulation's loss at random times (feed.py draws them).
 
 The other objective, on pairs, is in dpo.py.
 """
@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.loading.batch import LatentBatch
 from model.diffusion.flow import Formulation
 from model.encoders.text import TextCond
-from model.seeding import keyed_normal, keyed_uniform
+from trainer.feed import Micro
 
 Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
 
@@ -28,13 +27,9 @@ class Losses(NamedTuple):
     """Further figures of each sample, whose means are logged."""
 
 
-def pretrain(
-    predict: Predict, batch: LatentBatch, *, formulation: Formulation, seed: int, shift: float, device: torch.device
-) -> Losses:
-    """Loss per sample. Times and noise depend on (seed, position) only, never on rank or batch."""
-    x0_BCHW = batch.latent_BCHW.to(device, non_blocking=True)
-    t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
-    noise_BCHW = keyed_normal(seed, batch.positions, "noise", x0_BCHW.shape[1:]).to(device, non_blocking=True)
-    drawn = formulation.sample(x0_BCHW, noise_BCHW, t_B)
-    prediction_BCHW = predict(drawn.model_input, drawn.network_time_B, batch.text.to(device))
-    return Losses(formulation.loss_B(prediction_BCHW, drawn), t_B)
+def pretrain(predict: Predict, micro: Micro, *, formulation: Formulation, device: torch.device) -> Losses:
+    """Loss per sample."""
+    x0_BCHW, noise_BCHW, text = micro.to(device)
+    sample = formulation.sample(x0_BCHW, noise_BCHW, micro.t_B)
+    prediction_BCHW = predict(sample.model_input, sample.network_time_B, text)
+    return Losses(formulation.loss_B(prediction_BCHW, sample), micro.t_B)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from data_pipeline.loading.loader import Batches, Dataset
+from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.order import Exceptions
 from data_pipeline.pairs import Partners
 from data_pipeline.schema import DatasetInfo
@@ -16,6 +16,7 @@ from trainer.checks.fitting import caption_weights
 from trainer.checks.preflight import same_recipe
 from trainer.exports.card import weights_meta
 from trainer.exports.export import export, weights_reader
+from trainer.feed import Feed
 from trainer.recipe import Recipe
 from trainer.runfolder import checkpoints_of, step_name
 from trainer.watching.progress import RunLog
@@ -226,9 +227,9 @@ def load_init(engine: ZeroEngine, uri: str) -> None:
     engine.load_whole(weights_reader(uri, engine.shapes))
 
 
-def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Batches:
+def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Feed:
     """This rank's micro-batches from where the run stands."""
-    return dataset.batches(
+    batches = dataset.batches(
         seed=recipe.seed,
         start=state.step * recipe.global_batch,
         global_batch=recipe.global_batch,
@@ -241,3 +242,4 @@ def open_batches(recipe: Recipe, dataset: Dataset, group: Group, state: State) -
         partner=Partners(dataset) if recipe.objective == "dpo" else None,
         dealt=recipe.parallel.reverse_lanes,
     )
+    return Feed(batches, recipe, group.device)

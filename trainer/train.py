@@ -21,7 +21,7 @@ from trainer.planning.machines import this_machine
 from trainer.planning.plan import describe, make_plan
 from trainer.recipe import Recipe
 from trainer.runfolder import DATA, PLAN, RECIPE, step_name
-from trainer.state import Saver, StopSignal, load_init, open_batches, restore
+from trainer.state import Saver, StopSignal, load_init, open_feed, restore
 from trainer.validate import Validator
 from trainer.watching.monitor import Monitor
 from trainer.watching.progress import RunLog
@@ -89,7 +89,7 @@ def run(
     validator = Validator(recipe, val) if val is not None else None
     held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
-    batches = open_batches(recipe, dataset, group, state)
+    feed = open_feed(recipe, dataset, group, state)
     uploads = Uploads(group, out)
     saver = Saver(engine, ema, run_log, uploads, dataset.info, init_from)
     formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine(recipe.precision))
@@ -103,8 +103,8 @@ def run(
             for number in range(accumulation):
                 watch.at("reading data", state.step)
                 with monitor.waiting():
-                    micro = next(batches)
-                keys += micro.keys
+                    micro = next(feed)
+                keys += micro.batch.keys
                 watch.at("computing", state.step)
                 look = number == 0 and due(recipe, "log", state.images_seen + batch)
                 with monitor.looking(look), monitor.counting(engine.model):
@@ -122,9 +122,9 @@ def run(
             if problem or not result.applied:
                 problem = problem or "the gradient is not finite"
                 uploads.wait()  # it may be the checkpoint to go back to
-                state = roll_back(problem, keys, recipe, engine, ema, state, batches, out=out)
-                batches.close()
-                batches, unlogged = open_batches(recipe, dataset, group, state), []
+                state = roll_back(problem, keys, recipe, engine, ema, state, feed, out=out)
+                feed.close()
+                feed, unlogged = open_feed(recipe, dataset, group, state), []
                 run_log.rewind(state.images_seen)
                 monitor.take()
                 continue
@@ -155,7 +155,7 @@ def run(
             if last or stop_votes or due(recipe, "save", state.images_seen):
                 watch.at("saving", state.step)
                 final = last or stop_votes > 0
-                written = saver.save(state, batches.exceptions, final=final, activations=monitor.activations)
+                written = saver.save(state, feed.exceptions, final=final, activations=monitor.activations)
                 if last and not written:
                     raise UserError(
                         f"{out}: the end of the run could not be written; make room, then run the same command again"
@@ -165,7 +165,7 @@ def run(
                 log.info("stopped by signal at %s images, %s; the same command continues", state.images_seen, how)
                 break
 
-    batches.close()
+    feed.close()
     uploads.close()
     return state.images_seen >= recipe.images
 

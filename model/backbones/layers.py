@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from model.backbones.norms import NormBackend, layer_norm
 from model.errors import ModelError
+from model.seeding import draw_
 
 TIME_CHANNELS = 256
 
 
 class XavierLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        draw_(self.weight, nn.init.xavier_uniform_)
         nn.init.zeros_(self.bias)
 
 
@@ -34,7 +35,7 @@ class ZeroLinear(nn.Linear):
 
 class NormalLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        draw_(self.weight, lambda weight: nn.init.normal_(weight, std=0.02))
         nn.init.zeros_(self.bias)
 
 
@@ -42,7 +43,7 @@ class PatchConv(nn.Conv2d):
     """Kernel = stride = patch; initialised as the linear layer that it is."""
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight.view(self.out_channels, -1))
+        draw_(self.weight.view(self.out_channels, -1), nn.init.xavier_uniform_)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -19,6 +19,7 @@ from model.backbones.norms import NormBackend
 from model.backbones.position import PositionTable
 from model.encoders.text import TextCond
 from model.errors import ModelError, hint
+from model.seeding import seeded
 
 
 class MultiplyAdds(NamedTuple):
@@ -88,8 +89,7 @@ class TokenConfig(ABC):
 
     def build(self, *, seed: int = 0) -> nn.Module:
         """The module with initial weights drawn from `seed`; under `torch.device("meta")` it costs no memory."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return self.module()
 
     def to_json(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from model.backbones.norms import layer_norm
 from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
 from model.errors import ModelError
+from model.seeding import draw_
 
 GROUPS = 32
 
@@ -67,7 +68,7 @@ class Conv3(nn.Conv2d):
         super().__init__(inputs, outputs, kernel_size=3, padding=1)
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight) if self.zero else nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.weight) if self.zero else draw_(self.weight, nn.init.xavier_uniform_)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 

@@ -134,9 +134,17 @@ class TextCond:
         mask = None if self.mask_BL is None else self.mask_BL[rows]
         return TextCond(self.context_BLD[rows], self.pooled_BP[rows], mask)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextCond:
-        mask = None if self.mask_BL is None else self.mask_BL.to(device)
-        return TextCond(self.context_BLD.to(device, dtype), self.pooled_BP.to(device, dtype), mask)
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> TextCond:
+        mask = None if self.mask_BL is None else self.mask_BL.to(device, non_blocking=non_blocking)
+        context, pooled = (x.to(device, dtype, non_blocking=non_blocking) for x in (self.context_BLD, self.pooled_BP))
+        return TextCond(context, pooled, mask)
+
+    def pin_memory(self) -> TextCond:
+        """In page-locked memory, from which copies to a GPU go on beside other work."""
+        mask = None if self.mask_BL is None else self.mask_BL.pin_memory()
+        return TextCond(self.context_BLD.pin_memory(), self.pooled_BP.pin_memory(), mask)
 
     def zeros_like(self) -> TextCond:
         """The unconditional input `zeros` of the same shape: every encoder dropped, every position attended to."""

@@ -31,6 +31,7 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     from data_pipeline.pairs import Partners
     from model.diffusion.flow import get_formulation
     from trainer.dpo import preference
+    from trainer.feed import drawn
     from trainer.objective import pretrain
     from trainer.recipes import world, world_dpo
     from trainer.zero.engine import ZeroEngine
@@ -46,16 +47,16 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         batches = dataset.batches(
             seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner
         )
-        more = {"formulation": get_formulation(recipe.formulation), "seed": 0, "shift": 1.0, "device": group.device}
+        form, device = get_formulation(recipe.formulation), group.device
         cpu = []
         gathers = Gathers(engine)
         for _ in range(steps):
-            batch, began = next(batches), time.process_time()
+            micro, began = drawn(next(batches), form, seed=0, shift=1.0), time.process_time()
             with gathers.watching():
                 if what == "dpo":
-                    losses = preference(engine, batch, beta=100.0, **more)
+                    losses = preference(engine, micro, formulation=form, device=device, beta=100.0)
                 else:
-                    losses = pretrain(engine, batch, **more)
+                    losses = pretrain(engine, micro, formulation=form, device=device)
                 engine.backward(losses.loss_B.mean())
             engine.step(1e-4)
             cpu.append(time.process_time() - began)

@@ -29,6 +29,7 @@ from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.flops import parameter_count
+from trainer.feed import Micro, drawn
 from trainer.launchers import start_training
 from trainer.losses import losses_of
 from trainer.planning.plan import Cost, StepCost, train_flops_of
@@ -138,15 +139,16 @@ def _launch(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> Ste
     return StepCost(*(Cost(*pair) for pair in json.loads(told)))
 
 
-def take_steps(recipe: Recipe, *, blocks: int, micro_batch: int) -> StepCost | None:
-    """What each rank of a trial does; the first one's answer holds for all."""
-    group = start()
+def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -> StepCost:
+    """What each rank of a trial does: the busier one's medians, the same on all. Collective."""
     parallel = replace(recipe.parallel, micro_batch=micro_batch, hpz=min(recipe.parallel.hpz, group.world))
     batch = micro_batch * PASSES * group.world
     recipe = replace(recipe, model=shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
     engine = ZeroEngine(recipe, group, accumulation=PASSES)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
-    formulation, micro = get_formulation(recipe.formulation), _made_up(recipe, micro_batch)
+    formulation, micro = get_formulation(recipe.formulation), made_up(recipe, micro_batch)
+    if group.device.type == "cuda":
+        micro = micro.pin_memory()
     timer = Timer(group)
     passes, updates = [], []
     for number in range(1 + ROUNDS):
@@ -164,8 +166,7 @@ def take_steps(recipe: Recipe, *, blocks: int, micro_batch: int) -> StepCost | N
     # The first round makes Adam's moments and compiles; of work the busier rank's counts, as in a run's log.
     medians = [statistics.median(values) for found in (passes[PASSES:], updates[1:]) for values in zip(*found)]
     told = group.max(medians)
-    leave()
-    return StepCost(Cost(*told[:2]), Cost(*told[2:])) if group.rank == 0 else None
+    return StepCost(Cost(*told[:2]), Cost(*told[2:]))
 
 
 class Timer:
@@ -189,8 +190,8 @@ class Timer:
         return own_seconds(seconds, stolen=stolen, work=work, ranks=self._group.world), work
 
 
-def _made_up(recipe: Recipe, count: int) -> LatentBatch:
-    """A batch of the recipe's shapes."""
+def made_up(recipe: Recipe, count: int) -> Micro:
+    """A micro-batch of the recipe's shapes."""
     config, shape = recipe.model, (count, *recipe.data.latent_shape)
     text = TextCond(
         torch.randn(count, recipe.data.text_tokens, config.context_width, dtype=torch.float16),
@@ -198,13 +199,16 @@ def _made_up(recipe: Recipe, count: int) -> LatentBatch:
     )
     places, words = torch.LongTensor(range(count)), [""] * count
     other = torch.randn(shape) if recipe.objective == "dpo" else None
-    return LatentBatch(torch.randn(shape), text, places, words, words, other)
+    batch = LatentBatch(torch.randn(shape), text, places, words, words, other)
+    return drawn(batch, get_formulation(recipe.formulation), seed=recipe.seed, shift=recipe.shift)
 
 
 def main() -> None:
     blocks, micro_batch = map(int, sys.argv[1:])
-    found = take_steps(Recipe.from_json(json.loads(os.environ["TRIAL_RECIPE"])), blocks=blocks, micro_batch=micro_batch)
-    if found is not None:
+    recipe, group = Recipe.from_json(json.loads(os.environ["TRIAL_RECIPE"])), start()
+    found = take_steps(recipe, group, blocks=blocks, micro_batch=micro_batch)
+    leave()
+    if group.rank == 0:
         print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
 

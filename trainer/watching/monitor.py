@@ -35,7 +35,6 @@ class Monitor:
         config, tokens = recipe.model, recipe.data.text_tokens
         exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
         self._flops = exact if recipe.lora.rank is None else train_flops_of(recipe)
-        self._sums = torch.zeros(2, BINS, dtype=torch.float64)
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
@@ -45,10 +44,10 @@ class Monitor:
             log.info("no attention/max_logit, attention/entropy: the probe cannot see into compiled blocks")
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
         self._attention: list[AttentionSeen] = []
-        self._figures: dict[str, float] = {}
 
     def _start(self) -> None:
-        self._waited, self._averaged, self._images = 0.0, 0.0, 0
+        self._waited, self._averaged = 0.0, 0.0
+        self._losses: list[Losses] = []
         self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), stolen_seconds()
 
     @contextlib.contextmanager
@@ -98,23 +97,30 @@ class Monitor:
         self._attention += probe.seen[-LAST:]
 
     def add(self, losses: Losses) -> None:
-        """Losses of one micro-batch, to the bins of their times."""
-        bin_B = (losses.t_B.double() * BINS).long().clamp(0, BINS - 1).cpu()
-        self._sums[0].index_add_(0, bin_B, losses.loss_B.detach().double().cpu())
-        self._sums[1].index_add_(0, bin_B, torch.ones(len(bin_B), dtype=torch.float64))
-        self._images += len(bin_B)
-        for name, value_B in losses.figures.items():
-            self._figures[name] = self._figures.get(name, 0.0) + value_B.double().sum().item()
+        """Losses of one micro-batch. They are not looked at before `take`: nothing waits for the GPU here."""
+        self._losses.append(losses._replace(loss_B=losses.loss_B.detach()))
+
+    def _summed(self) -> dict[str, float]:
+        """This rank's sums over the losses so far: by bins of their times, and of their further figures."""
+        loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
+        for one in self._losses:
+            bin_B = (one.t_B.double() * BINS).long().clamp(0, BINS - 1)
+            loss_B = one.loss_B.double().cpu()
+            loss_and_count.index_add_(1, bin_B, torch.stack([loss_B, torch.ones_like(loss_B)]))
+        names = self._losses[0].figures if self._losses else ()
+        return {
+            **{f"loss/{i}": total for i, total in enumerate(loss_and_count[0].tolist())},
+            **{f"count/{i}": count for i, count in enumerate(loss_and_count[1].tolist())},
+            **{name: sum(one.figures[name].double().sum().item() for one in self._losses) for name in names},
+        }
 
     def take(self) -> dict[str, float]:
         """Figures of all ranks; starts anew. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         sums = {
-            **{f"loss/{i}": total for i, total in enumerate(self._sums[0].tolist())},
-            **{f"count/{i}": count for i, count in enumerate(self._sums[1].tolist())},
-            "images": float(self._images),
+            **self._summed(),  # the same names on all ranks
+            "images": float(sum(len(one.loss_B) for one in self._losses)),
             "entropy": sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1),
-            **self._figures,  # the same names on all ranks
         }
         largest = {
             "data_wait": self._waited / seconds,
@@ -142,9 +148,7 @@ class Monitor:
         if self._attention:
             entropy = sums["entropy"] / self.group.world
             figures |= {"attention/max_logit": largest["max_logit"], "attention/entropy": entropy}
-        figures |= {name: sums[name] / sums["images"] for name in self._figures}
-        self._sums.zero_()
-        self._figures.clear()
+        figures |= {name: sums[name] / sums["images"] for name in (self._losses[0].figures if self._losses else ())}
         self._attention.clear()
         self._start()
         return figures
