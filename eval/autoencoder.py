@@ -24,7 +24,7 @@ from eval.generate import to_pictures
 from eval.metric import Clusters
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
-from eval.precision import refuse_device
+from eval.precision import use_device
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
@@ -81,7 +81,7 @@ def report(options: Options) -> None:
         raise UserError("give at least one --vae, --count 2 or more and --batch 1 or more")
     if options.size is not None and options.size < SMALLEST:
         raise UserError(f"--size must be {SMALLEST} or more: SSIM's window is as large")
-    refuse_device(options.device)
+    use_device(options.device)
     network = _features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
     found = [measure(name, options, network, perceptual) for name in options.vae]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
-from eval.precision import Precision, decide, in_bfloat16, refuse_device
+from eval.precision import Precision, decide, in_bfloat16, use_device
 from infra import storage
 from infra.errors import MissingError, UserError
 from model.diffusion.sampler import sample
@@ -79,7 +79,7 @@ class Painter:
     """Exported weights with the encoders and the autoencoder that they were trained with."""
 
     def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
-        refuse_device(device)
+        use_device(device)
         try:
             self._loaded, self.meta = load_model(storage.localize(str(weights)))
         except (MissingError, ModelError) as error:

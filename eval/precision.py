@@ -23,8 +23,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works
 
 
-def refuse_device(device: str) -> None:
-    """UserError where this machine cannot compute on it, before anything is loaded."""
+def use_device(device: str) -> None:
+    """UserError where this machine cannot compute on it, before anything is loaded. fp32 means fp32 there: torch would
+    let convolutions round to TF32, and rows of one protocol would differ between a GPU and a CPU."""
+    torch.backends.cudnn.allow_tf32 = False
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA

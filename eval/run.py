@@ -18,6 +18,7 @@ from eval.generate import Job, Painter, Sampling
 from eval.judges import Judges, OfficialPaths, build_judges
 from eval.metric import Metric, Prompt, Sample, Score
 from eval.metrics import METRICS
+from eval.precision import use_device
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.runner import Work, run_work
 from eval.val_loss import val_loss
@@ -69,6 +70,8 @@ class RunOptions:
         for name, least in (("prompts_per_task", 1), ("images_per_prompt", 1), ("captions", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+        if self.workers == 0:  # else it is the workers' machine that counts
+            use_device(self.sampling.device)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from eval.networks.detectors import TransformersDetector
 from eval.networks.inception import InceptionFeatures
 from eval.networks.open_vocabulary import OpenVocabularyDetector
 from eval.networks.vqa import BlipVQA
-from eval.precision import decide, in_bfloat16, refuse_device
+from eval.precision import decide, in_bfloat16, use_device
 from eval.run import run
 from eval.val_loss import val_loss
 from infra.errors import UserError
@@ -100,10 +100,10 @@ def test_networks_in_both_precisions(name, exact):
 
 
 def test_devices_are_checked():
-    refuse_device(DEVICE)
+    use_device(DEVICE)
     assert Sampling(device="cuda").protocol()["precision"] == decide("auto", "cuda") == "bf16"
     with pytest.raises(UserError, match="--device cuda:99 cannot be used here"):
-        refuse_device("cuda:99")
+        use_device("cuda:99")
 
 
 def test_validation_loss(tmp_path, exact):

@@ -9,8 +9,9 @@ from test_eval_run import export
 from torch import nn
 
 from eval.generate import Job, Painter, Sampling
-from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, refuse_device
+from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
 from eval.protocol import protocol_hash
+from eval.run import RunOptions
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
@@ -94,10 +95,13 @@ def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch):
     assert decide("fp32", "cuda") == "fp32"
     with pytest.raises(UserError, match="unknown --device 'cudaa': expected cpu, cuda"):
         decide("fp32", "cudaa")
-    refuse_device("cpu")
+    use_device("cpu")
     for device in ("cudaa", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
-            refuse_device(device)
+            use_device(device)
+        with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
+            RunOptions("runs", sampling=Sampling(device=device)).check()
+    RunOptions("runs", sampling=Sampling(device="cuda"), workers=2).check()  # the workers' machines may have one
 
 
 def test_bf16_pictures_are_those_of_fp32_but_for_rounding(tmp_path):

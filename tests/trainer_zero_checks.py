@@ -258,6 +258,8 @@ def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
     }
     if micro == 1:
         found["discards"] = discards(engine, group)
+        if engine.stage:
+            found["discards"]["spoiled_by_one"] = all(spoil(engine, group))
     if name == "stage2":
         whole = {n: engine.whole(n, engine.masters) for n in list(engine.shapes)[:6]}
         mine = dict(engine.model.named_parameters())

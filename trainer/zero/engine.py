@@ -18,7 +18,6 @@ from model.encoders.text import TextCond
 from model.lora import add_adapters, is_adapter, switched_off
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
-from trainer.zero.lean import lighten, look_once
 from trainer.zero.optim import build_adamw
 from trainer.zero.partition import partition_of
 
@@ -42,7 +41,6 @@ class ZeroEngine:
         import deepspeed
 
         _quieten(deepspeed)
-        lighten()
         self.recipe, self.group, self.stage = recipe, group, recipe.parallel.zero_stage
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         config = deepspeed_config(recipe, group, accumulation=accumulation)
@@ -69,7 +67,10 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        look_once(self._engine.optimizer)
+        if self.stage in (1, 2) and not recipe.parallel.offload_optimizer:
+            # It looks for infinities in each gradient, and each time waits for the GPU: 95 of 115 ms of a step at depth
+            # 15. The norm tells the same, and DeepSpeed skips the step by it as well.
+            self._engine.optimizer.check_overflow = lambda **how: None
         self.partition = partition_of(self._engine, model, stage=self.stage)
         self._gradient_bytes = 0
         self._adam: torch.optim.Optimizer = self._engine.optimizer.optimizer if self.stage else self._engine.optimizer

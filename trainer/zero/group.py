@@ -90,6 +90,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # of the patch convolution; matrix products do not by default
     import deepspeed
 
     # DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses.
