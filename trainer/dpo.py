@@ -57,9 +57,9 @@ def preference(
     which for rectified flows is the velocity's."""
     if micro.batch.rejected_BCHW is None:
         raise UserError("objective dpo needs pairs, this batch has none")
-    x0_BCHW, noise_PCHW, text = micro.to(device)
-    sample = formulation.sample(x0_BCHW, noise_PCHW.repeat(2, 1, 1, 1), micro.t_B.repeat(2))
-    inputs = sample.model_input, sample.network_time_B, TextCond.cat([text, text])
+    given = micro.to(device)
+    sample = formulation.sample(given.x0_BCHW, given.noise_BCHW.repeat(2, 1, 1, 1), given.t_B.repeat(2))
+    inputs = sample.model_input, sample.network_time_B, TextCond.cat([given.text, given.text])
     with policy.reference():
         reference_B = formulation.loss_B(policy(*inputs), sample)
     policy_B = formulation.loss_B(policy(*inputs), sample)

@@ -35,15 +35,28 @@ class Micro(NamedTuple):
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
             rejected_BCHW=None if rejected is None else rejected.pin_memory(),
         )  # fmt: skip
-        return Micro(batch, self.t_B, self.noise_BCHW.pin_memory())
+        return Micro(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory())
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, TextCond]:
-        """Latents (a pair's: preferred ones, then rejected ones), noise and text on the device."""
-        latent_BCHW, rejected_BCHW = self.batch.latent_BCHW, self.batch.rejected_BCHW
-        x0_BCHW = latent_BCHW.to(device, non_blocking=True)
+    def to(self, device: torch.device) -> "Passed":
+        """What a pass computes with, on the device. Nothing waits where all is in page-locked memory. From other memory
+        a copy that nobody waits for may read what was overwritten meanwhile, at least where a GPU reads the host's
+        memory by itself."""
+        pinned = device.type == "cuda" and all(x.is_pinned() for x in (self.t_B, self.noise_BCHW))
+        x0_BCHW, rejected_BCHW = self.batch.latent_BCHW.to(device, non_blocking=pinned), self.batch.rejected_BCHW
         if rejected_BCHW is not None:
-            x0_BCHW = torch.cat([x0_BCHW, rejected_BCHW.to(device, non_blocking=True)])
-        return x0_BCHW, self.noise_BCHW.to(device, non_blocking=True), self.batch.text.to(device, non_blocking=True)
+            x0_BCHW = torch.cat([x0_BCHW, rejected_BCHW.to(device, non_blocking=pinned)])
+        noise_BCHW, t_B = (x.to(device, non_blocking=pinned) for x in (self.noise_BCHW, self.t_B))
+        return Passed(x0_BCHW, noise_BCHW, t_B, self.batch.text.to(device, non_blocking=pinned))
+
+
+class Passed(NamedTuple):
+    """A micro-batch on its device."""
+
+    x0_BCHW: Tensor
+    """Latents; of pairs the preferred ones, then the rejected ones."""
+    noise_BCHW: Tensor
+    t_B: Tensor
+    text: TextCond
 
 
 def drawn(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> Micro:

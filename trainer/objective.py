@@ -29,7 +29,7 @@ class Losses(NamedTuple):
 
 def pretrain(predict: Predict, micro: Micro, *, formulation: Formulation, device: torch.device) -> Losses:
     """Loss per sample."""
-    x0_BCHW, noise_BCHW, text = micro.to(device)
-    sample = formulation.sample(x0_BCHW, noise_BCHW, micro.t_B)
-    prediction_BCHW = predict(sample.model_input, sample.network_time_B, text)
+    given = micro.to(device)
+    sample = formulation.sample(given.x0_BCHW, given.noise_BCHW, given.t_B)
+    prediction_BCHW = predict(sample.model_input, sample.network_time_B, given.text)
     return Losses(formulation.loss_B(prediction_BCHW, sample), micro.t_B)

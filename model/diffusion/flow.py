@@ -63,7 +63,7 @@ class FlowSample:
 
 def like(values_B: Tensor, x: Tensor) -> Tensor:
     """Per-sample float64 values as a factor for x: cast only here, so coefficients are exact before."""
-    return values_B.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+    return values_B.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ class Formulation:
         x_t = like(level.a, x0) * x0 + like(level.b, x0) * noise
         target = like(alpha, x0) * x0 + like(beta, x0) * noise
         precise = torch.float64 if x0.dtype == torch.float64 else torch.float32
-        network_time_B, input_scale_B = (
-            v.to(x0.device, precise, non_blocking=True) for v in (level.network_time, level.input_scale)
-        )
+        network_time_B, input_scale_B = (v.to(x0.device, precise) for v in (level.network_time, level.input_scale))
         return FlowSample(x_t, target, t_B, network_time_B, input_scale_B)
 
     def loss_B(self, prediction: Tensor, sample: FlowSample) -> Tensor:
