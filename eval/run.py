@@ -70,8 +70,6 @@ class RunOptions:
         for name, least in (("prompts_per_task", 1), ("images_per_prompt", 1), ("captions", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
-        if self.workers == 0:  # else it is the workers' machine that counts
-            use_device(self.sampling.device)
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,9 @@ def run(options: RunOptions) -> None:
     """Evaluate what is missing, checkpoint by checkpoint; each one's rows are stored before the next begins."""
     names = parse_metrics(options.metrics)
     options.check()
+    if options.workers == 0:  # else it is the workers' machine that counts
+        for device in (options.sampling.device, *([options.official.device] if options.judges == "official" else [])):
+            use_device(device)
     options = replace(options, sampling=options.sampling.decided())  # here, not by each worker's machine
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
     judges = build_judges(options.judges, options.official)

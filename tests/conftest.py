@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     All tests but those of `make test-gpu` are about CPUs, two ranks at a time: GPUs are hidden from them.
     """
     os.environ["RAY_TMPDIR"] = make_ray_folder()
-    if config.option.markexpr != "gpu":
+    if "gpu" not in config.option.markexpr or "not gpu" in config.option.markexpr:
         import torch
 
         if torch.cuda.device_count():
@@ -160,6 +160,7 @@ def ray_cluster() -> Iterator[Any]:
 
     import ray
 
+    hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses a GPU in its books where all are hidden
     ray.init(
         "local",  # never somebody else's that happens to run on this machine
         num_cpus=2,
@@ -169,5 +170,7 @@ def ray_cluster() -> Iterator[Any]:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+    if hidden is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = hidden
     yield ray
     ray.shutdown()

@@ -145,7 +145,7 @@ def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_clu
 
 
 def test_more_of_a_gpu_than_there_is_is_refused_and_not_waited_for(ray_cluster):
-    with pytest.raises(UserError, match="a worker asks for 2 GPUs, Ray here has 1 and would wait for ever"):
+    with pytest.raises(UserError, match=r"a worker asks for 2 GPU\(s\), Ray here has 1 and would wait for ever"):
         list(run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5, gpus=2)))
 
 

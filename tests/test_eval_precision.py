@@ -11,7 +11,7 @@ from torch import nn
 from eval.generate import Job, Painter, Sampling
 from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
 from eval.protocol import protocol_hash
-from eval.run import RunOptions
+from eval.run import RunOptions, run
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
@@ -82,7 +82,7 @@ def test_no_layer_is_left_unpacked():
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
-def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch):
+def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch, tmp_path):
     fp32, bf16 = Sampling(precision="fp32"), Sampling(precision="bf16")
     assert "precision" not in fp32.protocol(), "hashes of rows measured before there was a choice must stay"
     assert bf16.protocol() == fp32.protocol() | {"precision": "bf16"}
@@ -100,8 +100,9 @@ def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch):
         with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
             use_device(device)
         with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
-            RunOptions("runs", sampling=Sampling(device=device)).check()
-    RunOptions("runs", sampling=Sampling(device="cuda"), workers=2).check()  # the workers' machines may have one
+            run(RunOptions("nowhere", sampling=Sampling(device=device)))
+    with pytest.raises(UserError, match="no checkpoints under"):  # the workers' machines may have one
+        run(RunOptions(str(tmp_path), sampling=Sampling(device="cuda"), workers=2))
 
 
 def test_bf16_pictures_are_those_of_fp32_but_for_rounding(tmp_path):

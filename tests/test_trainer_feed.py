@@ -83,11 +83,16 @@ def test_a_mistake_found_ahead_is_told_by_the_next_micro_batch(dataset, no_gpu, 
 
 
 def test_no_thread_outlives_a_feed(dataset, no_gpu):
-    before = set(threading.enumerate())
+    def running() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith(("feed", "batches"))]
+
     ahead = feed(dataset, GPU)
     next(ahead)
-    assert any(thread.name.startswith("feed") for thread in set(threading.enumerate()) - before)
+    assert sorted(thread.name.split("_")[0] for thread in running()) == ["batches", "feed"]
     ahead.close()
-    for thread in set(threading.enumerate()) - before:
+    for thread in running():
         thread.join(10)
-    assert set(threading.enumerate()) <= before
+    assert running() == []
+    for closed in (ahead, feed(dataset, torch.device("cpu"))):
+        closed.close()
+        assert list(closed) == []

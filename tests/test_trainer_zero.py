@@ -158,6 +158,8 @@ def test_non_finite_gradient_is_seen_and_never_stepped(found):
     assert found["skip_seen"]
     assert found["bf16_skip_seen"]
     assert found["bf16_skip_kept"]
+    assert len(found["bf16_skips"]) == 4
+    assert not any(found["bf16_skips"].values()), found["bf16_skips"]
     assert found["skip_kept"]
 
 

@@ -22,4 +22,4 @@ if __name__ == "__main__":
     starve()
     for _ in range(3):
         group.sum([1.0])
-    settle()  # what `leave` ends with; without this, most of such exits abort
+    settle(limit_s=120)  # what `leave` ends with; without this, most of such exits abort

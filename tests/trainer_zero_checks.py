@@ -294,6 +294,14 @@ def train_bf16(group: Group, data: str) -> dict[str, Any]:
         kept = sorted({str(gradient.dtype) for gradient in engine.partition.gradients()})
         found["reductions"][str(fp32_reduce)] = {"sent": sorted(gathers.dtypes), "kept": kept}
     found["bf16_skip_seen"], found["bf16_skip_kept"] = spoil(engine, group)
+    found["bf16_skips"] = {}
+    for stage, clip_norm in ((1, 1.0), (1, None), (2, 1.0), (2, None)):
+        optimizer = dataclasses.replace(half.optimizer, clip_norm=clip_norm)
+        parallel = Parallel(zero_stage=stage, fp32_reduce=stage == 2)
+        engine = ZeroEngine(dataclasses.replace(half, optimizer=optimizer, parallel=parallel), group)
+        seen = discards(engine, group) | {"spoiled_by_one": all(spoil(engine, group))}
+        wrong = [name for name, right in seen.items() if not right]
+        found["bf16_skips"][f"stage {stage}, clipped at {clip_norm}"] = wrong
     found["bf16_masters"] = {str(m.dtype) for m in engine.masters} == {"torch.float32"}
     return found
 

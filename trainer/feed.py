@@ -27,6 +27,10 @@ class Micro(NamedTuple):
     t_B: Tensor
     """Training times, float64 on the CPU."""
     noise_BCHW: Tensor
+    exceptions: Exceptions = Exceptions()
+    """What had been left out of the data when it was read."""
+    pinned: bool = False
+    """All of it lies in page-locked memory."""
 
     def pin_memory(self) -> "Micro":
         """In page-locked memory, from which a GPU copies by itself."""
@@ -35,18 +39,21 @@ class Micro(NamedTuple):
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
             rejected_BCHW=None if rejected is None else rejected.pin_memory(),
         )  # fmt: skip
-        return Micro(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory())
+        return Micro(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
 
     def to(self, device: torch.device) -> "Passed":
         """What a pass computes with, on the device. Nothing waits where all is in page-locked memory. From other memory
         a copy that nobody waits for may read what was overwritten meanwhile, at least where a GPU reads the host's
         memory by itself."""
-        pinned = device.type == "cuda" and all(x.is_pinned() for x in (self.t_B, self.noise_BCHW))
-        x0_BCHW, rejected_BCHW = self.batch.latent_BCHW.to(device, non_blocking=pinned), self.batch.rejected_BCHW
+
+        def send(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=self.pinned)
+
+        x0_BCHW, rejected_BCHW = send(self.batch.latent_BCHW), self.batch.rejected_BCHW
         if rejected_BCHW is not None:
-            x0_BCHW = torch.cat([x0_BCHW, rejected_BCHW.to(device, non_blocking=pinned)])
-        noise_BCHW, t_B = (x.to(device, non_blocking=pinned) for x in (self.noise_BCHW, self.t_B))
-        return Passed(x0_BCHW, noise_BCHW, t_B, self.batch.text.to(device, non_blocking=pinned))
+            x0_BCHW = torch.cat([x0_BCHW, send(rejected_BCHW)])
+        text = self.batch.text.to(device, non_blocking=self.pinned)
+        return Passed(x0_BCHW, send(self.noise_BCHW), send(self.t_B), text)
 
 
 class Passed(NamedTuple):
@@ -70,29 +77,41 @@ class Feed(Iterator[Micro]):
     4096 channels and its copy to the GPU take a tenth of a step, noise another tenth (d15 on an H200)."""
 
     def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
-        self._batches, self._recipe, self._gpu = batches, recipe, device.type == "cuda"
+        self._batches, self._recipe = batches, recipe
         self._formulation = get_formulation(recipe.formulation)
         self._pending: deque[Future[Micro]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed") if self._gpu else None  # one: they stay in order
+        self._pool = _thread_for(device) if device.type == "cuda" else None
+        self._closed = False
+        self.exceptions = batches.exceptions
+        """What had been left out when the last micro-batch was read: a checkpoint keeps it."""
 
     def __next__(self) -> Micro:
-        if self._pool is None:
-            return self._make()
-        while len(self._pending) < AHEAD:
-            self._pending.append(self._pool.submit(self._make))
+        if self._closed:
+            raise StopIteration
+        micro = self._make() if self._pool is None else self._made(self._pool)
+        self.exceptions = micro.exceptions
+        return micro
+
+    def _made(self, pool: ThreadPoolExecutor) -> Micro:
+        while len(self._pending) <= AHEAD:
+            self._pending.append(pool.submit(self._make))
         return self._pending.popleft().result()
 
     def _make(self) -> Micro:
         micro = drawn(next(self._batches), self._formulation, seed=self._recipe.seed, shift=self._recipe.shift)
-        return micro.pin_memory() if self._gpu else micro
-
-    @property
-    def exceptions(self) -> Exceptions:
-        """What was left out so far: a checkpoint keeps it."""
-        return self._batches.exceptions
+        micro = micro._replace(exceptions=self._batches.exceptions)
+        return micro.pin_memory() if self._pool is not None else micro
 
     def close(self) -> None:
         """Stop reading ahead."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._batches.close()
+
+
+def _thread_for(gpu: torch.device) -> ThreadPoolExecutor:
+    """One, so that micro-batches stay in order; what it asks of CUDA concerns this rank's GPU."""
+    if torch.cuda.is_available():
+        return ThreadPoolExecutor(1, "feed", torch.cuda.set_device, (gpu,))
+    return ThreadPoolExecutor(1, "feed")

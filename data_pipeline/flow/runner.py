@@ -133,7 +133,7 @@ def _run_on_ray(
     there = ray.cluster_resources()
     if workers.gpus > there.get("GPU", 0) and not os.environ.get("RAY_ADDRESS"):  # a cluster may still grow
         raise UserError(
-            f"a worker asks for {workers.gpus:g} GPUs, Ray here has {there.get('GPU', 0):g} and would wait for ever"
+            f"a worker asks for {workers.gpus:g} GPU(s), Ray here has {there.get('GPU', 0):g} and would wait for ever"
         )
     smallest, largest = _pool(workers, len(units), there.get("CPU", 0), there.get("GPU", 0))
     context = ray.data.DataContext.get_current()

@@ -6,7 +6,8 @@ Everything is local until `take`, which adds up over the ranks when a line is du
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ from trainer.zero.group import Group
 log = get_logger("monitor")
 BINS = 8
 LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth-24 model (figure 5)
+
+
+class Seen(NamedTuple):
+    """Of a micro-batch: the bins of its times, its losses and their further figures."""
+
+    bin_B: Tensor
+    loss_B: Tensor
+    figures: Mapping[str, Tensor]
 
 
 class Monitor:
@@ -47,12 +56,12 @@ class Monitor:
 
     def _start(self) -> None:
         self._waited, self._averaged = 0.0, 0.0
-        self._losses: list[Losses] = []
+        self._seen: list[Seen] = []
         self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), stolen_seconds()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around reading a batch."""
+        """Around reading a micro-batch, and on a CPU drawing its noise."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
@@ -98,20 +107,25 @@ class Monitor:
 
     def add(self, losses: Losses) -> None:
         """Losses of one micro-batch. They are not looked at before `take`: nothing waits for the GPU here."""
-        self._losses.append(losses._replace(loss_B=losses.loss_B.detach()))
+        # Times are on the CPU, in page-locked memory beside a GPU: it is needed again.
+        bin_B = (losses.t_B.double() * BINS).long().clamp(0, BINS - 1)
+        self._seen.append(Seen(bin_B, losses.loss_B.detach(), losses.figures))
+
+    @property
+    def _names(self) -> Iterable[str]:
+        """Of the further figures."""
+        return self._seen[0].figures if self._seen else ()
 
     def _summed(self) -> dict[str, float]:
         """This rank's sums over the losses so far: by bins of their times, and of their further figures."""
         loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
-        for one in self._losses:
-            bin_B = (one.t_B.double() * BINS).long().clamp(0, BINS - 1)
+        for one in self._seen:
             loss_B = one.loss_B.double().cpu()
-            loss_and_count.index_add_(1, bin_B, torch.stack([loss_B, torch.ones_like(loss_B)]))
-        names = self._losses[0].figures if self._losses else ()
+            loss_and_count.index_add_(1, one.bin_B, torch.stack([loss_B, torch.ones_like(loss_B)]))
         return {
             **{f"loss/{i}": total for i, total in enumerate(loss_and_count[0].tolist())},
             **{f"count/{i}": count for i, count in enumerate(loss_and_count[1].tolist())},
-            **{name: sum(one.figures[name].double().sum().item() for one in self._losses) for name in names},
+            **{name: sum(one.figures[name].double().sum().item() for one in self._seen) for name in self._names},
         }
 
     def take(self) -> dict[str, float]:
@@ -119,7 +133,7 @@ class Monitor:
         seconds = max(time.monotonic() - self._since, 1e-9)
         sums = {
             **self._summed(),  # the same names on all ranks
-            "images": float(sum(len(one.loss_B) for one in self._losses)),
+            "images": float(sum(len(one.loss_B) for one in self._seen)),
             "entropy": sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1),
         }
         largest = {
@@ -148,7 +162,7 @@ class Monitor:
         if self._attention:
             entropy = sums["entropy"] / self.group.world
             figures |= {"attention/max_logit": largest["max_logit"], "attention/entropy": entropy}
-        figures |= {name: sums[name] / sums["images"] for name in (self._losses[0].figures if self._losses else ())}
+        figures |= {name: sums[name] / sums["images"] for name in self._names}
         self._attention.clear()
         self._start()
         return figures

@@ -27,7 +27,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from trainer.launchers import gone
 from trainer.runfolder import rank_name, step_name
-from trainer.zero.group import Group, lost_peer, rendezvous_store
+from trainer.zero.group import Group, lost_peer, rendezvous_store, settle
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
@@ -223,6 +223,7 @@ def together(watch: Watch) -> Iterator[Watch]:
     try:
         yield watch
     except BaseException as error:
+        settle()
         if not lost_peer(error):
             watch.close(FAILED)
             if isinstance(error, UserError) and watch.rank_0_failed_too():
