@@ -73,8 +73,8 @@ def drawn(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: flo
 
 
 class Feed(Iterator[Micro]):
-    """The micro-batches of `batches`, drawn by a recipe. Where the device is a GPU a thread makes them ahead: text of
-    4096 channels and its copy to the GPU take a tenth of a step, noise another tenth (d15 on an H200)."""
+    """The micro-batches of `batches`, drawn by a recipe. Where the device is a GPU a thread makes them ahead: of
+    148 ms of a pass of 64 images (d15 on an H200) copies from ordinary memory took 13, and 28 more were the host's."""
 
     def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
         self._batches, self._recipe = batches, recipe

@@ -90,7 +90,7 @@ class CrossDiT(TokenBackbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
-        # No view: fused attention on a GPU takes no bias whose first number lies at an odd address.
+        # No view: fused attention on a GPU wants a bias that begins at a multiple of 16 bytes.
         x_BND, bias = e.x_BND, None if e.bias is None else e.bias[..., e.x_BND.shape[1] :].contiguous()
         for block in self.blocks:
             x_BND = self.call(block, x_BND, e.y_BLD, e.c_BD, bias)

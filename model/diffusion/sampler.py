@@ -171,7 +171,8 @@ def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tens
     def advance(y: Tensor, points: Tensor) -> list[Tensor]:
         from torchdiffeq import odeint
 
-        inner = (points[:-1] if skip_last else points).to(y.device)
+        points = points.to(y.device)
+        inner = points[:-1] if skip_last else points
         # Without step_t the solver overshoots the last point and interpolates back: below 0, were it that.
         path = odeint(
             lambda at, x: slope(x, at),
@@ -184,7 +185,7 @@ def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tens
         )
         states = list(path)
         if skip_last:
-            states.append(states[-1] + (points[-1].to(y.device) - inner[-1]).to(y.dtype) * slope(states[-1], inner[-1]))
+            states.append(states[-1] + (points[-1] - inner[-1]).to(y.dtype) * slope(states[-1], inner[-1]))
         return states
 
     return advance

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.names import diffusers_config, to_diffusers
 from trainer.feed import Micro
-from trainer.objective import pretrain
+from trainer.objective import Predict, pretrain
 from trainer.planning.machines import this_machine
 from trainer.planning.plan import train_flops_of
 from trainer.planning.trial import made_up, shallow, take_steps
@@ -63,52 +64,39 @@ def seconds(run: Callable[[], Any]) -> float:
     return statistics.median(found[1:])
 
 
-def bare(recipe: Recipe, batch: Micro, device: torch.device) -> Callable[[], None]:
-    """The loss's forward and backward pass without DeepSpeed."""
+def bare(recipe: Recipe, device: torch.device) -> Predict:
+    """The network alone, without DeepSpeed."""
     model: Any = recipe.model.build(seed=0).to(device, torch.bfloat16)
     model.checkpoint_blocks = recipe.parallel.checkpoint_blocks
     if recipe.parallel.compile:
         compile_blocks(model)
-    formulation = get_formulation(recipe.formulation)
-
-    def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        return model(x_BCHW.bfloat16(), t_B, text.to(dtype=torch.bfloat16)).float()
-
-    def run() -> None:
-        losses = pretrain(predict, batch, formulation=formulation, device=device)
-        losses.loss_B.mean().backward()
-
-    return run
+    return lambda x_BCHW, t_B, text: model(x_BCHW.bfloat16(), t_B, text.to(dtype=torch.bfloat16)).float()
 
 
-def diffusers(recipe: Recipe, batch: Micro, device: torch.device) -> Callable[[], None]:
-    """The same for diffusers' network."""
+def diffusers(recipe: Recipe, device: torch.device) -> Predict:
+    """diffusers' network with the same weights."""
     from diffusers import SD3Transformer2DModel
 
-    ours = recipe.model.build(seed=0)
     model: Any = SD3Transformer2DModel(**diffusers_config(recipe.model))
-    model.load_state_dict(dict(to_diffusers(recipe.model, ours.state_dict())))
+    model.load_state_dict(dict(to_diffusers(recipe.model, recipe.model.build(seed=0).state_dict())))
     model = model.to(device, torch.bfloat16)
     if recipe.parallel.checkpoint_blocks:
         model.enable_gradient_checkpointing()
     if recipe.parallel.compile:
-        compile_blocks_of_diffusers(model)
-    formulation = get_formulation(recipe.formulation)
+        for block in model.transformer_blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
 
     def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         text = text.to(dtype=torch.bfloat16)
         return model(x_BCHW.bfloat16(), text.context_BLD, text.pooled_BP, 1000 * t_B, return_dict=False)[0].float()
 
-    def run() -> None:
-        losses = pretrain(predict, batch, formulation=formulation, device=device)
-        losses.loss_B.mean().backward()
-
-    return run
+    return predict
 
 
-def compile_blocks_of_diffusers(model: Any) -> None:
-    for block in model.transformer_blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+def one_pass(predict: Predict, recipe: Recipe, micro: Micro, device: torch.device) -> None:
+    """The loss's forward and backward pass."""
+    losses = pretrain(predict, micro, formulation=get_formulation(recipe.formulation), device=device)
+    losses.loss_B.mean().backward()
 
 
 def profile(run: Callable[[], None]) -> None:
@@ -130,7 +118,7 @@ def measure(text: str, group: Group, *, profiled: bool) -> str:
     found = {"zero3": cost.micro_batch.seconds}
     for name, make in (("bare", bare), ("diffusers", diffusers)):
         clean()
-        run = make(recipe, batch, group.device)
+        run = partial(one_pass, make(recipe, group.device), recipe, batch, group.device)
         found[name] = seconds(run)
         if profiled and name == "bare":
             profile(run)
