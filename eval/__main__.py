@@ -16,7 +16,7 @@ def run_command() -> None:
 
 
 def sample_command() -> None:
-    from eval.sample import sample
+    from eval.studies.sample import sample
 
     parse(sample, sys.argv[2:], prog="python -m eval sample")
 
@@ -40,39 +40,39 @@ def serve_command() -> None:
 
 
 def geneval_command() -> None:
-    from eval.geneval.tool import judge, prompts, score
+    from eval.metrics.geneval.tool import judge, prompts, score
 
     commands: dict[str, Callable[..., Any]] = {"prompts": prompts, "judge": judge, "score": score}
     parse_command(commands, sys.argv[2:], prog="python -m eval geneval")
 
 
 def compbench_command() -> None:
-    from eval.compbench.tool import judge, merge, score
+    from eval.metrics.compbench.tool import judge, merge, score
 
     commands: dict[str, Callable[..., Any]] = {"judge": judge, "score": score, "merge": merge}
     parse_command(commands, sys.argv[2:], prog="python -m eval compbench")
 
 
 def compare_command() -> None:
-    from eval.compare import compare
+    from eval.studies.compare import compare
 
     parse(compare, sys.argv[2:], prog="python -m eval compare")
 
 
 def autoencoder_command() -> None:
-    from eval.autoencoder import main
+    from eval.studies.autoencoder import main
 
     main(sys.argv[2:])
 
 
 def pairs_command() -> None:
-    from eval.pairs import PairOptions, pairs
+    from eval.studies.pairs import PairOptions, pairs
 
     pairs(parse(PairOptions, sys.argv[2:], prog="python -m eval pairs", description=pairs.__doc__))
 
 
 def study_command() -> None:
-    from eval.study import main
+    from eval.studies.formulations import main
 
     main(sys.argv[2:])
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.judges import Judges
-from eval.metric import Prompt, Sample
-from eval.metrics import METRICS
+from eval.judging.judges import Judges
+from eval.judging.metric import Prompt, Sample
+from eval.metrics.registry import METRICS
 from eval.protocol import keep_protocol, protocol_of
 from infra.log import get_logger
 from infra.results import ResultRow, ResultStore

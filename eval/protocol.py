@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.metric import Metric, Prompt
+from eval.judging.metric import Metric, Prompt
 from infra import storage
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import tyro
 
 from eval.calibrate import calibrate
-from eval.generate import Job, Painter, Sampling
-from eval.judges import Judges, OfficialPaths, build_judges
-from eval.metric import Metric, Prompt, Sample, Score
-from eval.metrics import METRICS
-from eval.precision import use_device
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.precision import use_device
+from eval.judging.judges import Judges, OfficialPaths, build_judges
+from eval.judging.metric import Metric, Prompt, Sample, Score
+from eval.metrics.registry import METRICS
+from eval.metrics.val_loss import val_loss
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.runner import Work, run_work
-from eval.val_loss import val_loss
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.log import Progress, get_logger

@@ -15,7 +15,7 @@ checkpoints=${CHECKPOINTS:-2}        # checkpoints of each rung that are judged
 
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 # bf16 where hardware multiplies it faster than fp32 (any GPU, a CPU with AMX or avx512_bf16), fp32 elsewhere.
-which_precision='import torch; from eval.precision import decide; print(decide("auto", "cuda" if torch.cuda.is_available() else "cpu"))'
+which_precision='import torch; from eval.drawing.precision import decide; print(decide("auto", "cuda" if torch.cuda.is_available() else "cpu"))'
 options=${OPTIONS:-precision=$(python -c "$which_precision")}  # overrides of the ladder's recipes
 bold=""; plain=""
 if [ -t 1 ]; then bold=$'\e[1m'; plain=$'\e[0m'; fi

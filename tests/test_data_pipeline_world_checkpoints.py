@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data_pipeline.checkpoints import WORLD, WORLD_NAMES, resolve
-from data_pipeline.world.cards import Figure, trained_line, write_card
-from data_pipeline.world.fit import Muon, fit, orthogonalised
+from data_pipeline.world.training.cards import Figure, trained_line, write_card
+from data_pipeline.world.training.fit import Muon, fit, orthogonalised
 from infra.errors import UserError
 
 NUM_SCENES = 200
@@ -16,7 +16,7 @@ NUM_SCENES = 200
 def test_autoencoder_reconstructs_held_out_scenes() -> None:
     from diffusers import AutoencoderKL
 
-    from data_pipeline.world.train_vae import held_out, measure
+    from data_pipeline.world.training.train_vae import held_out, measure
 
     vae = AutoencoderKL.from_pretrained(resolve("world:vae"))
     figures = measure(vae, num_scenes=50)
@@ -33,7 +33,7 @@ def test_autoencoder_reconstructs_held_out_scenes() -> None:
 def test_clip_retrieves_held_out_scenes() -> None:
     import open_clip
 
-    from data_pipeline.world.train_clip import measure
+    from data_pipeline.world.training.train_clip import measure
 
     path = f"local-dir:{resolve('world:clip')}"
     model, _, preprocess = open_clip.create_model_and_transforms(path)
@@ -48,7 +48,7 @@ def test_clip_retrieves_held_out_scenes() -> None:
 
 
 def test_captioner_says_what_it_sees() -> None:
-    from data_pipeline.world.train_captioner import load, measure, write_captions
+    from data_pipeline.world.training.train_captioner import load, measure, write_captions
 
     model, images, tokenizer = load(resolve("world:captioner"))
     figures = measure(model, tokenizer, num_scenes=NUM_SCENES)
@@ -65,7 +65,7 @@ def test_captioner_says_what_it_sees() -> None:
 
 
 def test_facets_of_captions_are_told_apart() -> None:
-    from data_pipeline.world.train_captioner import facets
+    from data_pipeline.world.training.train_captioner import facets
 
     one = facets("three red buses, two at the top and one at the bottom")
     assert one["objects"] == [("bus",)]

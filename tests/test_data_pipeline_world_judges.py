@@ -18,10 +18,11 @@ from data_pipeline.world.detector import (
     centre_weights,
     edges_to_boxes,
 )
-from data_pipeline.world.judge_check import check, passes, relations
-from data_pipeline.world.judge_metrics import average_precision
-from data_pipeline.world.judge_training import augment, held_out_scenes, nothing, warped
-from data_pipeline.world.judge_wording import (
+from data_pipeline.world.scenes import SceneObject, make_scene
+from data_pipeline.world.training.judge_check import check, passes, relations
+from data_pipeline.world.training.judge_metrics import average_precision
+from data_pipeline.world.training.judge_training import augment, held_out_scenes, nothing, warped
+from data_pipeline.world.training.judge_wording import (
     absent_questions,
     composition,
     nearly_true,
@@ -29,11 +30,10 @@ from data_pipeline.world.judge_wording import (
     save_tokenizer,
     vocabulary,
 )
-from data_pipeline.world.scenes import SceneObject, make_scene
-from data_pipeline.world.train_detector import collate, evaluate, presence_loss
-from data_pipeline.world.train_judge_clip import masked_crop
-from data_pipeline.world.train_judges import CHECKPOINTS
-from data_pipeline.world.train_vqa import patch_truth
+from data_pipeline.world.training.train_detector import collate, evaluate, presence_loss
+from data_pipeline.world.training.train_judge_clip import masked_crop
+from data_pipeline.world.training.train_judges import CHECKPOINTS
+from data_pipeline.world.training.train_vqa import patch_truth
 from infra.errors import UserError
 
 SEED = 4242  # no card and no training uses it

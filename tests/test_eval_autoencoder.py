@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.autoencoder import Options, report
-from eval.fidelity import Lpips, psnr, ssim
-from eval.pictures import write_picture
+from eval.drawing.pictures import write_picture
+from eval.studies.autoencoder import Options, report
+from eval.studies.fidelity import Lpips, psnr, ssim
 from infra.errors import UserError
 from model.errors import ModelError
 

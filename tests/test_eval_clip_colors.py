@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.geneval.prompts import COLORS
-from eval.geneval.rules import Found
+from eval.drawing.pictures import read_picture
+from eval.judging.geneval_prompts import COLORS
+from eval.metrics.geneval.rules import Found
 from eval.networks.clip_model import COLOR_TEMPLATES, ClipColors, masked_crop
 from eval.networks.detectors import Detections
 from eval.networks.vqa import BlipVQA, plain_question
-from eval.pictures import read_picture
 
 
 def picture(height=6, width=8):

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from eval.compare import _drawn_difference, compare, compare_sides, read_side
-from eval.fid import Moments, frechet_distance, resampled_distances
-from eval.metric import Clusters, split_kept, split_scores
+from eval.judging.metric import Clusters, split_kept, split_scores
+from eval.metrics.fid import Moments, frechet_distance, resampled_distances
 from eval.protocol import keep_protocol
 from eval.run import to_rows
+from eval.studies.compare import _drawn_difference, compare, compare_sides, read_side
 from infra.errors import UserError
 from infra.results import ResultStore
 from infra.values import SHARED, keep_values, read_values
@@ -221,7 +221,7 @@ def test_fid_is_paired_over_the_same_prompts_and_its_reference_is_kept_once(tmp_
         keep_values(results.uri, key, "r", 100, kept | {"features": features})
         own = Moments(6)
         own.update(features)
-        from eval.metric import Score
+        from eval.judging.metric import Score
 
         value = frechet_distance(own, moments)
         origin = {"run": name, "recipe_hash": "r", "code_version": "v", "images_seen": 100}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.compbench.language import GrammarReader, SpacyReader
-from eval.compbench.rules import (
+from eval.judging.compbench_language import GrammarReader, SpacyReader
+from eval.metrics.compbench.rules import (
     Seen,
     asked_chunks,
     blip_vqa,
@@ -183,7 +183,7 @@ def test_detector_frame():
 
 
 def test_answers_are_written_as_officially_and_read_back(tmp_path):
-    from eval.compbench.files import read_answers, write_answers
+    from eval.metrics.compbench.files import read_answers, write_answers
 
     assert write_answers(tmp_path / "vqa_result.json", [0.12345, 1.0], as_text=True) == pytest.approx(0.56175)
     assert (tmp_path / "vqa_result.json").read_text() == (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval.compbench.rules import Seen, merged_labels, numeracy, spatial_2d, spatial_3d
+from eval.metrics.compbench.rules import Seen, merged_labels, numeracy, spatial_2d, spatial_3d
 
 # Written for this test from facts D: exact fractions for boxes, no code shared.
 

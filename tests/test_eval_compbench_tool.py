@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from eval.compbench.evidence import Evidence, answer
-from eval.compbench.files import read_answers, read_samples, sample_name
-from eval.compbench.rules import Seen, position_2d, position_3d
-from eval.compbench.stored import Words, read_stored, stored_line
-from eval.compbench.tool import judge, merge, score
-from eval.judges import OfficialPaths, build_judges
+from eval.drawing.pictures import write_picture
+from eval.judging.judges import OfficialPaths, build_judges
+from eval.metrics.compbench.evidence import Evidence, answer
+from eval.metrics.compbench.files import read_answers, read_samples, sample_name
+from eval.metrics.compbench.rules import Seen, position_2d, position_3d
+from eval.metrics.compbench.stored import Words, read_stored, stored_line
+from eval.metrics.compbench.tool import judge, merge, score
 from eval.networks.depth import DptDepth, to_frame
 from eval.networks.open_vocabulary import OpenVocabularyDetector
-from eval.pictures import write_picture
 from infra.errors import UserError
 
 
@@ -156,7 +156,7 @@ def english():
 
 
 def test_the_metric_has_3d_spatial_where_there_is_a_depth_network(tmp_path, dpt):
-    from eval.compbench.metric import CompBench
+    from eval.metrics.compbench.metric import CompBench
 
     (tmp_path / "3d_spatial_val.txt").write_text("a dog behind a cat\n")
     (tmp_path / "color_val.txt").write_text("a red dog\n")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from eval.calibrate import control_image
-from eval.geneval.files import write_folder
-from eval.geneval.prompts import official_metadata
-from eval.geneval.tool import judge, score
-from eval.judges import build_judges
+from eval.judging.geneval_prompts import official_metadata
+from eval.judging.judges import build_judges
+from eval.judging.prompts import world_geneval_prompts
+from eval.metrics.geneval.files import write_folder
+from eval.metrics.geneval.tool import judge, score
 from eval.networks.detectors import TransformersDetector, mask_box
-from eval.prompts import world_geneval_prompts
 from infra.errors import UserError
 
 
@@ -169,7 +169,7 @@ def test_a_scorer_that_is_torn_or_another_network_is_one_line(mask2former, tmp_p
 def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tmp_path, capsys):
     """The whole official path on a checkpoint in the hub's layout: detector, CLIP colors, verdicts, summary."""
     from data_pipeline.checkpoints import resolve
-    from eval.judges import OfficialPaths
+    from eval.judging.judges import OfficialPaths
 
     record = {
         "tag": "colors",

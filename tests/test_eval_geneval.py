@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval.geneval.prompts import COLORS, OFFICIAL_SHA256, RELATIONS, TASKS, metadata_lines, official_metadata
-from eval.geneval.rules import OFFICIAL_RULES, Rules, decide, details, keep, overlap, relative_position
+from eval.judging.geneval_prompts import COLORS, OFFICIAL_SHA256, RELATIONS, TASKS, metadata_lines, official_metadata
+from eval.metrics.geneval.rules import OFFICIAL_RULES, Rules, decide, details, keep, overlap, relative_position
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 

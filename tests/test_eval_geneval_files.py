@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from eval.geneval.files import (
+from eval.judging.geneval_prompts import official_metadata, parse_metadata, read_metadata
+from eval.metrics.geneval.files import (
     check_complete,
     judge_stored,
     read_folders,
@@ -13,9 +14,8 @@ from eval.geneval.files import (
     write_folder,
     write_results,
 )
-from eval.geneval.prompts import official_metadata, parse_metadata, read_metadata
-from eval.geneval.tool import judge
-from eval.sample import expand
+from eval.metrics.geneval.tool import judge
+from eval.studies.sample import expand
 from infra.errors import UserError
 
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
@@ -195,7 +195,7 @@ def test_images_outside_the_set_are_counted_and_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("prompt", ['a sign that says "no/yes"', "two\nlines", "it's 100 % <b>bold", "../../etc"])
 def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_file_names(tmp_path, prompt):
-    from eval.compbench.files import parse_name, sample_name
+    from eval.metrics.compbench.files import parse_name, sample_name
 
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
     write_folder(tmp_path, 0, record, [GRAY])

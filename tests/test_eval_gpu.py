@@ -21,21 +21,21 @@ from test_eval_run import JOBS, QUICK, export, options
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.synthetic import TINY_TEXT, write_synthetic
-from eval.autoencoder import Options, measure
-from eval.fidelity import Lpips
-from eval.generate import Painter, Sampling
-from eval.geneval.files import write_folder
-from eval.geneval.tool import score
-from eval.judges import OfficialPaths
+from eval.drawing.generate import Painter, Sampling
+from eval.drawing.precision import decide, in_bfloat16, use_device
+from eval.judging.judges import OfficialPaths
+from eval.metrics.geneval.files import write_folder
+from eval.metrics.geneval.tool import score
+from eval.metrics.val_loss import val_loss
 from eval.networks.clip_model import ClipModel
 from eval.networks.depth import DptDepth
 from eval.networks.detectors import TransformersDetector
 from eval.networks.inception import InceptionFeatures
 from eval.networks.open_vocabulary import OpenVocabularyDetector
 from eval.networks.vqa import BlipVQA
-from eval.precision import decide, in_bfloat16, use_device
 from eval.run import run
-from eval.val_loss import val_loss
+from eval.studies.autoencoder import Options, measure
+from eval.studies.fidelity import Lpips
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbone import BACKBONES
@@ -126,7 +126,7 @@ def rows_of(runs: Path) -> dict[tuple, float]:
 
 @pytest.mark.dist
 def test_a_whole_run_scores_as_on_the_cpu_also_with_half_a_gpu_per_worker(tmp_path, exact, monkeypatch, ray_folder):
-    monkeypatch.setattr("eval.fid.REFERENCES", 100)
+    monkeypatch.setattr("eval.metrics.fid.REFERENCES", 100)
     ways = {"cpu": ("cpu", {}), "gpu": (DEVICE, {})}
     if importlib.util.find_spec("ray"):
         ways["ray"] = (DEVICE, {"workers": 2, "gpus_per_worker": 0.5 if DEVICE == "cuda" else 0})

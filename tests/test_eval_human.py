@@ -8,7 +8,7 @@ import pytest
 from eval_service_runs import app_on, small_ladder, write_gallery
 from openapi import CheckedClient
 
-from eval.human import Side, Studies, Vote, effective_size, wilson, win_rate
+from eval.studies.human import Side, Studies, Vote, effective_size, wilson, win_rate
 from infra import storage
 from infra.errors import UserError
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.fid import FeatureDistance, inception_fid
-from eval.judges import OfficialPaths, build_judges
-from eval.metric import Prompt, Sample
+from eval.drawing.pictures import write_picture
+from eval.judging.judges import OfficialPaths, build_judges
+from eval.judging.metric import Prompt, Sample
+from eval.judging.prompt_files import read_coco, read_prompts, reference_files
+from eval.metrics.fid import FeatureDistance, inception_fid
 from eval.networks.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
-from eval.pictures import write_picture
-from eval.prompt_files import read_coco, read_prompts, reference_files
 from infra.errors import UserError
 
 
@@ -193,7 +193,7 @@ def test_parti_prompts_carry_category_and_challenge(tmp_path):
 
 
 def test_clip_score_of_categories():
-    from eval.clip_score import ClipScore
+    from eval.metrics.clip_score import ClipScore
 
     judges = build_judges("world")
     metric = ClipScore(judges)

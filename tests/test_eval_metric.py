@@ -7,16 +7,16 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import beta
 
-from eval.fid import (
+from eval.drawing.pictures import labelled_grid, read_picture, write_picture
+from eval.judging.metric import Clusters, split_scores
+from eval.judging.prompts import compbench_prompts, geneval_prompts, read_lines
+from eval.metrics.fid import (
     Moments,
     RankDeficientWarning,
     frechet_distance,
     resampled_distances,
     resampled_pair_distances,
 )
-from eval.metric import Clusters, split_scores
-from eval.pictures import labelled_grid, read_picture, write_picture
-from eval.prompts import compbench_prompts, geneval_prompts, read_lines
 from infra.errors import UserError
 
 
@@ -76,7 +76,7 @@ def test_rank_deficient_covariances_survive_with_a_warning():
 
 @pytest.mark.parametrize(("count", "width"), [(30, 6), (12, 20)])
 def test_resampled_distances_are_those_of_the_repeated_rows(count, width, monkeypatch):
-    monkeypatch.setattr("eval.fid.RESAMPLES", 3)
+    monkeypatch.setattr("eval.metrics.fid.RESAMPLES", 3)
     a, b = features(count, width, 6), features(count, width, 7)
     reference = moments(features(200, width, 8))
     found = resampled_distances(a, np.arange(count), reference.mean_E, reference.covariance_EE, seed=9)

@@ -9,10 +9,10 @@ from data_pipeline.pairs import Partners
 from data_pipeline.plans import WORLD_TEXT, vae_meta
 from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
-from eval.generate import Painter, Sampling
-from eval.judges import build_judges
-from eval.pairs import PairOptions, by_clip, by_vqa, pairs, ranked, world_prompts
-from eval.prompts import world_compbench_prompts, world_geneval_prompts
+from eval.drawing.generate import Painter, Sampling
+from eval.judging.judges import build_judges
+from eval.judging.prompts import world_compbench_prompts, world_geneval_prompts
+from eval.studies.pairs import PairOptions, by_clip, by_vqa, pairs, ranked, world_prompts
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.weights import save_weights

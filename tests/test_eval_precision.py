@@ -8,8 +8,8 @@ import torch
 from test_eval_run import export
 from torch import nn
 
-from eval.generate import Job, Painter, Sampling
-from eval.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
 from eval.protocol import protocol_hash
 from eval.run import RunOptions, run
 from infra.errors import UserError

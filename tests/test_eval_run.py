@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from eval.compbench.files import read_samples
-from eval.generate import Job, Painter, Sampling
-from eval.geneval.files import check_complete, read_folders
-from eval.metric import Clusters, Prompt, Score
-from eval.metrics import METRICS
-from eval.prompts import world_geneval_prompts
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.judging.metric import Clusters, Prompt, Score
+from eval.judging.prompts import world_geneval_prompts
+from eval.metrics.compbench.files import read_samples
+from eval.metrics.geneval.files import check_complete, read_folders
+from eval.metrics.registry import METRICS
 from eval.protocol import protocol_hash, protocol_of
 from eval.run import RunOptions, find_checkpoints, parse_metrics, run
-from eval.sample import expand, sample
+from eval.studies.sample import expand, sample
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbones.mmdit import MMDiTConfig
@@ -261,7 +261,7 @@ def objects(runs):
 
 
 def test_run_measures_each_checkpoint_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.fid.REFERENCES", 200)
+    monkeypatch.setattr("eval.metrics.fid.REFERENCES", 200)
     export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
     export(tmp_path / "d1" / "weights" / "step_0000020" / "ema.safetensors", images_seen=80)
     export(tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40, recipe_hash="r2")
@@ -374,7 +374,7 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
 
 
 def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
-    from eval.judges import OfficialPaths, build_judges
+    from eval.judging.judges import OfficialPaths, build_judges
     from eval.run import score_name
 
     (tmp_path / "color_val.txt").write_text("a red dog\na blue cat\n")
@@ -397,7 +397,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     """Same samples, noise and protocol hash as trainer/validate.py, so that rows of both can be compared."""
     from data_pipeline.loading.loader import open_dataset
     from data_pipeline.synthetic import TINY_TEXT, write_synthetic
-    from eval.val_loss import val_loss
+    from eval.metrics.val_loss import val_loss
     from trainer.recipe import Recipe, Validation
     from trainer.validate import Validator
 

@@ -137,8 +137,8 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
 
 
 def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
-    from eval.human import Side, Studies
     from eval.service.claims import claim, outcomes
+    from eval.studies.human import Side, Studies
 
     root = storage.join(s3, "runs")
     uri = write_run(root, 2, scored=False, checkpoints=1)

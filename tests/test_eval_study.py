@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_eval_run import export
 
-from eval.study import StudyOptions, find_entries, parse_setting, study
-from eval.study_rank import TABLE_1, Cell, against_paper, front_numbers, rank, seed_noise
+from eval.studies.formulations import StudyOptions, find_entries, parse_setting, study
+from eval.studies.ranking import TABLE_1, Cell, against_paper, front_numbers, rank, seed_noise
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 
@@ -176,7 +176,7 @@ def test_the_checkpoint_with_the_least_validation_loss_is_judged_where_it_has_ra
 
 
 def test_a_study_of_tiny_real_runs_is_measured_once_and_resumed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.fid.REFERENCES", 40)
+    monkeypatch.setattr("eval.metrics.fid.REFERENCES", 40)
     runs = tmp_path / "runs"
     for name, formulation, seed in (("a", "rf", 0), ("b", "v/cos", 0)):
         make_run(runs, name, formulation, seed)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.judges import OfficialPaths, build_judges
-from eval.metric import Prompt, Sample
-from eval.typography import Typography, character_errors
-from eval.written_words import asked_words, plain, typography_prompts
+from eval.judging.judges import OfficialPaths, build_judges
+from eval.judging.metric import Prompt, Sample
+from eval.judging.written_words import asked_words, plain, typography_prompts
+from eval.metrics.typography import Typography, character_errors
 from infra.errors import UserError
 
 

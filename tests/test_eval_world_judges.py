@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from eval.calibrate import control_image
-from eval.compbench.metric import CompBench
-from eval.geneval.metric import GenEval
-from eval.judges import build_judges
-from eval.metric import Sample
-from eval.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
+from eval.judging.judges import build_judges
+from eval.judging.metric import Sample
+from eval.judging.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
+from eval.metrics.compbench.metric import CompBench
+from eval.metrics.geneval.metric import GenEval
 from infra.errors import UserError
 
 PER_TASK = 8

@@ -16,7 +16,7 @@ import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline.synthetic import write_synthetic
-from eval.compare import compare_sides, read_side
+from eval.studies.compare import compare_sides, read_side
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore

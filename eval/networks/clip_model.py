@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.weights import weights_hash
-from eval.geneval.prompts import COLORS
-from eval.geneval.rules import Found
+from eval.judging.geneval_prompts import COLORS
+from eval.metrics.geneval.rules import Found
 from eval.networks.detectors import Detections
 from eval.networks.loading import loading
 from infra.errors import UserError, nearest

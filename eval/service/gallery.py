@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.generate import Job, Painter, Sampling
+from eval.drawing.generate import Job, Painter, Sampling
 from infra import storage
 from infra.errors import UserError
 
@@ -62,7 +62,7 @@ class Sheet:
 def world_gallery(count: int) -> list[str]:
     """`count` prompts of the world, one task after the other, seen and unseen compositions in turn."""
     from data_pipeline.world.grammar import world_prompts
-    from eval.prompts import WORLD_SEED
+    from eval.judging.prompts import WORLD_SEED
 
     found: list[str] = []
     for turn in range(count):

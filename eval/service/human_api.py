@@ -6,11 +6,11 @@ from typing import Literal, TypeVar
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 
-from eval.human import QUESTIONS, Side, Studies, Study, clean_rater
 from eval.service import pictures, shapes
 from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
 from eval.service.index import Index
+from eval.studies.human import QUESTIONS, Side, Studies, Study, clean_rater
 from infra.errors import UserError
 from infra.log import get_logger
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from eval.prompts import read_lines
+from eval.judging.prompts import read_lines
 from eval.run import RunOptions, parse_metrics
 from eval.service.access import access_for
 from eval.service.app import build_app
@@ -77,7 +77,7 @@ def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
     index = Index(wanted.runs)
     if not options.evaluate:
         return index, Watcher(index, None, every=options.every)
-    from eval.judges import build_judges
+    from eval.judging.judges import build_judges
 
     build_judges(wanted.judges, wanted.official)
     return index, Watcher(index, Settings(wanted, gallery), every=options.every, retry=options.retry)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from eval.judges import build_judges
+from eval.judging.judges import build_judges
 from eval.run import Checkpoint, EvaluateTask, RunOptions, parse_metrics, plan_all
 from eval.runner import Work, run_work
 from infra import storage
@@ -191,7 +191,7 @@ def _work(
 
 def _gallery(checkpoint: Checkpoint, settings: Settings) -> None:
     """Draw the sheet, unless it is there with these prompts."""
-    from eval.generate import Painter
+    from eval.drawing.generate import Painter
     from eval.service.gallery import draw_gallery, read_sheet, sheet_uri, world_gallery
 
     options = settings.options

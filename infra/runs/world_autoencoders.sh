@@ -17,7 +17,7 @@ minutes=${MINUTES:-24} count=${COUNT:-1000} channels=${CHANNELS:-4 8 16}
 
 folders=()
 for number in $channels; do
-  [ -e "$out/vae$number/README.md" ] || python -m data_pipeline.world.train vae --channels "$number" \
+  [ -e "$out/vae$number/README.md" ] || python -m data_pipeline.world.training.train vae --channels "$number" \
     --minutes "$minutes" --out "$out/vae$number"
   folders+=("$out/vae$number")
 done

@@ -18,7 +18,7 @@ source infra/runs/seeds.sh
 recipe=${RECIPE:-world-d2} images=${IMAGES:-12800} seeds=${SEEDS:-0 1} captions=${CAPTIONS:-128} ranks=${RANKS:-2}
 workers=${WORKERS:-0}
 settings=${SETTINGS:-50x1.0 50x2.5 50x5.0 5x5.0 10x5.0 25x5.0}
-variants=${VARIANTS:-$(python -c "from eval.study_rank import TABLE_1; print(*TABLE_1)")}
+variants=${VARIANTS:-$(python -c "from eval.studies.ranking import TABLE_1; print(*TABLE_1)")}
 
 train() {  # train VARIANTS SEED
   # shellcheck disable=SC2086

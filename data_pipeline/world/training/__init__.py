@@ -1,0 +1,1 @@
+"""The scripts that train and check the small networks of the world."""

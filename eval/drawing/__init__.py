@@ -1,0 +1,1 @@
+"""Exported weights and prompts to pictures."""

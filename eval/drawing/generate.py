@@ -1,0 +1,183 @@
+"""Images from exported weights: one seed per (prompt, image), so that a picture never depends on the batch it came in.
+
+Shapes: B images in a batch, C latent channels, H and W latent height and width.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.checkpoints import resolve
+from eval.drawing.precision import Precision, decide, in_bfloat16, use_device
+from infra import storage
+from infra.errors import MissingError, UserError
+from model.diffusion.sampler import sample
+from model.encoders.networks import TextEncoders, load_text_encoders
+from model.encoders.text import TextCond, TextSpec, assemble, unconditional
+from model.encoders.vae import Latents, load_vae
+from model.errors import ModelError
+from model.files.weights import load_model
+from model.seeding import keyed_normal
+
+NEEDED_META = ("text_spec", "vae", "resolution", "formulation")
+DECODED = 16  # pictures that leave the autoencoder at once: more of them fall out of a core's cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an image is drawn; all of it but `batch` and `device` decides the result and enters the protocol hash."""
+
+    steps: int = 25
+    guidance: float = 4.0
+    """classifier-free guidance; 1 turns it off"""
+    solver: Literal["euler", "heun", "rk"] = "euler"
+    shift: float | None = None
+    """resolution shift of the timesteps; None takes the weights' own"""
+    unconditional: Literal["zeros", "empty_prompt"] = "zeros"
+    """what guidance moves away from: dropped encoders (our training) or the empty caption (released SD3)"""
+    seed: int = 0
+    without_t5: bool = False
+    """zeros in the T5 seat, as where that encoder is left out to save memory"""
+    precision: Precision = "auto"
+    """of the network: fp32, bf16 (two to four times as fast where hardware has it), or what this machine does best"""
+    batch: int = 64
+    device: str = "cpu"
+
+    def decided(self) -> "Sampling":
+        """With a precision that does not depend on the machine that reads it."""
+        return replace(self, precision=decide(self.precision, self.device))
+
+    def protocol(self) -> dict[str, Any]:
+        told = {name: value for name, value in asdict(self.decided()).items() if name not in ("batch", "device")}
+        # As protocols were written before there was a choice: their hashes stay.
+        if not self.without_t5:
+            del told["without_t5"]
+        if told["precision"] == "fp32":
+            del told["precision"]
+        return told
+
+
+class Job(NamedTuple):
+    """One image to draw. `source` tells apart prompts that share their words."""
+
+    text: str
+    source: str = ""
+    number: int = 0
+
+    @property
+    def purpose(self) -> str:
+        return f"eval image/{self.source}/{self.text}"
+
+
+class Painter:
+    """Exported weights with the encoders and the autoencoder that they were trained with."""
+
+    def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
+        use_device(device)
+        try:
+            self._loaded, self.meta = load_model(storage.localize(str(weights)))
+        except (MissingError, ModelError) as error:
+            kind = MissingError if isinstance(error, MissingError) else UserError
+            raise kind(
+                f"{error}; give a run's weights/ema.safetensors, or write one from its checkpoint: "
+                "python -m trainer export RUN --data URI --out FILE"
+            ) from error
+        missing = [key for key in NEEDED_META if key not in self.meta]
+        if missing:
+            raise UserError(
+                f"{weights}: its metadata lacks {', '.join(missing)}, which sampling needs; export it again"
+            )
+        self.device = device
+        self.spec = TextSpec.from_json(self.meta["text_spec"])
+        self.latents = Latents.from_json(self.meta["vae"])
+        side = self.meta["resolution"] // self.latents.factor
+        self.shape_CHW = (self.latents.channels, side, side)
+
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        """In float32, brought to the device when something asks for it."""
+        return self._loaded.to(self.device)
+
+    @functools.cached_property
+    def _half(self) -> Callable[..., Tensor]:
+        return in_bfloat16(self._loaded, self.device)
+
+    def paint(self, jobs: Iterable[Job], sampling: Sampling) -> Iterator[tuple[Job, np.ndarray]]:
+        """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
+        if sampling.batch < 1:
+            raise UserError(f"--batch {sampling.batch}: expected 1 or more")
+        waiting: list[Job] = []
+        for job in jobs:
+            waiting.append(job)
+            if len(waiting) == sampling.batch:
+                yield from zip(waiting, self._batch(waiting, sampling))
+                waiting = []
+        if waiting:
+            yield from zip(waiting, self._batch(waiting, sampling))
+
+    @torch.inference_mode()
+    def _batch(self, jobs: Sequence[Job], sampling: Sampling) -> list[np.ndarray]:
+        text = self._condition([job.text for job in jobs], sampling.without_t5)
+        if sampling.unconditional == "zeros":
+            nothing = unconditional(self.spec, len(jobs)).to(self.device)
+        else:
+            nothing = self._condition([""] * len(jobs), sampling.without_t5)
+        noise = [keyed_normal(sampling.seed, [job.number], job.purpose, self.shape_CHW) for job in jobs]
+        network = self._half if decide(sampling.precision, self.device) == "bf16" else self.model
+        latent_BCHW = sample(
+            network,
+            torch.cat(noise).to(self.device),
+            text,
+            nothing,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            shift=self.meta.get("shift", 1.0) if sampling.shift is None else sampling.shift,
+            solver=sampling.solver,
+            formulation=self.meta["formulation"],
+        )
+        if not torch.isfinite(latent_BCHW).all():
+            raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")
+        vae = _vae(self.meta["vae"]["checkpoint"], self.device)
+        decoded = (self.latents.decode(vae, part_BCHW) for part_BCHW in latent_BCHW.split(DECODED))
+        return [picture for images_BCHW in decoded for picture in to_pictures(images_BCHW)]
+
+    def _condition(self, captions: Sequence[str], without_t5: bool) -> TextCond:
+        """Each different caption goes through the encoders once."""
+        known = list(dict.fromkeys(captions))
+        if without_t5:
+            spec = _without_t5(self.spec)
+            encoded = assemble(self.spec, _encoders(spec, self.device).encode(known))  # a missing seat gives zeros
+        else:
+            encoded = _encoders(self.spec, self.device).condition(known)
+        rows = torch.tensor([known.index(caption) for caption in captions])
+        return encoded[rows].to(self.device)
+
+
+def _without_t5(spec: TextSpec) -> TextSpec:
+    """The spec whose T5 is never loaded: what leaving it out saves."""
+    if spec.t5 is None:
+        raise UserError("these weights have no T5 seat, so there is nothing to leave out; drop --without-t5")
+    return replace(spec, encoders=tuple(encoder for encoder in spec.encoders if encoder.seat != "t5"))
+
+
+@functools.lru_cache(maxsize=2)
+def _encoders(spec: TextSpec, device: str) -> TextEncoders:
+    """Shared by all checkpoints of a ladder."""
+    return load_text_encoders(spec, resolve, device=device)
+
+
+@functools.lru_cache(maxsize=2)
+def _vae(checkpoint: str, device: str) -> Any:
+    return load_vae(resolve(checkpoint)).to(device, memory_format=torch.channels_last)
+
+
+def to_pictures(images_BCHW: Tensor) -> list[np.ndarray]:
+    """uint8 H x W x 3 from [-1, 1]."""
+    pixels_BHWC = ((images_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return list(pixels_BHWC.cpu().numpy())

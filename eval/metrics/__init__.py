@@ -1,0 +1,1 @@
+"""The metrics, one file or folder each; `registry.py` lists them."""

@@ -1,0 +1,1 @@
+"""Commands around the evaluation: sample sheets, preference pairs, comparisons, rankings, the autoencoder report."""

@@ -1,0 +1,337 @@
+"""`python -m eval study --runs RUNS --out DIR`: rank formulations as SD3's section 5.1 does, from their runs.
+
+Each run is drawn with its raw and its EMA weights under six sampler settings; CLIP score and FID of the same pictures
+are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as they land; none is drawn twice.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.precision import Precision, decide
+from eval.judging.judges import Judges, OfficialPaths, build_judges
+from eval.judging.metric import Metric, Prompt, Sample
+from eval.metrics.registry import METRICS
+from eval.protocol import keep_protocol, protocol_hash, protocol_of
+from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
+from eval.runner import Work, run_work
+from eval.studies.ranking import TABLE_1, Cell, Ranking, against_paper, rank
+from infra import storage
+from infra.cli import parse
+from infra.errors import UserError
+from infra.log import Progress, get_logger
+from infra.results import ResultStore
+from model.files.weights import read_meta
+
+log = get_logger("study")
+
+METRIC_NAMES = ("clip_score", "fid")
+KINDS = ("ema", "raw")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which runs, which settings, how many pictures."""
+
+    runs: str
+    """folder (or s3:// prefix) of runs of `trainer sweep formulations`, several seeds of each"""
+    out: str
+    """study.md and study.json go here"""
+    captions: int = 128
+    """pictures per run, kind of weights and setting (the paper: 1000)"""
+    settings: tuple[str, ...] = ("50x1.0", "50x2.5", "50x5.0", "5x5.0", "10x5.0", "25x5.0")
+    """STEPSxGUIDANCE, each with the Euler solver"""
+    judges: str = "world"
+    """world, or official (needs --official.clip, .captions and .references)"""
+    workers: int = 0
+    """Ray workers that share the runs; 0 does all in this process"""
+    gpus_per_worker: float = 0
+    seed: int = 0
+    precision: Precision = "auto"
+    """of the network: fp32, bf16, or what this machine does best"""
+    batch: int = 64
+    device: str = "cpu"
+    official: OfficialPaths = field(default_factory=OfficialPaths)
+
+    def sampling(self, steps: int, guidance: float) -> Sampling:
+        base = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
+        return replace(base, steps=steps, guidance=guidance)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained run: variant, seed, dataset, and the checkpoint that is judged with both kinds of its weights."""
+
+    variant: str
+    seed: int
+    dataset: str
+    checkpoint: Checkpoint
+    weights: dict[str, str]
+    chosen: str
+    """how the checkpoint was chosen"""
+
+
+def main(argv: Sequence[str]) -> None:
+    study(parse(StudyOptions, argv, prog="python -m eval study", description=study.__doc__))
+
+
+def study(options: StudyOptions) -> None:
+    """Measure what is missing, rank what is complete; write study.md, study.json and every number to cells.jsonl."""
+    settings = [parse_setting(text) for text in options.settings]
+    if len(set(settings)) < len(settings) or options.captions < 2:
+        raise UserError("--settings must differ and --captions be 2 or more")
+    options = replace(options, precision=decide(options.precision, options.device))  # here, not by each worker
+    entries, unfit = find_entries(options.runs)
+    for run, reason in unfit.items():
+        log.warning("%s is left out: %s", run, reason)
+    if not entries:
+        raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
+    judges = build_judges(options.judges, options.official)
+    hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
+    work = [Work(f"{e.checkpoint.run}/{kind}", {"entry": _pack(e), "kind": kind}) for e in entries for kind in KINDS]
+    failed = run_work(StudyTask(options), work, workers=options.workers, gpus=options.gpus_per_worker)
+    cells = [cell for entry in entries for cell in _cells(entry, options, hashes)]
+    if not cells:
+        raise UserError("no run could be measured; see the lines above")
+    ranking = rank(cells)
+    text = as_markdown(ranking, options, entries, unfit)
+    print(text, end="")
+    record = {
+        "ranking": asdict(ranking),
+        "against_paper": against_paper(ranking),
+        "options": asdict(options),
+        "chosen": {e.checkpoint.run: e.chosen for e in entries},
+        "left_out_runs": unfit,
+        "failed": failed,
+    }
+    storage.write_bytes(storage.join(options.out, "study.md"), text.encode())
+    storage.write_bytes(storage.join(options.out, "study.json"), (json.dumps(_plain(record), indent=1) + "\n").encode())
+    numbers = "".join(json.dumps(cell._asdict()) + "\n" for cell in cells)
+    storage.write_bytes(storage.join(options.out, "cells.jsonl"), numbers.encode())
+    if failed:
+        raise UserError(f"{len(failed)} of {len(work)} measurements failed; see the lines above; run again for them")
+
+
+def parse_setting(text: str) -> tuple[int, float]:
+    steps, _, guidance = text.partition("x")
+    try:
+        parsed = int(steps), float(guidance)
+    except ValueError:
+        parsed = 0, math.nan
+    if parsed[0] < 1 or not math.isfinite(parsed[1]):
+        raise UserError(f"--settings {text!r}: expected STEPSxGUIDANCE such as 50x2.5")
+    return parsed
+
+
+def find_entries(runs: str) -> tuple[list[Entry], dict[str, str]]:
+    """One per run: the checkpoint with the least EMA validation loss that has raw weights too, else the last one.
+
+    Second, run -> reason of those without raw weights: unstable ones, and those that are still being trained.
+    """
+    found: dict[str, list[Checkpoint]] = {}
+    for checkpoint in find_checkpoints(runs):
+        found.setdefault(checkpoint.run_uri, []).append(checkpoint)
+    sorted_out = {checkpoints[0].run: _entry(checkpoints) for checkpoints in found.values()}
+    entries = [entry for entry in sorted_out.values() if isinstance(entry, Entry)]
+    unfit = {run: reason for run, reason in sorted_out.items() if isinstance(reason, str)}
+    seen: dict[tuple[str, int, str], str] = {}
+    for entry in entries:
+        key = (entry.variant, entry.seed, entry.dataset)
+        if key in seen:
+            raise UserError(
+                f"{seen[key]} and {entry.checkpoint.run} are both {entry.variant} with seed {entry.seed} on one "
+                "dataset; move one of them away"
+            )
+        seen[key] = entry.checkpoint.run
+    return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset)), unfit
+
+
+def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
+    """The run's entry, or why it has none."""
+    run, last = checkpoints[0].run_uri, checkpoints[-1]
+    recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
+    if not storage.exists(recipe_uri):
+        raise UserError(f"{run} has no recipe.json: the study reads a run's seed from it")
+    seed = int(_object(recipe_uri).get("seed", 0))
+    raw = {c.step: storage.join(c.weights.rsplit("/", 1)[0], "raw.safetensors") for c in checkpoints}
+    raw = {step: uri for step, uri in raw.items() if storage.exists(uri)}
+    if last.step not in raw and storage.exists(last_raw):
+        raw[last.step] = last_raw
+    if not raw:
+        unstable = storage.join(run, "unstable.json")  # of a run that the trainer's guard ended
+        if storage.exists(unstable):
+            return f"its training was unstable ({_object(unstable).get('problem', 'no reason')})"
+        return "no raw weights (weights/raw.safetensors), which are ranked beside the EMA; they come with its last step"
+    metas = {c.step: read_meta(storage.localize(c.weights)) for c in checkpoints}
+    losses = {
+        row.images_seen: row.value for row in ResultStore(storage.join(run, "results")).rows(metric="val_loss/sd3")
+    }
+    both = [c for c in checkpoints if c.step in raw]
+    scored = [(losses[metas[c.step]["images_seen"]], c.step) for c in both if metas[c.step]["images_seen"] in losses]
+    step = min(scored)[1] if len(both) > 1 and scored else both[-1].step
+    chosen = next(c for c in checkpoints if c.step == step)
+    how = "least EMA validation loss" if len(both) > 1 and scored else "the only one with raw weights"
+    meta = metas[step]
+    weights = {"ema": chosen.weights, "raw": raw[step]}
+    return Entry(str(meta["formulation"]), seed, str(meta["data_fingerprint"]), chosen, weights, f"step {step}: {how}")
+
+
+def _object(uri: str) -> dict[str, Any]:
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise UserError(f"{uri} is torn ({error}): restore it, or move its run away") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{uri} holds no JSON object: restore it, or move its run away")
+    return found
+
+
+def _pack(entry: Entry) -> dict[str, Any]:
+    return asdict(entry)
+
+
+def _unpack(record: dict[str, Any]) -> Entry:
+    return Entry(**{**record, "checkpoint": Checkpoint(**record["checkpoint"])})
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """Measures one run's EMA or raw weights under all settings; judges are built once per worker."""
+
+    options: StudyOptions
+
+    def open(self) -> Any:
+        judges = build_judges(self.options.judges, self.options.official)
+        return lambda unit: measure(_unpack(unit["entry"]), unit["kind"], judges, self.options)
+
+
+def _protocols(judges: Judges, options: StudyOptions) -> dict[str, dict[str, Any]]:
+    """By the part of a row's name that follows study/<kind>/: `50x5.0/fid` -> protocol."""
+    found = {}
+    for steps, guidance in map(parse_setting, options.settings):
+        sampling = options.sampling(steps, guidance)
+        for name in METRIC_NAMES:
+            metric = METRICS[name](judges)
+            prompts = metric.prompts(options.captions)
+            found[f"{steps}x{guidance}/{name}"] = protocol_of(metric, prompts, sampling.protocol(), 1)
+    return found
+
+
+def measure(entry: Entry, kind: str, judges: Judges, options: StudyOptions) -> dict[str, Any]:
+    """Every setting that lacks rows; each one's rows are stored before the next begins."""
+    store = ResultStore(storage.join(entry.checkpoint.run_uri, "results"))
+    protocols = _protocols(judges, options)
+    origin = origin_of(entry.checkpoint, read_meta(storage.localize(entry.weights[kind])))
+    painter: Painter | None = None
+    drawn = 0
+    for steps, guidance in map(parse_setting, options.settings):
+        names = {name: f"{steps}x{guidance}/{name}" for name in METRIC_NAMES}
+        hashes = {name: protocol_hash(protocols[part]) for name, part in names.items()}
+        done = [
+            store.has(
+                origin["recipe_hash"],
+                f"study/{kind}/{part}",
+                images_seen=origin["images_seen"],
+                protocol_hash=hashes[name],
+            )
+            for name, part in names.items()
+        ]
+        if all(done):
+            continue
+        painter = painter or Painter(entry.weights[kind], device=options.device)
+        sampling = options.sampling(steps, guidance)
+        metrics = {name: METRICS[name](judges) for name in METRIC_NAMES}
+        prompts = judges.caption_prompts(options.captions)
+        _draw(painter, prompts, metrics, sampling, f"{entry.checkpoint.run} {kind} {steps}x{guidance}")
+        drawn += len(prompts)
+        for name, metric in metrics.items():
+            keep_protocol(store.uri, protocols[names[name]])
+            scores = [score for score in metric.compute() if not score.path]
+            row = f"study/{kind}/{names[name]}"
+            store.append(to_rows(row, scores, origin, hashes[name], higher_is_better=metric.higher_is_better))
+    return {"rows": drawn}
+
+
+def _draw(
+    painter: Painter, prompts: Sequence[Prompt], metrics: dict[str, Metric], sampling: Sampling, label: str
+) -> None:
+    """The same pictures for every metric."""
+    places = {Job(prompt.text, prompt.source): index for index, prompt in enumerate(prompts)}
+    painted = painter.paint(places, sampling)
+    with Progress(len(places), "images", desc=label) as progress:
+        while part := list(itertools.islice(painted, sampling.batch)):
+            samples = [Sample(prompts[places[job]], places[job], image) for job, image in part]
+            for metric in metrics.values():
+                metric.update(samples)
+            progress.update(len(part))
+
+
+def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[Cell]:
+    """Controls of this run that have both numbers, measured the way that is asked for now."""
+    rows = {
+        (row.metric, row.protocol_hash): row.value
+        for row in ResultStore(storage.join(entry.checkpoint.run_uri, "results")).rows(prefix="study")
+        if row.images_seen == _images(entry)
+    }
+    found = []
+    for kind in KINDS:
+        for steps, guidance in map(parse_setting, options.settings):
+            part = f"{steps}x{guidance}"
+            clip, fid = (rows.get((f"study/{kind}/{part}/{name}", hashes[f"{part}/{name}"])) for name in METRIC_NAMES)
+            if clip is not None and fid is not None:
+                found.append(Cell(entry.variant, entry.seed, (entry.dataset, kind, part), clip, fid))
+    return found
+
+
+def _images(entry: Entry) -> int:
+    return int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
+
+
+def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry], unfit: Mapping[str, str]) -> str:
+    """The seed noise first, then the table: no order is drawn inside a group."""
+    seeds = ", ".join(map(str, ranking.seeds))
+    if math.isfinite(ranking.seed_noise):
+        noise = (
+            f"Seed-to-seed noise of an average rank: {ranking.seed_noise:.2f}. Variants less than "
+            f"{ranking.least_difference:.2f} apart are not told apart; they share a group."
+        )
+    else:
+        noise = "One seed only: the noise of a rank is not known, so this is no order."
+    told = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.judges}"
+    lines = [
+        f"{noise} Seeds {seeds}; {told}.",
+        "",
+        "| groups | variant | all | few steps | most steps | by seed | SD3, Table 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ranking.rows:
+        by_seed = " ".join(f"{value:.2f}" for value in row.by_seed.values())
+        groups = " ".join(map(str, row.groups))
+        paper = f"{TABLE_1[row.variant]:.2f}" if row.variant in TABLE_1 else ""
+        lines.append(
+            f"| {groups} | {row.variant} | {row.overall:.2f} | {row.few_steps:.2f} | {row.many_steps:.2f} "
+            f"| {by_seed} | {paper} |"
+        )
+    lines += ["", *(f"Left out: {name}: {why}." for name, why in {**ranking.left_out, **unfit}.items())]
+    same = against_paper(ranking)
+    if same is not None:
+        lines.append(
+            f"Spearman's correlation with Table 1 over {same['variants']} variants: {same['spearman']:.2f} "
+            f"[{same['low']:.2f}, {same['high']:.2f}]."
+        )
+    ways = sorted({entry.chosen.split(": ")[1] for entry in entries})
+    lines.append(f"Checkpoint of a run: {'; '.join(ways)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON without nan."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

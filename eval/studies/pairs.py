@@ -1,0 +1,155 @@
+"""Preference pairs for DPO without people: draw pictures of each prompt, let a judge rank them, keep best and worst.
+
+Judge the trained model by other judges than the one that ranked: it learns what its judge likes, faults included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from data_pipeline.pairs import Pair, write_pairs
+from data_pipeline.schema import VaeMeta, fingerprint
+from data_pipeline.weights import weights_hash
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.judging.judges import Judges, OfficialPaths, build_judges, describe_judge
+from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
+from eval.metrics.compbench import rules as compbench
+from infra import storage
+from infra.errors import UserError, nearest
+from infra.log import Progress
+
+SPLIT = "preferences"  # of the world's scenes: no other part of the house draws from it
+EVALUATED_PER_TASK = 200
+CHUNK = 32  # prompts drawn and ranked at a time
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Whose pictures, of which prompts, ranked by whom."""
+
+    weights: str
+    """exported weights that draw, and that DPO will start from: RUN/weights/ema.safetensors"""
+    out: str
+    """root of the data set to write (folder or s3://)"""
+    prompts: str | None = None
+    """file of prompts (.txt or .jsonl); without it captions of the world's scenes, seen compositions only and none
+    that an evaluation asks for"""
+    num_prompts: int = 200
+    """prompts of the world (without --prompts)"""
+    images_per_prompt: int = 4
+    ranker: str = "vqa"
+    """vqa: P(yes) for each thing that the prompt names; clip: cosine of picture and prompt"""
+    least_gap: float = 0.1
+    """prompts whose best and worst picture score closer than this give no pair"""
+    val_fraction: float = 0.1
+    """share of the prompts that is kept for validation"""
+    judges: str = "world"
+    """world, or official (needs local checkpoints)"""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(seed=1))
+    official: OfficialPaths = field(default_factory=OfficialPaths)
+
+
+Ranker = Callable[[Judges, Sequence[str], Sequence[np.ndarray]], np.ndarray]
+
+
+def by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+    """T2I-CompBench's attribute score of each picture: the product of P(yes) over the noun chunks of its prompt."""
+    chunks = [compbench.asked_chunks(judges.reader().noun_chunks(text)) for text in texts]
+    asked = [f"{chunk}?" for found in chunks for chunk in found]
+    yes = judges.vqa().yes([image for image, found in zip(images, chunks) for _ in found], asked)
+    ends = np.cumsum([len(found) for found in chunks])
+    return np.array([compbench.blip_vqa(part.tolist()) for part in np.split(yes, ends[:-1])])
+
+
+def by_clip(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+    """Cosine of each picture with its prompt."""
+    return judges.clip().cosines(images, texts)
+
+
+RANKERS: dict[str, tuple[Ranker, Callable[[Judges], Any]]] = {
+    "vqa": (by_vqa, lambda judges: judges.vqa()),
+    "clip": (by_clip, lambda judges: judges.clip()),
+}
+
+
+def pairs(options: PairOptions) -> None:
+    """Draw, rank and write preference pairs, for `python -m trainer train world-dpo-d4 --data OUT`."""
+    if options.ranker not in RANKERS:
+        raise UserError(
+            f"unknown ranker {options.ranker!r}{nearest(options.ranker, RANKERS)}; known: {', '.join(RANKERS)}"
+        )
+    if options.images_per_prompt < 2 or not 0 <= options.val_fraction < 1:
+        raise UserError("--images-per-prompt must be 2 or more, --val-fraction at least 0 and below 1")
+    texts = list(dict.fromkeys(read_lines(options.prompts) if options.prompts else world_prompts(options.num_prompts)))
+    judges = build_judges(options.judges, options.official)
+    painter = Painter(options.weights, device=options.sampling.device)
+    found = list(ranked(painter, judges, texts, options))
+    if len(found) < 2:
+        raise UserError(
+            f"{len(found)} of {len(texts)} prompts gave a pair: ask for more prompts or pictures, "
+            "or a smaller --least-gap"
+        )
+    num_val = round(len(found) * options.val_fraction)
+    splits = {"train": found[num_val:], "val": found[:num_val]}
+    info = write_pairs(
+        options.out, {name: part for name, part in splits.items() if part}, text_spec=painter.spec,
+        vae=VaeMeta(**painter.meta["vae"]), resolution=painter.meta["resolution"],
+        made_by=_made_by(options, judges, texts), device=options.sampling.device,
+    )  # fmt: skip
+    better, worse = (np.mean([pair.info[name] for pair in found]) for name in ("preferred_score", "rejected_score"))
+    print(
+        f"{options.out}: {len(found)} pairs from {len(texts)} prompts ({num_val} for validation), {options.ranker} "
+        f"gives {better:.3f} to the preferred and {worse:.3f} to the rejected; fingerprint {info.fingerprint}"
+    )
+
+
+def world_prompts(count: int) -> list[str]:
+    """Captions of scenes of a split of their own, in the words of training, without those that evaluations draw."""
+    from data_pipeline.world.scenes import make_scene
+
+    asked = {p.text for p in world_geneval_prompts(EVALUATED_PER_TASK)}
+    asked |= {p.text for p in world_compbench_prompts(EVALUATED_PER_TASK)}
+    found: dict[str, None] = {}
+    for index in range(20 * count):
+        text = make_scene(WORLD_SEED, index, split=SPLIT).caption
+        if len(found) < count and text not in asked:
+            found.setdefault(text)
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def ranked(painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions) -> Iterator[Pair]:
+    """The best and the worst picture of each prompt whose scores lie far enough apart."""
+    rank, number = RANKERS[options.ranker][0], options.images_per_prompt
+    with Progress(len(texts) * number, "images", desc="draw and rank") as progress:
+        for first in range(0, len(texts), CHUNK):
+            chosen = texts[first : first + CHUNK]
+            jobs = [Job(text, source="pair", number=n) for text in chosen for n in range(number)]
+            images = [image for _, image in painter.paint(jobs, options.sampling)]
+            scores_TK = rank(judges, [job.text for job in jobs], images).reshape(len(chosen), number)
+            for row, (text, scores_K) in enumerate(zip(chosen, scores_TK)):
+                best, worst = int(scores_K.argmax()), int(scores_K.argmin())
+                if scores_K[best] - scores_K[worst] >= options.least_gap and best != worst:
+                    told = {
+                        "preferred_score": float(scores_K[best]), "rejected_score": float(scores_K[worst]),
+                        "preferred_number": best, "rejected_number": worst, "ranker": options.ranker,
+                    }  # fmt: skip
+                    at = row * number
+                    yield Pair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], told)
+            progress.update(len(jobs))
+
+
+def _made_by(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
+    """All that decides which picture is preferred."""
+    return {
+        "weights": weights_hash(storage.localize(options.weights)),
+        "judge": describe_judge(RANKERS[options.ranker][1](judges)),
+        "sampling": options.sampling.protocol(),
+        "images_per_prompt": options.images_per_prompt,
+        "least_gap": options.least_gap,
+        "prompts": fingerprint(list(texts)),
+    }

@@ -1,0 +1,170 @@
+"""Draw prompts with exported weights: a labelled grid, and single images in an official folder layout on request."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from data_pipeline.weights import weights_hash
+from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
+from eval.judging.geneval_prompts import json_lines
+from eval.judging.prompts import read_lines, refuse_broken
+from eval.metrics.compbench.files import sample_name
+from infra import storage
+from infra.errors import UserError
+from infra.log import Progress
+
+SHOWN = 128  # small images are enlarged to this many pixels at least
+Layout = Literal["geneval", "compbench"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt to draw, with the metadata line that a GenEval folder carries."""
+
+    text: str
+    metadata: dict[str, Any]
+
+
+def sample(
+    weights: str,
+    prompts: tuple[str, ...],
+    out: str | None = None,
+    *,
+    images_per_prompt: int = 4,
+    scale: int | None = None,
+    folders: str | None = None,
+    layout: Layout = "geneval",
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008 - frozen
+) -> None:
+    """Draw prompts with exported weights into one labelled grid, or into a benchmark's folders.
+
+    `python -m eval geneval prompts > p.jsonl`, then `--prompts p.jsonl --folders DIR`, draws the official GenEval set.
+
+    Args:
+        weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://)
+        prompts: what to draw, one string each; or one .txt file (a prompt per line) or .jsonl file
+        out: the grid to write; its prompts and settings go into a .json beside it
+        images_per_prompt: pictures of each prompt, side by side
+        scale: enlarge pixels by this factor; by default pictures smaller than 128 pixels are
+        folders: write the single pictures here; those already there are not drawn again. FOLDERS.json beside them says
+            of what they are, and other weights, settings or prompts are refused there
+        layout: of the folders: GenEval's, or T2I-CompBench's `<prompt>_<6 digits>.png`
+        sampling: how pictures are drawn
+    """
+    if images_per_prompt < 1:
+        raise UserError("--images-per-prompt must be 1 or more")
+    if out is None and folders is None:
+        raise UserError("nowhere to write: give --out GRID.png, --folders DIR or both")
+    wanted = expand(prompts)
+    if out is not None:
+        refuse_target(out)
+    files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
+    painter = Painter(weights, device=sampling.device)
+    if folders is not None:
+        drawn = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
+        drawn |= {"prompts": [w.text for w in wanted]} | _numbered(layout, images_per_prompt)
+        _keep_origin(Path(folders), drawn)
+    rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
+    if layout == "geneval":
+        for index, w in enumerate(wanted if folders else []):
+            (Path(str(folders)) / f"{index:05d}" / "metadata.jsonl").write_text(
+                json.dumps(w.metadata), encoding="utf-8"
+            )
+    if out is not None:
+        write_grid(out, rows, scale=scale)
+        told = {"prompts": [w.text for w in wanted], "images_per_prompt": images_per_prompt}
+        text = json.dumps({**told, "sampling": sampling.protocol()}, indent=1)
+        Path(out).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    print(out or folders)
+
+
+def expand(prompts: Sequence[str]) -> list[Wanted]:
+    """The prompts themselves, or those of the one file that was named; GenEval metadata lines are kept whole."""
+    if len(prompts) == 1 and prompts[0].endswith(".jsonl"):
+        read_lines(prompts[0])  # refuses what is not there or has no prompt
+        lines = json_lines(Path(prompts[0]).read_text(encoding="utf-8-sig"))
+        records = [json.loads(line) for line in lines if line.strip()]
+        return [Wanted(str(record["prompt"]), record) for record in records]
+    from_file = len(prompts) == 1 and prompts[0].endswith(".txt")
+    texts = read_lines(prompts[0]) if from_file else [text.strip() for text in prompts]
+    if not texts or not all(texts):
+        raise UserError('nothing to draw: give --prompts "a photo of a red apple" ..., none of them empty')
+    refuse_broken(texts, "--prompts")
+    return [Wanted(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
+
+
+def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prompt: int) -> dict[Job, Path]:
+    """Where each picture goes."""
+    files = {}
+    for index, w in enumerate(wanted):
+        for number in range(images_per_prompt):
+            if layout == "geneval":
+                path = root / f"{index:05d}" / "samples" / f"{number:04d}.png"
+            else:
+                path = root / sample_name(w.text, index * images_per_prompt + number)
+            files[Job(w.text, number=number)] = path
+    if len(files) < len(wanted) * images_per_prompt:
+        raise UserError("two prompts have the same words, so their folders would hold the same pictures: remove one")
+    return files
+
+
+def _numbered(layout: Layout, images_per_prompt: int) -> dict[str, Any]:
+    """T2I-CompBench numbers pictures through the whole set; in GenEval's folders more of each may join."""
+    return {"layout": layout} | ({"images_per_prompt": images_per_prompt} if layout == "compbench" else {})
+
+
+def _keep_origin(root: Path, told: Mapping[str, Any]) -> None:
+    """What the pictures under `root` are of, in a file beside it; UserError where others are there already.
+
+    Pictures that are there are not drawn again: those of another checkpoint would be scored as this one's.
+    """
+    file = root.with_name(f"{root.name}.json")
+    text = json.dumps(told, indent=1) + "\n"
+    others = file.exists() and file.read_text(encoding="utf-8") != text
+    if others and next(root.rglob("*.png"), None) is not None:
+        raise UserError(f"{root} holds pictures of other weights, settings or prompts ({file}): choose another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def draw(
+    painter: Painter,
+    texts: Sequence[str],
+    images_per_prompt: int,
+    sampling: Sampling,
+    *,
+    files: Mapping[Job, Path] | None = None,
+    keep: bool = True,
+) -> list[tuple[str, list[np.ndarray]]]:
+    """Pictures per prompt, in order; the same words twice are drawn once and shown twice.
+
+    With `files` each picture is written as soon as it is drawn, and one that is there already is not drawn again.
+    `keep` False keeps none in memory and returns nothing.
+    """
+    places = files or {}
+    cells = [(text, [Job(text, number=number) for number in range(images_per_prompt)]) for text in texts]
+    jobs = list(dict.fromkeys(job for _, row in cells for job in row))
+    missing = [job for job in jobs if job not in places or not places[job].exists()]
+    pictures: dict[Job, np.ndarray] = {}
+    with Progress(len(missing), "images", desc="draw") as progress:
+        for job, image in painter.paint(missing, sampling):
+            if job in places:
+                write_picture(places[job], image)
+            if keep:
+                pictures[job] = image
+            progress.update(1)
+    if not keep:
+        return []
+    pictures |= {job: read_picture(places[job]) for job in jobs if job not in pictures}
+    return [(text, [pictures[job] for job in row]) for text, row in cells]
+
+
+def write_grid(out: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int | None = None) -> None:
+    height = rows[0][1][0].shape[0]
+    write_picture(out, labelled_grid(rows, scale=scale or max(1, -(-SHOWN // height))))
