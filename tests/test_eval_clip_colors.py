@@ -9,8 +9,8 @@ from PIL import Image
 
 from eval.drawing.pictures import read_picture
 from eval.judging.geneval_prompts import COLORS
+from eval.metrics.geneval.colors import COLOR_TEMPLATES, ClipColors, masked_crop
 from eval.metrics.geneval.rules import Found
-from eval.networks.clip_model import COLOR_TEMPLATES, ClipColors, masked_crop
 from eval.networks.detectors import Detections
 from eval.networks.vqa import BlipVQA, plain_question
 

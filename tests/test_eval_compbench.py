@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from eval.judging.compbench_language import GrammarReader, SpacyReader
+from eval.judging.compbench_language import GrammarReader, SpacyReader, find_locality
 from eval.metrics.compbench.rules import (
     Seen,
     asked_chunks,
     blip_vqa,
     detector_scale,
-    find_locality,
     merged_labels,
     named_counts,
     numeracy,

@@ -6,11 +6,29 @@ The grammar reader serves prompts whose wording is known (the world's templates)
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from eval.metrics.compbench.rules import LOCALITIES_2D, NUMBER_WORDS, ONES, find_locality
 from infra.errors import UserError
 
+LOCALITIES_2D = (
+    "on side of", "next to", "near", "on the left of", "on the right of",
+    "on the bottom of", "on the top of", "on top of",
+)  # fmt: skip
+LOCALITIES_3D = ("in front of", "behind", "hidden")
+PEOPLE = ("girl", "boy", "man", "woman")
+ONES = ("a", "an", "one")
+NUMBER_WORDS = {
+    word: value for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"), 1)
+}
+RENAMED = {
+    **dict.fromkeys(PEOPLE, "person"),
+    "ship": "boat",
+    "telivision": "tv",
+    "goldfish": "fish",
+    "painting": "picture",
+}
+
+PositionRules = Literal["official", "repaired"]
 Pair = tuple[str | None, str | None]
 
 
@@ -34,6 +52,11 @@ GRAMMAR_LOCALITIES = {
     "above": "on the top of",
     "below": "on the bottom of",
 }
+
+
+def find_locality(prompt: str, vocabulary: Sequence[str] = LOCALITIES_2D) -> str | None:
+    """The first phrase of the vocabulary, in its order, that occurs anywhere in the prompt."""
+    return next((phrase for phrase in vocabulary if phrase in prompt), None)
 
 
 class GrammarReader:

@@ -15,10 +15,9 @@ import numpy as np
 
 from eval.drawing.pictures import read_picture
 from eval.judging import prompts
-from eval.judging.compbench_language import GrammarReader, Reader, SpacyReader
+from eval.judging.compbench_language import RENAMED, GrammarReader, PositionRules, Reader, SpacyReader
 from eval.judging.metric import Prompt
 from eval.judging.written_words import prompts_with_words, typography_prompts
-from eval.metrics.compbench.rules import RENAMED, Rules
 from eval.networks.depth import Depth, DptDepth
 from eval.networks.detectors import Detector, SceneDetector, TransformersDetector
 from eval.networks.features import FeatureNetwork
@@ -55,7 +54,7 @@ class Judges:
     compbench_detector: Callable[[], Detector]
     compbench_clip: Callable[[], "ClipModel"]
     compbench_threshold: float = 0.5
-    compbench_rules: Rules = "official"
+    compbench_rules: PositionRules = "official"
     depth: Callable[[], Depth] | None = None
     inception: Callable[[], FeatureNetwork] | None = None
     truth: Callable[[Prompt, int], np.ndarray] | None = None
@@ -82,7 +81,7 @@ class OfficialPaths:
     """score above which its boxes count: UniDet's value; OWLv2's scores run lower"""
     compbench_clip: str | None = None
     """OpenCLIP folder, or ViT-B-32=FILE (T2I-CompBench's CLIP; default: --official.clip)"""
-    compbench_rules: Rules = "official"
+    compbench_rules: PositionRules = "official"
     """official keeps the benchmark's slips of position (README); repaired mends them"""
     depth: str | None = None
     """transformers folder of DPT (3D-spatial; Intel/dpt-hybrid-midas on the hub)"""

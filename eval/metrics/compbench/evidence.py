@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.judging.compbench_language import Pair, Reader
+from eval.judging.compbench_language import LOCALITIES_3D, Pair, PositionRules, Reader, find_locality
 from eval.judging.judges import Judges
 from eval.judging.metric import Sample
 from eval.metrics.compbench import rules as compbench
-from eval.metrics.compbench.rules import LOCALITIES_3D, Rules, Seen
+from eval.metrics.compbench.rules import Seen
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -38,7 +38,7 @@ class Evidence:
     kind: str = ""
 
 
-def answer(evidence: Evidence, rules: Rules = "official") -> float:
+def answer(evidence: Evidence, rules: PositionRules = "official") -> float:
     """The category's official score of one image."""
     e = evidence
     if e.category in ATTRIBUTES:
@@ -94,7 +94,7 @@ def read_objects(reader: Reader, category: str, text: str) -> Pair:
 
 
 def read_locality(reader: Reader, category: str, text: str) -> str | None:
-    return compbench.find_locality(text, LOCALITIES_3D) if category == "3d_spatial" else reader.locality(text)
+    return find_locality(text, LOCALITIES_3D) if category == "3d_spatial" else reader.locality(text)
 
 
 def read_counts(reader: Reader, names: tuple[list[str], list[str]], text: str) -> tuple[list[str], list[int]]:

@@ -7,33 +7,25 @@ with 150 pixels (`detector_scale`).
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150
-LOCALITIES_2D = (
-    "on side of", "next to", "near", "on the left of", "on the right of",
-    "on the bottom of", "on the top of", "on top of",
+from eval.judging.compbench_language import (
+    LOCALITIES_2D,
+    LOCALITIES_3D,
+    NUMBER_WORDS,
+    ONES,
+    PEOPLE,
+    RENAMED,
+    PositionRules,
 )  # fmt: skip
-LOCALITIES_3D = ("in front of", "behind", "hidden")
-PEOPLE = ("girl", "boy", "man", "woman")
+
+IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150
 DROPPED_CHUNKS = ("top", "the side", "the left", "the right")
 MAX_CHUNKS = 8
-ONES = ("a", "an", "one")
-NUMBER_WORDS = {
-    word: value for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"), 1)
-}
-RENAMED = {
-    **dict.fromkeys(PEOPLE, "person"),
-    "ship": "boat",
-    "telivision": "tv",
-    "goldfish": "fish",
-    "painting": "picture",
-}
 
 Box = Sequence[float]
-Rules = Literal["official", "repaired"]
 
 
 class Seen(NamedTuple):
@@ -62,11 +54,6 @@ def asked_chunks(chunks: Sequence[str]) -> list[str]:
     return [chunk for chunk in chunks if chunk not in DROPPED_CHUNKS][:MAX_CHUNKS]
 
 
-def find_locality(prompt: str, vocabulary: Sequence[str] = LOCALITIES_2D) -> str | None:
-    """The first phrase of the vocabulary, in its order, that occurs anywhere in the prompt."""
-    return next((phrase for phrase in vocabulary if phrase in prompt), None)
-
-
 def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
     """Center of box 2 minus center of box 1, and IoU (plain areas). Two boxes without area have no overlap."""
     dx = (box2[0] + box2[2]) / 2 - (box1[0] + box1[2]) / 2
@@ -78,7 +65,7 @@ def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
     return dx, dy, inner / union if union else 0.0
 
 
-def position_2d(locality: str | None, box1: Box, box2: Box, rules: Rules = "official") -> float:
+def position_2d(locality: str | None, box1: Box, box2: Box, rules: PositionRules = "official") -> float:
     """Soft score of `object 1 <locality> object 2`. "on top of" is recognised but has no rule: 0, as officially."""
     dx, dy, iou = _offset_and_iou(box1, box2)
     if locality == "on top of" and rules == "repaired":
@@ -97,7 +84,9 @@ def position_2d(locality: str | None, box1: Box, box2: Box, rules: Rules = "offi
     return 1.0 if iou < IOU_2D else IOU_2D / iou
 
 
-def position_3d(locality: str | None, box1: Box, box2: Box, depth_HW: np.ndarray, rules: Rules = "official") -> float:
+def position_3d(
+    locality: str | None, box1: Box, box2: Box, depth_HW: np.ndarray, rules: PositionRules = "official"
+) -> float:
     """Soft score from overlap and mean depth. The official code slices the H x W depth map as [x, y]: kept.
 
     A 2D phrase is scored as in 2D. An empty slice has no mean, so no order holds and the score is 0.
@@ -125,7 +114,7 @@ def _person(name: str) -> str:
 
 
 def spatial_2d(
-    seen: Sequence[Seen], obj1: str | None, obj2: str | None, locality: str | None, rules: Rules = "official"
+    seen: Sequence[Seen], obj1: str | None, obj2: str | None, locality: str | None, rules: PositionRules = "official"
 ) -> float:
     """2D-spatial: first detection of each label; anything below 0.5 becomes 0."""
     first = _first(seen, obj1, exact=True)
@@ -141,7 +130,7 @@ def spatial_3d(
     obj2: str | None,
     locality: str | None,
     depth_HW: np.ndarray,
-    rules: Rules = "official",
+    rules: PositionRules = "official",
 ) -> float:
     """3D-spatial: labels match by substring, no cut at 0.5. `depth_HW` is min-max normalised, larger is nearer."""
     if obj1 is None or obj2 is None:

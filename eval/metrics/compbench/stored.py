@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.judging.compbench_language import Pair, Reader
+from eval.judging.compbench_language import LOCALITIES_2D, LOCALITIES_3D, Pair, Reader, find_locality
 from eval.judging.geneval_prompts import json_lines
 from eval.judging.prompts import COMPBENCH_CATEGORIES
 from eval.metrics.compbench import rules as compbench
 from eval.metrics.compbench.evidence import ATTRIBUTES, COMPLEX_KINDS, Evidence, read_counts, read_objects
 from eval.metrics.compbench.files import parse_name
-from eval.metrics.compbench.rules import LOCALITIES_3D, Seen
+from eval.metrics.compbench.rules import Seen
 from eval.networks.depth import to_frame
 from infra.errors import UserError, nearest
 
@@ -146,11 +146,11 @@ def _objects(record: Mapping[str, Any], category: str, prompt: str, words: Words
 
 def _locality(record: Mapping[str, Any], category: str, prompt: str, words: Words) -> str | None:
     if "locality" in record:
-        known = (*compbench.LOCALITIES_2D, *LOCALITIES_3D)
+        known = (*LOCALITIES_2D, *LOCALITIES_3D)
         if record["locality"] not in (None, *known):
             raise UserError(f"unknown locality {record['locality']!r}; known: null, {', '.join(known)}")
         return record["locality"]
-    return compbench.find_locality(prompt, LOCALITIES_3D if category == "3d_spatial" else compbench.LOCALITIES_2D)
+    return find_locality(prompt, LOCALITIES_3D if category == "3d_spatial" else LOCALITIES_2D)
 
 
 def _counted(record: Mapping[str, Any], prompt: str, words: Words) -> tuple[Sequence[str], Sequence[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from eval.drawing.pictures import read_pictures, refuse_unreadable, write_picture
+from eval.judging.compbench_language import PositionRules
 from eval.judging.judges import Judges, OfficialPaths, build_judges
 from eval.judging.metric import Clusters, Prompt, Sample
 from eval.judging.prompts import COMPBENCH_CATEGORIES, complex_kinds, read_lines
@@ -23,7 +24,7 @@ from eval.metrics.compbench.files import (
     read_samples,
     write_answers,
 )
-from eval.metrics.compbench.rules import Rules, three_in_one
+from eval.metrics.compbench.rules import three_in_one
 from eval.metrics.compbench.stored import Stored, Words, read_stored, stored_line
 from infra.errors import UserError
 from infra.log import Progress
@@ -39,7 +40,7 @@ def judge(
     out: Path | None = None,
     dataset: Path | None = None,
     spacy: str = "en_core_web_sm",
-    rules: Rules = "official",
+    rules: PositionRules = "official",
     images_per_prompt: int = IMAGES_PER_PROMPT,
     allow_partial: bool = False,
 ) -> None:
@@ -213,7 +214,9 @@ def _said(prompt: str) -> str:
     return prompt.strip().lower()
 
 
-def _finish(category: str, found: list[Stored], rules: Rules, out: Path | None, judges: Judges | None = None) -> None:
+def _finish(
+    category: str, found: list[Stored], rules: PositionRules, out: Path | None, judges: Judges | None = None
+) -> None:
     """Answers in the order of the images' numbers, their official file, and the printed mean with its interval."""
     ordered = sorted(found, key=lambda item: item.number)
     values, prompts = Clusters(), {prompt: i for i, prompt in enumerate(dict.fromkeys(item.prompt for item in ordered))}
@@ -230,7 +233,7 @@ def _finish(category: str, found: list[Stored], rules: Rules, out: Path | None, 
     _print(f"{judges.prefix if judges else ''}{category}", values, judged_by)
 
 
-def _write_parts(ordered: Sequence[Stored], rules: Rules, folder: Path, ids: Sequence[int]) -> None:
+def _write_parts(ordered: Sequence[Stored], rules: PositionRules, folder: Path, ids: Sequence[int]) -> None:
     """The three official answer files that complex is merged from (0 where a prompt's kind asks for no answer)."""
     parts = [item.evidence for item in ordered]
     write_answers(folder / BLIP, [answer(replace(e, category="color")) for e in parts], as_text=True, ids=ids)

@@ -9,8 +9,8 @@ import numpy as np
 from eval.judging.geneval_prompts import TASKS, Metadata
 from eval.judging.judges import Judges, describe_judge
 from eval.judging.metric import Clusters, Kept, Prompt, Sample, Score, split_kept, split_scores
+from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.rules import OFFICIAL_RULES, Rules, Verdict, decide, keep
-from eval.networks.clip_model import ClipColors
 from eval.networks.detectors import Detections
 
 

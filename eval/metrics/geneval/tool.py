@@ -13,6 +13,7 @@ from eval.drawing.pictures import read_pictures, refuse_unreadable
 from eval.judging.geneval_prompts import CLASSES, COLORS, Metadata, metadata_lines, official_metadata, read_metadata
 from eval.judging.judges import OfficialPaths, build_judges
 from eval.judging.metric import Clusters
+from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import (
     IMAGES_PER_PROMPT,
     ImageFile,
@@ -27,7 +28,6 @@ from eval.metrics.geneval.files import (
     write_results,
 )
 from eval.metrics.geneval.rules import Found
-from eval.networks.clip_model import ClipColors
 from eval.networks.detectors import Detections
 from infra.errors import UserError, nearest
 from infra.log import Progress
