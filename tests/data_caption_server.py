@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
 
-from data_pipeline.captions.captioners import open_captioner
+from data_pipeline.captions.registry import open_captioner
 from data_pipeline.captions.spec import CaptionerSpec
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline import parquet_io
 from data_pipeline.flow import pipeline
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.parquet_io import table_bytes
+from data_pipeline.formats import parquet_io
+from data_pipeline.formats.parquet_io import table_bytes
+from data_pipeline.formats.schema import Manifest, Part, in_ranges, row_ranges
 from data_pipeline.plans import world
-from data_pipeline.schema import Manifest, Part, in_ranges, row_ranges
-from data_pipeline.sources.formats import SourceUnit, WdsSource
+from data_pipeline.sources.registry import SourceUnit, WdsSource
 from data_pipeline.stages import ledger
 from data_pipeline.stages.stage import result
 from infra.storage import sha256_hex

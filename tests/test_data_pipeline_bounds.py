@@ -13,14 +13,14 @@ from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.layout import SampleLayout
-from data_pipeline.loading.index import read_split
+from data_pipeline.formats.index import read_split
+from data_pipeline.formats.layout import SampleLayout
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pack import read_proofs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import SD3_TEXT, world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.scenes import make_scene
 
 MIB = 2**20
@@ -83,7 +83,7 @@ import json, resource, sys
 from data_pipeline.stages.columns import Column
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources.formats import parse_source, source_to_json
+from data_pipeline.sources.registry import parse_source, source_to_json
 from data_pipeline.flow.tasks import IngestTask
 
 def peak():

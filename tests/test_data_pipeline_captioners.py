@@ -20,15 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.captions.captioners import captioner_weights, open_captioner
 from data_pipeline.captions.cogvlm import code_hash, left_padded
-from data_pipeline.captions.column import CaptionStage, caption_images, judge
+from data_pipeline.captions.registry import captioner_weights, open_captioner
 from data_pipeline.captions.spec import CaptionerSpec
+from data_pipeline.captions.stage import CaptionStage, caption_images, judge
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources.formats import parse_source
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.scenes import make_scene
 from data_pipeline.world.write import write_world
 from infra.errors import UserError

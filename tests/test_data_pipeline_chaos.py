@@ -19,10 +19,10 @@ from PIL import Image
 
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.parquet_io import read_table
+from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UnavailableError, UserError, run_cli
 from model.errors import ModelError
 
@@ -242,7 +242,7 @@ def test_words_alone_need_no_autoencoder_and_a_root_with_val_alone_is_shown(cli,
 
 
 def test_verify_exits_with_2_when_something_is_wrong(cli, tmp_path):
-    from data_pipeline.synthetic import write_synthetic
+    from data_pipeline.packing.synthetic import write_synthetic
 
     write_synthetic(str(tmp_path), num_samples=16, val_samples=4)
     assert cli("verify", tmp_path)[0] == 0

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.estimate import Scale, estimate, estimate_table
-from data_pipeline.loading.index import SplitIndex, write_split
+from data_pipeline.flow.estimate import Scale, estimate, estimate_table
+from data_pipeline.formats.index import write_split
+from data_pipeline.loading.index import SplitIndex
 from data_pipeline.loading.order import Order
-from data_pipeline.synthetic import index_entries
+from data_pipeline.packing.synthetic import index_entries
 
 PAGE = Path(__file__).parent.parent / "infra" / "docs" / "one_billion_images.md"
 

@@ -19,9 +19,9 @@ from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.plans import world
 from data_pipeline.sources.fetch import Fetch, FetchError, _public, fetch
-from data_pipeline.sources.formats import Source, parse_source, source_from_json, source_to_json
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.layouts import Cc12mSource, fetch_rows
+from data_pipeline.sources.registry import Source, parse_source, source_from_json, source_to_json
 from data_pipeline.stages.columns import Column, read_part
 from infra.errors import UserError
 

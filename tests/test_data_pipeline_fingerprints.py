@@ -12,11 +12,11 @@ from trainer_launch import halted
 from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.formats.schema import Manifest
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import Plan, world
-from data_pipeline.schema import Manifest
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError, UserErrors
 from trainer.__main__ import main
@@ -112,7 +112,7 @@ def test_a_changed_setting_is_refused_until_its_column_is_made_anew(made, raw, t
     before, stood = rows_proven(root), (root / "dataset.json").read_bytes()
     with monkeypatch.context() as changed:
         if name == "crop rule":
-            changed.setattr("data_pipeline.encode.CROP_RULE", "cover-center/2")
+            changed.setattr("data_pipeline.stages.encode.CROP_RULE", "cover-center/2")
         plan = replace(PLAN, **given)
         with pytest.raises(UserError) as caught:
             run(root, raw, plan)

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 
 from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.gate import Gate
-from data_pipeline.curation.keep import keep_report, keep_table
 from data_pipeline.curation.scores import SCORERS, ScoreStage, caption_quality
+from data_pipeline.curation.threshold_counts import keep_report, keep_table
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import Plan, build_columns, world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 
@@ -193,7 +193,7 @@ def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpret
     script = """
 import os
 import pyarrow as pa
-from data_pipeline.parquet_io import read_table, table_bytes
+from data_pipeline.formats.parquet_io import read_table, table_bytes
 table = pa.table({name: list(range(5000)) for name in "abcdefgh"})
 data, threads = table_bytes(table), lambda: len(os.listdir("/proc/self/task"))
 before = threads()

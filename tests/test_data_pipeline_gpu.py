@@ -20,20 +20,21 @@ from model_files import write_sd3_encoders
 from safetensors.numpy import save_file
 from test_data_pipeline_stages import encoded, measured
 
-from data_pipeline.buckets import BucketStage, bucket_table
-from data_pipeline.captions.captioners import open_captioner
-from data_pipeline.captions.column import CaptionStage
+from data_pipeline.captions.registry import open_captioner
+from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.scores import ScoreStage
-from data_pipeline.encode import LatentStage, TextStage
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.formats.schema import rejected_split
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Pair, rejected_split, write_pairs
+from data_pipeline.packing.pairs import Pair, write_pairs
 from data_pipeline.plans import WORLD_TEXT, vae_meta, world
-from data_pipeline.sources.formats import parse_source
+from data_pipeline.sources.registry import parse_source
+from data_pipeline.stages.buckets import BucketStage, bucket_table
+from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import ShardView, Stage
-from data_pipeline.verify import verify
 from data_pipeline.world.write import write_world
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import EncoderSpec, TextSpec

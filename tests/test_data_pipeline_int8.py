@@ -11,12 +11,12 @@ from safetensors.numpy import load
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
-from data_pipeline.layout import SampleLayout, quantise
+from data_pipeline.formats.layout import SampleLayout, quantise
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 from model.encoders.text import EncoderSpec, TextSpec

@@ -15,12 +15,12 @@ from data_pipeline_driver import Packed, driver, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import parquet_io
 from data_pipeline.curation.dedup import Dedup
-from data_pipeline.curation.firsts import first_of_equal, first_of_near
+from data_pipeline.curation.hash_matching import first_of_equal, first_of_near
 from data_pipeline.flow import pipeline, runner
-from data_pipeline.parquet_io import read_batches, table_bytes, write_tables
-from data_pipeline.schema import fingerprint, long_fingerprint
+from data_pipeline.formats import parquet_io
+from data_pipeline.formats.parquet_io import read_batches, table_bytes, write_tables
+from data_pipeline.formats.schema import fingerprint, long_fingerprint
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.ledger import Ledger, Todo
 from data_pipeline.stages.verdicts import Verdicts, verdict_table
@@ -86,7 +86,7 @@ FULL = """
 import resource, signal
 import pyarrow as pa
 from data_pipeline.stages.ledger import Ledger, Todo
-from data_pipeline.parquet_io import write_tables
+from data_pipeline.formats.parquet_io import write_tables
 from infra.errors import UserError
 from infra.scratch import Spool, scratch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

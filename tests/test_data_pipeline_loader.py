@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.layout import SampleLayout
+from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.order import Exceptions
 from data_pipeline.packing.shards import Sample, build_shard, plain_key
-from data_pipeline.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
+from data_pipeline.packing.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from infra.errors import UserError
 from model.encoders.text import EncodedText, TextSpec, assemble
 from model.seeding import keyed_normal, keyed_uniform

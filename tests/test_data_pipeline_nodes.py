@@ -14,9 +14,9 @@ import pytest
 
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
+from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.write import write_world
 
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)

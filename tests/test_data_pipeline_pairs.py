@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.formats.schema import read_dataset_info, rejected_split
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Pair, Partners, read_pairs, rejected_split, write_pairs
+from data_pipeline.loading.pairs import Partners
+from data_pipeline.packing.pairs import Pair, read_pairs, write_pairs
+from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.plans import WORLD_TEXT, vae_meta
-from data_pipeline.schema import read_dataset_info
-from data_pipeline.synthetic import write_synthetic
-from data_pipeline.verify import verify
 from infra.errors import UserError
 
 

@@ -25,9 +25,9 @@ from ray import cloudpickle
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers, run_tasks
 from data_pipeline.flow.tasks import ColumnTask
+from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.formats import parse_source
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
@@ -207,7 +207,7 @@ class WatchedTask(ColumnTask):
     def open(self):
         import ray
 
-        from data_pipeline.captions import column as caption
+        from data_pipeline.captions import stage as caption
         from data_pipeline.stages import stage
         from model.encoders.vae import Latents
 

@@ -19,14 +19,14 @@ from PIL import Image
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.flow.summary import summary
-from data_pipeline.loading.index import read_split
+from data_pipeline.formats.index import read_split
+from data_pipeline.formats.schema import read_dataset_info
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.publish import write_rejected
 from data_pipeline.plans import Plan, vae_meta, world
-from data_pipeline.schema import read_dataset_info
 from data_pipeline.sources.fetch import Fetch
-from data_pipeline.sources.formats import parse_source, parse_sources
-from data_pipeline.verify import verify
+from data_pipeline.sources.registry import parse_source, parse_sources
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.sources.fetch import Fetch
-from data_pipeline.sources.formats import parse_source, parse_sources, source_from_json, source_to_json
 from data_pipeline.sources.ingest import Ingest
+from data_pipeline.sources.registry import parse_source, parse_sources, source_from_json, source_to_json
 from data_pipeline.stages.columns import Column, read_part
 from data_pipeline.stages.proven import Proven
 from infra import storage

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.buckets import BucketStage, bucket_table, nearest_bucket
-from data_pipeline.captions.column import caption_images, judge
+from data_pipeline.captions.stage import caption_images, judge
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
-from data_pipeline.curation.firsts import first_of_near
+from data_pipeline.curation.hash_matching import first_of_near
+from data_pipeline.formats.schema import Part, in_ranges, row_ranges
 from data_pipeline.images import ImageError, cover_crop, decode
 from data_pipeline.packing.generations import keep_published
 from data_pipeline.packing.pack import Output, make_plan, plan_table, read_outputs
 from data_pipeline.packing.publish import assign_splits, draw_of
 from data_pipeline.packing.runs import RowRun, Runs
-from data_pipeline.schema import Part, in_ranges, row_ranges
+from data_pipeline.stages.buckets import BucketStage, bucket_table, nearest_bucket
 from data_pipeline.stages.ledger import Ledger
 from data_pipeline.stages.stage import ShardView
 from data_pipeline.stages.verdicts import ok_rows, overruled, rejected, totals, verdict_table

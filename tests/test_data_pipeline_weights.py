@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from infra.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.formats import parse_source
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.world.scenes import make_scene
 from data_pipeline.world.write import write_world
 from infra import storage

@@ -20,7 +20,7 @@ from test_eval_precision import distance, inputs, network
 from test_eval_run import JOBS, QUICK, export, options
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.synthetic import TINY_TEXT, write_synthetic
+from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
 from eval.drawing.generate import Painter, Sampling
 from eval.drawing.precision import decide, in_bfloat16, use_device
 from eval.judging.judges import OfficialPaths

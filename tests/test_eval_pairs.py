@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Partners
+from data_pipeline.loading.pairs import Partners
 from data_pipeline.plans import WORLD_TEXT, vae_meta
-from data_pipeline.verify import verify
 from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges

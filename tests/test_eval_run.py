@@ -396,7 +396,7 @@ def test_metrics_are_a_literal_of_known_names():
 def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     """Same samples, noise and protocol hash as trainer/validate.py, so that rows of both can be compared."""
     from data_pipeline.loading.loader import open_dataset
-    from data_pipeline.synthetic import TINY_TEXT, write_synthetic
+    from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
     from eval.metrics.val_loss import val_loss
     from trainer.recipe import Recipe, Validation
     from trainer.validate import Validator

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from data_pipeline.buckets import bucket_table
+from data_pipeline.stages.buckets import bucket_table
 from model.backbone import BACKBONES, config_from_json
 from model.backbones.norms import apex_available, layer_norm, rms_norm
 from model.encoders.text import TextCond

@@ -16,8 +16,8 @@ from trainer_dpo_checks import VARIANTS
 from trainer_launch import TINY, run_ranks
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Partners
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.loading.pairs import Partners
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbones.mmdit import MMDiTConfig
@@ -331,9 +331,7 @@ def test_exports_merged_or_as_an_adapter(straight, data, base, tmp_path, monkeyp
 @pytest.mark.dist
 def test_data_without_pairs_is_refused_before_any_work(base, tmp_path, monkeypatch):
     write_synthetic(str(tmp_path / "data"), num_samples=32, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",))
-    monkeypatch.setattr(
-        sys, "argv", ["trainer", *command(tmp_path / "data", base, tmp_path / "run", "--dry-run")[2:]]
-    )
+    monkeypatch.setattr(sys, "argv", ["trainer", *command(tmp_path / "data", base, tmp_path / "run", "--dry-run")[2:]])
     with pytest.raises(UserError, match="no preference pairs"):
         main()
 

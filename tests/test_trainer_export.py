@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from trainer_launch import ROOT
 
+from data_pipeline.formats.schema import DatasetInfo
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.schema import DatasetInfo
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
 from model.backbones.mmdit import MMDiTConfig
 from model.errors import ModelError

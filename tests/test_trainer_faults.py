@@ -14,7 +14,7 @@ from test_infra_faults import Wire
 from test_trainer_uploads import whole_steps
 from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
-from data_pipeline import synthetic
+from data_pipeline.packing import synthetic
 from infra import storage
 from trainer.guard import ENOUGH, problem_of, suspects_of
 from trainer.recipe import Guard

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation

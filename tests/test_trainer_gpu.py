@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainer_launch import ROOT, TINY, finish, start_ranks
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
 from model.files.weights import load_weights
 from trainer.ladders.verify import cut, losses

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from trainer_launch import ROOT, TINY
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 NAMES = (f"bee{os.getpid()}a", f"bee{os.getpid()}b")

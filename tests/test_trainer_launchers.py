@@ -12,7 +12,7 @@ import psutil
 import pytest
 from trainer_launch import ROOT, TINY, until
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from trainer.ladders.ladder import is_done
 from trainer.launchers import gone, is_launcher
 

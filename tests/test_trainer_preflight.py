@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from trainer_launch import ROOT, TINY, finish, halted, start_ranks
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserErrors
 from trainer.__main__ import TrainArgs, _parse, main
 from trainer.recipes import get_recipe

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from trainer_launch import ROOT, TINY, run_ranks
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond

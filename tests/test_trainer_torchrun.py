@@ -7,7 +7,7 @@ import sys
 import pytest
 from trainer_launch import ROOT, TINY
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from model.files.weights import read_meta
 
 

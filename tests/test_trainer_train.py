@@ -15,7 +15,7 @@ import pytest
 import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from eval.studies.compare import compare_sides, read_side
 from infra import storage
 from infra.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from test_infra_faults import Wire
 from trainer_launch import TINY, finish, start_ranks, until
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
 from trainer.zero import checkpoint
 from trainer.zero.group import Group

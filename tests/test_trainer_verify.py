@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainer_launch import TINY
 
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import save_weights
 from trainer.__main__ import _without

@@ -12,7 +12,7 @@ from trainer_launch import run_ranks
 from trainer_zero_checks import CONFIG, RECIPE
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from model.errors import ModelError
 from model.files.weights import load_model, load_weights
 from model.flops import parameter_count

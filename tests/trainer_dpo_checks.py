@@ -9,7 +9,7 @@ import torch
 from trainer_zero_checks import Gathers
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Partners
+from data_pipeline.loading.pairs import Partners
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model

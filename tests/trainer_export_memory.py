@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.schema import DatasetInfo
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.formats.schema import DatasetInfo
+from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
 from model.backbones.mmdit import MMDiTConfig
 from model.files import pipeline

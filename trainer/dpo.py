@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data_pipeline.loading.collate import Draws
 from data_pipeline.loading.loader import Dataset
-from data_pipeline.pairs import CAPTION, Partners
+from data_pipeline.loading.pairs import Partners
+from data_pipeline.packing.pairs import CAPTION
 from infra.errors import UserError
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
@@ -50,9 +51,7 @@ class Errors(NamedTuple):
         return -beta / 2 * (policy_P - reference_P)
 
 
-def preference(
-    policy: Policy, micro: Micro, *, formulation: Formulation, device: torch.device, beta: float
-) -> Losses:
+def preference(policy: Policy, micro: Micro, *, formulation: Formulation, device: torch.device, beta: float) -> Losses:
     """-log sigmoid(reward margin) of each pair; ln 2 while the adapters are zero. Errors are the formulation's own,
     which for rectified flows is the velocity's."""
     if micro.batch.rejected_BCHW is None:

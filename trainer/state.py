@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from data_pipeline.formats.schema import DatasetInfo
 from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.order import Exceptions
-from data_pipeline.pairs import Partners
-from data_pipeline.schema import DatasetInfo
+from data_pipeline.loading.pairs import Partners
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
@@ -67,9 +67,7 @@ def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> chec
     return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
 
 
-def measured(
-    engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share, activations: int | None
-) -> dict[str, float]:
+def measured(engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share, activations: int | None) -> dict[str, float]:
     """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
     group, sizes = engine.group, engine.bytes_by_category()
     if activations is not None:

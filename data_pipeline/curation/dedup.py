@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.curation.firsts import first_of_equal, first_of_near
+from data_pipeline.curation.hash_matching import first_of_equal, first_of_near
 from data_pipeline.curation.semantic import Load, Semantic
 from data_pipeline.images import ImageError
 from data_pipeline.stages.stage import OK, ShardView, Worker, result
@@ -169,10 +169,13 @@ class Duplicates:
                 "" if first < 0 else f"{KINDS[kind]}: of {self._name(there)} row {row}"
                 for first, kind, there, row in origins
             ]
-            yield self._name(shard), result(
-                self.row_N[self._range(shard)].tolist(),
-                np.where(first_S < 0, OK, "duplicate").tolist(),
-                reason=pa.array(reasons, pa.string()),
+            yield (
+                self._name(shard),
+                result(
+                    self.row_N[self._range(shard)].tolist(),
+                    np.where(first_S < 0, OK, "duplicate").tolist(),
+                    reason=pa.array(reasons, pa.string()),
+                ),
             )
 
     def _range(self, shard: int) -> slice:

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.checkpoints import resolve
+from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.curation.embed import load_embedder
 from data_pipeline.stages.stage import OK, ShardView, Worker, result
-from data_pipeline.weights import weights_hash
 from infra.errors import UserError
 
 VERSION = 1

@@ -6,7 +6,7 @@ Fingerprints alone keep encodings apart; this says why two differ, and which col
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipeline.schema import DatasetInfo
+from data_pipeline.formats.schema import DatasetInfo
 from infra.errors import UserError, nearest
 
 _COSTLY = ("caption", "latents", "text_")  # what training reads and what is expensive

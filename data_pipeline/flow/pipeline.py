@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.captions.column import MAX_CHARS
+from data_pipeline.captions.stage import MAX_CHARS
 from data_pipeline.curation.gate import only_ok, strict_verdict
 from data_pipeline.flow.crew import Crew
 from data_pipeline.flow.misfits import check_rebuild
 from data_pipeline.flow.runner import Unit, Workers
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
-from data_pipeline.layout import SampleLayout
-from data_pipeline.loading.index import ShardEntry
+from data_pipeline.formats.index import ShardEntry
+from data_pipeline.formats.layout import SampleLayout
+from data_pipeline.formats.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
 from data_pipeline.packing.generations import Published, keep_published, standing
 from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import Plan, build_columns, vae_meta
-from data_pipeline.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
-from data_pipeline.sources.formats import Source, source_to_json
+from data_pipeline.sources.registry import Source, source_to_json
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.ledger import Todo
 from data_pipeline.stages.proven import Proven

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.flow.runner import Report, Unit
+from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, in_ranges
 from data_pipeline.packing.pack import Output, pack_output
-from data_pipeline.schema import DatasetInfo, Manifest, Part, in_ranges
-from data_pipeline.sources.formats import SourceUnit, source_from_json
 from data_pipeline.sources.ingest import Ingest
+from data_pipeline.sources.registry import SourceUnit, source_from_json
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.stage import ShardView, Stage, Worker
 

@@ -21,4 +21,4 @@ class LatentBatch(NamedTuple):
     keys: list[str]
     captions: list[str]
     rejected_BCHW: Tensor | None = None
-    """Of preference pairs: the other picture's latents, of the same captions and draws (data_pipeline/pairs.py)."""
+    """Of preference pairs: the other picture's latents, of the same captions and draws (loading/pairs.py)."""

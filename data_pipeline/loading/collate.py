@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.layout import SampleLayout, Slots
+from data_pipeline.formats.index import ShardRows
+from data_pipeline.formats.layout import SampleLayout, Slots
+from data_pipeline.formats.schema import VaeMeta
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.index import ShardRows
 from data_pipeline.loading.memory import Memory
 from data_pipeline.loading.reader import Part
-from data_pipeline.schema import VaeMeta
 from infra.errors import UserError, nearest
 from model.encoders.text import TextCond, TextSpec
 from model.seeding import Normal, QuickNormal, keyed_uniform

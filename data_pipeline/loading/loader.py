@@ -14,12 +14,12 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
+from data_pipeline.formats.schema import DatasetInfo, VaeMeta, read_dataset_info
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Collator, Draws, Posterior
 from data_pipeline.loading.index import SplitIndex
 from data_pipeline.loading.order import BLOCK_SHARDS, BatchPlan, Exceptions, Order
 from data_pipeline.loading.reader import SampleReader, ShardError
-from data_pipeline.schema import DatasetInfo, VaeMeta, read_dataset_info
 from infra.errors import UserError, nearest
 from infra.log import get_logger
 from model.encoders.text import TextSpec
@@ -30,7 +30,7 @@ log = get_logger("loader")
 BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
 ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
 MAX_QUARANTINED = 0.05  # of the shards of a split; more than one, and more than this, end the run
-Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/pairs.py)
+Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/packing/pairs.py)
 
 
 def open_dataset(uri: str, *, split: str = "train") -> Dataset:

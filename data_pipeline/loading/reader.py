@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.layout import checksum
-from data_pipeline.loading.index import RowTables, ShardRows, SplitIndex
+from data_pipeline.formats.index import ShardRows
+from data_pipeline.formats.layout import checksum
+from data_pipeline.loading.index import RowTables, SplitIndex
 from infra import storage
 from infra.errors import UnavailableError, UserError
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.loading.index import ShardEntry, read_split
+from data_pipeline.formats.index import ShardEntry, read_split
+from data_pipeline.formats.parquet_io import read_batches
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, read_dataset_info
 from data_pipeline.packing.pack import Output, read_outputs
 from data_pipeline.packing.runs import Runs
-from data_pipeline.parquet_io import read_batches
-from data_pipeline.schema import DATASET_FILE, DatasetInfo, read_dataset_info
 from infra import storage
 from infra.errors import UnavailableError, UserError
 from infra.log import get_logger

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.layout import SampleLayout, TextFeatures
-from data_pipeline.loading.index import ShardEntry
+from data_pipeline.formats.index import ShardEntry
+from data_pipeline.formats.layout import SampleLayout, TextFeatures
+from data_pipeline.formats.parquet_io import write_tables
+from data_pipeline.formats.schema import DatasetInfo, Part, fingerprint
 from data_pipeline.packing.runs import RowRun
 from data_pipeline.packing.shards import Sample, write_shard
-from data_pipeline.parquet_io import write_tables
-from data_pipeline.schema import DatasetInfo, Part, fingerprint
 from data_pipeline.stages.columns import read_parts
 from data_pipeline.stages.ledger import Ledger
 from infra import storage

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from data_pipeline.loading.index import ShardEntry, write_split
+from data_pipeline.formats.index import ShardEntry, write_split
+from data_pipeline.formats.parquet_io import write_tables
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, SplitInfo
 from data_pipeline.packing.runs import RowRun
-from data_pipeline.parquet_io import write_tables
-from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo
 from data_pipeline.stages.verdicts import rejected
 from infra import storage
 

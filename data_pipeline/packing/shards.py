@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.layout import Features, SampleLayout, checksum
-from data_pipeline.loading.index import ShardEntry, ShardRows, rows_bytes
+from data_pipeline.formats.index import ShardEntry, ShardRows, rows_bytes
+from data_pipeline.formats.layout import Features, SampleLayout, checksum
 from infra import storage
 
 _BLOCK = 512

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from data_pipeline.formats.schema import Manifest
 from data_pipeline.packing.shards import plain_key
-from data_pipeline.schema import Manifest
-from data_pipeline.sources.formats import RawRow, Source, SourceUnit
+from data_pipeline.sources.registry import RawRow, Source, SourceUnit
 from data_pipeline.stages.columns import Column
 
 VERSION = 1

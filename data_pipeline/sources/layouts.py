@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.schema import fingerprint
+from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.fetch import Fetch, FetchError, fetch
-from data_pipeline.sources.rows import (
+from data_pipeline.sources.source import (
     FOLDER_ROWS,
     IMAGE_SUFFIXES,
     SPLITS,

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.schema import fingerprint
+from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.fetch import Fetch
 from data_pipeline.sources.layouts import fetch_rows
-from data_pipeline.sources.rows import (
+from data_pipeline.sources.source import (
     RawRow,
     SourceUnit,
     etags_below,

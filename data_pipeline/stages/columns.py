@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.parquet_io import read_table
-from data_pipeline.schema import Manifest, Part, row_ranges
+from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.schema import Manifest, Part, row_ranges
 from data_pipeline.stages.ahead import in_order
 from infra import storage
 from infra.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.schema import Manifest, Part
+from data_pipeline.formats.schema import Manifest, Part
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.columns import Column, read_parts, readers
 from data_pipeline.stages.ledger import Ledger

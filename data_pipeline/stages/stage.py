@@ -13,8 +13,8 @@ from typing import Protocol
 import pyarrow as pa
 from PIL import Image
 
+from data_pipeline.formats.schema import Part, fingerprint
 from data_pipeline.images import decode
-from data_pipeline.schema import Part, fingerprint
 from data_pipeline.stages.columns import read_parts
 
 OK = "ok"
@@ -60,7 +60,6 @@ class ShardView:
         if self._image_bytes <= MAX_DECODED:  # beyond it the next stage decodes again: memory stays bounded
             self._images[row] = image
         return image
-
 
     def decodable(self) -> list[int]:
         """Rows to do whose images the measure column could decode."""

@@ -4,6 +4,7 @@ Anchor-free, one grid of cells at stride 4. An object's centre spreads a weight 
 (bilinear), the network learns those weights by cross entropy, and a detection's score is their sum around a peak:
 the probability that the object is there. Boxes are edge distances, masks a mix of shared prototypes (after YOLACT).
 """
+
 from __future__ import annotations
 
 import json

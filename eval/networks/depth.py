@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from eval.networks.loading import pretrained
 
 UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.",)  # MiDaS' files lack it: the first fusion has no residual

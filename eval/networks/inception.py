@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from eval.networks.loading import loading
 from infra.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from eval.networks.detectors import Detections
 from eval.networks.loading import loading, pretrained
 from infra.errors import UserError

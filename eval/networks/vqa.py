@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from eval.networks.loading import loading, pretrained
 from infra.errors import UserError
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.checkpoints import resolve
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import resolve, weights_hash
 from eval.drawing.generate import to_pictures
 from eval.drawing.precision import use_device
 from eval.judging.metric import Clusters

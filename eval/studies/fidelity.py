@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from infra.errors import UserError
 
 SIGMA, RADIUS = 1.5, 5  # SSIM's Gaussian window, cut to 11 x 11 as in Wang et al. 2004

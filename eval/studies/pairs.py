@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from data_pipeline.pairs import Pair, write_pairs
-from data_pipeline.schema import VaeMeta, fingerprint
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
+from data_pipeline.formats.schema import VaeMeta, fingerprint
+from data_pipeline.packing.pairs import Pair, write_pairs
 from eval.drawing.generate import Job, Painter, Sampling
 from eval.judging.judges import Judges, OfficialPaths, build_judges, describe_judge
 from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts

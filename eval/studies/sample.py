@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import weights_hash
 from eval.drawing.generate import Job, Painter, Sampling
 from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.judging.geneval_prompts import json_lines

@@ -30,7 +30,7 @@ write_data() { # FOLDER: latents of 16x32x32 (256 tokens) and 154 text tokens in
 import sys
 
 from data_pipeline.plans import SD3_TEXT
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 
 shape = (16, 32, 32)
 write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=shape, text_spec=SD3_TEXT, buckets=("256x256",))

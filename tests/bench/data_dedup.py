@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.curation.dedup import _phash
-from data_pipeline.curation.firsts import first_of_near
+from data_pipeline.curation.hash_matching import first_of_near
 from data_pipeline.curation.semantic import Semantic
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

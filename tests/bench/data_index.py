@@ -9,9 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_pipeline.loading.index import SplitIndex, write_split
+from data_pipeline.formats.index import write_split
+from data_pipeline.loading.index import SplitIndex
 from data_pipeline.loading.order import Order
-from data_pipeline.synthetic import index_entries
+from data_pipeline.packing.synthetic import index_entries
 
 
 def peak_kib() -> int:

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from data_pipeline.layout import quantise
+from data_pipeline.formats.layout import quantise
 from data_pipeline.loading.loader import open_dataset
 from model.diffusion.validation import VAL_PROTOCOLS, validation_losses
 from model.encoders.text import TextCond

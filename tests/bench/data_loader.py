@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 from model.encoders.text import EncoderSpec, TextSpec
 
 # SD3's own encoders with two captions of full length would be 1.9 MB; one caption at 77 tokens is 1.02 MB.

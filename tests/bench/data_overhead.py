@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.captions.captioners import open_captioner
+from data_pipeline.captions.registry import open_captioner
 from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers, connect
 from data_pipeline.plans import world
-from data_pipeline.sources.formats import parse_source
+from data_pipeline.sources.registry import parse_source
 from data_pipeline.stages.stage import ShardView
 from data_pipeline.world.write import write_world
 from model.encoders.networks import load_text_encoders

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 DATA = """
 import sys
 from data_pipeline.plans import SD3_TEXT
-from data_pipeline.synthetic import write_synthetic
+from data_pipeline.packing.synthetic import write_synthetic
 write_synthetic(sys.argv[1], num_samples=64, val_samples=8, latent_shape=(16, 32, 32), text_spec=SD3_TEXT,
                 buckets=("256x256",))
 """

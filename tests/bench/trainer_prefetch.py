@@ -28,7 +28,7 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     from trainer_zero_checks import Gathers
 
     from data_pipeline.loading.loader import open_dataset
-    from data_pipeline.pairs import Partners
+    from data_pipeline.loading.pairs import Partners
     from model.diffusion.flow import get_formulation
     from trainer.dpo import preference
     from trainer.feed import drawn
@@ -44,9 +44,7 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         parallel = replace(recipe.parallel, max_live=LIVE, prefetch=prefetch)
         engine = ZeroEngine(replace(recipe, model=model, parallel=parallel, global_batch=8), group)
         partner = Partners(dataset) if what == "dpo" else None
-        batches = dataset.batches(
-            seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner
-        )
+        batches = dataset.batches(seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner)
         form, device = get_formulation(recipe.formulation), group.device
         cpu = []
         gathers = Gathers(engine)
@@ -86,12 +84,10 @@ def main() -> None:
         return
     from trainer_launch import run_ranks
 
-    from data_pipeline.synthetic import write_synthetic
+    from data_pipeline.packing.synthetic import write_synthetic
 
     with tempfile.TemporaryDirectory() as folder:
-        write_synthetic(
-            folder, num_samples=64, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",), pairs=True
-        )
+        write_synthetic(folder, num_samples=64, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",), pairs=True)
         words = [__file__, "--depth", str(args.depth), "--steps", str(args.steps), "--child", folder]
         said = run_ranks(words, 2)
     rows = json.loads(next(line for line in said.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.flow.misfits import in_words, misfits
+from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import Dataset
-from data_pipeline.schema import read_dataset_info
 from infra import storage
 from infra.errors import UserError, UserErrors
 from trainer.recipe import Recipe
 from trainer.runfolder import DATA
 
-ROOM = 2.0  # times a data set's resolution squared; data_pipeline/buckets.py makes shapes that differ by some per cent
+ROOM = 2.0  # times a data set's resolution squared; data_pipeline/stages/buckets.py makes nearly equal areas
 
 
 def check_data(recipe: Recipe, dataset: Dataset) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.pairs import Partners
+from data_pipeline.loading.pairs import Partners
 from infra import storage
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import DatasetInfo
+from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from data_pipeline.schema import DatasetInfo
+from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
 from infra.results import ResultStore
 from infra.version import code_version

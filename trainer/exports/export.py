@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.schema import DatasetInfo
+from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger

@@ -3,6 +3,7 @@
 `python -m data_pipeline.world.training.train_judges check`. The rules are those of GenEval (evaluate_images.py) and of
 T2I-CompBench's color score in the fewest lines; the judging that counts is done by the eval package.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

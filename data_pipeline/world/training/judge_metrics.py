@@ -1,4 +1,5 @@
 """Average precision as COCO defines it, for boxes and masks, over the world's detections."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -42,9 +43,7 @@ def _precision_area(scores: np.ndarray, hits: np.ndarray, num_true: int) -> floa
     return float(np.append(precision, 0.0)[np.minimum(at, len(precision))].mean())
 
 
-def average_precision(
-    found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[SceneObject]]
-) -> dict[str, float]:
+def average_precision(found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[SceneObject]]) -> dict[str, float]:
     """`box AP50`, `box AP50:95`, `mask AP50`, `mask AP50:95`: mean over the classes that occur."""
     areas: dict[str, list[np.ndarray]] = {"box": [], "mask": []}
     for name in sorted({o.name for row in truth for o in row}):

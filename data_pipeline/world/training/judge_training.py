@@ -2,6 +2,7 @@
 
 Judges draw from the streams `judge_train` and `judge_val` (all compositions, seen and unseen); nothing else does.
 """
+
 from __future__ import annotations
 
 import itertools

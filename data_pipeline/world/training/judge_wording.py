@@ -2,6 +2,7 @@
 
 The vocabulary is closed but never fails: words that it lacks are spelled letter by letter (BERT's WordPiece).
 """
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """Trains the detector: `python -m data_pipeline.world.training.train_judges detector --minutes 20 --seed 101`."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

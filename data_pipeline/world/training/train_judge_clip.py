@@ -3,6 +3,7 @@
 Two tasks at once: whole scenes against their captions with nearly true captions as hard negatives, and GenEval's masked
 crops against its color prompts. It is a ResNet, unlike the transformer that conditions the generator.
 """
+
 from __future__ import annotations
 
 import json
@@ -169,9 +170,7 @@ def _own(i: int, j: int) -> bool:
 
 def crop_loss(similarity_BT: Tensor, batch: CropBatch) -> Tensor:
     """All prompts that are true of a crop share its probability; a prompt without class is true of every class."""
-    true_BT = torch.tensor(
-        [[color == c and name in (n, None) for name, color in batch.says] for n, c in batch.labels]
-    )
+    true_BT = torch.tensor([[color == c and name in (n, None) for name, color in batch.says] for n, c in batch.labels])
     chosen = similarity_BT.masked_fill(~true_BT, -1e4)
     return (similarity_BT.logsumexp(1) - chosen.logsumexp(1)).mean()
 

@@ -1,4 +1,5 @@
 """Trains one judge: `python -m data_pipeline.world.training.train_judges detector|clip|vqa --minutes M --seed S`."""
+
 from __future__ import annotations
 
 import sys

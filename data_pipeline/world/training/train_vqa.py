@@ -3,6 +3,7 @@
 The answer is the decoder's first token, yes or no. In training, linear heads on the image tokens also name the class,
 color and centre of what each 8x8 patch shows; without them a tower this small takes hours to look at the right place.
 """
+
 from __future__ import annotations
 
 import random

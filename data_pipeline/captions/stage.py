@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.captions.captioners import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
+from data_pipeline.captions.registry import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
 from data_pipeline.curation.filters import clean_caption
 from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError

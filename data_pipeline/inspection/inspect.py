@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.checkpoints import resolve
+from data_pipeline.formats.schema import VaeMeta, read_dataset_info
 from data_pipeline.images import to_png
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.schema import VaeMeta, read_dataset_info
 from infra import storage
 from infra.errors import UserError
 from model.encoders.vae import load_vae

@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.layout import SampleLayout
-from data_pipeline.loading.index import ShardEntry, write_split
+from data_pipeline.formats.index import ShardEntry, write_split
+from data_pipeline.formats.layout import SampleLayout
+from data_pipeline.formats.schema import (
+    DATASET_FILE,
+    DatasetInfo,
+    SplitInfo,
+    VaeMeta,
+    encoding_fingerprint,
+    rejected_split,
+)
 from data_pipeline.packing.shards import Sample, write_shard
-from data_pipeline.pairs import rejected_split
-from data_pipeline.schema import DATASET_FILE, DatasetInfo, SplitInfo, VaeMeta, encoding_fingerprint
 from infra import storage
 from model.encoders.text import EncoderSpec, TextSpec
 

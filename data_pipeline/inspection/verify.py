@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.layout import checksum
-from data_pipeline.loading.index import ShardEntry, read_split, rows_from_bytes
+from data_pipeline.formats.index import ShardEntry, read_split, rows_from_bytes
+from data_pipeline.formats.layout import checksum
+from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, read_dataset_info, rejected_split
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.pairs import Partners, rejected_split
-from data_pipeline.parquet_io import read_table
-from data_pipeline.schema import DatasetInfo, Manifest, Part, read_dataset_info
+from data_pipeline.loading.pairs import Partners
 from data_pipeline.stages.columns import count_statuses
 from data_pipeline.stages.stage import OK
 from infra import storage

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
+from data_pipeline.formats.layout import quantise
 from data_pipeline.images import CROP_RULE, cover_crop, pixels
-from data_pipeline.layout import quantise
 from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 
@@ -152,9 +152,7 @@ def _text_table(
             hidden = [None if q is None else q[0] for q in small]
             scales = [None if q is None else q[1].tobytes() for q in small]
             columns[f"{caption}_scale"] = pa.array(scales, pa.large_binary())
-        columns[f"{caption}_hidden"] = pa.array(
-            [None if h is None else h.tobytes() for h in hidden], pa.large_binary()
-        )
+        columns[f"{caption}_hidden"] = pa.array([None if h is None else h.tobytes() for h in hidden], pa.large_binary())
         columns[f"{caption}_pooled"] = pa.array(
             [None if f is None else f[1].tobytes() for f in found], pa.large_binary()
         )

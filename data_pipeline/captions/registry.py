@@ -7,10 +7,9 @@ from typing import Any
 from PIL import Image
 
 from data_pipeline.captions.cogvlm import CogVlmCaptioner
+from data_pipeline.captions.server import ServerCaptioner
 from data_pipeline.captions.spec import Captioner, CaptionerSpec
-from data_pipeline.captions.vision_server import ServerCaptioner
-from data_pipeline.checkpoints import resolve
-from data_pipeline.weights import weights_hash
+from data_pipeline.checkpoints import resolve, weights_hash
 from infra.errors import UserError, nearest
 
 __all__ = ["CAPTIONERS", "Captioner", "CaptionerSpec", "TransformersCaptioner", "captioner_weights", "open_captioner"]

@@ -58,7 +58,7 @@ def sample_kilobytes(scale: Scale) -> tuple[float, float]:
     """(moments, text of one caption)."""
     import numpy as np
 
-    from data_pipeline.layout import SampleLayout
+    from data_pipeline.formats.layout import SampleLayout
     from data_pipeline.plans import SD3_TEXT
 
     seats: tuple[str, ...] = {"fp16": (), "t5-int8": ("t5",), "int8": ("clip_l", "clip_g", "t5")}[scale.text_storage]

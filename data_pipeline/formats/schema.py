@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.layout import SampleLayout
+from data_pipeline.formats.layout import SampleLayout
 from infra import storage
 from infra.errors import UserError
 from model.encoders.text import TextSpec
@@ -188,6 +188,11 @@ def encoding_fingerprint(
     made_by = {name: value for name, value in columns.items() if name == "latents" or name.startswith("text_")}
     found = [FORMAT, text_spec.to_json(), vae, resolution, captions, made_by]
     return fingerprint([*found, int8_seats] if int8_seats else found)
+
+
+def rejected_split(split: str) -> str:
+    """The split that holds the rejected pictures of this split's preference pairs."""
+    return f"{split}_rejected"
 
 
 def read_dataset_info(uri: str, name: str = DATASET_FILE) -> DatasetInfo:

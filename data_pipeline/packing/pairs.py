@@ -9,21 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data_pipeline.checkpoints import resolve
-from data_pipeline.encode import LatentStage, TextStage
+from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.formats.index import ShardEntry
+from data_pipeline.formats.layout import TextFeatures
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint, rejected_split
 from data_pipeline.images import ImageError, cover_crop, decode, pixels
-from data_pipeline.layout import TextFeatures
-from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.collate import Draws
-from data_pipeline.loading.index import RowTables, ShardEntry
-from data_pipeline.loading.loader import Dataset, open_dataset
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import Sample, write_shard
-from data_pipeline.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint
+from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import OK
-from data_pipeline.weights import weights_hash
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
@@ -33,11 +28,6 @@ from model.encoders.vae import load_vae
 
 CAPTION = "original"
 BATCH = 64
-
-
-def rejected_split(split: str) -> str:
-    """The split with the other halves of this one's pairs."""
-    return f"{split}_rejected"
 
 
 @dataclass(frozen=True)
@@ -50,44 +40,6 @@ class Pair:
     rejected: np.ndarray
     info: Mapping[str, object] = field(default_factory=dict)
     """Provenance, kept with both samples: who preferred it, and by how much."""
-
-
-class Partners:
-    """The rejected half of each preferred sample, found by its key; UserError unless the two splits fit together."""
-
-    def __init__(self, preferred: Dataset) -> None:
-        split = rejected_split(preferred.split)
-        if split not in preferred.info.splits:
-            raise UserError(
-                f"{preferred.uri}: no preference pairs, it has splits {', '.join(preferred.info.splits)}; make some "
-                "with `python -m eval pairs` or `python -m data_pipeline pairs`"
-            )
-        self._rejected = open_dataset(preferred.uri, split=split)
-        mine, others = _samples(preferred), _samples(self._rejected)
-        if {key: said for key, (_, said) in mine.items()} != {key: said for key, (_, said) in others.items()}:
-            odd = sorted(key for key in mine.keys() | others.keys() if mine.get(key, "")[1:] != others.get(key, "")[1:])
-            raise UserError(
-                f"{preferred.uri}: {len(odd)} of the samples in {preferred.split} and {split} have no partner with the "
-                f"same caption and bucket (first: {odd[0]}): make the pairs again"
-            )
-        self._places = {key: place for key, (place, _) in others.items()}
-
-    def __call__(self, batch: LatentBatch, draws: Draws) -> Tensor:
-        """Latents of the other halves, drawn with the same noise as the preferred ones."""
-        places = [self._places[key] for key in batch.keys]
-        return self._rejected.at(places, batch.positions.tolist(), draws).latent_BCHW
-
-
-def _samples(dataset: Dataset) -> dict[str, tuple[tuple[int, int], tuple[str, ...]]]:
-    """key -> ((shard, row), its bucket and captions)."""
-    tables, found = RowTables(dataset.index), {}
-    for shard, bucket in enumerate(dataset.index.buckets):
-        rows = tables[shard]
-        for row, key in enumerate(rows.keys):
-            found[key] = (shard, row), (bucket, *(texts[row] for texts in rows.captions.values()))
-    if len(found) < dataset.num_samples:
-        raise UserError(f"{dataset.uri}: split {dataset.split} has keys that occur twice: make the pairs again")
-    return found
 
 
 def write_pairs(
@@ -195,8 +147,7 @@ def read_pairs(uri: str) -> list[Pair]:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{uri}, line {number + 1}: {error!r}; expected "
-                '{"caption": ..., "preferred": PATH, "rejected": PATH}'
+                f'{uri}, line {number + 1}: {error!r}; expected {{"caption": ..., "preferred": PATH, "rejected": PATH}}'
             ) from error
         except ImageError as error:
             raise UserError(f"{uri}, line {number + 1}: a picture is no good ({error.reason})") from error

@@ -98,9 +98,7 @@ class SampleLayout:
             size_R=moments_R + self.moments_size + hidden_size_RS.sum(1),
         )
 
-    def encode(
-        self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], Features]
-    ) -> tuple[bytes, int, list[int]]:
+    def encode(self, moments_CHW: np.ndarray, text: Mapping[tuple[str, str], Features]) -> tuple[bytes, int, list[int]]:
         """(safetensors bytes, header length, tokens per slot); `text[caption, seat]` are TextFeatures."""
         if moments_CHW.shape != self.moments_shape:
             raise ValueError(f"moments {moments_CHW.shape}, expected {self.moments_shape}")

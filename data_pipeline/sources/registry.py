@@ -9,12 +9,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.parquet_io import read_table
-from data_pipeline.schema import fingerprint
+from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.fetch import Fetch
 from data_pipeline.sources.layouts import Cc12mSource, CocoSource, HfSource, ImageNetSource
 from data_pipeline.sources.parquet import ParquetSource
-from data_pipeline.sources.rows import (
+from data_pipeline.sources.source import (
     FOLDER_ROWS,
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
