@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from data_pipeline.flow.estimate import Scale
-from data_pipeline.sources.fetch import Fetch
+from data_pipeline.sources.fetch import FetchLimits
 from infra.cli import parse
 from infra.errors import UserError, nearest, run_cli
 from infra.log import clock
@@ -19,7 +19,7 @@ from infra.log import clock
 if TYPE_CHECKING:
     from data_pipeline.flow.pipeline import Pipeline
     from data_pipeline.plans import Plan
-    from data_pipeline.sources.registry import Source
+    from data_pipeline.sources.source import Source
 
 COMMANDS = {
     "run": "raw images through filter, dedup, bucket, caption, encode and pack: `run PLAN|FILE.yaml --out URI`",
@@ -46,7 +46,7 @@ class Run:
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
     """parquet: fetch the images that a url column names."""
-    fetch: Fetch = Fetch()  # noqa: RUF009 - frozen
+    fetch: FetchLimits = FetchLimits()  # noqa: RUF009 - frozen
     image_column: str = ""
     """parquet: the column with image bytes or a local path; found by name if left out."""
     caption_column: str = ""
@@ -195,16 +195,13 @@ def _check(run: Run) -> None:
 
 
 def _source_of(run: Run) -> "Source":
-    from data_pipeline.sources.registry import parse_sources
+    from data_pipeline.sources.registry import open_sources
+    from data_pipeline.sources.source import SourceOptions
 
     if not run.source:
         return world_source(run)
-    return parse_sources(
-        run.source,
-        image_column=run.image_column,
-        caption_column=run.caption_column,
-        fetch=run.fetch,
-        fetch_urls=run.fetch_urls,
+    return open_sources(
+        run.source, SourceOptions(run.image_column, run.caption_column, run.fetch_urls, run.fetch)
     )
 
 
@@ -220,7 +217,7 @@ def _print_gate(pipeline: "Pipeline") -> None:
 
 def world_source(run: Run) -> "Source":
     """The world's raw shards as a source; drawn below the root unless they are there."""
-    from data_pipeline.sources.registry import WdsSource
+    from data_pipeline.sources.webdataset import WebDatasetSource
     from data_pipeline.world.write import write_world
     from infra import storage
 
@@ -230,7 +227,7 @@ def world_source(run: Run) -> "Source":
     if not storage.exists(mark):
         write_world(raw, images=run.images, val_images=val_images, seed=run.seed)
         storage.write_bytes(mark, b"{}\n")
-    return WdsSource(raw)
+    return WebDatasetSource(raw)
 
 
 def default_val_images(images: int) -> int:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data_pipeline.captions.registry import CaptionerSpec, captioner_weights
+from data_pipeline.captions.registry import identify_weights
+from data_pipeline.captions.spec import CaptionerSpec
 from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.curation.dedup import Dedup, SignatureStage
@@ -245,7 +246,7 @@ class Columns:
 
 def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> Columns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
-    caption_weights = captioner_weights(plan.captioner)
+    caption_weights = identify_weights(plan.captioner)
     made: dict[str, str] = {}
 
     def column(stage: Stage | Dedup) -> tuple:

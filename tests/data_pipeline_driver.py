@@ -22,7 +22,8 @@ from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import table_bytes
 from data_pipeline.formats.schema import Manifest, Part, in_ranges, row_ranges
 from data_pipeline.plans import world
-from data_pipeline.sources.registry import SourceUnit, WdsSource
+from data_pipeline.sources.source import SourceUnit
+from data_pipeline.sources.webdataset import WebDatasetSource
 from data_pipeline.stages import ledger
 from data_pipeline.stages.stage import result
 from infra.storage import sha256_hex
@@ -31,10 +32,10 @@ SHARD_ROWS = 1000
 UNIT_SHARDS = 10
 
 
-class Named(WdsSource):
+class Named(WebDatasetSource):
     """Stands for a source whose files were read before: there are as many as its address says."""
 
-    def units(self) -> list[SourceUnit]:
+    def list_units(self) -> list[SourceUnit]:
         return [SourceUnit(f"all-{n:06d}", "", {"tar": str(n)}) for n in range(int(self.uri))]
 
 
@@ -79,7 +80,7 @@ def fill(made: Pipeline) -> None:
     passed = result(np.flatnonzero(~small), ["ok"] * int((~small).sum()))
     tables |= {column.stage: passed for _, column in made.columns.heavy}
     templates = {stage: manifest(made, stage, "SHARD", ["SHARD"], table) for stage, table in tables.items()}
-    for unit in (unit.id for unit in made.source.units()):
+    for unit in (unit.id for unit in made.source.list_units()):
         shards = [f"{unit}-{n:03d}" for n in range(UNIT_SHARDS)]
         put(made, "ingest", unit, manifest(made, "ingest", unit, shards, tables["bucket"]))
         for shard in shards:

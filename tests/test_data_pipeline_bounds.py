@@ -20,7 +20,7 @@ from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pack import read_proofs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import SD3_TEXT, world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 
 MIB = 2**20
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, tmp_path):
     plan = replace(world(), pack_rows=25, pack_mb=1, val_fraction=0.0)
-    info = Pipeline(plan, str(tmp_path), parse_source(f"folder:{folder}"), workers=Workers(0)).run().info
+    info = Pipeline(plan, str(tmp_path), open_source(f"folder:{folder}"), workers=Workers(0)).run().info
     entries = read_split(str(tmp_path), info.splits["train"].index)
     largest = largest_sample(info.layout("64x64"), caption_chars=plan.max_caption_chars + 2000)
     assert {entry.num_samples for entry in entries[:-1]} | {max(e.num_samples for e in entries)} <= {MIB // largest, 2}
@@ -57,7 +57,7 @@ def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, t
     assert verify(str(tmp_path)).problems == []
     # rows alone decide where bytes leave room; full shards of another size are packed anew
     again = replace(plan, pack_mb=64)
-    made = Pipeline(again, str(tmp_path), parse_source(f"folder:{folder}"), workers=Workers(0)).run()
+    made = Pipeline(again, str(tmp_path), open_source(f"folder:{folder}"), workers=Workers(0)).run()
     assert made.computed.keys() == {"pack"}
     assert sorted(e.num_samples for e in read_split(str(tmp_path), made.info.splits["train"].index)) == [5, 25]
     assert open_dataset(str(tmp_path)).num_samples == 30
@@ -83,7 +83,7 @@ import json, resource, sys
 from data_pipeline.stages.columns import Column
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources.registry import parse_source, source_to_json
+from data_pipeline.sources.registry import open_source
 from data_pipeline.flow.tasks import IngestTask
 
 def peak():
@@ -91,12 +91,12 @@ def peak():
 
 columns, found = build_columns(world(), sys.argv[1]), {}
 for name in ("small", "large"):
-    source = parse_source(f"wds:{sys.argv[1]}/{name}.tar")
+    source = open_source(f"wds:{sys.argv[1]}/{name}.tar")
     task = IngestTask(
-        sys.argv[1], source_to_json(source), Ingest(4), Column(sys.argv[1], "ingest", "f" * 16), columns.light,
+        sys.argv[1], source, Ingest(4), Column(sys.argv[1], "ingest", "f" * 16), columns.light,
         keep_bytes=16 * 2**20,
     )
-    (unit,) = source.units()
+    (unit,) = source.list_units()
     report = task.open()({"id": unit.id, "split": unit.split, "where": unit.where, "known": {}})
     found[name] = {"rows": report["rows"], "shards": len(report["manifests"][0]["parts"]), "mib": peak(),
                    "ok": report["counts"]["filter"]["ok"]}

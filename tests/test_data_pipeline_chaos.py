@@ -22,7 +22,7 @@ from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError
@@ -46,7 +46,7 @@ def raw(tmp_path_factory) -> Path:
 
 
 def run(root: str | Path, raw: str | Path) -> Outcome:
-    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
 
 
 @pytest.fixture(scope="module")

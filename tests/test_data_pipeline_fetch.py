@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import pickle
 import socketserver
 import threading
 import time
@@ -18,10 +19,11 @@ from PIL import Image
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.plans import world
-from data_pipeline.sources.fetch import Fetch, FetchError, _public, fetch
+from data_pipeline.sources.cc12m import Cc12mSource
+from data_pipeline.sources.fetch import FetchError, FetchLimits, _public, fetch
 from data_pipeline.sources.ingest import Ingest
-from data_pipeline.sources.layouts import Cc12mSource, fetch_rows
-from data_pipeline.sources.registry import Source, parse_source, source_from_json, source_to_json
+from data_pipeline.sources.registry import open_source
+from data_pipeline.sources.source import Source, SourceOptions, fetch_rows
 from data_pipeline.stages.columns import Column, read_part
 from infra.errors import UserError
 
@@ -108,7 +110,7 @@ def site() -> Iterator[str]:
     server.shutdown()
 
 
-BOUNDS = Fetch(max_bytes=4000, timeout_s=60, redirects=2, allow_private=("127.0.0.1",))
+BOUNDS = FetchLimits(max_bytes=4000, timeout_s=60, redirects=2, allow_private=("127.0.0.1",))
 
 
 @pytest.mark.parametrize("path", ["image", "hop/0", "hop/1", "caf\u00e9", "image?q=caf\u00e9 au lait"])
@@ -162,7 +164,7 @@ def test_the_clock_runs_over_the_whole_download(site, path):
 )
 def test_private_and_odd_addresses_are_refused(url):
     with pytest.raises(FetchError) as caught:
-        fetch(url, Fetch(timeout_s=5))
+        fetch(url, FetchLimits(timeout_s=5))
     assert caught.value.status == "fetch_refused", caught.value.reason
 
 
@@ -174,10 +176,10 @@ def test_addresses_are_judged_by_what_they_embed():
 
 def rows_of(source: Source, root: Path) -> list[dict]:
     """All rows of a source, as a worker sees it, through real objects and manifests."""
-    source = source_from_json(json.loads(json.dumps(source_to_json(source))))
+    source = pickle.loads(pickle.dumps(source))
     column = Column(str(root), "ingest", "f" * 16)
     rows = []
-    for unit in source.units():
+    for unit in source.list_units():
         manifest, _ = Ingest().run(source, unit, column)
         for part in manifest.parts:
             rows += [row | {"split": unit.split} for row in read_part(column.root, part).to_pylist()]
@@ -187,9 +189,9 @@ def rows_of(source: Source, root: Path) -> list[dict]:
 def test_cc12m_and_url_parquet_give_a_row_per_line(site, tmp_path):
     lines = [f"{site}/image\ta red square", f"{site}/gone\tlost", "http://127.0.0.2/x\tinside", "no tab here"]
     (tmp_path / "cc12m.tsv").write_text("\n".join(lines) + "\n")
-    source = replace(parse_source(f"cc12m:{tmp_path}/cc12m.tsv", fetch=BOUNDS), rows_per_unit=3)
+    source = replace(open_source(f"cc12m:{tmp_path}/cc12m.tsv", SourceOptions(fetch=BOUNDS)), rows_per_unit=3)
     assert isinstance(source, Cc12mSource)
-    assert len(source.units()) == 2
+    assert len(source.list_units()) == 2
     rows = rows_of(source, tmp_path / "a")
     assert [row["status"] for row in rows] == ["ok", "fetch_failed", "fetch_refused", "no_image"]
     assert (rows[0]["image"], rows[0]["caption"]) == (png(), "a red square")
@@ -198,8 +200,9 @@ def test_cc12m_and_url_parquet_give_a_row_per_line(site, tmp_path):
     (tmp_path / "laion").mkdir()
     pq.write_table(table, tmp_path / "laion" / "0.parquet")
     with pytest.raises(UserError, match="--fetch-urls"):
-        parse_source(f"parquet:{tmp_path}/laion").units()
-    rows = rows_of(parse_source(f"parquet:{tmp_path}/laion", fetch=BOUNDS), tmp_path / "b")
+        open_source(f"parquet:{tmp_path}/laion").list_units()
+    source = open_source(f"parquet:{tmp_path}/laion", SourceOptions(fetch_urls=True, fetch=BOUNDS))
+    rows = rows_of(source, tmp_path / "b")
     assert [row["status"] for row in rows] == ["ok", "fetch_refused"]
 
 
@@ -221,17 +224,17 @@ def test_imagenet_folders_get_a_name_of_their_class(tmp_path):
     for n in (1, 2):
         (root / "val" / f"ILSVRC2012_val_0000000{n}.JPEG").write_bytes(png())
     with pytest.raises(UserError, match=r"no LOC_synset_mapping.txt"):
-        parse_source(f"imagenet:{root}").units()
+        open_source(f"imagenet:{root}").list_units()
     (root / "LOC_synset_mapping.txt").write_text("".join(f"{k} {v}\n" for k, v in words.items()))
     (root / "LOC_val_solution.csv").write_text(
         "ImageId,PredictionString\nILSVRC2012_val_00000001,n02085620 85 1 499 272\n"
     )
-    rows = rows_of(parse_source(f"imagenet:{root}"), tmp_path / "out")
+    rows = rows_of(open_source(f"imagenet:{root}"), tmp_path / "out")
     train = {row["caption"] for row in rows if row["split"] == "train"}
     assert train == {"a photo of a tench", "a photo of a Tinca tinca"}
     val = {row["source"]: row["caption"] for row in rows if row["split"] == "val"}
     assert sorted(val.values()) == ["", "a photo of a Chihuahua"]
-    again = rows_of(parse_source(f"imagenet:{root}"), tmp_path / "again")
+    again = rows_of(open_source(f"imagenet:{root}"), tmp_path / "again")
     assert [row["caption"] for row in again] == [row["caption"] for row in rows]
 
 
@@ -253,15 +256,15 @@ def coco(tmp_path) -> Path:
 
 
 def test_coco_has_one_caption_drawn_per_image_and_its_own_splits(coco, tmp_path):
-    rows = rows_of(parse_source(f"coco:{coco}"), tmp_path / "out")
+    rows = rows_of(open_source(f"coco:{coco}"), tmp_path / "out")
     assert [row["split"] for row in rows] == ["train"] * 3 + ["val"] * 2
     assert len({row["caption"] for row in rows}) == 5
     assert all(row["caption"].startswith(row["split"]) and "wording" in row["caption"] for row in rows)
     (coco / "annotations/captions_val2014.json").write_text('{"images": [{}]}')
     with pytest.raises(UserError, match="not COCO's captions"):
-        parse_source(f"coco:{coco}").units()
+        open_source(f"coco:{coco}").list_units()
     with pytest.raises(UserError, match="expected COCO-2014's layout"):
-        parse_source(f"coco:{tmp_path}/nowhere").units()
+        open_source(f"coco:{tmp_path}/nowhere").list_units()
 
 
 def test_only_the_split_asked_for_is_taken(coco, tmp_path):
@@ -269,7 +272,7 @@ def test_only_the_split_asked_for_is_taken(coco, tmp_path):
 
     def run(split: str | None, source: str):
         given = {"workers": Workers(0), "only_split": split}
-        return Pipeline(plan, str(tmp_path / f"data-{split}"), parse_source(source), **given).run().info
+        return Pipeline(plan, str(tmp_path / f"data-{split}"), open_source(source), **given).run().info
 
     info = run("val", f"coco:{coco}")
     assert {name: split.num_samples for name, split in info.splits.items()} == {"val": 2}
@@ -297,7 +300,7 @@ def test_a_data_set_saved_to_disk_is_read_by_its_features(tmp_path):
     (root / "train" / "x.png").write_bytes(png("blue"))
     label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
     save_to_disk(root / "validation", {"image": images[:1], "label": [1]}, {"image": IMAGE, "label": label})
-    rows = rows_of(parse_source(f"hf:{root}"), tmp_path / "out")
+    rows = rows_of(open_source(f"hf:{root}"), tmp_path / "out")
     assert [(row["split"], row["status"], row["caption"]) for row in rows] == [
         ("train", "ok", "a"),
         ("train", "ok", "b"),
@@ -306,11 +309,11 @@ def test_a_data_set_saved_to_disk_is_read_by_its_features(tmp_path):
     ]
     assert [row["image"] for row in rows[:2]] == [png(), png("blue")]
     with pytest.raises(UserError, match=r"no caption column tekst; it has img, text.*did you mean 'text'"):
-        parse_source(f"hf:{root}/train", caption_column="tekst").units()
+        open_source(f"hf:{root}/train", SourceOptions(caption_column="tekst")).list_units()
     file = root / "train" / "data-00000-of-00001.arrow"
     file.write_bytes(file.read_bytes()[:-300])
-    statuses = [row["status"] for row in rows_of(parse_source(f"hf:{root}/train"), tmp_path / "cut")]
+    statuses = [row["status"] for row in rows_of(open_source(f"hf:{root}/train"), tmp_path / "cut")]
     assert statuses[-1] == "truncated_arrow"
     (root / "train" / "dataset_info.json").unlink()
     with pytest.raises(UserError, match="save_to_disk"):
-        parse_source(f"hf:{root}/train").units()
+        open_source(f"hf:{root}/train").list_units()

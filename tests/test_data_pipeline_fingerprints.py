@@ -16,7 +16,7 @@ from data_pipeline.formats.schema import Manifest
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import Plan, world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError, UserErrors
 from trainer.__main__ import main
@@ -49,7 +49,7 @@ CHANGES = {
 
 def run(root: Path, raw: Path, plan: Plan, *rebuild: str) -> Outcome:
     return Pipeline(
-        plan.settled(), str(root), parse_source(f"wds:{raw}"), workers=Workers(0), rebuild=rebuild
+        plan.settled(), str(root), open_source(f"wds:{raw}"), workers=Workers(0), rebuild=rebuild
     ).run()  # fmt: skip
 
 

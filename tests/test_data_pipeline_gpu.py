@@ -31,7 +31,7 @@ from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pairs import Pair, write_pairs
 from data_pipeline.plans import WORLD_TEXT, vae_meta, world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.stages.buckets import BucketStage, bucket_table
 from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import ShardView, Stage
@@ -164,7 +164,7 @@ def by_cpu(tmp_path_factory) -> tuple[Path, Path, Outcome]:
 
 
 def run(raw: Path, root: Path, *, gpus: float) -> Outcome:
-    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0, gpus=gpus)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0, gpus=gpus)).run()
 
 
 def check(by_cpu: tuple[Path, Path, Outcome], root: Path) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from data_pipeline.plans import build_columns, world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 from model.encoders.text import EncoderSpec, TextSpec
@@ -113,7 +113,7 @@ def test_the_flow_stores_int8_and_rebuilds_text_alone(tmp_path):
 
     def run(storage: str, *rebuild: str):
         made = Pipeline(
-            replace(plan, text_storage=storage), str(tmp_path / "data"), parse_source(f"wds:{tmp_path}/raw"),
+            replace(plan, text_storage=storage), str(tmp_path / "data"), open_source(f"wds:{tmp_path}/raw"),
             workers=Workers(0), rebuild=rebuild,
         ).run()  # fmt: skip
         return made, open_dataset(str(tmp_path / "data"), split="val").read(range(4), posterior="mean")

@@ -16,7 +16,7 @@ from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.flow.runner import Workers
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)
@@ -38,7 +38,7 @@ def reference(tmp_path_factory, raw) -> str:
 
 
 def run_here(root: Path, raw: Path) -> Outcome:
-    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from data_pipeline.flow.runner import Workers, run_tasks
 from data_pipeline.flow.tasks import ColumnTask
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
 
@@ -48,7 +48,7 @@ def raw(tmp_path_factory) -> Path:
 def reference(tmp_path_factory, raw) -> str:
     """The fingerprint of the data made without Ray and without trouble."""
     root = tmp_path_factory.mktemp("reference")
-    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run().info.fingerprint
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run().info.fingerprint
 
 
 def command(root: Path, raw: Path, workers: int) -> list[str]:
@@ -80,7 +80,7 @@ def kill_when(process: subprocess.Popen, root: Path, stage: str, count: int, tim
 
 
 def check(root: Path, raw: Path, reference: str) -> None:
-    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(0)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
     assert outcome.info.fingerprint == reference
     assert outcome.info.counts == {"ok": 48}
     findings = verify(str(root))
@@ -102,7 +102,7 @@ def test_a_driver_killed_in_the_middle_goes_on_where_it_was(tmp_path, raw, refer
 def test_ray_workers_make_the_same_data_in_waves(tmp_path, raw, reference, ray_cluster, monkeypatch):
     monkeypatch.setattr("data_pipeline.flow.runner._WAVE", 2)
     root = tmp_path / "data"
-    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
     assert verify(str(root)).problems == []
 
@@ -177,7 +177,7 @@ def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, refere
     monkeypatch.setattr(StruckTask, "marks", str(tmp_path), raising=False)
     monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", StruckTask)
     root = tmp_path / "data"
-    outcome = Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
     assert verify(str(root)).problems == []
     for stage, point in STRUCK.items():
@@ -256,7 +256,7 @@ def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_foll
     monkeypatch.setattr(WatchedTask, "folder", str(folder), raising=False)
     monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", WatchedTask)
     monkeypatch.setattr("data_pipeline.flow.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
-    pipeline = Pipeline(PLAN, str(tmp_path / "data"), parse_source(f"wds:{raw}"), workers=Workers(0))
+    pipeline = Pipeline(PLAN, str(tmp_path / "data"), open_source(f"wds:{raw}"), workers=Workers(0))
     verdicts = pipeline.run_gate()
     monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)
     pipeline.crew.workers = Workers(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU

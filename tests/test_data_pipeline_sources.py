@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.fetch import Fetch
 from data_pipeline.sources.ingest import Ingest
-from data_pipeline.sources.registry import parse_source, parse_sources, source_from_json, source_to_json
+from data_pipeline.sources.registry import open_source, open_sources
+from data_pipeline.sources.source import SourceOptions
 from data_pipeline.stages.columns import Column, read_part
 from data_pipeline.stages.proven import Proven
 from infra import storage
@@ -36,9 +37,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 def ingest(tmp_path: Path, source_text: str, *, shard_rows: int = 1000, **columns: str) -> list[dict]:
     """All rows of a source, through real objects and manifests."""
-    source, column = parse_source(source_text, **columns), Column(str(tmp_path / "root"), "ingest", "f" * 16)
+    source = open_source(source_text, SourceOptions(**columns))
+    column = Column(str(tmp_path / "root"), "ingest", "f" * 16)
     rows = []
-    for unit in source.units():
+    for unit in source.list_units():
         manifest, _ = Ingest(shard_rows).run(source, unit, column)
         for part in manifest.parts:
             rows += [row | {"shard": part.shard} for row in read_part(column.root, part).to_pylist()]
@@ -60,10 +62,10 @@ def test_img2dataset_tars_give_captions_keys_and_failed_downloads(tmp_path):
     table[6] |= {"status": "failed_to_resize", "error_message": "image decoding error"}
     (tmp_path / "raw" / "train").mkdir(parents=True)
     write_tar(tmp_path / "raw" / "train" / "00000.tar", members)
-    (bare,) = parse_source(f"wds:{tmp_path}/raw").units()
+    (bare,) = open_source(f"wds:{tmp_path}/raw").list_units()
     pq.write_table(pa.Table.from_pylist(table[::-1]), tmp_path / "raw" / "train" / "00000.parquet")
     (tmp_path / "raw" / "train" / "00000_stats.json").write_text("{}")
-    assert bare.id == parse_source(f"wds:{tmp_path}/raw").units()[0].id
+    assert bare.id == open_source(f"wds:{tmp_path}/raw").list_units()[0].id
     rows = ingest(tmp_path, f"wds:{tmp_path}/raw", shard_rows=4)
     assert [row["caption"] for row in rows[:5]] == [f"caption {n}" for n in range(5)]
     assert json.loads(rows[1]["info"]) == {"url": "http://x/1"}
@@ -74,19 +76,19 @@ def test_img2dataset_tars_give_captions_keys_and_failed_downloads(tmp_path):
         ("000000005", "no_image", "HTTP Error 404: Not Found", "caption 5"),
     ]
     assert json.loads(rows[6]["info"]) == {"url": "http://x/5"}
-    (pattern,) = parse_source(f"wds:{tmp_path}/raw/train/{{00000,00000}}.tar").units()
+    (pattern,) = open_source(f"wds:{tmp_path}/raw/train/{{00000,00000}}.tar").list_units()
     assert pattern.where["table"].endswith("00000.parquet")
-    assert parse_source(f"wds:{tmp_path}/raw").units()[0].split == "train"
+    assert open_source(f"wds:{tmp_path}/raw").list_units()[0].split == "train"
 
 
 def test_brace_patterns_name_tars_and_a_missing_one_is_named(tmp_path):
     for n in range(3):
         write_tar(tmp_path / f"{n:05d}.tar", [(f"{n}.png", png()), (f"{n}.txt", b"x")])
     assert len(ingest(tmp_path, f"wds:{tmp_path}/{{00000..00002}}.tar")) == 3
-    assert len(parse_source(f"wds:{tmp_path}/{{00000,00001,00001}}.tar").units()) == 2
-    assert len(parse_source(f"wds:{tmp_path}/{{00000,00000}}.tar").units()) == 1
+    assert len(open_source(f"wds:{tmp_path}/{{00000,00001,00001}}.tar").list_units()) == 2
+    assert len(open_source(f"wds:{tmp_path}/{{00000,00000}}.tar").list_units()) == 1
     with pytest.raises(UserError, match=r"00003.tar: no such file \(1 of 4"):
-        parse_source(f"wds:{tmp_path}/{{00000..00003}}.tar").units()
+        open_source(f"wds:{tmp_path}/{{00000..00003}}.tar").list_units()
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
@@ -146,9 +148,9 @@ def test_a_folder_gives_images_with_the_texts_beside_them(tmp_path):
         ("sub dir/two.JPG", ""),
     ]
     assert all(set(row["key"]) <= set("abcdefghijklmnopqrstuvwxyzJPG_-0123456789") for row in rows)
-    before = [unit.id for unit in parse_source(f"folder:{folder}").units()]
+    before = [unit.id for unit in open_source(f"folder:{folder}").list_units()]
     (folder / "one.txt").write_text("another caption")
-    assert [unit.id for unit in parse_source(f"folder:{folder}").units()] != before
+    assert [unit.id for unit in open_source(f"folder:{folder}").list_units()] != before
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
@@ -165,7 +167,7 @@ def test_parquet_with_bytes_structs_or_paths(tmp_path, kind):
     rows = ingest(tmp_path, f"parquet:{folder}")
     assert rows[0]["image"] == png()
     assert rows[1]["status"] == ("unreadable" if kind == "path" else "no_image")
-    assert parse_source(f"parquet:{folder}").units()[0].split == "train"
+    assert open_source(f"parquet:{folder}").list_units()[0].split == "train"
 
 
 @pytest.mark.parametrize(
@@ -187,16 +189,16 @@ def test_what_a_set_holds_out_is_not_trained_on(tmp_path, name, split):
     (tmp_path / "folder" / name / "0.png").write_bytes(png())
     for source in ("parquet:parquet", "parquet:hub", "wds:wds", "folder:folder"):
         kind, folder = source.split(":")
-        assert [unit.split for unit in parse_source(f"{kind}:{tmp_path}/{folder}").units()] == [split], source
+        assert [unit.split for unit in open_source(f"{kind}:{tmp_path}/{folder}").list_units()] == [split], source
 
 
 def test_a_row_group_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.sources.parquet.IMAGES_AT_ONCE", 3)
     table = pa.table({"image": [png((8 + n, 8)) for n in range(8)], "caption": [f"c{n}" for n in range(8)]})
     pq.write_table(table, tmp_path / "a.parquet")
-    source = parse_source(f"parquet:{tmp_path}")
-    [unit] = source.units()
-    rows = list(source.rows(unit))
+    source = open_source(f"parquet:{tmp_path}")
+    [unit] = source.list_units()
+    rows = list(source.read_rows(unit))
     assert [row.caption for row in rows] == [f"c{n}" for n in range(8)]
     assert [row.image for row in rows] == table["image"].to_pylist()
     assert [row.key for row in rows] == [f"0000-{n:06d}" for n in range(8)]
@@ -207,13 +209,13 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path):
     rows = ingest(tmp_path, f"parquet:{tmp_path}", image_column="pic", caption_column="words")
     assert rows[0]["caption"] == "a"
     with pytest.raises(UserError, match=r"no image column.*pic, words: name it with --image-column"):
-        parse_source(f"parquet:{tmp_path}").units()
+        open_source(f"parquet:{tmp_path}").list_units()
     pq.write_table(pa.table({"url": ["http://x"], "caption": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="img2dataset"):
-        parse_source(f"parquet:{tmp_path}").units()
+        open_source(f"parquet:{tmp_path}").list_units()
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="not a readable parquet file"):
-        parse_source(f"parquet:{tmp_path}").units()
+        open_source(f"parquet:{tmp_path}").list_units()
 
 
 @pytest.mark.parametrize(
@@ -228,13 +230,13 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path):
 )
 def test_sources_that_cannot_be_are_one_line(text, message):
     with pytest.raises(UserError, match=message):
-        parse_source(text).units()
+        open_source(text).list_units()
 
 
 def test_an_empty_folder_is_said_to_be_empty(tmp_path):
     for kind in ("folder", "wds", "parquet"):
         with pytest.raises(UserError, match="holds no"):
-            parse_source(f"{kind}:{tmp_path}").units()
+            open_source(f"{kind}:{tmp_path}").list_units()
 
 
 def test_tars_and_folders_on_s3(s3, tmp_path):
@@ -246,19 +248,19 @@ def test_tars_and_folders_on_s3(s3, tmp_path):
     assert [r["caption"] for r in ingest(tmp_path, f"wds:{s3}/raw/val/{{a,a}}.tar")] == ["from s3"]
     assert [r["caption"] for r in ingest(tmp_path, f"folder:{s3}/pictures")] == ["one picture"]
     with pytest.raises(UserError, match="no such"):
-        parse_source(f"wds:{s3}/nothing").units()
+        open_source(f"wds:{s3}/nothing").list_units()
 
 
 def test_credentials_that_expire_stop_the_unit_and_blame_no_row(s3, free_calls):
     storage.write_bytes(f"{s3}/pictures/x.png", png())
-    source = parse_source(f"folder:{s3}/pictures")
-    (unit,) = source.units()
+    source = open_source(f"folder:{s3}/pictures")
+    (unit,) = source.list_units()
     free_calls(0)
     with pytest.raises(UnavailableError, match="renew them and run it again") as caught:
-        list(source.rows(unit))
+        list(source.read_rows(unit))
     free_calls(10**6)
     assert "testing-secret" not in str(caught.value)
-    assert [row.status for row in source.rows(unit)] == ["ok"]
+    assert [row.status for row in source.read_rows(unit)] == ["ok"]
 
 
 def test_several_sources_are_one_and_equal_names_stay_apart(s3, tmp_path):
@@ -270,20 +272,20 @@ def test_several_sources_are_one_and_equal_names_stay_apart(s3, tmp_path):
         storage.write_bytes(f"{place}/pictures/x.txt", f"picture {number}".encode())
     texts = [f"{kind}:{place}/{name}" for place in (f"{tmp_path}/a", f"{tmp_path}/b", f"{s3}/a", f"{s3}/b")
              for kind, name in (("wds", "tars"), ("folder", "pictures"))]  # fmt: skip
-    source = parse_sources([*texts, texts[0]], fetch=Fetch())
-    again = source_from_json(json.loads(json.dumps(source_to_json(source))))
-    assert [row.caption for unit in source.units() for row in again.rows(unit)] == [
+    source = open_sources([*texts, texts[0]])
+    again = pickle.loads(pickle.dumps(source))
+    assert [row.caption for unit in source.list_units() for row in again.read_rows(unit)] == [
         f"{kind} {n}".encode() for n in range(4) for kind in ("tar", "picture")
     ]
-    ids = {unit.id for unit in source.units()}
-    assert {unit.id for unit in parse_sources(texts[::-1], fetch=Fetch()).units()} == ids
-    assert {unit.id for text in texts for unit in parse_source(text).units()} == ids
+    ids = {unit.id for unit in source.list_units()}
+    assert {unit.id for unit in open_sources(texts[::-1]).list_units()} == ids
+    assert {unit.id for text in texts for unit in open_source(text).list_units()} == ids
 
 
 def test_a_file_that_two_sources_list_is_read_once(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [("k.png", png()), ("k.txt", b"once")])
-    source = parse_sources([f"wds:{tmp_path}", f"wds:{tmp_path}/{{a,a}}.tar"], fetch=Fetch())
-    assert [row.caption for unit in source.units() for row in source.rows(unit)] == [b"once"]
+    source = open_sources([f"wds:{tmp_path}", f"wds:{tmp_path}/{{a,a}}.tar"])
+    assert [row.caption for unit in source.list_units() for row in source.read_rows(unit)] == [b"once"]
     assert "1 of 1 files of source 2 are there already" in caplog.text
 
 
@@ -291,9 +293,9 @@ def test_cc12ms_urls_are_fetched_and_those_of_a_table_beside_it_only_when_asked_
     (tmp_path / "cc12m.tsv").write_text("http://127.0.0.1:1/x.jpg\ta caption\n")
     pq.write_table(pa.table({"url": ["http://127.0.0.1:1/y.jpg"], "caption": ["b"]}), tmp_path / "t.parquet")
     texts = [f"cc12m:{tmp_path}/cc12m.tsv", f"parquet:{tmp_path}/t.parquet"]
-    assert len(parse_sources(texts, fetch=Fetch(), fetch_urls=True).units()) == 2
+    assert len(open_sources(texts, SourceOptions(fetch_urls=True)).list_units()) == 2
     with pytest.raises(UserError, match="--fetch-urls"):
-        parse_sources(texts, fetch=Fetch()).units()
+        open_sources(texts).list_units()
 
 
 def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):

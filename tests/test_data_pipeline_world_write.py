@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 from data_pipeline.world.write import write_world
 from infra import storage
@@ -55,7 +55,7 @@ def test_same_seed_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
     write_world(str(tmp_path), images=25, val_images=5, seed=4, images_per_shard=10)
     for path in (path for path in root.rglob("*") if path.is_file()):
         assert path.read_bytes() == (tmp_path / path.relative_to(root)).read_bytes(), path.name
-    drawn = [parse_source(f"wds:{folder}").units() for folder in (root, tmp_path)]
+    drawn = [open_source(f"wds:{folder}").list_units() for folder in (root, tmp_path)]
     assert [unit.id for unit in drawn[0]] == [unit.id for unit in drawn[1]]  # by which the pipeline orders rows
     write_world(str(tmp_path / "other"), images=10, seed=5, images_per_shard=10)
     assert (tmp_path / "other/train/00000.tar").read_bytes() != (root / "train/00000.tar").read_bytes()

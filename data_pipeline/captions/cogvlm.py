@@ -24,10 +24,11 @@ class CogVlmCaptioner:
 
     name, version = "cogvlm", 1
 
-    def __init__(self, spec: CaptionerSpec, path: Path, device: str) -> None:
+    def __init__(self, spec: CaptionerSpec, device: str) -> None:
         import torch
         import transformers
 
+        path = resolve(spec.checkpoint)
         _check_code(spec, path)
         self._spec, self._device = spec, device
         # bf16 is what the checkpoint was trained in; without a GPU it is emulated and slow
@@ -51,7 +52,7 @@ class CogVlmCaptioner:
         template = {"template_version": self._spec.template} if self._spec.template else {}
         build = self._model.build_conversation_input_ids
         rows = [build(self._tokenizer, query=query, history=[], images=[image], **template) for image in images]
-        inputs = left_padded(rows, self._tokenizer.pad_token_id or 0)
+        inputs = pad_left(rows, self._tokenizer.pad_token_id or 0)
         given: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in inputs.items()}
         given["images"] = [[row["images"][0].to(self._device, self._dtype)] for row in rows]
         with torch.inference_mode():
@@ -64,8 +65,8 @@ class CogVlmCaptioner:
         return [" ".join(text.split(end)[0].split()) for text in texts]
 
 
-def left_padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
-    """Unbatched conversations as (B, L) tensors; padding is language tokens that nothing attends to."""
+def pad_left(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
+    """Unbatched conversations as (B, L) tensors, padded on the left: generation continues at the right end of a row."""
     import torch
 
     length = max(len(row["input_ids"]) for row in rows)

@@ -1,97 +1,40 @@
-"""Captioners: images to captions, behind one interface. To add one, write a class and put a line into CAPTIONERS."""
-
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
-from PIL import Image
+"""CAPTIONERS: every way to caption images. To add one, write a class beside this file and a line below."""
 
 from data_pipeline.captions.cogvlm import CogVlmCaptioner
+from data_pipeline.captions.image_to_text import TransformersCaptioner
 from data_pipeline.captions.server import ServerCaptioner
 from data_pipeline.captions.spec import Captioner, CaptionerSpec
 from data_pipeline.checkpoints import resolve, weights_hash
 from infra.errors import UserError, nearest
 
-__all__ = ["CAPTIONERS", "Captioner", "CaptionerSpec", "TransformersCaptioner", "captioner_weights", "open_captioner"]
-
-
-class TransformersCaptioner:
-    """Any image-to-text model that transformers loads by Auto classes (BLIP, GIT, ViT + text decoder, Florence ...)."""
-
-    name, version = "transformers", 1
-
-    def __init__(self, spec: CaptionerSpec, path: Path, device: str) -> None:
-        self._spec, self._device = spec, device
-        self._model, self._processor = _load_image_to_text(path)
-        self._model.to(device)
-
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        import torch
-
-        given: dict[str, Any] = {"images": list(images), "return_tensors": "pt"}
-        if self._spec.prompt:
-            given["text"] = [self._spec.prompt] * len(images)
-        inputs = {key: value.to(self._device) for key, value in self._processor(**given).items()}
-        with torch.inference_mode():
-            ids = self._model.generate(
-                **inputs,
-                max_new_tokens=self._spec.max_new_tokens,
-                num_beams=self._spec.num_beams,
-                do_sample=False,
-            )
-        texts = self._processor.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip().removeprefix(self._spec.prompt).strip() for text in texts]
-
-
-def _load_image_to_text(path: Path) -> tuple[Any, Any]:
-    """Model and processor from a folder; VisionEncoderDecoder folders have image processor and tokenizer apart."""
-    import torch
-    import transformers
-
-    if not (path / "config.json").is_file():
-        raise UserError(f"no captioner at {path}: expected a transformers folder with config.json and weights")
-    transformers.utils.logging.disable_progress_bar()  # the run shows its own
-    # transformers takes the stored dtype by default; fp16 on a CPU is slower and overflows
-    given: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.model_type == "vision-encoder-decoder":
-        pair: Any = transformers.VisionEncoderDecoderModel.from_pretrained(path, **given)
-        images = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return pair.eval(), _Pair(images, tokenizer)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, **given)
-    return model.eval(), transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
-
-
-class _Pair:
-    """An image processor and a tokenizer with a processor's face."""
-
-    def __init__(self, images: Any, tokenizer: Any) -> None:
-        self._images, self.batch_decode = images, tokenizer.batch_decode
-
-    def __call__(self, *, images: list[Image.Image], return_tensors: str, **_: Any) -> Any:
-        return self._images(images, return_tensors=return_tensors)
-
-
-CAPTIONERS: dict[str, Callable[[CaptionerSpec, Path, str], Captioner]] = {
+CAPTIONERS: dict[str, type[Captioner]] = {
     "transformers": TransformersCaptioner,
     "cogvlm": CogVlmCaptioner,
     "server": ServerCaptioner,
 }
-_SERVED = ("server",)  # their weights lie elsewhere: the model's name and stated revision stand for them
+
+
+def get_captioner(name: str) -> type[Captioner]:
+    """The class of that name; an unknown one is refused with the nearest known."""
+    if name not in CAPTIONERS:
+        raise UserError(f"unknown captioner {name!r}{nearest(name, CAPTIONERS)}: one of {', '.join(CAPTIONERS)}")
+    return CAPTIONERS[name]
 
 
 def open_captioner(spec: CaptionerSpec, device: str) -> Captioner:
     """The captioner with its weights loaded, or ready to ask its server."""
-    path = Path() if spec.name in _SERVED else resolve(spec.checkpoint)
-    return CAPTIONERS[spec.name](spec, path, device)
+    return get_captioner(spec.name)(spec, device)
 
 
-def captioner_weights(spec: CaptionerSpec) -> str:
-    """What names the weights in a fingerprint; UserError for an unknown captioner or a checkpoint that is not there."""
-    if spec.name not in CAPTIONERS:
-        known = ", ".join(CAPTIONERS)
-        raise UserError(f"unknown captioner {spec.name!r}{nearest(spec.name, CAPTIONERS)}: one of {known}")
-    if spec.url or spec.name in _SERVED:
-        spec.address()  # said before any work, and before plan.yaml holds it
-    return f"served:{spec.checkpoint}" if spec.name in _SERVED else weights_hash(resolve(spec.checkpoint))
+def identify_weights(spec: CaptionerSpec) -> str:
+    """What stands for the weights in the column's fingerprint; UserError for a checkpoint that is not there.
+
+    A hash of the checkpoint's files, unless the captioner has an `identify_weights` of its own (a server's weights lie
+    elsewhere). A captioner without weights is named with an empty checkpoint.
+    """
+    own = getattr(get_captioner(spec.name), "identify_weights", None)
+    if spec.url:
+        spec.address()  # refused before any work, and before plan.yaml holds a secret
+    if own is not None:
+        return own(spec)
+    return weights_hash(resolve(spec.checkpoint)) if spec.checkpoint else "none"

@@ -1,6 +1,6 @@
 """Captions from any server that speaks OpenAI's chat protocol with images: LMDeploy, vLLM, a hosted model.
 
-One async client per worker: bounded requests in flight, retries with growing waits, a budget that all workers share.
+One async client per worker: a bounded number of requests in flight, retries with growing waits.
 The key comes from the environment and is never shown.
 """
 
@@ -10,12 +10,10 @@ import io
 import os
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from data_pipeline.captions.budget import Budget
 from data_pipeline.captions.spec import DESCRIBE, CaptionerSpec
 from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
@@ -31,11 +29,15 @@ class ServerCaptioner:
 
     name, version = "server", 1
 
-    def __init__(self, spec: CaptionerSpec, path: Path | None, device: str) -> None:
+    def __init__(self, spec: CaptionerSpec, device: str) -> None:
         self._spec = spec
         self._address = spec.address() + "/chat/completions"
-        self._requests = Budget("requests", spec.budget_requests, spec.claims)
-        self._tokens = Budget("tokens", spec.budget_tokens, spec.claims)
+
+    @staticmethod
+    def identify_weights(spec: CaptionerSpec) -> str:
+        """The weights lie on the server: the model's name stands for them (`spec.revision` enters on its own)."""
+        spec.address()
+        return f"served:{spec.checkpoint}"
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
         return asyncio.run(self._all(images))
@@ -65,9 +67,6 @@ class ServerCaptioner:
 
         body, problem = self._body(image), ""
         for attempt in range(self._spec.attempts):
-            self._requests.check()
-            self._tokens.check()  # what is in flight is known only when it is answered
-            self._requests.spend(1)
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
             try:
                 answer = await client.post(self._address, json=body)
@@ -109,10 +108,7 @@ class ServerCaptioner:
 
     def _read(self, answer: Any) -> str:
         try:
-            data = answer.json()
-            choice = data["choices"][0]
-            self._tokens.spend(int((data.get("usage") or {}).get("total_tokens", 0)))
-            return str(choice["message"].get("content") or "")
+            return str(answer.json()["choices"][0]["message"].get("content") or "")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"caption server {self._spec.url}: its answer is not of OpenAI's chat form") from error
 

@@ -1,17 +1,16 @@
-"""What a captioner is and what identifies one; the captioners themselves stand in captioners.py and beside it."""
+"""What a captioner is, and the settings that choose and identify one; `registry.py` lists them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-import tyro
 from PIL import Image
 
 from infra.errors import UserError
 from infra.s3 import shown_address
 
 # The nearest public text to what SD3's captions were made with: LAION-POP's instruction, in our words. The fixed
-# opening makes the model start with the picture itself; column.py cuts it off.
+# opening makes the model start with the picture itself; stage.py cuts it off.
 DESCRIBE = (
     "Describe this image in at most two paragraphs. Say which objects there are and how many of each, what they do and "
     "how they relate, the background, any readable text, the light and the style (photograph, cartoon, 3D render). "
@@ -20,12 +19,19 @@ DESCRIBE = (
 
 
 class Captioner(Protocol):
-    """`name` and `version` are part of the column's fingerprint; raise the version when captions change."""
+    """Images to captions, made as `Class(spec, device)`, once per worker.
+
+    `version` is part of the column's fingerprint: raise it when the same weights and settings give other captions.
+    """
 
     name: str
     version: int
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]: ...
+    def __init__(self, spec: "CaptionerSpec", device: str) -> None: ...
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One text per image, in order. A caption that cannot be made is ""; raise UserError to stop the run."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class CaptionerSpec:
     """Which captioner, with which weights and generation settings."""
 
     name: str
-    """transformers (any image-to-text folder), cogvlm (its own code, in the folder) or server (OpenAI's protocol)."""
+    """A line of CAPTIONERS: transformers (any image-to-text folder), cogvlm (its own code) or server (OpenAI's API)."""
     checkpoint: str
     """Folder with weights; for `server` the model's name there."""
     prompt: str = ""
@@ -58,16 +64,6 @@ class CaptionerSpec:
     """server: tries per image, with growing waits."""
     timeout_s: float = 120
     """server: seconds per try."""
-    budget_requests: int | None = None
-    """server: requests (retries included) that all workers together may send before the run stops."""
-    budget_tokens: int | None = None
-    """server: tokens (in and out, as the server counts them) of all workers after which no more requests are sent."""
-    claims: Annotated[str, tyro.conf.Suppress] = ""
-    """Where workers share out the budget; the run sets it."""
-
-    @property
-    def has_budget(self) -> bool:
-        return self.budget_requests is not None or self.budget_tokens is not None
 
     def identity(self) -> dict[str, Any]:
         """Everything that captions depend on; where and how patiently they are asked for does not belong to it."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.captions.registry import CAPTIONERS, Captioner, CaptionerSpec, open_captioner
+from data_pipeline.captions.registry import get_captioner, open_captioner
+from data_pipeline.captions.spec import Captioner, CaptionerSpec
 from data_pipeline.curation.filters import clean_caption
 from data_pipeline.stages.stage import OK, ShardView, Worker, result
 from infra.errors import UserError
@@ -44,7 +45,7 @@ class CaptionStage:
     inputs: tuple[str, ...] = ("ingest",)
 
     def identity(self) -> dict[str, object]:
-        version = getattr(CAPTIONERS[self.spec.name], "version", 0)
+        version = get_captioner(self.spec.name).version
         return {"version": VERSION, "captioner": version, "weights": self.weights, **self.spec.identity()}
 
     def open(self) -> Worker:
@@ -54,7 +55,7 @@ class CaptionStage:
             texts: list[str] = []
             for _, images in shard.image_batches(shard.rows, self.batch):
                 texts += caption_images(captioner, images)
-            judged = [judge(text) for text in texts]
+            judged = [judge_caption(text) for text in texts]
             return result(
                 shard.rows,
                 [status for status, _ in judged],
@@ -71,7 +72,7 @@ def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[
         if len(captions) != len(images):
             raise ValueError(f"{captioner.name} gave {len(captions)} captions for {len(images)} images")
         return captions
-    except UserError:  # no server, no budget: nothing that is wrong with an image
+    except UserError:  # no server: nothing that is wrong with an image
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         if len(images) == 1:
@@ -80,7 +81,7 @@ def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[
         return [text for image in images for text in caption_images(captioner, [image])]
 
 
-def judge(text: str) -> tuple[str, str]:
+def judge_caption(text: str) -> tuple[str, str]:
     """(status, caption): boilerplate openings trimmed; empty, refusing and runaway captions get a status."""
     caption = clean_caption(text)
     if _REFUSALS.match(caption):

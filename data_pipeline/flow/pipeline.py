@@ -6,7 +6,6 @@ training shards.
 """
 
 import json
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +31,7 @@ from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejec
 from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import Plan, build_columns, vae_meta
-from data_pipeline.sources.registry import Source, source_to_json
+from data_pipeline.sources.source import Source
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.ledger import Todo
 from data_pipeline.stages.proven import Proven
@@ -76,9 +75,6 @@ class Pipeline:
         self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
         self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
-        if plan.captioner.has_budget:  # each run has the whole of it
-            claims = storage.join(root, f"claims/{uuid.uuid4().hex}")
-            plan = replace(plan, captioner=replace(plan.captioner, claims=claims))
         self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.proven = Proven(root)
@@ -113,7 +109,7 @@ class Pipeline:
     # --- ingest, filter, signature, bucket: one pass over the source
 
     def _ingest(self) -> None:
-        units = [unit for unit in self.source.units() if self.only_split in (None, unit.split)]
+        units = [unit for unit in self.source.list_units() if self.only_split in (None, unit.split)]
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: omit --split, or name another")
         ingest, column = self.columns.ingest
@@ -130,7 +126,7 @@ class Pipeline:
             shards = json.loads(shards_of[unit.id,]) if known else []
             if not known or not self._complete(shards):
                 todo.add({**asdict(unit), "known": {shard: self.proven.described(shard) for shard in shards}})
-        task = IngestTask(self.root, source_to_json(self.source), ingest, column, self.columns.light)
+        task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
         for report in self.crew.work("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, report["manifests"]):
                 self._take(manifest, report["split"])
@@ -220,15 +216,11 @@ class Pipeline:
     def encode(self, verdicts: Verdicts) -> None:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
-        try:
-            if self.caption_workers is None and environment is None:
-                self._encode(heavy, verdicts, self.crew.workers)
-                return
-            self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
-            self._encode(heavy[1:], verdicts, self.crew.workers)
-        finally:
-            for claim in storage.list_files(self.plan.captioner.claims) if self.plan.captioner.claims else ():
-                storage.delete(claim)
+        if self.caption_workers is None and environment is None:
+            self._encode(heavy, verdicts, self.crew.workers)
+            return
+        self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
+        self._encode(heavy[1:], verdicts, self.crew.workers)
 
     def _encode(
         self,

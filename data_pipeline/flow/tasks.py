@@ -1,6 +1,6 @@
 """What a worker does with one unit: ingest a source file, add columns to a shard, pack an output shard."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from data_pipeline.flow.runner import Report, Unit
 from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, in_ranges
 from data_pipeline.packing.pack import Output, pack_output
 from data_pipeline.sources.ingest import Ingest
-from data_pipeline.sources.registry import SourceUnit, source_from_json
+from data_pipeline.sources.source import Source, SourceUnit
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.stage import ShardView, Stage, Worker
 
@@ -41,14 +41,13 @@ class IngestTask:
     """
 
     root: str
-    source: Mapping[str, Any]
+    source: Source
     ingest: Ingest
     column: Column
     light: tuple[tuple[Stage, Column], ...]
     keep_bytes: int = 256 * 2**20
 
     def open(self) -> Callable[[Unit], Report]:
-        source = source_from_json(self.source)
         workers = [(stage.open(), column) for stage, column in self.light]
 
         def run(unit: Unit) -> Report:
@@ -60,7 +59,7 @@ class IngestTask:
             made: list[Manifest] = []
             if not known:
                 found = SourceUnit(unit["id"], unit["split"], unit["where"])
-                ingested, tables = self.ingest.run(source, found, self.column, keep_bytes=self.keep_bytes)
+                ingested, tables = self.ingest.run(self.source, found, self.column, keep_bytes=self.keep_bytes)
                 made.append(ingested)
                 known = {part.shard: {"ingest": [part]} for part in ingested.parts}
             for shard, parts in known.items():

@@ -22,7 +22,7 @@ _AGENT = "Mozilla/5.0 (compatible; beeline)"
 
 
 @dataclass(frozen=True)
-class Fetch:
+class FetchLimits:
     """Bounds of one download."""
 
     max_bytes: int = 32 * 2**20
@@ -45,7 +45,7 @@ class FetchError(Exception):
         self.status, self.reason, self.network = status, reason, network
 
 
-def fetch(url: str, bounds: Fetch) -> bytes:
+def fetch(url: str, bounds: FetchLimits) -> bytes:
     """The body behind a URL; FetchError otherwise."""
     until = time.monotonic() + bounds.timeout_s
     for _ in range(bounds.redirects + 1):
@@ -87,7 +87,7 @@ def _checked(url: str) -> SplitResult:
     return parts
 
 
-def _connect(parts: SplitResult, bounds: Fetch, until: float) -> "_Pinned":
+def _connect(parts: SplitResult, bounds: FetchLimits, until: float) -> "_Pinned":
     host, secure = parts.hostname or "", parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     try:
@@ -162,7 +162,7 @@ def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.cli
     return connection.getresponse()
 
 
-def _body(answer: http.client.HTTPResponse, bounds: Fetch) -> tuple[bytes, int | None]:
+def _body(answer: http.client.HTTPResponse, bounds: FetchLimits) -> tuple[bytes, int | None]:
     """All bytes that came, and how many were promised."""
     length = answer.getheader("content-length") or ""
     stated = int(length) if length.isdecimal() else None

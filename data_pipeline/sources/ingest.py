@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from data_pipeline.formats.schema import Manifest
 from data_pipeline.packing.shards import plain_key
-from data_pipeline.sources.registry import RawRow, Source, SourceUnit
+from data_pipeline.sources.source import RawRow, Source, SourceUnit
 from data_pipeline.stages.columns import Column
 
 VERSION = 1
@@ -39,7 +39,7 @@ class Ingest:
 
         def tables() -> Iterator[tuple[str, pa.Table]]:
             room = keep_bytes
-            for number, rows in enumerate(self._chunks(source.rows(unit))):
+            for number, rows in enumerate(self._chunks(source.read_rows(unit))):
                 shard, table = f"{unit.id}-{number:03d}", _table(rows)
                 rows.clear()
                 room -= table.nbytes

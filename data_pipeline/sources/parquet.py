@@ -9,17 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.formats.schema import fingerprint
-from data_pipeline.sources.fetch import Fetch
-from data_pipeline.sources.layouts import fetch_rows
 from data_pipeline.sources.source import (
     RawRow,
+    SourceOptions,
     SourceUnit,
-    etags_below,
-    existing,
+    fetch_rows,
+    list_etags,
+    list_existing,
+    parse_split,
     read_row,
-    split_name,
-    split_of,
-    stamp,
+    split_from_path,
+    stamp_file,
 )
 from infra import storage
 from infra.errors import UserError, nearest
@@ -34,13 +34,11 @@ class ParquetSource:
     """Parquet rows with image bytes (or Hugging Face's {bytes, path}, or a local path) and a caption."""
 
     uri: str
-    image_column: str = ""
-    caption_column: str = ""
-    fetch: Fetch | None = None
+    options: SourceOptions = SourceOptions()  # noqa: RUF009 - frozen
 
-    def units(self) -> list[SourceUnit]:
-        units, etags = [], etags_below(self.uri)
-        for file in existing(self.uri, (".parquet",), "parquet files"):
+    def list_units(self) -> list[SourceUnit]:
+        units, etags = [], list_etags(self.uri)
+        for file in list_existing(self.uri, (".parquet",), "parquet files"):
             with storage.open_read(file) as stream:
                 parquet = _open_parquet(stream, file)
                 image, caption = self._columns(parquet.schema_arrow, file)
@@ -48,8 +46,8 @@ class ParquetSource:
                     where = {"file": file, "group": group, "image": image, "caption": caption}
                     relative = file.removeprefix(self.uri.rstrip("/") + "/")
                     stem = posixpath.basename(file).rsplit(".", 1)[0]
-                    split = split_of(relative) or (split_name(stem.split("-")[0]) if "-" in stem else "")
-                    mark = fingerprint([relative, where, stamp(file, etags)])[:10]
+                    split = split_from_path(relative) or (parse_split(stem.split("-")[0]) if "-" in stem else "")
+                    mark = fingerprint([relative, where, stamp_file(file, etags)])[:10]
                     label = f"{split or 'all'}-{stem[-40:]}-{group:04d}-{mark}"
                     units.append(SourceUnit(label.replace(".", "_"), split, where))
         return units
@@ -58,13 +56,13 @@ class ParquetSource:
         names = schema.names
         chosen = []
         for what, asked, known in (
-            ("image", self.image_column, IMAGE_COLUMNS),
-            ("caption", self.caption_column, CAPTION_COLUMNS),
+            ("image", self.options.image_column, IMAGE_COLUMNS),
+            ("caption", self.options.caption_column, CAPTION_COLUMNS),
         ):
             name = asked or next((k for k in known if k in names), "")
             urls = [n for n in names if n.lower() == "url"]
             if what == "image" and not name and urls:
-                if self.fetch is None:
+                if not self.options.fetch_urls:
                     raise UserError(
                         f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
                         "or, for not too many, add --fetch-urls"
@@ -78,10 +76,10 @@ class ParquetSource:
             chosen.append(name)
         return chosen[0], chosen[1]
 
-    def rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+    def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         """A row group may be larger than memory, and so may the images behind its URLs: some rows at a time."""
         where, number = unit.where, 0
-        urls = self.fetch is not None and where["image"].lower() == "url"
+        urls = self.options.fetch_urls and where["image"].lower() == "url"
         with storage.open_read(where["file"]) as stream:
             parquet = _open_parquet(stream, where["file"])
             has_key = "key" in parquet.schema_arrow.names
@@ -98,9 +96,8 @@ class ParquetSource:
                 yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
 
     def _fetched(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
-        assert self.fetch is not None
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
-        return fetch_rows(items, self.fetch, where["file"])
+        return fetch_rows(items, self.options.fetch, where["file"])
 
     def _found(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         for key, row in zip(keys, rows):

@@ -3,10 +3,13 @@
 A unit's id names what it holds (path, size, time): a changed file is a new unit, an unchanged one is never redone.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from data_pipeline.sources.fetch import FetchError, FetchLimits, fetch
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError
 
@@ -17,8 +20,9 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "val"),
 }
-FOLDER_ROWS = 500
+ROWS_PER_UNIT = 500  # of sources that list single files
 MAX_IMAGE_BYTES = 256 * 2**20
+_DEAD_ROWS = 10  # with so many URLs of a file and not one answer, the network is down, not the images gone
 
 
 class RawRow(NamedTuple):
@@ -41,20 +45,37 @@ class SourceUnit:
     where: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the command line says of all sources; each takes what concerns it."""
+
+    image_column: str = ""
+    """Tables: the column with image bytes or a path; "" finds it by name."""
+    caption_column: str = ""
+    """Tables: the column with the caption; "" finds it by name."""
+    fetch_urls: bool = False
+    """Parquet: fetch the images that a url column names."""
+    fetch: FetchLimits = FetchLimits()  # noqa: RUF009 - frozen
+
+
 class Source(Protocol):
-    """A kind of input."""
+    """A layout that raw images come in, made as `Class(uri, options)`. It is pickled: it must hold no open file."""
 
-    def units(self) -> list[SourceUnit]: ...
+    def list_units(self) -> list[SourceUnit]:
+        """What the driver deals out. An id must change when the unit's content does, and name it without reading it."""
+        ...
 
-    def rows(self, unit: SourceUnit) -> Iterator[RawRow]: ...
+    def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        """The rows of one unit, in a worker. What cannot be read is a row with a status; a dead store raises."""
+        ...
 
 
-def etags_below(uri: str) -> Mapping[str, str]:
-    """For `stamp`: what one listing says of all objects there; nothing for local files."""
+def list_etags(uri: str) -> Mapping[str, str]:
+    """For `stamp_file`: what one listing says of all objects there; nothing for local files."""
     return storage.etags(uri) if storage.is_remote(uri) else {}
 
 
-def stamp(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
+def stamp_file(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     """What changes when a file changes, without reading it: equal names and stamps are equal contents."""
     if storage.is_remote(uri):
         return [etags[uri] if uri in etags else storage.etags(uri)[uri]]
@@ -62,29 +83,29 @@ def stamp(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     return [state.st_size, state.st_mtime_ns]
 
 
-def marks(uris: Sequence[str], etags: Mapping[str, str] = {}) -> list[object]:
-    """`stamp` of each; None for a file that is not there, whose row will say so."""
+def stamp_files(uris: Sequence[str], etags: Mapping[str, str] = {}) -> list[object]:
+    """`stamp_file` of each; None for a file that is not there, whose row will say so."""
     found: list[object] = []
     for uri in uris:
         try:
-            found.append(stamp(uri, etags))
+            found.append(stamp_file(uri, etags))
         except (FileNotFoundError, KeyError):
             found.append(None)
     return found
 
 
-def split_name(word: str) -> str:
+def parse_split(word: str) -> str:
     """train or val for what data sets call train, val, validation, dev or test: the held-out are not trained on."""
     return _SPLIT_NAMES.get(word.lower(), "")
 
 
-def split_of(relative: str) -> str:
+def split_from_path(relative: str) -> str:
     """train/00000.tar belongs to train, validation/00000.tar to val; what lies in no such folder to no split."""
     first, slash, _ = relative.partition("/")
-    return split_name(first) if slash else ""
+    return parse_split(first) if slash else ""
 
 
-def existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
+def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     """Files of a folder with these endings, or the file itself; UserError when there are none."""
     found = [name for name in storage.list_files(uri) if name.lower().endswith(suffixes)]
     if not found:
@@ -102,3 +123,25 @@ def read_row(key: str, uri: str, caption: bytes | str | None) -> RawRow:
         raise
     except UserError as error:
         return RawRow(key, None, caption, "unreadable", str(error))
+
+
+def draw_one(seed: str, choices: Sequence[str]) -> str:
+    """One of several, the same one every time for the same row."""
+    return random.Random(seed).choice(list(choices))
+
+
+def fetch_rows(items: Sequence[tuple[str, str, str | None]], limits: FetchLimits, where: str) -> Iterator[RawRow]:
+    """(key, url, caption) to rows, in order; failed downloads are counted rows."""
+
+    def one(item: tuple[str, str, str | None]) -> tuple[RawRow, bool]:
+        key, url, caption = item
+        try:
+            return RawRow(key, fetch(url, limits), caption, info={"url": url}), False
+        except FetchError as error:
+            return RawRow(key, None, caption, error.status, error.reason, {"url": url}), error.network
+
+    with ThreadPoolExecutor(limits.threads) as pool:
+        done = list(pool.map(one, items))
+    if len(done) >= _DEAD_ROWS and all(network for _, network in done):
+        raise UnavailableError(f"{where}: not one of {len(done)} URLs answered: is the network up? Run it again then")
+    yield from (row for row, _ in done)

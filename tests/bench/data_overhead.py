@@ -25,7 +25,7 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.runner import Workers, connect
 from data_pipeline.plans import world
-from data_pipeline.sources.registry import parse_source
+from data_pipeline.sources.registry import open_source
 from data_pipeline.stages.stage import ShardView
 from data_pipeline.world.write import write_world
 from model.encoders.networks import load_text_encoders
@@ -37,7 +37,7 @@ Rows = list[tuple[torch.Tensor, list, list[str]]]  # per shard: pixels, pictures
 
 
 def pipeline(root: Path, raw: Path, workers: Workers) -> Pipeline:
-    return Pipeline(PLAN, str(root), parse_source(f"wds:{raw}"), workers=workers)
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=workers)
 
 
 def rows_in_memory(root: Path, raw: Path) -> Rows:

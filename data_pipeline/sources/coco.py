@@ -1,0 +1,64 @@
+"""COCO-2014 with its captions: annotations/captions_{train,val}2014.json, the images in folders beside it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.source import (
+    ROWS_PER_UNIT,
+    SPLITS,
+    RawRow,
+    SourceOptions,
+    SourceUnit,
+    draw_one,
+    list_etags,
+    read_row,
+    stamp_files,
+)
+from infra import storage
+from infra.errors import MissingError, UserError
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """COCO-2014: annotations/captions_{train,val}2014.json with the images beside; one of the captions is drawn."""
+
+    uri: str
+    options: SourceOptions = SourceOptions()  # noqa: RUF009 - frozen
+
+    def list_units(self) -> list[SourceUnit]:
+        units, etags = [], list_etags(self.uri)
+        for split in SPLITS:
+            uri = storage.join(self.uri, f"annotations/captions_{split}2014.json")
+            if not storage.exists(uri):
+                continue
+            files, captions = self._read(uri)
+            rows = [
+                [f"{split}2014/{name}", draw_one(name, captions[number]) if captions.get(number) else ""]
+                for number, name in sorted(files.items())
+            ]
+            for first in range(0, len(rows), ROWS_PER_UNIT):
+                chosen = rows[first : first + ROWS_PER_UNIT]
+                held = stamp_files([storage.join(self.uri, relative) for relative, _ in chosen], etags)
+                label = f"{split}-coco2014-{first // ROWS_PER_UNIT:05d}-{fingerprint([chosen, held])[:10]}"
+                units.append(SourceUnit(label, split, {"rows": chosen}))
+        if not units:
+            raise MissingError(f"{self.uri}: no annotations/captions_val2014.json there: expected COCO-2014's layout")
+        return units
+
+    @staticmethod
+    def _read(uri: str) -> tuple[dict[int, str], dict[int, list[str]]]:
+        try:
+            data = json.loads(storage.read_bytes(uri))
+            files = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
+            captions: dict[int, list[str]] = {}
+            for said in sorted(data["annotations"], key=lambda said: said["id"]):
+                captions.setdefault(int(said["image_id"]), []).append(" ".join(str(said["caption"]).split()))
+            return files, captions
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{uri}: not COCO's captions ({type(error).__name__}: {error})") from error
+
+    def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        for relative, caption in unit.where["rows"]:
+            yield read_row(relative, storage.join(self.uri, relative), caption)

@@ -1,0 +1,91 @@
+"""Hugging Face's `datasets`, as its save_to_disk writes them: Arrow files, one folder per split or none."""
+
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.source import (
+    RawRow,
+    SourceOptions,
+    SourceUnit,
+    list_etags,
+    list_existing,
+    parse_split,
+    read_row,
+    stamp_file,
+)
+from infra import storage
+from infra.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class HuggingFaceSource:
+    """A folder that `datasets` wrote with save_to_disk: Arrow files, one folder per split or none."""
+
+    uri: str
+    options: SourceOptions = SourceOptions()  # noqa: RUF009 - frozen
+
+    def list_units(self) -> list[SourceUnit]:
+        units, etags = [], list_etags(self.uri)
+        for file in list_existing(self.uri, (".arrow",), "Arrow files of a data set (save_to_disk)"):
+            folder = posixpath.dirname(file)
+            if "/cache-" in file or not storage.exists(storage.join(folder, "dataset_info.json")):
+                continue
+            image, caption, names = self._columns(folder)
+            relative = file.removeprefix(self.uri.rstrip("/") + "/")
+            folder = relative.split("/")[0] if "/" in relative else self.uri.rstrip("/").rsplit("/", 1)[-1]
+            split = parse_split(folder.split("-")[0])
+            mark = fingerprint([relative, stamp_file(file, etags)])[:10]
+            label = f"{split or 'all'}-{posixpath.basename(file)[:40]}-{mark}"
+            where = {"file": file, "image": image, "caption": caption, "names": names}
+            units.append(SourceUnit(label.replace(".", "_"), split, where))
+        if not units:
+            raise UserError(f"{self.uri}: no dataset_info.json beside its Arrow files: expected save_to_disk's output")
+        return units
+
+    def _columns(self, folder: str) -> tuple[str, str, list[str]]:
+        """(image column, caption column, class names where the caption is a label)."""
+        uri = storage.join(folder, "dataset_info.json")
+        features: Mapping[str, Any] = json.loads(storage.read_bytes(uri)).get("features") or {}
+        kinds = {name: str(f.get("_type", "")) if isinstance(f, dict) else "" for name, f in features.items()}
+        images = [name for name, kind in kinds.items() if kind == "Image"]
+        texts = [n for n, f in features.items() if kinds[n] == "Value" and f.get("dtype") in ("string", "large_string")]
+        labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+        image = self.options.image_column or (images[0] if images else "")
+        known = [name for name in ("caption", "text", "prompt", "description") if name in texts]
+        caption = self.options.caption_column or next(iter([*known, *texts, *labels]), "")
+        for what, name in (("image", image), ("caption", caption)):
+            if name not in features:
+                raise UserError(f"{uri}: no {what} column {name}; it has {', '.join(features)}: name it with "
+                                f"--{what}-column{nearest(name, features) if name else ''}")  # fmt: skip
+        return image, caption, list(features[caption].get("names") or []) if caption in labels else []
+
+    def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        where, names = unit.where, unit.where["names"]
+        number = 0
+        try:
+            with storage.open_read(where["file"]) as stream, pa.ipc.open_stream(stream) as reader:
+                for batch in reader:
+                    columns = (batch.column(where[name]).to_pylist() for name in ("image", "caption"))
+                    for image, said in zip(*columns):
+                        caption = f"a photo of a {names[said]}" if names and said is not None else said
+                        yield self._row(f"{unit.id}-{number:06d}", image, caption, where["file"])
+                        number += 1
+        except pa.ArrowInvalid as error:
+            reason = f"readable up to row {number}, then: {str(error).splitlines()[0][:120]}"
+            yield RawRow(posixpath.basename(where["file"]), None, None, "truncated_arrow", reason)
+
+    @staticmethod
+    def _row(key: str, image: Any, caption: str | None, file: str) -> RawRow:
+        value = (image or {}).get("bytes") or (image or {}).get("path") if isinstance(image, dict) else image
+        if not value:
+            return RawRow(key, None, caption, "no_image", "the cell is empty")
+        if isinstance(value, bytes):
+            return RawRow(key, value, caption)
+        absolute = storage.is_remote(value) or value.startswith("/")
+        return read_row(key, value if absolute else storage.join(posixpath.dirname(file), value), caption)
