@@ -10,7 +10,7 @@ from eval.report.data import ReportData, Run
 from eval.report.law import Scaling, fit_ladder
 from eval.report.predict import Graded, grade
 from eval.report.series import Comparison, Task, compare, level_metrics, loss_when_scored, main_loss, score_families
-from eval.scaling.correlation import Correlation, across_runs, equal_images, within_runs
+from eval.scaling.correlation import Correlation, correlate_across_runs, correlate_within_runs, find_equal_images
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def headline_metrics(families: Mapping[str, Sequence[Task]]) -> list[str]:
 def correlate(losses: Comparison, scores: Comparison) -> tuple[int | None, Correlation, Correlation]:
     """(images, across runs at those images, within runs), with the loss that each run had when it was scored."""
     x, y = loss_when_scored(losses, scores), scores.values()
-    images = equal_images(x, y)
+    images = find_equal_images(x, y)
     both = [run for run in x if images in x[run]] if images is not None else []
     across = (
-        across_runs([x[run][images] for run in both], [y[run][images] for run in both])
+        correlate_across_runs([x[run][images] for run in both], [y[run][images] for run in both])
         if images
-        else across_runs([], [])
+        else correlate_across_runs([], [])
     )
-    return images, across, within_runs([(list(x[run].values()), [y[run][i] for i in x[run]]) for run in x])
+    return images, across, correlate_within_runs([(list(x[run].values()), [y[run][i] for i in x[run]]) for run in x])

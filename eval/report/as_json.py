@@ -10,7 +10,8 @@ import numpy as np
 from eval.report import tables
 from eval.report.analysis import Report
 from eval.report.data import Run
-from eval.report.law import Scaling, read_coverage
+from eval.report.law import Scaling
+from eval.scaling.coverage import read_coverage
 from infra.version import code_version
 
 

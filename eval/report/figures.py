@@ -8,7 +8,7 @@ from eval.report.plots import Dots, Draw, Drawn, Line, Panel, render
 from eval.report.series import Comparison, Point, Task, loss_when_scored
 from eval.report.style import count_text
 from eval.report.tables import PAPER_GENEVAL, PAPER_TASKS
-from eval.scaling.laws import loss_at
+from eval.scaling.laws import interpolate_loss
 
 
 def draw_all(report: Report) -> list[Drawn]:
@@ -68,7 +68,7 @@ def _law(report: Report) -> Plan:
     scaling = report.scaling
     if scaling.size is None:
         return
-    dots = [_as_line(report, c.run, [(c.parameters, loss_at(c, scaling.images))]) for c in scaling.curves]
+    dots = [_as_line(report, c.run, [(c.parameters, interpolate_loss(c, scaling.images))]) for c in scaling.curves]
     text = (
         "Dashed: L(N) = E + A/N^alpha; band: 95 % over resampled runs. Hollow: the next rung, its interval for one run."
     )

@@ -1,10 +1,8 @@
 """The scaling part of a report: laws fitted to the ladder's validation losses, or the reason why there are none."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,20 +10,17 @@ from eval.report.data import Run, counted_parameters
 from eval.report.series import Comparison
 from eval.report.style import count_text
 from eval.report.tables import recipe_differences
-from eval.scaling.coverage import COVERAGE
-from eval.scaling.intervals import Bootstrap, Interval, bootstrap, compute_bootstrap
+from eval.scaling.frontier import Frontier, fit_flops_law, solve_frontier
+from eval.scaling.intervals import Bootstrap, Interval, bootstrap_law, derive_compute_bootstrap
 from eval.scaling.laws import (
-    Curve,
-    Frontier,
-    Points,
+    FitPoints,
+    LossCurve,
+    collect_joint_points,
+    collect_size_points,
+    find_shortage,
     fit_law,
-    flops_law,
-    frontier,
-    joint_points,
-    loss_at,
-    size_points,
-    thin,
-    too_little,
+    interpolate_loss,
+    thin_curve,
 )
 
 # Recipe fields that make two runs of one size no more unlike than two seeds do; `images` has a caution of its own.
@@ -56,7 +51,7 @@ class Scaling:
     """
 
     reason: str | None
-    curves: tuple[Curve, ...] = ()
+    curves: tuple[LossCurve, ...] = ()
     images: float = 0.0
     size: Bootstrap | None = None
     joint: Bootstrap | None = None
@@ -77,13 +72,13 @@ class Scaling:
 
 def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
     """Fits to the main validation loss of the runs of one backbone whose size and FLOPs are known."""
-    known = [thin(curve) for curve in curves_of(runs, losses)]
+    known = [thin_curve(curve) for curve in curves_of(runs, losses)]
     known = [curve for curve in known if len(curve.images) >= 3]
     without = [run.name for run in runs if run.name not in {curve.run for curve in known}]
     curves, notes = _of_one_backbone(runs, known)
     if not curves:
         return Scaling("no run has three validation losses together with its size and FLOPs (plan.json)")
-    reason = too_little(curves)
+    reason = find_shortage(curves)
     if reason is None and _overlap(curves) is None:
         reason = "the runs share no number of images at which their losses can be compared"
     if reason is not None:
@@ -92,15 +87,15 @@ def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
         )
         return Scaling(reason + left, tuple(curves), notes=notes)
     images = float(min(curve.images[-1] for curve in curves))
-    size_boot, joint_boot = _fitted(size_points(curves, images)), _fitted(joint_points(curves))
+    size_boot, joint_boot = _fitted(collect_size_points(curves, images)), _fitted(collect_joint_points(curves))
     joint_law = joint_boot.law
-    factor, kappa = flops_law(curves)
+    factor, kappa = fit_flops_law(curves)
     joint = joint_law.exponents[0] + kappa * joint_law.exponents[1]
     alpha_B, beta_B = joint_boot.theta_BQ[:, 2], joint_boot.theta_BQ[:, 4]
     spread_B = alpha_B + kappa * beta_B
-    best, most = frontier(joint_law, factor, kappa), max(float(curve.compute[-1]) for curve in curves)
+    best, most = solve_frontier(joint_law, factor, kappa), max(float(curve.compute[-1]) for curve in curves)
     return Scaling(
-        None, tuple(curves), images, size_boot, joint_boot, compute_bootstrap(joint_boot, factor, kappa),
+        None, tuple(curves), images, size_boot, joint_boot, derive_compute_bootstrap(joint_boot, factor, kappa),
         best=best,
         size_exponent=_quantiles(joint_law.exponents[1] / joint, beta_B / spread_B),
         images_exponent=_quantiles(joint_law.exponents[0] / joint, alpha_B / spread_B),
@@ -112,10 +107,10 @@ def fit_ladder(runs: Sequence[Run], losses: Comparison | None) -> Scaling:
     )  # fmt: skip
 
 
-def _of_one_backbone(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[list[Curve], tuple[str, ...]]:
+def _of_one_backbone(runs: Sequence[Run], curves: Sequence[LossCurve]) -> tuple[list[LossCurve], tuple[str, ...]]:
     """The curves of the backbone that has most sizes (then most runs), and who is left out: a law is of one family."""
     kinds = {run.name: run.backbone for run in runs}
-    groups: dict[str, list[Curve]] = {}
+    groups: dict[str, list[LossCurve]] = {}
     for curve in curves:
         groups.setdefault(kinds[curve.run], []).append(curve)
     chosen = max(groups, key=lambda kind: (len({c.parameters for c in groups[kind]}), len(groups[kind])), default="")
@@ -124,7 +119,7 @@ def _of_one_backbone(runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[list
     return groups.get(chosen, []), told
 
 
-def _cautions(runs: Sequence[Run], curves: Sequence[Curve], images: float) -> Iterator[str]:
+def _cautions(runs: Sequence[Run], curves: Sequence[LossCurve], images: float) -> Iterator[str]:
     """What makes runs of one law less alike than it takes them for."""
     fields: set[str] = set()
     for size in {curve.parameters for curve in curves}:
@@ -142,32 +137,27 @@ def _cautions(runs: Sequence[Run], curves: Sequence[Curve], images: float) -> It
         )
 
 
-def curves_of(runs: Sequence[Run], losses: Comparison | None) -> list[Curve]:
+def curves_of(runs: Sequence[Run], losses: Comparison | None) -> list[LossCurve]:
     """The runs of which size, FLOPs and a curve are known. Runs that only differ in seed are separate curves."""
     curves = []
     for run in runs:
         points = [p for p in losses.points.get(run.name, []) if p.images > 0 and p.value > 0] if losses else []
         if run.parameters and run.flops_per_image and points:
             images, loss = np.array([p.images for p in points], float), np.array([p.value for p in points])
-            curves.append(Curve(run.name, run.parameters, run.flops_per_image, images, loss))
+            curves.append(LossCurve(run.name, run.parameters, run.flops_per_image, images, loss))
     return curves
 
 
-def read_coverage() -> dict[str, Any]:
-    """How often these intervals held the truth in simulated ladders (eval/scaling/coverage.py writes it)."""
-    return json.loads(COVERAGE.read_text(encoding="utf-8")) if COVERAGE.exists() else {}
+def _fitted(points: FitPoints) -> Bootstrap:
+    return bootstrap_law(points, fit_law(points))
 
 
-def _fitted(points: Points) -> Bootstrap:
-    return bootstrap(points, fit_law(points))
-
-
-def _overlap(curves: Sequence[Curve]) -> float | None:
+def _overlap(curves: Sequence[LossCurve]) -> float | None:
     low, high = max(c.images[0] for c in curves), min(c.images[-1] for c in curves)
     return float(high) if low <= high else None
 
 
-def _next_rung(runs: Sequence[Run], curves: Sequence[Curve], boot: Bootstrap, images: float) -> Prediction | None:
+def _next_rung(runs: Sequence[Run], curves: Sequence[LossCurve], boot: Bootstrap, images: float) -> Prediction | None:
     """One more step of the ladder: the same difference in depth, exact parameters from the recipe's model."""
     known = [run for run in runs if run.depth and run.name in {curve.run for curve in curves}]
     depths = sorted({run.depth for run in known if run.depth})
@@ -183,16 +173,16 @@ def _next_rung(runs: Sequence[Run], curves: Sequence[Curve], boot: Bootstrap, im
     return Prediction(depth, parameters, images, boot.loss(parameters, new_run=True))
 
 
-def _held_out(runs: Sequence[Run], curves: Sequence[Curve], images: float) -> Prediction | None:
+def _held_out(runs: Sequence[Run], curves: Sequence[LossCurve], images: float) -> Prediction | None:
     """The law of all smaller models, asked about the largest one that was really trained."""
     largest = max(c.parameters for c in curves)
     smaller = [c for c in curves if c.parameters < largest]
-    if too_little(smaller) is not None:
+    if find_shortage(smaller) is not None:
         return None
     target = next(c for c in curves if c.parameters == largest)
     depth = next((run.depth for run in runs if run.name == target.run), None)
-    loss = _fitted(size_points(smaller, images)).loss(largest, new_run=True)
-    return Prediction(depth, largest, images, loss, actual=loss_at(target, images))
+    loss = _fitted(collect_size_points(smaller, images)).loss(largest, new_run=True)
+    return Prediction(depth, largest, images, loss, actual=interpolate_loss(target, images))
 
 
 def _quantiles(value: float, value_B: np.ndarray) -> Interval:

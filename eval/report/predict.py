@@ -15,7 +15,7 @@ from eval.report.law import Scaling, curves_of, fit_ladder
 from eval.report.series import Comparison, compare, main_loss
 from eval.report.style import count_text
 from eval.scaling.intervals import Interval
-from eval.scaling.laws import loss_at
+from eval.scaling.laws import interpolate_loss
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
@@ -154,7 +154,7 @@ def _grade(found: Graded, row: ResultRow, runs: Sequence[Run], losses: Compariso
     if losses is None or losses.metric != found.metric or losses.protocol != row.protocol_hash:
         return replace(found, run=target.name, reason="measured under another protocol than predicted")
     curve = next((c for c in curves_of([target], losses)), None)
-    actual = loss_at(curve, found.images) if curve is not None else float("nan")
+    actual = interpolate_loss(curve, found.images) if curve is not None else float("nan")
     if actual != actual:
         return replace(found, run=target.name, reason=f"no loss at {count_text(found.images)} images yet")
     first = target.began > found.created and target.name not in found.fitted_to if target.began else None

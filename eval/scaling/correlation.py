@@ -1,8 +1,9 @@
-"""Does validation loss predict a score? Pearson and Spearman across runs at equal images, and within runs.
+"""Does validation loss predict a score? Pearson and Spearman correlation across runs at equal images, and within runs.
 
-Points of one curve move together, so a correlation over all points of all curves would claim far more than it knows:
-the run is the unit. Intervals across runs are Fisher's z (a bootstrap of five runs draws the same three again and
-again and is too narrow); Spearman's has Bonett and Wright's variance (2000) and half a step of continuity.
+The points of one curve move together, so the unit is the run, never the point. Intervals across runs use Fisher's z
+transform (1921): a bootstrap of five runs is too narrow, because it draws the same few runs again and again. For
+Spearman's coefficient the variance of z is 1 + r^2 / 2 over n - 3 (Bonett and Wright 2000), with a correction for
+continuity of half the smallest step that the coefficient of n ranks can make.
 """
 
 import math
@@ -13,9 +14,9 @@ import numpy as np
 
 from eval.scaling.laws import Array
 
-MIN_RUNS = 3  # below, a coefficient is +1 or -1 by construction
+MIN_RUNS = 3  # two points give +1 or -1, whatever they are
 MIN_RUNS_INTERVAL = 4  # Fisher's z has the variance 1 / (runs - 3)
-Z = 1.959964
+Z = 1.959964  # 97.5 % point of the normal distribution: a two-sided interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Correlation:
-    """`reason` says why a coefficient or its interval is missing."""
+    """`num_runs` counts the runs it is over; `reason` says why a coefficient or its interval is missing, else ""."""
 
     num_runs: int
     pearson: Coefficient | None = None
@@ -35,14 +36,14 @@ class Correlation:
     reason: str = ""
 
 
-def equal_images(one: Mapping[str, Mapping[int, float]], two: Mapping[str, Mapping[int, float]]) -> int | None:
+def find_equal_images(one: Mapping[str, Mapping[int, float]], two: Mapping[str, Mapping[int, float]]) -> int | None:
     """The images at which most runs have both numbers, the larger on a tie. Both arguments: run -> images -> value."""
     shared = [images for run in one.keys() & two.keys() for images in one[run].keys() & two[run].keys()]
     return max(set(shared), key=lambda images: (shared.count(images), images), default=None)
 
 
-def across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """One point per run."""
+def correlate_across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Pearson and Spearman coefficient of one point per run; pairs with a value that is not finite are left out."""
     x_R, y_R = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(x_R) & np.isfinite(y_R)
     x_R, y_R = x_R[keep], y_R[keep]
@@ -54,6 +55,7 @@ def across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
     if len(x_R) < MIN_RUNS_INTERVAL:
         reason = f"no interval: {_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
         return Correlation(len(x_R), Coefficient(pearson), Coefficient(spearman), reason)
+    # Spearman's r = 1 - 6 sum(d^2) / (n (n^2 - 1)), and sum(d^2) changes by 2 at least: half of that step.
     half_step = 6 / (len(x_R) * (len(x_R) ** 2 - 1))
     return Correlation(
         len(x_R),
@@ -62,7 +64,7 @@ def across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
     )
 
 
-def within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Correlation:
+def correlate_within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Correlation:
     """Mean over runs of each run's own Pearson coefficient along its checkpoints, with Student's interval over runs."""
     from scipy.stats import t
 

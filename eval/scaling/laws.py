@@ -1,8 +1,10 @@
-"""Scaling laws L(N), L(C), L(N,D): fits, the compute-optimal frontier, and when there is too little to fit.
+"""Scaling laws L(N) and L(N,D): their form, their fit, and when there is too little to fit.
 
-All are one form: log L = logsumexp(e, a_k - alpha_k x_k) with x_k a log size, compute or data. Fitted by Huber loss on
-logs (delta 1e-3) with L-BFGS from many starts (Hoffmann et al. 2022, approach 3). That paper's own fit came from an
-optimiser that stopped early (Besiroglu et al. 2024), hence the polish at the end.
+Every law has the form L = E + sum_k A_k X_k^-alpha_k, where X_k is a model size N, a compute C or a number of images D.
+It is fitted in logs, as log L = logsumexp(e, a_k - alpha_k x_k) with e = log E, a_k = log A_k and x_k = log X_k:
+the Huber loss of log residuals (delta 1e-3), minimised by L-BFGS from a grid of starts. This is approach 3 and
+equation 3 of Hoffmann et al. 2022 (arXiv 2203.15556, Chinchilla). That paper's own optimiser stopped too early
+(Besiroglu et al. 2024, arXiv 2404.10102), so each fit here ends with a second-order polish (`refit`).
 """
 
 # Shapes: B fits side by side, P points, K power-law terms, Q = 1 + 2K parameters (e, a_1, alpha_1, a_2, alpha_2).
@@ -17,16 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-DELTA = 1e-3
-MIN_SIZES = 4
-MIN_DECADES = 1.0
+DELTA = 1e-3  # Huber threshold in log loss, as in Hoffmann et al.: residuals above 0.1 % count linearly, not squared
+MIN_SIZES = 4  # L(N) has three parameters: fewer sizes leave no residual, hence no interval
+MIN_DECADES = 1.0  # of compute between the cheapest and the costliest run
 ALPHA_RANGE = (1e-3, 5.0)
 FLOOR_BELOW = 7.0  # E may fall to exp(-7) of the smallest loss seen: "no floor" for every practical purpose
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One run's validation losses. `flops_per_image` counts one training step's forward and backward exactly."""
+class LossCurve:
+    """One run's validation losses, ordered by images. `flops_per_image`: exact FLOPs of forward and backward."""
 
     run: str
     parameters: int
@@ -40,7 +42,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Points:
+class FitPoints:
     """What a law is fitted to: logs, and for each point the run that it came from (the unit of resampling)."""
 
     x_KP: Array
@@ -50,7 +52,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Law:
+class PowerLaw:
     """L = E + sum_k A_k * X_k^-alpha_k. `objective` is the mean Huber loss in units of delta squared."""
 
     theta_Q: Array
@@ -69,42 +71,44 @@ class Law:
         return [float(alpha) for alpha in self.theta_Q[2::2]]
 
     def __call__(self, *sizes: ArrayLike) -> Array:
-        """The loss at sizes (or compute, or sizes and images) given in natural units."""
+        """The loss at each size (or compute, or pair of size and images), in natural units, not logs."""
         x_KP = np.log(np.stack([np.atleast_1d(np.asarray(s, float)) for s in np.broadcast_arrays(*sizes)]))
-        return np.exp(log_loss(self.theta_Q[None], x_KP)[0])
+        return np.exp(predict_log_loss(self.theta_Q[None], x_KP)[0])
 
 
-def size_points(curves: Sequence[Curve], images: float | None = None) -> Points:
+def collect_size_points(curves: Sequence[LossCurve], images: float | None = None) -> FitPoints:
     """Each run's loss at the same number of images: the largest that all have reached, unless given."""
     at = min(float(c.images[-1]) for c in curves) if images is None else images
     x = np.log([[c.parameters for c in curves]])
-    return Points(x, np.log([loss_at(c, at) for c in curves]), np.arange(len(curves)), tuple(c.run for c in curves))
+    return FitPoints(
+        x, np.log([interpolate_loss(c, at) for c in curves]), np.arange(len(curves)), tuple(c.run for c in curves)
+    )
 
 
-def joint_points(curves: Sequence[Curve]) -> Points:
+def collect_joint_points(curves: Sequence[LossCurve]) -> FitPoints:
     """Every point of every curve, as (parameters, images)."""
     counts = [len(c.images) for c in curves]
     size = np.repeat(np.log([float(c.parameters) for c in curves]), counts)
     x = np.stack([size, np.log(np.concatenate([c.images for c in curves]))])
     y = np.log(np.concatenate([c.loss for c in curves]))
-    return Points(x, y, np.repeat(np.arange(len(curves)), counts), tuple(c.run for c in curves))
+    return FitPoints(x, y, np.repeat(np.arange(len(curves)), counts), tuple(c.run for c in curves))
 
 
-def loss_at(curve: Curve, images: float) -> float:
+def interpolate_loss(curve: LossCurve, images: float) -> float:
     """Interpolated between the two checkpoints around it, in logs; nan outside the curve."""
     return float(np.exp(_interpolate(np.array([images]), curve.images, curve.loss))[0])
 
 
-def thin(curve: Curve, *, points: int = 16, from_fraction: float = 0.1) -> Curve:
+def thin_curve(curve: LossCurve, *, points: int = 16, from_fraction: float = 0.1) -> LossCurve:
     """At most `points` checkpoints, evenly spaced in log images, without the warm-up (its first 10 %)."""
     keep = np.flatnonzero((curve.images >= from_fraction * curve.images[-1]) & np.isfinite(curve.loss))
     if len(keep) > points:
         targets = np.geomspace(curve.images[keep[0]], curve.images[keep[-1]], points)
         keep = np.unique([keep[np.argmin(np.abs(curve.images[keep] - t))] for t in targets])
-    return Curve(curve.run, curve.parameters, curve.flops_per_image, curve.images[keep], curve.loss[keep])
+    return LossCurve(curve.run, curve.parameters, curve.flops_per_image, curve.images[keep], curve.loss[keep])
 
 
-def too_little(curves: Sequence[Curve]) -> str | None:
+def find_shortage(curves: Sequence[LossCurve]) -> str | None:
     """Why no law may be fitted to these runs, or None. A fit to less says more about the fitter than about the runs."""
     sizes = len({c.parameters for c in curves})
     if sizes < MIN_SIZES:
@@ -117,7 +121,7 @@ def too_little(curves: Sequence[Curve]) -> str | None:
     return None
 
 
-def fit_law(points: Points, *, delta: float = DELTA) -> Law:
+def fit_law(points: FitPoints, *, delta: float = DELTA) -> PowerLaw:
     """Huber on logs, L-BFGS from the best of a grid of starts, then a second-order polish."""
     from scipy.optimize import minimize
 
@@ -127,14 +131,14 @@ def fit_law(points: Points, *, delta: float = DELTA) -> Law:
     center_K = x_KP.mean(axis=1)
     x_KP = x_KP - center_K[:, None]
     starts_BQ = _starts(x_KP, y_P)
-    order = np.argsort(huber(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:12]
+    order = np.argsort(huber_loss(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:12]
     bounds = [(y_P.min() - FLOOR_BELOW, y_P.max())] + [(None, None), ALPHA_RANGE] * len(x_KP)
 
     def value_and_slope(theta_Q: Array) -> tuple[float, Array]:
-        predicted, jacobian = log_loss_jacobian(theta_Q[None], x_KP)
+        predicted, jacobian = predict_with_jacobian(theta_Q[None], x_KP)
         residual = predicted[0] - y_P
         slope_Q = np.clip(residual, -delta, delta) @ jacobian[0] / len(y_P) / delta**2
-        return float(huber(theta_Q[None], x_KP, y_P, delta=delta)[0]), slope_Q
+        return float(huber_loss(theta_Q[None], x_KP, y_P, delta=delta)[0]), slope_Q
 
     options = {"maxiter": 300, "ftol": 1e-13, "gtol": 1e-9}
     found = [
@@ -142,17 +146,22 @@ def fit_law(points: Points, *, delta: float = DELTA) -> Law:
         for i in order
     ]
     polished_BQ = refit(np.array(found), x_KP, y_P, delta=delta, iterations=200)
-    value_B = huber(polished_BQ, x_KP, y_P, delta=delta)
+    value_B = huber_loss(polished_BQ, x_KP, y_P, delta=delta)
     best = int(np.argmin(value_B))
-    return Law(uncenter(polished_BQ[best : best + 1], center_K)[0], float(value_B[best]))
+    return PowerLaw(uncenter(polished_BQ[best : best + 1], center_K)[0], float(value_B[best]))
 
 
 def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, iterations: int = 60) -> Array:
-    """Many fits at once from warm starts: reweighted Levenberg-Marquardt on the same objective as `fit_law`."""
+    """B fits at once from warm starts, on the objective of `fit_law`.
+
+    Levenberg-Marquardt inside iteratively reweighted least squares: a residual r has the weight min(1, delta / |r|),
+    with which the weighted squares have the gradient of the Huber loss (Huber 1964; Holland and Welsch 1977).
+    `y_BP` may be one row for all fits. A fit is done after three steps without progress.
+    """
     theta_BQ = theta_BQ.copy()
     y_BP = np.broadcast_to(y_BP, (len(theta_BQ), x_KP.shape[1]))
     damping_B = np.full(len(theta_BQ), 1e-3)
-    value_B = huber(theta_BQ, x_KP, y_BP, delta=delta)
+    value_B = huber_loss(theta_BQ, x_KP, y_BP, delta=delta)
     settled_B = np.zeros(len(theta_BQ), dtype=int)
     for _ in range(iterations):
         active = np.flatnonzero(settled_B < 3)
@@ -160,7 +169,7 @@ def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, it
             break
         y, now = y_BP[active], value_B[active]
         tried = _damped_step(theta_BQ[active], x_KP, y, damping_B[active], delta)
-        value = huber(tried, x_KP, y, delta=delta)
+        value = huber_loss(tried, x_KP, y, delta=delta)
         better = value <= now
         theta_BQ[active[better]], value_B[active[better]] = tried[better], value[better]
         damping_B[active] = np.clip(damping_B[active] * np.where(better, 0.25, 5.0), 1e-12, 1e8)
@@ -171,7 +180,7 @@ def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, it
 
 def _damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, delta: float) -> Array:
     """One step of each fit, kept inside the bounds of `fit_law`."""
-    predicted_BP, jacobian_BPQ = log_loss_jacobian(theta_BQ, x_KP)
+    predicted_BP, jacobian_BPQ = predict_with_jacobian(theta_BQ, x_KP)
     residual_BP = y_BP - predicted_BP
     weight_BP = np.minimum(1.0, delta / np.maximum(np.abs(residual_BP), 1e-300))
     weighted_BQP = (jacobian_BPQ * weight_BP[..., None]).transpose(0, 2, 1)
@@ -186,13 +195,17 @@ def _damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, de
     return tried_BQ
 
 
-def log_loss(theta_BQ: Array, x_KP: Array) -> Array:
-    """(B, P): log of the law at the given logs."""
+def predict_log_loss(theta_BQ: Array, x_KP: Array) -> Array:
+    """(B, P): log of the loss that each law gives at the logs `x_KP`."""
     return np.logaddexp.reduce(_log_terms(theta_BQ, x_KP), axis=1)
 
 
-def log_loss_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
-    """The same with its derivative (B, P, Q): each term's share of the loss, and minus x times it."""
+def predict_with_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
+    """`predict_log_loss` and its derivative (B, P, Q) by each parameter.
+
+    The derivative of logsumexp is a softmax: by e and a_k it is that term's share of the loss, by alpha_k it is
+    minus x_k times that share.
+    """
     terms_BTP = _log_terms(theta_BQ, x_KP)
     total_BP = np.logaddexp.reduce(terms_BTP, axis=1)
     share_BTP = np.exp(terms_BTP - total_BP[:, None])
@@ -202,14 +215,17 @@ def log_loss_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
     return total_BP, np.stack(columns, axis=-1)
 
 
-def huber(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA) -> Array:
-    """Mean Huber loss of the log residuals, in units of delta^2 (so that its size suits an optimiser)."""
-    size = np.abs(log_loss(theta_BQ, x_KP) - y_BP) / delta
+def huber_loss(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA) -> Array:
+    """(B,): mean Huber loss of the log residuals in units of delta^2, whose size suits an optimiser's tolerances."""
+    size = np.abs(predict_log_loss(theta_BQ, x_KP) - y_BP) / delta
     return np.where(size <= 1, size**2 / 2, size - 0.5).mean(axis=1)
 
 
 def uncenter(theta_BQ: Array, center_K: Array) -> Array:
-    """Fits run on centred logs, where coefficient and exponent are nearly independent; this undoes the shift."""
+    """From parameters on centred logs to parameters on plain ones.
+
+    Fits run on centred logs: there coefficient and exponent are nearly independent, so steps are well conditioned.
+    """
     theta_BQ = theta_BQ.copy()
     theta_BQ[:, 1::2] += theta_BQ[:, 2::2] * center_K
     return theta_BQ
@@ -219,56 +235,6 @@ def center(theta_BQ: Array, center_K: Array) -> Array:
     return uncenter(theta_BQ, -center_K)
 
 
-@dataclass(frozen=True)
-class Frontier:
-    """Best size and images for a compute: N = size_factor * C^size_exponent, D = images_factor * C^images_exponent."""
-
-    size_factor: float
-    size_exponent: float
-    images_factor: float
-    images_exponent: float
-    loss_exponent: float
-
-
-def frontier(law: Law, flops_factor: float, flops_exponent: float = 1.0) -> Frontier:
-    """Exact minimum of E + A/N^alpha + B/D^beta under C = k N^kappa D.
-
-    With kappa = 1 and k = 6 this is Hoffmann et al.'s N_opt = G (C/6)^(beta/(alpha+beta)), G = (alpha A/(beta B))^
-    (1/(alpha+beta)). Here a token crosses a third of a block's parameters, so k and kappa are measured on the rungs.
-    """
-    (a, b), (alpha, beta), kappa = law.coefficients, law.exponents, flops_exponent
-    joint = alpha + kappa * beta
-    log_g = (math.log(alpha * a) - math.log(kappa * beta * b)) / joint
-    log_k = math.log(flops_factor)
-    log_n = log_g - beta / joint * log_k
-    log_d = -log_k - kappa * log_n
-    return Frontier(math.exp(log_n), beta / joint, math.exp(log_d), alpha / joint, alpha * beta / joint)
-
-
-def compute_laws(theta_BQ: Array, flops_factor: float, flops_exponent: float = 1.0) -> Array:
-    """(B, 3): L(C) = E + A_C * C^-gamma of the models that `frontier` names, for each L(N,D).
-
-    At the minimum both terms fall with the same exponent gamma = alpha beta / (alpha + kappa beta), and their
-    quotient is kappa beta / alpha, so that one of them gives both.
-    """
-    e_B, log_a_B, alpha_B, log_b_B, beta_B = theta_BQ.T
-    joint_B = alpha_B + flops_exponent * beta_B
-    log_g_B = (np.log(alpha_B / (flops_exponent * beta_B)) + log_a_B - log_b_B) / joint_B
-    log_n_B = log_g_B - beta_B / joint_B * math.log(flops_factor)
-    log_size_term_B = log_a_B - alpha_B * log_n_B
-    return np.stack(
-        [e_B, log_size_term_B + np.log1p(alpha_B / (flops_exponent * beta_B)), alpha_B * beta_B / joint_B], axis=1
-    )
-
-
-def flops_law(curves: Sequence[Curve]) -> tuple[float, float]:
-    """FLOPs per image = k N^kappa over the rungs, by least squares on logs."""
-    kappa, log_k = np.polyfit(
-        np.log([c.parameters for c in curves]), np.log([c.flops_per_image for c in curves]), deg=1
-    )
-    return float(np.exp(log_k)), float(kappa)
-
-
 def _log_terms(theta_BQ: Array, x_KP: Array) -> Array:
     power = theta_BQ[:, 1::2, None] - theta_BQ[:, 2::2, None] * x_KP[None]
     constant = np.broadcast_to(theta_BQ[:, :1, None], (len(theta_BQ), 1, x_KP.shape[1]))
@@ -276,7 +242,7 @@ def _log_terms(theta_BQ: Array, x_KP: Array) -> Array:
 
 
 def _starts(x_KP: Array, y_P: Array) -> Array:
-    """Starts on centred logs: a floor as a share of the lowest loss, the rest of the mean loss split over the terms."""
+    """(B, Q) starts on centred logs: E a share of the lowest loss, the rest of the mean loss split over the terms."""
     lowest, mean = math.exp(y_P.min()), math.exp(y_P.mean())
     splits = [(1.0,)] if len(x_KP) == 1 else [(s, 1 - s) for s in (0.15, 0.5, 0.85)]
     exponents = (0.03, 0.1, 0.25, 0.5, 1.0, 1.8)

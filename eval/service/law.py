@@ -12,7 +12,7 @@ from eval.report.law import Scaling, fit_ladder
 from eval.report.predict import Graded, grade
 from eval.report.series import Comparison, Point
 from eval.report.style import count_text
-from eval.scaling.laws import loss_at
+from eval.scaling.laws import interpolate_loss
 from eval.service import shapes
 from eval.service.index import Curves, Snapshot
 from eval.service.views import chosen, main_loss, number, numbers
@@ -84,7 +84,7 @@ def law_of(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> shapes.F
         "scaling": told,
         "runs": [
             {"name": c.run, "parameters": c.parameters,
-             "loss": number(loss_at(c, scaling.images)) if scaling.reason is None else number(float(c.loss[-1])),
+             "loss": number(float(c.loss[-1]) if scaling.reason else interpolate_loss(c, scaling.images)),
              "images": scaling.images or float(c.images[-1])}
             for c in scaling.curves
         ],

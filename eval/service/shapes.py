@@ -7,7 +7,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # typing's own makes no schema before Python 3.12
 
-from eval.scaling.laws import Frontier
+from eval.scaling.frontier import Frontier
 from eval.service.claims import State
 from eval.studies.human import Side, WinRate
 
