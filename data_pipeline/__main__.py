@@ -149,20 +149,20 @@ def gather_sources(args: list[str]) -> list[str]:
 def run_plan(run: Run, plan: "Plan") -> None:
     """Everything from source to dataset.json, then the table of what happened."""
     from data_pipeline.flow.pipeline import Pipeline
-    from data_pipeline.flow.runner import Workers
     from data_pipeline.flow.summary import summary
+    from infra.runner import WorkerPool
 
     started = time.monotonic()
     _check(run)
     captioning = None
     if run.caption_workers is not None or run.caption_gpus is not None:
         gpus = run.gpus_per_worker if run.caption_gpus is None else run.caption_gpus
-        captioning = Workers(run.caption_workers or run.workers, run.cpus_per_worker, gpus)
+        captioning = WorkerPool(run.caption_workers or run.workers, run.cpus_per_worker, gpus)
     pipeline = Pipeline(
         plan,
         run.out,
         _source_of(run),
-        workers=Workers(run.workers, run.cpus_per_worker, run.gpus_per_worker),
+        workers=WorkerPool(run.workers, run.cpus_per_worker, run.gpus_per_worker),
         caption_workers=captioning,
         keep_going=run.keep_going,
         only_split=None if run.split == "all" else run.split,

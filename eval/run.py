@@ -21,11 +21,11 @@ from eval.judging.metric import Metric, Prompt, Sample, Score
 from eval.metrics.registry import METRICS
 from eval.metrics.val_loss import val_loss
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
-from eval.runner import Work, run_work
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.log import Progress, get_logger
 from infra.results import ResultRow, ResultStore
+from infra.runner import run_units
 from infra.values import keep_values
 from infra.version import code_version
 
@@ -133,8 +133,8 @@ def run(options: RunOptions) -> None:
     tasks = plan_all(names, judges, options)
     if options.calibration and judges.truth is not None:
         calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
-    work = [Work(f"{c.run} step {c.step}", {"checkpoint": asdict(c)}) for c in checkpoints]
-    failed = run_work(EvaluateTask(options), work, workers=options.workers, gpus=options.gpus_per_worker)
+    units = [{"id": f"{c.run} step {c.step}", "checkpoint": asdict(c)} for c in checkpoints]
+    failed = run_units(EvaluateTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
     if failed:
         raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints could not be evaluated; see the lines above")
 

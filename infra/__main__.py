@@ -59,8 +59,8 @@ class Launch:
     """Print the script or manifest and stop."""
 
     def run(self) -> None:
-        from infra.job import Job
         from infra.launch import get_target
+        from infra.launch.job import Job
 
         target = get_target(self.target)
         job = Job(

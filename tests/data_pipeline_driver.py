@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from data_pipeline.flow import pipeline
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import table_bytes
 from data_pipeline.formats.schema import Manifest, Part, in_ranges, row_ranges
@@ -26,6 +25,7 @@ from data_pipeline.sources.source import SourceUnit
 from data_pipeline.sources.webdataset import WebDatasetSource
 from data_pipeline.stages import ledger
 from data_pipeline.stages.stage import result
+from infra.runner import WorkerPool
 from infra.storage import sha256_hex
 
 SHARD_ROWS = 1000
@@ -59,7 +59,7 @@ class Packed:
 def driver(root: str, rows: int, distance: int | None = None) -> Pipeline:
     """A pipeline over `root`, with a source that names its units."""
     source = Named(str(rows // SHARD_ROWS // UNIT_SHARDS))
-    return Pipeline(replace(world(), dedup_distance=distance), root, source, workers=Workers(0))
+    return Pipeline(replace(world(), dedup_distance=distance), root, source, workers=WorkerPool(0))
 
 
 def fill(made: Pipeline) -> None:

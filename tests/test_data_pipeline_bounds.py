@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.index import read_split
 from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.inspection.verify import verify
@@ -22,6 +21,7 @@ from data_pipeline.packing.shards import largest_sample
 from data_pipeline.plans import SD3_TEXT, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
+from infra.runner import WorkerPool
 
 MIB = 2**20
 TALE = "a \U0001f525 kite "  # four bytes of UTF-8, twelve of JSON
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, tmp_path):
     plan = replace(world(), pack_rows=25, pack_mb=1, val_fraction=0.0)
-    info = Pipeline(plan, str(tmp_path), open_source(f"folder:{folder}"), workers=Workers(0)).run().info
+    info = Pipeline(plan, str(tmp_path), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run().info
     entries = read_split(str(tmp_path), info.splits["train"].index)
     largest = largest_sample(info.layout("64x64"), caption_chars=plan.max_caption_chars + 2000)
     assert {entry.num_samples for entry in entries[:-1]} | {max(e.num_samples for e in entries)} <= {MIB // largest, 2}
@@ -57,7 +57,7 @@ def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, t
     assert verify(str(tmp_path)).problems == []
     # rows alone decide where bytes leave room; full shards of another size are packed anew
     again = replace(plan, pack_mb=64)
-    made = Pipeline(again, str(tmp_path), open_source(f"folder:{folder}"), workers=Workers(0)).run()
+    made = Pipeline(again, str(tmp_path), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run()
     assert made.computed.keys() == {"pack"}
     assert sorted(e.num_samples for e in read_split(str(tmp_path), made.info.splits["train"].index)) == [5, 25]
     assert open_dataset(str(tmp_path)).num_samples == 30

@@ -24,13 +24,13 @@ from data_pipeline.captions.registry import identify_weights, open_captioner
 from data_pipeline.captions.spec import CaptionerSpec
 from data_pipeline.captions.stage import CaptionStage, caption_images, judge_caption
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import build_columns, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
+from infra.runner import WorkerPool
 
 HERE = Path(__file__).parent
 WORLD = CaptionerSpec("transformers", "world:captioner")
@@ -237,7 +237,7 @@ def test_a_server_gives_the_captions_of_the_model_behind_it(server):
 def test_a_run_is_captioned_by_a_server(server, tmp_path):
     write_world(str(tmp_path / "raw"), images=6, val_images=2, seed=2)
     plan = replace(world(), ingest_rows=2, captioner=server.spec)
-    made = Pipeline(plan, str(tmp_path / "data"), open_source(f"wds:{tmp_path}/raw"), workers=Workers(0)).run()
+    made = Pipeline(plan, str(tmp_path / "data"), open_source(f"wds:{tmp_path}/raw"), workers=WorkerPool(0)).run()
     assert made.info.counts == {"ok": 8}
 
 

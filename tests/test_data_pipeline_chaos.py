@@ -18,7 +18,6 @@ from data_kill_points import POINTS, is_of, struck
 from PIL import Image
 
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
@@ -26,6 +25,7 @@ from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError
+from infra.runner import WorkerPool
 
 PLAN = replace(world(), ingest_rows=5, pack_rows=6)
 STAGES = ("ingest", "measure", "dedup", "caption", "latents", "text_t5", "pack")
@@ -46,7 +46,7 @@ def raw(tmp_path_factory) -> Path:
 
 
 def run(root: str | Path, raw: str | Path) -> Outcome:
-    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
 
 
 @pytest.fixture(scope="module")

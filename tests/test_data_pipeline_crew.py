@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from data_pipeline.flow.crew import Crew
-from data_pipeline.flow.runner import Workers
 from data_pipeline.stages.ledger import Todo
+from infra.runner import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def units() -> Todo:
 
 
 def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images(capsys):
-    crew = Crew(Workers(0), dollars_per_hour=36.0)
+    crew = Crew(WorkerPool(0), dollars_per_hour=36.0)
     reports = list(crew.work("filter", Judged(), units()))
     assert (len(reports), crew.computed) == (3, {"filter": 6})
     line = capsys.readouterr().err.splitlines()[-1]
@@ -35,5 +35,5 @@ def test_the_live_line_shows_rows_by_status_and_dollars_per_million_images(capsy
     assert fields == {"corrupt": "2", "nsfw": "1"}
     # 36 dollars an hour are a cent a second: a million rows at six in less than a minute cost below 100,000 dollars
     assert 0 < price < 100_000
-    assert list(Crew(Workers(0)).work("filter", Judged(), units()))
+    assert list(Crew(WorkerPool(0)).work("filter", Judged(), units()))
     assert "dollars" not in capsys.readouterr().err  # where no price is known

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.plans import world
 from data_pipeline.sources.cc12m import Cc12mSource
 from data_pipeline.sources.fetch import FetchError, FetchLimits, _public, fetch
@@ -26,6 +25,7 @@ from data_pipeline.sources.registry import open_source
 from data_pipeline.sources.source import Source, SourceOptions, fetch_rows
 from data_pipeline.stages.columns import Column, read_part
 from infra.errors import UserError
+from infra.runner import WorkerPool
 
 
 def png(color: str = "red", size: int = 40) -> bytes:
@@ -271,7 +271,7 @@ def test_only_the_split_asked_for_is_taken(coco, tmp_path):
     plan = replace(world(), ingest_rows=8)
 
     def run(split: str | None, source: str):
-        given = {"workers": Workers(0), "only_split": split}
+        given = {"workers": WorkerPool(0), "only_split": split}
         return Pipeline(plan, str(tmp_path / f"data-{split}"), open_source(source), **given).run().info
 
     info = run("val", f"coco:{coco}")

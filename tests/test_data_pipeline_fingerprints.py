@@ -11,7 +11,6 @@ from trainer_launch import halted
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.schema import Manifest
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
@@ -19,6 +18,7 @@ from data_pipeline.plans import Plan, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError, UserErrors
+from infra.runner import WorkerPool
 from trainer.__main__ import main
 from trainer.recipes import get_recipe
 
@@ -49,7 +49,7 @@ CHANGES = {
 
 def run(root: Path, raw: Path, plan: Plan, *rebuild: str) -> Outcome:
     return Pipeline(
-        plan.settled(), str(root), open_source(f"wds:{raw}"), workers=Workers(0), rebuild=rebuild
+        plan.settled(), str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0), rebuild=rebuild
     ).run()  # fmt: skip
 
 

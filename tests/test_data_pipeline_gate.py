@@ -16,12 +16,12 @@ from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import SCORERS, ScoreStage, caption_quality
 from data_pipeline.curation.threshold_counts import keep_report, keep_table
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import Plan, build_columns, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
+from infra.runner import WorkerPool
 
 CAPTIONS = {
     "a": "a red apple on a plain background",
@@ -49,7 +49,7 @@ def plan(**given) -> Plan:
 
 
 def run(root: Path, folder: Path, plan: Plan) -> Outcome:
-    return Pipeline(plan, str(root), open_source(f"folder:{folder}"), workers=Workers(0)).run()
+    return Pipeline(plan, str(root), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run()
 
 
 def set_aside(outcome: Outcome) -> dict[str, str]:

@@ -25,7 +25,6 @@ from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.schema import rejected_split
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
@@ -36,6 +35,7 @@ from data_pipeline.stages.buckets import BucketStage, bucket_table
 from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import ShardView, Stage
 from data_pipeline.world.write import write_world
+from infra.runner import WorkerPool
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import EncoderSpec, TextSpec
 
@@ -164,7 +164,7 @@ def by_cpu(tmp_path_factory) -> tuple[Path, Path, Outcome]:
 
 
 def run(raw: Path, root: Path, *, gpus: float) -> Outcome:
-    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0, gpus=gpus)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0, gpus=gpus)).run()
 
 
 def check(by_cpu: tuple[Path, Path, Outcome], root: Path) -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.formats.layout import SampleLayout, quantise
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
@@ -19,6 +18,7 @@ from data_pipeline.plans import build_columns, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError
+from infra.runner import WorkerPool
 from model.encoders.text import EncoderSpec, TextSpec
 
 PAPER_KB = 65.5 + 121.3 + 202.2 + 630.8  # SD3's Table 7: autoencoder, CLIP-L, CLIP-G and T5 of one caption
@@ -114,7 +114,7 @@ def test_the_flow_stores_int8_and_rebuilds_text_alone(tmp_path):
     def run(storage: str, *rebuild: str):
         made = Pipeline(
             replace(plan, text_storage=storage), str(tmp_path / "data"), open_source(f"wds:{tmp_path}/raw"),
-            workers=Workers(0), rebuild=rebuild,
+            workers=WorkerPool(0), rebuild=rebuild,
         ).run()  # fmt: skip
         return made, open_dataset(str(tmp_path / "data"), split="val").read(range(4), posterior="mean")
 

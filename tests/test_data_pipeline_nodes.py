@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
+from infra.runner import WorkerPool
 
 PLAN = replace(world(), ingest_rows=8, pack_rows=16)
 OPTIONS = ("--ingest-rows", "8", "--pack-rows", "16")
@@ -38,7 +38,7 @@ def reference(tmp_path_factory, raw) -> str:
 
 
 def run_here(root: Path, raw: Path) -> Outcome:
-    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def cluster(monkeypatch) -> Iterator:
 GROWS = """
 import time
 import ray
-from data_pipeline.flow.runner import Workers, run_tasks
+from infra.runner import WorkerPool, run_tasks
 
 class Where:
     def open(self):
         node = ray.get_runtime_context().get_node_id()
         return lambda unit: time.sleep(0.5) or {"rows": 1, "node": node}
 
-for report in run_tasks(Where(), [{"id": str(n)} for n in range(240)], Workers()):
+for report in run_tasks(Where(), [{"id": str(n)} for n in range(240)], WorkerPool()):
     print(report["node"], flush=True)
 """
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,13 +23,12 @@ from data_kill_points import POINTS
 from ray import cloudpickle
 
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers, run_tasks
 from data_pipeline.flow.tasks import ColumnTask
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
-from infra.errors import UserError
+from infra.runner import WorkerPool
 
 for module in (sys.modules[__name__], data_kill_points):
     cloudpickle.register_pickle_by_value(module)  # Ray's workers cannot import a test file
@@ -48,7 +47,7 @@ def raw(tmp_path_factory) -> Path:
 def reference(tmp_path_factory, raw) -> str:
     """The fingerprint of the data made without Ray and without trouble."""
     root = tmp_path_factory.mktemp("reference")
-    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run().info.fingerprint
+    return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run().info.fingerprint
 
 
 def command(root: Path, raw: Path, workers: int) -> list[str]:
@@ -80,7 +79,7 @@ def kill_when(process: subprocess.Popen, root: Path, stage: str, count: int, tim
 
 
 def check(root: Path, raw: Path, reference: str) -> None:
-    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(0)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
     assert outcome.info.fingerprint == reference
     assert outcome.info.counts == {"ok": 48}
     findings = verify(str(root))
@@ -100,53 +99,11 @@ def test_a_driver_killed_in_the_middle_goes_on_where_it_was(tmp_path, raw, refer
 
 @pytest.mark.dist
 def test_ray_workers_make_the_same_data_in_waves(tmp_path, raw, reference, ray_cluster, monkeypatch):
-    monkeypatch.setattr("data_pipeline.flow.runner._WAVE", 2)
+    monkeypatch.setattr("infra.runner._WAVE", 2)
     root = tmp_path / "data"
-    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
     assert verify(str(root)).problems == []
-
-
-@dataclass(frozen=True)
-class Fragile:
-    """Kills its own worker once, fails on one unit, works on the others."""
-
-    marks: str
-
-    def open(self):
-        def run(unit):
-            if unit["id"] == "deadly":
-                mark = Path(self.marks) / "died"
-                if not mark.exists():
-                    mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            if unit["id"] == "bad":
-                raise RuntimeError("a poisoned unit")
-            return {"rows": 1}
-
-        return run
-
-
-@dataclass(frozen=True)
-class Unopenable:
-    def open(self):
-        raise UserError("no weights at /nowhere")
-
-
-@pytest.mark.dist
-def test_a_dying_worker_and_a_poisoned_unit_do_not_end_the_job(tmp_path, ray_cluster):
-    units = [{"id": name} for name in ("a", "deadly", "b", "bad", "c")]
-    reports = {r["id"]: r for r in run_tasks(Fragile(str(tmp_path)), units, Workers(2, cpus=0.5))}
-    assert (tmp_path / "died").exists()
-    assert Counter(r["error"] for r in reports.values()) == {"": 4, "RuntimeError: a poisoned unit": 1}
-    assert set(reports) == {"a", "deadly", "b", "bad", "c"}
-    (report,) = run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5))
-    assert (report["fatal"], report["error"]) == (True, "no weights at /nowhere")
-
-
-def test_more_of_a_gpu_than_there_is_is_refused_and_not_waited_for(ray_cluster):
-    with pytest.raises(UserError, match=r"a worker asks for 2 GPU\(s\), Ray here has 1 and would wait for ever"):
-        list(run_tasks(Unopenable(), [{"id": "a"}], Workers(1, cpus=0.5, gpus=2)))
 
 
 STRUCK = {"caption": POINTS[0], "latents": POINTS[1], "text_t5": POINTS[2]}
@@ -177,7 +134,7 @@ def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, refere
     monkeypatch.setattr(StruckTask, "marks", str(tmp_path), raising=False)
     monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", StruckTask)
     root = tmp_path / "data"
-    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=Workers(2, cpus=1)).run()
+    outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
     assert verify(str(root)).problems == []
     for stage, point in STRUCK.items():
@@ -256,10 +213,10 @@ def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_foll
     monkeypatch.setattr(WatchedTask, "folder", str(folder), raising=False)
     monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", WatchedTask)
     monkeypatch.setattr("data_pipeline.flow.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
-    pipeline = Pipeline(PLAN, str(tmp_path / "data"), open_source(f"wds:{raw}"), workers=Workers(0))
+    pipeline = Pipeline(PLAN, str(tmp_path / "data"), open_source(f"wds:{raw}"), workers=WorkerPool(0))
     verdicts = pipeline.run_gate()
     monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)
-    pipeline.crew.workers = Workers(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU
+    pipeline.crew.workers = WorkerPool(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU
 
     def watch():
         wait_for((folder / "last").exists)

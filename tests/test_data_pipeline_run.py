@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.runner import Workers
 from data_pipeline.flow.summary import summary
 from data_pipeline.formats.index import read_split
 from data_pipeline.formats.schema import read_dataset_info
@@ -29,6 +28,7 @@ from data_pipeline.sources.registry import open_source, open_sources
 from data_pipeline.world.write import write_world
 from infra import storage
 from infra.errors import UserError
+from infra.runner import WorkerPool
 
 PLAN = replace(world(), ingest_rows=20, pack_rows=16)
 BAD = {
@@ -63,7 +63,7 @@ def add_bad_rows(tar: Path) -> None:
 
 
 def run(root: Path | str, raw: Path | str, plan: Plan = PLAN, **given: object) -> Outcome:
-    return Pipeline(plan, str(root), open_source(f"wds:{raw}"), workers=Workers(0), **given).run()
+    return Pipeline(plan, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0), **given).run()
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_second_source_stands_beside_the_first_and_repacks_no_full_shard(made,
     write_world(str(tmp_path / "more"), images=20, val_images=2, seed=99, images_per_shard=10)
     again = Pipeline(
         PLAN, str(copy), open_sources([f"wds:{tmp_path}/more", f"wds:{raw}", f"wds:{raw}"]),
-        workers=Workers(0),
+        workers=WorkerPool(0),
     ).run()  # fmt: skip
     assert again.computed["caption + latents + text_clip_l + text_t5"] == 22
     assert again.info.counts["ok"] == 74
@@ -214,7 +214,7 @@ def test_a_second_source_stands_beside_the_first_and_repacks_no_full_shard(made,
     assert verify(str(copy)).problems == []
     # the sources in another order, and without Ray's help: nothing to do
     turned = open_sources([f"wds:{raw}", f"wds:{tmp_path}/more"])
-    last = Pipeline(PLAN, str(copy), turned, workers=Workers(0)).run()
+    last = Pipeline(PLAN, str(copy), turned, workers=WorkerPool(0)).run()
     assert (last.computed, last.info.fingerprint) == ({}, again.info.fingerprint)
 
 
@@ -361,7 +361,7 @@ def test_a_source_without_a_usable_row_says_why(tmp_path):
     (tmp_path / "in" / "a.png").write_bytes(b"no image")
     (tmp_path / "in" / "a.txt").write_text("a caption")
     with pytest.raises(UserError, match=r"no usable row among 1: 1 corrupt, e.g. .*a\.png \(.+\); all are listed in"):
-        Pipeline(PLAN, str(tmp_path / "out"), open_source(f"folder:{tmp_path}/in"), workers=Workers(0)).run()
+        Pipeline(PLAN, str(tmp_path / "out"), open_source(f"folder:{tmp_path}/in"), workers=WorkerPool(0)).run()
     (listed,) = (tmp_path / "out" / "rejected").glob("*.parquet")
     assert [row["status"] for row in pq.read_table(listed).to_pylist()] == ["corrupt"]
 

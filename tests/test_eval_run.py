@@ -122,14 +122,14 @@ def test_scores_without_t5_have_names_and_protocols_of_their_own(tmp_path, monke
 
 def test_a_checkpoint_that_disappears_is_a_counted_failure(tmp_path):
     from eval.run import EvaluateTask
-    from eval.runner import Work, run_work
+    from infra.runner import run_units
 
     there = export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
     gone = export(tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40, recipe_hash="r2")
     found = find_checkpoints(str(tmp_path))
     gone.unlink()
-    work = [Work(c.run, {"checkpoint": vars(c)}) for c in found]
-    failed = run_work(EvaluateTask(options(tmp_path, metrics="clip_score", calibration=False)), work, workers=0)
+    units = [{"id": c.run, "checkpoint": vars(c)} for c in found]
+    failed = run_units(EvaluateTask(options(tmp_path, metrics="clip_score", calibration=False)), units, workers=0)
     assert list(failed) == ["d2"]
     assert "ema.safetensors" in failed["d2"]
     assert there.exists()

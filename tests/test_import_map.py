@@ -18,7 +18,7 @@ OWNERS = {
     "s3fs": ("infra/s3.py",),
     "fsspec": ("infra/s3.py",),
     "webdataset": ("data_pipeline/packing/shards.py",),
-    "ray": ("data_pipeline/flow/runner.py", "trainer/ladders/workers.py", "infra/launch/", "infra/doctor.py"),
+    "ray": ("infra/runner.py", "infra/launch/"),
 }
 APEX_PACKAGES = {"model", "trainer"}
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from infra.errors import UserError
-from infra.job import Job
 from infra.launch import TARGETS, get_target
+from infra.launch.job import Job
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("deepspeed", "--num_gpus", "8", "--module", "trainer", "train", "d15", "--data", "s3://b/it's here")

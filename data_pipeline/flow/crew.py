@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.flow.runner import Report, Task, Workers, run_tasks
 from data_pipeline.stages.ledger import Todo
 from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 from infra.log import Progress, get_logger
+from infra.runner import Task, UnitResult, WorkerPool, run_tasks
 
 log = get_logger("pipeline")
 
@@ -17,7 +17,7 @@ log = get_logger("pipeline")
 class Crew:
     """Keeps what failed (by unit) and how many rows each pass computed."""
 
-    def __init__(self, workers: Workers, *, keep_going: bool = False, dollars_per_hour: float | None = None) -> None:
+    def __init__(self, workers: WorkerPool, *, keep_going: bool = False, dollars_per_hour: float | None = None) -> None:
         self.workers, self.keep_going, self.dollars_per_hour = workers, keep_going, dollars_per_hour
         self.failed: dict[str, str] = {}
         self.computed: dict[str, int] = {}
@@ -28,9 +28,9 @@ class Crew:
         task: Task,
         todo: Todo,
         *,
-        workers: Workers | None = None,
+        workers: WorkerPool | None = None,
         environment: Mapping[str, Any] | None = None,
-    ) -> Iterator[Report]:
+    ) -> Iterator[UnitResult]:
         """Reports of the units that worked, as they come. The others stop the run before anything is published."""
         if not len(todo):
             log.info("%s: nothing missing", title)
@@ -40,20 +40,20 @@ class Crew:
         started = time.monotonic()
         with Progress(todo.rows, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
-            for report in run_tasks(task, todo, workers or self.workers, runtime_env=environment):
-                if report["error"]:
-                    failed[report["id"]] = report["error"]
-                    if report["fatal"]:
-                        raise UserError(f"{title}: no worker can start: {report['error']}")
+            for result in run_tasks(task, todo, workers or self.workers, runtime_env=environment):
+                if result["error"]:
+                    failed[result["id"]] = result["error"]
+                    if result["fatal"]:
+                        raise UserError(f"{title}: no worker can start: {result['error']}")
                     continue
                 done += 1
-                rows += report["rows"]
-                bad += _not_ok(report)
+                rows += result["rows"]
+                bad += _not_ok(result)
                 if todo.rows is None:
                     progress.total = round(rows / done * len(todo))
                 extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
-                progress.update(report["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
-                yield report
+                progress.update(result["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
+                yield result
         self.computed[title] = rows
         if failed:
             self._handle(title, failed, len(todo))
@@ -73,7 +73,7 @@ class Crew:
         log.error("%s; going on without them", line)
 
 
-def _not_ok(report: Report) -> Counter[str]:
+def _not_ok(result: UnitResult) -> Counter[str]:
     """Rows by status, as the last stage that judges them says."""
-    judging = {stage: counts for stage, counts in report["counts"].items() if stage not in ("ingest", "measure")}
+    judging = {stage: counts for stage, counts in result["counts"].items() if stage not in ("ingest", "measure")}
     return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})

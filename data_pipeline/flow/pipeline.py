@@ -20,7 +20,6 @@ from data_pipeline.captions.stage import MAX_CHARS
 from data_pipeline.curation.gate import only_ok, strict_verdict
 from data_pipeline.flow.crew import Crew
 from data_pipeline.flow.misfits import check_rebuild
-from data_pipeline.flow.runner import Unit, Workers
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout
@@ -39,6 +38,7 @@ from data_pipeline.stages.stage import OK, Stage
 from data_pipeline.stages.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from infra import storage
 from infra.errors import UserError
+from infra.runner import WorkerPool, WorkUnit
 from infra.version import code_version
 
 _DEDUP_SHARDS = 100  # that a manifest of the dedup column names
@@ -64,8 +64,8 @@ class Pipeline:
         root: str,
         source: Source,
         *,
-        workers: Workers,
-        caption_workers: Workers | None = None,
+        workers: WorkerPool,
+        caption_workers: WorkerPool | None = None,
         keep_going: bool = False,
         only_split: str | None = None,
         dollars_per_hour: float | None = None,
@@ -226,7 +226,7 @@ class Pipeline:
         self,
         pairs: tuple[tuple[Stage, Column], ...],
         verdicts: Verdicts,
-        workers: Workers,
+        workers: WorkerPool,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         stages = [column.stage for _, column in pairs]
@@ -241,8 +241,8 @@ class Pipeline:
                 unit = {"id": shard, "shard": shard, "missing": missing, "parts": self.proven.described(shard)}
                 todo.add(unit, max(map(len, lacking.values())))
         task, title = ColumnTask(self.root, pairs), " + ".join(stages)
-        for report in self.crew.work(title, task, todo, workers=workers, environment=environment):
-            for manifest in map(Manifest.from_json, report["manifests"]):
+        for result in self.crew.work(title, task, todo, workers=workers, environment=environment):
+            for manifest in map(Manifest.from_json, result["manifests"]):
                 self.proven.take(manifest)
 
     def _accepted(self, verdicts: Verdicts) -> Runs:
@@ -325,8 +325,8 @@ class Pipeline:
                 todo.add(self._pack_unit(output), output.num_rows)
         # In one order, whichever of them are published already: the same plan has the same name.
         write_plan(self.root, outputs)
-        for report in self.crew.work("pack", PackTask(self.root, info), todo):
-            proofs[report["id"]] = ShardEntry.from_json(report["entry"])
+        for result in self.crew.work("pack", PackTask(self.root, info), todo):
+            proofs[result["id"]] = ShardEntry.from_json(result["entry"])
         entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
         self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
@@ -336,7 +336,7 @@ class Pipeline:
         largest = largest_sample(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
         return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
-    def _pack_unit(self, output: Output) -> Unit:
+    def _pack_unit(self, output: Output) -> WorkUnit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
         found = {shard: self.proven.described(shard) for shard, _ in output.rows}
         parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.flow.runner import Report, Unit
 from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, in_ranges
 from data_pipeline.packing.pack import Output, pack_output
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.source import Source, SourceUnit
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.stage import ShardView, Stage, Worker
+from infra.runner import UnitResult, WorkUnit
 
 
 def parts_of(manifest: Manifest) -> dict[str, Part]:
@@ -28,7 +28,7 @@ def _counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _report(rows: int, manifests: Sequence[Manifest]) -> Report:
+def _result(rows: int, manifests: Sequence[Manifest]) -> UnitResult:
     return {"rows": rows, "counts": _counts(manifests), "manifests": [asdict(m) for m in manifests]}
 
 
@@ -47,10 +47,10 @@ class IngestTask:
     light: tuple[tuple[Stage, Column], ...]
     keep_bytes: int = 256 * 2**20
 
-    def open(self) -> Callable[[Unit], Report]:
+    def open(self) -> Callable[[WorkUnit], UnitResult]:
         workers = [(stage.open(), column) for stage, column in self.light]
 
-        def run(unit: Unit) -> Report:
+        def run(unit: WorkUnit) -> UnitResult:
             known = {
                 shard: {stage: [Part.from_json(part) for part in parts] for stage, parts in stages.items()}
                 for shard, stages in unit["known"].items()
@@ -68,7 +68,7 @@ class IngestTask:
                     view.tables["ingest"] = tables.pop(shard)
                 made += self._columns(view, workers)
             rows = sum(part.num_rows for parts in known.values() for part in parts["ingest"])
-            return _report(rows, made) | {"split": unit["split"]}
+            return _result(rows, made) | {"split": unit["split"]}
 
         return run
 
@@ -95,10 +95,10 @@ class ColumnTask:
     root: str
     stages: tuple[tuple[Stage, Column], ...]
 
-    def open(self) -> Callable[[Unit], Report]:
+    def open(self) -> Callable[[WorkUnit], UnitResult]:
         workers = [(stage.open(), column) for stage, column in self.stages]
 
-        def run(unit: Unit) -> Report:
+        def run(unit: WorkUnit) -> UnitResult:
             shard = unit["shard"]
             parts = {stage: [Part.from_json(p) for p in found] for stage, found in unit["parts"].items()}
             view, made = ShardView(self.root, shard, parts), []
@@ -112,7 +112,7 @@ class ColumnTask:
                 made.append(manifest)
                 parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
                 view.tables.pop(column.stage, None)
-            return _report(max((len(in_ranges(found)) for found in unit["missing"].values()), default=0), made)
+            return _result(max((len(in_ranges(found)) for found in unit["missing"].values()), default=0), made)
 
         return run
 
@@ -124,8 +124,8 @@ class PackTask:
     root: str
     info: DatasetInfo
 
-    def open(self) -> Callable[[Unit], Report]:
-        def run(unit: Unit) -> Report:
+    def open(self) -> Callable[[WorkUnit], UnitResult]:
+        def run(unit: WorkUnit) -> UnitResult:
             rows = tuple((shard, np.array(in_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
             output = Output(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {

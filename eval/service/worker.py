@@ -19,10 +19,10 @@ from typing import Any
 
 from eval.judging.judges import build_judges
 from eval.run import Checkpoint, EvaluateTask, RunOptions, parse_metrics, plan_all
-from eval.runner import Work, run_work
 from infra import storage
 from infra.errors import MissingError, UserError
 from infra.log import get_logger
+from infra.runner import run_units
 from model.errors import ModelError
 
 log = get_logger("service")
@@ -127,8 +127,8 @@ def _serve(pipe: Connection, settings: Settings) -> None:
             if not prepared:
                 prepare(settings)
                 prepared = True
-            work = [Work(name_of(c), {"checkpoint": asdict(c)}) for c in checkpoints]
-            pipe.send((run_work(task, work, workers=options.workers, gpus=options.gpus_per_worker), ""))
+            units = [{"id": name_of(c), "checkpoint": asdict(c)} for c in checkpoints]
+            pipe.send((run_units(task, units, workers=options.workers, gpus=options.gpus_per_worker), ""))
         except (UserError, ModelError) as error:
             pipe.send(({}, str(error)))
         except Exception as error:

@@ -18,13 +18,13 @@ from eval.judging.metric import Metric, Prompt, Sample
 from eval.metrics.registry import METRICS
 from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
-from eval.runner import Work, run_work
 from eval.studies.ranking import TABLE_1, Cell, Ranking, against_paper, rank
 from infra import storage
 from infra.cli import parse
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 from infra.results import ResultStore
+from infra.runner import run_units
 from model.files.weights import read_meta
 
 log = get_logger("study")
@@ -92,8 +92,8 @@ def study(options: StudyOptions) -> None:
         raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
     judges = build_judges(options.judges, options.official)
     hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
-    work = [Work(f"{e.checkpoint.run}/{kind}", {"entry": _pack(e), "kind": kind}) for e in entries for kind in KINDS]
-    failed = run_work(StudyTask(options), work, workers=options.workers, gpus=options.gpus_per_worker)
+    units = [{"id": f"{e.checkpoint.run}/{kind}", "entry": _pack(e), "kind": kind} for e in entries for kind in KINDS]
+    failed = run_units(StudyTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
     cells = [cell for entry in entries for cell in _cells(entry, options, hashes)]
     if not cells:
         raise UserError("no run could be measured; see the lines above")
@@ -113,7 +113,7 @@ def study(options: StudyOptions) -> None:
     numbers = "".join(json.dumps(cell._asdict()) + "\n" for cell in cells)
     storage.write_bytes(storage.join(options.out, "cells.jsonl"), numbers.encode())
     if failed:
-        raise UserError(f"{len(failed)} of {len(work)} measurements failed; see the lines above; run again for them")
+        raise UserError(f"{len(failed)} of {len(units)} measurements failed; see the lines above; run again for them")
 
 
 def parse_setting(text: str) -> tuple[int, float]:

@@ -4,8 +4,8 @@ from types import MappingProxyType
 from typing import Protocol
 
 from infra.errors import UserError, nearest
-from infra.job import Job
 from infra.launch import kubernetes, local, ray_job, skypilot, slurm
+from infra.launch.job import Job
 
 
 class Target(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
-from infra.job import MASTER_ADDR, NODE_RANK, Job, hand_over, shell_command, write_hostfile
+from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, shell_command, write_hostfile
 
 KNOWN = ("namespace", "cpu", "memory", "shm")
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from infra.errors import UserError
-from infra.job import Job, exports, shell_command
+from infra.launch.job import Job, exports, shell_command
 
 
 def render(job: Job) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.errors import UserError
-from infra.job import Job, shell_command
+from infra.launch.job import Job, shell_command
 
 EXCLUDES = [".git", ".venv", "work-demo", "runs", "build", "**/__pycache__", "**/.mypy_cache", "**/.ruff_cache"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
-from infra.job import MASTER_ADDR, NODE_RANK, Job, hand_over, ray_driver, shell_command, write_hostfile
+from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, ray_driver, shell_command, write_hostfile
 
 KNOWN = ("accelerator", "infra", "use_spot", "disk_size")
 

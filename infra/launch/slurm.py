@@ -2,7 +2,7 @@
 
 import shlex
 
-from infra.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_driver, shell_command, write_hostfile
+from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_driver, shell_command, write_hostfile
 
 
 def render(job: Job) -> str:

@@ -23,11 +23,11 @@ import torch
 from data_pipeline.captions.registry import open_captioner
 from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.flow.runner import Workers, connect
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.stages.stage import ShardView
 from data_pipeline.world.write import write_world
+from infra.runner import WorkerPool, connect
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import TextSpec
 from model.encoders.vae import Latents, load_vae
@@ -36,14 +36,14 @@ PLAN = replace(world(), ingest_rows=125)
 Rows = list[tuple[torch.Tensor, list, list[str]]]  # per shard: pixels, pictures, captions
 
 
-def pipeline(root: Path, raw: Path, workers: Workers) -> Pipeline:
+def pipeline(root: Path, raw: Path, workers: WorkerPool) -> Pipeline:
     return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=workers)
 
 
 def rows_in_memory(root: Path, raw: Path) -> Rows:
     import numpy as np
 
-    made = pipeline(root, raw, Workers(0))
+    made = pipeline(root, raw, WorkerPool(0))
     made.run_gate()
     shards: Rows = []
     for shard in made.proven.shards():
@@ -88,7 +88,7 @@ def bare_on_two(shards: Rows) -> float:
     return time.perf_counter() - start
 
 
-def encoded(base: Path, raw: Path, workers: Workers) -> tuple[float, float]:
+def encoded(base: Path, raw: Path, workers: WorkerPool) -> tuple[float, float]:
     """(wall seconds, CPU seconds of this process) of the pass that captions and encodes."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(shutil.copytree(base, Path(folder) / "data"))
@@ -108,13 +108,13 @@ def main() -> None:
         write_world(str(raw), images=images, val_images=1, images_per_shard=250)
         shards = rows_in_memory(base, raw)
         bare(shards[:1])  # what is imported late, is imported now
-        pairs = [(encoded(base, raw, Workers(0))[1], bare(shards)) for _ in range(rounds)]
+        pairs = [(encoded(base, raw, WorkerPool(0))[1], bare(shards)) for _ in range(rounds)]
         ratios = [ours / theirs for ours, theirs in pairs]
         print(json.dumps({"rows": images, "cpu_seconds": [[round(a, 1), round(b, 1)] for a, b in pairs],
                           "cpu_seconds_over_bare": [round(r, 3) for r in ratios],
                           "median": round(statistics.median(ratios), 3)}))  # fmt: skip
-        connect(Workers(2))
-        walls = [(encoded(base, raw, Workers(2))[0], bare_on_two(shards)) for _ in range(rounds)]
+        connect(WorkerPool(2))
+        walls = [(encoded(base, raw, WorkerPool(2))[0], bare_on_two(shards)) for _ in range(rounds)]
         ratios = [ours / theirs for ours, theirs in walls]
         print(json.dumps({"wall_seconds": [[round(a, 1), round(b, 1)] for a, b in walls],
                           "wall_over_bare": [round(r, 3) for r in ratios],

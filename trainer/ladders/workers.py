@@ -9,10 +9,9 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from data_pipeline.flow.runner import Workers, connect
 from infra.log import get_logger
+from infra.runner import CallLost, RemoteCalls
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 
 log = get_logger("ladder")
@@ -28,30 +27,22 @@ def train_on_ray(
 
     SIGTERM or Ctrl-C: those that run are asked to save and awaited, and this process leaves with their exit code.
     """
-    connect(Workers(count=workers, cpus=ranks))
-    import ray
-
-    on_gpus = bool(ray.cluster_resources().get("GPU"))
+    calls = RemoteCalls(train_here, workers=workers, slots=ranks)
     # A core was reserved for each rank; Ray would give each as many threads as there are ranks.
-    threads = os.environ.get("OMP_NUM_THREADS", None if on_gpus else "1")
-    needs: dict[str, Any] = {"num_gpus" if on_gpus else "num_cpus": ranks, "max_retries": 0}
-    task = ray.remote(**needs)(train_here)
+    threads = os.environ.get("OMP_NUM_THREADS", None if calls.on_gpus else "1")
     waiting, asked = deque(range(len(commands))), False
-    running: dict[Any, int] = {}
     with on_stop(lambda: log.info("asking the trainings to save and stop")) as stopped:
-        while running or (waiting and not stopped):
-            while waiting and not stopped and len(running) < workers:
+        while calls or (waiting and not stopped):
+            while waiting and not stopped and len(calls) < workers:
                 index = waiting.popleft()
                 begin(index)
-                running[task.remote(commands[index], threads)] = index
-            done, _ = ray.wait(list(running), timeout=1.0)
-            for reference in done:
-                if not ended(running.pop(reference), *_result(reference)):
+                calls.start(index, commands[index], threads)
+            for index, outcome in calls.wait(1.0):
+                if not ended(index, *_exit_of(outcome)):
                     waiting.clear()
             if stopped and not asked:
                 asked = True
-                for reference in running:
-                    ray.cancel(reference, force=False)
+                calls.cancel()
     if stopped:
         raise SystemExit(PREEMPTED)
 
@@ -84,12 +75,8 @@ def on_my_gpus(command: list[str]) -> list[str]:
     return ["deepspeed", "--include", f"localhost:{mine}", *command[3:]]
 
 
-def _result(reference: Any) -> tuple[int, str]:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.TaskCancelledError:
-        return PREEMPTED, ""
-    except ray.exceptions.RayError as error:
-        return LOST, f"its Ray worker was lost: {type(error).__name__}\n"
+def _exit_of(outcome: tuple[int, str] | CallLost) -> tuple[int, str]:
+    """Exit code and last words of a call that ended."""
+    if not isinstance(outcome, CallLost):
+        return outcome
+    return (PREEMPTED, "") if outcome.cancelled else (LOST, f"{outcome}\n")

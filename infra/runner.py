@@ -1,7 +1,9 @@
-"""Runs tasks over units of work on Ray Data: one block per unit, a pool of actors, reports as they come.
+"""Runs tasks over units of work, in this process or on Ray: the one module besides infra/launch/ that knows Ray.
 
-What moves between processes are small descriptions; each worker reads and writes storage itself. The only module that
-knows ray. With workers=0 everything happens in this process.
+Three ways in. `run_tasks` is the data pipeline's: one Ray Data block per unit, a pool of actors, results as they come.
+`run_units` is the evaluation's: the same, with the failures as the answer. `RemoteCalls` are single calls that each
+reserve GPUs or cores, for trainings. What moves between processes are small descriptions; each worker reads and writes
+storage itself.
 """
 
 import json
@@ -23,18 +25,18 @@ _WAVE = 10_000  # units: ten million rows between two starts of the workers
 _WAVE_BYTES = 256 * 2**20  # of their descriptions
 _LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs
 
-Unit = Mapping[str, Any]
-Report = dict[str, Any]
+WorkUnit = Mapping[str, Any]
+UnitResult = dict[str, Any]
 
 
 class Task(Protocol):
     """A picklable description of work; `open()` builds models once per worker and gives the function of one unit."""
 
-    def open(self) -> Callable[[Unit], Report]: ...
+    def open(self) -> Callable[[WorkUnit], UnitResult]: ...
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerPool:
     """How many workers, and what each may use. `count` None: as many as this machine or a growing cluster has room for.
 
     A cluster of RAY_ADDRESS may start small, even without a CPU: the pool grows with it up to one worker per unit.
@@ -46,9 +48,9 @@ class Workers:
 
 
 def run_tasks(
-    task: Task, units: Iterable[Unit], workers: Workers, *, runtime_env: Mapping[str, Any] | None = None
-) -> Iterator[Report]:
-    """One report per unit, in the order of completion. A report with `error` says what failed; others go on.
+    task: Task, units: Iterable[WorkUnit], workers: WorkerPool, *, runtime_env: Mapping[str, Any] | None = None
+) -> Iterator[UnitResult]:
+    """One result per unit, in the order of completion. A result with `error` says what failed; others go on.
 
     Ray Data keeps the blocks of all units of a pass, so they go to it in waves, each with a new pool.
     `runtime_env` is Ray's: the workers of this task get an environment of their own.
@@ -56,15 +58,28 @@ def run_tasks(
     if workers.count == 0:
         if runtime_env:
             raise UserError("workers with an environment of their own (--captioner.pip) need Ray: --workers 1 or more")
-        work = _Work(task, workers.cpus)
+        run = _OpenTask(task, workers.cpus)
         for unit in units:
-            yield work(unit)
+            yield run(unit)
         return
     for wave in _waves(units):
         yield from _run_on_ray(task, wave, workers, runtime_env)
 
 
-def _waves(units: Iterable[Unit]) -> Iterator[list[str]]:
+def run_units(task: Task, units: Iterable[WorkUnit], *, workers: int, gpus: float = 0) -> dict[str, str]:
+    """Run every unit; the reasons of those that failed, by id. `workers` 0: in this process, with all its threads."""
+    import torch
+
+    pool = WorkerPool(workers, cpus=1, gpus=gpus) if workers else WorkerPool(0, cpus=torch.get_num_threads())
+    failed: dict[str, str] = {}
+    for result in run_tasks(task, units, pool):
+        if result["error"]:
+            failed[str(result["id"])] = str(result["error"])
+            log.error("%s failed: %s", result["id"], result["error"])
+    return failed
+
+
+def _waves(units: Iterable[WorkUnit]) -> Iterator[list[str]]:
     """Units as JSON: as such they take a tenth of what their objects would."""
     wave: list[str] = []
     size = 0
@@ -79,8 +94,8 @@ def _waves(units: Iterable[Unit]) -> Iterator[list[str]]:
         yield wave
 
 
-class _Work:
-    """A task opened in this process; failures become reports."""
+class _OpenTask:
+    """A task opened in this process; failures become results."""
 
     def __init__(self, task: Task, cpus: float) -> None:
         import torch
@@ -95,42 +110,42 @@ class _Work:
             self._broken = f"{type(error).__name__}: {error}"
             log.error("a worker could not start\n%s", traceback.format_exc())
 
-    def __call__(self, unit: Unit) -> Report:
+    def __call__(self, unit: WorkUnit) -> UnitResult:
         started = time.monotonic()
-        report: Report = {"id": unit["id"], "rows": 0, "counts": {}, "error": self._broken, "fatal": bool(self._broken)}
+        result: UnitResult = {"id": unit["id"], "rows": 0, "counts": {}}
+        result |= {"error": self._broken, "fatal": bool(self._broken)}
         if not self._broken:
             try:
-                report |= self._run(unit)
+                result |= self._run(unit)
             except UserError as error:
-                report["error"] = str(error)
+                result["error"] = str(error)
             except Exception as error:
-                # one unit's failure must not end the others': it is reported, listed, and tried again by the next run
-                report["error"] = f"{type(error).__name__}: {error}"
+                # one unit's failure must not end the others': it is listed, and tried again by the next run
+                result["error"] = f"{type(error).__name__}: {error}"
                 log.error("unit %s failed\n%s", unit["id"], traceback.format_exc())
-        return report | {"seconds": time.monotonic() - started}
+        return result | {"seconds": time.monotonic() - started}
 
 
 class _Actor:
     """What Ray Data calls with blocks of unit descriptions."""
 
     def __init__(self, task: Task, cpus: float) -> None:
-        self._work = _Work(task, cpus)
+        self._task = _OpenTask(task, cpus)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"report": [json.dumps(self._work(json.loads(unit))) for unit in batch["unit"]]}
+        return {"result": [json.dumps(self._task(json.loads(unit))) for unit in batch["unit"]]}
 
 
 def _run_on_ray(
-    task: Task, units: Sequence[str], workers: Workers, runtime_env: Mapping[str, Any] | None
-) -> Iterator[Report]:
-    connect(workers)
+    task: Task, units: Sequence[str], workers: WorkerPool, runtime_env: Mapping[str, Any] | None
+) -> Iterator[UnitResult]:
+    there = connect(workers)
     import ray
     from ray.data import ActorPoolStrategy
 
     quiet = logging.getLogger("ray.data")
     quiet.setLevel(logging.ERROR)
 
-    there = ray.cluster_resources()
     if workers.gpus > there.get("GPU", 0) and not os.environ.get("RAY_ADDRESS"):  # a cluster may still grow
         raise UserError(
             f"a worker asks for {workers.gpus:g} GPU(s), Ray here has {there.get('GPU', 0):g} and would wait for ever"
@@ -153,11 +168,11 @@ def _run_on_ray(
     )
     quiet.setLevel(logging.ERROR)  # Ray sets it anew with the first dataset of a process
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        for report in batch["report"]:
-            yield json.loads(report)
+        for result in batch["result"]:
+            yield json.loads(result)
 
 
-def _pool(workers: Workers, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
+def _pool(workers: WorkerPool, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
     """Smallest and largest pool. One that grows pays off on a cluster; on one machine it only starts late."""
     room = cpus / max(workers.cpus, 0.01)
     if workers.gpus:
@@ -170,8 +185,11 @@ def _pool(workers: Workers, units: int, cpus: float, gpus: float = 0) -> tuple[i
     return smallest, min(units, max(size, _LARGEST_POOL)) if grows else size
 
 
-def connect(workers: Workers) -> None:
-    """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine."""
+def connect(workers: WorkerPool) -> dict[str, float]:
+    """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine.
+
+    Returns what the cluster has now, by Ray's names: "CPU", "GPU" ...
+    """
     import ray
 
     if not ray.is_initialized():  # one start serves all passes; Ray ends it with the process
@@ -182,6 +200,58 @@ def connect(workers: Workers) -> None:
         else:
             log.info("starting Ray on this machine")
             os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: any other load would starve the workers
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in reports
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in results
             cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+    return ray.cluster_resources()
+
+
+class CallLost(RuntimeError):
+    """A remote call gave no value. `cancelled`: it was asked to end, else its worker was lost."""
+
+    def __init__(self, reason: str, *, cancelled: bool) -> None:
+        super().__init__(reason)
+        self.cancelled = cancelled
+
+
+class RemoteCalls:
+    """Calls of one function on Ray, each with `slots` GPUs of its own (cores where the cluster has no GPU).
+
+    Nothing is called twice: a worker that is lost loses its call.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, workers: int, slots: int) -> None:
+        self.on_gpus = bool(connect(WorkerPool(count=workers, cpus=slots)).get("GPU"))
+        import ray
+
+        needs: dict[str, Any] = {"num_gpus" if self.on_gpus else "num_cpus": slots, "max_retries": 0}
+        self._remote = ray.remote(**needs)(function)
+        self._running: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        """How many calls run or wait for a worker."""
+        return len(self._running)
+
+    def start(self, key: Any, *arguments: Any) -> None:
+        self._running[self._remote.remote(*arguments)] = key
+
+    def wait(self, seconds: float) -> Iterator[tuple[Any, Any]]:
+        """(key, value) of a call that has ended, none if that takes longer. A lost call's value is its `CallLost`."""
+        import ray
+
+        done, _ = ray.wait(list(self._running), timeout=seconds)
+        for reference in done:
+            key = self._running.pop(reference)
+            try:
+                yield key, ray.get(reference)
+            except ray.exceptions.TaskCancelledError:
+                yield key, CallLost("it was cancelled", cancelled=True)
+            except ray.exceptions.RayError as error:
+                yield key, CallLost(f"its Ray worker was lost: {type(error).__name__}", cancelled=False)
+
+    def cancel(self) -> None:
+        """Raise KeyboardInterrupt in each running call; calls that have not begun never do."""
+        import ray
+
+        for reference in self._running:
+            ray.cancel(reference, force=False)
