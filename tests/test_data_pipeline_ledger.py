@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.hash_matching import first_of_equal, first_of_near
-from data_pipeline.flow import pipeline, runner
+from data_pipeline.flow import pipeline
 from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import read_batches, table_bytes, write_tables
 from data_pipeline.formats.schema import fingerprint, long_fingerprint
@@ -129,17 +129,6 @@ print([os.readlink(link) for link in links if os.path.islink(link)])
     assert len(found) == 3
     assert all(path.startswith(str(tmp_path)) for path in found)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_wave_of_units_is_bounded_in_number_and_bytes(monkeypatch):
-    units = [{"id": "x" * (n % 50)} for n in range(1000)]
-    monkeypatch.setattr(runner, "_WAVE", 60)
-    monkeypatch.setattr(runner, "_WAVE_BYTES", 1500)
-    waves = list(runner._waves(iter(units)))
-    assert [json.loads(text) for wave in waves for text in wave] == units
-    assert all(len(wave) <= 60 and sum(map(len, wave)) <= 1500 for wave in waves)
-    assert len(waves) < 1000
-    assert list(runner._waves([])) == []
 
 
 def test_tables_without_rows_take_no_memory(tmp_path):

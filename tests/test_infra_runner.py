@@ -1,5 +1,6 @@
 """Tasks and calls on workers: in this process and on Ray, with units that fail, workers that die, calls that stop."""
 
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
+from infra import runner
 from infra.errors import UserError
 from infra.runner import CallLost, RemoteCalls, WorkerPool, _pool, run_tasks, run_units
 
@@ -35,6 +37,17 @@ def test_a_pool_grows_with_a_cluster_and_stays_as_it_is_on_one_machine(monkeypat
     if not address and count is None:  # sixteen CPUs, two GPUs, four workers on each
         assert _pool(WorkerPool(gpus=0.25), 500, 16, 2) == (8, 8)
         assert _pool(WorkerPool(gpus=1), 500, 16, 2) == (2, 2)
+
+
+def test_a_wave_of_units_is_bounded_in_number_and_bytes(monkeypatch):
+    units = [{"id": "x" * (n % 50)} for n in range(1000)]
+    monkeypatch.setattr(runner, "_WAVE", 60)
+    monkeypatch.setattr(runner, "_WAVE_BYTES", 1500)
+    waves = list(runner._waves(iter(units)))
+    assert [json.loads(text) for wave in waves for text in wave] == units
+    assert all(len(wave) <= 60 and sum(map(len, wave)) <= 1500 for wave in waves)
+    assert len(waves) < 1000
+    assert list(runner._waves([])) == []
 
 
 @dataclass(frozen=True)
