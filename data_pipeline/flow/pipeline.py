@@ -127,9 +127,9 @@ class Pipeline:
             if not known or not self._complete(shards):
                 todo.add({**asdict(unit), "known": {shard: self.proven.described(shard) for shard in shards}})
         task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
-        for report in self.crew.work("ingest + measure + filter", task, todo):
-            for manifest in map(Manifest.from_json, report["manifests"]):
-                self._take(manifest, report["split"])
+        for result in self.crew.work("ingest + measure + filter", task, todo):
+            for manifest in map(Manifest.from_json, result["manifests"]):
+                self._take(manifest, result["split"])
         for shard in self.proven.shards() if self.crew.failed else ():
             if not self._complete([shard]):  # ingested by an earlier run, and its unit failed again
                 self.proven.leave_out(shard)
