@@ -1,0 +1,102 @@
+"""Hashes that name stored results: known answers, so that no change of code makes finished runs strangers.
+
+The columns and the encoding of datasets have theirs in test_data_pipeline_known_answers.py.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from data_pipeline.plans import WORLD_TEXT
+from eval.drawing.generate import Sampling
+from eval.judging.judges import OfficialPaths, build_judges
+from eval.metrics.registry import METRICS
+from eval.protocol import protocol_hash, protocol_of
+from infra.results import ResultRow, ResultStore
+from trainer.recipe import Recipe
+from trainer.recipes import get_recipe
+
+RECIPES = {  # with the precision that stands beside the hash: a recipe may leave it to the machine
+    "world-d2": ("bf16", "df663fbe31049ef8"),
+    "world-d4": ("bf16", "e01f91f6f559ade4"),
+    "world-dit-d3": ("bf16", "0b22a7030afebbe9"),
+    "world-mmdit3-d2": ("bf16", "f3752e83a103133b"),
+    "world-uvit-d4": ("bf16", "37abb182c7663a97"),
+    "world-dpo-d4": ("bf16", "1563445bc593451c"),
+    "world-captions-original-d2": ("bf16", "f39c3f117da7794c"),
+    "world-captions-mixed-d2": ("bf16", "df663fbe31049ef8"),
+    "d15": ("bf16", "610c2ac8430d593c"),
+    "d24": ("bf16", "84ac38c0880d4506"),
+    "d38-1024": ("bf16", "b24853ffad609aa1"),
+    "dpo-d38": ("bf16", "daefd2f466bea3a7"),
+    "captions-mixed": ("bf16", "2748477aa04d69a9"),
+    "study-mmdit": ("bf16", "ef657347b5959174"),
+    "study-cross_dit": ("bf16", "d671fc82f804f807"),
+}
+FP32, BF16 = (
+    Sampling(precision="fp32"),
+    Sampling(precision="bf16", without_t5=True, steps=50, solver="heun", shift=3.0),
+)
+PROTOCOLS = [
+    ("geneval", FP32, "a9f7d59fe72dfdac"),
+    ("compbench", FP32, "784e108191b21403"),
+    ("clip_score", FP32, "d6104051a18b24f0"),
+    ("fid", FP32, "67a82257431fe8f1"),
+    ("typography", FP32, "9b1c2d499dbce9b9"),
+    ("geneval", BF16, "3182b59b1b43a511"),
+    ("compbench", BF16, "ef6f5275dccdb9a3"),
+    ("clip_score", BF16, "4a21278945ca4713"),
+    ("fid", BF16, "9056a0c1973dc2e7"),
+    ("typography", BF16, "a2bde148907021e6"),
+]
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_hashes_of_recipes(name):
+    precision, known = RECIPES[name]
+    recipe = replace(get_recipe(name), precision=precision)
+    assert recipe.hash == known
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_recipes_hash_keeps_whole_numbers_where_it_has_them_and_one_name_for_each_formulation():
+    base = replace(get_recipe("world-d2"), precision="bf16")
+    whole = replace(base, optimizer=replace(base.optimizer, lr=1), schedule=replace(base.schedule, cooldown=0))
+    assert whole.hash == "29afe009eb553235"
+    assert replace(base, formulation="rf/lognorm(0,1)").hash == base.hash
+    assert replace(base, shift=3).hash == "509922bf5aa4ebb5"
+
+
+def test_texts_and_networks_as_weights_name_them():
+    assert digest(WORLD_TEXT.to_json()) == "d03e2aad67d2e4b9"
+    assert digest(get_recipe("study-mmdit3").model.to_json()) == "c23de3f504fb75dd"
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return build_judges("world", OfficialPaths())
+
+
+@pytest.mark.parametrize(("name", "sampling", "known"), PROTOCOLS)
+def test_hashes_of_protocols(judges, name, sampling, known):
+    metric = METRICS[name](judges)
+    assert protocol_hash(protocol_of(metric, metric.prompts(4), sampling.protocol(), 2)) == known
+
+
+def test_lines_of_results(tmp_path):
+    created = "2026-01-01T00:00:00.000+00:00"
+    row = ResultRow("r", "h", "c", 10, "m/x", 0.5, True, 3, "p", math.nan, 1.0, "{}", created)
+    ResultStore(str(tmp_path)).append([row])
+    (written,) = tmp_path.iterdir()
+    assert written.read_text() == (
+        '{"code_version": "c", "created": "2026-01-01T00:00:00.000+00:00", "details": "{}", "high": 1.0, '
+        '"higher_is_better": true, "images_seen": 10, "low": "nan", "metric": "m/x", "protocol_hash": "p", '
+        '"recipe_hash": "h", "run": "r", "sample_count": 3, "value": 0.5}\n'
+    )
