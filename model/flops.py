@@ -23,5 +23,17 @@ def train_flops_per_image(config: TokenConfig, height: int, width: int, text_tok
     return 3 * config.forward_flops(height, width, text_tokens)
 
 
+def train_flops_with_adapters(
+    config: TokenConfig, height: int, width: int, text_tokens: int, *, adapter_parameters: int,
+    forward_passes: int = 1, backward_passes: int = 1,
+) -> int:  # fmt: skip
+    """An estimate for low-rank adapters on frozen weights. A frozen weight needs no gradient of its own, so a backward
+    pass costs what a forward pass does; adapters are counted by their share of the parameters, at the customary three
+    forward passes for a forward and a backward one (1.5 a pass)."""
+    passes = forward_passes + backward_passes
+    share = passes * 1.5 * adapter_parameters / config.parameter_count()
+    return round(config.forward_flops(height, width, text_tokens) * (passes + share))
+
+
 def parameter_count(config: TokenConfig) -> int:
     return config.parameter_count()

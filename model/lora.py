@@ -8,11 +8,12 @@ adapters, so one set of weights serves as policy and as reference. Files have pe
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from model.errors import ModelError
 from model.files.weights import META_KEY, load_weights, save_weights
 from model.seeding import draw_, seeded
+
+if TYPE_CHECKING:
+    from model.backbones.trunk import TokenConfig
 
 PART = ".lora."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -85,8 +89,12 @@ def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Te
     return weight_OI.float() + scale * (b_OR.float() @ a_RI.float())
 
 
-def adapter_parameter_count(model: nn.Module) -> int:
-    """Parameters of the adapters that `add_adapters` gave the model."""
+@functools.lru_cache
+def count_adapter_parameters(config: TokenConfig, rank: int) -> int:
+    """Parameters of the adapters that `add_adapters` gives a network."""
+    with torch.device("meta"):
+        model = config.build()
+        add_adapters(model, rank=rank, alpha=rank)
     return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
 
 

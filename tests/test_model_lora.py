@@ -16,8 +16,8 @@ from model.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_of,
-    adapter_parameter_count,
     add_adapters,
+    count_adapter_parameters,
     is_adapter,
     merge_files,
     merged,
@@ -63,7 +63,7 @@ def test_new_adapters_change_nothing_bit_for_bit(name):
     plain, model = build(config), adapted(config, trained=False)
     assert torch.equal(plain(*inputs()), model(*inputs()))
     linears = [m for m in plain.modules() if isinstance(m, nn.Linear)]
-    assert adapter_parameter_count(model) == sum(RANK * (m.in_features + m.out_features) for m in linears)
+    assert count_adapter_parameters(config, RANK) == sum(RANK * (m.in_features + m.out_features) for m in linears)
     # Every one of them is called as a module, or its adapter would never be heard.
     heard = []
     for module in model.modules():

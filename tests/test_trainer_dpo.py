@@ -27,9 +27,9 @@ from model.lora import add_adapters, is_adapter, merge_files, switched_off
 from model.seeding import keyed_normal, keyed_uniform
 from trainer.__main__ import main
 from trainer.checks.preflight import with_init
-from trainer.dpo import preference
 from trainer.exports.adapter import DIFFUSERS_ADAPTER
-from trainer.feed import drawn
+from trainer.feed import draw_noise
+from trainer.objective import check_objective, prefer
 from trainer.planning.plan import make_plan
 from trainer.recipe import DPO, LoRA, Recipe, check
 from trainer.recipes import get_recipe
@@ -87,7 +87,8 @@ def batch(data):
 
 
 def losses(policy, batch, beta=100.0):
-    return preference(policy, drawn(batch, FORM, seed=3, shift=1.0), formulation=FORM, device=CPU, beta=beta)
+    micro = draw_noise(batch, FORM, seed=3, shift=1.0)
+    return prefer(policy, micro.to(CPU), formulation=FORM, beta=beta)
 
 
 def test_the_loss_starts_at_ln_2_exactly(batch):
@@ -119,7 +120,7 @@ def test_the_loss_against_the_formula_in_numpy(batch):
         (lw, rw), (ll, rl) = errors["w"], errors["l"]
         expected = np.log1p(np.exp(beta / 2 * ((lw - ll) - (rw - rl))))
         assert found.loss_B[i].item() == pytest.approx(expected, rel=2e-3)
-        assert found.t_B[i].item() == pytest.approx(t[i], rel=1e-6)
+        assert draw_noise(batch, FORM, seed=3, shift=1.0).t_B[i].item() == pytest.approx(t[i], rel=1e-6)
 
 
 def _normal_quantile(u: np.ndarray) -> np.ndarray:
@@ -160,17 +161,18 @@ def test_a_batch_without_pairs_is_refused(batch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("question", "changes", "says"),
     [
-        ({"objective": "dpo"}, "give --lora.rank"),
-        ({"lora": LoRA(rank=0)}, "lora.rank is 0"),
-        ({"lora": LoRA(rank=4, alpha=-1.0)}, "lora.alpha"),
-        ({"objective": "dpo", "lora": LoRA(rank=4), "dpo": DPO(beta=0.0)}, "dpo.beta"),
+        (check_objective, {"objective": "dpo"}, "give --lora.rank"),
+        (check_objective, {"objective": "dop"}, r"unknown objective 'dop' .did you mean 'dpo'"),
+        (check, {"lora": LoRA(rank=0)}, "lora.rank is 0"),
+        (check, {"lora": LoRA(rank=4, alpha=-1.0)}, "lora.alpha"),
+        (check, {"objective": "dpo", "lora": LoRA(rank=4), "dpo": DPO(beta=0.0)}, "dpo.beta"),
     ],
 )
-def test_recipes_that_cannot_work_are_refused(changes, says):
+def test_recipes_that_cannot_work_are_refused(question, changes, says):
     with pytest.raises(UserError, match=says):
-        check(dataclasses.replace(get_recipe("world-d2"), **changes))
+        question(dataclasses.replace(get_recipe("world-d2"), **changes))
 
 
 def test_what_came_later_leaves_older_hashes_alone():

@@ -12,7 +12,7 @@ from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.seeding import keyed_normal
-from trainer.feed import Feed, Micro, drawn
+from trainer.feed import MicroBatch, Prefetcher, draw_noise
 from trainer.recipe import Recipe
 
 RECIPE = Recipe(name="r", model=MMDiTConfig(2), images=64, global_batch=8, seed=3, shift=2.0)
@@ -29,11 +29,11 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def no_gpu(monkeypatch):
     """Page-locked memory exists only beside a GPU; threads and order are the same in other memory."""
-    monkeypatch.setattr(Micro, "pin_memory", lambda self: self)
+    monkeypatch.setattr(MicroBatch, "pin_memory", lambda self: self)
 
 
-def feed(dataset, device: torch.device) -> Feed:
-    return Feed(dataset.batches(seed=3, global_batch=8, micro_batch=4), RECIPE, device)
+def feed(dataset, device: torch.device) -> Prefetcher:
+    return Prefetcher(dataset.batches(seed=3, global_batch=8, micro_batch=4), RECIPE, device)
 
 
 def test_a_feed_ahead_gives_what_a_feed_beside_does(dataset, no_gpu):
@@ -58,10 +58,10 @@ def test_a_feed_ahead_gives_what_a_feed_beside_does(dataset, no_gpu):
 
 def test_draws_belong_to_positions_and_go_to_the_device_with_the_batch(dataset):
     batches = dataset.batches(seed=3, global_batch=8)
-    micro = drawn(next(batches), form := get_formulation(RECIPE.formulation), seed=3, shift=2.0)
+    micro = draw_noise(next(batches), form := get_formulation(RECIPE.formulation), seed=3, shift=2.0)
     batches.close()
     assert torch.equal(micro.noise_BCHW[5:6], keyed_normal(3, [5], "noise", (4, 8, 8)))
-    alone = drawn(micro.batch._replace(positions=micro.batch.positions[5:6]), form, seed=3, shift=2.0)
+    alone = draw_noise(micro.batch._replace(positions=micro.batch.positions[5:6]), form, seed=3, shift=2.0)
     assert torch.equal(alone.t_B, micro.t_B[5:6])
     pair = micro._replace(batch=micro.batch._replace(rejected_BCHW=-micro.batch.latent_BCHW))
     given = pair.to(torch.device("cpu"))

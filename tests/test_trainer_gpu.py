@@ -16,7 +16,7 @@ from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
 from model.files.weights import load_weights
 from trainer.ladders.verify import cut, losses
-from trainer.planning.machines import this_machine
+from trainer.machines import this_machine
 from trainer.planning.reality import graded, trial
 from trainer.recipes import world
 

@@ -8,8 +8,8 @@ import torch
 from model.backbone import BACKBONES
 from model.encoders.text import TextCond
 from model.probe import AttentionProbe
+from trainer.machines import get_machine
 from trainer.objective import Losses
-from trainer.planning.machines import get_machine
 from trainer.recipe import Data, Recipe
 from trainer.watching.monitor import BINS, Monitor
 from trainer.zero.group import Group
@@ -70,7 +70,7 @@ def shared(more: dict[str, int]) -> dict[str, int]:
 def test_losses_go_to_the_bins_of_their_times_and_efficiency_is_exact():
     watch = monitor()
     t_B = torch.tensor([0.0, 0.05, 0.5, 0.999, 1.0])
-    watch.add(Losses(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), t_B))
+    watch.add(t_B, Losses(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])))
     watch._since -= 10.0  # as if ten seconds had passed
     told = watch.take()
     width = 1 / BINS

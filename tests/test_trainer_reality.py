@@ -10,7 +10,7 @@ import pytest
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from trainer.__main__ import main
-from trainer.planning.machines import get_machine, this_machine
+from trainer.machines import get_machine, this_machine
 from trainer.planning.plan import Cost, StepCost, describe, make_plan, passes_of
 from trainer.planning.reality import calibrate, goal_of, missed
 from trainer.recipe import Optimizer, Parallel, Recipe

@@ -18,10 +18,21 @@ from model.errors import ModelError
 from model.flops import parameter_count
 from trainer import recipes
 from trainer.__main__ import TrainArgs, _parse, main
-from trainer.checks.preflight import micro_batches
-from trainer.planning.machines import get_machine, transfer_seconds
+from trainer.machines import get_machine, transfer_seconds
 from trainer.planning.plan import bytes_per_rank, describe, make_plan
-from trainer.recipe import Data, Guard, Logging, Optimizer, Parallel, Recipe, Schedule, Validation, check, differences
+from trainer.recipe import (
+    Data,
+    Guard,
+    Logging,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Schedule,
+    Validation,
+    check,
+    count_micro_batches,
+    differences,
+)  # fmt: skip
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
 
@@ -252,11 +263,11 @@ def test_values_that_cannot_work_are_refused(changes, says):
 
 
 def test_batches_must_divide():
-    assert micro_batches(recipe(global_batch=24, parallel=Parallel(micro_batch=3)), 2) == 4
+    assert count_micro_batches(recipe(global_batch=24, parallel=Parallel(micro_batch=3)), 2) == 4
     with pytest.raises(UserError, match=r"24 does not divide by 5 ranks.*--global-batch 20"):
-        micro_batches(recipe(global_batch=24), 5)
+        count_micro_batches(recipe(global_batch=24), 5)
     with pytest.raises(UserError, match="micro_batch 5 does not divide the 12"):
-        micro_batches(recipe(global_batch=24, parallel=Parallel(micro_batch=5)), 2)
+        count_micro_batches(recipe(global_batch=24, parallel=Parallel(micro_batch=5)), 2)
 
 
 def test_differences_name_the_field():

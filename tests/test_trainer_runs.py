@@ -21,7 +21,7 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model, load_weights, read_meta, save_weights
 from trainer.__main__ import main
-from trainer.feed import drawn
+from trainer.feed import draw_noise
 from trainer.ladders.verify import cut, describe, drift, gaps, losses
 from trainer.objective import pretrain
 
@@ -190,8 +190,8 @@ def test_a_second_stage_computes_with_the_extended_grid_and_goes_on(one):
     batches = dataset.batches(seed=0, global_batch=8, encoder_dropout=recipe["data"]["encoder_dropout"])
     form = get_formulation(recipe["formulation"])
     with torch.no_grad():
-        micro = drawn(next(batches), form, seed=0, shift=3.0)
-        first = pretrain(model, micro, formulation=form, device=torch.device("cpu"))
+        micro = draw_noise(next(batches), form, seed=0, shift=3.0)
+        first = pretrain(model, micro.to(torch.device("cpu")), formulation=form)
     batches.close()
     assert found[8] == pytest.approx(first.loss_B.double().mean().item(), rel=1e-5)
     ended, meta = load_weights(one / "second_two" / "weights" / "raw.safetensors")

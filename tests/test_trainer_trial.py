@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
+from trainer.machines import get_machine
+from trainer.objective import train_flops_per_sample
 from trainer.planning import trial as trying
-from trainer.planning.machines import get_machine
-from trainer.planning.plan import Cost, StepCost, train_flops_of
+from trainer.planning.plan import Cost, StepCost
 from trainer.planning.reality import trial
 from trainer.planning.trial import flops_here, shallow, step_here
 from trainer.recipe import Optimizer, Parallel, Recipe
@@ -72,7 +73,7 @@ def test_what_further_blocks_take_is_on_the_line_through_two_trials(monkeypatch)
     shallow_one = step_here(recipe(model=MMDiTConfig(3, **NARROW)), micro_batch=2, ranks=2)
     assert shallow_one == StepCost(Cost(9, 7.5), Cost(6, 4.5))
     deep = recipe(model=MMDiTConfig(30, **NARROW))
-    more = [train_flops_of(dataclasses.replace(deep, model=shallow(deep.model, n))) for n in (2, 4)]
+    more = [train_flops_per_sample(dataclasses.replace(deep, model=shallow(deep.model, n))) for n in (2, 4)]
     assert flops_here(deep, micro_batch=2) == pytest.approx(2 * (more[1] - more[0]) / 4)
 
 

@@ -13,8 +13,8 @@ from data_pipeline.loading.pairs import Partners
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model
-from trainer.dpo import preference
-from trainer.feed import drawn
+from trainer.feed import draw_noise
+from trainer.objective import loss_function
 from trainer.recipe import DPO, Data, LoRA, Optimizer, Parallel, Recipe
 from trainer.state import load_init
 from trainer.zero.engine import ZeroEngine
@@ -41,13 +41,14 @@ def recipe_of(model, parallel: Parallel) -> Recipe:
 
 def steps(engine: ZeroEngine, group: Group, data: str, count: int) -> list[float]:
     dataset, form = open_dataset(data), get_formulation(engine.recipe.formulation)
+    compute = loss_function(engine.recipe)
     batches = dataset.batches(
         seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=Partners(dataset)
     )
     losses = []
     for _ in range(count):
-        micro = drawn(next(batches), form, seed=0, shift=1.0)
-        loss_P = preference(engine, micro, formulation=form, device=group.device, beta=100.0).loss_B
+        micro = draw_noise(next(batches), form, seed=0, shift=1.0)
+        loss_P = compute(engine, micro.to(group.device)).loss_B
         engine.backward(loss_P.mean())
         engine.step(3e-3)
         losses.append(group.sum([loss_P.double().sum().item()])[0] / 8)

@@ -21,6 +21,7 @@ import trainer.train as loop
 from infra.errors import run_cli
 from model.files.weights import write_safetensors
 from trainer.__main__ import run_train
+from trainer.feed import MicroBatch
 from trainer.zero.group import Group, leave, start
 
 
@@ -31,29 +32,45 @@ class Observed:
         self.job, self.group = job, group
         self.run = Path(job["words"][job["words"].index("--out") + 1])
         self.seen: list[dict[str, Any]] = []
-        self._losses_of, self._restore = loop.losses_of, loop.restore
+        self._loss_function, self._restore, self._to = loop.loss_function, loop.restore, MicroBatch.to
+        self.keys: list[str] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        loop.losses_of, loop.restore = self.losses_of, self.restore
+        loop.loss_function, loop.restore, MicroBatch.to = self.loss_function, self.restore, self.to()
         torch.compiler.reset()
         counters.clear()
         try:
             yield
         finally:
-            loop.losses_of, loop.restore = self._losses_of, self._restore
+            loop.loss_function, loop.restore, MicroBatch.to = self._loss_function, self._restore, self._to
         told = {"seen": self.seen, "graphs": counters["stats"]["unique_graphs"]}
         (self.run / f"seen_{self.group.rank}.json").write_text(json.dumps(told))
 
-    def losses_of(self, recipe, engine, micro, *more):
-        self.seen.append({"shape": list(micro.noise_BCHW.shape[1:]), "positions": micro.batch.positions.tolist()})
-        if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world - 1:
-            time.sleep(self.job["hold"])
-        found = self._losses_of(recipe, engine, micro, *more)
-        if self.job.get("poison") in micro.batch.keys:
-            zero_B = found.loss_B - found.loss_B.detach()
-            found = found._replace(loss_B=found.loss_B + zero_B.sqrt())  # infinitely steep at zero
-        return found
+    def to(self):
+        """Micro-batches as they go to the device."""
+        plain = self._to
+
+        def to(micro, device):
+            self.keys = micro.batch.keys
+            self.seen.append({"shape": list(micro.noise_BCHW.shape[1:]), "positions": micro.batch.positions.tolist()})
+            return plain(micro, device)
+
+        return to
+
+    def loss_function(self, recipe):
+        plain = self._loss_function(recipe)
+
+        def compute(engine, batch):
+            if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world - 1:
+                time.sleep(self.job["hold"])
+            found = plain(engine, batch)
+            if self.job.get("poison") in self.keys:
+                zero_B = found.loss_B - found.loss_B.detach()
+                found = found._replace(loss_B=found.loss_B + zero_B.sqrt())  # infinitely steep at zero
+            return found
+
+        return compute
 
     def restore(self, recipe, engine, ema, **more):
         state = self._restore(recipe, engine, ema, **more)

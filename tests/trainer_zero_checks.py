@@ -18,7 +18,7 @@ from model.errors import ModelError
 from model.files.weights import save_weights
 from trainer.exports.card import weights_meta
 from trainer.exports.export import export
-from trainer.feed import drawn
+from trainer.feed import draw_noise
 from trainer.objective import pretrain
 from trainer.recipe import EMA, Data, Optimizer, Parallel, Recipe, Validation
 from trainer.validate import Validator
@@ -99,8 +99,8 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedE
     for number in range(count):
         total = 0.0
         for part in range(micro):
-            micro_batch = drawn(next(batches), FORM, seed=0, shift=1.0)
-            loss_B = pretrain(engine, micro_batch, formulation=FORM, device=group.device).loss_B
+            micro_batch = draw_noise(next(batches), FORM, seed=0, shift=1.0)
+            loss_B = pretrain(engine, micro_batch.to(group.device), formulation=FORM).loss_B
             engine.backward(loss_B.mean())
             total += loss_B.double().sum().item()
             if part + 1 < micro:

@@ -220,7 +220,7 @@ def run_plan(arguments: list[str]) -> None:
     recipe, rest = _named_recipe(arguments, "plan")
     args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
     _check_plan(args)
-    from trainer.planning.machines import get_machine, this_machine
+    from trainer.machines import get_machine, this_machine
     from trainer.planning.reality import calibrate, trial
 
     more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
@@ -244,8 +244,9 @@ def run_plan(arguments: list[str]) -> None:
 
 def _check_plan(args: PlanArgs) -> None:
     """What `train` refuses whatever the data, and numbers that no plan can be made of."""
-    from trainer.checks.preflight import Findings, check_ranks, micro_batches
-    from trainer.recipe import check
+    from trainer.checks.preflight import Findings, check_ranks
+    from trainer.objective import check_objective
+    from trainer.recipe import check, count_micro_batches
 
     _positive(args, "gpus", "efficiency", "dataset_images")
     if args.efficiency is not None and args.efficiency > 1:
@@ -255,8 +256,9 @@ def _check_plan(args: PlanArgs) -> None:
         raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
     found = Findings()
     found.ask(check, args.recipe)
+    found.ask(check_objective, args.recipe)
     found.tell()
-    for question in (micro_batches, check_ranks):
+    for question in (count_micro_batches, check_ranks):
         found.ask(question, args.recipe, args.gpus)
     found.tell()
 

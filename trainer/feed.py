@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.loader import Batches
+from data_pipeline.loading.loader import Batches, Dataset
 from data_pipeline.loading.order import Exceptions
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
@@ -20,7 +20,7 @@ from trainer.recipe import Recipe
 AHEAD = 2  # micro-batches that are made while the GPU computes
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch and its draws, which depend on (seed, position) only, never on rank or batch."""
 
     batch: LatentBatch
@@ -32,16 +32,16 @@ class Micro(NamedTuple):
     pinned: bool = False
     """All of it lies in page-locked memory."""
 
-    def pin_memory(self) -> "Micro":
+    def pin_memory(self) -> "MicroBatch":
         """In page-locked memory, from which a GPU copies by itself."""
         latent_BCHW, text, rejected = self.batch.latent_BCHW, self.batch.text, self.batch.rejected_BCHW
         batch = self.batch._replace(
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
             rejected_BCHW=None if rejected is None else rejected.pin_memory(),
         )  # fmt: skip
-        return Micro(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
+        return MicroBatch(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
 
-    def to(self, device: torch.device) -> "Passed":
+    def to(self, device: torch.device) -> "DeviceBatch":
         """What a pass computes with, on the device. Nothing waits where all is in page-locked memory. From other memory
         a copy that nobody waits for may read what was overwritten meanwhile, at least where a GPU reads the host's
         memory by itself."""
@@ -53,10 +53,10 @@ class Micro(NamedTuple):
         if rejected_BCHW is not None:
             x0_BCHW = torch.cat([x0_BCHW, send(rejected_BCHW)])
         text = self.batch.text.to(device, non_blocking=self.pinned)
-        return Passed(x0_BCHW, send(self.noise_BCHW), send(self.t_B), text)
+        return DeviceBatch(x0_BCHW, send(self.noise_BCHW), send(self.t_B), text)
 
 
-class Passed(NamedTuple):
+class DeviceBatch(NamedTuple):
     """A micro-batch on its device."""
 
     x0_BCHW: Tensor
@@ -66,39 +66,45 @@ class Passed(NamedTuple):
     text: TextCond
 
 
-def drawn(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> Micro:
+def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> MicroBatch:
     """A batch with its times and noise."""
     t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
-    return Micro(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
+    return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
 
 
-class Feed(Iterator[Micro]):
+def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """How often each caption is taken, of those that the recipe wants and the data has."""
+    wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
+    return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
+
+
+class Prefetcher(Iterator[MicroBatch]):
     """The micro-batches of `batches`, drawn by a recipe. Where the device is a GPU a thread makes them ahead: of
     148 ms of a pass of 64 images (d15 on an H200) copies from ordinary memory took 13, and 28 more were the host's."""
 
     def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
         self._batches, self._recipe = batches, recipe
         self._formulation = get_formulation(recipe.formulation)
-        self._pending: deque[Future[Micro]] = deque()
+        self._pending: deque[Future[MicroBatch]] = deque()
         self._pool = _thread_for(device) if device.type == "cuda" else None
         self._closed = False
         self.exceptions = batches.exceptions
         """What had been left out when the last micro-batch was read: a checkpoint keeps it."""
 
-    def __next__(self) -> Micro:
+    def __next__(self) -> MicroBatch:
         if self._closed:
             raise StopIteration
         micro = self._make() if self._pool is None else self._made(self._pool)
         self.exceptions = micro.exceptions
         return micro
 
-    def _made(self, pool: ThreadPoolExecutor) -> Micro:
+    def _made(self, pool: ThreadPoolExecutor) -> MicroBatch:
         while len(self._pending) <= AHEAD:
             self._pending.append(pool.submit(self._make))
         return self._pending.popleft().result()
 
-    def _make(self) -> Micro:
-        micro = drawn(next(self._batches), self._formulation, seed=self._recipe.seed, shift=self._recipe.shift)
+    def _make(self) -> MicroBatch:
+        micro = draw_noise(next(self._batches), self._formulation, seed=self._recipe.seed, shift=self._recipe.shift)
         micro = micro._replace(exceptions=self._batches.exceptions)
         return micro.pin_memory() if self._pool is not None else micro
 

@@ -12,7 +12,7 @@ from data_pipeline.loading.order import Exceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.feed import Feed
+from trainer.feed import Prefetcher
 from trainer.recipe import Guard, Recipe
 from trainer.runfolder import UNSTABLE, rank_name, step_name
 from trainer.state import State, restore
@@ -58,7 +58,7 @@ def roll_back(
     engine: ZeroEngine,
     ema: ShardedEMA,
     state: State,
-    feed: Feed,
+    feed: Prefetcher,
     *,
     out: str,
 ) -> State:

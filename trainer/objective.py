@@ -1,35 +1,157 @@
-"""What is minimised. `pretrain`: the formulation's loss at random times (feed.py draws them).
+"""What is minimised: an objective turns a micro-batch into one loss per sample.
 
-The other objective, on pairs, is in dpo.py.
+To add one, write a function `(network, batch, *, formulation, **options) -> Losses` and a line in OBJECTIVES; a recipe
+names it (`--objective NAME`). The loop, the engine, validation and the planner ask the registry.
 """
-# Shapes: B batch, C latent channels, H and W latent height and width.
+# Shapes: B batch, P pairs, C latent channels, H and W latent height and width.
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.diffusion.flow import Formulation
+from infra.errors import UserError, nearest
+from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
-from trainer.feed import Micro
+from model.flops import train_flops_per_image, train_flops_with_adapters
+from trainer.feed import DeviceBatch
+from trainer.recipe import Recipe
 
-Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
+
+class Network(Protocol):
+    """What is trained, as an objective sees it: in a run the ZeroEngine, in a test any network."""
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Passes inside the block are those of the frozen weights, without adapters and without gradients."""
 
 
 class Losses(NamedTuple):
-    """Loss of each sample (or pair) in fp32, and the time up to which noise was added."""
+    """Loss of each sample (or pair) in fp32."""
 
     loss_B: Tensor
-    t_B: Tensor
     figures: Mapping[str, Tensor] = MappingProxyType({})
     """Further figures of each sample, whose means are logged."""
 
 
-def pretrain(predict: Predict, micro: Micro, *, formulation: Formulation, device: torch.device) -> Losses:
-    """Loss per sample."""
-    given = micro.to(device)
-    sample = formulation.sample(given.x0_BCHW, given.noise_BCHW, given.t_B)
-    prediction_BCHW = predict(sample.model_input, sample.network_time_B, given.text)
-    return Losses(formulation.loss_B(prediction_BCHW, sample), micro.t_B)
+@dataclass(frozen=True)
+class Objective:
+    """A loss function and what others must know of it."""
+
+    compute: Callable[..., Losses]
+    """Called with (network, batch, formulation=..., **options)."""
+    options: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}
+    """The function's further keyword arguments, taken from a recipe."""
+    pairs: bool = False
+    """A sample is a preferred and a rejected image; `images`, `global_batch` and `micro_batch` then count pairs."""
+    reference: bool = False
+    """Each pass is made by the reference too, so the run needs adapters."""
+    higher_is_better: frozenset[str] = frozenset()
+    """Those of its figures that should rise."""
+
+    @property
+    def images_per_sample(self) -> int:
+        return 2 if self.pairs else 1
+
+
+def pretrain(network: Network, batch: DeviceBatch, *, formulation: Formulation) -> Losses:
+    """The formulation's own loss at random times (SD3, section 2)."""
+    sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
+    prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
+    return Losses(formulation.loss_B(prediction_BCHW, sample))
+
+
+class PairErrors(NamedTuple):
+    """Mean squared errors of each pair: of the policy and of the reference, on the preferred and the rejected one."""
+
+    preferred_P: Tensor
+    rejected_P: Tensor
+    ref_preferred_P: Tensor
+    ref_rejected_P: Tensor
+
+    def reward_P(self, beta: float) -> Tensor:
+        """Implicit reward of the preferred over the rejected: the logit that the policy puts on being right."""
+        policy_P, reference_P = self.preferred_P - self.rejected_P, self.ref_preferred_P - self.ref_rejected_P
+        return -beta / 2 * (policy_P - reference_P)
+
+
+def prefer(network: Network, batch: DeviceBatch, *, formulation: Formulation, beta: float) -> Losses:
+    """Diffusion-DPO (Wallace et al., arXiv 2311.12908, eq. 14): -log sigmoid(reward margin) of each pair.
+
+    Time and noise are shared within a pair. The loss is ln 2 while the adapters are zero, as policy and reference then
+    agree. Errors are the formulation's own, which for rectified flows is the velocity's.
+    """
+    if len(batch.x0_BCHW) != 2 * len(batch.noise_BCHW):
+        raise UserError("objective dpo needs pairs, this batch has none")
+    sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW.repeat(2, 1, 1, 1), batch.t_B.repeat(2))
+    inputs = sample.model_input, sample.network_time_B, TextCond.cat([batch.text, batch.text])
+    # The reference is the same network with its adapters switched off: there is no second copy of the weights.
+    with network.reference():
+        reference_B = formulation.loss_B(network(*inputs), sample)
+    policy_B = formulation.loss_B(network(*inputs), sample)
+    errors = PairErrors(*policy_B.chunk(2), *reference_B.chunk(2))
+    return Losses(-F.logsigmoid(errors.reward_P(beta)), _describe_pairs(errors, beta))
+
+
+@torch.no_grad()
+def _describe_pairs(m: PairErrors, beta: float) -> dict[str, Tensor]:
+    reward_P = m.reward_P(beta)
+    return {
+        "dpo/reward_margin": reward_P,
+        "dpo/accuracy": (reward_P > 0).float() + 0.5 * (reward_P == 0).float(),
+        # Against the reference: both may rise while their difference falls.
+        "dpo/preferred_error_change": m.preferred_P - m.ref_preferred_P,
+        "dpo/rejected_error_change": m.rejected_P - m.ref_rejected_P,
+    }
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "pretrain": Objective(pretrain),
+    "dpo": Objective(
+        prefer, options=lambda recipe: {"beta": recipe.dpo.beta}, pairs=True, reference=True,
+        higher_is_better=frozenset({"dpo/accuracy", "dpo/reward_margin"}),
+    ),
+}  # fmt: skip
+
+
+def get_objective(name: str) -> Objective:
+    """An objective by name; UserError with the nearest known one."""
+    if name not in OBJECTIVES:
+        raise UserError(f"unknown objective {name!r}{nearest(name, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def check_objective(recipe: Recipe) -> None:
+    """Refuse an objective that is unknown or that lacks the adapters it needs."""
+    if get_objective(recipe.objective).reference and recipe.lora.rank is None:
+        raise UserError(
+            f"recipe {recipe.name}: objective {recipe.objective} takes the model without its adapters as reference: "
+            "give --lora.rank, 128 in the paper"
+        )
+
+
+def loss_function(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:
+    """The recipe's objective with its formulation and options bound."""
+    objective = get_objective(recipe.objective)
+    return partial(objective.compute, formulation=get_formulation(recipe.formulation), **objective.options(recipe))
+
+
+def train_flops_per_sample(recipe: Recipe) -> int:
+    """To train on one image, or on one pair."""
+    _, height, width = recipe.data.latent_shape
+    shape = height, width, recipe.data.text_tokens
+    if recipe.lora.rank is None:
+        return train_flops_per_image(recipe.model, *shape)
+    objective = get_objective(recipe.objective)
+    return train_flops_with_adapters(
+        recipe.model, *shape, adapter_parameters=recipe.trained_parameters,
+        forward_passes=objective.images_per_sample * (2 if objective.reference else 1),
+        backward_passes=objective.images_per_sample,
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.errors import ModelError
+from model.lora import count_adapter_parameters
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
 HASHED = (
@@ -206,9 +207,9 @@ class Recipe:
     validation: Validation = field(default_factory=Validation)
     logging: Logging = field(default_factory=Logging)
     guard: Guard = field(default_factory=Guard)
-    objective: Literal["pretrain", "dpo"] = "pretrain"
+    objective: str = "pretrain"
     """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
-    global_batch and micro_batch count pairs."""
+    global_batch and micro_batch count pairs. Others: trainer/objective.py."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
     init_weights: str | None = None
@@ -222,6 +223,12 @@ class Recipe:
     @property
     def steps(self) -> int:
         return -(-self.images // self.global_batch)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters with masters, moments, gradients and EMA: all of the network's, or the adapters' alone."""
+        rank = self.lora.rank
+        return self.model.parameter_count() if rank is None else count_adapter_parameters(self.model, rank)
 
     @property
     def lora_alpha(self) -> float:
@@ -346,13 +353,28 @@ def _wrong_parallel(recipe: Recipe) -> list[str]:
 def _wrong_adapters(recipe: Recipe) -> list[str]:
     p, lora = recipe.parallel, recipe.lora
     wrong = [
-        (recipe.objective == "dpo" and lora.rank is None,
-         "objective dpo takes the model without its adapters as reference: give --lora.rank, 128 in the paper"),
         (lora.rank is not None and (p.hpz > 1 or p.quantized_weights or p.offload_parameters != "no" or p.compile),
          "frozen weights under adapters do not go with hpz, quantized_weights, offload_parameters or compile: "
          "leave these out"),
     ]  # fmt: skip
     return [says for found, says in wrong if found]
+
+
+def count_micro_batches(recipe: Recipe, world_size: int) -> int:
+    """Forward passes per rank and step; UserError where the batch cannot be shared so."""
+    share, rest = divmod(recipe.global_batch, world_size)
+    if rest:
+        raise UserError(
+            f"recipe {recipe.name}: global_batch {recipe.global_batch} does not divide by {world_size} ranks: use "
+            f"another number of ranks or --global-batch {recipe.global_batch // world_size * world_size or world_size}"
+        )
+    micro = recipe.parallel.micro_batch or share
+    if share % micro:
+        raise UserError(
+            f"recipe {recipe.name}: micro_batch {micro} does not divide the {share} images of a rank: "
+            f"use a divisor of {share}"
+        )
+    return share // micro
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

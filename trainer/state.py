@@ -12,11 +12,10 @@ from data_pipeline.loading.pairs import Partners
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.checks.fitting import caption_weights
-from trainer.checks.preflight import same_recipe
 from trainer.exports.card import weights_meta
 from trainer.exports.export import export, weights_reader
-from trainer.feed import Feed
+from trainer.feed import Prefetcher, caption_weights
+from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import checkpoints_of, step_name
 from trainer.watching.progress import RunLog
@@ -204,7 +203,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     else:
         found = checkpoint.whole(resume, group)
     kept = found.state
-    same_recipe(found.uri, kept, recipe, resume=resume)
+    checkpoint.check_same_recipe(found.uri, kept, recipe, resume=resume)
     target = share_of(engine, ema, {})
     target.segments = [flat.segments for flat in engine.partition.flats]
     checkpoint.load(found, target, group)
@@ -225,7 +224,7 @@ def load_init(engine: ZeroEngine, uri: str) -> None:
     engine.load_whole(weights_reader(uri, engine.shapes))
 
 
-def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Feed:
+def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Prefetcher:
     """This rank's micro-batches from where the run stands."""
     batches = dataset.batches(
         seed=recipe.seed,
@@ -237,7 +236,7 @@ def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> F
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
-        partner=Partners(dataset) if recipe.objective == "dpo" else None,
+        partner=Partners(dataset) if get_objective(recipe.objective).pairs else None,
         dealt=recipe.parallel.reverse_lanes,
     )
-    return Feed(batches, recipe, group.device)
+    return Prefetcher(batches, recipe, group.device)

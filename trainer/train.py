@@ -11,18 +11,16 @@ from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.diffusion.flow import get_formulation
-from trainer.checks.preflight import micro_batches, one_voice, prepare
-from trainer.dpo import HeldOut
+from trainer.checks.preflight import one_voice, prepare
 from trainer.guard import keep_recent, problem_of, roll_back
 from trainer.launchers import PREEMPTED, ended_before, launchers_above
-from trainer.losses import losses_of
-from trainer.planning.machines import this_machine
+from trainer.machines import this_machine
+from trainer.objective import get_objective, loss_function
 from trainer.planning.plan import describe, make_plan
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, count_micro_batches
 from trainer.runfolder import DATA, PLAN, RECIPE, step_name
 from trainer.state import Saver, StopSignal, load_init, open_feed, restore
-from trainer.validate import Validator
+from trainer.validate import HeldOutPairs, Validator
 from trainer.watching.monitor import Monitor
 from trainer.watching.progress import RunLog
 from trainer.watching.samples import Sampler
@@ -74,7 +72,7 @@ def run(
 ) -> bool:
     """What each rank does from the first step to the last; False when it was asked to stop before."""
     stop, plan = StopSignal(), make_plan(recipe, world=group.world)
-    batch, accumulation = recipe.global_batch, micro_batches(recipe, group.world)
+    batch, accumulation = recipe.global_batch, count_micro_batches(recipe, group.world)
     engine = ZeroEngine(recipe, group, accumulation=accumulation)
     if init_from is not None:
         load_init(engine, init_from)  # under adapters these weights stay, and no checkpoint holds them
@@ -87,12 +85,12 @@ def run(
         storage.write_bytes(storage.join(out, PLAN), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     validator = Validator(recipe, val) if val is not None else None
-    held_out = HeldOut(recipe, val) if val is not None and recipe.objective == "dpo" else None
+    held_out = HeldOutPairs(recipe, val) if val is not None and get_objective(recipe.objective).pairs else None
     sampler = Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None
     feed = open_feed(recipe, dataset, group, state)
     uploads = Uploads(group, out)
     saver = Saver(engine, ema, run_log, uploads, dataset.info, init_from)
-    formulation, monitor = get_formulation(recipe.formulation), Monitor(recipe, group, this_machine(recipe.precision))
+    compute, monitor = loss_function(recipe), Monitor(recipe, group, this_machine(recipe.precision))
     unlogged: list[float] = []  # losses of the steps since the last line of the log
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", out, f"{state.images_seen:,}")
@@ -108,10 +106,10 @@ def run(
                 watch.at("computing", state.step)
                 look = number == 0 and due(recipe, "log", state.images_seen + batch)
                 with monitor.looking(look), monitor.counting(engine.model):
-                    losses = losses_of(recipe, engine, micro, formulation, group.device)
+                    losses = compute(engine, micro.to(group.device))
                 engine.backward(losses.loss_B.mean())
                 loss_sum += losses.loss_B.detach().double().sum()
-                monitor.add(losses)
+                monitor.add(micro.t_B, losses)
                 if number + 1 < accumulation:
                     engine.step(0.0, boundary=False)
             # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.

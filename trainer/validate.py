@@ -14,12 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_pipeline.loading.collate import Draws
 from data_pipeline.loading.loader import Dataset
+from data_pipeline.loading.pairs import Partners
+from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, validation_losses
+from trainer.feed import draw_noise
+from trainer.objective import loss_function
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
+
+DRAWS = 4  # times and noises of each held-out pair
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,39 @@ class Validator:
             sample_count=self.sample_count,
             by_sample=self.protocol.by_sample(self.recipe.validation.protocol, losses_BV),
         )
+
+
+class HeldOutPairs:
+    """The pairs of the val split, with the same times and noise at each call, whatever the number of ranks."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe, self.dataset, self._partners = recipe, dataset, Partners(dataset)
+        self._batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.pair_count = sum(len(batch) for batch in self._batches)
+
+    def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
+        """Mean figures with the weights that the engine now shows. Collective."""
+        sums: dict[str, float] = {}
+        with engine.inference():
+            for number, mine in turns(len(self._batches), group):
+                for name, value in self._sum_figures(engine, self._batches[number], group.device).items():
+                    sums[name] = sums.get(name, 0.0) + value * mine
+        totals = group.sum(list(sums.values()))  # the same names on all ranks
+        return {name: total / (self.pair_count * DRAWS) for name, total in zip(sums, totals)}
+
+    def _sum_figures(self, engine: ZeroEngine, numbers: range, device: torch.device) -> dict[str, float]:
+        """Over the pairs and draws of one batch."""
+        recipe, seed = self.recipe, self.recipe.validation.seed
+        batch = self.dataset.read(numbers, seed=seed)
+        pairs = batch._replace(rejected_BCHW=self._partners(batch, Draws(seed, {CAPTION: 1.0}, 0.0)))
+        formulation, compute = get_formulation(recipe.formulation), loss_function(recipe)
+        sums: dict[str, float] = {}
+        for number in range(DRAWS):
+            micro = draw_noise(pairs, formulation, seed=seed + number, shift=recipe.shift)
+            found = compute(engine, micro.to(device))
+            for name, value_P in {f"{recipe.objective}/loss": found.loss_B, **found.figures}.items():
+                sums[name] = sums.get(name, 0.0) + value_P.double().sum().item()
+        return sums
 
 
 def turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:

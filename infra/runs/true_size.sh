@@ -35,7 +35,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.planning.machines import Machine
+from trainer.machines import Machine
 from trainer.planning.plan import Cost
 from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
 

@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.names import diffusers_config, to_diffusers
-from trainer.feed import Micro
-from trainer.objective import Predict, pretrain
-from trainer.planning.machines import this_machine
-from trainer.planning.plan import train_flops_of
-from trainer.planning.trial import made_up, shallow, take_steps
+from trainer.feed import MicroBatch
+from trainer.machines import this_machine
+from trainer.objective import pretrain, train_flops_per_sample
+from trainer.planning.trial import make_up_batch, shallow, take_steps
 from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
 from trainer.zero.engine import compile_blocks
@@ -64,7 +63,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return statistics.median(found[1:])
 
 
-def bare(recipe: Recipe, device: torch.device) -> Predict:
+def bare(recipe: Recipe, device: torch.device) -> Callable[..., Tensor]:
     """The network alone, without DeepSpeed."""
     model: Any = recipe.model.build(seed=0).to(device, torch.bfloat16)
     model.checkpoint_blocks = recipe.parallel.checkpoint_blocks
@@ -73,7 +72,7 @@ def bare(recipe: Recipe, device: torch.device) -> Predict:
     return lambda x_BCHW, t_B, text: model(x_BCHW.bfloat16(), t_B, text.to(dtype=torch.bfloat16)).float()
 
 
-def diffusers(recipe: Recipe, device: torch.device) -> Predict:
+def diffusers(recipe: Recipe, device: torch.device) -> Callable[..., Tensor]:
     """diffusers' network with the same weights."""
     from diffusers import SD3Transformer2DModel
 
@@ -93,9 +92,9 @@ def diffusers(recipe: Recipe, device: torch.device) -> Predict:
     return predict
 
 
-def one_pass(predict: Predict, recipe: Recipe, micro: Micro, device: torch.device) -> None:
+def one_pass(predict: Any, recipe: Recipe, micro: MicroBatch, device: torch.device) -> None:
     """The loss's forward and backward pass."""
-    losses = pretrain(predict, micro, formulation=get_formulation(recipe.formulation), device=device)
+    losses = pretrain(predict, micro.to(device), formulation=get_formulation(recipe.formulation))
     losses.loss_B.mean().backward()
 
 
@@ -109,12 +108,12 @@ def profile(run: Callable[[], None]) -> None:
 
 def measure(text: str, group: Group, *, profiled: bool) -> str:
     recipe, micro = case(text)
-    flops = train_flops_of(recipe) * micro
+    flops = train_flops_per_sample(recipe) * micro
     peak = this_machine("bf16").flops
     torch.cuda.reset_peak_memory_stats()
     cost = take_steps(recipe, group, blocks=recipe.model.depth, micro_batch=micro)
     memory = torch.cuda.max_memory_allocated() / 2**30
-    batch = made_up(recipe, micro).pin_memory()
+    batch = make_up_batch(recipe, micro).pin_memory()
     found = {"zero3": cost.micro_batch.seconds}
     for name, make in (("bare", bare), ("diffusers", diffusers)):
         clean()

@@ -30,9 +30,8 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     from data_pipeline.loading.loader import open_dataset
     from data_pipeline.loading.pairs import Partners
     from model.diffusion.flow import get_formulation
-    from trainer.dpo import preference
-    from trainer.feed import drawn
-    from trainer.objective import pretrain
+    from trainer.feed import draw_noise
+    from trainer.objective import loss_function
     from trainer.recipes import world, world_dpo
     from trainer.zero.engine import ZeroEngine
     from trainer.zero.group import leave, start
@@ -44,18 +43,21 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         parallel = replace(recipe.parallel, max_live=LIVE, prefetch=prefetch)
         engine = ZeroEngine(replace(recipe, model=model, parallel=parallel, global_batch=8), group)
         partner = Partners(dataset) if what == "dpo" else None
+<<<<<<< HEAD
         batches = dataset.batches(seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner)
         form, device = get_formulation(recipe.formulation), group.device
+=======
+        batches = dataset.batches(
+            seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner
+        )
+        form, compute = get_formulation(recipe.formulation), loss_function(recipe)
+>>>>>>> 43562fc (Objectives are one file with a registry: a function and a line add one; loop, planner and validation ask it)
         cpu = []
         gathers = Gathers(engine)
         for _ in range(steps):
-            micro, began = drawn(next(batches), form, seed=0, shift=1.0), time.process_time()
+            micro, began = draw_noise(next(batches), form, seed=0, shift=1.0), time.process_time()
             with gathers.watching():
-                if what == "dpo":
-                    losses = preference(engine, micro, formulation=form, device=device, beta=100.0)
-                else:
-                    losses = pretrain(engine, micro, formulation=form, device=device)
-                engine.backward(losses.loss_B.mean())
+                engine.backward(compute(engine, micro.to(group.device)).loss_B.mean())
             engine.step(1e-4)
             cpu.append(time.process_time() - began)
         batches.close()

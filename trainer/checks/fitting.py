@@ -8,6 +8,7 @@ from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError, UserErrors
+from trainer.feed import caption_weights
 from trainer.recipe import Recipe
 from trainer.runfolder import DATA
 
@@ -70,12 +71,6 @@ def _of_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
 def _of_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     if not caption_weights(recipe, dataset):
         yield f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
-
-
-def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
-    """How often each caption is taken, of those that the recipe wants and the data has."""
-    wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
-    return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
 
 
 def check_made_alike(dataset: Dataset, run: str) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -26,7 +26,8 @@ from model.errors import ModelError
 from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
-from trainer.recipe import Recipe, check, differences
+from trainer.objective import OBJECTIVES, check_objective
+from trainer.recipe import Recipe, check, count_micro_batches, differences
 from trainer.runfolder import RECIPE, checkpoints_of, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
@@ -35,8 +36,6 @@ from trainer.zero.group import Group
 from trainer.zero.optim import check_kernel
 from trainer.zero.rankfile import file_hash
 
-# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
-MAY_CHANGE = ("images", "schedule.", "optimizer.")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -138,6 +137,7 @@ def prepare(
 
 def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
     found.ask(check, recipe)
+    found.ask(check_objective, recipe)
     found.ask(check_trackers, recipe)
     formulation = found.ask(get_formulation, recipe.formulation)
     if formulation is not None:
@@ -145,7 +145,7 @@ def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
     for profile in recipe.ema.profiles:
         found.ask(parse_profile, profile)
     if recipe.global_batch > 0 and (recipe.parallel.micro_batch or 1) > 0:
-        found.ask(micro_batches, recipe, world)
+        found.ask(count_micro_batches, recipe, world)
     found.ask(check_ranks, recipe, world)
 
 
@@ -163,7 +163,8 @@ def _check_splits(found: Findings, recipe: Recipe, data: str, dataset: Dataset) 
     val = found.ask(open_dataset, data, split="val") if recipe.validation.every is not None else None
     if val is not None:
         found.ask(check_val, recipe, val)
-    if recipe.objective == "dpo":
+    objective = OBJECTIVES.get(recipe.objective)
+    if objective is not None and objective.pairs:
         for split in (dataset, val):
             if split is not None:
                 found.ask(Partners, split)  # refuses what are no pairs
@@ -174,23 +175,6 @@ def _with_fingerprint(recipe: Recipe, dataset: Dataset | None) -> Recipe:
     if dataset is None:
         return recipe
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fingerprint=dataset.fingerprint))
-
-
-def micro_batches(recipe: Recipe, world: int) -> int:
-    """Forward passes per rank and step."""
-    share, rest = divmod(recipe.global_batch, world)
-    if rest:
-        raise UserError(
-            f"recipe {recipe.name}: global_batch {recipe.global_batch} does not divide by {world} ranks: "
-            f"use another number of ranks or --global-batch {recipe.global_batch // world * world or world}"
-        )
-    micro = recipe.parallel.micro_batch or share
-    if share % micro:
-        raise UserError(
-            f"recipe {recipe.name}: micro_batch {micro} does not divide the {share} images of a rank: "
-            f"use a divisor of {share}"
-        )
-    return share // micro
 
 
 def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
@@ -287,7 +271,7 @@ def _check_branch(recipe: Recipe, folder: str, unknown: tuple[str, ...]) -> None
         state = json.loads(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST)))["state"]
     except (ValueError, KeyError, TypeError):
         return  # damaged: told with its reason when every byte is read
-    same_recipe(folder, state, recipe, resume=folder, unknown=unknown)
+    checkpoint.check_same_recipe(folder, state, recipe, resume=folder, unknown=unknown)
 
 
 def _look_through(root: str, resume: str) -> str:
@@ -298,15 +282,3 @@ def _look_through(root: str, resume: str) -> str:
     else:
         found = checkpoint.whole(resume, alone)
     return f"{found.uri} is whole: the run continues at {found.state['images_seen']:,} images"
-
-
-def same_recipe(uri: str, kept: dict[str, Any], recipe: Recipe, *, resume: str, unknown: tuple[str, ...] = ()) -> None:
-    """Refuse a checkpoint of another recipe; what --resume PATH may change is left aside."""
-    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
-    changed = [line for line in changed if not line.startswith(unknown)]
-    if resume != "latest":
-        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
-    if any(line.startswith("model.") for line in changed):
-        raise UserError(f"{uri} is of another architecture ({'; '.join(changed)}): use the options it was saved with")
-    if changed:
-        raise UserError(f"{uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with")

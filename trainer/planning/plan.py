@@ -1,6 +1,5 @@
 """What a run will need, before it starts: parameters, FLOPs exactly; bytes, seconds, dollars by a stated model."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,10 +7,9 @@ import torch
 
 from infra.log import clock
 from model.activations import activations_per_image
-from model.backbones.trunk import TokenConfig
-from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
-from model.lora import adapter_parameter_count, add_adapters
-from trainer.planning.machines import Machine, this_machine, transfer_seconds
+from model.flops import forward_flops_per_image, parameter_count
+from trainer.machines import Machine, this_machine, transfer_seconds
+from trainer.objective import get_objective, train_flops_per_sample
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
@@ -60,11 +58,11 @@ def make_plan(
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
-    train_flops = train_flops_of(recipe)
+    train_flops = train_flops_per_sample(recipe)
     micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
-    pictures = micro * (2 if recipe.objective == "dpo" else 1)
+    pictures = micro * get_objective(recipe.objective).images_per_sample
     activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
     per_stage = {
         f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
@@ -125,29 +123,8 @@ def _predicted(
 
 
 def trained_parameters(recipe: Recipe, parameters: int) -> int:
-    """Those with masters, moments, gradients and EMA: all of them, or the adapters alone."""
-    return parameters if recipe.lora.rank is None else _adapter_parameters(recipe.model, recipe.lora.rank)
-
-
-@functools.lru_cache
-def _adapter_parameters(config: TokenConfig, rank: int) -> int:
-    with torch.device("meta"):
-        model = config.build()
-        add_adapters(model, rank=rank, alpha=rank)
-    return adapter_parameter_count(model)
-
-
-def train_flops_of(recipe: Recipe) -> int:
-    """To train on one image, or one pair. Frozen weights need no gradient; a pair is four forward and two backward
-    passes. Adapters are counted by their share of the parameters: an estimate."""
-    _, height, width = recipe.data.latent_shape
-    shape = height, width, recipe.data.text_tokens
-    if recipe.lora.rank is None:
-        return train_flops_per_image(recipe.model, *shape)
-    parameters = parameter_count(recipe.model)
-    forward, adapters = forward_flops_per_image(recipe.model, *shape), trained_parameters(recipe, parameters)
-    passes = 6 if recipe.objective == "dpo" else 2
-    return round(forward * (passes + passes * 1.5 * adapters / parameters))
+    """Those with masters, moments, gradients and EMA: all of a network's `parameters`, or the adapters alone."""
+    return parameters if recipe.lora.rank is None else recipe.trained_parameters
 
 
 def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
@@ -232,7 +209,7 @@ def step_time(
     around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks also wait
     for each other, by the bytes that they exchange. What was `tried` stands for all of it."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
-    per_image = train_flops_of(recipe)
+    per_image = train_flops_per_sample(recipe)
     if p.checkpoint_blocks:
         per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
     compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
@@ -276,7 +253,7 @@ def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, flo
         gradient = 0.5
     weights = 1 if p.quantized_weights else compute
     reductions = passes if p.zero_stage >= 2 else 1
-    trained, looks = trained_parameters(recipe, parameters), 2 if recipe.objective == "dpo" else 1  # with the reference
+    trained, looks = trained_parameters(recipe, parameters), 2 if get_objective(recipe.objective).reference else 1
     stay = parameters <= p.max_live
     return {
         "forward": parameters * weights * passes * (1 if stay else looks) if p.zero_stage == 3 else 0,

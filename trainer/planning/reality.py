@@ -15,7 +15,7 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
-from trainer.planning.machines import Machine, get_machine, this_machine
+from trainer.machines import Machine, get_machine, this_machine
 from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of
 from trainer.planning.trial import flops_here, step_here
 from trainer.recipe import Recipe

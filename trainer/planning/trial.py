@@ -29,10 +29,10 @@ from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.flops import parameter_count
-from trainer.feed import Micro, drawn
+from trainer.feed import MicroBatch, draw_noise
 from trainer.launchers import start_training
-from trainer.losses import losses_of
-from trainer.planning.plan import Cost, StepCost, train_flops_of
+from trainer.objective import get_objective, loss_function, train_flops_per_sample
+from trainer.planning.plan import Cost, StepCost
 from trainer.recipe import Recipe
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
@@ -60,7 +60,7 @@ def step_here(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
     *smaller, larger = _measured(recipe, micro_batch=micro_batch, ranks=ranks)
     micro, update = larger.cost
     for one in smaller:
-        flops = _place(train_flops_of(recipe), one.flops, larger.flops)
+        flops = _place(train_flops_per_sample(recipe), one.flops, larger.flops)
         parameters = _place(parameter_count(recipe.model), one.parameters, larger.parameters)
         # what is small is noise, too: never less than the larger one's
         micro = Cost(*map(max, micro, one.cost.micro_batch.towards(micro, flops)))
@@ -110,7 +110,7 @@ def _tried(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
         log.info("trying %d blocks of width %d on %d rank(s)", blocks, recipe.model.width, ranks)
         one = replace(recipe, model=shallow(recipe.model, blocks))
         cost = _launch(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
-        found.append(Sized(cost, train_flops_of(one), parameter_count(one.model)))
+        found.append(Sized(cost, train_flops_per_sample(one), parameter_count(one.model)))
     return found
 
 
@@ -146,7 +146,7 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     recipe = replace(recipe, model=shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
     engine = ZeroEngine(recipe, group, accumulation=PASSES)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
-    formulation, micro = get_formulation(recipe.formulation), made_up(recipe, micro_batch)
+    compute, micro = loss_function(recipe), make_up_batch(recipe, micro_batch)
     if group.device.type == "cuda":
         micro = micro.pin_memory()
     timer = Timer(group)
@@ -154,7 +154,7 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     for number in range(1 + ROUNDS):
         for left in reversed(range(PASSES)):
             timer.start()
-            engine.backward(losses_of(recipe, engine, micro, formulation, group.device).loss_B.mean())
+            engine.backward(compute(engine, micro.to(group.device)).loss_B.mean())
             if left:
                 engine.step(0.0, boundary=False)
             passes.append(timer.taken())
@@ -190,7 +190,7 @@ class Timer:
         return own_seconds(seconds, stolen=stolen, work=work, ranks=self._group.world), work
 
 
-def made_up(recipe: Recipe, count: int) -> Micro:
+def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:
     """A micro-batch of the recipe's shapes."""
     config, shape = recipe.model, (count, *recipe.data.latent_shape)
     text = TextCond(
@@ -198,9 +198,9 @@ def made_up(recipe: Recipe, count: int) -> Micro:
         torch.randn(count, config.pooled_width),
     )
     places, words = torch.LongTensor(range(count)), [""] * count
-    other = torch.randn(shape) if recipe.objective == "dpo" else None
+    other = torch.randn(shape) if get_objective(recipe.objective).pairs else None
     batch = LatentBatch(torch.randn(shape), text, places, words, words, other)
-    return drawn(batch, get_formulation(recipe.formulation), seed=recipe.seed, shift=recipe.shift)
+    return draw_noise(batch, get_formulation(recipe.formulation), seed=recipe.seed, shift=recipe.shift)
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from infra.log import get_logger
 from infra.stolen import stolen_seconds
 from model.probe import AttentionProbe, AttentionSeen
-from trainer.objective import Losses
-from trainer.planning.machines import Machine
-from trainer.planning.plan import train_flops_of
+from trainer.machines import Machine
+from trainer.objective import Losses, train_flops_per_sample
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 
@@ -43,7 +42,7 @@ class Monitor:
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
         exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
-        self._flops = exact if recipe.lora.rank is None else train_flops_of(recipe)
+        self._flops = exact if recipe.lora.rank is None else train_flops_per_sample(recipe)
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
@@ -105,10 +104,11 @@ class Monitor:
             yield
         self._attention += probe.seen[-LAST:]
 
-    def add(self, losses: Losses) -> None:
-        """Losses of one micro-batch. They are not looked at before `take`: nothing waits for the GPU here."""
-        # Times are on the CPU, in page-locked memory beside a GPU: it is needed again.
-        bin_B = (losses.t_B.double() * BINS).long().clamp(0, BINS - 1)
+    def add(self, t_B: Tensor, losses: Losses) -> None:
+        """Times (on the CPU) and losses of one micro-batch. Losses are not looked at before `take`: nothing waits for
+        the GPU here."""
+        # Times lie in page-locked memory beside a GPU, which is needed again: their bins are copies.
+        bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
         self._seen.append(Seen(bin_B, losses.loss_B.detach(), losses.figures))
 
     @property

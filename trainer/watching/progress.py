@@ -15,6 +15,7 @@ from infra.stolen import own_seconds
 from infra.values import Kept, keep_values, one_per_sample
 from infra.version import code_version
 from model.diffusion.validation import half_interval
+from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
 from trainer.validate import ValidationLoss
@@ -106,10 +107,10 @@ class RunLog:
         self._progress.fields["val"] = found.mean
 
     def held_out(self, figures: dict[str, float], count: int, protocol: str) -> None:
-        """Of pairs that are not trained on, by the EMA weights: rows named val_dpo/..."""
+        """Of pairs that are not trained on, by the EMA weights: rows named val_<objective>/..."""
         for name, value in figures.items():
-            metric, better = f"val_{name}", name in ("dpo/accuracy", "dpo/reward_margin")
-            self._row(metric, value, count, protocol=protocol, higher_is_better=better)
+            better = name in get_objective(self.recipe.objective).higher_is_better
+            self._row(f"val_{name}", value, count, protocol=protocol, higher_is_better=better)
         self._write("val", figures)
 
     def cost(self, **figures: float) -> None:

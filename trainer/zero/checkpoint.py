@@ -18,6 +18,7 @@ from torch import Tensor
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from trainer.recipe import Recipe, differences
 from trainer.runfolder import rank_name, step_name
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
@@ -26,6 +27,8 @@ from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, read_index, wr
 log = get_logger("checkpoint")
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
+# An explicit --resume PATH may change these: one run at constant rate serves several horizons.
+MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
 @dataclass
@@ -172,6 +175,21 @@ def inspect(folder: str, group: Group) -> tuple[Found | None, str]:
     if group.any(bool(reason)):
         return None, reason or "another rank could not read its part"
     return found, ""
+
+
+def check_same_recipe(
+    uri: str, kept: dict[str, Any], recipe: Recipe, *, resume: str, unknown: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint of another recipe, by its manifest's state; what --resume PATH may change is left aside, and
+    so are `unknown` fields of the recipe."""
+    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
+    changed = [line for line in changed if not line.startswith(unknown)]
+    if resume != "latest":
+        changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
+    if any(line.startswith("model.") for line in changed):
+        raise UserError(f"{uri} is of another architecture ({'; '.join(changed)}): use the options it was saved with")
+    if changed:
+        raise UserError(f"{uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with")
 
 
 def load(found: Found, share: Share, group: Group) -> None:
