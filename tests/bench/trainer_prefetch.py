@@ -43,15 +43,8 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         parallel = replace(recipe.parallel, max_live=LIVE, prefetch=prefetch)
         engine = ZeroEngine(replace(recipe, model=model, parallel=parallel, global_batch=8), group)
         partner = Partners(dataset) if what == "dpo" else None
-<<<<<<< HEAD
         batches = dataset.batches(seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner)
-        form, device = get_formulation(recipe.formulation), group.device
-=======
-        batches = dataset.batches(
-            seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner
-        )
         form, compute = get_formulation(recipe.formulation), loss_function(recipe)
->>>>>>> 43562fc (Objectives are one file with a registry: a function and a line add one; loop, planner and validation ask it)
         cpu = []
         gathers = Gathers(engine)
         for _ in range(steps):
