@@ -28,7 +28,7 @@ from model.files.weights import load_model, save_weights
 from model.lora import add_adapters, is_adapter, switched_off
 from model.probe import AttentionProbe
 from model.seeding import keyed_normal, keyed_uniform
-from trainer.feed import drawn
+from trainer.feed import draw_noise
 from trainer.objective import pretrain
 from trainer.zero.engine import compile_blocks
 
@@ -163,13 +163,14 @@ def test_losses_and_conversions_are_those_of_the_cpu(name: str) -> None:
     predict = lambda z, t_B, text: 0.5 * z + t_B.view(-1, 1, 1, 1)  # noqa: E731
     for device in map(torch.device, ("cpu", DEVICE)):
         batch = LatentBatch(x, text, places, [], [])
-        losses = pretrain(predict, drawn(batch, form, seed=1, shift=2.0), formulation=form, device=device)
+        micro = draw_noise(batch, form, seed=1, shift=2.0)
+        losses = pretrain(predict, micro.to(device), formulation=form)
         batch = LatentBatch(x.to(device), text.to(device), places, [], [])
         levels = validation_losses(predict, batch, (0.25, 0.75), 1, formulation=form)
         times = form.timesteps(t_B.to(device), 2.0)
         sample = form.sample(x.to(device), x.flip(1).to(device), times)
         parts = [part(sample.target, sample.x_t, times) for part in (form.to_x0, form.to_noise, form.velocity)]
-        found.append([losses.t_B, losses.loss_B, levels, times, sample.x_t, sample.target, *parts])
+        found.append([micro.t_B, losses.loss_B, levels, times, sample.x_t, sample.target, *parts])
     assert torch.equal(found[0][0], found[1][0])
     for cpu, gpu in zip(*found, strict=True):
         assert_near(gpu, cpu, 1e-4)
