@@ -64,8 +64,6 @@ class Run:
     gpus_per_worker: float = 0
     """GPUs of each worker, also fractions (several workers overlap decoding with a GPU's work); above 0 the networks
     run there."""
-    dollars_per_hour: float | None = None
-    """Price of all machines together: shows dollars per million images beside the rate."""
     caption_workers: int | None = None
     """Workers that only caption, before the others encode; the same workers do both if left out."""
     caption_gpus: float | None = None
@@ -166,7 +164,6 @@ def run_plan(run: Run, plan: "Plan") -> None:
         caption_workers=captioning,
         keep_going=run.keep_going,
         only_split=None if run.split == "all" else run.split,
-        dollars_per_hour=run.dollars_per_hour,
         rebuild=run.rebuild,
     )
     if run.until == "gate":
@@ -207,11 +204,11 @@ def _source_of(run: Run) -> "Source":
 
 def _print_gate(pipeline: "Pipeline") -> None:
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
-    from data_pipeline.curation.threshold_counts import keep_report, keep_table
+    from data_pipeline.curation.threshold_counts import count_kept, format_kept
     from data_pipeline.stages.verdicts import totals
 
     counts = totals(pipeline.run_gate())
-    print(keep_table(keep_report(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
+    print(format_kept(count_kept(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
     print("\nrows at the gate: " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
 
 
@@ -311,10 +308,10 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     Args:
         uri: root of the dataset.
     """
-    from data_pipeline.curation.threshold_counts import keep_report, keep_table
+    from data_pipeline.curation.threshold_counts import count_kept, format_kept
     from data_pipeline.formats.schema import read_dataset_info
 
-    print(keep_table(keep_report(uri, read_dataset_info(uri).columns)))
+    print(format_kept(count_kept(uri, read_dataset_info(uri).columns)))
 
 
 def estimate(scale: Annotated[Scale, tyro.conf.arg(name="")]) -> None:

@@ -36,7 +36,7 @@ def decode(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if width * height > max_pixels:
                 raise ImageError("too_large", f"{width}x{height} pixels, at most {max_pixels:,} are unpacked")
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -48,7 +48,7 @@ def decode(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("corrupt", f"{type(error).__name__}: {error}"[:200]) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # convert("RGB") would clip 16 bits instead of scaling them
@@ -74,14 +74,14 @@ def cover_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def pixels(images: Sequence[np.ndarray]) -> "Tensor":
+def stack_pixels(images: Sequence[np.ndarray]) -> "Tensor":
     """uint8 images (H, W, 3) of one size as networks read them: (B, 3, H, W) in [-1, 1], fp32, channels last."""
     import torch
 
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def to_png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

@@ -17,7 +17,7 @@ from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
 from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import ScoreStage
-from data_pipeline.curation.semantic import Semantic
+from data_pipeline.curation.semantic import SemanticDedup
 from data_pipeline.formats.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.stages.buckets import BucketStage, bucket_table
@@ -263,7 +263,7 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device:
     light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
     buckets = bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
     light.append(column(BucketStage(buckets)))
-    semantic = Semantic(plan.dedup_similarity, plan.dedup_verify, plan.dedup_clusters)
+    semantic = SemanticDedup(plan.dedup_similarity, plan.dedup_verify, plan.dedup_clusters)
     dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))
     heavy = [
         column(CaptionStage(plan.captioner, caption_weights, plan.batch, caption_device)),

@@ -19,12 +19,12 @@ from data_pipeline.flow import pipeline
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import table_bytes
-from data_pipeline.formats.schema import Manifest, Part, in_ranges, row_ranges
+from data_pipeline.formats.schema import ColumnPart, Manifest, expand_ranges, to_ranges
 from data_pipeline.plans import world
 from data_pipeline.sources.source import SourceUnit
 from data_pipeline.sources.webdataset import WebDatasetSource
 from data_pipeline.stages import ledger
-from data_pipeline.stages.stage import result
+from data_pipeline.stages.stage import stage_table
 from infra.runner import WorkerPool
 from infra.storage import sha256_hex
 
@@ -46,7 +46,7 @@ class Packed:
 
     def open(self):
         def run(unit):
-            rows = sum(len(in_ranges(ranges)) for _, ranges in unit["rows"])
+            rows = sum(len(expand_ranges(ranges)) for _, ranges in unit["rows"])
             sha = sha256_hex(unit["id"].encode())
             tar = f"{unit['split']}/64/{unit['bucket']}/{sha[:32]}"
             entry = {"tar": f"{tar}.tar", "rows": f"{tar}.parquet", "bucket": unit["bucket"], "num_samples": rows,
@@ -73,11 +73,12 @@ def fill(made: Pipeline) -> None:
         "measure": {"source": pa.array([f"picture/{n:09d}" for n in numbers])},
         "bucket": {"bucket": pa.array(["64x64"] * SHARD_ROWS)},
     }
+    statuses = np.where(small, "too_small", "ok")
     tables = {
-        stage: result(numbers, np.where(small, "too_small", "ok") if stage == "filter" else ["ok"] * SHARD_ROWS, **more)
+        stage: stage_table(numbers, statuses if stage == "filter" else ["ok"] * SHARD_ROWS, **more)
         for stage, more in fields.items()
     }
-    passed = result(np.flatnonzero(~small), ["ok"] * int((~small).sum()))
+    passed = stage_table(np.flatnonzero(~small), ["ok"] * int((~small).sum()))
     tables |= {column.stage: passed for _, column in made.columns.heavy}
     templates = {stage: manifest(made, stage, "SHARD", ["SHARD"], table) for stage, table in tables.items()}
     for unit in (unit.id for unit in made.source.list_units()):
@@ -89,7 +90,7 @@ def fill(made: Pipeline) -> None:
             hashes = rng.bytes(16 * SHARD_ROWS).hex()
             exact = pa.array([hashes[32 * n : 32 * n + 32] for n in numbers])
             near = pa.array(rng.integers(0, 2**63, SHARD_ROWS), pa.uint64())
-            signature = result(numbers, ["ok"] * SHARD_ROWS, exact=exact, perceptual=near)
+            signature = stage_table(numbers, ["ok"] * SHARD_ROWS, exact=exact, perceptual=near)
             put(made, "signature", shard, manifest(made, "signature", shard, [shard], signature))
 
 
@@ -101,8 +102,8 @@ def manifest(made: Pipeline, stage: str, unit: str, shards: list[str], table: pa
     path = Path(made.root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    rows = row_ranges(table["row"].to_pylist())
-    parts = tuple(Part(shard, name, sha, len(data), len(table), rows) for shard in shards)
+    rows = to_ranges(table["row"].to_pylist())
+    parts = tuple(ColumnPart(shard, name, sha, len(data), len(table), rows) for shard in shards)
     return Manifest(stage, fingerprint, unit, parts, {"ok": len(table)}).to_bytes().decode()
 
 

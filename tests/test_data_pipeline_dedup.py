@@ -12,13 +12,13 @@ from PIL import Image
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.curation.dedup import Dedup
-from data_pipeline.curation.embed import EmbedStage, load_embedder, thumbnail
-from data_pipeline.curation.semantic import Load, Semantic, aligned_difference, thumb_crops
+from data_pipeline.curation.embed import EmbedStage, load_embedder, make_thumbnail
+from data_pipeline.curation.semantic import Load, SemanticDedup, crop_thumbnail, measure_difference
 from data_pipeline.stages.stage import ShardView
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
 
-WORLD = Semantic(similarity=0.8, verify=15.0)
+WORLD = SemanticDedup(similarity=0.8, verify=15.0)
 
 
 def planted(scenes: int, copies: int, seed: int = 0) -> tuple[list[Image.Image], np.ndarray]:
@@ -57,7 +57,7 @@ def embedding_table(images: list[Image.Image]) -> pa.Table:
         {
             "row": pa.array(range(len(images)), pa.int32()),
             "embedding": pa.array(vectors, pa.binary()),
-            "thumb": pa.array([thumbnail(image) for image in images], pa.binary()),
+            "thumb": pa.array([make_thumbnail(image) for image in images], pa.binary()),
         }
     )
 
@@ -68,14 +68,14 @@ def scores(first_N: np.ndarray, origin_N: np.ndarray) -> tuple[float, float]:
     return (flagged & copies).sum() / copies.sum(), (flagged & copies).sum() / max(1, flagged.sum())
 
 
-def first(semantic: Semantic, places: list[tuple[str, int]], load: Load, skip: Sequence[int] = (), **given):
+def first(semantic: SemanticDedup, places: list[tuple[str, int]], load: Load, skip: Sequence[int] = (), **given):
     """For each place (shard, row), in order of precedence, the number of the one that stands for it."""
     numbers: dict[str, list[int]] = {}
     for number, (shard, _) in enumerate(places):
         if number not in skip:
             numbers.setdefault(shard, []).append(number)
     grouped = [(shard, np.array([places[n][1] for n in mine]), np.array(mine)) for shard, mine in numbers.items()]
-    return semantic.first(grouped, len(places), load, **given).tolist()
+    return semantic.find_firsts(grouped, len(places), load, **given).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_shards_groups_and_memory_change_nothing(world):
         )
         for k in range(4)
     }
-    several = Semantic(similarity=0.8, verify=15.0, clusters=5)
+    several = SemanticDedup(similarity=0.8, verify=15.0, clusters=5)
     one = first(several, [("s", n) for n in range(len(table))], lambda _: table)
     assert first(several, places, parts.__getitem__, max_bytes=1) == first(several, places, parts.__getitem__)
     assert sum(number >= 0 for number in one) > 60
@@ -115,19 +115,19 @@ def test_algorithm_1_flags_later_rows_by_similarity_alone():
         "thumb": [bytes(32 * 32 * 3)] * 6,
     })  # fmt: skip
     places = [("s", n) for n in range(6)]
-    plain = Semantic(similarity=0.9, clusters=1)
+    plain = SemanticDedup(similarity=0.9, clusters=1)
     assert first(plain, places, lambda _: table) == [-1, -1, 0, -1, 1, 0]
     assert first(plain, places[::-1], lambda _: table) == [-1, -1, -1, 0, 1, 0]
     assert first(plain, places, lambda _: table, skip=[0]) == [-1, -1, -1, -1, 1, 2]
-    assert first(Semantic(), [], lambda _: table) == []
+    assert first(SemanticDedup(), [], lambda _: table) == []
 
 
 def test_a_crop_is_nearer_than_another_picture():
     rng = random.Random(1)
     scenes = [Image.fromarray(make_scene(5, n, split="dedup").image) for n in range(2)]
-    a, b, crop = (thumb_crops(thumbnail(i)) for i in (*scenes, cropped(scenes[0], rng)))
-    assert aligned_difference(a, a) == 0
-    assert aligned_difference(a, crop) == aligned_difference(crop, a) < 16 < aligned_difference(a, b)
+    a, b, crop = (crop_thumbnail(make_thumbnail(i)) for i in (*scenes, cropped(scenes[0], rng)))
+    assert measure_difference(a, a) == 0
+    assert measure_difference(a, crop) == measure_difference(crop, a) < 16 < measure_difference(a, b)
 
 
 def test_dedup_prefers_rows_that_will_be_kept_and_says_which_pass_found_what():

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.gate import Gate
-from data_pipeline.curation.scores import SCORERS, ScoreStage, caption_quality
-from data_pipeline.curation.threshold_counts import keep_report, keep_table
+from data_pipeline.curation.scores import SCORERS, ScoreStage, rate_caption
+from data_pipeline.curation.threshold_counts import count_kept, format_kept
 from data_pipeline.flow.pipeline import Outcome, Pipeline
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import Plan, build_columns, world
@@ -92,18 +92,18 @@ def test_a_looser_gate_computes_only_the_missing_rows(tmp_path, folder):
 
 def test_the_report_counts_what_each_limit_keeps(gated):
     root, outcome = gated
-    lines = {(line.threshold, line.limit): line for line in keep_report(str(root), outcome.info.columns)}
+    lines = {(line.threshold, line.limit): line for line in count_kept(str(root), outcome.info.columns)}
     assert {line.total for line in lines.values()} == {6}
     assert lines["min_side", 64].rows == 5
     assert lines["max_aspect", 1.5].rows == 6
     assert lines["max_caption_chars", 100].rows == 6
-    expected = [caption_quality(caption) for caption in CAPTIONS.values()]
+    expected = [rate_caption(caption) for caption in CAPTIONS.values()]
     assert lines["min_caption_quality", 0.5].rows == sum(value >= 0.5 for value in expected)
     assert not any(name == "max_nsfw" for name, _ in lines)
-    table = keep_table(list(lines.values()), Thresholds(min_side=64))
+    table = format_kept(list(lines.values()), Thresholds(min_side=64))
     assert [line for line in table.splitlines() if "in force" in line and "min_side" in line]
     with pytest.raises(UserError, match="no column measure"):
-        keep_report(str(root), {})
+        count_kept(str(root), {})
 
 
 def test_a_gate_tighter_than_the_thresholds_is_refused():
@@ -138,7 +138,7 @@ def test_thresholds_judge_scores_and_missing_ones_do_not_pass():
     ],
 )
 def test_captions_about_pictures_score_higher(better, worse):
-    assert 0 <= caption_quality(worse) < caption_quality(better) <= 1
+    assert 0 <= rate_caption(worse) < rate_caption(better) <= 1
 
 
 def test_the_nsfw_column_is_the_classifiers_own_number():

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.curation.dedup import Dedup
-from data_pipeline.curation.hash_matching import first_of_equal, first_of_near
+from data_pipeline.curation.hash_matching import find_first_equal, find_first_near
 from data_pipeline.flow import pipeline
 from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import read_batches, table_bytes, write_tables
-from data_pipeline.formats.schema import fingerprint, long_fingerprint
+from data_pipeline.formats.schema import fingerprint, fingerprint_all
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.ledger import Ledger, Todo
 from data_pipeline.stages.verdicts import Verdicts, verdict_table
@@ -159,7 +159,7 @@ def test_tables_without_rows_take_no_memory(tmp_path):
 
 @given(st.lists(st.lists(st.text(), max_size=3), max_size=4))
 def test_a_long_fingerprint_is_the_fingerprint(values):
-    assert long_fingerprint(iter(values)) == fingerprint(values)
+    assert fingerprint_all(iter(values)) == fingerprint(values)
 
 
 def test_a_table_in_pieces_has_the_bytes_of_the_whole_where_it_fits_and_the_same_rows_where_not(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def plain_near(values: list[int], distance: int) -> list[int]:
 @given(st.lists(st.integers(0, 9), max_size=70), st.integers(1, 9))
 def test_equal_keys_are_found_whatever_the_blocks_and_parts(values, block_rows):
     keys = np.random.default_rng(1).integers(0, 2**63, (10, 2), np.uint64)[np.array(values, int)] << np.uint64(1)
-    assert first_of_equal(keys, block_rows).tolist() == plain_equal(values)
+    assert find_first_equal(keys, block_rows).tolist() == plain_equal(values)
 
 
 @settings(max_examples=80, deadline=None)
@@ -206,7 +206,7 @@ def test_near_hashes_are_found_whatever_the_blocks(values, distance, random, blo
     for _ in range(3 if values else 0):  # chains: copies of copies
         values += [value ^ (1 << random.randrange(64)) ^ (1 << random.randrange(64)) for value in values]
     random.shuffle(values)
-    assert first_of_near(np.array(values, np.uint64), distance, block_rows).tolist() == plain_near(values, distance)
+    assert find_first_near(np.array(values, np.uint64), distance, block_rows).tolist() == plain_near(values, distance)
 
 
 @settings(max_examples=60, deadline=None)

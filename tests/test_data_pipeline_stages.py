@@ -15,8 +15,8 @@ from PIL import Image
 from data_pipeline.captions.stage import caption_images, judge_caption
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
-from data_pipeline.curation.hash_matching import first_of_near
-from data_pipeline.formats.schema import Part, in_ranges, row_ranges
+from data_pipeline.curation.hash_matching import find_first_near
+from data_pipeline.formats.schema import ColumnPart, expand_ranges, to_ranges
 from data_pipeline.images import ImageError, cover_crop, decode
 from data_pipeline.packing.generations import keep_published
 from data_pipeline.packing.pack import Output, make_plan, plan_table, read_outputs
@@ -224,7 +224,7 @@ def test_bands_find_what_comparing_all_pairs_finds(values, distance, random):
         expected.append(min(near, default=-1))
         if not near:
             kept.append(number)
-    assert first_of_near(np.array(values, np.uint64), distance).tolist() == expected
+    assert find_first_near(np.array(values, np.uint64), distance).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -335,6 +335,6 @@ def test_the_first_stage_that_objects_has_its_say():
 
 @given(st.sets(st.integers(0, 60)))
 def test_row_ranges_hold_the_same_rows(rows):
-    part = Part("s", "o", "h", 0, len(rows), row_ranges(rows))
-    assert set(in_ranges(part.rows)) == rows
-    assert Part.from_json({**vars(part), "rows": [list(pair) for pair in part.rows]}) == part
+    part = ColumnPart("s", "o", "h", 0, len(rows), to_ranges(rows))
+    assert set(expand_ranges(part.rows)) == rows
+    assert ColumnPart.from_json({**vars(part), "rows": [list(pair) for pair in part.rows]}) == part

@@ -55,12 +55,12 @@ def test_captioner_says_what_it_sees() -> None:
     assert min(value for name, value in figures.items() if name.endswith("/seen")) >= 0.93
     from PIL import Image
 
-    from data_pipeline.images import pixels
+    from data_pipeline.images import stack_pixels
     from data_pipeline.world.scenes import make_scene
 
     scene = make_scene(0, 0, split="captioner_val_seen")
     pixels_BCHW = images(images=[Image.fromarray(scene.image)], return_tensors="pt").pixel_values
-    torch.testing.assert_close(pixels_BCHW, pixels([scene.image]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels_BCHW, stack_pixels([scene.image]), atol=1e-5, rtol=0)
     assert write_captions(model, tokenizer, [scene.image])[0].isascii()
 
 

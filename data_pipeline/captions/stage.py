@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipeline.captions.registry import get_captioner, open_captioner
 from data_pipeline.captions.spec import Captioner, CaptionerSpec
 from data_pipeline.curation.filters import clean_caption
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -48,7 +48,7 @@ class CaptionStage:
         version = get_captioner(self.spec.name).version
         return {"version": VERSION, "captioner": version, "weights": self.weights, **self.spec.identity()}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         captioner = open_captioner(self.spec, self.device)
 
         def run(shard: ShardView) -> pa.Table:
@@ -56,7 +56,7 @@ class CaptionStage:
             for _, images in shard.image_batches(shard.rows, self.batch):
                 texts += caption_images(captioner, images)
             judged = [judge_caption(text) for text in texts]
-            return result(
+            return stage_table(
                 shard.rows,
                 [status for status, _ in judged],
                 caption=pa.array([text for _, text in judged], pa.string()),

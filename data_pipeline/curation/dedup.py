@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.curation.hash_matching import first_of_equal, first_of_near
-from data_pipeline.curation.semantic import Load, Semantic
+from data_pipeline.curation.hash_matching import find_first_equal, find_first_near
+from data_pipeline.curation.semantic import Load, SemanticDedup
 from data_pipeline.images import ImageError
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.scratch import Spool, blocks, concatenated, gathered, scratch
 
 VERSION = 1
@@ -32,7 +32,7 @@ class SignatureStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "perceptual": self.perceptual}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
@@ -44,13 +44,13 @@ class SignatureStage:
             except ImageError as error:  # it was decoded to be measured: only a broken object can bring us here
                 raise AssertionError(f"shard {shard.shard} row {row} was decoded before, but: {error}") from error
             exact.append(hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32])
-            perceptual.append(_phash(image) if self.perceptual else 0)
-        return result(
+            perceptual.append(_hash_perceptually(image) if self.perceptual else 0)
+        return stage_table(
             rows, [OK] * len(rows), exact=pa.array(exact, pa.string()), perceptual=pa.array(perceptual, pa.uint64())
         )
 
 
-def _phash(image: Image.Image) -> int:
+def _hash_perceptually(image: Image.Image) -> int:
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
@@ -61,7 +61,7 @@ class Dedup:
     """`distance` None leaves perceptual hashes aside, `semantic` None embeddings; equal pixels always count."""
 
     distance: int | None = None
-    semantic: Semantic | None = None
+    semantic: SemanticDedup | None = None
 
     @property
     def name(self) -> str:
@@ -87,11 +87,11 @@ class Dedup:
         Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
         """
         seen = Duplicates(signatures, preferred)
-        seen.merge("equal", first_of_equal(gathered(seen.exact_NK, seen.number_R)))
+        seen.merge("equal", find_first_equal(gathered(seen.exact_NK, seen.number_R)))
         if self.distance is not None:
-            seen.merge("perceptual", first_of_near(gathered(seen.hash_N, seen.number_R), self.distance))
+            seen.merge("perceptual", find_first_near(gathered(seen.hash_N, seen.number_R), self.distance))
         if self.semantic is not None and load is not None:
-            seen.merge("semantic", self.semantic.first(seen, len(seen), load))
+            seen.merge("semantic", self.semantic.find_firsts(seen, len(seen), load))
         return seen
 
 
@@ -108,7 +108,7 @@ class Duplicates:
         for name, table in signatures:
             rows = table["row"].to_numpy()
             row.append(rows)
-            exact.append(_keys(table["exact"].to_pylist()))
+            exact.append(_hash_digests(table["exact"].to_pylist()))
             near.append(table["perceptual"].to_numpy())
             first = np.ones(len(rows), bool) if preferred is None else np.isin(rows, preferred(name))
             given.append(count + np.flatnonzero(first))
@@ -171,7 +171,7 @@ class Duplicates:
             ]
             yield (
                 self._name(shard),
-                result(
+                stage_table(
                     self.row_N[self._range(shard)].tolist(),
                     np.where(first_S < 0, OK, "duplicate").tolist(),
                     reason=pa.array(reasons, pa.string()),
@@ -186,7 +186,7 @@ class Duplicates:
         return self._names[letters].tobytes().decode()
 
 
-def _keys(digests: Sequence[str]) -> np.ndarray:
+def _hash_digests(digests: Sequence[str]) -> np.ndarray:
     """(N, 2) words, equal for equal digests only."""
     whole = b"".join(hashlib.blake2b(digest.encode(), digest_size=16).digest() for digest in digests)
     return np.frombuffer(whole, np.uint64).reshape(-1, 2)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 
 VERSION = 1
@@ -38,7 +38,7 @@ class EmbedStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "weights": self.weights, "thumb": THUMB}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         embed = load_embedder(resolve(self.checkpoint), self.device)
 
         def run(shard: ShardView) -> pa.Table:
@@ -47,8 +47,8 @@ class EmbedStage:
             thumbs: list[bytes] = []
             for _, images in shard.image_batches(rows, self.batch):
                 vectors += [vector.tobytes() for vector in embed(images)]
-                thumbs += [thumbnail(image) for image in images]
-            return result(
+                thumbs += [make_thumbnail(image) for image in images]
+            return stage_table(
                 rows,
                 [OK] * len(rows),
                 embedding=pa.array(vectors, pa.binary()),
@@ -58,7 +58,7 @@ class EmbedStage:
         return run
 
 
-def thumbnail(image: Image.Image) -> bytes:
+def make_thumbnail(image: Image.Image) -> bytes:
     return image.resize((THUMB, THUMB), Image.Resampling.BICUBIC, reducing_gap=3.0).tobytes()
 
 

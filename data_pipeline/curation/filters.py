@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_pipeline.images import MAX_PIXELS, ImageError
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 
 VERSION = 1
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners that emoji and several scripts need
@@ -28,14 +28,14 @@ class MeasureStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "max_pixels": MAX_PIXELS}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
         table = shard.column("ingest").drop_columns(["image"]).to_pylist()
         by_row = {row["row"]: row for row in table}
         done = [self._measure(shard, by_row[row]) for row in shard.rows]
-        return result(
+        return stage_table(
             shard.rows,
             [status for status, *_ in done],
             reason=pa.array([reason for _, reason, _ in done], pa.string()),
@@ -116,7 +116,7 @@ class Thresholds:
         return OK, ""
 
 
-def judged_rows(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[dict[str, Any]]:
+def join_scores(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[dict[str, Any]]:
     """Rows of the measure column, each with the scores of its row (NaN where a scorer has none)."""
     by_name = {name: dict(zip(t["row"].to_pylist(), t["score"].to_pylist())) for name, t in scores.items()}
     wanted = ["row", "status", "reason", "width", "height", "caption"]
@@ -138,15 +138,15 @@ class FilterStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, **self.thresholds.identity(), "name": self.name, "inputs": list(self.inputs)}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         return self.run
 
     def run(self, shard: ShardView) -> pa.Table:
         scores = {name: shard.column(name) for name in self.thresholds.scorers}
-        by_row = {row["row"]: row for row in judged_rows(shard.column("measure"), scores)}
+        by_row = {row["row"]: row for row in join_scores(shard.column("measure"), scores)}
         judged = [self.thresholds.judge(by_row[row]) for row in shard.rows]
         reasons = pa.array([reason for _, reason in judged], pa.string())
-        return result(shard.rows, [status for status, _ in judged], reason=reasons)
+        return stage_table(shard.rows, [status for status, _ in judged], reason=reasons)
 
 
 def clean_caption(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.curation.filters import Thresholds, judged_rows
+from data_pipeline.curation.filters import Thresholds, join_scores
 from data_pipeline.stages.verdicts import ok_rows, verdict_table
 from infra.errors import UserError
 
@@ -35,12 +35,12 @@ class Gate:
         return replace(strict, **named)
 
 
-def only_ok(table: pa.Table, judged: pa.Table) -> pa.Table:
+def select_ok(table: pa.Table, judged: pa.Table) -> pa.Table:
     """Rows of a shard's table that passed the filter."""
     return table.filter(pa.array(np.isin(table["row"].to_numpy(), ok_rows(judged))))
 
 
-def strict_verdict(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:
+def judge_strictly(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:
     """What the strict thresholds say of a shard's rows."""
-    judged = [(row["row"], *strict.judge(row)) for row in judged_rows(measured, scores)]
+    judged = [(row["row"], *strict.judge(row)) for row in join_scores(measured, scores)]
     return verdict_table(*zip(*judged))

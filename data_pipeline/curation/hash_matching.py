@@ -13,7 +13,7 @@ _NEAR_BLOCK = 2**16  # hashes that are compared one by one
 _PAIRS = 2**19  # compared at once
 
 
-def first_of_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
+def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
     """For each key the number of its first occurrence, -1 for the first itself.
 
     A block's keys are compared with each other; its first ones are dealt out, by their leading bits, to parts that fit
@@ -28,7 +28,7 @@ def first_of_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
     dealt_NK = scratch((count, width + 1), np.uint64)  # keys and their numbers, part after part
     for block in blocks(count, block_rows):
         number_B = np.arange(block.start, block.stop)
-        first_N[block] = first_B = _first_in_memory(key_NK[block], number_B)
+        first_N[block] = first_B = _find_first_in_memory(key_NK[block], number_B)
         number_B = number_B[first_B < 0]
         order, many_P = _deal(key_NK[number_B], shift)
         number_B = number_B[order]
@@ -38,7 +38,7 @@ def first_of_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
         filled_P += many_P
     for start, end in zip(start_P.tolist(), filled_P.tolist()):
         number_M = dealt_NK[start:end, width].astype(np.int64)
-        first_N[number_M] = _first_in_memory(dealt_NK[start:end, :width], number_M)
+        first_N[number_M] = _find_first_in_memory(dealt_NK[start:end, :width], number_M)
     for block in blocks(count, block_rows):  # the first of a block may have turned out to be a later one of all
         first_B = np.array(first_N[block])
         above_B = first_N[np.maximum(first_B, 0)]
@@ -52,7 +52,7 @@ def _deal(key_NK: np.ndarray, shift: np.uint64) -> tuple[np.ndarray, np.ndarray]
     return np.argsort(part_N, kind="stable"), np.bincount(part_N, minlength=2 ** (64 - int(shift)))
 
 
-def _first_in_memory(key_NK: np.ndarray, number_N: np.ndarray) -> np.ndarray:
+def _find_first_in_memory(key_NK: np.ndarray, number_N: np.ndarray) -> np.ndarray:
     """Of keys with ascending numbers: the number of the first equal one, -1 for itself."""
     key_NK = np.array(key_NK)
     order = np.lexsort(key_NK.T)  # stable
@@ -65,21 +65,21 @@ def _first_in_memory(key_NK: np.ndarray, number_N: np.ndarray) -> np.ndarray:
     return first_N
 
 
-def first_of_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_BLOCK) -> np.ndarray:
+def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_BLOCK) -> np.ndarray:
     """For each hash the earliest kept one within `distance` bits, -1 where it is itself kept.
 
     Block by block: first against what earlier blocks kept, then one hash after the other.
     """
     first_N = scratch(len(hash_N), np.int64, -1)
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
-    kept = _Kept(edges)
+    kept = _KeptHashes(edges)
     for block in blocks(len(hash_N), block_rows):
         hash_B, first_B = np.array(hash_N[block]), np.full(block.stop - block.start, -1, np.int64)
         for bands in kept.by_block():
             open_B = np.flatnonzero(first_B < 0)
-            first_B[open_B] = _near_kept(hash_B[open_B], bands, edges, distance)
+            first_B[open_B] = _find_near_kept(hash_B[open_B], bands, edges, distance)
         open_B = np.flatnonzero(first_B < 0)
-        first_O = _greedy(hash_B[open_B], edges, distance)
+        first_O = _find_near_greedily(hash_B[open_B], edges, distance)
         first_B[open_B] = np.where(first_O < 0, -1, block.start + open_B[first_O])
         first_N[block] = first_B
         mine = open_B[first_O < 0]
@@ -87,7 +87,7 @@ def first_of_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_BLO
     return first_N
 
 
-class _Kept:
+class _KeptHashes:
     """Hashes that stand and their numbers, on scratch disk: for each band by block, then by their piece of the band."""
 
     def __init__(self, edges: Sequence[int]) -> None:
@@ -97,7 +97,7 @@ class _Kept:
     def add(self, hash_K: np.ndarray, number_K: np.ndarray) -> None:
         """Those of one more block."""
         for low, high, hashes, numbers in self._bands:
-            order = np.argsort(_piece(hash_K, low, high), kind="stable")
+            order = np.argsort(_take_piece(hash_K, low, high), kind="stable")
             hashes.append(hash_K[order])
             numbers.append(number_K[order])
         self._ends.append(self._ends[-1] + len(hash_K))
@@ -109,7 +109,7 @@ class _Kept:
             yield [(np.array(hashes[start:end]), np.array(numbers[start:end])) for hashes, numbers in bands]
 
 
-def _near_kept(
+def _find_near_kept(
     hash_N: np.ndarray, bands: Sequence[tuple[np.ndarray, np.ndarray]], edges: Sequence[int], distance: int
 ) -> np.ndarray:
     """For each hash the least number among kept ones within `distance` bits, -1 without any.
@@ -119,7 +119,7 @@ def _near_kept(
     none = np.iinfo(np.int64).max
     near_N = np.full(len(hash_N), none)
     for (low, high), (kept_K, number_K) in zip(pairwise(edges), bands):
-        piece_K, piece_N = _piece(kept_K, low, high), _piece(hash_N, low, high)
+        piece_K, piece_N = _take_piece(kept_K, low, high), _take_piece(hash_N, low, high)
         left_N = np.searchsorted(piece_K, piece_N, "left")
         many_N = np.searchsorted(piece_K, piece_N, "right") - left_N
         behind_N = np.cumsum(many_N)
@@ -135,12 +135,12 @@ def _near_kept(
     return np.where(near_N == none, -1, near_N)
 
 
-def _greedy(hash_N: np.ndarray, edges: Sequence[int], distance: int) -> np.ndarray:
+def _find_near_greedily(hash_N: np.ndarray, edges: Sequence[int], distance: int) -> np.ndarray:
     """The same among hashes that are all in memory."""
     tables: list[dict[int, list[int]]] = [{} for _ in pairwise(edges)]
     first_N = np.full(len(hash_N), -1, np.int64)
     values = hash_N.tolist()
-    pieces_N = zip(*(_piece(hash_N, *band).tolist() for band in pairwise(edges)))
+    pieces_N = zip(*(_take_piece(hash_N, *band).tolist() for band in pairwise(edges)))
     for number, (value, pieces) in enumerate(zip(values, pieces_N)):
         near = {n for table, piece in zip(tables, pieces) for n in table.get(piece, ())}
         matches = [n for n in near if (values[n] ^ value).bit_count() <= distance]
@@ -152,5 +152,5 @@ def _greedy(hash_N: np.ndarray, edges: Sequence[int], distance: int) -> np.ndarr
     return first_N
 
 
-def _piece(hash_N: np.ndarray, low: int, high: int) -> np.ndarray:
+def _take_piece(hash_N: np.ndarray, low: int, high: int) -> np.ndarray:
     return (hash_N >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)

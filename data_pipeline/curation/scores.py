@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.curation.embed import load_embedder
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 
 VERSION = 1
@@ -43,7 +43,7 @@ class ScoreStage:
         parts = [weights_hash(resolve(part)) if _is_path(part) else part for part in self.model.split("+")]
         return {"version": VERSION, "scorer": self.name, "model": parts}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         score = SCORERS[self.name](self.model, self.device)
 
         def run(shard: ShardView) -> pa.Table:
@@ -52,7 +52,7 @@ class ScoreStage:
             for chosen, images in shard.image_batches(rows, self.batch):
                 scores += [float(value) for value in score(images, [str(captions[row]) for row in chosen])]
             statuses = [OK if np.isfinite(value) else "nonfinite" for value in scores]
-            return result(rows, statuses, score=pa.array(scores, pa.float32()))
+            return stage_table(rows, statuses, score=pa.array(scores, pa.float32()))
 
         return run
 
@@ -61,7 +61,7 @@ def _is_path(model: str) -> bool:
     return model not in ("opennsfw", "text")
 
 
-class OpenNsfw:
+class OpenNsfwScorer:
     """Probability that an image is not safe for work; `opennsfw` takes the package's own file, else a path to one."""
 
     def __init__(self, model: str, device: str) -> None:
@@ -78,7 +78,7 @@ class OpenNsfw:
         return [found.nsfw for found in self._classifier.classify_batch(images, max_workers=1)]
 
 
-class Aesthetic:
+class AestheticScorer:
     """`HEAD+CLIP`: a safetensors file with `weight` (1, D) and `bias` (1,) on normalised features of an open_clip."""
 
     def __init__(self, model: str, device: str) -> None:
@@ -118,17 +118,17 @@ _NOISE = (
 )
 
 
-class CaptionQuality:
+class CaptionQualityScorer:
     """0 to 1: share of letters, length, distinct words and absence of noise, multiplied."""
 
     def __init__(self, model: str, device: str) -> None:
         pass
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
-        return [caption_quality(caption) for caption in captions]
+        return [rate_caption(caption) for caption in captions]
 
 
-def caption_quality(caption: str) -> float:
+def rate_caption(caption: str) -> float:
     """How much a caption reads like words about a picture; scripts without spaces count characters as words."""
     words = caption.split()
     if len(words) < 3 and any(ord(character) > 0x2E7F for character in caption):
@@ -144,7 +144,7 @@ def caption_quality(caption: str) -> float:
 
 
 SCORERS: dict[str, Callable[[str, str], Scorer]] = {
-    "nsfw": OpenNsfw,
-    "aesthetic": Aesthetic,
-    "caption_quality": CaptionQuality,
+    "nsfw": OpenNsfwScorer,
+    "aesthetic": AestheticScorer,
+    "caption_quality": CaptionQualityScorer,
 }

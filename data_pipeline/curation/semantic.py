@@ -31,7 +31,7 @@ Places = Iterable[tuple[str, np.ndarray, np.ndarray]]  # shard, rows, numbers
 
 
 @dataclass(frozen=True)
-class Semantic:
+class SemanticDedup:
     """Thresholds: cosine similarity, and (None: no check) the root mean square difference of aligned thumbnails."""
 
     similarity: float = 0.5
@@ -39,7 +39,7 @@ class Semantic:
     clusters: int | None = None
     seed: int = 0
 
-    def first(self, places: Places, count: int, load: Load, max_bytes: int = MAX_BYTES) -> np.ndarray:
+    def find_firsts(self, places: Places, count: int, load: Load, max_bytes: int = MAX_BYTES) -> np.ndarray:
         """For each of `count` numbers the number of the row that stands for it, -1 if itself or if it takes no part.
 
         `places` (shard, rows, their numbers) may be walked several times; numbers ascend in order of precedence, within
@@ -50,8 +50,8 @@ class Semantic:
         if found is None:
             return first_N
         cluster_N, size_K, width = found
-        for group in _groups(size_K, width * 2 + THUMB_BYTES, max_bytes):
-            for number_C, vectors_CD, thumbs_CP in _members(group, size_K, width, cluster_N, places, load):
+        for group in _group_clusters(size_K, width * 2 + THUMB_BYTES, max_bytes):
+            for number_C, vectors_CD, thumbs_CP in _read_members(group, size_K, width, cluster_N, places, load):
                 first_N[number_C] = self._walk(number_C, vectors_CD, thumbs_CP)
         return first_N
 
@@ -69,11 +69,11 @@ class Semantic:
         clusters = self.clusters or min(MAX_CLUSTERS, max(1, total // CLUSTER_ROWS))
         step = max(1, total // (_SAMPLES_PER_CLUSTER * clusters))
         shard, rows, _ = next(iter(places))
-        width = _vectors(load(shard), rows[:1]).shape[1]
+        width = _take_vectors(load(shard), rows[:1]).shape[1]
         every = -(-(total // step * width * 4) // MAX_SAMPLE_BYTES)  # shard that gives its share
         sampled = Spool(np.float32, width)
         for shard, rows, _ in islice(places, None, None, max(1, every)):
-            sampled.append(_vectors(load(shard), rows[::step]))
+            sampled.append(_take_vectors(load(shard), rows[::step]))
         sample = sampled.array()
         clusters = min(clusters, len(sample))
         kmeans = faiss.Kmeans(
@@ -83,7 +83,7 @@ class Semantic:
         kmeans.train(sample)
         cluster_N, size_K = scratch(count, np.int32, -1), np.zeros(clusters, np.int64)
         for shard, rows, numbers in places:
-            cluster_N[numbers] = found = kmeans.index.search(_vectors(load(shard), rows), 1)[1][:, 0]
+            cluster_N[numbers] = found = kmeans.index.search(_take_vectors(load(shard), rows), 1)[1][:, 0]
             size_K += np.bincount(found, minlength=clusters)
         return cluster_N, size_K, width
 
@@ -94,7 +94,7 @@ class Semantic:
         index = faiss.IndexFlatIP(vectors_CD.shape[1])
         index.add(vectors_CD)
         first_C = np.full(len(numbers), -1, np.int64)
-        same = _Same(thumbs_CP, self.verify)
+        same = _PictureComparer(thumbs_CP, self.verify)
         for start in range(0, len(numbers), _QUERIES):
             limits, _, hits = index.range_search(vectors_CD[start : start + _QUERIES], self.similarity)
             for offset, (low, high) in enumerate(pairwise(limits)):
@@ -107,12 +107,12 @@ class Semantic:
         return first_C
 
 
-class _Same:
+class _PictureComparer:
     """Are two pictures the same but for a crop? True for all where nothing is to be verified."""
 
     def __init__(self, thumbs_CP: np.ndarray, verify: float | None) -> None:
         self._verify, self._whole_CP = verify, thumbs_CP
-        self._crops = lru_cache(maxsize=1024)(lambda at: thumb_crops(thumbs_CP[at].tobytes()))
+        self._crops = lru_cache(maxsize=1024)(lambda at: crop_thumbnail(thumbs_CP[at].tobytes()))
 
     def __call__(self, a: int, b: int) -> bool:
         if self._verify is None:
@@ -120,10 +120,10 @@ class _Same:
         whole_P = self._whole_CP[a].astype(np.float32) - self._whole_CP[b]
         if float(np.sqrt(np.mean(whole_P**2))) > _COARSE * self._verify:
             return False
-        return aligned_difference(self._crops(a), self._crops(b)) <= self._verify
+        return measure_difference(self._crops(a), self._crops(b)) <= self._verify
 
 
-def _groups(size_K: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[range]:
+def _group_clusters(size_K: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[range]:
     """Clusters in groups whose rows fit into memory (one cluster at least)."""
     start = held = 0
     for cluster, size in enumerate(size_K.tolist()):
@@ -134,7 +134,7 @@ def _groups(size_K: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[rang
     yield range(start, len(size_K))
 
 
-def _members(
+def _read_members(
     group: range, size_K: np.ndarray, width: int, cluster_N: np.ndarray, places: Places, load: Load
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(numbers in order, vectors in fp32, thumbnails) of each cluster of a group."""
@@ -152,8 +152,8 @@ def _members(
         chosen, many = chosen[order], np.bincount(cluster_S, minlength=len(group))
         at = np.repeat(filled - np.cumsum(many) + many, many) + np.arange(len(chosen))
         number_M[at] = numbers[chosen]
-        vectors_MD[at] = _vectors(table, rows[chosen])
-        thumbs_MP[at] = [np.frombuffer(cell, np.uint8) for cell in _cells(table, "thumb", rows[chosen])]
+        vectors_MD[at] = _take_vectors(table, rows[chosen])
+        thumbs_MP[at] = [np.frombuffer(cell, np.uint8) for cell in _take_cells(table, "thumb", rows[chosen])]
         filled += many
     for start, end in pairwise([0, *ends.tolist()]):
         mine = start + np.argsort(number_M[start:end])
@@ -161,16 +161,17 @@ def _members(
             yield number_M[mine], vectors_MD[mine].astype(np.float32), thumbs_MP[mine]
 
 
-def _cells(table: pa.Table, column: str, rows: np.ndarray) -> list[bytes]:
+def _take_cells(table: pa.Table, column: str, rows: np.ndarray) -> list[bytes]:
     at = {row: n for n, row in enumerate(table["row"].to_pylist())}
     return table[column].take(pa.array([at[row] for row in rows.tolist()], pa.int64())).to_pylist()
 
 
-def _vectors(table: pa.Table, rows: np.ndarray) -> np.ndarray:
-    return np.stack([np.frombuffer(cell, np.float16) for cell in _cells(table, "embedding", rows)]).astype(np.float32)
+def _take_vectors(table: pa.Table, rows: np.ndarray) -> np.ndarray:
+    cells = _take_cells(table, "embedding", rows)
+    return np.stack([np.frombuffer(cell, np.float16) for cell in cells]).astype(np.float32)
 
 
-def thumb_crops(thumb: bytes) -> np.ndarray:
+def crop_thumbnail(thumb: bytes) -> np.ndarray:
     """A thumbnail and its crops by up to 7.5 %, each back at full size: (V, P) uint8; the whole comes first."""
     from PIL import Image
 
@@ -185,7 +186,7 @@ def thumb_crops(thumb: bytes) -> np.ndarray:
     return np.stack(crops)
 
 
-def aligned_difference(a_VP: np.ndarray, b_VP: np.ndarray) -> float:
+def measure_difference(a_VP: np.ndarray, b_VP: np.ndarray) -> float:
     """Least root mean square difference (0 to 255) between one thumbnail and the crops of the other, either way."""
     a_VP, b_VP = a_VP.astype(np.float32), b_VP.astype(np.float32)
     pairs = (((a_VP - b_VP[0]) ** 2).mean(1).min(), ((b_VP - a_VP[0]) ** 2).mean(1).min())

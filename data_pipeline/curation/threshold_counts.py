@@ -24,7 +24,7 @@ _SCORE_OF = {"max_nsfw": "nsfw", "min_aesthetic": "aesthetic", "min_caption_qual
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptCount:
     """One line of the report: this limit alone would keep so many of the rows that could be decoded."""
 
     threshold: str
@@ -33,7 +33,7 @@ class Kept:
     total: int
 
 
-def keep_report(root: str, columns: Mapping[str, str]) -> list[Kept]:
+def count_kept(root: str, columns: Mapping[str, str]) -> list[KeptCount]:
     """One shard after the other; `columns` are fingerprints by stage, as in dataset.json."""
     scorers = [name for name in SCORERS if name in columns]
     asked = {name: limits for name, limits in LIMITS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scorers}
@@ -44,7 +44,7 @@ def keep_report(root: str, columns: Mapping[str, str]) -> list[Kept]:
         for name, limit in kept:
             value = values[name]
             kept[name, limit] += int((value <= limit).sum() if name.startswith("max") else (value >= limit).sum())
-    return [Kept(name, limit, rows, total) for (name, limit), rows in kept.items()]
+    return [KeptCount(name, limit, rows, total) for (name, limit), rows in kept.items()]
 
 
 def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -73,7 +73,7 @@ def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterat
         yield values
 
 
-def keep_table(lines: list[Kept], thresholds: Thresholds | None = None) -> str:
+def format_kept(lines: list[KeptCount], thresholds: Thresholds | None = None) -> str:
     """Plain text; the limit in force is marked where a plan is given."""
     out = [f"{'threshold':<24}{'limit':>8}{'rows kept':>12}{'share':>9}"]
     for line in lines:

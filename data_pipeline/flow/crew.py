@@ -1,6 +1,5 @@
-"""Units of work through workers, with a live line: rate, time left, rows by status, dollars per million rows."""
+"""Units of work through workers, with a live line: rate, time left, rows by status."""
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,8 +16,8 @@ log = get_logger("pipeline")
 class Crew:
     """Keeps what failed (by unit) and how many rows each pass computed."""
 
-    def __init__(self, workers: WorkerPool, *, keep_going: bool = False, dollars_per_hour: float | None = None) -> None:
-        self.workers, self.keep_going, self.dollars_per_hour = workers, keep_going, dollars_per_hour
+    def __init__(self, workers: WorkerPool, *, keep_going: bool = False) -> None:
+        self.workers, self.keep_going = workers, keep_going
         self.failed: dict[str, str] = {}
         self.computed: dict[str, int] = {}
 
@@ -37,7 +36,6 @@ class Crew:
             return
         done = rows = 0
         failed: dict[str, str] = {}
-        started = time.monotonic()
         with Progress(todo.rows, "rows", desc=title) as progress:
             bad: Counter[str] = Counter()
             for result in run_tasks(task, todo, workers or self.workers, runtime_env=environment):
@@ -52,17 +50,11 @@ class Crew:
                 if todo.rows is None:
                     progress.total = round(rows / done * len(todo))
                 extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
-                progress.update(result["rows"], **bad, **extra, **self._price(rows, time.monotonic() - started))
+                progress.update(result["rows"], **bad, **extra)
                 yield result
         self.computed[title] = rows
         if failed:
             self._handle(title, failed, len(todo))
-
-    def _price(self, rows: int, seconds: float) -> dict[str, object]:
-        """Dollars per million rows of this pass, where the price of the machines is known."""
-        if self.dollars_per_hour is None or not rows:
-            return {}
-        return {"dollars_per_million": self.dollars_per_hour * seconds / 3600 / rows * 1e6}
 
     def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
         self.failed |= failed

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 # SD3, Table 7: milliseconds per sample of the autoencoder and of the three text encoders
 VAE_MS, TEXT_MS = 2.45, (0.45, 2.77, 17.46)
 LIGHT_COLUMNS = ("ingest", "measure", "nsfw", "caption_quality", "embed", "filter", "signature", "bucket")
+# dollars (list prices, from memory) for a thousand writes, a thousand reads, a gigabyte and month
+PUT_1000, GET_1000, GB_MONTH = 0.005, 0.0004, 0.023
 HEAVY_COLUMNS = ("caption", "latents", "text_clip_l", "text_clip_g", "text_t5")
 
 
@@ -36,12 +38,6 @@ class Scale:
     """How many times faster the captioner is in batches: measure it, memory bandwidth decides."""
     gpu_hour: float = 2.0
     """Dollars per GPU-hour."""
-    gb_month: float = 0.023
-    """Dollars per gigabyte and month."""
-    put_1000: float = 0.005
-    """Dollars per thousand writes and lists."""
-    get_1000: float = 0.0004
-    """Dollars per thousand reads."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ def estimate(scale: Scale) -> list[Line]:
     reads = shards * (1 + columns) + outputs * len(HEAVY_COLUMNS) * 2 + columns * shards
     caption_h = gated * scale.caption_s / scale.batching / 3600
     encode_h = gated * (VAE_MS + 2 * sum(TEXT_MS)) / 1000 / 3600
-    requests = objects / 1000 * scale.put_1000 + reads / 1000 * scale.get_1000
-    storage = stored_tb * 1000 * scale.gb_month
+    requests = objects / 1000 * PUT_1000 + reads / 1000 * GET_1000
+    storage = stored_tb * 1000 * GB_MONTH
     gpu = (caption_h + encode_h) * scale.gpu_hour
     return [
         Line("canonical shards", shards, "", f"{scale.shard_rows:,} rows each: the unit of work and of loss"),

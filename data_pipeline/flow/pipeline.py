@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.captions.stage import MAX_CHARS
-from data_pipeline.curation.gate import only_ok, strict_verdict
+from data_pipeline.curation.gate import judge_strictly, select_ok
 from data_pipeline.flow.crew import Crew
 from data_pipeline.flow.misfits import check_rebuild
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout
-from data_pipeline.formats.schema import DatasetInfo, Manifest, long_fingerprint, row_ranges
+from data_pipeline.formats.schema import DatasetInfo, Manifest, fingerprint_all, to_ranges
 from data_pipeline.packing.generations import Published, keep_published, standing
 from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
@@ -68,11 +68,10 @@ class Pipeline:
         caption_workers: WorkerPool | None = None,
         keep_going: bool = False,
         only_split: str | None = None,
-        dollars_per_hour: float | None = None,
         rebuild: Sequence[str] = (),
     ) -> None:
         self.root, self.source = root, source
-        self.crew = Crew(workers, keep_going=keep_going, dollars_per_hour=dollars_per_hour)
+        self.crew = Crew(workers, keep_going=keep_going)
         self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
         self.plan = plan
@@ -155,7 +154,7 @@ class Pipeline:
         )
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
         preferring = len(self.strict) > 0
-        unit = long_fingerprint(chain(found, [self.plan.strict.identity()]) if preferring else found)
+        unit = fingerprint_all(chain(found, [self.plan.strict.identity()]) if preferring else found)
         if self._known_dedup(column, unit):
             return
         made = stage.run(
@@ -190,7 +189,7 @@ class Pipeline:
     def _signatures(self, shard: str) -> pa.Table:
         """Of rows that passed the filter."""
         table = self.proven.read("signature", shard, ["row", "exact", "perceptual"])
-        return only_ok(table, self.proven.verdict("filter", shard))
+        return select_ok(table, self.proven.verdict("filter", shard))
 
     def _strict(self) -> Verdicts:
         """What the strict thresholds say, where the gate is looser."""
@@ -200,7 +199,7 @@ class Pipeline:
 
         def judge(shard: str) -> pa.Table:
             scores = {name: self.proven.read(name, shard) for name in strict.scorers}
-            return strict_verdict(strict, self.proven.read("measure", shard), scores)
+            return judge_strictly(strict, self.proven.read("measure", shard), scores)
 
         found.update(self.proven.each_shard(judge))
         return found
@@ -236,7 +235,7 @@ class Pipeline:
         for shard, verdict in verdicts.items():
             rows = ok_rows(verdict)
             lacking = {stage: np.setdiff1d(rows, self.proven.rows_done(stage, shard)) for stage in stages}
-            missing = {stage: row_ranges(found.tolist()) for stage, found in lacking.items() if len(found)}
+            missing = {stage: to_ranges(found.tolist()) for stage, found in lacking.items() if len(found)}
             if missing:
                 unit = {"id": shard, "shard": shard, "missing": missing, "parts": self.proven.described(shard)}
                 todo.add(unit, max(map(len, lacking.values())))
@@ -340,7 +339,7 @@ class Pipeline:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
         found = {shard: self.proven.described(shard) for shard, _ in output.rows}
         parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}
-        rows = [(shard, row_ranges(rows.tolist())) for shard, rows in output.rows]
+        rows = [(shard, to_ranges(rows.tolist())) for shard, rows in output.rows]
         return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": rows, "parts": parts}
 
 

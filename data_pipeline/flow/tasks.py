@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, in_ranges
+from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, expand_ranges
 from data_pipeline.packing.pack import Output, pack_output
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.source import Source, SourceUnit
 from data_pipeline.stages.columns import Column
-from data_pipeline.stages.stage import ShardView, Stage, Worker
+from data_pipeline.stages.stage import ShardView, Stage, StageFunction
 from infra.runner import UnitResult, WorkUnit
 
 
-def parts_of(manifest: Manifest) -> dict[str, Part]:
+def parts_of(manifest: Manifest) -> dict[str, ColumnPart]:
     return {part.shard: part for part in manifest.parts}
 
 
@@ -52,7 +52,7 @@ class IngestTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             known = {
-                shard: {stage: [Part.from_json(part) for part in parts] for stage, parts in stages.items()}
+                shard: {stage: [ColumnPart.from_json(part) for part in parts] for stage, parts in stages.items()}
                 for shard, stages in unit["known"].items()
             }
             tables: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class IngestTask:
 
         return run
 
-    def _columns(self, view: ShardView, workers: Sequence[tuple[Worker, Column]]) -> list[Manifest]:
+    def _columns(self, view: ShardView, workers: Sequence[tuple[StageFunction, Column]]) -> list[Manifest]:
         made = []
         view.rows = range(view.parts["ingest"][0].num_rows)
         parts = dict(view.parts)
@@ -100,10 +100,10 @@ class ColumnTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             shard = unit["shard"]
-            parts = {stage: [Part.from_json(p) for p in found] for stage, found in unit["parts"].items()}
+            parts = {stage: [ColumnPart.from_json(p) for p in found] for stage, found in unit["parts"].items()}
             view, made = ShardView(self.root, shard, parts), []
             for worker, column in workers:
-                rows = in_ranges(unit["missing"].get(column.stage, []))
+                rows = expand_ranges(unit["missing"].get(column.stage, []))
                 if not rows:
                     continue
                 view.rows = rows
@@ -112,7 +112,7 @@ class ColumnTask:
                 made.append(manifest)
                 parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
                 view.tables.pop(column.stage, None)
-            return _result(max((len(in_ranges(found)) for found in unit["missing"].values()), default=0), made)
+            return _result(max((len(expand_ranges(found)) for found in unit["missing"].values()), default=0), made)
 
         return run
 
@@ -126,10 +126,10 @@ class PackTask:
 
     def open(self) -> Callable[[WorkUnit], UnitResult]:
         def run(unit: WorkUnit) -> UnitResult:
-            rows = tuple((shard, np.array(in_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
+            rows = tuple((shard, np.array(expand_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
             output = Output(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {
-                stage: {shard: [Part.from_json(p) for p in found] for shard, found in shards.items()}
+                stage: {shard: [ColumnPart.from_json(p) for p in found] for shard, found in shards.items()}
                 for stage, shards in unit["parts"].items()
             }
             entry = pack_output(self.root, self.info, output, parts)

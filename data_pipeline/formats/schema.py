@@ -35,7 +35,7 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
-def long_fingerprint(values: Iterable[object]) -> str:
+def fingerprint_all(values: Iterable[object]) -> str:
     """`fingerprint([*values])`, one value at a time."""
     found = hashlib.sha256(b"[")
     for number, value in enumerate(values):
@@ -45,7 +45,7 @@ def long_fingerprint(values: Iterable[object]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class ColumnPart:
     """One data object of a manifest, relative to the dataset's root, and the rows of a shard that it holds.
 
     `rows` are ranges (first, behind last).
@@ -59,11 +59,11 @@ class Part:
     rows: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Part":
-        return Part(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
+    def from_json(data: Mapping[str, Any]) -> "ColumnPart":
+        return ColumnPart(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
 
 
-def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
+def to_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Sorted row numbers as few (first, behind last) pairs."""
     ranges: list[tuple[int, int]] = []
     for row in sorted(rows):
@@ -74,8 +74,8 @@ def row_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def in_ranges(ranges: Iterable[Sequence[int]]) -> list[int]:
-    """The row numbers that `row_ranges` made into pairs."""
+def expand_ranges(ranges: Iterable[Sequence[int]]) -> list[int]:
+    """The row numbers that `to_ranges` made into pairs."""
     return [row for first, behind in ranges for row in range(first, behind)]
 
 
@@ -86,7 +86,7 @@ class Manifest:
     stage: str
     fingerprint: str
     unit: str
-    parts: tuple[Part, ...]
+    parts: tuple[ColumnPart, ...]
     counts: Mapping[str, int]
     code_version: str = ""
     created: str = ""
@@ -97,7 +97,7 @@ class Manifest:
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> "Manifest":
-        parts = tuple(Part.from_json(part) for part in raw["parts"])
+        parts = tuple(ColumnPart.from_json(part) for part in raw["parts"])
         return Manifest(**{**raw, "parts": parts})
 
     @staticmethod

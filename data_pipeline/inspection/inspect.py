@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.formats.schema import VaeMeta, read_dataset_info
-from data_pipeline.images import to_png
+from data_pipeline.images import encode_png
 from data_pipeline.loading.loader import Dataset, open_dataset
 from infra import storage
 from infra.errors import UserError
@@ -56,7 +56,7 @@ def write_grid(vae: VaeMeta, shown: Sequence[Shown], out: str) -> None:
     if out.endswith(".html"):
         storage.write_bytes(out, grid_html(shown, _decoded(vae, shown)).encode())
     elif out.endswith(".png"):
-        storage.write_bytes(out, to_png(grid_image(shown, _decoded(vae, shown))))
+        storage.write_bytes(out, encode_png(grid_image(shown, _decoded(vae, shown))))
     else:
         raise UserError(f"{out}: a grid is written as .png or .html; choose one of the two endings")
 
@@ -94,7 +94,7 @@ def grid_image(shown: Sequence[Shown], images: Sequence[Image.Image], columns: i
 
 def grid_html(shown: Sequence[Shown], images: Sequence[Image.Image]) -> str:
     cells = "".join(
-        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(to_png(image)).decode()}">'
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}">'
         + "".join(f"<figcaption class={name}>{html.escape(text)}</figcaption>" for name, text in item.captions.items())
         + f"<small>{html.escape(item.key)}</small></figure>"
         for item, image in zip(shown, images, strict=True)

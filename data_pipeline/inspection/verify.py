@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.formats.index import ShardEntry, read_split, rows_from_bytes
 from data_pipeline.formats.layout import checksum
 from data_pipeline.formats.parquet_io import read_table
-from data_pipeline.formats.schema import DatasetInfo, Manifest, Part, read_dataset_info, rejected_split
+from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, read_dataset_info, rejected_split
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import Partners
 from data_pipeline.stages.columns import count_statuses
@@ -74,7 +74,7 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
     return findings
 
 
-def _column_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, Part]]:
+def _column_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, ColumnPart]]:
     for stage, fingerprint in info.columns.items():
         folder = storage.join(uri, "columns", stage, fingerprint[:12])
         for name in storage.list_files(folder, suffix=".json", recursive=False):
@@ -117,7 +117,7 @@ def _dead_letter_problems(
 def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[str], int, str, list]:
     """(problems, bytes read, split, origin of each sample)."""
     try:
-        if isinstance(item, Part):
+        if isinstance(item, ColumnPart):
             data = storage.read_bytes(storage.join(uri, item.object))
             wrong = _hash_problem(storage.join(uri, item.object), data, item.sha256)
             return wrong, len(data), "", []

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout, TextFeatures
 from data_pipeline.formats.parquet_io import write_tables
-from data_pipeline.formats.schema import DatasetInfo, Part, fingerprint
+from data_pipeline.formats.schema import ColumnPart, DatasetInfo, fingerprint
 from data_pipeline.packing.runs import RowRun
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.stages.columns import read_parts
@@ -149,7 +149,7 @@ def lost_outputs(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
 
 
 def pack_output(
-    root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[Part]]]
+    root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]]
 ) -> ShardEntry:
     """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
     layout = info.layout(output.bucket)
@@ -180,7 +180,7 @@ def _samples(
     layout: SampleLayout,
     shard: str,
     rows: Sequence[int],
-    parts: Mapping[str, Mapping[str, Sequence[Part]]],
+    parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]],
 ) -> Iterable[Sample]:
     stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
     tables = {stage: _by_row(root, shard, stage, parts, rows) for stage in stages}
@@ -210,7 +210,7 @@ def _samples(
 
 
 def _by_row(
-    root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[Part]]], rows: Sequence[int]
+    root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]], rows: Sequence[int]
 ) -> dict[int, dict]:
     table = read_parts(root, parts[stage][shard])
     if table is None:

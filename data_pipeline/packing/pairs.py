@@ -14,7 +14,7 @@ from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import TextFeatures
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint, rejected_split
-from data_pipeline.images import ImageError, cover_crop, decode, pixels
+from data_pipeline.images import ImageError, cover_crop, decode, stack_pixels
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.stages.encode import LatentStage, TextStage
@@ -113,7 +113,7 @@ class _Encoder:
 
         for first in range(0, len(images), BATCH):
             cut = [cover_crop(Image.fromarray(i), self._side, self._side) for i in images[first : first + BATCH]]
-            x_BCHW = pixels([np.asarray(image) for image in cut]).to(self._device)
+            x_BCHW = stack_pixels([np.asarray(image) for image in cut]).to(self._device)
             yield from self._latents.encode(self._vae, x_BCHW).cpu().numpy()
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 
 VERSION = 1
@@ -45,13 +45,13 @@ class BucketStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "table": self.table}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         def run(shard: ShardView) -> pa.Table:
             widths, heights = shard.values("measure", "width"), shard.values("measure", "height")
             names = [
                 nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
                 for row in shard.rows
             ]
-            return result(shard.rows, [OK] * len(names), bucket=pa.array(names, pa.string()))
+            return stage_table(shard.rows, [OK] * len(names), bucket=pa.array(names, pa.string()))
 
         return run

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.formats.parquet_io import read_table
-from data_pipeline.formats.schema import Manifest, Part, row_ranges
+from data_pipeline.formats.schema import ColumnPart, Manifest, to_ranges
 from data_pipeline.stages.ahead import in_order
 from infra import storage
 from infra.errors import UserError
@@ -91,7 +91,7 @@ class Column:
         for uri in storage.iter_files(storage.join(self.root, self.folder, "objects"), recursive=False):
             yield f"{self.folder}/objects/{uri.rpartition('/')[2]}"
 
-    def _put(self, shard: str, table: pa.Table) -> Part:
+    def _put(self, shard: str, table: pa.Table) -> ColumnPart:
         out = io.BytesIO()
         # image bytes and fp16 features do not shrink: compress text columns only
         texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
@@ -107,7 +107,7 @@ class Column:
         sha = storage.sha256_hex(data)
         name = f"{self.folder}/objects/{sha[:32]}.parquet"
         storage.write_bytes(storage.join(self.root, name), data)
-        return Part(shard, name, sha, len(data), len(table), row_ranges(table["row"].to_pylist()))
+        return ColumnPart(shard, name, sha, len(data), len(table), to_ranges(table["row"].to_pylist()))
 
 
 def readers(root: str, remote: int) -> int:
@@ -124,7 +124,7 @@ def count_statuses(table: pa.Table) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in table["status"].value_counts().to_pylist()}
 
 
-def read_part(root: str, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+def read_part(root: str, part: ColumnPart, columns: Sequence[str] | None = None) -> pa.Table:
     """A part's rows (some columns). Reading all of it checks the hash; `verify` checks every object."""
     uri = storage.join(root, part.object)
     data = storage.read_bytes(uri)
@@ -134,7 +134,7 @@ def read_part(root: str, part: Part, columns: Sequence[str] | None = None) -> pa
     return table.select(list(columns)) if columns is not None else table
 
 
-def read_parts(root: str, parts: Iterable[Part], columns: Sequence[str] | None = None) -> pa.Table | None:
+def read_parts(root: str, parts: Iterable[ColumnPart], columns: Sequence[str] | None = None) -> pa.Table | None:
     """All rows of a shard's parts, by row number; a row in two parts counts once (the first). None without parts."""
     tables = [read_part(root, part, columns) for part in parts]
     if not tables:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.formats.layout import quantise
-from data_pipeline.images import CROP_RULE, cover_crop, pixels
-from data_pipeline.stages.stage import OK, ShardView, Worker, result
+from data_pipeline.images import CROP_RULE, cover_crop, stack_pixels
+from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
 
 VERSION = 1
@@ -35,7 +35,7 @@ class LatentStage:
     def identity(self) -> dict[str, object]:
         return {"version": VERSION, "weights": self.weights, "crop": CROP_RULE, "dtype": "float32"}
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         import torch
 
         from model.encoders.vae import Latents, load_vae
@@ -52,7 +52,7 @@ class LatentStage:
                 for first in range(0, len(rows), self.batch):
                     chosen = rows[first : first + self.batch]
                     crops = [np.asarray(cover_crop(shard.image(row), width, height)) for row in chosen]
-                    image_BCHW = pixels(crops).to(self.device, memory_format=torch.channels_last)
+                    image_BCHW = stack_pixels(crops).to(self.device, memory_format=torch.channels_last)
                     moments |= dict(zip(chosen, latents.encode(vae, image_BCHW).cpu().contiguous().numpy()))
             return _moments_table(shard, moments, buckets)
 
@@ -61,7 +61,7 @@ class LatentStage:
 
 def _moments_table(shard: ShardView, moments: Mapping[int, np.ndarray], buckets: Mapping[int, str]) -> pa.Table:
     finite = [bool(np.isfinite(moments[row]).all()) for row in shard.rows]
-    return result(
+    return stage_table(
         shard.rows,
         [OK if good else "nonfinite" for good in finite],
         bucket=pa.array([buckets[row] for row in shard.rows], pa.string()),
@@ -103,7 +103,7 @@ class TextStage:
             "dtype": "int8 per token" if self.int8 else "float16",
         }
 
-    def open(self) -> Worker:
+    def open(self) -> StageFunction:
         from model.encoders.networks import load_text_encoders
 
         alone = TextSpec(
@@ -156,4 +156,4 @@ def _text_table(
         columns[f"{caption}_pooled"] = pa.array(
             [None if f is None else f[1].tobytes() for f in found], pa.large_binary()
         )
-    return result(shard.rows, [OK if good else "nonfinite" for good in finite], **columns)
+    return stage_table(shard.rows, [OK if good else "nonfinite" for good in finite], **columns)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.formats.schema import Manifest, Part
+from data_pipeline.formats.schema import ColumnPart, Manifest
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.columns import Column, read_parts, readers
 from data_pipeline.stages.ledger import Ledger
@@ -101,9 +101,9 @@ class Proven:
         """What the source says of a shard; KeyError for one that is not of this run."""
         return self._splits[shard,].decode()
 
-    def parts(self, stage: str, shard: str) -> list[Part]:
+    def parts(self, stage: str, shard: str) -> list[ColumnPart]:
         """In the order in which they were taken; none where nothing is proven."""
-        return [Part.from_json(json.loads(data)) for _, data in self._parts.items(shard, stage)]
+        return [ColumnPart.from_json(json.loads(data)) for _, data in self._parts.items(shard, stage)]
 
     def has(self, stage: str, shard: str) -> bool:
         """Is there a part?"""

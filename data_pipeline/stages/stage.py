@@ -13,7 +13,7 @@ from typing import Protocol
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.formats.schema import Part, fingerprint
+from data_pipeline.formats.schema import ColumnPart, fingerprint
 from data_pipeline.images import decode
 from data_pipeline.stages.columns import read_parts
 
@@ -27,7 +27,7 @@ class ShardView:
 
     root: str
     shard: str
-    parts: Mapping[str, Sequence[Part]]
+    parts: Mapping[str, Sequence[ColumnPart]]
     rows: Sequence[int] = ()
     tables: dict[str, pa.Table] = field(default_factory=dict)
     _images: dict[int, Image.Image] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class ShardView:
             yield chosen, [self.image(row) for row in chosen]
 
 
-Worker = Callable[[ShardView], pa.Table]
+StageFunction = Callable[[ShardView], pa.Table]
 
 
 class Stage(Protocol):
@@ -87,7 +87,7 @@ class Stage(Protocol):
 
     def identity(self) -> Mapping[str, object]: ...
 
-    def open(self) -> Worker: ...
+    def open(self) -> StageFunction: ...
 
 
 def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
@@ -95,6 +95,6 @@ def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
     return fingerprint([stage.name, stage.identity(), {name: inputs[name] for name in stage.inputs}])
 
 
-def result(rows: Sequence[int], status: Sequence[str], **columns: pa.Array) -> pa.Table:
+def stage_table(rows: Sequence[int], status: Sequence[str], **columns: pa.Array) -> pa.Table:
     """A stage's table: row number and status first."""
     return pa.table({"row": pa.array(rows, pa.int32()), "status": pa.array(status, pa.string()), **columns})

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.curation.dedup import _phash
-from data_pipeline.curation.hash_matching import first_of_near
-from data_pipeline.curation.semantic import Semantic
+from data_pipeline.curation.dedup import _hash_perceptually
+from data_pipeline.curation.hash_matching import find_first_near
+from data_pipeline.curation.semantic import SemanticDedup
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -23,13 +23,13 @@ def main() -> None:
     images, origin_N = planted(scenes, scenes // 10, seed=1)
     table = embedding_table(images)
     places = [("s", n) for n in range(len(table))]
-    hash_N = np.array([_phash(image) for image in images], np.uint64)
-    lines = [("perceptual, bits", distance, first_of_near(hash_N, distance)) for distance in (0, 2, 4, 6, 8, 12)]
+    hash_N = np.array([_hash_perceptually(image) for image in images], np.uint64)
+    lines = [("perceptual, bits", distance, find_first_near(hash_N, distance)) for distance in (0, 2, 4, 6, 8, 12)]
     for similarity in (0.95, 0.9, 0.85, 0.8):
-        found = np.array(first(Semantic(similarity), places, lambda _: table))
+        found = np.array(first(SemanticDedup(similarity), places, lambda _: table))
         lines.append(("embedding, similarity", similarity, found))
     for verify in (6.0, 9.0, 12.0, 15.0, 18.0, 22.0):
-        found = np.array(first(Semantic(0.8, verify), places, lambda _: table))
+        found = np.array(first(SemanticDedup(0.8, verify), places, lambda _: table))
         lines.append(("embedding 0.8, verified within", verify, found))
     for name, value, first_N in lines:
         recall, precision = scores(first_N, origin_N)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.images import pixels
+from data_pipeline.images import stack_pixels
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.grammar import plural
 from data_pipeline.world.scenes import SIZE, detailed_caption, make_scene
@@ -85,7 +85,7 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
 def write_captions(model: Any, tokenizer: Any, images: list[np.ndarray]) -> list[str]:
     texts: list[str] = []
     for first in range(0, len(images), 100):
-        pixels_BCHW = pixels(images[first : first + 100])
+        pixels_BCHW = stack_pixels(images[first : first + 100])
         ids_BL = model.generate(pixel_values=pixels_BCHW, max_new_tokens=TOKENS + 4, do_sample=False)
         texts += [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
     return texts
@@ -120,7 +120,7 @@ def train_captioner(
         texts = [detailed_caption(scene) + tokenizer.eos_token for scene in scenes]
         ids_BL = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
         labels_BL = ids_BL.masked_fill(ids_BL == tokenizer.pad_token_id, -100)
-        return model(pixel_values=pixels([scene.image for scene in scenes]), labels=labels_BL).loss
+        return model(pixel_values=stack_pixels([scene.image for scene in scenes]), labels=labels_BL).loss
 
     average, steps = fit(model, loss_of_step, minutes=minutes, muon_lr=lr)
     average.half().save_pretrained(out)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.images import pixels
+from data_pipeline.images import stack_pixels
 from data_pipeline.world.scenes import SIZE, make_scene
 from data_pipeline.world.training.cards import Figure, trained_line, write_card
 from data_pipeline.world.training.fit import fit, logger
@@ -59,7 +59,7 @@ def crop(seed: int, index: int) -> np.ndarray:
 
 
 def held_out(seed: int, start: int, count: int, *, seen: bool | None = None) -> Tensor:
-    return pixels([make_scene(seed, i, split="vae_val", seen=seen).image for i in range(start, start + count)])
+    return stack_pixels([make_scene(seed, i, split="vae_val", seen=seen).image for i in range(start, start + count)])
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def latent_statistics(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[f
     rng = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, num_scenes, 50):
-        x_BCHW = pixels([make_scene(seed, i, split="vae_stats").image for i in range(start, start + 50)])
+        x_BCHW = stack_pixels([make_scene(seed, i, split="vae_stats").image for i in range(start, start + 50)])
         parts.append(vae.encode(x_BCHW).latent_dist.sample(rng))
     latents = torch.cat(parts).double()
     return float(latents.mean()), float(1 / latents.std())
@@ -147,7 +147,7 @@ def train_vae(
             images = [crop(seed, i) for i in range(step * 4 * batch, (step + 1) * 4 * batch)]
         else:
             images = [make_scene(seed, i, split="vae").image for i in range(step * batch, (step + 1) * batch)]
-        x_BCHW = pixels(images)
+        x_BCHW = stack_pixels(images)
         return decoding_loss(vae, x_BCHW, scale=scale) if decoder_only else autoencoding_loss(vae, x_BCHW)
 
     average, steps = fit(vae, loss_of_step, minutes=minutes, muon_lr=lr)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.images import pixels
+from data_pipeline.images import stack_pixels
 from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.scenes import SIZE, Scene, SceneObject
 from data_pipeline.world.training.fit import fit
@@ -104,7 +104,7 @@ class Batch:
                 images.append(augment(scene.image, rng))
                 truth.append(patch_truth(scene.objects))
                 self.asked += questions(words, scene, NUM_QUESTIONS)
-        self.pixels_B3HW = pixels(images)
+        self.pixels_B3HW = stack_pixels(images)
         self.class_BP, self.color_BP, self.centre_BP = (torch.from_numpy(np.stack(t)) for t in zip(*truth))
 
 
@@ -199,7 +199,7 @@ def yes_probabilities(vqa: Any, tokenizer: Any, images: list[np.ndarray], texts:
     answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
     distinct = list({id(image): image for image in images}.values())
     row = {id(image): i for i, image in enumerate(distinct)}
-    chunks = [pixels(distinct[start : start + 128]) for start in range(0, len(distinct), 128)]
+    chunks = [stack_pixels(distinct[start : start + 128]) for start in range(0, len(distinct), 128)]
     image_BPD = torch.cat([vqa.vision_model(chunk).last_hidden_state for chunk in chunks])
     parts = []
     for start in range(0, len(texts), 128):
