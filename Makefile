@@ -10,14 +10,15 @@ TESTS := python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-slow test-gpu lint types bench lock clean
+.PHONY: help setup demo test test-slow test-gpu lint types docs bench lock clean
 
 help:
 	@echo "make setup      create $(VENV) with the exact versions of requirements.lock (minutes once, seconds after)"
 	@echo "make demo       raw images -> shards -> ladder of models -> scores -> report, in $(DEMO)/ (under 20 minutes on 2 cores)"
-	@echo "make test       lint, types and tests (under 15 minutes on 2 cores; WORKERS=2 test files at once)"
+	@echo "make test       lint, types, documentation and tests (under 15 minutes on 2 cores; WORKERS=2 test files at once)"
 	@echo "make test-slow  the long proofs (under 40 minutes on 2 cores)"
 	@echo "make test-gpu   what needs a GPU (minutes on one; skipped elsewhere)"
+	@echo "make docs       the documentation as a site, in build/docs (warnings are errors; a minute)"
 	@echo "make bench      side-by-side speed figures, printed as ratios"
 	@echo "make lock       write requirements.lock anew from what $(VENV) holds"
 
@@ -39,7 +40,11 @@ lint: setup
 types: setup
 	mypy
 
-test: lint types
+# Every link between pages and to files is checked; links elsewhere are listed in build/docs/external-links.txt.
+docs: setup
+	sphinx-build -q -W --keep-going -c infra/docs/site . build/docs
+
+test: lint types docs
 	$(TESTS) -m "not slow and not gpu"
 
 test-slow: setup

@@ -102,7 +102,7 @@ def test_the_report_of_autoencoders_with_4_8_and_16_channels(tmp_path, capsys, a
     for name, better in (("psnr", 1), ("ssim", 1), ("rfid", -1)):
         assert better * (world[name][0] - untrained[name][0]) > 0, name
     assert found["protocol"]["features"][0] == "judge_clip"
-    assert (tmp_path / "out" / "autoencoder.md").read_text() == printed
+    assert (tmp_path / "out" / "autoencoder.md").read_text() == f"# Autoencoders\n\n{printed}"
 
 
 def test_pictures_of_any_size_are_cut_to_whole_latent_pixels(tmp_path, capsys):

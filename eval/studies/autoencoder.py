@@ -96,7 +96,7 @@ def report(options: Options) -> None:
     print(text, end="")
     if options.out is not None:
         record = {"protocol": told, "autoencoders": [vars(figures) for figures in found]}
-        storage.write_bytes(storage.join(options.out, "autoencoder.md"), text.encode())
+        storage.write_bytes(storage.join(options.out, "autoencoder.md"), f"# Autoencoders\n\n{text}".encode())
         storage.write_bytes(storage.join(options.out, "autoencoder.json"), json.dumps(record, indent=1).encode())
     if perceptual is None:
         print("LPIPS was left out: give its backbone's weights with --lpips FILE", file=sys.stderr)

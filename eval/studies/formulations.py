@@ -108,7 +108,7 @@ def study(options: StudyOptions) -> None:
         "left_out_runs": unfit,
         "failed": failed,
     }
-    storage.write_bytes(storage.join(options.out, "study.md"), text.encode())
+    storage.write_bytes(storage.join(options.out, "study.md"), f"# Formulations, ranked\n\n{text}".encode())
     storage.write_bytes(storage.join(options.out, "study.json"), (json.dumps(_plain(record), indent=1) + "\n").encode())
     numbers = "".join(json.dumps(cell._asdict()) + "\n" for cell in cells)
     storage.write_bytes(storage.join(options.out, "cells.jsonl"), numbers.encode())

@@ -33,7 +33,7 @@ def tell(runs: Sequence[str], *, out: str) -> str:
     found = {"cells": [asdict(cell) for cell in cells], "best_depth": best}
     text = table(cells)
     storage.write_bytes(storage.join(out, "isoflop.json"), json.dumps(found, indent=1).encode())
-    storage.write_bytes(storage.join(out, "isoflop.md"), text.encode())
+    storage.write_bytes(storage.join(out, "isoflop.md"), f"# Compute budgets\n\n{text}".encode())
     storage.write_bytes(storage.join(out, "isoflop.png"), picture(cells))
     return text
 
