@@ -13,7 +13,9 @@ from data_pipeline.sources.fetch import FetchError, FetchLimits, fetch
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+IMAGE_SUFFIXES = (
+    "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "heic", "heif", "jxl",
+)  # fmt: skip
 TEXT_SUFFIXES = ("txt", "text", "caption")
 SPLITS = ("train", "val")
 _SPLIT_NAMES = {

@@ -1,8 +1,8 @@
 """WebDataset tars, as img2dataset writes them: KEY.jpg, KEY.txt and, if there is one, KEY.json with `caption`."""
 
+import contextlib
 import json
 import posixpath
-import tarfile
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.samples import Dropping, Sample, group_members
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -22,8 +23,15 @@ from data_pipeline.sources.source import (
     split_from_path,
     stamp_file,
 )
+from data_pipeline.sources.tar import Gap, Member, read_tar
 from infra import storage
-from infra.errors import MissingError, UserError
+from infra.errors import MissingError
+from infra.log import get_logger
+
+log = get_logger("sources")
+
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class WebDatasetSource:
             root = posixpath.commonpath([posixpath.dirname(tar) for tar in tars]) if len(tars) > 1 else ""
             etags: Mapping[str, str] = {}
         else:
-            tars, root = list_existing(self.uri, (".tar", ".tar.gz", ".tgz"), "tars"), self.uri
+            tars, root = list_existing(self.uri, TAR_SUFFIXES, "tars"), self.uri
             etags = list_etags(self.uri)
         there = {uri for folder in {posixpath.dirname(tar) for tar in tars} for uri in _list_tables(folder)}
         units = []
@@ -65,52 +73,36 @@ class WebDatasetSource:
         uri = unit.where["tar"]
         seen: set[str] = set()
         whole = True
-        for row in self._tar_rows(uri):
-            seen.add(row.key)
+        for row in _read_tar_rows(uri, seen):
             whole = whole and row.status != "truncated_tar"
             yield row
         # of a tar that breaks off nobody knows which rows would have followed
         if whole and "table" in unit.where:
             yield from _read_failed_downloads(unit.where["table"], seen)
 
-    @staticmethod
-    def _tar_rows(uri: str) -> Iterator[RawRow]:
-        key, good = "", 0
-        members: dict[str, bytes] = {}
-        try:
-            with storage.open_read(uri) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-                for member in archive:
-                    archive.members = []  # type: ignore[attr-defined]  # it would remember every header
-                    if member.isdir():
-                        continue
-                    problem = _check_member(member)
-                    if problem:
-                        yield RawRow(member.name[:200], None, None, "bad_name", f"{problem} in {uri}")
-                        continue
-                    folder, name = posixpath.split(member.name.removeprefix("./"))
-                    stem, _, suffix = name.partition(".")
-                    # a member that is there already begins another row of the same key: a duplicate to be counted
-                    if members and (key != posixpath.join(folder, stem) or suffix.lower() in members):
-                        yield _make_row(key, members)
-                        members = {}
-                    key = posixpath.join(folder, stem)
-                    if member.size > MAX_IMAGE_BYTES:
-                        yield RawRow(member.name, None, None, "too_large", f"{member.size:,} bytes in {uri}")
-                        continue
-                    content = archive.extractfile(member)
-                    members[suffix.lower()] = content.read() if content else b""
-                    good += 1
-                if members:
-                    yield _make_row(key, members)
-            if uri.endswith(".tar") and not _has_end(uri):
-                # tarfile takes a file that breaks off inside a header for a complete one
-                raise tarfile.ReadError("no end-of-archive mark: cut short?")
-        except UserError:
-            raise
-        except (tarfile.TarError, EOFError, OSError) as error:
-            # the entry being read when the file broke off is not trusted either
-            reason = f"{uri}: readable up to member {good}, then: {str(error) or type(error).__name__}"
-            yield RawRow(posixpath.basename(uri), None, None, "truncated_tar", reason)
+
+def _read_tar_rows(uri: str, seen: set[str]) -> Iterator[RawRow]:
+    """The rows of a tar and one for each range of its bytes that is none; `seen` collects the keys of the rows."""
+    told = droppings = 0
+    with storage.open_read(uri) as file:
+        for item in group_members(read_tar(file, max_bytes=MAX_IMAGE_BYTES)):
+            if isinstance(item, Gap):
+                told += 1
+                name = posixpath.basename(uri) + (f"#{item.offset}" if told > 1 else "")
+                status = "truncated_tar" if item.cut else "unreadable_bytes"
+                yield RawRow(name, None, None, status, f"{uri}: {item.reason}")
+            elif isinstance(item, Dropping):
+                droppings += 1
+            elif isinstance(item, Member):
+                status, reason = _judge_member(item)
+                yield RawRow(item.info.name[:200], None, None, status, f"{reason} in {uri}")
+            else:
+                # archives that were joined often count from zero each: the later one's rows get names of their own
+                key = item.key if item.key not in seen or not item.archive else f"{item.key}#{item.archive}"
+                seen.add(key)
+                yield _make_row(key, item)
+    if droppings:
+        log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, droppings)
 
 
 def _list_tables(folder: str) -> list[str]:
@@ -130,31 +122,26 @@ def _read_failed_downloads(uri: str, seen: AbstractSet[str]) -> Iterator[RawRow]
             yield RawRow(str(row["key"]), None, row.get("caption"), "no_image", reason, info)
 
 
-def _has_end(uri: str) -> bool:
-    size = storage.size(uri)
-    return not any(storage.read_bytes(uri, max(0, size - 1024), 1024)) and size >= 1024
+def _judge_member(member: Member) -> tuple[str, str]:
+    """Status and reason of a member that cannot be part of a row."""
+    if not member.info.isfile():
+        return "bad_name", "a link or device"
+    if member.data is None:
+        return "too_large", f"{member.info.size:,} bytes"
+    return "bad_name", "a name that leaves the folder"
 
 
-def _check_member(member: tarfile.TarInfo) -> str:
-    if not member.isfile():
-        return "a link or device"
-    parts = member.name.split("/")
-    if member.name.startswith("/") or ".." in parts:
-        return "a name that leaves the folder"
-    return ""
-
-
-def _make_row(key: str, members: Mapping[str, bytes]) -> RawRow:
-    info: dict[str, Any] = {}
-    if "json" in members:
-        try:
-            loaded = json.loads(members["json"])
+def _make_row(key: str, sample: Sample) -> RawRow:
+    parts, info = sample.parts, {}
+    if "json" in parts:
+        with contextlib.suppress(ValueError):
+            loaded = json.loads(parts["json"])
             info = loaded if isinstance(loaded, dict) else {}
-        except ValueError:
-            info = {}
-    image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-    text = next((members[s] for s in TEXT_SUFFIXES if s in members), info.get("caption"))
+    image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
+    text: Any = next((parts[s] for s in TEXT_SUFFIXES if s in parts), info.get("caption"))
+    if sample.doubtful:
+        return RawRow(key, None, text, "truncated_tar", sample.doubtful, info)
     if image is None:
-        reason = str(info.get("error_message") or f"only {', '.join(sorted(members)) or 'nothing'}")
+        reason = str(info.get("error_message") or f"only {', '.join(sorted(parts)) or 'nothing'}")
         return RawRow(key, None, text, "no_image", reason, info)
     return RawRow(key, image, text, info=info)
