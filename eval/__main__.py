@@ -1,107 +1,53 @@
 """Draw images, evaluate runs, write the scaling report, use GenEval by itself: `python -m eval COMMAND --help`."""
 
-import sys
-from collections.abc import Callable
-from typing import Any
+from infra.cli import Command, CommandGroup, run_commands
+from infra.errors import run_cli
 
-from infra.cli import parse, parse_command
-from infra.errors import UserError, nearest, run_cli
-from model.errors import ModelError
-
-
-def run_command() -> None:
-    from eval.run import RunOptions, run
-
-    run(parse(RunOptions, sys.argv[2:], prog="python -m eval run", description=run.__doc__))
-
-
-def sample_command() -> None:
-    from eval.studies.sample import sample
-
-    parse(sample, sys.argv[2:], prog="python -m eval sample")
-
-
-def report_command() -> None:
-    from eval.report.build import main
-
-    main(sys.argv[2:])
-
-
-def predict_command() -> None:
-    from eval.report.predict import main
-
-    main(sys.argv[2:])
-
-
-def serve_command() -> None:
-    from eval.service.serve import main
-
-    main(sys.argv[2:])
-
-
-def geneval_command() -> None:
-    from eval.metrics.geneval.tool import judge, prompts, score
-
-    commands: dict[str, Callable[..., Any]] = {"prompts": prompts, "judge": judge, "score": score}
-    parse_command(commands, sys.argv[2:], prog="python -m eval geneval")
-
-
-def compbench_command() -> None:
-    from eval.metrics.compbench.tool import judge, merge, score
-
-    commands: dict[str, Callable[..., Any]] = {"judge": judge, "score": score, "merge": merge}
-    parse_command(commands, sys.argv[2:], prog="python -m eval compbench")
-
-
-def compare_command() -> None:
-    from eval.studies.compare import compare
-
-    parse(compare, sys.argv[2:], prog="python -m eval compare")
-
-
-def autoencoder_command() -> None:
-    from eval.studies.autoencoder import main
-
-    main(sys.argv[2:])
-
-
-def pairs_command() -> None:
-    from eval.studies.pairs import PairOptions, pairs
-
-    pairs(parse(PairOptions, sys.argv[2:], prog="python -m eval pairs", description=pairs.__doc__))
-
-
-def study_command() -> None:
-    from eval.studies.formulations import main
-
-    main(sys.argv[2:])
-
-
+GENEVAL = {
+    "prompts": Command("eval.metrics.geneval.tool:prompts", "the official prompts as JSON lines"),
+    "judge": Command("eval.metrics.geneval.tool:judge", "score stored detections"),
+    "score": Command("eval.metrics.geneval.tool:score", "detect and score in a folder of images"),
+}
+COMPBENCH = {
+    "judge": Command("eval.metrics.compbench.tool:judge", "score stored evidence"),
+    "score": Command("eval.metrics.compbench.tool:score", "look at a folder of images and score them"),
+    "merge": Command("eval.metrics.compbench.tool:merge", "put the parts of several processes together"),
+}
 COMMANDS = {
-    "sample": (sample_command, "draw prompts with exported weights into a labelled grid"),
-    "run": (run_command, "evaluate every checkpoint of every run, once"),
-    "report": (report_command, "write report.html, figures and report.json from run folders"),
-    "predict": (predict_command, "commit what the scaling law says about the next depth, before it is trained"),
-    "serve": (serve_command, "watch runs, evaluate each new checkpoint once, show everything in a browser"),
-    "compare": (compare_command, "is checkpoint B better than A? differences with intervals, paired by prompt"),
-    "autoencoder": (autoencoder_command, "what autoencoders lose: rFID, LPIPS, SSIM, PSNR (SD3's Table 3)"),
-    "pairs": (pairs_command, "preference pairs for DPO: draw each prompt several times, let a judge rank the pictures"),
-    "study": (study_command, "rank formulations as SD3's section 5.1 does"),
-    "compbench": (compbench_command, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
-    "geneval": (geneval_command, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"),
+    "sample": Command("eval.studies.sample:sample", "draw prompts with exported weights into a labelled grid"),
+    "run": Command("eval.run:run", "evaluate every checkpoint of every run, once"),
+    "report": Command("eval.report.build:report", "write report.html, figures and report.json from run folders"),
+    "predict": Command(
+        "eval.report.predict:predict_next",
+        "commit what the scaling law says about the next depth, before it is trained",
+    ),
+    "serve": Command(
+        "eval.service.serve:serve",
+        "watch runs, evaluate each new checkpoint once, show everything in a browser",
+    ),
+    "compare": Command(
+        "eval.studies.compare:compare",
+        "is checkpoint B better than A? differences with intervals, paired by prompt",
+    ),
+    "autoencoder": Command(
+        "eval.studies.autoencoder:report",
+        "what autoencoders lose: rFID, LPIPS, SSIM, PSNR (SD3's Table 3)",
+    ),
+    "pairs": Command(
+        "eval.studies.pairs:pairs",
+        "preference pairs for DPO: draw each prompt several times, let a judge rank the pictures",
+    ),
+    "study": Command("eval.studies.formulations:study", "rank formulations as SD3's section 5.1 does"),
+    "compbench": CommandGroup(COMPBENCH, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
+    "geneval": CommandGroup(
+        GENEVAL, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"
+    ),
 }
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        lines = "\n".join(f"  {command:<11} {text}" for command, (_, text) in COMMANDS.items())
-        print(f"usage: python -m eval COMMAND [options]\n\n{__doc__}\n\ncommands:\n{lines}")
-        return
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    COMMANDS[name][0]()
+    run_commands("python -m eval", COMMANDS, "Draw images, evaluate runs, write the scaling report.")
 
 
 if __name__ == "__main__":
-    run_cli(main, also=(ModelError,))
+    run_cli(main)

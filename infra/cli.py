@@ -1,40 +1,130 @@
-"""Command lines: tyro parses them; what it refuses becomes one line (what, where, what to do) instead of its box."""
+"""Command lines: a table of commands, options by tyro, and each mistake as one line (what, where, what to do)."""
 
 import contextlib
+import dataclasses
 import difflib
+import importlib
+import inspect
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import tyro
 from tyro import _errors as refused  # private: requirements.lock pins the version, and tests read every line
 
 from infra.errors import UserError, nearest
 
+HELP = ("-h", "--help")
+Parsed = TypeVar("Parsed")
 
-def parse(kind: Callable[..., Any], args: Sequence[str], *, prog: str, **options: Any) -> Any:
-    """`tyro.cli(kind, args=args, prog=prog, ...)`; a mistake in `args` is a UserError."""
+
+class UsageError(UserError):
+    """The words of a command line that cannot be understood; nothing has been done yet."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function, imported when it is called: the options of its one dataclass, or its own parameters, are parsed."""
+
+    target: str
+    """"package.module:function"."""
+    help: str
+    takes_words: bool = False
+    """Hand over the words unparsed: for a function whose first word chooses the defaults of its options."""
+
+    def load(self) -> Callable[..., Any]:
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class CommandGroup:
+    """Commands below a command: `python -m eval geneval judge`."""
+
+    commands: Mapping[str, Command]
+    help: str
+
+
+Commands = Mapping[str, Command | CommandGroup]
+
+
+def run_commands(prog: str, commands: Commands, doc: str, *, words: Sequence[str] | None = None) -> None:
+    """Run the command that the first word names (`words`: the process's own); no word or --help lists the commands."""
+    name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
+    if name in HELP:
+        table = _table((known, command.help) for known, command in commands.items())
+        print(f"usage: {prog} COMMAND [options]\n\n{doc.strip()}\n\n{table}\n\n{prog} COMMAND --help says more")
+        return
+    choose(name, commands, prog=prog, what="command")
+    command = commands[name]
+    if isinstance(command, CommandGroup):
+        run_commands(f"{prog} {name}", command.commands, command.help, words=rest)
+    elif command.takes_words:
+        command.load()(rest)
+    else:
+        run_command(command.load(), rest, prog=f"{prog} {name}")
+
+
+def run_command(function: Callable[..., Any], words: Sequence[str], *, prog: str) -> None:
+    """Call `function` with what the words say: its one parameter's dataclass, or each of its parameters an option."""
+    parameters = list(inspect.signature(function).parameters)
+    kind = typing.get_type_hints(function)[parameters[0]] if len(parameters) == 1 else None
+    if dataclasses.is_dataclass(kind):
+        function(parse(kind, words, prog=prog, description=function.__doc__))  # type: ignore[arg-type]
+    else:
+        parse(function, words, prog=prog)
+
+
+def take_name(words: Sequence[str], known: Iterable[str], *, prog: str, what: str) -> tuple[str, list[str]]:
+    """(first word, the others), where the first chooses one of `known`: `world-d2` of `train world-d2 --images 9`.
+
+    --help in its place lists them (a mapping: each with its help) and ends the process.
+    """
+    name, *rest = words or [""]
+    if name in HELP:
+        lines = [f"usage: {prog} {what.upper()} [options]", ""]
+        lines += [_table(known.items())] if isinstance(known, Mapping) else _wrapped(f"{what.upper()}: ", known)
+        print("\n".join([*lines, "", f"{prog} {what.upper()} --help lists the options"]))
+        raise SystemExit(0)
+    choose(name, known, prog=prog, what=what)
+    return name, rest
+
+
+def choose(name: str, known: Iterable[str], *, prog: str, what: str) -> None:
+    """Refuse a name that is not known."""
+    names = list(known)
+    if not name or name.startswith("-"):
+        raise UsageError(f"{prog} needs a {what} first: {', '.join(names)}; {prog} --help says more")
+    if name not in names:
+        expected = f"one of {', '.join(names)}; {prog} --help says more"
+        raise UsageError(f"unknown {what} {name!r}{nearest(name, names)}: {expected}")
+
+
+def parse(kind: Callable[..., Parsed], words: Sequence[str], *, prog: str, **options: Any) -> Parsed:
+    """`tyro.cli(kind, args=words, prog=prog, ...)`; a mistake in `words` is a UsageError."""
 
     def refuse(event: refused.ParseErrorEvent) -> None:
         line = _line(event, lambda: _options(kind, prog, options))
         if line:
-            raise UserError(line)
+            raise UsageError(line)
 
     with refused.on_parse_error(refuse):
-        return tyro.cli(kind, args=args, prog=prog, **options)
+        return tyro.cli(kind, args=words, prog=prog, **options)  # type: ignore[no-any-return]
 
 
-def parse_command(commands: Mapping[str, Callable[..., Any]], args: Sequence[str], *, prog: str, doc: str = "") -> Any:
-    """The first word says which of the commands parses the others."""
-    name, known = args[0] if args else "", ", ".join(commands)
-    if name in ("-h", "--help"):
-        return tyro.extras.subcommand_cli_from_dict(dict(commands), args=[name], prog=prog, description=doc)
-    if not name or name.startswith("-"):
-        raise UserError(f"{prog} needs a command first: {known}; {prog} --help says more")
-    if name not in commands:
-        raise UserError(f"unknown command {name!r}{nearest(name, commands)}: one of {known}; {prog} --help says more")
-    return parse(commands[name], args[1:], prog=f"{prog} {name}")
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    found = list(rows)
+    width = max(len(name) for name, _ in found)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in found)
+
+
+def _wrapped(head: str, names: Iterable[str]) -> list[str]:
+    return textwrap.wrap(head + ", ".join(names), width=100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _line(event: refused.ParseErrorEvent, options: Callable[[], list[str]]) -> str:

@@ -4,7 +4,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,14 +40,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def run_cli(main: Callable[[], None], *, also: tuple[type[BaseException], ...] = ()) -> NoReturn:
-    """Run `main` and exit: 0; 2 with one line on stderr for each mistake of the user (`also` adds types); 130 on
-    Ctrl-C."""
-    mistakes: tuple[type[BaseException], ...] = (UserError, *also)
+def list_some(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def run_cli(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit: 0; 2 with one line on stderr for each mistake of the user; 130 on Ctrl-C."""
     try:
         main()
         sys.stdout.flush()
-    except mistakes as error:
+    except UserError as error:
         for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
             _say(line)
         sys.exit(2)

@@ -1,162 +1,24 @@
-"""`python -m model info|formulations|plot-densities|convert|merge`: describe models and objectives, convert weights."""
+"""The command line: `python -m model ...` describes models and objectives and converts weights."""
 
-from __future__ import annotations
+from infra.cli import Command, run_commands
+from infra.errors import run_cli
 
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
-from tyro import _errors as refused  # private, as in infra.cli: requirements.lock pins the version
-
-from model.errors import ModelError, hint
-
-
-def info(
-    model: Annotated[str, tyro.conf.Positional],
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    qk_norm: bool = True,
-    text_tokens: int | None = None,
-) -> None:
-    """Parameters, FLOPs and activation memory of a model.
-
-    Args:
-        model: d15, d24, d38 ... (an SD3-shaped MM-DiT of that depth), dit-d24 or another backbone, or a weights file.
-        json_: Print JSON instead of a table.
-        qk_norm: With RMS-normalised queries and keys; a weights file states its own.
-        text_tokens: Length of the text context; by default that of a weights file, else SD3's 77 CLIP and 77 T5 tokens.
-    """
-    from model.describe import describe
-
-    row = describe(model, qk_norm=qk_norm, text_tokens=text_tokens)
-    _print(row, json_)
-
-
-def formulations(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """List the 61 training objectives (and any added since) with path, target, weight, density and sampling grid.
-
-    Args:
-        json_: Print JSON instead of a table.
-    """
-    from model.describe import formulation_rows
-
-    rows = formulation_rows()
-    if json_:
-        print(json.dumps(rows, indent=1))
-        return
-    print(f"{'name':24}{'predicts':10}{'density':20}{'weight':40}starts at")
-    for row in rows:
-        print(
-            f"{row['name']:24}{row['target']:10}{row['density']:20}{row['weight']:40}"
-            f"{row['sampling_grid']['coordinate']}={row['sampling_grid']['start']:.4g}"
-        )
-
-
-def plot_densities(out: Path) -> None:
-    """Draw timestep densities, the resolution shift and the loss weights.
-
-    Args:
-        out: Folder for densities.png, shift.png and weights.png.
-    """
-    from model.diffusion.plots import plot_densities as draw
-
-    for path in draw(out):
-        print(path)
-
-
-def convert(
-    source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
-    to: Literal["beeline", "sd3", "diffusers"] | None = None,
-    kind: Literal["raw", "ema"] = "ema",
-    add_qk_norm: bool = False,
-    vae: Path | None = None,
-    clip_l: Path | None = None,
-    clip_g: Path | None = None,
-    t5: Path | None = None,
-) -> None:
-    """Convert weights between our files, SD3/SD3.5 single files and diffusers folders.
-
-    Args:
-        source: A .safetensors file (ours or SD3's) or a diffusers pipeline or transformer folder.
-        target: What to write; a folder for diffusers, else a .safetensors file.
-        to: Dialect to write. By default ours becomes diffusers (SD3 where target ends in .safetensors), others ours.
-        kind: What weights from elsewhere are labelled as.
-        add_qk_norm: Add RMS-normalised queries and keys (scales 1) to weights trained without, to train on from there.
-        vae: Autoencoder folder to put into the diffusers pipeline.
-        clip_l: transformers folder of CLIP-L to put into the pipeline.
-        clip_g: transformers folder of CLIP-G to put into the pipeline.
-        t5: transformers folder of the T5 encoder to put into the pipeline.
-    """
-    from model.files.convert import convert as run
-
-    given = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
-    encoders = {seat: path for seat, path in given.items() if path is not None}
-    print(run(source, target, to=to, kind=kind, with_qk_norm=add_qk_norm, vae=vae, encoders=encoders))
-
-
-def merge(
-    base: Annotated[Path, tyro.conf.Positional],
-    adapter: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
-) -> None:
-    """Merge a LoRA adapter into the weights that it was trained on.
-
-    Args:
-        base: Our .safetensors file.
-        adapter: Folder that `python -m trainer export RUN --lora adapter` wrote (peft's layout).
-        target: The .safetensors file to write: ordinary weights.
-    """
-    from model.lora import merge_files
-
-    print(merge_files(base, adapter, target))
-
-
-def _print(row: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(row, indent=1))
-        return
-    for key, value in row.items():
-        print(f"{key:28}{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key:28}{value}")
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "info": info,
-    "formulations": formulations,
-    "plot-densities": plot_densities,
-    "convert": convert,
-    "merge": merge,
+COMMANDS = {
+    "info": Command("model.commands:info", "parameters, FLOPs and activation memory of a model"),
+    "formulations": Command("model.commands:formulations", "the 61 training objectives, and any added since"),
+    "plot-densities": Command(
+        "model.commands:plot_densities", "draw timestep densities, the resolution shift and the loss weights"
+    ),
+    "convert": Command(
+        "model.commands:convert", "convert weights between our files, SD3/SD3.5 single files and diffusers folders"
+    ),
+    "merge": Command("model.commands:merge", "merge a LoRA adapter into the weights that it was trained on"),
 }
 
 
-def _refuse(event: refused.ParseErrorEvent) -> None:
-    """One line instead of tyro's box. infra.cli does more for the other packages; this one imports no sibling."""
-    said = {
-        refused.UnrecognizedArgs: lambda e: f"unknown {' '.join(e.tokens)}",
-        refused.MissingArgs: lambda e: f"{', '.join(a.arg.display_name() for a in e.missing_arguments)} not given",
-        refused.MissingSubcommand: lambda e: f"no command given; known: {', '.join(COMMANDS)}",
-        refused.InvalidChoice: lambda e: f"{e.value!r}{hint(e.value, e.choices)}; known: {', '.join(e.choices)}",
-        refused.BadValue: lambda e: f"{e.argument.display_name()} takes {e.argument.lowered.metavar or 'no value'}",
-        refused.InstantiationFailure: lambda e: f"{e.argument.display_name()} takes {e.argument.lowered.metavar}",
-    }.get(type(event))
-    if said is not None:
-        raise ModelError(f"{said(event)}; {event.prog} --help says more")
-
-
 def main() -> None:
-    """Run one command; a mistake of its user ends in one line and exit code 2."""
-    try:
-        first = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
-        if first is not None and first not in COMMANDS:
-            raise ModelError(f"unknown command {first!r}{hint(first, COMMANDS)}; known: {', '.join(COMMANDS)}")
-        with refused.on_parse_error(_refuse):
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m model", description=__doc__)
-    except (ModelError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run_commands("python -m model", COMMANDS, "Describe models and objectives, convert weights.")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

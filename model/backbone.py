@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from infra.errors import UserError, nearest
 from model.backbones.cross_dit import CrossDiTConfig
 from model.backbones.dit import DiTConfig
 from model.backbones.mmdit import MMDiTConfig
@@ -13,7 +14,6 @@ from model.backbones.mmdit3 import MMDiT3Config
 from model.backbones.trunk import TokenConfig
 from model.backbones.uvit import UViTConfig
 from model.encoders.text import TextCond
-from model.errors import ModelError, hint
 
 
 class Backbone(Protocol):
@@ -34,5 +34,5 @@ BACKBONES: dict[str, type[TokenConfig]] = {
 def config_from_json(backbone: str, config: dict[str, Any]) -> TokenConfig:
     """The config of a backbone by its registered name."""
     if backbone not in BACKBONES:
-        raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {backbone!r}{nearest(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
     return BACKBONES[backbone].from_json(config)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from infra.errors import UserError, nearest
 from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
 from model.backbones.trunk import TokenConfig
@@ -16,7 +17,6 @@ from model.diffusion.grids import level_at, over_sigma, sampling_grid
 from model.diffusion.paths import EDM
 from model.encoders.text import TextSpec
 from model.encoders.vae import Latents
-from model.errors import ModelError, hint
 from model.files.weights import read_meta
 from model.flops import train_flops_per_image
 
@@ -32,7 +32,7 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
     factor, tokens = LATENT_FACTOR, TEXT_TOKENS
     if Path(model).suffix == ".safetensors":
         if not qk_norm:
-            raise ModelError(f"--no-qk-norm describes a depth, not {model}, which states its own")
+            raise UserError(f"--no-qk-norm describes a depth, not {model}, which states its own")
         meta = read_meta(model)
         config = config_from_json(meta["backbone"], meta["config"])
         row: dict[str, Any] = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
@@ -44,7 +44,7 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
         config, row = _by_name(model, qk_norm), {"backbone": model}
     tokens = tokens if text_tokens is None else text_tokens
     if tokens < 1:
-        raise ModelError(f"{tokens} text tokens; expected at least 1")
+        raise UserError(f"{tokens} text tokens; expected at least 1")
     row |= {
         "width": config.width,
         "parameters": config.parameter_count(),
@@ -66,12 +66,12 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
 def _by_name(model: str, qk_norm: bool) -> TokenConfig:
     match = re.fullmatch(r"(?:([a-z0-9_]+)-)?d(\d+)", model)
     if match is None:
-        raise ModelError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")
+        raise UserError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")
     backbone, depth = match[1] or "mmdit", int(match[2])
     if depth > MAX_DEPTH:
-        raise ModelError(f"a depth of {depth} would take long to describe; expected at most {MAX_DEPTH}")
+        raise UserError(f"a depth of {depth} would take long to describe; expected at most {MAX_DEPTH}")
     if backbone not in BACKBONES:
-        raise ModelError(f"unknown backbone {backbone!r}{hint(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {backbone!r}{nearest(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
     return config_from_json(backbone, {"depth": depth, "qk_norm": qk_norm})
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError
+from infra.errors import UserError
 from model.files.weights import META_KEY, load_weights, save_weights
 from model.seeding import draw_, seeded
 
@@ -121,13 +121,13 @@ def merge_files(base: str | Path, folder: str | Path, out: str | Path) -> Path:
     wanted = {part for name in state_dict if adapter_of(name)[0] in adapters for part in adapter_of(name)}
     strange = sorted(set(adapters) - wanted)
     if strange:
-        raise ModelError(f"{folder}: {len(strange)} tensors belong to no layer of {base} ({strange[0]} ...)")
+        raise UserError(f"{folder}: {len(strange)} tensors belong to no layer of {base} ({strange[0]} ...)")
     for name in list(state_dict):
         a, b = adapter_of(name)
         if a in adapters:
             given, fits = (adapters[b].shape[0], adapters[a].shape[1]), tuple(state_dict[name].shape)
             if given != fits:
-                raise ModelError(f"{folder}: the adapter of {name} is for {given}, the weights of {base} are {fits}")
+                raise UserError(f"{folder}: the adapter of {name} is for {given}, the weights of {base} are {fits}")
             state_dict[name] = merged(state_dict[name], adapters[a], adapters[b], scale=scale)
     kept = {key: trained[key] for key in trained if key not in ("backbone", "config")}
     return save_weights(out, state_dict, {**meta, **kept})
@@ -144,7 +144,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
             told = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
         scale = config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
+        raise UserError(
             f"{folder}: no adapter there, expected {CONFIG_FILE} and {WEIGHTS_FILE} ({' '.join(str(error).split())})"
         ) from None
     ours: dict[str, Tensor] = {}
@@ -153,7 +153,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
             if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
                 ours[name.removeprefix(_PREFIX).removesuffix(f".{suffix}") + PART + part] = tensor
     if len(ours) < len(found):
-        raise ModelError(f"{folder}: {len(found) - len(ours)} tensors are no LoRA of a linear layer")
+        raise UserError(f"{folder}: {len(found) - len(ours)} tensors are no LoRA of a linear layer")
     return ours, scale, told
 
 

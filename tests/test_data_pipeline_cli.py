@@ -14,7 +14,6 @@ from data_pipeline.__main__ import main
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UnavailableError, UserError, run_cli
-from model.errors import ModelError
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def cli(monkeypatch, capsys):
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["data_pipeline", *map(str, args)])
         with pytest.raises(SystemExit) as done:
-            run_cli(main, also=(ModelError,))
+            run_cli(main)
         captured = capsys.readouterr()
         return int(done.value.code or 0), captured.out, captured.err
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.__main__ import gather_sources, main
+from data_pipeline.__main__ import main
+from data_pipeline.commands import gather_sources
 from data_pipeline.flow.plan_file import read_plan_file
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import PLANS, build_columns, sd3, world

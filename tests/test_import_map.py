@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "model": set(),
+    "model": {"infra"},
     "infra": set(),
     "data_pipeline": {"model", "infra"},
     "trainer": {"model", "infra", "data_pipeline"},
     "eval": {"model", "infra", "data_pipeline"},
 }
+MODEL_MAY_IMPORT = {"infra.errors", "infra.cli"}  # so that a model needs no storage, no launcher and no Ray
 OWNERS = {
     "deepspeed": ("trainer/zero/",),
     "s3fs": ("infra/s3.py",),
@@ -49,6 +50,26 @@ def test_packages_import_only_downwards(package):
         if name.split(".")[0] in siblings
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_model_imports_only_errors_and_command_lines_of_infra():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("model")
+        for name in sorted(imports(path))
+        if name.startswith("infra") and name.rpartition(".")[0] not in MODEL_MAY_IMPORT
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_one_file_knows_tyros_private_parts():
+    found = [
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in sources(package)
+        if any(name.startswith("tyro._") for name in imports(path))
+    ]
+    assert found == ["infra/cli.py"]
 
 
 @pytest.mark.parametrize("library", OWNERS)

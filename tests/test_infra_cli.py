@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from infra.cli import parse, parse_command
+from infra.cli import Command, CommandGroup, parse, run_commands, take_name
 from infra.errors import UserError, run_cli
 
 
@@ -55,21 +55,66 @@ def test_every_refusal_is_one_line(words, line, capsys):
     assert printed.out + printed.err == ""
 
 
-def test_what_is_right_is_parsed_and_help_is_printed(capsys):
+def go(options: Options) -> None:
+    """What it does."""
+    print(options)
+
+
+def leave(words: list[str]) -> None:
+    print(words)
+
+
+COMMANDS = {
+    "go": Command(f"{__name__}:go", "goes somewhere"),
+    "leave": Command(f"{__name__}:leave", "leaves", takes_words=True),
+    "far": CommandGroup({"away": Command(f"{__name__}:go", "goes away")}, "below a command"),
+    "broken": Command("no.such.module:function", "is never imported unless it is called"),
+}
+
+
+def test_what_is_right_is_parsed(capsys):
     assert parse(Options, ["x", "--images", "3"], prog="prog") == Options("x", 3)
-    assert parse_command({"go": Options}, ["go", "x", "--images", "3"], prog="prog") == Options("x", 3)
-    for words in (["--help"], ["go", "--help"]):
-        with pytest.raises(SystemExit) as done:
-            parse_command({"go": Options}, words, prog="prog", doc="What it does.")
-        assert not done.value.code
-        assert "usage: prog" in capsys.readouterr().out
+    for words in (["go"], ["far", "away"]):
+        run_commands("prog", COMMANDS, "A program.", words=[*words, "x", "--images", "3"])
+        assert capsys.readouterr().out == f"{Options('x', 3)}\n"
+    run_commands("prog", COMMANDS, "A program.", words=["leave", "--any", "thing"])
+    assert capsys.readouterr().out == "['--any', 'thing']\n"
+    assert take_name(["one", "--more"], ["one", "two"], prog="prog", what="number") == ("one", ["--more"])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_without_a_command_the_commands_are_listed(words, capsys):
+    run_commands("prog", COMMANDS, "A program.", words=words)
+    out = capsys.readouterr().out
+    assert out.startswith("usage: prog COMMAND")
+    assert "A program." in out
+    assert all(f"  {name}" in out for name in COMMANDS)
+
+
+def test_help_of_commands_groups_and_names(capsys):
+    with pytest.raises(SystemExit) as done:
+        run_commands("prog", COMMANDS, "A program.", words=["go", "--help"])
+    out = capsys.readouterr().out
+    assert not done.value.code
+    assert "usage: prog go" in out
+    assert "What it does." in out
+    run_commands("prog", COMMANDS, "A program.", words=["far", "--help"])
+    assert "usage: prog far COMMAND" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        take_name(["--help"], {"one": "the first"}, prog="prog", what="number")
+    assert not done.value.code
+    assert "one  the first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ("infra doctr", "unknown command 'doctr' (did you mean 'doctor'?): one of doctor, launch, make-bucket; "),
-        ("infra", "python -m infra needs a command first: doctor, launch, make-bucket; python -m infra --help "),
+        ("infra --name x", "python -m infra needs a command first: doctor, launch, make-bucket; "),
+        ("trainer train", "python -m trainer train needs a recipe first: "),
+        ("trainer train wrld-d2", "unknown recipe 'wrld-d2' (did you mean 'world-d2'?): one of "),
+        ("trainer sweep rates world", "unknown command 'rates'"),
+        ("model infos", "unknown command 'infos' (did you mean 'info'?): one of info, formulations, "),
         ("infra doctor --ur x", "unknown option --ur (did you mean --uri?); python -m infra doctor --help lists"),
         ("eval run --bogus 1", "unknown option --bogus; python -m eval run --help lists what it takes"),
         ("eval report", "python -m eval report needs --runs; python -m eval report --help says more"),

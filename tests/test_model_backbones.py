@@ -11,10 +11,10 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 from data_pipeline.stages.buckets import bucket_table
+from infra.errors import UserError
 from model.backbone import BACKBONES, config_from_json
 from model.backbones.norms import apex_available, layer_norm, rms_norm
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from trainer.zero.engine import compile_blocks
 
 SMALL = {
@@ -109,20 +109,20 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
 def test_configs_survive_json(name: str) -> None:
     config = small(name, qk_norm=False)
     assert config_from_json(config.name, config.to_json()) == config
-    with pytest.raises(ModelError, match="unknown"):
+    with pytest.raises(UserError, match="unknown"):
         config_from_json(name, {**SMALL, "colour": 1})
-    with pytest.raises(ModelError, match="depth is 0"):
+    with pytest.raises(UserError, match="depth is 0"):
         small(name, depth=0)
-    with pytest.raises(ModelError, match=r"channels"):
+    with pytest.raises(UserError, match=r"channels"):
         config.build()(torch.zeros(2, 5, 16, 16), *inputs()[1:])
-    with pytest.raises(ModelError, match="15x16"):
+    with pytest.raises(UserError, match="15x16"):
         config.build()(torch.zeros(2, 4, 15, 16), *inputs()[1:])
 
 
 def test_unknown_backbones_are_named() -> None:
-    with pytest.raises(ModelError, match="did you mean 'uvit'"):
+    with pytest.raises(UserError, match="did you mean 'uvit'"):
         config_from_json("u-vit", SMALL)
-    with pytest.raises(ModelError, match="leaves no two parts"):
+    with pytest.raises(UserError, match="leaves no two parts"):
         config_from_json("mmdit3", {**SMALL, "clip_tokens": 7}).build()(*inputs())
 
 
@@ -228,5 +228,5 @@ def test_apex_norms_equal_torchs(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(apex_available(), reason="apex is installed here")
 def test_asking_for_absent_apex_is_an_error() -> None:
-    with pytest.raises(ModelError, match="not installed"):
+    with pytest.raises(UserError, match="not installed"):
         small("mmdit", norm_backend="apex").build()

@@ -14,11 +14,11 @@ from model_files import CONFIG, META, saved, weights_of, write_sd3_encoders, wri
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from infra.errors import UserError
 from model.__main__ import main
 from model.backbones.mmdit import MMDiTConfig
 from model.describe import describe
 from model.encoders.text import EncoderSpec, TextSpec
-from model.errors import ModelError
 from model.files.convert import convert
 from model.files.names import SD3_PREFIX, to_diffusers, to_sd3
 from model.files.weights import META_KEY, load_weights, read_meta, save_weights
@@ -77,7 +77,7 @@ def test_misshapen_sd3_tensors_are_named(tmp_path: Path, name: str, change: Call
     tensors = sd3_tensors()
     tensors[SD3_PREFIX + name] = change(tensors[SD3_PREFIX + name]).contiguous()
     save_file(tensors, tmp_path / "sd3.safetensors")
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(UserError, match=says):
         convert(tmp_path / "sd3.safetensors", tmp_path / "x.safetensors")
 
 
@@ -86,14 +86,14 @@ def test_absent_blocks_are_named(tmp_path: Path) -> None:
     more = {**sd3_tensors(), f"{SD3_PREFIX}joint_blocks.5.x_block.attn.qkv.bias": torch.zeros(3)}
     for tensors, says in ((less, "joint_blocks 1 missing"), (more, "joint_blocks 5 unexpected")):
         save_file(tensors, tmp_path / "sd3.safetensors")
-        with pytest.raises(ModelError, match=f"width 128, which SD3 has at depth 2.*{says}"):
+        with pytest.raises(UserError, match=f"width 128, which SD3 has at depth 2.*{says}"):
             convert(tmp_path / "sd3.safetensors", tmp_path / "x.safetensors")
 
 
 def test_other_folders_and_broken_json_are_named(tmp_path: Path) -> None:
     encoders = write_sd3_encoders(tmp_path / "encoders")
     for folder in (write_vae(tmp_path / "vae"), encoders["clip_l"]):
-        with pytest.raises(ModelError, match="SD3Transformer2DModel expected, without the integers num_layers"):
+        with pytest.raises(UserError, match="SD3Transformer2DModel expected, without the integers num_layers"):
             convert(folder, tmp_path / "x.safetensors")
     convert(saved(tmp_path), tmp_path / "pipe")
     config = tmp_path / "pipe" / "transformer" / "config.json"
@@ -105,7 +105,7 @@ def test_other_folders_and_broken_json_are_named(tmp_path: Path) -> None:
         (json.dumps(json.loads(whole) | {"dual_attention_layers": ["a"]}), "expected a list of block numbers"),
     ):
         config.write_text(text)
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(UserError, match=says):
             convert(tmp_path / "pipe", tmp_path / "x.safetensors")
 
 
@@ -127,7 +127,7 @@ def test_broken_metadata_are_named(tmp_path: Path, told: str, says: str) -> None
         lambda: load_weights(tmp_path / "ours.safetensors"),
         lambda: convert(tmp_path / "sd3.safetensors", tmp_path / "x.safetensors"),
     ):
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(UserError, match=says):
             read()
 
 
@@ -164,11 +164,11 @@ def test_parts_that_would_not_load_are_refused_before_anything_is_written(tmp_pa
         ("width 25 do not fit .* pooled_width 24", {"encoders": {**encoders, "clip_l": widths}}),
         ("no config.json in nowhere", {"encoders": {"t5": Path("nowhere")}}),
     ):
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(UserError, match=says):
             convert(source, tmp_path / "pipe", **asked)
         assert not (tmp_path / "pipe").exists()
     for to in ("sd3", "beeline"):
-        with pytest.raises(ModelError, match=f"vae, t5 given, but .* not dialect {to}"):
+        with pytest.raises(UserError, match=f"vae, t5 given, but .* not dialect {to}"):
             convert(source, tmp_path / "x.safetensors", to=to, vae=vae, encoders={"t5": encoders["t5"]})
 
 
@@ -176,17 +176,17 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
     source = saved(tmp_path)
     before = source.read_bytes()
     for to in ("sd3", "beeline", None):
-        with pytest.raises(ModelError, match="would overwrite"):
+        with pytest.raises(UserError, match="would overwrite"):
             convert(source, tmp_path / "." / "ema.safetensors", to=to)
     assert source.read_bytes() == before
     convert(source, tmp_path / "pipe")
-    with pytest.raises(ModelError, match="would overwrite"):
+    with pytest.raises(UserError, match="would overwrite"):
         convert(tmp_path / "pipe" / "transformer", tmp_path / "pipe", to="diffusers")
 
 
 @pytest.mark.parametrize(("to", "name"), [("sd3", "x"), ("beeline", "x.bin"), ("diffusers", "x.safetensors")])
 def test_targets_are_named_as_what_they_are(tmp_path: Path, to: str, name: str) -> None:
-    with pytest.raises(ModelError, match=f"dialect {to} is "):
+    with pytest.raises(UserError, match=f"dialect {to} is "):
         convert(saved(tmp_path), tmp_path / name, to=to)  # type: ignore[arg-type]
 
 
@@ -220,7 +220,7 @@ def test_info_reads_a_files_own_factor_and_text(tmp_path: Path, monkeypatch: pyt
     assert describe(str(path), text_tokens=9)["forward_flops_256"] == CONFIG.forward_flops(16, 16, 9)
     plain = save_weights(tmp_path / "plain.safetensors", weights_of(), META)
     assert describe(str(plain))["text_tokens"] == 154
-    with pytest.raises(ModelError, match="states its own"):
+    with pytest.raises(UserError, match="states its own"):
         describe(str(path), qk_norm=False)
     monkeypatch.setattr(sys, "argv", ["model", "info", str(path)])
     main()

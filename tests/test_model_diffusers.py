@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from infra.errors import UserError
 from model.diffusion.sampler import sample
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.files.convert import convert
 from model.files.weights import load_model, load_weights
 
@@ -79,12 +79,12 @@ def test_ten_steps_of_theirs_are_ten_of_ours(tmp_path: Path, changes: dict, size
 
 def test_foreign_shapes_are_refused(tmp_path: Path) -> None:
     born(tmp_path / "wide", num_attention_heads=2, caption_projection_dim=128)
-    with pytest.raises(ModelError, match="3 layers with 2 heads"):
+    with pytest.raises(UserError, match="3 layers with 2 heads"):
         convert(tmp_path / "wide", tmp_path / "x.safetensors")
     born(tmp_path / "short")
     config = tmp_path / "short" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pooled_projection_dim": 20}))
-    with pytest.raises(ModelError, match=r"misshapen .time_text_embed\.text_embedder\.linear_1\.weight"):
+    with pytest.raises(UserError, match=r"misshapen .time_text_embed\.text_embedder\.linear_1\.weight"):
         convert(tmp_path / "short", tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="no weights file"):
+    with pytest.raises(UserError, match="no weights file"):
         load_weights(tmp_path / "x.safetensors")

@@ -10,11 +10,11 @@ import torch
 from model_kinds import KINDS
 from torch import Tensor
 
+from infra.errors import UserError
 from model.diffusion.flow import FORMULATIONS, STUDY, Formulation, get_formulation
 from model.diffusion.grids import sampling_grid
 from model.diffusion.paths import Linear
 from model.diffusion.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
-from model.errors import ModelError
 from model.seeding import keyed_uniform
 
 ALL = list(FORMULATIONS)
@@ -197,9 +197,9 @@ def test_mode_density_at_the_papers_points() -> None:
     half = torch.tensor([0.5], dtype=torch.float64)
     for scale, value in ((1.0, 2.33), (1.29, 3.79), (1.75, 904)):
         assert abs(float(mode(scale).pdf(half)) / value - 1) < 5e-3
-    with pytest.raises(ModelError, match=r"1\.7519"):
+    with pytest.raises(UserError, match=r"1\.7519"):
         mode(MODE_LIMIT + 1e-3)
-    with pytest.raises(ModelError, match="-1 <="):
+    with pytest.raises(UserError, match="-1 <="):
         get_formulation("rf/mode(-1.1)")
 
 
@@ -233,7 +233,7 @@ def test_resolution_shift_moves_the_log_snr_by_its_log() -> None:
     ],
 )
 def test_unknown_formulations_are_named(name: str, says: str) -> None:
-    with pytest.raises(ModelError, match=says.replace("(", r"\(")):
+    with pytest.raises(UserError, match=says.replace("(", r"\(")):
         get_formulation(name)
 
 
@@ -246,7 +246,7 @@ def test_only_positive_shifts_are_taken(name: str, shift: float) -> None:
         lambda: form.timesteps(half, shift=shift),
         lambda: sampling_grid(form, 4, shift=shift),
     ):
-        with pytest.raises(ModelError, match=f"shift is {shift}"):
+        with pytest.raises(UserError, match=f"shift is {shift}"):
             use()
 
 
@@ -283,5 +283,5 @@ def test_a_density_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     t = form.timesteps(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     torch.testing.assert_close(form.density.pdf(t), 2 * t)
     torch.testing.assert_close(form.weight(t), 2 * t * t / (1 - t))
-    with pytest.raises(ModelError, match=r"beta2\(0\)': .*division by zero"):
+    with pytest.raises(UserError, match=r"beta2\(0\)': .*division by zero"):
         get_formulation("rf/beta2(0)")

@@ -15,6 +15,7 @@ from test_model_text import CAPTIONS, write_clip, write_t5
 from torch import Tensor, nn
 
 from data_pipeline.loading.batch import LatentBatch
+from infra.errors import UserError
 from model.backbone import BACKBONES, config_from_json
 from model.backbones.norms import apex_available, rms_norm
 from model.diffusion.flow import FORMULATIONS, get_formulation
@@ -23,7 +24,6 @@ from model.diffusion.validation import validation_losses
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import EncoderSpec, TextCond, TextSpec
 from model.encoders.vae import Latents, load_vae
-from model.errors import ModelError
 from model.files.weights import load_model, save_weights
 from model.lora import add_adapters, is_adapter, switched_off
 from model.probe import AttentionProbe
@@ -139,7 +139,7 @@ def test_rms_norm_is_its_formula_and_apexs_is_refused(dtype: torch.dtype) -> Non
     for one, other in zip(ours, torch.autograd.grad(formula, [wide, weight], push.double()), strict=True):
         assert_near(one, other, DTYPES[dtype] / 2)
     if not apex_available():
-        with pytest.raises(ModelError, match="norm_backend=apex"):
+        with pytest.raises(UserError, match="norm_backend=apex"):
             rms_norm(64, "apex")
 
 

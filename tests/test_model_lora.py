@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.files.names import adapter_to_diffusers, diffusers_config, to_diffusers
 from model.files.weights import load_weights, save_weights
 from model.lora import (
@@ -159,14 +159,14 @@ def test_diffusers_reads_the_adapter(tmp_path, base):
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, base):
-    with pytest.raises(ModelError, match="no adapter there"):
+    with pytest.raises(UserError, match="no adapter there"):
         merge_files(base, tmp_path / "nowhere", tmp_path / "out.safetensors")
     other = MMDiTConfig(depth=3, in_channels=4, context_width=48, pooled_width=32)
     write(tmp_path / "deeper", adapted(other, trained=False))
-    with pytest.raises(ModelError, match=r"belong to no layer|the adapter of"):
+    with pytest.raises(UserError, match=r"belong to no layer|the adapter of"):
         merge_files(base, tmp_path / "deeper", tmp_path / "out.safetensors")
     write(tmp_path / "cut", adapted(trained=False))
     content = (tmp_path / "cut" / WEIGHTS_FILE).read_bytes()
     (tmp_path / "cut" / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match="no adapter there"):
+    with pytest.raises(UserError, match="no adapter there"):
         merge_files(base, tmp_path / "cut", tmp_path / "out.safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.errors import run_cli
 from model.__main__ import main
 from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
@@ -86,10 +87,10 @@ def test_plots_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         (("info", "big"), "expected d24"),
         (("info", "d2", "--text-tokens", "-5"), "-5 text tokens"),
         (("info", "d99999"), "at most 256"),
-        (("info", "d2", "--jsn"), "unknown --jsn; python -m model"),
-        (("info",), "model not given"),
-        (("info", "d2", "--text-tokens", "x"), "--text-tokens takes"),
-        (("info", "d2", "--text-tokens"), "--text-tokens takes"),
+        (("info", "d2", "--jsn"), "unknown option --jsn (did you mean --json?); python -m model"),
+        (("info",), "python -m model info needs MODEL"),
+        (("info", "d2", "--text-tokens", "x"), "--text-tokens: expected {None}|INT"),
+        (("info", "d2", "--text-tokens"), "--text-tokens needs {None}|INT"),
         (("convert", "a", "b", "--to", "sd4"), "did you mean 'sd3'"),
         (("convert", "/nowhere", "x"), "nothing at /nowhere"),
         (("plot-densities", "--out", "/proc/nowhere"), "/proc/nowhere"),
@@ -98,8 +99,9 @@ def test_plots_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_mistakes_end_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["model", *arguments])
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *arguments)
+        run_cli(main)
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert says in error

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.mmdit import MMDiT, MMDiTConfig
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.files.names import diffusers_config, from_diffusers, to_diffusers
 
 BASE = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
@@ -199,7 +199,7 @@ def test_meta_device_then_reset_fills_everything() -> None:
 )
 def test_wrong_shapes_are_named(x_shape: tuple, widths: tuple, named: str) -> None:
     text = TextCond(torch.zeros(1, 3, widths[0]), torch.zeros(1, widths[1]))
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(UserError, match=named):
         BASE.build()(torch.zeros(x_shape), torch.zeros(1), text)
 
 
@@ -217,7 +217,7 @@ def test_parts_of_different_batches_are_named() -> None:
         ((x, t_B, text(2, torch.ones(2, 5).bool())), r"\(2, 5\) .* expected \(2, 3\)"),
         ((x, t_B, text(2, torch.ones(2, 3))), r"float32, expected .* torch\.bool"),
     ):
-        with pytest.raises(ModelError, match=named):
+        with pytest.raises(UserError, match=named):
             model(*arguments)
 
 
@@ -228,14 +228,14 @@ def test_wrong_configs_are_named() -> None:
         ({"qk_norm": "no"}, "qk_norm is 'no', expected true or false"),
         ({"depth": 4, "dual_attention": [1, 1]}, "twice"),
     ):
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(UserError, match=says):
             config_with(**changes)
-    with pytest.raises(ModelError, match="without a depth; found patch"):
+    with pytest.raises(UserError, match="without a depth; found patch"):
         MMDiTConfig.from_json({"patch": 2})
-    with pytest.raises(ModelError, match="did you mean 'depth'"):
+    with pytest.raises(UserError, match="did you mean 'depth'"):
         MMDiTConfig.from_json({"dept": 3})
-    with pytest.raises(ModelError, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         config_with(dual_attention=[2])
-    with pytest.raises(ModelError, match="pos_tokens=13"):
+    with pytest.raises(UserError, match="pos_tokens=13"):
         config_with(pos_tokens=13).build()
     assert math.isclose(BASE.width, 128)

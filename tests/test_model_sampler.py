@@ -11,12 +11,12 @@ from model_kinds import KINDS
 from scipy.stats import norm
 from torch import Tensor
 
+from infra.errors import UserError
 from model.diffusion.flow import TARGETS, Formulation, get_formulation, like
 from model.diffusion.grids import sampling_grid
 from model.diffusion.paths import EDM, Linear
 from model.diffusion.sampler import sample, solve
 from model.encoders.text import TextCond
-from model.errors import ModelError
 
 # A mixture of two Gaussians in one dimension: the flow is the quantile map, so single answers are known too.
 WEIGHT, MEAN, STD = (torch.tensor(x, dtype=torch.float64) for x in ([0.3, 0.7], [-1.2, 0.5], [0.2, 0.3]))
@@ -143,7 +143,7 @@ def test_guidance_takes_both_branches_in_one_batch() -> None:
     assert seen == [4] * 4
     sample(model, torch.zeros(2, 1, 1, 1), text, steps=1, formulation="rf")
     assert seen[-1] == 2
-    with pytest.raises(ModelError, match="unconditional"):
+    with pytest.raises(UserError, match="unconditional"):
         sample(model, torch.zeros(2, 1, 1, 1), text, guidance=2.0)
 
 
@@ -184,16 +184,16 @@ def test_grids_start_at_the_stated_level(names: list[str], start: float) -> None
 def test_wrong_requests_are_named() -> None:
     zero = lambda x, t_B, text: torch.zeros_like(x)  # noqa: E731
     x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ModelError, match="did you mean 'euler'"):
+    with pytest.raises(UserError, match="did you mean 'euler'"):
         sample(zero, x, no_text(1), solver="eulr")  # type: ignore[arg-type]
     for steps in (0, 2.5):
-        with pytest.raises(ModelError, match=rf"{steps} steps; expected an integer"):
+        with pytest.raises(UserError, match=rf"{steps} steps; expected an integer"):
             sample(zero, x, no_text(1), steps=steps)  # type: ignore[arg-type]
     for guidance in (float("nan"), float("inf")):
-        with pytest.raises(ModelError, match=f"guidance is {guidance}"):
+        with pytest.raises(UserError, match=f"guidance is {guidance}"):
             sample(zero, x, no_text(1), no_text(1), guidance=guidance)
     longer = TextCond(torch.zeros(1, 2, 1), torch.zeros(1, 1))
-    with pytest.raises(ModelError, match=r"\(1, 1, 1\).* unconditional input of .*\(1, 2, 1\)"):
+    with pytest.raises(UserError, match=r"\(1, 1, 1\).* unconditional input of .*\(1, 2, 1\)"):
         sample(zero, x, no_text(1), longer, guidance=2.0)
-    with pytest.raises(ModelError, match="rectified flow"):
+    with pytest.raises(UserError, match="rectified flow"):
         sample(zero, x, no_text(1), grid="released", formulation="v/cos")

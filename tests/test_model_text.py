@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble, sd3_text_spec, unconditional
-from model.errors import ModelError
 
 CAPTIONS = ["a photo of a red apple", "two cats", ""]
 WORDS = ["a", "photo", "of", "red", "apple", "two", "cats"]
@@ -104,7 +104,7 @@ def test_the_conventions_of_sd3_differ_in_length() -> None:
     for convention, tokens in (("sd3-ref", 154), ("diffusers", 333)):
         spec = sd3_text_spec(convention)
         assert (spec.context_tokens, spec.context_width, spec.pooled_width) == (tokens, 4096, 2048)
-    with pytest.raises(ModelError, match="sd3-ref, diffusers"):
+    with pytest.raises(UserError, match="sd3-ref, diffusers"):
         sd3_text_spec("sd3")  # type: ignore[arg-type]
 
 
@@ -120,16 +120,16 @@ def test_spec_survives_json_and_refuses_nonsense() -> None:
     spec = spec_of()
     assert TextSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert (spec.context_tokens, spec.pooled_width) == (9, 5)
-    with pytest.raises(ModelError, match="did you mean 'trimmed'"):
+    with pytest.raises(UserError, match="did you mean 'trimmed'"):
         spec_of("trimed")
-    with pytest.raises(ModelError, match="does not fit context_width 12"):
+    with pytest.raises(UserError, match="does not fit context_width 12"):
         TextSpec((EncoderSpec("clip_l", "l", "open_clip", 5, 16, 3),), "padded", 12)
-    with pytest.raises(ModelError, match="at most once"):
+    with pytest.raises(UserError, match="at most once"):
         TextSpec((spec.encoders[0], spec.encoders[0]), "padded", 12)
     f = features(LENGTHS, spec)
-    with pytest.raises(ModelError, match="another TextSpec"):
+    with pytest.raises(UserError, match="another TextSpec"):
         assemble(spec, {"t5": f["clip_l"]})
-    with pytest.raises(ModelError, match="stores all 4"):
+    with pytest.raises(UserError, match="stores all 4"):
         assemble(spec_of("padded"), {"t5": f["t5"]})
 
 
@@ -351,14 +351,14 @@ def test_minilm_takes_the_t5_seat() -> None:
 
 def test_wrong_checkpoints_are_named(sd3_folder: Path, tmp_path: Path) -> None:
     wrong = TextSpec((EncoderSpec("t5", "t5", "t5_hf", 10, 64, 0),), "padded", 64)
-    with pytest.raises(ModelError, match="states of width 48"):
+    with pytest.raises(UserError, match="states of width 48"):
         load_text_encoders(wrong, lambda name: sd3_folder / name).encode(["a"])
-    with pytest.raises(ModelError, match="no folder"):
+    with pytest.raises(UserError, match="no folder"):
         load_text_encoders(wrong, lambda name: tmp_path / name)
-    with pytest.raises(ModelError, match="float16"):
+    with pytest.raises(UserError, match="float16"):
         load_text_encoders(wrong, lambda name: sd3_folder / name, dtype=torch.float16)
     (tmp_path / "t5").mkdir()
-    with pytest.raises(ModelError, match="cannot load T5EncoderModel"):
+    with pytest.raises(UserError, match="cannot load T5EncoderModel"):
         load_text_encoders(wrong, lambda name: tmp_path / name)
 
 
@@ -369,21 +369,21 @@ def test_weights_that_are_not_there_are_never_random(sd3_folder: Path, tmp_path:
         spec = TextSpec((EncoderSpec(seat, str(folder), kind, 8, 16, 0 if seat == "t5" else 16),), "padded", 16)
         load_text_encoders(replace(spec, convention=convention), Path)
 
-    with pytest.raises(ModelError, match=r"T5EncoderModel from .*: it lacks encoder\.block\.0\..*, and \d+ more"):
+    with pytest.raises(UserError, match=r"T5EncoderModel from .*: it lacks encoder\.block\.0\..*, and \d+ more"):
         load("t5", "t5_hf", sd3_folder / "l")
     plain = tmp_path / "plain"
     CLIPTextModel(CLIPTextModelWithProjection.from_pretrained(sd3_folder / "l").config).save_pretrained(plain)
     clip_tokenizer(plain, "!")
     for seat, convention in (("clip_l", "diffusers"), ("clip_g", "sd3-ref")):
-        with pytest.raises(ModelError, match=r"it lacks text_projection\.weight;"):
+        with pytest.raises(UserError, match=r"it lacks text_projection\.weight;"):
             load(seat, "clip_hf", plain, convention)
     load("clip_l", "clip_hf", plain)  # sd3-ref pools CLIP-L before the projection
     folder = write_open_clip(tmp_path / "clip")
     load("clip_l", "open_clip", folder)
     weights = folder / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+    with pytest.raises(UserError, match="cannot load OpenCLIP weights"):
         load("clip_l", "open_clip", folder)
     weights.unlink()
-    with pytest.raises(ModelError, match="cannot load OpenCLIP weights"):
+    with pytest.raises(UserError, match="cannot load OpenCLIP weights"):
         load("clip_l", "open_clip", folder)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from model.diffusion.flow import FORMULATIONS, get_formulation
 from model.diffusion.validation import VAL_PROTOCOLS, get_protocol, validation_losses
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.seeding import Normal, QuickNormal, keyed_normal, keyed_uniform
 
 
@@ -86,7 +86,7 @@ def test_protocols_are_three_different_ones() -> None:
     losses = torch.arange(16, dtype=torch.float64).view(2, 8)
     assert VAL_PROTOCOLS["sd3"].mean(losses) == losses[:, :7].mean()
     assert VAL_PROTOCOLS["mlperf"].mean(losses) == losses.mean()
-    with pytest.raises(ModelError, match="did you mean 'sd3'"):
+    with pytest.raises(UserError, match="did you mean 'sd3'"):
         get_protocol("sd")
 
 
@@ -116,9 +116,9 @@ def test_levels_that_edm_does_not_have_are_left_out_or_refused(name: str) -> Non
     assert chosen.levels == VAL_PROTOCOLS["sd3"].levels[:7]
     assert torch.isfinite(validation_losses(zero, batch, chosen.levels, seed=0, formulation=form)).all()
     assert get_protocol("midpoint", form) == VAL_PROTOCOLS["midpoint"]
-    with pytest.raises(ModelError, match=r"no noise level t=0 .*sd3 or midpoint"):
+    with pytest.raises(UserError, match=r"no noise level t=0 .*sd3 or midpoint"):
         get_protocol("mlperf", form)
-    with pytest.raises(ModelError, match="no noise level t=1"):
+    with pytest.raises(UserError, match="no noise level t=1"):
         validation_losses(zero, batch, (0.5, 1.0), seed=0, formulation=form)
 
 

@@ -13,11 +13,11 @@ from model_files import CONFIG, DUAL, META, load_pipeline, saved, weights_of, wr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.sampler import sample
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import TextCond, TextSpec, sd3_text_spec
-from model.errors import ModelError
 from model.files.convert import convert
 from model.files.names import full_positions, to_sd3
 from model.files.weights import load_model, load_weights, read_meta, save_weights
@@ -54,9 +54,9 @@ def test_unfit_tensors_are_refused_by_name(tmp_path: Path) -> None:
         "1 not finite .blocks.0.image.qkv.linear.weight.": {**good, first: torch.full_like(good[first], torch.nan)},
     }
     for says, state in cases.items():
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(UserError, match=says):
             save_weights(tmp_path / "w.safetensors", state, META)
-    with pytest.raises(ModelError, match=r"raw\|ema"):
+    with pytest.raises(UserError, match=r"raw\|ema"):
         save_weights(tmp_path / "w.safetensors", good, {**META, "kind": "best"})
     assert not list(tmp_path.iterdir())
 
@@ -65,16 +65,16 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path = saved(tmp_path)
-    with pytest.raises(ModelError, match="no weights file"):
+    with pytest.raises(UserError, match="no weights file"):
         load_weights(tmp_path / "none.safetensors")
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="not a readable"):
+    with pytest.raises(UserError, match="not a readable"):
         load_weights(torn)
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ModelError, match="convert"):
+    with pytest.raises(UserError, match="convert"):
         load_weights(tmp_path / "foreign.safetensors")
-    with pytest.raises(ModelError, match="not an SD3 file"):
+    with pytest.raises(UserError, match="not an SD3 file"):
         convert(tmp_path / "foreign.safetensors", tmp_path / "x.safetensors")
 
 
@@ -108,7 +108,7 @@ def test_an_sd3_release_with_encoders_and_its_own_positions(tmp_path: Path) -> N
     assert torch.equal(model.positions.full_table(), expected)
     del tensors["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.bias"]
     save_file(tensors, tmp_path / "less.safetensors")
-    with pytest.raises(ModelError, match=r"missing .joint_blocks\.1\.x_block\.mlp\.fc1\.bias"):
+    with pytest.raises(UserError, match=r"missing .joint_blocks\.1\.x_block\.mlp\.fc1\.bias"):
         convert(tmp_path / "less.safetensors", tmp_path / "x.safetensors")
 
 
@@ -133,7 +133,7 @@ def test_qk_norm_can_be_added_to_weights_trained_without_it(tmp_path: Path) -> N
     text = TextCond(torch.randn(2, 6, 48, generator=g), torch.randn(2, 24, generator=g))
     with NormalisedAttention():
         torch.testing.assert_close(bare(x, t_B, text), model(x, t_B, text), atol=1e-6, rtol=1e-5)
-    with pytest.raises(ModelError, match="has QK-norm already"):
+    with pytest.raises(UserError, match="has QK-norm already"):
         convert(tmp_path / "normed.safetensors", tmp_path / "x.safetensors", to="beeline", with_qk_norm=True)
 
 
@@ -195,7 +195,7 @@ def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path, channels: int)
     with torch.no_grad():
         decoded = vae.decode(latent / 1.5 + 0.1).sample.clamp(-1, 1)
     torch.testing.assert_close(latents.decode(vae, latent), decoded)
-    with pytest.raises(ModelError, match="no autoencoder"):
+    with pytest.raises(UserError, match="no autoencoder"):
         load_vae(tmp_path)
 
 

@@ -15,8 +15,8 @@ from data_pipeline.formats.schema import DatasetInfo
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
+from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
-from model.errors import ModelError
 from model.files.convert import convert
 from model.files.weights import load_weights, read_meta
 from trainer.exports.export import Weights, export_as, write_as
@@ -130,10 +130,10 @@ def test_a_wrong_tensor_is_refused_in_every_format(info, tmp_path, form, name):
         (lambda x: x * float("nan"), "or not finite"),
     ):
         weights = Weights(shapes, lambda n, spoil=spoil: spoil(state[n]) if n == last else state[n], meta)
-        with pytest.raises(ModelError, match=f"raw weights: {last} is .*{says}"):
+        with pytest.raises(UserError, match=f"raw weights: {last} is .*{says}"):
             write_as(form, str(tmp_path / name), weights, info=info, run=str(tmp_path / "run"))
     missing = Weights({n: shapes[n] for n in shapes if n != last}, state.__getitem__, meta)
-    with pytest.raises(ModelError, match="1 tensors do not fit the model"):
+    with pytest.raises(UserError, match="1 tensors do not fit the model"):
         write_as(form, str(tmp_path / name), missing, info=info, run=str(tmp_path / "run"))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -11,7 +11,8 @@ from trainer_launch import ROOT, TINY, finish, halted, start_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserErrors
-from trainer.__main__ import TrainArgs, _parse, main
+from trainer.__main__ import main
+from trainer.commands import TrainArgs, parse_options
 from trainer.recipes import get_recipe
 
 pytestmark = pytest.mark.dist
@@ -43,7 +44,7 @@ def refused(monkeypatch, data: Path, out: Path, *more: str) -> list[str]:
 def interrupted(data: Path, run: Path, *more: str) -> Path:
     """A run folder with one checkpoint of the recipe that these words give."""
     words = command(data, run, *more)[4:]
-    return halted(_parse(TrainArgs, words, "train", recipe=get_recipe("world-d2")).recipe, str(data), run)
+    return halted(parse_options(TrainArgs, words, "train", recipe=get_recipe("world-d2")).recipe, str(data), run)
 
 
 def test_a_data_set_of_several_buckets_fits(data, tmp_path, monkeypatch, capsys):

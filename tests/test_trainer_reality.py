@@ -40,8 +40,8 @@ def write_run(folder: Path, recipe: Recipe, *, machine: str, world: int = 2, off
     return f"{folder}/"
 
 
-def run_plan(monkeypatch, capsys, *words: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["trainer", "plan", *words])
+def run_command(monkeypatch, capsys, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["trainer", *words])
     main()
     return capsys.readouterr().out
 
@@ -57,13 +57,13 @@ def test_goals_are_those_of_the_project():
 
 def test_a_run_is_graded_line_by_line(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", SMALL, machine="cpu", off=1.1)
-    told = run_plan(monkeypatch, capsys, run).splitlines()
+    told = run_command(monkeypatch, capsys, "grade", run).splitlines()
     ema = next(line for line in told if line.startswith("bytes_per_rank/ema"))
     assert ema.split()[-3:] == ["-9.1%", "5%", "MISSED"]
     step = next(line for line in told if line.startswith("step_cpu_seconds"))
     assert step.split()[-2:] == ["+0.0%", "15%"]
     assert sum("MISSED" in line for line in told) == 6  # each category of bytes
-    answer = json.loads(run_plan(monkeypatch, capsys, run, "--json"))
+    answer = json.loads(run_command(monkeypatch, capsys, "grade", run, "--json"))
     assert {name.split("/")[0] for name in answer["missed"]} == {"bytes_per_rank"}
 
 
@@ -76,14 +76,14 @@ def test_on_other_devices_a_run_s_whole_speed_plans_the_next(tmp_path, monkeypat
     per_image = make_plan(SMALL, world=2)["train_flops_per_image"]
     assert not found.by_trial
     assert found.efficiency == pytest.approx(speed / 2 * per_image / (2 * get_machine("h200-141").flops))
-    plan = json.loads(run_plan(monkeypatch, capsys, "d15", "--gpus", "8", "--calibrate", run, "--json"))
+    plan = json.loads(run_command(monkeypatch, capsys, "plan", "d15", "--gpus", "8", "--calibrate", run, "--json"))
     assert (plan["machine"], plan["efficiency"], plan["world_size"]) == ("h200-141", found.efficiency, 8)
-    assert "calibrated by the whole speed" in run_plan(monkeypatch, capsys, "d15", "--calibrate", run)
+    assert "calibrated by the whole speed" in run_command(monkeypatch, capsys, "plan", "d15", "--calibrate", run)
     with pytest.raises(UserError, match="plans for h200-141 by what"):
-        run_plan(monkeypatch, capsys, "d15", "--calibrate", run, "--gpu", "h100-80")
+        run_command(monkeypatch, capsys, "plan", "d15", "--calibrate", run, "--gpu", "h100-80")
     cpu = write_run(tmp_path / "cpu", SMALL, machine="cpu")
     with pytest.raises(UserError, match=r"ran on cpu, .* on h200-141: calibrate by a run on the same kind"):
-        run_plan(monkeypatch, capsys, cpu, "--calibrate", run)
+        run_command(monkeypatch, capsys, "grade", cpu, "--calibrate", run)
 
 
 def test_on_cpus_ranks_wait_for_each_other():

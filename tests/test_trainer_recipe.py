@@ -14,10 +14,10 @@ from infra.errors import UserError, run_cli
 from model.backbone import BACKBONES
 from model.backbones.dit import DiTConfig
 from model.backbones.mmdit import MMDiTConfig
-from model.errors import ModelError
 from model.flops import parameter_count
 from trainer import recipes
-from trainer.__main__ import TrainArgs, _parse, main
+from trainer.__main__ import main
+from trainer.commands import TrainArgs, parse_options
 from trainer.machines import get_machine, transfer_seconds
 from trainer.planning.plan import bytes_per_rank, describe, make_plan
 from trainer.recipe import (
@@ -312,14 +312,15 @@ def test_names_are_refused_with_the_nearest():
         (["sweep", "lr", "world", "--data", "/no/such", "--out", "y"], "/no/such"),
         (["sweep", "formulations", "world-d2", "--data", "/no/such", "--out", "y"], "/no/such"),
         (["verify-resume", "world-d2", "--data", "x", "--out", "y", "--num-ranks", "0"], "--num-ranks 0"),
-        (["plan", "/no/run"], "no plan.json there"),
+        (["plan", "/no/run"], "unknown recipe '/no/run'"),
+        (["grade", "/no/run"], "no plan.json there"),
         (["export", "/no/run", "--data", "x", "--out", "y"], "no such checkpoint"),
     ],
 )
 def test_command_line_mistakes(arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trainer", "--local_rank=0", *arguments])
     with pytest.raises(SystemExit) as caught:
-        run_cli(main, also=(ModelError,))
+        run_cli(main)
     output = capsys.readouterr()
     assert caught.value.code == 2
     assert says in output.err
@@ -329,9 +330,15 @@ def test_command_line_mistakes(arguments, says, monkeypatch, capsys):
 def test_of_several_ranks_the_first_alone_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("trainer.__main__.time.sleep", lambda seconds: None)
-    with pytest.raises(SystemExit) as caught:
-        _parse(TrainArgs, ["--bogus"], "train", recipe=get_recipe("world-d4"))
-    assert (caught.value.code, capsys.readouterr().err) == (2, "")
+    for words in (["train", "world-d4", "--bogus"], ["train", "wrld-d4"]):
+        monkeypatch.setattr(sys, "argv", ["trainer", *words])
+        with pytest.raises(SystemExit) as caught:
+            run_cli(main)
+        printed = capsys.readouterr()
+        assert (caught.value.code, printed.out, printed.err) == (2, "", "")
+    monkeypatch.setattr(sys, "argv", ["trainer", "train", "world-d4", "--help"])
+    main()
+    assert capsys.readouterr().out == ""
 
 
 def test_help_names_commands_and_recipes(capsys, monkeypatch):
@@ -353,12 +360,12 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 def test_the_switches_that_commands_hand_on_are_understood():
     """verify-resume and the documentation write switches without a value."""
     words = ["--data", "D", "--out", "O", "--parallel.reverse-lanes", "--parallel.checkpoint-blocks", "--images", "2e9"]
-    args = _parse(TrainArgs, words, "train", recipe=get_recipe("d15"))
+    args = parse_options(TrainArgs, words, "train", recipe=get_recipe("d15"))
     assert args.recipe.parallel.reverse_lanes
     assert args.recipe.parallel.checkpoint_blocks
     assert args.recipe.images == 2_000_000_000
     for name in ("world-uvit-d2", "world-mmdit3-d2"):  # fields of other networks are options too
         words = ["--data", "D", "--out", "O", "--model.depth", "3", "--images=1.5e6"]
-        args = _parse(TrainArgs, words, "train", recipe=get_recipe(name))
+        args = parse_options(TrainArgs, words, "train", recipe=get_recipe(name))
         assert args.recipe.images == 1_500_000
         assert (args.recipe.model.depth, args.recipe.model.name) == (3, name.split("-")[1])

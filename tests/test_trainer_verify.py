@@ -13,7 +13,7 @@ from trainer_launch import TINY
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import save_weights
-from trainer.__main__ import _without
+from trainer.commands import _without
 from trainer.ladders.verify import close, cut, describe, drift, same, verify_resume
 from trainer.recipes import get_recipe
 

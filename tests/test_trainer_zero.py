@@ -13,7 +13,7 @@ from trainer_zero_checks import CONFIG, RECIPE
 
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
-from model.errors import ModelError
+from infra.errors import UserError
 from model.files.weights import load_model, load_weights
 from model.flops import parameter_count
 from trainer.exports.export import Weights, write
@@ -102,9 +102,9 @@ def test_an_exporter_that_is_given_a_wrong_tensor_leaves_no_file(tmp_path, spoil
     def read(name: str) -> torch.Tensor:
         return spoil(state[name]) if name == last else state[name]
 
-    with pytest.raises(ModelError, match=re.escape(f"{last} is {found} or not finite, expected finite (16, 128)")):
+    with pytest.raises(UserError, match=re.escape(f"{last} is {found} or not finite, expected finite (16, 128)")):
         write([str(tmp_path / "w.safetensors")], Weights(shapes, read, meta))
-    with pytest.raises(ModelError, match="1 tensors do not fit the model"):
+    with pytest.raises(UserError, match="1 tensors do not fit the model"):
         write([str(tmp_path / "w.safetensors")], Weights({n: shapes[n] for n in shapes if n != last}, read, meta))
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import trainer.train as loop
 from infra.errors import run_cli
 from model.files.weights import write_safetensors
-from trainer.__main__ import run_train
+from trainer.commands import train
 from trainer.feed import MicroBatch
 from trainer.zero.group import Group, leave, start
 
@@ -87,7 +87,7 @@ def main() -> None:
     loop.start, loop.leave = (lambda: group), (lambda: None)  # the ranks meet once for all runs
     for job in json.loads(Path(sys.argv[1]).read_text()):
         with Observed(job, group).watching():
-            run_train(job["words"])
+            train(job["words"])
     leave()
 
 

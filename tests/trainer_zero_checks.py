@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from data_pipeline.loading.loader import open_dataset
+from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.files.weights import save_weights
 from trainer.exports.card import weights_meta
 from trainer.exports.export import export
@@ -222,7 +222,7 @@ def export_all(engine: ZeroEngine, group: Group, data: str, out: str, ema: Shard
     # What a stage-3 module holds between steps: empty tensors, which look like weights to whoever saves them.
     try:
         save_weights(f"{out}/empty_{group.rank}.safetensors", engine.model.state_dict(), meta["raw"])
-    except ModelError as error:
+    except UserError as error:
         found["empty"] = str(error)
     return found
 

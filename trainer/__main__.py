@@ -1,404 +1,54 @@
 """The command line: `python -m trainer ...`, or `deepspeed --num_gpus 2 --module trainer train RECIPE ...`."""
 
-import math
 import os
-import re
 import sys
 import time
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
-import tyro
+from infra.cli import HELP, Command, CommandGroup, UsageError, run_commands
+from infra.errors import run_cli
 
-from infra.cli import parse
-from infra.errors import UserError, nearest, run_cli
-from model.errors import ModelError
-from trainer.ladders.launch import Launch
-from trainer.recipe import Recipe
-from trainer.recipes import RECIPES, get_family, get_recipe
+DOC = """Train SD3-class text-to-image models with DeepSpeed ZeRO.
 
-USAGE = f"""Train SD3-class text-to-image models with DeepSpeed ZeRO.
+  deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN    two ranks (GPUs, or CPU cores)
+  python -m trainer train world-d4 --data URI --out RUN                          one process
+  python -m trainer ladder world --depths 2 3 4 --data URI --out RUNS            the rungs that are missing
+  python -m trainer sweep lr world --depths 2 3 --data URI --out RUNS            loss against learning rate
+  python -m trainer plan d24 --gpus 64 --gpu h100-80                             memory, time, dollars
+  python -m trainer train --help                                                 the recipes
 
-  deepspeed --num_gpus 2 --module trainer train RECIPE --data URI --out RUN    two ranks (GPUs, or CPU cores)
-  python -m trainer train RECIPE --data URI --out RUN                          one process
-  python -m trainer ladder world --depths 2 3 4 --data URI --out RUNS          the rungs that are missing
-  python -m trainer sweep lr world --depths 2 3 --data URI --out RUNS          loss against learning rate
-  python -m trainer sweep formulations world-d2 --data URI --out RUNS          any of the 61 formulations
-  python -m trainer plan RECIPE --gpus 64 --gpu h100-80                        memory, time, dollars
-  python -m trainer plan RUN/ [--calibrate SMALL_RUN/]                         the plan of a run against what it took
-  python -m trainer export RUN --data URI --out FILE                           weights from a checkpoint
-  python -m trainer verify-resume RECIPE --data URI --out NEW                  proof that resuming continues a run
-
-Recipes: {", ".join(RECIPES)}
-`python -m trainer COMMAND --help` shows every option, `python -m trainer train RECIPE --help` every field of a recipe.
 Run the same command again to continue an interrupted run. Exit codes: 0 done, 2 a user's mistake (one line says
-which), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another rank was lost.
-"""
-ROOT = tyro.conf.arg(name="")  # a recipe's fields stand at the top: --images, --optimizer.lr
-
-
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train a recipe. Every field of the recipe can be overridden."""
-
-    data: str
-    """Dataset made by `python -m data_pipeline run` (folder or s3://)."""
-    out: str
-    """Run folder (or s3://): checkpoints, weights, results, logs."""
-    recipe: Annotated[Recipe, ROOT]
-    resume: str = "latest"
-    """latest: continue if there is a checkpoint; none: refuse if there is one; or the folder of a checkpoint."""
-    init_from: str | None = None
-    """Start from these exported weights (Adam and EMA start anew)."""
-    dry_run: bool = False
-    """Check data, shapes and divisibility, print the plan, write nothing."""
-
-
-@dataclass(frozen=True)
-class LadderArgs(Launch):
-    """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
-
-    depths: tuple[int, ...] = (2, 3, 4)
-    """Depths of the rungs."""
-    budgets: tuple[float, ...] = ()
-    """Budgets of training FLOPs (1e13 3e13 ...): each depth is trained for each, from one run at constant rate."""
-
-
-@dataclass(frozen=True)
-class SweepArgs(Launch):
-    """Train a recipe's variants that are missing: learning rates on rungs of a ladder, or formulations."""
-
-    depths: tuple[int, ...] = (2, 3)
-    """Rungs (sweep lr)."""
-    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-    """Learning rates (sweep lr)."""
-    formulations: tuple[str, ...] = ()
-    """Names as `python -m model formulations` lists them; none: all 61 (sweep formulations)."""
-
-
-@dataclass(frozen=True)
-class PlanArgs:
-    """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage, seconds, hours, dollars, storage."""
-
-    recipe: Annotated[Recipe, ROOT]
-    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 1
-    """Number of ranks to plan for."""
-    gpu: str | None = None
-    """Kind of device (a wrong name lists them); default: this machine's."""
-    efficiency: float | None = None
-    """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
-    calibrate: str | None = None
-    """A small finished run (folder) to learn from. On a device of its kind both recipes are timed as by --trial, and
-    what the run took beyond its own trial is added; elsewhere its overall speed counts."""
-    trial: bool = False
-    """Time real steps of shallow models of the recipe's width, on devices here of the planned kind."""
-    dollars_per_gpu_hour: float | None = None
-    """Price of one device; default: a guess of ours for each kind."""
-    dataset_images: int | None = None
-    """Distinct images in the data set: decides whether encoding them once pays off."""
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class GradeArgs:
-    """The plan of a finished run against what it took: parameters, bytes, storage, seconds, each with its goal."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder."""
-    calibrate: str | None = None
-    """A small finished run: the steps are planned anew by what it measured."""
-    json: bool = False
-    """Print JSON: (planned, measured) by name, and which missed their goal."""
-
-
-@dataclass(frozen=True)
-class VerifyArgs:
-    """Prove on this recipe, data and machine that resuming continues the same run, on as many and on other ranks."""
-
-    data: str
-    """Dataset made by `python -m data_pipeline run`."""
-    out: str
-    """A new folder for the short runs; it can be removed afterwards."""
-    recipe: Annotated[Recipe, ROOT]
-    steps: int = 40
-    """Steps of each run, a multiple of 4; it is resumed after half and after three quarters of them."""
-    num_ranks: int = 2
-    """Processes."""
-    other_ranks: int = 1
-    """Processes that the run is continued on."""
-    init_from: str | None = None
-    """Exported weights that every run starts from: a second stage's, or those that DPO's adapters stand on."""
-
-
-@dataclass(frozen=True)
-class ExportArgs:
-    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder."""
-    data: str
-    """The dataset it was trained on: its text and VAE settings go into the file."""
-    out: str
-    """File (or, as diffusers, folder) to write, s3:// too."""
-    lora: Literal["merged", "adapter"] = "merged"
-    """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout (--format
-    diffusers: for its load_lora_weights)."""
-    base: str | None = None
-    """The weights that a run with adapters started from (its --init-from)."""
-    format: Literal["beeline", "sd3", "diffusers"] = "beeline"
-    """beeline: our safetensors file; sd3: a single file with SD3's names; diffusers: a pipeline folder with model
-    card."""
-    kind: str = "ema"
-    """ema or raw."""
-    profile: str | None = None
-    """EMA profile; default: the recipe's first."""
-    step: int | None = None
-    """Step of the checkpoint; default: the newest."""
-
-
-def main() -> None:
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-        return
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; known: {', '.join(COMMANDS)}")
-    COMMANDS[command](rest)
-
-
-def run_train(arguments: list[str]) -> None:
-    recipe, rest = _named_recipe(arguments, "train")
-    args = _parse(TrainArgs, rest, "train " + recipe.name, recipe=recipe)
-    from trainer.train import train
-
-    train(args.recipe, data=args.data, out=args.out, resume=args.resume, init_from=args.init_from, dry_run=args.dry_run)
-
-
-def run_ladder(arguments: list[str]) -> None:
-    family, rest = _first(arguments, "ladder", "a ladder, for example world")
-    get_family(family)
-    args = _parse(LadderArgs, rest, "ladder " + family)
-    _positive(args, "depths", "budgets", "images", "num_ranks")
-    _not_negative(args, "workers")
-    from trainer.ladders.ladder import climb, iso_flop
-
-    if args.budgets:
-        from trainer.ladders.isoflop import tell
-
-        print(tell(iso_flop(family, args.depths, args.budgets, args), out=args.out), end="")
-        return
-    climb(family, args.depths, args)
-
-
-def run_sweep(arguments: list[str]) -> None:
-    what, rest = _first(arguments, "sweep", "what to sweep: lr or formulations")
-    if what not in SWEEPS:
-        raise UserError(f"unknown sweep {what!r}{nearest(what, SWEEPS)}; known: {', '.join(SWEEPS)}")
-    name, rest = _first(rest, f"sweep {what}", "a ladder, as world" if what == "lr" else "a recipe, as world-d2")
-    (get_family if what == "lr" else get_recipe)(name)
-    args = _parse(SweepArgs, rest, f"sweep {what} {name}")
-    _positive(args, "depths", "images", "num_ranks")
-    _not_negative(args, "workers")
-    from trainer.ladders.sweep import sweep_formulations, sweep_rates
-
-    if what == "lr":
-        print(sweep_rates(name, args.depths, args.rates, args))
-    else:
-        sweep_formulations(name, args.formulations, args)
-
-
-def run_plan(arguments: list[str]) -> None:
-    import json
-
-    from trainer.planning.plan import describe, make_plan
-
-    if arguments and arguments[0] not in RECIPES and ("/" in arguments[0] or os.path.isdir(arguments[0])):
-        _grade(_parse(GradeArgs, arguments, "plan"))
-        return
-    recipe, rest = _named_recipe(arguments, "plan")
-    args = _parse(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
-    _check_plan(args)
-    from trainer.machines import get_machine, this_machine
-    from trainer.planning.reality import calibrate, trial
-
-    more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
-    calibration = calibrate(args.calibrate) if args.calibrate else None
-    machine = get_machine(args.gpu) if args.gpu else this_machine(args.recipe.precision)
-    if calibration is not None:
-        if args.trial or args.efficiency is not None or (args.gpu and machine != calibration.machine):
-            raise UserError(
-                f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: omit --trial, "
-                "--efficiency and any other --gpu"
-            )
-        plan = calibration.plan(args.recipe, world=args.gpus, **more)
-    else:
-        given = trial(args.recipe, machine, world=args.gpus) if args.trial else {"efficiency": args.efficiency}
-        plan = make_plan(args.recipe, world=args.gpus, machine=machine, **given, **more)
-    if args.json:
-        print(json.dumps(plan, indent=1))
-        return
-    print("\n".join([describe(plan), *([calibration.describe()] if calibration else [])]))
-
-
-def _check_plan(args: PlanArgs) -> None:
-    """What `train` refuses whatever the data, and numbers that no plan can be made of."""
-    from trainer.checks.preflight import Findings, check_ranks
-    from trainer.objective import check_objective
-    from trainer.recipe import check, count_micro_batches
-
-    _positive(args, "gpus", "efficiency", "dataset_images")
-    if args.efficiency is not None and args.efficiency > 1:
-        raise UserError(f"--efficiency {args.efficiency}: expected a share of the peak, at most 1")
-    price = args.dollars_per_gpu_hour
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
-    found = Findings()
-    found.ask(check, args.recipe)
-    found.ask(check_objective, args.recipe)
-    found.tell()
-    for question in (count_micro_batches, check_ranks):
-        found.ask(question, args.recipe, args.gpus)
-    found.tell()
-
-
-def _positive(args: Any, *names: str) -> None:
-    """Refuse numbers that are not; what was left out (None) passes."""
-    for name in names:
-        given = getattr(args, name)
-        for value in given if isinstance(given, tuple) else (given,):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-
-
-def _not_negative(args: Any, name: str) -> None:
-    if getattr(args, name) < 0:
-        raise UserError(f"--{name} {getattr(args, name)}: expected zero or more")
-
-
-def _grade(args: GradeArgs) -> None:
-    import json
-
-    from trainer.planning.reality import calibrate, compare, graded, missed
-
-    calibration = calibrate(args.calibrate) if args.calibrate else None
-    if not args.json:
-        print(compare(args.run, calibration))
-        return
-    rows = graded(args.run, calibration)
-    print(json.dumps({"rows": rows, "missed": missed(rows)}, indent=1))
-
-
-def run_export(arguments: list[str]) -> None:
-    args = _parse(ExportArgs, arguments, "export")
-    from data_pipeline.loading.loader import open_dataset
-    from trainer.exports.adapter import export_adapter, export_diffusers_adapter
-    from trainer.exports.export import export_as
-    from trainer.runfolder import checkpoints_of, step_name
-    from trainer.zero.checkpoint import candidates
-
-    if args.kind not in ("ema", "raw"):
-        raise UserError(f"--kind {args.kind!r}, expected ema or raw")
-    folders = candidates(checkpoints_of(args.run))
-    if args.step is not None:
-        folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
-    if not folders:
-        raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
-    given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
-    if args.lora == "adapter":
-        if args.format == "sd3" or args.base is not None:
-            raise UserError("--lora adapter writes the adapter alone: omit --base, use --format beeline or diffusers")
-        write = export_diffusers_adapter if args.format == "diffusers" else export_adapter
-        count = write(folders[0], out=args.out, **given)
-    else:
-        count = export_as(args.format, folders[0], out=args.out, base=args.base, **given)
-    print(f"{args.out}: {count:,} parameters from {folders[0]}")
-
-
-def run_verify(arguments: list[str]) -> None:
-    from pathlib import Path
-
-    recipe, rest = _named_recipe(arguments, "verify-resume")
-    args = _parse(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
-    _positive(args, "num_ranks", "other_ranks")
-    from trainer.ladders.verify import describe, verify_resume
-
-    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
-    verdicts = verify_resume(
-        args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
-        other_ranks=args.other_ranks,
-    )  # fmt: skip
-    print(describe(verdicts))
-    if not all(verdict.kept for verdict in verdicts):
-        raise SystemExit(1)
-
-
-SWEEPS = ("lr", "formulations")
+which), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another rank was lost."""
+SWEEPS = {
+    "lr": Command("trainer.commands:sweep_rates", "learning rates on rungs of a ladder", takes_words=True),
+    "formulations": Command("trainer.commands:sweep_formulations", "any of the 61 formulations", takes_words=True),
+}
 COMMANDS = {
-    "train": run_train,
-    "ladder": run_ladder,
-    "sweep": run_sweep,
-    "plan": run_plan,
-    "export": run_export,
-    "verify-resume": run_verify,
+    "train": Command("trainer.commands:train", "train a recipe", takes_words=True),
+    "ladder": Command("trainer.commands:ladder", "train the rungs of a ladder that are missing", takes_words=True),
+    "sweep": CommandGroup(SWEEPS, "train a recipe's variants that are missing: lr or formulations"),
+    "plan": Command("trainer.commands:plan", "what a recipe needs: memory, time, dollars", takes_words=True),
+    "grade": Command("trainer.commands:grade", "the plan of a finished run against what it took", takes_words=True),
+    "export": Command("trainer.commands:export", "write weights from a checkpoint", takes_words=True),
+    "verify-resume": Command(
+        "trainer.commands:verify_resume", "prove that resuming continues the same run", takes_words=True
+    ),
 }
 
 
-def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """The arguments less these options and their values."""
-    kept, skip = [], False
-    for word in arguments:
-        if word.startswith("--"):
-            skip = word.split("=")[0].replace("_", "-") in names
-        if not skip:
-            kept.append(word)
-    return kept
-
-
-def _first(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
-    """The positional argument that comes first."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise UserError(f"python -m trainer {command} needs {what} right after the command; see --help")
-    if arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        raise SystemExit(0)
-    return arguments[0], arguments[1:]
-
-
-def _named_recipe(arguments: list[str], command: str) -> tuple[Recipe, list[str]]:
-    name, rest = _first(arguments, command, f"a recipe: {', '.join(RECIPES)}")
-    return get_recipe(name), rest
-
-
-def _parse(kind: type, arguments: list[str], prog: str, **defaults: Any) -> Any:
-    """Rank 0 alone reports a mistake (exit code 2); the others wait until it has, as the first to exit stops all."""
-    first = os.environ.get("RANK", "0") == "0"
-    options = {**_with_defaults(kind, defaults), "console_outputs": first}
+def main() -> None:
+    """Rank 0 alone reports a mistake of the command line; the others wait until it has: the first to exit ends all."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # the deepspeed launcher adds it
+    if os.environ.get("RANK", "0") == "0":
+        run_commands("python -m trainer", COMMANDS, DOC, words=words)
+        return
+    if not words or set(words) & set(HELP):
+        return
     try:
-        return parse(kind, _whole_numbers(arguments), prog=f"python -m trainer {prog}", **options)
-    except UserError:
-        if first:
-            raise
+        run_commands("python -m trainer", COMMANDS, DOC, words=words)
+    except UsageError:
         time.sleep(3.0)
         raise SystemExit(2) from None
 
 
-def _whole_numbers(arguments: list[str]) -> list[str]:
-    """`--images 2e9` as people write it."""
-
-    def whole(found: re.Match[str]) -> str:
-        return f"{float(found[0]):.0f}" if float(found[0]).is_integer() else found[0]
-
-    return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in arguments]
-
-
-def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
-    if not defaults:
-        return {}
-    missing = {name: tyro.MISSING for name in ("data", "out") if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    return {"default": kind(**missing, **defaults)}
-
-
 if __name__ == "__main__":
-    run_cli(main, also=(ModelError,))
+    run_cli(main)

@@ -19,7 +19,6 @@ from infra.errors import UserError, UserErrors, nearest
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
-from model.errors import ModelError
 from model.lora import count_adapter_parameters
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
@@ -395,7 +394,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _hashed(recipe: Recipe) -> dict[str, Any]:
     """What the identity of a run is made of."""
     told = recipe.to_json()
-    with contextlib.suppress(ModelError):  # of several ways to write it; an unknown one is refused where it is used
+    with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used
         told["formulation"] = get_formulation(recipe.formulation).name
     fields = [f for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET]
     defaults: dict[str, Any] = {
@@ -418,7 +417,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         fields = {key: item for key, item in value.items() if key != "backbone"}
         try:
             return config_from_json(value.get("backbone", "mmdit"), fields)
-        except ModelError as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):

@@ -1,10 +1,10 @@
 """What lies where in a run's folder, a local one or s3://; every name that more than one file needs is here.
 
-    recipe.json, plan.json, data.json (dataset.json as it stood)    written when the run starts
-    checkpoints/step_0000100/rank_00000.safetensors ...             see trainer/zero/checkpoint.py
-    weights/ema.safetensors, raw.safetensors, step_0000100/         exported weights
-    results/, logs/, samples/, skipped/                             rows, lines, pictures, keys of batches left out
-    unstable.json                                                   only where the guard ended the run
+recipe.json, plan.json, data.json (dataset.json as it stood)    written when the run starts
+checkpoints/step_0000100/rank_00000.safetensors ...             see trainer/zero/checkpoint.py
+weights/ema.safetensors, raw.safetensors, step_0000100/         exported weights
+results/, logs/, samples/, skipped/                             rows, lines, pictures, keys of batches left out
+unstable.json                                                   only where the guard ended the run
 """
 
 import json

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from data_pipeline.world.classes import BACKGROUNDS, CLASSES, COLORS
 from data_pipeline.world.scenes import detailed_caption, make_scene
 from data_pipeline.world.sprites import fit, sprite
-from infra.cli import parse
+from infra.cli import run_command
 from infra.errors import run_cli
 
 CELL = 40
@@ -49,4 +49,4 @@ def draw(out: Path = Path("world.png"), seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: parse(draw, sys.argv[1:], prog="python -m data_pipeline.world.sheet", description=__doc__))
+    run_cli(lambda: run_command(draw, sys.argv[1:], prog="python -m data_pipeline.world.sheet"))

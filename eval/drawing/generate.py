@@ -21,7 +21,6 @@ from model.diffusion.sampler import sample
 from model.encoders.networks import TextEncoders, load_text_encoders
 from model.encoders.text import TextCond, TextSpec, assemble, unconditional
 from model.encoders.vae import Latents, load_vae
-from model.errors import ModelError
 from model.files.weights import load_model
 from model.seeding import keyed_normal
 
@@ -80,14 +79,18 @@ class Painter:
 
     def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
         use_device(device)
+        advice = (
+            "give a run's weights/ema.safetensors, or write one from its checkpoint: "
+            "python -m trainer export RUN --data URI --out FILE"
+        )
         try:
-            self._loaded, self.meta = load_model(storage.localize(str(weights)))
-        except (MissingError, ModelError) as error:
-            kind = MissingError if isinstance(error, MissingError) else UserError
-            raise kind(
-                f"{error}; give a run's weights/ema.safetensors, or write one from its checkpoint: "
-                "python -m trainer export RUN --data URI --out FILE"
-            ) from error
+            local = storage.localize(str(weights))
+        except MissingError as error:
+            raise MissingError(f"{error}; {advice}") from error
+        try:
+            self._loaded, self.meta = load_model(local)
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from error
         missing = [key for key in NEEDED_META if key not in self.meta]
         if missing:
             raise UserError(

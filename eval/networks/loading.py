@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
-from model.errors import some
+from infra.errors import UserError, list_some
 
 
 @contextlib.contextmanager
@@ -51,5 +50,5 @@ def pretrained(
         model, found = architecture.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
         missing = sorted(name for name in found["missing_keys"] if not name.startswith(unused))
         if missing:
-            raise UserError(f"{path} holds no {what}: it lacks {some(missing)}; expected a folder of that network")
+            raise UserError(f"{path} holds no {what}: it lacks {list_some(missing)}; expected a folder of that network")
         return model.to(device).eval()

@@ -122,7 +122,7 @@ def markdown_text(text: Any) -> str:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write report.html, report.md, report.json and figures from run folders."""
+    """Where from and where to."""
 
     runs: str
     """folder (or s3:// prefix) of run folders, or one run folder"""
@@ -130,9 +130,6 @@ class ReportOptions:
     """local folder to write into"""
 
 
-def main(args: Sequence[str]) -> None:
-    """`python -m eval report`."""
-    from infra.cli import parse
-
-    options = parse(ReportOptions, args, prog="python -m eval report")
+def report(options: ReportOptions) -> None:
+    """Write report.html, report.md, report.json and figures from run folders."""
     print(write_report(options.runs, options.out))

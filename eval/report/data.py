@@ -157,11 +157,10 @@ def _read_json(uri: str, file: str, inside: Sequence[str], missing: list[str]) -
 def counted_parameters(model: Mapping[str, Any]) -> int | None:
     """Exact parameters of a recipe's model, where the plan does not say; None for a model this version cannot read."""
     from model.backbones.mmdit import MMDiTConfig
-    from model.errors import ModelError
 
     try:
         return MMDiTConfig.from_json(dict(model)).parameter_count()
-    except (ModelError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return None
 
 

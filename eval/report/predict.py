@@ -163,7 +163,7 @@ def _grade(found: Graded, row: ResultRow, runs: Sequence[Run], losses: Compariso
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Store what the fitted law says about a depth that is not trained yet; reports grade it once it is."""
+    """Which ladder, which depth."""
 
     runs: str
     """folder (or s3:// prefix) of run folders"""
@@ -171,11 +171,8 @@ class PredictOptions:
     """the depth to predict; None is the next rung of the ladder"""
 
 
-def main(args: Sequence[str]) -> None:
-    """`python -m eval predict`."""
-    from infra.cli import parse
-
-    options = parse(PredictOptions, args, prog="python -m eval predict")
+def predict_next(options: PredictOptions) -> None:
+    """Store what the fitted law says about a depth that is not trained yet; reports grade it once it is."""
     found = predict(options.runs, options.depth)
     print(
         f"depth {found.depth} ({count_text(found.parameters)} parameters): {found.metric} at "

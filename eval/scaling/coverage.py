@@ -167,7 +167,7 @@ def main(trials: int = 1000, out: str = str(COVERAGE)) -> None:
 if __name__ == "__main__":
     import sys
 
-    from infra.cli import parse
+    from infra.cli import run_command
     from infra.errors import run_cli
 
-    run_cli(lambda: parse(main, sys.argv[1:], prog="python -m eval.scaling.coverage"))
+    run_cli(lambda: run_command(main, sys.argv[1:], prog="python -m eval.scaling.coverage"))

@@ -1,7 +1,6 @@
 """`python -m eval serve --runs URI`: watch runs, evaluate each new checkpoint once, show everything in a browser."""
 
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
 from eval.service.worker import Settings
-from infra.cli import parse
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -99,8 +97,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _address(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
-def main(args: Sequence[str]) -> None:
-    """`python -m eval serve`."""
-    serve(parse(ServeOptions, args, prog="python -m eval serve", description=ServeOptions.__doc__))

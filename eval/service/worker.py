@@ -23,7 +23,6 @@ from infra import storage
 from infra.errors import MissingError, UserError
 from infra.log import get_logger
 from infra.runner import run_units
-from model.errors import ModelError
 
 log = get_logger("service")
 NOT_IN_HASH = ("runs", "checkpoints", "workers", "gpus_per_worker", "data", "calibration")
@@ -129,7 +128,7 @@ def _serve(pipe: Connection, settings: Settings) -> None:
                 prepared = True
             units = [{"id": name_of(c), "checkpoint": asdict(c)} for c in checkpoints]
             pipe.send((run_units(task, units, workers=options.workers, gpus=options.gpus_per_worker), ""))
-        except (UserError, ModelError) as error:
+        except UserError as error:
             pipe.send(({}, str(error)))
         except Exception as error:
             traceback.print_exc()
@@ -184,8 +183,6 @@ def _work(
     except MissingError as error:
         told = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
         raise UserError(told) from error
-    except ModelError as error:
-        raise UserError(str(error)) from error
     return {}
 
 

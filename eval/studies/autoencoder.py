@@ -68,12 +68,6 @@ class Figures:
     values: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
-def main(argv: Sequence[str]) -> None:
-    from infra.cli import parse
-
-    report(parse(Options, argv, prog="python -m eval autoencoder", description=report.__doc__))
-
-
 def report(options: Options) -> None:
     """Reconstruct pictures with each autoencoder and print rFID, LPIPS, SSIM and PSNR with 95 % intervals."""
     if not options.vae or options.count < 2 or options.batch < 1:

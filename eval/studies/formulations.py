@@ -20,7 +20,6 @@ from eval.protocol import keep_protocol, protocol_hash, protocol_of
 from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
 from eval.studies.ranking import TABLE_1, Cell, Ranking, against_paper, rank
 from infra import storage
-from infra.cli import parse
 from infra.errors import UserError
 from infra.log import Progress, get_logger
 from infra.results import ResultStore
@@ -73,10 +72,6 @@ class Entry:
     weights: dict[str, str]
     chosen: str
     """how the checkpoint was chosen"""
-
-
-def main(argv: Sequence[str]) -> None:
-    study(parse(StudyOptions, argv, prog="python -m eval study", description=study.__doc__))
 
 
 def study(options: StudyOptions) -> None:

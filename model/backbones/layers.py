@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.norms import NormBackend, layer_norm
-from model.errors import ModelError
 from model.seeding import draw_
 
 TIME_CHANNELS = 256
@@ -59,9 +59,9 @@ class PatchEmbed(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         channels, height, width = x_BCHW.shape[1:]
         if channels != self.in_channels:
-            raise ModelError(f"latents have {channels} channels, the model expects {self.in_channels}")
+            raise UserError(f"latents have {channels} channels, the model expects {self.in_channels}")
         if height % self.patch or width % self.patch:
-            raise ModelError(f"latents of {height}x{width} are not divisible by the patch size {self.patch}")
+            raise UserError(f"latents of {height}x{width} are not divisible by the patch size {self.patch}")
         # A transposed layout would go on through every block, whose norms would copy it (8 % of a step at depth 4).
         return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.attention import QKVProjection, attend, join, separate
 from model.backbones.layers import MLP, Modulate, Modulation, XavierLinear, scale_shift
 from model.backbones.norms import layer_norm
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
-from model.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class MMDiTConfig(TokenConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.dual_attention, tuple) or any(type(i) is not int for i in self.dual_attention):
-            raise ModelError(f"dual_attention is {self.dual_attention!r}, expected a list of block numbers")
+            raise UserError(f"dual_attention is {self.dual_attention!r}, expected a list of block numbers")
         # Released models never have it in the last block, whose text stream is pre-only.
         if any(not 0 <= i < self.depth - 1 for i in self.dual_attention):
-            raise ModelError(f"dual_attention {self.dual_attention} names blocks outside 0..{self.depth - 2}")
+            raise UserError(f"dual_attention {self.dual_attention} names blocks outside 0..{self.depth - 2}")
         if len(set(self.dual_attention)) < len(self.dual_attention):
-            raise ModelError(f"dual_attention {self.dual_attention} names a block twice")
+            raise UserError(f"dual_attention {self.dual_attention} names a block twice")
 
     @property
     def name(self) -> str:

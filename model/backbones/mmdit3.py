@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.attention import QKV, attend, join, separate
 from model.backbones.layers import Modulation, scale_shift
 from model.backbones.mmdit import FinalTextStream, Stream
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
-from model.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class MMDiT3(TokenBackbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         split = self.config.clip_tokens
         if not 0 < split < text.context_BLD.shape[1]:
-            raise ModelError(f"clip_tokens={split} leaves no two parts of {text.context_BLD.shape[1]} text tokens")
+            raise UserError(f"clip_tokens={split} leaves no two parts of {text.context_BLD.shape[1]} text tokens")
         self.check_inputs(x_BCHW, t_B, text)
         e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
         x_BND, clip_BMD, t5_BLD = e.x_BND, e.y_BLD[:, :split], e.y_BLD[:, split:]

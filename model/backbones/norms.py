@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.errors import ModelError
+from infra.errors import UserError
 
 NormBackend = Literal["torch", "apex"]
 EPS = 1e-6
@@ -30,9 +30,9 @@ def apex_available() -> bool:
 
 def _require(backend: str) -> None:
     if backend not in ("torch", "apex"):
-        raise ModelError(f"norm backend {backend!r} is not one of torch, apex")
+        raise UserError(f"norm backend {backend!r} is not one of torch, apex")
     if backend == "apex" and not apex_available():
-        raise ModelError(
+        raise UserError(
             "norm_backend=apex was asked for, but NVIDIA apex with its CUDA kernels (fused_layer_norm_cuda) is not "
             "installed; build it or use torch"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError
+from infra.errors import UserError
 
 MAX_PERIOD = 10_000.0
 
@@ -39,9 +39,9 @@ class PositionTable(nn.Module):
     def __init__(self, width: int, count: int, *, target: int, base: int, stored: bool = False):
         super().__init__()
         if width % 4:
-            raise ModelError(f"position table of width {width}: the width must be divisible by 4")
+            raise UserError(f"position table of width {width}: the width must be divisible by 4")
         if not 1 <= target <= count:
-            raise ModelError(f"pos_tokens={target} must lie in 1..pos_max={count}")
+            raise UserError(f"pos_tokens={target} must lie in 1..pos_max={count}")
         self.width, self.count, self.target, self.base = width, count, target, base
         # stored=True: the table comes with the weights (released SD3 files) instead of from the formula.
         self.register_buffer("axes_2PD", torch.empty(2, count, width // 2), persistent=stored)
@@ -66,7 +66,7 @@ class PositionTable(nn.Module):
     def forward(self, rows: int, columns: int) -> Tensor:
         """Positions (1, rows*columns, D) of the centre crop, row by row."""
         if max(rows, columns) > self.count:
-            raise ModelError(
+            raise UserError(
                 f"a grid of {rows}x{columns} tokens is larger than the position table of {self.count}x{self.count}; "
                 "raise pos_max"
             )

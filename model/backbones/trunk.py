@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infra.errors import UserError, nearest
 from model.backbones.attention import HEAD_WIDTH, key_bias
 from model.backbones.layers import TIME_CHANNELS, Condition, FinalLayer, PatchEmbed, XavierLinear, unpatchify
 from model.backbones.norms import NormBackend
 from model.backbones.position import PositionTable
 from model.encoders.text import TextCond
-from model.errors import ModelError, hint
 from model.seeding import seeded
 
 
@@ -49,9 +49,9 @@ class TokenConfig(ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", int) and (type(value) is not int or value < 1):
-                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected an integer of at least 1")
+                raise UserError(f"{type(self).__name__}.{field.name} is {value!r}, expected an integer of at least 1")
             if field.type in ("bool", bool) and type(value) is not bool:
-                raise ModelError(f"{type(self).__name__}.{field.name} is {value!r}, expected true or false")
+                raise UserError(f"{type(self).__name__}.{field.name} is {value!r}, expected true or false")
 
     @property
     @abstractmethod
@@ -100,9 +100,9 @@ class TokenConfig(ABC):
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
-                raise ModelError(f"unknown {cls.__name__} field {key!r}{hint(key, known)}")
+                raise UserError(f"unknown {cls.__name__} field {key!r}{nearest(key, known)}")
         if "depth" not in data:
-            raise ModelError(f"{cls.__name__} without a depth; found {', '.join(data) or 'nothing'}")
+            raise UserError(f"{cls.__name__} without a depth; found {', '.join(data) or 'nothing'}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**fields)
 
@@ -165,19 +165,19 @@ class TokenBackbone(nn.Module):
         """Refuse text of other widths than the model was built for, and parts of different batches."""
         config, batch, mask = self.config, x_BCHW.shape[0], text.mask_BL
         if x_BCHW.ndim != 4 or 0 in x_BCHW.shape:
-            raise ModelError(f"latents of shape {tuple(x_BCHW.shape)}, expected (batch, channels, height, width)")
+            raise UserError(f"latents of shape {tuple(x_BCHW.shape)}, expected (batch, channels, height, width)")
         if t_B.shape != (batch,) or len(text) != batch or len(text.pooled_BP) != batch:
-            raise ModelError(
+            raise UserError(
                 f"{batch} latents with times of shape {tuple(t_B.shape)} and text for {len(text)} (context), "
                 f"{len(text.pooled_BP)} (pooled); expected {batch} of each"
             )
         if mask is not None and (mask.shape != text.context_BLD.shape[:2] or mask.dtype != torch.bool):
-            raise ModelError(
+            raise UserError(
                 f"text mask of shape {tuple(mask.shape)} and type {mask.dtype}, expected "
                 f"{tuple(text.context_BLD.shape[:2])} and torch.bool"
             )
         if text.context_BLD.shape[-1] != config.context_width or text.pooled_BP.shape[-1] != config.pooled_width:
-            raise ModelError(
+            raise UserError(
                 f"text of widths {text.context_BLD.shape[-1]} (context), {text.pooled_BP.shape[-1]} (pooled) does not "
                 f"fit the model's {config.context_width}, {config.pooled_width}"
             )

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.errors import UserError
 from model.backbones.dit import DiTBlock, OfDiTBlocks
 from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, unpatchify
 from model.backbones.norms import layer_norm
 from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
-from model.errors import ModelError
 from model.seeding import draw_
 
 GROUPS = 32
@@ -109,7 +109,7 @@ class UViT(TokenBackbone):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         if x_BCHW.shape[1] != self.config.in_channels:
-            raise ModelError(f"latents have {x_BCHW.shape[1]} channels, the model expects {self.config.in_channels}")
+            raise UserError(f"latents have {x_BCHW.shape[1]} channels, the model expects {self.config.in_channels}")
         self.check_inputs(x_BCHW, t_B, text)
         c_BD = self.condition(t_B, text.pooled_BP)
         x_BCHW = self.conv_in(x_BCHW)

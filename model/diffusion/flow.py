@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, nearest
 from model.diffusion.paths import EDM, SIGMA_DATA, Cosine, Level, Linear, Path, RectifiedFlow
 from model.diffusion.timesteps import (
     Density,
@@ -25,7 +26,6 @@ from model.diffusion.timesteps import (
     require_shift,
     uniform,
 )
-from model.errors import ModelError, hint
 
 Target = Literal["velocity", "eps", "v", "F"]
 Coefficients = Callable[[Level], tuple[Tensor, Tensor]]
@@ -225,9 +225,9 @@ def get_formulation(name: str) -> Formulation:
     if name.startswith("edm("):
         numbers = parse_call(name)[1]
         if len(numbers) != 2:
-            raise ModelError(f"{name!r}: edm takes two numbers, P_m and P_s")
+            raise UserError(f"{name!r}: edm takes two numbers, P_m and P_s")
         form = _edm(f"edm({number(numbers[0])},{number(numbers[1])})", EDM("normal", *numbers))
         return FORMULATIONS.get(form.name, form)
-    raise ModelError(
-        f"unknown formulation {name!r}{hint(name, FORMULATIONS)}; `python -m model formulations` lists all of them"
+    raise UserError(
+        f"unknown formulation {name!r}{nearest(name, FORMULATIONS)}; `python -m model formulations` lists all of them"
     )

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from model.diffusion.flow import Formulation
 from model.diffusion.paths import EDM, Cosine, Level, Linear
 from model.diffusion.timesteps import require_shift, resolution_shift
-from model.errors import ModelError
 
 Grid = Literal["default", "released"]
 
@@ -43,12 +43,12 @@ def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
 def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
     """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
     if not isinstance(steps, int) or steps < 1:
-        raise ModelError(f"sampling with {steps} steps; expected an integer of at least 1")
+        raise UserError(f"sampling with {steps} steps; expected an integer of at least 1")
     require_shift(shift)
     if grid == "released":
         return released_grid(formulation, steps, shift)
     if grid != "default":
-        raise ModelError(f"unknown sampling grid {grid!r}; known: default, released")
+        raise UserError(f"unknown sampling grid {grid!r}; known: default, released")
     path = formulation.path
     zero = torch.zeros(1, dtype=torch.float64)
     if isinstance(path, EDM):
@@ -73,7 +73,7 @@ def released_grid(formulation: Formulation, steps: int, shift: float) -> Tensor:
     """The steps that sd3-ref and diffusers really take: their table of 1000 levels is shifted already, and the points
     picked between its ends are shifted a second time."""
     if over_sigma(formulation) or isinstance(formulation.path, Cosine):
-        raise ModelError(f"grid released is SD3's and needs a rectified flow, not {formulation.name}")
+        raise UserError(f"grid released is SD3's and needs a rectified flow, not {formulation.name}")
     first = torch.ones(1, dtype=torch.float64)
     last = resolution_shift(first / 1000, shift)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else 0 * first

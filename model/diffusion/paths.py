@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from model.diffusion.timesteps import require_finite
-from model.errors import ModelError
 
 SIGMA_DATA = 0.5  # of latents, as EDM assumes it of images (arXiv 2206.00364, table 1)
 
@@ -157,7 +157,7 @@ class EDM:
     def __post_init__(self) -> None:
         require_finite(f"edm({self.mean},{self.std})", self.mean, self.std)
         if self.std <= 0:
-            raise ModelError(f"edm P_s is {self.std}, expected a positive number")
+            raise UserError(f"edm P_s is {self.std}, expected a positive number")
 
     @property
     def formula(self) -> str:

@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation, like
 from model.diffusion.grids import Grid, level_at, lowest_ratio, over_sigma, sampling_grid, start_state
 from model.encoders.text import TextCond
-from model.errors import ModelError, hint
 
 Solver = Literal["euler", "heun", "rk"]
 Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
@@ -89,7 +89,7 @@ def solve(
     """
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     if solver not in get_args(Solver):
-        raise ModelError(f"unknown solver {solver!r}{hint(solver, get_args(Solver))}; known: euler, heun, rk")
+        raise UserError(f"unknown solver {solver!r}{nearest(solver, get_args(Solver))}; known: euler, heun, rk")
     predict = guided(model_fn, text, uncond, guidance)
     evaluations = 0
 
@@ -115,14 +115,14 @@ def solve(
 def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
     """predict(x, network_time_B) with classifier-free guidance folded in."""
     if not math.isfinite(guidance):
-        raise ModelError(f"guidance is {guidance}, expected a finite number")
+        raise UserError(f"guidance is {guidance}, expected a finite number")
     if guidance == 1.0:
         return lambda x, t_B: model_fn(x, t_B, text)
     if uncond is None:
-        raise ModelError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
+        raise UserError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
     shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
     if shapes[0] != shapes[1]:
-        raise ModelError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
+        raise UserError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
     both = TextCond.cat([text, uncond])
 
     def predict(x: Tensor, t_B: Tensor) -> Tensor:

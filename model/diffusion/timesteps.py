@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.errors import ModelError, hint
+from infra.errors import UserError, nearest
 
 MODE_LIMIT = 2 / (math.pi - 2)
 
@@ -35,7 +35,7 @@ def number(x: float) -> str:
 def require_finite(name: str, *numbers: float) -> None:
     """Refuse nan and infinity among a density's parameters."""
     if not all(math.isfinite(number) for number in numbers):
-        raise ModelError(f"{name}: expected finite numbers")
+        raise UserError(f"{name}: expected finite numbers")
 
 
 def uniform() -> Density:
@@ -46,7 +46,7 @@ def lognorm(mean: float, std: float) -> Density:
     """Logit-normal: logit(t) ~ N(mean, std**2); mean < 0 favours data, > 0 noise."""
     require_finite(f"lognorm({mean},{std})", mean, std)
     if std <= 0:
-        raise ModelError(f"lognorm std is {std}, expected a positive number")
+        raise UserError(f"lognorm std is {std}, expected a positive number")
 
     def pdf(t: Tensor) -> Tensor:
         z = (torch.logit(t) - mean) / std
@@ -73,7 +73,7 @@ def mode_inverse(t: Tensor, scale: float) -> Tensor:
 def mode(scale: float) -> Density:
     """Mode sampling with heavy tails: scale > 0 favours the middle, < 0 the ends. Monotone only inside the limits."""
     if not -1 <= scale <= MODE_LIMIT:
-        raise ModelError(f"mode scale is {scale}, expected -1 <= s <= 2/(pi-2) = {MODE_LIMIT:.4f}")
+        raise UserError(f"mode scale is {scale}, expected -1 <= s <= 2/(pi-2) = {MODE_LIMIT:.4f}")
 
     def pdf(t: Tensor) -> Tensor:
         slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * mode_inverse(t, scale))
@@ -108,26 +108,27 @@ def parse_call(name: str) -> tuple[str, tuple[float, ...]]:
         assert match is not None
         return match[1], tuple(float(x) for x in match[2].split(",")) if match[2] else ()
     except (AssertionError, ValueError):
-        raise ModelError(f"cannot read {name!r}; expected name or name(number,...)") from None
+        raise UserError(f"cannot read {name!r}; expected name or name(number,...)") from None
 
 
 def get_density(name: str) -> Density:
     """A density by name and parameters, as in "lognorm(0.00,1.00)"."""
     family, numbers = parse_call(name)
     if family not in DENSITIES:
-        raise ModelError(f"unknown timestep density {family!r}{hint(family, DENSITIES)}; known: {', '.join(DENSITIES)}")
+        known = ", ".join(DENSITIES)
+        raise UserError(f"unknown timestep density {family!r}{nearest(family, DENSITIES)}; known: {known}")
     try:
         return DENSITIES[family](*numbers)
     except TypeError:
-        raise ModelError(f"timestep density {name!r}: {len(numbers)} parameters do not fit {family}") from None
+        raise UserError(f"timestep density {name!r}: {len(numbers)} parameters do not fit {family}") from None
     except ArithmeticError as error:
-        raise ModelError(f"timestep density {name!r}: {error}") from None
+        raise UserError(f"timestep density {name!r}: {error}") from None
 
 
 def require_shift(shift: float) -> None:
     """Refuse a resolution shift that is no positive number."""
     if not 0 < shift < math.inf:
-        raise ModelError(f"resolution shift is {shift}, expected a positive number")
+        raise UserError(f"resolution shift is {shift}, expected a positive number")
 
 
 def resolution_shift(t: Tensor, shift: float) -> Tensor:

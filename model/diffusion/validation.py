@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
-from model.errors import ModelError, hint
 from model.seeding import keyed_normal
 
 
@@ -67,7 +67,7 @@ def get_protocol(name: str, formulation: Formulation | None = None) -> ValProtoc
     A protocol whose mean needs such a level (`mlperf` has t = 0, where EDM's network time is -inf) is refused.
     """
     if name not in VAL_PROTOCOLS:
-        raise ModelError(f"unknown validation protocol {name!r}{hint(name, VAL_PROTOCOLS)}")
+        raise UserError(f"unknown validation protocol {name!r}{nearest(name, VAL_PROTOCOLS)}")
     protocol = VAL_PROTOCOLS[name]
     if formulation is None:
         return protocol
@@ -84,7 +84,7 @@ def _has_level(formulation: Formulation, t: float) -> bool:
 
 def _require_level(formulation: Formulation, t: float) -> None:
     if not _has_level(formulation, t):
-        raise ModelError(f"{formulation.name} has no noise level t={t:g} to validate at; use protocol sd3 or midpoint")
+        raise UserError(f"{formulation.name} has no noise level t={t:g} to validate at; use protocol sd3 or midpoint")
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, list_some
 from model.encoders.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble
-from model.errors import ModelError, some
 
 
 class TextEncoder(Protocol):
@@ -36,7 +36,7 @@ class TextEncoders:
     def encode(self, captions: Sequence[str], *, batch: int = 256) -> dict[str, EncodedText]:
         """Every caption by every encoder; states of static length under `padded`, lengths stated under both layouts."""
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise ModelError("encode takes a list of captions, each a string")
+            raise UserError("encode takes a list of captions, each a string")
         # Unpaired surrogates, which JSON can smuggle in, make tokenizers raise TypeError.
         captions = [c.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for c in captions]
         out = {}
@@ -68,7 +68,7 @@ def load_text_encoders(
     for encoder in spec.encoders:
         path = Path(resolve(encoder.checkpoint))
         if not path.is_dir():
-            raise ModelError(f"text encoder {encoder.checkpoint!r}: no folder at {path}; expected the hub's layout")
+            raise UserError(f"text encoder {encoder.checkpoint!r}: no folder at {path}; expected the hub's layout")
         loaded[encoder.seat] = LOADERS[encoder.kind](path, encoder, spec, device, dtype)
     return TextEncoders(spec, loaded)
 
@@ -81,7 +81,7 @@ def _projected(encoder: EncoderSpec, spec: TextSpec) -> bool:
 def _checked(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length_B: Tensor) -> EncodedText:
     """Move to the CPU in float32 and compare with what the spec states."""
     if hidden_BLW.shape[-1] != encoder.width or pooled_BP.shape[-1] != encoder.pooled:
-        raise ModelError(
+        raise UserError(
             f"{encoder.seat} ({encoder.checkpoint}): states of width {hidden_BLW.shape[-1]} and pooled "
             f"{pooled_BP.shape[-1]}, the TextSpec states {encoder.width} and {encoder.pooled}; correct it"
         )
@@ -96,7 +96,7 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     sibling = path.with_name(path.name.replace("text_encoder", "tokenizer"))
     if sibling == path or not sibling.is_dir():
-        raise ModelError(f"no tokenizer in {path}; expected tokenizer files there or in a tokenizer folder beside it")
+        raise UserError(f"no tokenizer in {path}; expected tokenizer files there or in a tokenizer folder beside it")
     return AutoTokenizer.from_pretrained(str(sibling), local_files_only=True)
 
 
@@ -113,11 +113,11 @@ def _from_pretrained(
             str(path), local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load {architecture.__name__} from {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load {architecture.__name__} from {path}: {str(error).splitlines()[0]}") from None
     missing = sorted(name for name in found["missing_keys"] if unused is None or not name.startswith(unused))
     if missing:
-        raise ModelError(
-            f"cannot load {architecture.__name__} from {path}: it lacks {some(missing)}; "
+        raise UserError(
+            f"cannot load {architecture.__name__} from {path}: it lacks {list_some(missing)}; "
             "expected a folder of that class"
         )
     return model.to(device).eval().requires_grad_(False)
@@ -138,17 +138,17 @@ def _open_clip(
     from safetensors import SafetensorError
 
     if not (path / "open_clip_config.json").is_file():
-        raise ModelError(f"no open_clip_config.json in {path}; expected an OpenCLIP folder")
+        raise UserError(f"no open_clip_config.json in {path}; expected an OpenCLIP folder")
     try:
         model = open_clip.create_model(f"local-dir:{path}", device=device, require_pretrained=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load OpenCLIP weights from {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot load OpenCLIP weights from {path}: {' '.join(str(error).split())[:300]}") from None
     model = model.to(dtype).eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{path}", context_length=encoder.tokens)
     tower: Any = getattr(model, "text", model)
     limit = tower.positional_embedding.shape[0]
     if encoder.tokens > limit:
-        raise ModelError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
+        raise UserError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
     projected = _projected(encoder, spec)
     # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
     # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
@@ -200,7 +200,7 @@ def _t5_hf(
     from transformers import T5EncoderModel
 
     if dtype == torch.float16:
-        raise ModelError("T5 overflows in float16; load it in bfloat16 or float32")
+        raise UserError("T5 overflows in float16; load it in bfloat16 or float32")
     model = _from_pretrained(T5EncoderModel, path, dtype, device)
     return _masked_encoder(model, load_tokenizer(path), encoder, device, use_mask=spec.layout == "trimmed")
 

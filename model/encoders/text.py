@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import BoolTensor, Tensor
 
-from model.errors import ModelError, hint
+from infra.errors import UserError, nearest
 
 Seat = Literal["clip_l", "clip_g", "t5"]
 Layout = Literal["padded", "trimmed"]
@@ -41,11 +41,13 @@ class EncoderSpec:
         for field, allowed in (("seat", get_args(Seat)), ("kind", get_args(Kind))):
             value = getattr(self, field)
             if value not in allowed:
-                raise ModelError(f"encoder {field} {value!r} is not one of {', '.join(allowed)}{hint(value, allowed)}")
+                raise UserError(
+                    f"encoder {field} {value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}"
+                )
         if self.seat == "t5" and self.pooled:
-            raise ModelError(f"the t5 seat gives no pooled vector, but pooled={self.pooled} was stated; use 0")
+            raise UserError(f"the t5 seat gives no pooled vector, but pooled={self.pooled} was stated; use 0")
         if self.tokens < 1 or self.width < 1 or self.pooled < 0:
-            raise ModelError(f"encoder {self.seat}: tokens={self.tokens}, width={self.width}, pooled={self.pooled}")
+            raise UserError(f"encoder {self.seat}: tokens={self.tokens}, width={self.width}, pooled={self.pooled}")
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,16 @@ class TextSpec:
         for field, allowed in (("layout", get_args(Layout)), ("convention", get_args(Convention))):
             value = getattr(self, field)
             if value not in allowed:
-                raise ModelError(f"text {field} {value!r} is not one of {', '.join(allowed)}{hint(value, allowed)}")
+                raise UserError(f"text {field} {value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
         seats = [e.seat for e in self.encoders]
         if not seats or len(set(seats)) != len(seats):
-            raise ModelError(f"text seats {seats}: expected at least one encoder and each seat at most once")
+            raise UserError(f"text seats {seats}: expected at least one encoder and each seat at most once")
         clip_width = sum(e.width for e in self.clip)
         widest = max([clip_width] + [e.width for e in self.encoders])
         if widest > self.context_width:
-            raise ModelError(f"text of width {widest} does not fit context_width {self.context_width}; raise it")
+            raise UserError(f"text of width {widest} does not fit context_width {self.context_width}; raise it")
         if self.t5 is not None and self.t5.width != self.context_width:
-            raise ModelError(
-                f"t5 seat of width {self.t5.width} but context_width {self.context_width}; make them equal"
-            )
+            raise UserError(f"t5 seat of width {self.t5.width} but context_width {self.context_width}; make them equal")
 
     @property
     def clip(self) -> tuple[EncoderSpec, ...]:
@@ -112,7 +112,7 @@ SD3_T5_TOKENS: dict[Convention, int] = {"sd3-ref": 77, "diffusers": 256}
 def sd3_text_spec(convention: Convention, layout: Layout = "padded") -> TextSpec:
     """The three encoders of SD3, under the names of their folders in a released pipeline."""
     if convention not in SD3_T5_TOKENS:
-        raise ModelError(f"text convention {convention!r} is not one of {', '.join(SD3_T5_TOKENS)}")
+        raise UserError(f"text convention {convention!r} is not one of {', '.join(SD3_T5_TOKENS)}")
     clip_l = EncoderSpec("clip_l", "text_encoder", "clip_hf", tokens=77, width=768, pooled=768)
     clip_g = EncoderSpec("clip_g", "text_encoder_2", "clip_hf", tokens=77, width=1280, pooled=1280)
     t5 = EncoderSpec("t5", "text_encoder_3", "t5_hf", tokens=SD3_T5_TOKENS[convention], width=4096, pooled=0)
@@ -199,10 +199,10 @@ def assemble(
     A dropped encoder gives zeros, and under `trimmed` its whole stated length stays attended to (mask True).
     """
     if not features:
-        raise ModelError("no text features given; for the unconditional input use unconditional(spec, batch)")
+        raise UserError("no text features given; for the unconditional input use unconditional(spec, batch)")
     unknown = set(features) - {e.seat for e in spec.encoders}
     if unknown:
-        raise ModelError(f"text features for seats {sorted(unknown)}, which this TextSpec does not have")
+        raise UserError(f"text features for seats {sorted(unknown)}, which this TextSpec does not have")
     first = next(iter(features.values()))
     batch, device = len(first), first.hidden_BLW.device
     context_BLD = torch.zeros(batch, spec.context_tokens, spec.context_width, device=device)
@@ -233,12 +233,12 @@ def _checked(spec: TextSpec, encoder: EncoderSpec, text: EncodedText, batch: int
     """(hidden, pooled, real tokens) of one seat in float32; padding states are zeroed under `trimmed` only."""
     rows, length, width = text.hidden_BLW.shape
     if rows != batch or width != encoder.width or length > encoder.tokens:
-        raise ModelError(
+        raise UserError(
             f"seat {encoder.seat}: text states of shape {(rows, length, width)}, expected {batch} rows of at most "
             f"{encoder.tokens} tokens of width {encoder.width}; the data was encoded with another TextSpec"
         )
     if encoder.pooled and text.pooled_BP.shape != (batch, encoder.pooled):
-        raise ModelError(
+        raise UserError(
             f"seat {encoder.seat}: pooled {tuple(text.pooled_BP.shape)}, expected {(batch, encoder.pooled)}"
         )
     device = text.hidden_BLW.device
@@ -248,7 +248,7 @@ def _checked(spec: TextSpec, encoder: EncoderSpec, text: EncodedText, batch: int
     if spec.layout == "trimmed":
         hidden = hidden.masked_fill(~real[:, :length, None], 0.0)
     elif length != encoder.tokens:
-        raise ModelError(
+        raise UserError(
             f"seat {encoder.seat}: {length} tokens under layout padded, which stores all {encoder.tokens}; "
             "encode again or use layout trimmed"
         )

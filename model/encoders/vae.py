@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError, json_object, some
+from infra.errors import UserError, list_some
+from model.json_files import parse_json_object
 
 
 def load_vae(path: str | Path) -> Any:
@@ -22,16 +23,16 @@ def load_vae(path: str | Path) -> Any:
     from diffusers import AutoencoderKL
 
     if not (Path(path) / "config.json").is_file():
-        raise ModelError(f"no autoencoder at {path}: expected a diffusers folder with config.json and weights")
-    told = json_object((Path(path) / "config.json").read_bytes(), f"{path}/config.json")
+        raise UserError(f"no autoencoder at {path}: expected a diffusers folder with config.json and weights")
+    told = parse_json_object((Path(path) / "config.json").read_bytes(), f"{path}/config.json")
     if told.get("_class_name") != "AutoencoderKL":
-        raise ModelError(f"{path}: config.json of class {told.get('_class_name')!r}, expected 'AutoencoderKL'")
+        raise UserError(f"{path}: config.json of class {told.get('_class_name')!r}, expected 'AutoencoderKL'")
     try:
         vae, found = AutoencoderKL.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot load the autoencoder at {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot load the autoencoder at {path}: {' '.join(str(error).split())[:300]}") from None
     if found["missing_keys"]:
-        raise ModelError(f"cannot load the autoencoder at {path}: it lacks {some(sorted(found['missing_keys']))}")
+        raise UserError(f"cannot load the autoencoder at {path}: it lacks {list_some(sorted(found['missing_keys']))}")
     return vae.eval().requires_grad_(False)
 
 

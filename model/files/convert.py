@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
-from model.errors import ModelError, json_object
 from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
 from model.files.pipeline import write_pipeline
 from model.files.weights import (
@@ -23,6 +23,7 @@ from model.files.weights import (
     save_weights,
     write_safetensors,
 )
+from model.json_files import parse_json_object
 
 Dialect = Literal["beeline", "sd3", "diffusers"]
 
@@ -50,11 +51,11 @@ def convert(
     if to is None:
         to = "beeline" if found != "beeline" else "sd3" if target.suffix == ".safetensors" else "diffusers"
     if source.resolve() in (target.resolve(), (target / "transformer").resolve()):
-        raise ModelError(f"{target} would overwrite {source}, which it is made from; give another target")
+        raise UserError(f"{target} would overwrite {source}, which it is made from; give another target")
     check_target(target, to)
     given = [*(["vae"] if vae else []), *(encoders or {})]
     if given and to != "diffusers":
-        raise ModelError(f"{', '.join(given)} given, but only a diffusers pipeline carries them, not dialect {to}")
+        raise UserError(f"{', '.join(given)} given, but only a diffusers pipeline carries them, not dialect {to}")
     if to == "diffusers":
         write_pipeline(target, config, state, meta, vae=vae, encoders=encoders or {})
     elif to == "sd3":
@@ -68,12 +69,12 @@ def convert(
 def check_target(target: Path, to: str) -> None:
     """Refuse a name that does not say what will be there: a file, or a folder."""
     if to not in get_args(Dialect):
-        raise ModelError(f"unknown dialect {to!r}; known: {', '.join(get_args(Dialect))}")
+        raise UserError(f"unknown dialect {to!r}; known: {', '.join(get_args(Dialect))}")
     if to == "diffusers":
         if target.suffix == ".safetensors" or target.is_file():
-            raise ModelError(f"{target}: dialect diffusers is a folder; give the name of one")
+            raise UserError(f"{target}: dialect diffusers is a folder; give the name of one")
     elif target.suffix != ".safetensors" or target.is_dir():
-        raise ModelError(f"{target}: dialect {to} is one file; give a name that ends in .safetensors")
+        raise UserError(f"{target}: dialect {to} is one file; give a name that ends in .safetensors")
 
 
 def read_any(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[str, Tensor], dict[str, Any]]:
@@ -81,12 +82,12 @@ def read_any(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[str, T
     if source.is_dir():
         return _read_folder(source, kind)
     if not source.is_file():
-        raise ModelError(f"nothing at {source}; expected a .safetensors file or a diffusers folder")
+        raise UserError(f"nothing at {source}; expected a .safetensors file or a diffusers folder")
     metadata, tensors = _read_safetensors(source)
     if META_KEY in metadata and not any(k.startswith(SD3_PREFIX) for k in tensors):
         state, meta = load_weights(source)
         if meta["backbone"] != "mmdit":
-            raise ModelError(f"{source} holds a {meta['backbone']}; only mmdit has other dialects")
+            raise UserError(f"{source} holds a {meta['backbone']}; only mmdit has other dialects")
         return "beeline", MMDiTConfig.from_json(meta["config"]), state, meta
     config, state = from_sd3(tensors, str(source))
     return "sd3", *_restore(config, state, metadata, kind)
@@ -99,14 +100,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
 
 
 def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[str, Tensor], dict[str, Any]]:
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
-        raise ModelError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
-    told = json_object((folder / "config.json").read_bytes(), f"{folder}/config.json")
+        raise UserError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
+    told = parse_json_object((folder / "config.json").read_bytes(), f"{folder}/config.json")
     config = config_of_diffusers(told, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -114,7 +115,7 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
         more, part = _read_safetensors(file)
         metadata, tensors = metadata | more, tensors | part
     if not tensors:
-        raise ModelError(f"no diffusion_pytorch_model*.safetensors in {folder}")
+        raise UserError(f"no diffusion_pytorch_model*.safetensors in {folder}")
     return "diffusers", *_restore(config, from_diffusers(config, tensors, str(folder)), metadata, kind)
 
 
@@ -124,7 +125,7 @@ def _restore(
     """Files that we wrote carry our metadata, hence our config: positions are then a formula again."""
     if META_KEY not in metadata:
         return config, state, {"kind": kind}
-    meta = json_object(metadata[META_KEY], f"{META_KEY} metadata")
+    meta = parse_json_object(metadata[META_KEY], f"{META_KEY} metadata")
     check_meta(meta, f"{META_KEY} metadata")
     ours = MMDiTConfig.from_json(meta["config"])
     with torch.device("meta"):

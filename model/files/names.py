@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, list_some
 from model.backbones.attention import HEAD_WIDTH
 from model.backbones.mmdit import MMDiTConfig
 from model.backbones.position import PositionTable
 from model.backbones.trunk import TokenConfig
-from model.errors import ModelError, some
 from model.files.weights import check_tensors
 
 SD3_PREFIX = "model.diffusion_model."
@@ -134,7 +134,7 @@ def axes_of_positions(table_1ND: Tensor, source: str) -> Tensor:
     axes = torch.stack([grid[0, :, : width // 2], grid[:, 0, width // 2 :]])
     columns, rows = axes[0].expand(count, count, -1), axes[1][:, None].expand(count, count, -1)
     if not torch.equal(torch.cat([columns, rows], -1), grid):
-        raise ModelError(f"{source}: pos_embed is not a grid of column and row codes; only SD3's fixed tables fit")
+        raise UserError(f"{source}: pos_embed is not a grid of column and row codes; only SD3's fixed tables fit")
     return axes.clone()
 
 
@@ -159,7 +159,7 @@ def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dic
     table = _need(found, "pos_embed", 3, source)
     width, count = patch.shape[0], math.isqrt(table.shape[1])
     if table.shape != (1, count**2, width):
-        raise ModelError(f"{source}: pos_embed misshapen, {tuple(table.shape)} instead of (1, side * side, {width})")
+        raise UserError(f"{source}: pos_embed misshapen, {tuple(table.shape)} instead of (1, side * side, {width})")
     config = MMDiTConfig(
         depth=_depth(width, found, source),
         patch=patch.shape[2],
@@ -188,8 +188,8 @@ def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
     missing, extra = sorted(set(range(depth)) - blocks), sorted(blocks - set(range(depth)))
     if width % HEAD_WIDTH or missing or extra:
         lists = (("missing", missing), ("unexpected", extra))
-        named = "; ".join(f"joint_blocks {some([str(i) for i in b])} {what}" for what, b in lists if b)
-        raise ModelError(
+        named = "; ".join(f"joint_blocks {list_some([str(i) for i in b])} {what}" for what, b in lists if b)
+        raise UserError(
             f"{source}: x_embedder.proj.weight of width {width}, which SD3 has at depth {width / HEAD_WIDTH:g}, "
             f"with {len(blocks)} blocks ({named or 'none missing'})"
         )
@@ -198,9 +198,9 @@ def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
 
 def _need(found: Mapping[str, Tensor], name: str, dims: int, source: str) -> Tensor:
     if name not in found:
-        raise ModelError(f"{source} has no tensor {name!r}: not an SD3 file with reference names")
+        raise UserError(f"{source} has no tensor {name!r}: not an SD3 file with reference names")
     if found[name].ndim != dims:
-        raise ModelError(f"{source}: {name} misshapen, {tuple(found[name].shape)} instead of {dims} dimensions")
+        raise UserError(f"{source}: {name} misshapen, {tuple(found[name].shape)} instead of {dims} dimensions")
     return found[name]
 
 
@@ -234,15 +234,16 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
     absent = [key for key in _DIFFUSERS_NEEDS if type(data.get(key)) is not int]
     if absent:
         found = f"; it is of class {data['_class_name']}" if "_class_name" in data else ""
-        raise ModelError(
-            f"{source}: config.json of an SD3Transformer2DModel expected, without the integers {some(absent)}{found}"
+        raise UserError(
+            f"{source}: config.json of an SD3Transformer2DModel expected, without the integers "
+            f"{list_some(absent)}{found}"
         )
     if data.get("qk_norm") not in (None, "rms_norm"):
-        raise ModelError(f"{source}: qk_norm is {data['qk_norm']!r}, expected 'rms_norm' or none")
+        raise UserError(f"{source}: qk_norm is {data['qk_norm']!r}, expected 'rms_norm' or none")
     dual = data.get("dual_attention_layers") or ()
     depth, heads = data["num_layers"], data["num_attention_heads"]
     if heads != depth or data["attention_head_dim"] != HEAD_WIDTH:
-        raise ModelError(
+        raise UserError(
             f"{source}: {depth} layers with {heads} heads of {data['attention_head_dim']}; SD3 has d heads of 64"
         )
     return MMDiTConfig(

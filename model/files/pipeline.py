@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import Latents, load_vae
-from model.errors import ModelError, json_object, some
 from model.files.names import diffusers_config, to_diffusers
 from model.files.weights import described, expected_tensors, write_safetensors
+from model.json_files import parse_json_object
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {
@@ -73,7 +74,7 @@ def write_pipeline(
 
     unknown = set(encoders) - set(_ENCODER_PARTS)
     if unknown:
-        raise ModelError(f"encoders for unknown seats {sorted(unknown)}; known: {', '.join(_ENCODER_PARTS)}")
+        raise UserError(f"encoders for unknown seats {sorted(unknown)}; known: {', '.join(_ENCODER_PARTS)}")
     autoencoder = None if vae is None else _autoencoder(vae, config)
     read = {seat: _encoder(seat, Path(path)) for seat, path in encoders.items()}
     _check_widths(read, config)
@@ -134,7 +135,7 @@ def _autoencoder(path: Path, config: MMDiTConfig) -> Any:
     vae = load_vae(path)
     channels = Latents.of(vae).channels
     if channels != config.in_channels:
-        raise ModelError(f"{path}: an autoencoder of {channels} channels beside a model of {config.in_channels}")
+        raise UserError(f"{path}: an autoencoder of {channels} channels beside a model of {config.in_channels}")
     return vae
 
 
@@ -145,20 +146,20 @@ def _encoder(seat: str, source: Path) -> _Encoder:
     from model.encoders.networks import load_tokenizer
 
     if not (source / "config.json").is_file():
-        raise ModelError(f"no config.json in {source}; the {seat} encoder must be a transformers folder")
-    told, wanted = json_object((source / "config.json").read_bytes(), f"{source}/config.json"), "clip_text_model"
+        raise UserError(f"no config.json in {source}; the {seat} encoder must be a transformers folder")
+    told, wanted = parse_json_object((source / "config.json").read_bytes(), f"{source}/config.json"), "clip_text_model"
     architecture, kind = CLIPTextModelWithProjection, CLIPTextConfig
     if seat == "t5":
         wanted, architecture, kind = "t5", T5EncoderModel, T5Config
     if told.get("model_type") != wanted:
-        raise ModelError(f"{source}: model_type {told.get('model_type')!r}, the {seat} encoder must be {wanted!r}")
+        raise UserError(f"{source}: model_type {told.get('model_type')!r}, the {seat} encoder must be {wanted!r}")
     weights = [file for file in sorted(source.iterdir()) if _WEIGHTS.fullmatch(file.name)]
     if not weights:
-        raise ModelError(f"no model.safetensors in {source}; save_pretrained of {architecture.__name__} writes it")
+        raise UserError(f"no model.safetensors in {source}; save_pretrained of {architecture.__name__} writes it")
     settings = kind.from_pretrained(str(source), local_files_only=True)
     missing = _missing(architecture, settings, weights)
     if missing:
-        raise ModelError(f"{source}: tensors {some(missing)} are not there as {architecture.__name__} needs them")
+        raise UserError(f"{source}: tensors {list_some(missing)} are not there as {architecture.__name__} needs them")
     index = source / "model.safetensors.index.json"
     files = (source / "config.json", *weights, *([index] if index.is_file() else []))
     pooled = 0 if seat == "t5" else settings.projection_dim
@@ -175,7 +176,7 @@ def _missing(architecture: Any, settings: Any, files: list[Path]) -> list[str]:
             with safe_open(str(path), framework="pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+            raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     with torch.device("meta"):
         model = architecture(settings)
     # Target -> source of tied parameters; a file may carry either.
@@ -193,11 +194,11 @@ def _check_widths(read: Mapping[str, _Encoder], config: MMDiTConfig) -> None:
     states, pooled = sum(e.width for e in clips), sum(e.pooled for e in clips)
     if states > config.context_width or ("t5" in read and read["t5"].width != config.context_width):
         t5 = f", t5 of {read['t5'].width}" if "t5" in read else ""
-        raise ModelError(
+        raise UserError(
             f"CLIP states of width {states}{t5} do not fit the model's context_width {config.context_width}"
         )
     if pooled > config.pooled_width or (len(clips) == 2 and pooled != config.pooled_width):
-        raise ModelError(f"pooled vectors of width {pooled} do not fit the model's pooled_width {config.pooled_width}")
+        raise UserError(f"pooled vectors of width {pooled} do not fit the model's pooled_width {config.pooled_width}")
 
 
 def _card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str]) -> str:

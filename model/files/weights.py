@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.errors import UserError, list_some
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
-from model.errors import ModelError, json_object, some
+from model.json_files import parse_json_object
 
 META_KEY = "beeline"
 REQUIRED_META: dict[str, type] = {"kind": str, "backbone": str, "config": dict}
@@ -41,9 +42,9 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
         ("of a type other than fp16, bf16, fp32", types),
         ("not finite", broken),
     )
-    problems = [f"{len(names)} {what} ({some(names)})" for what, names in named if names]
+    problems = [f"{len(names)} {what} ({list_some(names)})" for what, names in named if names]
     if problems:
-        raise ModelError(f"{source}: tensors {'; '.join(problems)}; these weights do not fit the model")
+        raise UserError(f"{source}: tensors {'; '.join(problems)}; these weights do not fit the model")
 
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
@@ -79,15 +80,15 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise ModelError(f"no weights file at {path}; expected a .safetensors file that the trainer exported")
+        raise UserError(f"no weights file at {path}; expected a .safetensors file that the trainer exported")
     try:
         file = safe_open(str(path), framework="pt")
         text = (file.metadata() or {}).get(META_KEY)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file ({error})") from None
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if text is None:
-        raise ModelError(f"{path} has no {META_KEY!r} metadata; SD3 or diffusers: `python -m model convert` first")
-    meta = json_object(text, f"{path}: {META_KEY} metadata")
+        raise UserError(f"{path} has no {META_KEY!r} metadata; SD3 or diffusers: `python -m model convert` first")
+    meta = parse_json_object(text, f"{path}: {META_KEY} metadata")
     check_meta(meta, str(path))
     return file, meta
 
@@ -100,7 +101,7 @@ def described(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
 def check_meta(meta: Mapping[str, Any], source: str) -> None:
     wrong = [key for key, kind in REQUIRED_META.items() if not isinstance(meta.get(key), kind)]
     if wrong or meta["kind"] not in ("raw", "ema"):
-        raise ModelError(f"{source}: weights metadata lacks {wrong or 'kind raw|ema'}; found keys {sorted(meta)}")
+        raise UserError(f"{source}: weights metadata lacks {wrong or 'kind raw|ema'}; found keys {sorted(meta)}")
 
 
 def expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def add_qk_norm(
     The function changes: logits are now bounded by 8. Training goes on from there, it does not start anew.
     """
     if config.get("qk_norm"):
-        raise ModelError(f"{source} has QK-norm already")
+        raise UserError(f"{source} has QK-norm already")
     normed = {**config, "qk_norm": True}
     expected = expected_tensors({"backbone": backbone, "config": normed})
     scales = {n: torch.ones(x.shape) for n, x in expected.items() if n not in state_dict and ".norm_" in n}

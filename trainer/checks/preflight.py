@@ -22,7 +22,6 @@ from infra import storage
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol
-from model.errors import ModelError
 from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
@@ -68,7 +67,7 @@ class Findings:
             return question(*args, **kwargs)
         except UserErrors as error:
             lines.extend(error.lines)
-        except (UserError, ModelError) as error:
+        except UserError as error:
             lines.append(str(error))
         return None
 
@@ -95,7 +94,7 @@ def one_voice() -> Iterator[None]:
     reported by that node's first rank, with the node's name."""
     try:
         yield
-    except (UserError, ModelError) as error:
+    except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             raise
         if os.environ.get("LOCAL_RANK") == "0" and isinstance(error, Refusal):

@@ -18,7 +18,6 @@ from infra.errors import UserError
 from infra.log import get_logger
 from model.backbone import config_from_json
 from model.backbones.mmdit import MMDiTConfig
-from model.errors import ModelError
 from model.files.convert import check_target
 from model.files.names import POSITIONS, position_table, to_sd3
 from model.files.pipeline import TRANSFORMER, write_pipeline
@@ -82,7 +81,7 @@ def export(
                 scale = recipe.lora_alpha / recipe.lora.rank
                 whole = merging(weights_reader(base, engine.shapes), trained, engine.trained, scale=scale)
             write(uris, Weights(shapes, read, meta))
-        except (UserError, ModelError, OSError) as error:
+        except (UserError, OSError) as error:
             problem = str(error)
             log.warning("weights not exported: %s", problem)
     for name in asked:  # the other ranks, and rank 0 after a failure: whatever happens, all take part in each gather
@@ -100,7 +99,7 @@ class Weights(Mapping[str, Tensor]):
         tensor, shape = self._read(name).detach().to("cpu", torch.float32), self.shapes[name]
         if tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
             found = f"{name} is {tuple(tensor.shape)} or not finite"
-            raise ModelError(f"{self.meta['kind']} weights: {found}, expected finite {shape}")
+            raise UserError(f"{self.meta['kind']} weights: {found}, expected finite {shape}")
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -113,12 +112,12 @@ class Weights(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def check_names(self) -> dict[str, Tensor]:
-        """What the model that `meta` describes has, on the meta device; ModelError when these weights are others."""
+        """What the model that `meta` describes has, on the meta device; UserError when these weights are others."""
         expected = expected_tensors(self.meta)
         shapes = {name: tuple(x.shape) for name, x in expected.items()}
         if shapes != self.shapes:
             wrong = sorted({n for n in shapes.keys() | self.shapes.keys() if shapes.get(n) != self.shapes.get(n)})
-            raise ModelError(f"{len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
+            raise UserError(f"{len(wrong)} tensors do not fit the model ({', '.join(wrong[:4])} ...)")
         return expected
 
 

@@ -1,7 +1,7 @@
 """A run's plan against what the run took, and what a small run teaches about the steps of larger ones.
 
-    python -m trainer plan RUN/                            the plan that the run was started with, graded
-    python -m trainer plan RUN/ --calibrate SMALL_RUN/     its steps planned anew by what the small run measured
+    python -m trainer grade RUN/                           the plan that the run was started with, graded
+    python -m trainer grade RUN/ --calibrate SMALL_RUN/    its steps planned anew by what the small run measured
     python -m trainer plan d38 --gpus 64 --calibrate SMALL_RUN/
 
 On the devices that are here, trials take steps as they go now (trial.py).

@@ -14,7 +14,6 @@ from infra.errors import UserError
 from infra.log import get_logger
 from model.diffusion.sampler import sample
 from model.encoders.vae import load_vae
-from model.errors import ModelError
 from model.seeding import keyed_normal
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
@@ -65,7 +64,7 @@ class Sampler:
             storage.write_bytes(uri, grid_png(images))
             captions = "\n".join(self.batch.captions) + "\n"
             storage.write_bytes(uri.rsplit("/", 1)[0] + "/captions.txt", captions.encode())
-        except (UserError, ModelError, OSError) as error:
+        except (UserError, OSError) as error:
             log.warning("no sample grid: %s", error)
 
 

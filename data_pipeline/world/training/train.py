@@ -3,13 +3,11 @@
 Each draws endless fresh scenes from a stream of its own, seen compositions only. The judges train by train_judges.py.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from infra.cli import parse_command
+from infra.cli import Command, run_commands
 from infra.errors import run_cli
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -64,9 +62,20 @@ def captioner(
     train_captioner(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
 
 
+COMMANDS = {
+    "vae": Command("data_pipeline.world.training.train:vae", "the autoencoder whose latents the pipeline stores"),
+    "clip": Command(
+        "data_pipeline.world.training.train:clip", "the OpenCLIP model whose text tower conditions the generator"
+    ),
+    "captioner": Command(
+        "data_pipeline.world.training.train:captioner",
+        "the model that looks at pixels and writes the synthetic captions",
+    ),
+}
+
+
 def main() -> None:
-    trainings: dict[str, Callable[..., None]] = {"vae": vae, "clip": clip, "captioner": captioner}
-    parse_command(trainings, sys.argv[1:], prog="python -m data_pipeline.world.training.train", doc=__doc__ or "")
+    run_commands("python -m data_pipeline.world.training.train", COMMANDS, __doc__ or "")
 
 
 if __name__ == "__main__":

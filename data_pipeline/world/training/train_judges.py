@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from infra.cli import parse_command
+from infra.cli import Command, run_commands
 from infra.errors import run_cli
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -65,9 +63,27 @@ def check(per_task: int = 100, threads: int = 1) -> None:
         print(f"{name:32s} {value:.4f}")
 
 
+COMMANDS = {
+    "detector": Command(
+        "data_pipeline.world.training.train_judges:detector",
+        "class, box, mask and score of each object: the seat of Mask2Former",
+    ),
+    "clip": Command(
+        "data_pipeline.world.training.train_judges:clip",
+        "colors of masked crops, CLIP score and FID features: the seat of CLIP ViT-L/14",
+    ),
+    "vqa": Command(
+        "data_pipeline.world.training.train_judges:vqa", 'yes or no to "a red apple?": the seat of BLIP-VQA'
+    ),
+    "check": Command(
+        "data_pipeline.world.training.train_judges:check",
+        "scores of held-out scenes under their own prompts and under others' prompts, one line each",
+    ),
+}
+
+
 def main() -> None:
-    commands: dict[str, Any] = {"detector": detector, "clip": clip, "vqa": vqa, "check": check}
-    parse_command(commands, sys.argv[1:], prog="python -m data_pipeline.world.training.train_judges", doc=__doc__ or "")
+    run_commands("python -m data_pipeline.world.training.train_judges", COMMANDS, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""The commands of `python -m infra`."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from infra.cli import parse
+from infra.errors import UserError
+
+
+def doctor(*, uri: str | None = None, folder: str = ".") -> None:
+    """Check Python, libraries, GPUs, precision, memory, disk, S3, checkpoints. Exits 2 when something is bad.
+
+    Args:
+        uri: try to write and read there, for instance s3://bucket/prefix.
+        folder: where the work is meant to go; its disk is looked at.
+    """
+    from infra.doctor import Where, examine, table
+
+    findings = examine(Where(folder=folder, uri=uri))
+    print(table(findings))
+    bad = [finding.what for finding in findings if finding.state == "bad"]
+    if bad:
+        raise UserError(f"needs attention: {', '.join(bad)}")
+
+
+def make_bucket(uri: Annotated[str, tyro.conf.Positional]) -> None:
+    """Create the bucket of an s3:// URI on the server that AWS_ENDPOINT_URL names, if it does not exist.
+
+    Args:
+        uri: s3://bucket
+    """
+    from infra import storage
+    from infra.s3 import make_bucket as make
+
+    if not storage.is_remote(uri):
+        raise UserError(f"{uri}: not an s3:// URI: write s3://bucket")
+    make(uri)
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Run a command somewhere: python -m infra launch TARGET [options] -- COMMAND ...
+
+    `deepspeed ...` starts on every node; anything else runs once, over several nodes inside a Ray cluster of its own.
+    """
+
+    target: tyro.conf.Positional[str]
+    """local, slurm, ray, kubernetes or skypilot."""
+    name: str = "beeline"
+    """Shown by the scheduler; names pods and log files."""
+    nodes: int = 1
+    """How many machines."""
+    gpus_per_node: int = 0
+    """GPUs of each; 0 for CPU machines."""
+    env: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """Environment of the job. Written into scripts: no secrets here."""
+    option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """For the target: slurm takes any #SBATCH option; ray: address; kubernetes: namespace cpu memory shm;
+    skypilot: accelerator infra use_spot disk_size."""
+    image: str | None = None
+    """Container image (kubernetes needs one)."""
+    working_dir: str = "."
+    """The folder to run in; target ray packs and sends it."""
+    dry_run: bool = False
+    """Print the script or manifest and stop."""
+
+
+def launch(words: list[str]) -> None:
+    """What follows the first `--` is the job's own command and is not parsed."""
+    from infra.launch import get_target
+    from infra.launch.job import Job
+
+    at = words.index("--") if "--" in words else len(words)
+    options = parse(LaunchOptions, words[:at], prog="python -m infra launch")
+    target = get_target(options.target)
+    job = Job(
+        name=options.name,
+        command=tuple(words[at + 1 :]),
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        env=_pairs("--env", options.env),
+        image=options.image,
+        working_dir=options.working_dir,
+        options=_pairs("--option", options.option),
+    )
+    if options.dry_run:
+        print(target.render(job), end="")
+        return
+    code = target.submit(job)
+    if code:
+        sys.exit(code)
+
+
+def _pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"{flag} {text!r}: write KEY=VALUE")
+    return {key: value for key, _, value in (text.partition("=") for text in texts)}

@@ -1,0 +1,347 @@
+"""The commands of `python -m trainer`: their options, and what each calls."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from infra.cli import parse, take_name
+from infra.errors import UserError
+from trainer.ladders.launch import Launch
+from trainer.recipe import Recipe
+from trainer.recipes import FAMILIES, RECIPES, get_recipe
+
+ROOT = tyro.conf.arg(name="")  # a recipe's fields stand at the top: --images, --optimizer.lr
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a recipe. Every field of the recipe can be overridden."""
+
+    data: str
+    """Dataset made by `python -m data_pipeline run` (folder or s3://)."""
+    out: str
+    """Run folder (or s3://): checkpoints, weights, results, logs."""
+    recipe: Annotated[Recipe, ROOT]
+    resume: str = "latest"
+    """latest: continue if there is a checkpoint; none: refuse if there is one; or the folder of a checkpoint."""
+    init_from: str | None = None
+    """Start from these exported weights (Adam and EMA start anew)."""
+    dry_run: bool = False
+    """Check data, shapes and divisibility, print the plan, write nothing."""
+
+
+@dataclass(frozen=True)
+class LadderArgs(Launch):
+    """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
+
+    depths: tuple[int, ...] = (2, 3, 4)
+    """Depths of the rungs."""
+    budgets: tuple[float, ...] = ()
+    """Budgets of training FLOPs (1e13 3e13 ...): each depth is trained for each, from one run at constant rate."""
+
+
+@dataclass(frozen=True)
+class RateSweepArgs(Launch):
+    """Train the rungs of a ladder at several learning rates; what is trained is skipped."""
+
+    depths: tuple[int, ...] = (2, 3)
+    """Rungs."""
+    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    """Learning rates."""
+
+
+@dataclass(frozen=True)
+class FormulationSweepArgs(Launch):
+    """Train a recipe once per formulation; what is trained is skipped."""
+
+    formulations: tuple[str, ...] = ()
+    """Names as `python -m model formulations` lists them; none: all 61."""
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage, seconds, hours, dollars, storage."""
+
+    recipe: Annotated[Recipe, ROOT]
+    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 1
+    """Number of ranks to plan for."""
+    gpu: str | None = None
+    """Kind of device (a wrong name lists them); default: this machine's."""
+    efficiency: float | None = None
+    """Share of the peak FLOP/s that a step reaches; default: 0.4 on GPUs."""
+    calibrate: str | None = None
+    """A small finished run (folder) to learn from. On a device of its kind both recipes are timed as by --trial, and
+    what the run took beyond its own trial is added; elsewhere its overall speed counts."""
+    trial: bool = False
+    """Time real steps of shallow models of the recipe's width, on devices here of the planned kind."""
+    dollars_per_gpu_hour: float | None = None
+    """Price of one device; default: a guess of ours for each kind."""
+    dataset_images: int | None = None
+    """Distinct images in the data set: decides whether encoding them once pays off."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class GradeArgs:
+    """The plan of a finished run against what it took: parameters, bytes, storage, seconds, each with its goal."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    calibrate: str | None = None
+    """A small finished run: the steps are planned anew by what it measured."""
+    json: bool = False
+    """Print JSON: (planned, measured) by name, and which missed their goal."""
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Prove on this recipe, data and machine that resuming continues the same run, on as many and on other ranks."""
+
+    data: str
+    """Dataset made by `python -m data_pipeline run`."""
+    out: str
+    """A new folder for the short runs; it can be removed afterwards."""
+    recipe: Annotated[Recipe, ROOT]
+    steps: int = 40
+    """Steps of each run, a multiple of 4; it is resumed after half and after three quarters of them."""
+    num_ranks: int = 2
+    """Processes."""
+    other_ranks: int = 1
+    """Processes that the run is continued on."""
+    init_from: str | None = None
+    """Exported weights that every run starts from: a second stage's, or those that DPO's adapters stand on."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write weights from a checkpoint (no DeepSpeed, one process, one tensor in memory at a time)."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    data: str
+    """The dataset it was trained on: its text and VAE settings go into the file."""
+    out: str
+    """File (or, as diffusers, folder) to write, s3:// too."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """A run that trained adapters: merged into --base, or the adapter alone as a folder in peft's layout (--format
+    diffusers: for its load_lora_weights)."""
+    base: str | None = None
+    """The weights that a run with adapters started from (its --init-from)."""
+    format: Literal["beeline", "sd3", "diffusers"] = "beeline"
+    """beeline: our safetensors file; sd3: a single file with SD3's names; diffusers: a pipeline folder with model
+    card."""
+    kind: str = "ema"
+    """ema or raw."""
+    profile: str | None = None
+    """EMA profile; default: the recipe's first."""
+    step: int | None = None
+    """Step of the checkpoint; default: the newest."""
+
+
+def train(words: list[str]) -> None:
+    recipe, rest = _named_recipe(words, "train")
+    args = parse_options(TrainArgs, rest, "train " + recipe.name, recipe=recipe)
+    from trainer.train import train as train_recipe
+
+    train_recipe(
+        args.recipe, data=args.data, out=args.out, resume=args.resume, init_from=args.init_from, dry_run=args.dry_run
+    )
+
+
+def ladder(words: list[str]) -> None:
+    family, rest = take_name(words, FAMILIES, prog="python -m trainer ladder", what="ladder")
+    args = parse_options(LadderArgs, rest, "ladder " + family)
+    _positive(args, "depths", "budgets", "images", "num_ranks")
+    _not_negative(args, "workers")
+    from trainer.ladders.ladder import climb, iso_flop
+
+    if args.budgets:
+        from trainer.ladders.isoflop import tell
+
+        print(tell(iso_flop(family, args.depths, args.budgets, args), out=args.out), end="")
+        return
+    climb(family, args.depths, args)
+
+
+def sweep_rates(words: list[str]) -> None:
+    family, rest = take_name(words, FAMILIES, prog="python -m trainer sweep lr", what="ladder")
+    args = parse_options(RateSweepArgs, rest, "sweep lr " + family)
+    _positive(args, "depths", "images", "num_ranks")
+    _not_negative(args, "workers")
+    from trainer.ladders.sweep import sweep_rates as sweep
+
+    print(sweep(family, args.depths, args.rates, args))
+
+
+def sweep_formulations(words: list[str]) -> None:
+    recipe, rest = _named_recipe(words, "sweep formulations")
+    args = parse_options(FormulationSweepArgs, rest, "sweep formulations " + recipe.name)
+    _positive(args, "images", "num_ranks")
+    _not_negative(args, "workers")
+    from trainer.ladders.sweep import sweep_formulations as sweep
+
+    sweep(recipe.name, args.formulations, args)
+
+
+def plan(words: list[str]) -> None:
+    import json
+
+    from trainer.planning.plan import describe, make_plan
+
+    recipe, rest = _named_recipe(words, "plan")
+    args = parse_options(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
+    _check_plan(args)
+    from trainer.machines import get_machine, this_machine
+    from trainer.planning.reality import calibrate, trial
+
+    more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
+    calibration = calibrate(args.calibrate) if args.calibrate else None
+    machine = get_machine(args.gpu) if args.gpu else this_machine(args.recipe.precision)
+    if calibration is not None:
+        if args.trial or args.efficiency is not None or (args.gpu and machine != calibration.machine):
+            raise UserError(
+                f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: omit --trial, "
+                "--efficiency and any other --gpu"
+            )
+        plan = calibration.plan(args.recipe, world=args.gpus, **more)
+    else:
+        given = trial(args.recipe, machine, world=args.gpus) if args.trial else {"efficiency": args.efficiency}
+        plan = make_plan(args.recipe, world=args.gpus, machine=machine, **given, **more)
+    if args.json:
+        print(json.dumps(plan, indent=1))
+        return
+    print("\n".join([describe(plan), *([calibration.describe()] if calibration else [])]))
+
+
+def _check_plan(args: PlanArgs) -> None:
+    """What `train` refuses whatever the data, and numbers that no plan can be made of."""
+    from trainer.checks.preflight import Findings, check_ranks
+    from trainer.objective import check_objective
+    from trainer.recipe import check, count_micro_batches
+
+    _positive(args, "gpus", "efficiency", "dataset_images")
+    if args.efficiency is not None and args.efficiency > 1:
+        raise UserError(f"--efficiency {args.efficiency}: expected a share of the peak, at most 1")
+    price = args.dollars_per_gpu_hour
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
+    found = Findings()
+    found.ask(check, args.recipe)
+    found.ask(check_objective, args.recipe)
+    found.tell()
+    for question in (count_micro_batches, check_ranks):
+        found.ask(question, args.recipe, args.gpus)
+    found.tell()
+
+
+def _positive(args: Any, *names: str) -> None:
+    """Refuse numbers that are not; what was left out (None) passes."""
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+
+
+def _not_negative(args: Any, name: str) -> None:
+    if getattr(args, name) < 0:
+        raise UserError(f"--{name} {getattr(args, name)}: expected zero or more")
+
+
+def grade(words: list[str]) -> None:
+    args = parse_options(GradeArgs, words, "grade")
+    import json
+
+    from trainer.planning.reality import calibrate, compare, graded, missed
+
+    calibration = calibrate(args.calibrate) if args.calibrate else None
+    if not args.json:
+        print(compare(args.run, calibration))
+        return
+    rows = graded(args.run, calibration)
+    print(json.dumps({"rows": rows, "missed": missed(rows)}, indent=1))
+
+
+def export(words: list[str]) -> None:
+    args = parse_options(ExportArgs, words, "export")
+    from data_pipeline.loading.loader import open_dataset
+    from trainer.exports.adapter import export_adapter, export_diffusers_adapter
+    from trainer.exports.export import export_as
+    from trainer.runfolder import checkpoints_of, step_name
+    from trainer.zero.checkpoint import candidates
+
+    if args.kind not in ("ema", "raw"):
+        raise UserError(f"--kind {args.kind!r}, expected ema or raw")
+    folders = candidates(checkpoints_of(args.run))
+    if args.step is not None:
+        folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
+    if not folders:
+        raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
+    given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
+    if args.lora == "adapter":
+        if args.format == "sd3" or args.base is not None:
+            raise UserError("--lora adapter writes the adapter alone: omit --base, use --format beeline or diffusers")
+        write = export_diffusers_adapter if args.format == "diffusers" else export_adapter
+        count = write(folders[0], out=args.out, **given)
+    else:
+        count = export_as(args.format, folders[0], out=args.out, base=args.base, **given)
+    print(f"{args.out}: {count:,} parameters from {folders[0]}")
+
+
+def verify_resume(words: list[str]) -> None:
+    from pathlib import Path
+
+    recipe, rest = _named_recipe(words, "verify-resume")
+    args = parse_options(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
+    _positive(args, "num_ranks", "other_ranks")
+    from trainer.ladders.verify import describe, verify_resume
+
+    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
+    verdicts = verify_resume(
+        args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
+        other_ranks=args.other_ranks,
+    )  # fmt: skip
+    print(describe(verdicts))
+    if not all(verdict.kept for verdict in verdicts):
+        raise SystemExit(1)
+
+
+def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """The words less these options and their values."""
+    kept, skip = [], False
+    for word in words:
+        if word.startswith("--"):
+            skip = word.split("=")[0].replace("_", "-") in names
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def _named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
+    name, rest = take_name(words, RECIPES, prog=f"python -m trainer {command}", what="recipe")
+    return get_recipe(name), rest
+
+
+def parse_options(kind: type, words: list[str], prog: str, **defaults: Any) -> Any:
+    """Options of a command; `defaults` are its fields that have their values already, as the recipe."""
+    return parse(kind, _whole_numbers(words), prog=f"python -m trainer {prog}", **_with_defaults(kind, defaults))
+
+
+def _whole_numbers(words: list[str]) -> list[str]:
+    """`--images 2e9` as people write it."""
+
+    def whole(found: re.Match[str]) -> str:
+        return f"{float(found[0]):.0f}" if float(found[0]).is_integer() else found[0]
+
+    return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in words]
+
+
+def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
+    if not defaults:
+        return {}
+    missing = {name: tyro.MISSING for name in ("data", "out") if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    return {"default": kind(**missing, **defaults)}
