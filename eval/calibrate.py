@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.judging.judges import Judges
-from eval.judging.metric import Prompt, Sample
-from eval.metrics.registry import METRICS
+from eval.judging.metric import JudgedImage, Prompt
+from eval.measure import Measurement, to_rows
+from eval.metrics.registry import build_picture_metric
 from eval.protocol import keep_protocol, protocol_of
 from infra.log import get_logger
 from infra.results import ResultRow, ResultStore
-from infra.version import code_version
 
 log = get_logger("calibrate")
 
@@ -22,47 +22,38 @@ BATCH = 64
 SEED = 7
 
 
-def calibrate(store_uri: str, judges: Judges, tasks: Sequence[tuple[str, Sequence[Prompt]]]) -> None:
-    """Score the controls of each (metric, prompts) that the store lacks."""
+def calibrate(store_uri: str, judges: Judges, measurements: Sequence[Measurement]) -> None:
+    """Score the controls of each measurement that the store lacks; nothing where the judges know no true scenes."""
+    if judges.truth is None:
+        return
     store = ResultStore(store_uri)
-    shown = [(name, prompts) for name, prompts in tasks if all("include" in p.metadata for p in prompts)]
-    for name, prompts in shown:  # a scene can show what a prompt includes; written words it cannot
-        protocol = protocol_of(METRICS[name](judges), prompts, {"images": "controls", "seed": SEED}, 1)
+    for name, prompts in {m.metric: m.prompts for m in measurements}.items():
+        if not all("include" in prompt.metadata for prompt in prompts):
+            continue  # a scene can show what a prompt includes; written words it cannot
+        metric = build_picture_metric(name, judges)
+        protocol = protocol_of(metric, prompts, {"images": "controls", "seed": SEED}, 1)
         key = keep_protocol(store_uri, protocol)
         done = {row.metric for row in store.rows(prefix="calibration") if row.protocol_hash == key}
         for control in CONTROLS:
             prefix = f"calibration/{judges.prefix}{name}/{control}"
             if not any(metric == prefix or metric.startswith(f"{prefix}/") for metric in done):
-                store.append(control_rows(name, control, prompts, judges, protocol_hash=key, prefix=prefix))
+                store.append(score_control(name, control, prompts=prompts, judges=judges, protocol=key, row=prefix))
 
 
-def control_rows(
-    name: str, control: str, prompts: Sequence[Prompt], judges: Judges, *, protocol_hash: str, prefix: str
+def score_control(
+    name: str, control: str, *, prompts: Sequence[Prompt], judges: Judges, protocol: str, row: str
 ) -> list[ResultRow]:
-    metric = METRICS[name](judges)
+    """What the metric gives to one control, as rows `row/path`."""
+    metric = build_picture_metric(name, judges)
     for start in range(0, len(prompts), BATCH):
         part = range(start, min(start + BATCH, len(prompts)))
-        metric.update([Sample(prompts[i], i, control_image(control, prompts, i, judges)) for i in part])
+        metric.update([JudgedImage(prompts[i], i, control_image(control, prompts, i, judges)) for i in part])
     scores = metric.compute()
     for score in scores:
         if score.path in ("", "overall/seen"):
-            log.info("%s: %.4f", f"{prefix}/{score.path}".rstrip("/"), score.value)
-    return [
-        ResultRow(
-            run="calibration",
-            recipe_hash="calibration",
-            code_version=code_version(),
-            images_seen=0,
-            metric=f"{prefix}/{score.path}".rstrip("/"),
-            value=score.value,
-            higher_is_better=metric.higher_is_better,
-            sample_count=score.sample_count,
-            protocol_hash=protocol_hash,
-            low=score.low,
-            high=score.high,
-        )
-        for score in scores
-    ]
+            log.info("%s: %.4f", f"{row}/{score.path}".rstrip("/"), score.value)
+    origin = {"run": "calibration", "recipe_hash": "calibration", "images_seen": 0}
+    return to_rows(row, scores, origin=origin, protocol=protocol, higher_is_better=metric.higher_is_better)
 
 
 def control_image(control: str, prompts: Sequence[Prompt], index: int, judges: Judges) -> np.ndarray:

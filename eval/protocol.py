@@ -5,12 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.judging.metric import Metric, Prompt
+from eval.judging.metric import PictureMetric, Prompt
 from infra import storage
 
 
 def protocol_of(
-    metric: Metric, prompts: Sequence[Prompt], sampling: Mapping[str, Any], images_per_prompt: int
+    metric: PictureMetric, prompts: Sequence[Prompt], sampling: Mapping[str, Any], images_per_prompt: int
 ) -> dict[str, Any]:
     """Prompts, seeds, sampler, steps, guidance, unconditional input, shift, scorers' weights, thresholds."""
     return {

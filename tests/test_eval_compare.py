@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from eval.judging.metric import Clusters, split_kept, split_scores
+from eval.judging.metric import Clusters, split_scores, split_values
+from eval.measure import to_rows
 from eval.metrics.fid import Moments, frechet_distance, resampled_distances
 from eval.protocol import keep_protocol
-from eval.run import to_rows
 from eval.studies.compare import _drawn_difference, compare, compare_sides, read_side
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -34,9 +34,11 @@ def store(root, name, values, *, protocol=PROTOCOL, images=100, keep=True, metri
     results, clusters = ResultStore(str(root / name / "results")), scored(values)
     key = keep_protocol(results.uri, protocol)
     if keep:
-        keep_values(results.uri, key, recipe, images, split_kept(clusters))
-    origin = {"run": name, "recipe_hash": recipe, "code_version": "v", "images_seen": images}
-    results.append(to_rows(metric, split_scores(clusters, ["a", "b"]), origin, key, higher_is_better=True))
+        keep_values(results.uri, key, recipe, images, split_values(clusters))
+    origin = {"run": name, "recipe_hash": recipe, "images_seen": images}
+    results.append(
+        to_rows(metric, split_scores(clusters, ["a", "b"]), origin=origin, protocol=key, higher_is_better=True)
+    )
     return str(root / name)
 
 
@@ -224,8 +226,10 @@ def test_fid_is_paired_over_the_same_prompts_and_its_reference_is_kept_once(tmp_
         from eval.judging.metric import Score
 
         value = frechet_distance(own, moments)
-        origin = {"run": name, "recipe_hash": "r", "code_version": "v", "images_seen": 100}
-        results.append(to_rows("world_fid", [Score("", value, 120)], origin, key, higher_is_better=False))
+        origin = {"run": name, "recipe_hash": "r", "images_seen": 100}
+        results.append(
+            to_rows("world_fid", [Score("", value, 120)], origin=origin, protocol=key, higher_is_better=False)
+        )
     found = compare_sides(*(read_side(str(tmp_path / name)) for name in shift))[0][0]
     assert (found.how, found.verdict) == ("paired", "better"), "smaller is better"
     assert found.low < found.b - found.a < found.high

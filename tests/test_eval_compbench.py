@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.judging.compbench_language import GrammarReader, SpacyReader, find_locality
+from eval.judging.language import GrammarReader, SpacyReader, find_locality
 from eval.metrics.compbench.rules import (
     Seen,
     asked_chunks,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from eval.drawing.pictures import write_picture
-from eval.judging.judges import OfficialPaths, build_judges
+from eval.judging.judges import build_judges
+from eval.judging.official import OfficialPaths
 from eval.metrics.compbench.evidence import Evidence, answer
 from eval.metrics.compbench.files import read_answers, read_samples, sample_name
 from eval.metrics.compbench.rules import Seen, position_2d, position_3d

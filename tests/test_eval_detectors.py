@@ -169,7 +169,7 @@ def test_a_scorer_that_is_torn_or_another_network_is_one_line(mask2former, tmp_p
 def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tmp_path, capsys):
     """The whole official path on a checkpoint in the hub's layout: detector, CLIP colors, verdicts, summary."""
     from data_pipeline.checkpoints import resolve
-    from eval.judging.judges import OfficialPaths
+    from eval.judging.official import OfficialPaths
 
     record = {
         "tag": "colors",

@@ -23,7 +23,7 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
 from eval.drawing.generate import Painter, Sampling
 from eval.drawing.precision import decide, in_bfloat16, use_device
-from eval.judging.judges import OfficialPaths
+from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.files import write_folder
 from eval.metrics.geneval.tool import score
 from eval.metrics.val_loss import val_loss

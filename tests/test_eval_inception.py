@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from eval.drawing.pictures import write_picture
-from eval.judging.judges import OfficialPaths, build_judges
-from eval.judging.metric import Prompt, Sample
+from eval.judging.judges import build_judges
+from eval.judging.metric import JudgedImage, Prompt
+from eval.judging.official import OfficialPaths
 from eval.judging.prompt_files import read_coco, read_prompts, reference_files
 from eval.metrics.fid import FeatureDistance, inception_fid
 from eval.networks.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
@@ -112,14 +113,14 @@ def test_fid_carries_an_interval_its_origin_and_a_rank_warning(tmp_path, capsys)
     network = Pixels()
     metric = FeatureDistance("fid", judges, lambda: network)
     prompts = [Prompt(f"p{i}", "captions") for i in range(20)]
-    metric.update([Sample(p, i, picture(100 + i, 8, 8) // 2) for i, p in enumerate(prompts)])
+    metric.update([JudgedImage(p, i, picture(100 + i, 8, 8) // 2) for i, p in enumerate(prompts)])
     [score] = metric.compute()
     assert score.low < score.value < score.high
     assert score.details == {"features": "pixels", "references": 40, "width": 3, "rank_deficient": False}
     assert score.sample_count == 20
-    assert set(metric.kept()) == {"features", "cluster", "reference_mean", "reference_covariance"}
+    assert set(metric.values_per_prompt()) == {"features", "cluster", "reference_mean", "reference_covariance"}
     few = FeatureDistance("fid", judges, metric._network)
-    few.update([Sample(prompts[i], i, picture(100 + i, 8, 8)) for i in range(2)])
+    few.update([JudgedImage(prompts[i], i, picture(100 + i, 8, 8)) for i in range(2)])
     assert few.compute()[0].details["rank_deficient"] is True
     assert "fid: 2 images for features of width 3: rank-deficient covariance" in capsys.readouterr().err
 
@@ -198,7 +199,7 @@ def test_clip_score_of_categories():
     judges = build_judges("world")
     metric = ClipScore(judges)
     prompts = [Prompt("a dog", "Animals"), Prompt("a kite", "Outdoor"), Prompt("a cat", "Animals")]
-    metric.update([Sample(p, i, picture(i, 64, 64)) for i, p in enumerate(prompts)])
+    metric.update([JudgedImage(p, i, picture(i, 64, 64)) for i, p in enumerate(prompts)])
     scores = {s.path: s for s in metric.compute()}
     assert list(scores) == ["", "Animals", "Outdoor"]
     assert scores[""].value == pytest.approx((2 * scores["Animals"].value + scores["Outdoor"].value) / 3)

@@ -8,7 +8,7 @@ import torch
 from test_eval_run import export
 from torch import nn
 
-from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
 from eval.protocol import protocol_hash
 from eval.run import RunOptions, run
@@ -107,7 +107,7 @@ def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch, tmp_path):
 
 def test_bf16_pictures_are_those_of_fp32_but_for_rounding(tmp_path):
     painter = Painter(export(tmp_path / "ema.safetensors"))
-    jobs = [Job("a red dog", number=n) for n in range(4)]
+    jobs = [ImageRequest("a red dog", number=n) for n in range(4)]
     quick = Sampling(steps=3, guidance=2.0, batch=4)
     exact, rounded, alone = (
         np.stack([image for _, image in painter.paint(jobs, replace(quick, **way))]).astype(int)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.metric import Clusters, Prompt, Score
 from eval.judging.prompts import world_geneval_prompts
+from eval.measure import find_checkpoints
 from eval.metrics.compbench.files import read_samples
 from eval.metrics.geneval.files import check_complete, read_folders
-from eval.metrics.registry import METRICS
+from eval.metrics.registry import METRICS, build_picture_metric
 from eval.protocol import protocol_hash, protocol_of
-from eval.run import RunOptions, find_checkpoints, parse_metrics, run
+from eval.run import RunOptions, parse_metrics, run
 from eval.studies.sample import expand, sample
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -54,11 +55,11 @@ def painter(tmp_path_factory):
 
 
 JOBS = [
-    Job("a red dog"),
-    Job("a cat", number=1),
-    Job("a red dog", number=1),
-    Job("a kite"),
-    Job("a red dog", source="7"),
+    ImageRequest("a red dog"),
+    ImageRequest("a cat", number=1),
+    ImageRequest("a red dog", number=1),
+    ImageRequest("a kite"),
+    ImageRequest("a red dog", source="7"),
 ]
 
 
@@ -374,30 +375,33 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
 
 
 def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
-    from eval.judging.judges import OfficialPaths, build_judges
+    from eval.judging.judges import build_judges
+    from eval.judging.official import OfficialPaths
     from eval.run import score_name
 
     (tmp_path / "color_val.txt").write_text("a red dog\na blue cat\n")
     official, world = build_judges("official", OfficialPaths(compbench=str(tmp_path))), build_judges("world")
-    whole, part = official.geneval_prompts(None), official.geneval_prompts(16)
-    assert score_name("geneval", official, whole, 4) == "geneval"
-    assert score_name("geneval", official, whole, 2) == "geneval_partial"
-    assert score_name("geneval", official, part, 4) == "geneval_partial"
-    assert score_name("compbench", official, official.compbench_prompts(None), 10) == "compbench"
-    assert score_name("compbench", official, official.compbench_prompts(1), 10) == "compbench_partial"
-    assert score_name("geneval", world, whole, 4) == "world_geneval"
-    assert score_name("fid", official, part, 1) == "fid"
+    geneval, compbench, fid = (build_picture_metric(name, official) for name in ("geneval", "compbench", "fid"))
+    whole, part = geneval.prompts(None), geneval.prompts(16)
+    assert score_name(geneval, official, whole, 4) == "geneval"
+    assert score_name(geneval, official, whole, 2) == "geneval_partial"
+    assert score_name(geneval, official, part, 4) == "geneval_partial"
+    assert score_name(compbench, official, compbench.prompts(None), 10) == "compbench"
+    assert score_name(compbench, official, compbench.prompts(1), 10) == "compbench_partial"
+    assert score_name(geneval, world, whole, 4) == "world_geneval"
+    assert score_name(fid, official, part, 1) == "fid"
 
 
 def test_metrics_are_a_literal_of_known_names():
-    assert list(METRICS) == ["geneval", "compbench", "clip_score", "fid", "fid_inception", "typography"]
+    assert list(METRICS) == ["val_loss", "geneval", "compbench", "clip_score", "fid", "fid_inception", "typography"]
 
 
 def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     """Same samples, noise and protocol hash as trainer/validate.py, so that rows of both can be compared."""
     from data_pipeline.loading.loader import open_dataset
     from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
-    from eval.metrics.val_loss import val_loss
+    from eval.judging.judges import build_judges
+    from eval.metrics.val_loss import ValidationLoss
     from trainer.recipe import Recipe, Validation
     from trainer.validate import Validator
 
@@ -414,7 +418,8 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
         "data_fingerprint": info.fingerprint,
     }
     painter = Painter(save_weights(path, state, meta))
-    scores, protocol, kept = val_loss(painter, str(tmp_path / "data"))
+    metric = ValidationLoss(build_judges("world"))
+    scores, protocol, kept = metric.measure(painter, str(tmp_path / "data"))
 
     recipe = Recipe(name="tiny", model=config, images=64, global_batch=8, validation=Validation())
     validator = Validator(recipe, open_dataset(str(tmp_path / "data"), split="val"))
@@ -450,4 +455,4 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
 
     save_weights(path, state, meta | {"data_fingerprint": "another"})
     with pytest.raises(UserError, match="trained on another"):
-        val_loss(Painter(path), str(tmp_path / "data"))
+        metric.measure(Painter(path), str(tmp_path / "data"))

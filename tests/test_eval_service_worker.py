@@ -12,7 +12,8 @@ import urllib.request
 import pytest
 from test_eval_run import QUICK, export
 
-from eval.run import Checkpoint, RunOptions
+from eval.measure import Checkpoint
+from eval.run import RunOptions
 from eval.service.gallery import read_sheet, world_gallery
 from eval.service.index import Index
 from eval.service.serve import ServeOptions

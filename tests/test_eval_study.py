@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_eval_run import export
 
 from eval.studies.formulations import StudyOptions, find_entries, parse_setting, study
-from eval.studies.ranking import TABLE_1, Cell, against_paper, front_numbers, rank, seed_noise
+from eval.studies.ranking import TABLE_1, StudyCell, against_paper, front_numbers, rank, seed_noise
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 
@@ -49,7 +49,7 @@ CONTROLS = [("d", kind, setting) for kind in ("ema", "raw") for setting in ("50x
 def cells(quality, seeds=(0, 1)):
     """Variants whose CLIP and FID follow one quality number per (variant, seed)."""
     return [
-        Cell(variant, seed, control, quality(variant, seed), -quality(variant, seed))
+        StudyCell(variant, seed, control, quality(variant, seed), -quality(variant, seed))
         for variant in ("rf", "v/cos", "edm/rf", "eps/linear")
         for seed in seeds
         for control in CONTROLS
@@ -86,7 +86,7 @@ def test_neighbours_inside_the_noise_share_a_group_wherever_the_line_of_ranks_is
     """The committed study: a tier that begins at 1.00 and ends before 3.04 would part 2.62 from 3.04."""
     folder = Path(__file__).parents[1] / "infra/docs/runs/world_study"
     lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
-    found = rank([Cell(**{**line, "control": tuple(line["control"])}) for line in lines])
+    found = rank([StudyCell(**{**line, "control": tuple(line["control"])}) for line in lines])
     for one, two in itertools.combinations(found.rows, 2):
         close = abs(one.overall - two.overall) <= found.least_difference
         assert bool(set(one.groups) & set(two.groups)) == close, (one, two)
@@ -107,7 +107,7 @@ def test_columns_average_the_papers_controls():
         better = control[2] == "5x5.0"
         return {"rf": 2.0 if better else 1.0, "v/cos": 1.0 if better else 2.0}[variant]
 
-    found = rank([Cell(v, 0, c, quality(v, 0, c), 0.0) for v in ("rf", "v/cos") for c in CONTROLS])
+    found = rank([StudyCell(v, 0, c, quality(v, 0, c), 0.0) for v in ("rf", "v/cos") for c in CONTROLS])
     rf = next(row for row in found.rows if row.variant == "rf")
     assert (rf.few_steps, rf.many_steps) == (1, 2), "50 steps: guidance 5.0 alone"
     assert rf.overall == pytest.approx(4 / 6 * 2 + 2 / 6)

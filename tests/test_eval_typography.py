@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.judging.judges import OfficialPaths, build_judges
-from eval.judging.metric import Prompt, Sample
+from eval.judging.judges import build_judges
+from eval.judging.metric import JudgedImage, Prompt
+from eval.judging.official import OfficialPaths
 from eval.judging.written_words import asked_words, plain, typography_prompts
-from eval.metrics.typography import Typography, character_errors
+from eval.metrics.typography import Typography, character_errors, load_ocr
 from infra.errors import UserError
 
 
@@ -57,7 +58,7 @@ def test_drawn_words_are_read_and_scored_by_prompt():
     metric = Typography(build_judges("world"))
     prompts = [Prompt('a sign that says "fresh bread"', "typography"), Prompt('a poster with "MUSIC"', "typography")]
     pictures = [(0, written("FRESH", "BREAD")), (0, written("FRESH")), (1, np.full((256, 256, 3), 128, dtype=np.uint8))]
-    metric.update([Sample(prompts[index], index, picture) for index, picture in pictures])
+    metric.update([JudgedImage(prompts[index], index, picture) for index, picture in pictures])
     scores = {score.path: score for score in metric.compute()}
     assert scores["exact_match"].value == pytest.approx(1 / 3)
     assert scores["exact_match"].higher_is_better is True
@@ -66,7 +67,7 @@ def test_drawn_words_are_read_and_scored_by_prompt():
     assert scores["exact_match"].sample_count == 3
     assert metric.describe()["ocr"][0] == "rapidocr"
     small = np.asarray(Image.fromarray(written("OPEN")).resize((64, 64), Image.Resampling.BOX))
-    assert "OPEN" in build_judges("world").ocr().read([small])[0], "64 pixels are enlarged first"
+    assert "OPEN" in load_ocr().read([small])[0], "64 pixels are enlarged first"
 
 
 def test_our_prompts_quote_words_and_differ():
@@ -78,8 +79,8 @@ def test_our_prompts_quote_words_and_differ():
 
 def test_prompts_from_a_file_must_quote_words(tmp_path):
     (tmp_path / "good.txt").write_text('a sign "A"\na sign "B"\n')
-    judges = build_judges("official", OfficialPaths(typography=str(tmp_path / "good.txt")))
-    assert [p.text for p in judges.typography_prompts(5)] == ['a sign "A"', 'a sign "B"']
+    metric = Typography(build_judges("official", OfficialPaths(typography=str(tmp_path / "good.txt"))))
+    assert [p.text for p in metric.prompts(5)] == ['a sign "A"', 'a sign "B"']
     (tmp_path / "bad.txt").write_text("a sign\n")
     with pytest.raises(UserError, match="quotes no words"):
-        build_judges("official", OfficialPaths(typography=str(tmp_path / "bad.txt"))).typography_prompts(5)
+        Typography(build_judges("official", OfficialPaths(typography=str(tmp_path / "bad.txt")))).prompts(5)

@@ -5,7 +5,7 @@ import pytest
 
 from eval.calibrate import control_image
 from eval.judging.judges import build_judges
-from eval.judging.metric import Sample
+from eval.judging.metric import JudgedImage
 from eval.judging.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
 from eval.metrics.compbench.metric import CompBench
 from eval.metrics.geneval.metric import GenEval
@@ -23,7 +23,7 @@ def judges():
 
 def scores(metric, control, judges, per_task=PER_TASK):
     prompts = metric.prompts(per_task)
-    metric.update([Sample(p, i, control_image(control, prompts, i, judges)) for i, p in enumerate(prompts)])
+    metric.update([JudgedImage(p, i, control_image(control, prompts, i, judges)) for i, p in enumerate(prompts)])
     return {score.path: score for score in metric.compute()}
 
 

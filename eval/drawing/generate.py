@@ -62,7 +62,7 @@ class Sampling:
         return told
 
 
-class Job(NamedTuple):
+class ImageRequest(NamedTuple):
     """One image to draw. `source` tells apart prompts that share their words."""
 
     text: str
@@ -111,11 +111,11 @@ class Painter:
     def _half(self) -> Callable[..., Tensor]:
         return in_bfloat16(self._loaded, self.device)
 
-    def paint(self, jobs: Iterable[Job], sampling: Sampling) -> Iterator[tuple[Job, np.ndarray]]:
+    def paint(self, jobs: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
         """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
-        waiting: list[Job] = []
+        waiting: list[ImageRequest] = []
         for job in jobs:
             waiting.append(job)
             if len(waiting) == sampling.batch:
@@ -125,7 +125,7 @@ class Painter:
             yield from zip(waiting, self._batch(waiting, sampling))
 
     @torch.inference_mode()
-    def _batch(self, jobs: Sequence[Job], sampling: Sampling) -> list[np.ndarray]:
+    def _batch(self, jobs: Sequence[ImageRequest], sampling: Sampling) -> list[np.ndarray]:
         text = self._condition([job.text for job in jobs], sampling.without_t5)
         if sampling.unconditional == "zeros":
             nothing = unconditional(self.spec, len(jobs)).to(self.device)

@@ -1,15 +1,19 @@
-"""What a metric is: prompts in, images judged in any order, scores with intervals out. METRICS lists them.
+"""What a metric is: prompts in, images judged in any order, scores with intervals out. metrics/registry.py lists them.
 
-A metric knows nothing of checkpoints or stores (run.py does) nor of the world (the Judges it is given do).
+A metric knows nothing of checkpoints or stores (measure.py does).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from infra.values import Kept
+
+if TYPE_CHECKING:
+    from eval.drawing.generate import Painter
 
 RESAMPLES = 1000
 
@@ -25,7 +29,7 @@ class Prompt:
     source: str = ""  # set where the same words stand for several prompts (a caption of another scene)
 
 
-class Sample(NamedTuple):
+class JudgedImage(NamedTuple):
     """One image (uint8 RGB, H x W x 3) of the prompt at `prompt_index` of the metric's own list."""
 
     prompt: Prompt
@@ -46,23 +50,54 @@ class Score:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Metric(Protocol):
-    """`describe` states everything that fixes the number besides prompts and images: it enters the protocol hash."""
+class PictureMetric(ABC):
+    """Judges pictures. Built with the Judges as its only argument; one instance judges one checkpoint.
+
+    The attributes say what a score under the metric's own name needs; `eval run` asks them and names no metric.
+    """
 
     name: str
-    higher_is_better: bool
+    higher_is_better: bool = True
+    needs: Sequence[str] = ()
+    """paths (fields of OfficialPaths) without which judges `official` cannot give it"""
+    draws_captions: bool = False
+    """True: --captions prompts, one picture of each. False: --prompts-per-task prompts of each task, with
+    --images-per-prompt pictures of each."""
+    official_images: int | None = None
+    """pictures per prompt of the benchmark whose name this is: rows of fewer pictures or prompts end in `_partial`;
+    None where no benchmark has that name"""
 
-    def prompts(self, per_task: int) -> list[Prompt]: ...
+    @abstractmethod
+    def prompts(self, count: int | None) -> list[Prompt]:
+        """The first `count` prompts of each task; None: the benchmark's whole set."""
 
-    def describe(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What fixes the number besides prompts and pictures: it enters the protocol hash."""
 
-    def update(self, samples: Sequence[Sample]) -> None: ...
+    @abstractmethod
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        """Judge these pictures; called with a batch at a time, in any order."""
 
-    def compute(self) -> list[Score]: ...
+    @abstractmethod
+    def compute(self) -> list[Score]:
+        """Of all pictures that were judged; empty where there were none."""
 
-    def kept(self) -> Kept:
+    @abstractmethod
+    def values_per_prompt(self) -> Kept:
         """What a paired comparison with another checkpoint needs (infra/values.py keeps it beside the rows)."""
-        ...
+
+
+class WeightsMetric(ABC):
+    """Looks at the weights themselves. Where the trainer wrote a row `name/headline`, nothing is measured again."""
+
+    name: str
+    higher_is_better: bool = True
+    headline: str
+
+    @abstractmethod
+    def measure(self, painter: "Painter", data: str) -> tuple[list[Score], str, Kept]:
+        """Scores of the weights on the dataset `data`, their protocol hash, and the values of each sample."""
 
 
 class Clusters:
@@ -77,7 +112,7 @@ class Clusters:
     def __bool__(self) -> bool:
         return bool(self._values)
 
-    def kept(self) -> Kept:
+    def values_per_prompt(self) -> Kept:
         """One row per cluster: stratum, cluster, the sum of its values and their number."""
         rows = [(name, c, sum(v), len(v)) for name, found in self._values.items() for c, v in sorted(found.items())]
         names, *columns = zip(*rows)
@@ -150,9 +185,9 @@ def all_alike(values: np.ndarray) -> bool:
     return bool(np.ptp(values) <= 1e-12)
 
 
-def split_kept(clusters: Mapping[bool | None, Clusters]) -> Kept:
-    """`kept` of every split, with the split's name as one more column."""
-    parts = [(SUFFIX[split].lstrip("/"), values.kept()) for split, values in clusters.items()]
+def split_values(clusters: Mapping[bool | None, Clusters]) -> Kept:
+    """`values_per_prompt` of every split, with the split's name as one more column."""
+    parts = [(SUFFIX[split].lstrip("/"), values.values_per_prompt()) for split, values in clusters.items()]
     told = {"split": np.array([name for name, part in parts for _ in part["stratum"]], dtype=str)}
     return told | {key: np.concatenate([part[key] for _, part in parts]) for key in parts[0][1]} if parts else {}
 

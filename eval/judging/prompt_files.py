@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.judging.judges import Judges
 from eval.judging.metric import Prompt
-from eval.judging.prompts import read_lines
+from eval.judging.prompts import WORLD_PER_TASK, read_lines, world_caption_prompts
 from infra.errors import UserError
 
 COCO_ORDER = 2014  # seed of the order in which COCO's images are taken: any first N is a fair sample
@@ -25,6 +26,13 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[Prompt]:
     else:
         found = [Prompt(text, "captions", source=str(index)) for index, text in enumerate(read_lines(path))]
     return found[:count]
+
+
+def caption_prompts(judges: Judges, count: int | None) -> list[Prompt]:
+    """Captions that CLIP score and Frechet distances draw: of the world's scenes, or of --official.captions."""
+    if judges.of_world:
+        return world_caption_prompts(count or WORLD_PER_TASK)
+    return read_prompts(judges.paths.need("captions"), count)
 
 
 def read_parti(path: str | Path) -> list[Prompt]:

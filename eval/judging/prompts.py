@@ -14,6 +14,7 @@ from eval.judging.geneval_prompts import TASKS, json_lines, official_metadata
 from eval.judging.metric import Prompt
 from infra.errors import UserError
 
+WORLD_PER_TASK = 50  # prompts of a task where no number is asked for: the world has no end
 WORLD_SEED = 20251  # of the evaluation's prompts and scenes: never a training seed
 TRUTH_SPLIT, REFERENCE_SPLIT = "eval_truth", "eval_reference"
 # T2I-CompBench's files under examples/dataset, `<name>_val.txt`.

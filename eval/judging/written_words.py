@@ -31,7 +31,7 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
 
 
-def typography_prompts(count: int) -> list[Prompt]:
+def typography_prompts(count: int | None = None) -> list[Prompt]:
     """Our own prompts: each words once with each template, in a fixed order that mixes both."""
     pairs = [(template, words) for n in range(len(TEMPLATES)) for words, template in zip(WORDS, _turned(n))]
     return [Prompt(template.format(words), "typography") for template, words in pairs[:count]]
@@ -41,7 +41,7 @@ def _turned(start: int) -> list[str]:
     return [TEMPLATES[(start + i) % len(TEMPLATES)] for i in range(len(WORDS))]
 
 
-def prompts_with_words(path: str | Path, count: int) -> list[Prompt]:
+def prompts_with_words(path: str | Path, count: int | None) -> list[Prompt]:
     """Prompts of a file, each of which must quote the words that it asks for."""
     found = read_prompts(path, count)
     silent = next((prompt.text for prompt in found if not plain(asked_words(prompt.text))), None)

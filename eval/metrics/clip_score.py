@@ -4,28 +4,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, Kept, Prompt, Sample, Score
+from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score
+from eval.judging.prompt_files import caption_prompts
 
 
-class ClipScore:
-    name, higher_is_better = "clip_score", True
+class ClipScore(PictureMetric):
+    """Row `clip_score`, and one row per category where prompts have categories (PartiPrompts)."""
+
+    name = "clip_score"
+    needs = ("clip", "captions")
+    draws_captions = True
 
     def __init__(self, judges: Judges) -> None:
         self._judges = judges
         self._values = Clusters()
 
-    def prompts(self, per_task: int) -> list[Prompt]:
-        return self._judges.caption_prompts(per_task)
+    def prompts(self, count: int | None) -> list[Prompt]:
+        return caption_prompts(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         return {"version": 1, "clip": describe_judge(self._judges.clip()), "scale": 1.0}
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        cosines = self._judges.clip().cosines([s.image for s in samples], [s.prompt.text for s in samples])
-        for sample, cosine in zip(samples, cosines):
-            self._values.add("captions", sample.prompt_index, cosine)
-            if sample.prompt.task != "captions":  # PartiPrompts' categories
-                self._values.add(sample.prompt.task, sample.prompt_index, cosine)
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        cosines = self._judges.clip().cosines([i.image for i in images], [i.prompt.text for i in images])
+        for item, cosine in zip(images, cosines):
+            self._values.add("captions", item.prompt_index, cosine)
+            if item.prompt.task != "captions":  # PartiPrompts' categories
+                self._values.add(item.prompt.task, item.prompt_index, cosine)
 
     def compute(self) -> list[Score]:
         """Over all prompts, and per category where prompts have one."""
@@ -34,5 +39,5 @@ class ClipScore:
         categories = sorted(name for name in self._values.strata if name != "captions")
         return [self._values.score("", ["captions"]), *(self._values.score(name, [name]) for name in categories)]
 
-    def kept(self) -> Kept:
-        return self._values.kept()
+    def values_per_prompt(self) -> Kept:
+        return self._values.values_per_prompt()

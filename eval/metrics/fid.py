@@ -5,16 +5,23 @@ Shapes: N images, E width, P prompts.
 """
 
 import functools
+import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.drawing.pictures import read_picture
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Kept, Prompt, Sample, Score
+from eval.judging.metric import JudgedImage, Kept, PictureMetric, Prompt, Score
+from eval.judging.official import OfficialPaths
+from eval.judging.prompt_files import caption_prompts, read_prompts, reference_files
+from eval.judging.prompts import world_reference_images
 from eval.networks.features import FeatureNetwork
+from eval.networks.inception import InceptionFeatures
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -143,33 +150,37 @@ def _scaled(x_NE: np.ndarray, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndar
     return mean_E, (x_NE - mean_E) * np.sqrt(weight_N / (total - 1))[:, None]
 
 
-class FeatureDistance:
+class FeatureDistance(PictureMetric):
     """A Frechet distance as a metric: `features` gives (N, E) of pictures; the reference pictures are the judges'."""
 
     higher_is_better = False
+    draws_captions = True
 
-    def __init__(self, name: str, judges: Judges, network: Callable[[], FeatureNetwork]) -> None:
+    def __init__(
+        self, name: str, judges: Judges, network: Callable[[], FeatureNetwork], *, needs: Sequence[str] = ()
+    ) -> None:
+        self.needs = ("captions", "references", *needs)
         self.name, self._judges, self._network = name, judges, network
         self._features: list[np.ndarray] = []
         self._prompts: list[int] = []
 
-    def prompts(self, per_task: int) -> list[Prompt]:
-        return self._judges.caption_prompts(per_task)
+    def prompts(self, count: int | None) -> list[Prompt]:
+        return caption_prompts(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         found = {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
-        version = self._judges.reference_version
-        return found if version is None else found | {"reference_pictures": version(REFERENCES)}
+        version = reference_version(self._judges, REFERENCES)
+        return found if version is None else found | {"reference_pictures": version}
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        self._features.append(_features(self._network(), [sample.image for sample in samples]))
-        self._prompts += [sample.prompt_index for sample in samples]
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        self._features.append(_features(self._network(), [item.image for item in images]))
+        self._prompts += [item.prompt_index for item in images]
 
     def compute(self) -> list[Score]:
         """The distance, with a 95 % interval from the spread of resampled distances around it (see above)."""
         if not self._features:
             return []
-        features_NE, reference = np.concatenate(self._features), reference_moments(self._judges, self._network)
+        features_NE, reference = np.concatenate(self._features), reference_moments(self._judges, self._network())
         own = Moments(features_NE.shape[1])
         own.update(features_NE)
         with warnings.catch_warnings(record=True) as caught:
@@ -189,10 +200,10 @@ class FeatureDistance:
         }
         return [Score("", value, own.count, low, high, details=details)]
 
-    def kept(self) -> Kept:
+    def values_per_prompt(self) -> Kept:
         if not self._features:
             return {}
-        reference = reference_moments(self._judges, self._network)
+        reference = reference_moments(self._judges, self._network())
         return {
             "features": np.concatenate(self._features).astype(np.float32),
             "cluster": np.array(self._prompts),
@@ -202,13 +213,19 @@ class FeatureDistance:
 
 
 def clip_fid(judges: Judges) -> FeatureDistance:
-    return FeatureDistance("fid", judges, judges.clip)
+    return FeatureDistance("fid", judges, judges.clip, needs=["clip"])
 
 
 def inception_fid(judges: Judges) -> FeatureDistance:
-    if judges.inception is None:
+    return FeatureDistance("fid_inception", judges, lambda: load_inception(judges.paths))
+
+
+@functools.cache
+def load_inception(paths: OfficialPaths) -> InceptionFeatures:
+    """The same for every judge: Inception knows neither world nor benchmark."""
+    if paths.inception is None:
         raise UserError("fid_inception needs --official.inception FILE, the weights of its network")
-    return FeatureDistance("fid_inception", judges, judges.inception)
+    return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.device)
 
 
 def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -216,14 +233,37 @@ def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarr
 
 
 @functools.lru_cache(maxsize=4)
-def reference_moments(judges: Judges, network: Callable[[], FeatureNetwork]) -> Moments:
+def reference_moments(judges: Judges, network: FeatureNetwork) -> Moments:
     """Features of the real images, computed once for all checkpoints."""
     moments: Moments | None = None
-    images = judges.reference_images(REFERENCES)
+    images = reference_images(judges, REFERENCES)
     while chunk := list(itertools.islice(images, CHUNK)):
-        features_NE = _features(network(), chunk)
+        features_NE = _features(network, chunk)
         moments = moments or Moments(features_NE.shape[1])
         moments.update(features_NE)
     if moments is None:
         raise UserError("FID found no reference images")
     return moments
+
+
+def reference_images(judges: Judges, count: int) -> Iterator[np.ndarray]:
+    """Real pictures that generated ones are compared with: other scenes of the world, or the user's folder."""
+    if judges.of_world:
+        return world_reference_images(count)
+    return map(read_picture, _reference_files(judges.paths, count))
+
+
+@functools.cache
+def reference_version(judges: Judges, count: int) -> str | None:
+    """Of the pictures' bytes in their order, whatever they are called; None where the code alone decides (a world)."""
+    if judges.of_world:
+        return None
+    files = _reference_files(judges.paths, count)
+    each = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return f"{len(files)} pictures {hashlib.sha256(each).hexdigest()[:16]}"
+
+
+def _reference_files(paths: OfficialPaths, count: int) -> list[Path]:
+    """Real pictures; those of the caption prompts where their file names them (COCO)."""
+    prompts = read_prompts(paths.captions) if paths.captions else []
+    return reference_files(paths.need("references"), prompts)[:count]

@@ -1,17 +1,22 @@
-"""Every metric by its name: one line adds one."""
+"""Every metric by its name: one line adds one.
+
+A class of eval/judging/metric.py's PictureMetric or WeightsMetric, built with the judges; heavy imports happen inside.
+"""
 
 from collections.abc import Callable
 
 from eval.judging.judges import Judges
-from eval.judging.metric import Metric
+from eval.judging.metric import PictureMetric, WeightsMetric
 from eval.metrics.clip_score import ClipScore
 from eval.metrics.compbench.metric import CompBench
 from eval.metrics.fid import clip_fid, inception_fid
 from eval.metrics.geneval.metric import GenEval
 from eval.metrics.typography import Typography
+from eval.metrics.val_loss import ValidationLoss
+from infra.errors import UserError
 
-# val_loss is not here: it looks at the network, not at images (eval/metrics/val_loss.py).
-METRICS: dict[str, Callable[[Judges], Metric]] = {
+METRICS: dict[str, Callable[[Judges], PictureMetric | WeightsMetric]] = {
+    "val_loss": ValidationLoss,
     "geneval": GenEval,
     "compbench": CompBench,
     "clip_score": ClipScore,
@@ -19,3 +24,13 @@ METRICS: dict[str, Callable[[Judges], Metric]] = {
     "fid_inception": inception_fid,
     "typography": Typography,
 }
+DEFAULT_METRICS = ("val_loss", "geneval", "compbench", "clip_score", "fid")
+"""What an evaluation measures unless it is told otherwise: the others need more files or more time."""
+
+
+def build_picture_metric(name: str, judges: Judges) -> PictureMetric:
+    """A new instance of that metric; UserError where it looks at weights instead of pictures."""
+    metric = METRICS[name](judges)
+    if isinstance(metric, WeightsMetric):
+        raise UserError(f"{name} looks at weights, not at pictures")
+    return metric

@@ -3,14 +3,17 @@
 SD3 measured this only by asking people (Figure 7).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from eval.judging.judges import Judges
-from eval.judging.metric import Clusters, Kept, Prompt, Sample, Score
-from eval.judging.written_words import asked_words, plain
-from eval.networks.ocr import SMALLEST_SIDE
+from eval.judging.judges import Judges, describe_judge
+from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score
+from eval.judging.written_words import asked_words, plain, prompts_with_words, typography_prompts
+from eval.networks.ocr import SMALLEST_SIDE, RapidReader
+
+load_ocr = functools.cache(RapidReader)
 
 
 def character_errors(wanted: str, found: str) -> float:
@@ -23,32 +26,32 @@ def character_errors(wanted: str, found: str) -> float:
     return min(1.0, row[-1] / len(wanted)) if wanted else float(bool(found))
 
 
-class Typography:
+class Typography(PictureMetric):
     """Rows `typography/exact_match` (higher is better) and `typography/character_error_rate` (lower is better)."""
 
-    name, higher_is_better = "typography", True
+    name = "typography"
 
     def __init__(self, judges: Judges) -> None:
         self._judges = judges
         self._values = Clusters()
 
-    def prompts(self, per_task: int) -> list[Prompt]:
-        return self._judges.typography_prompts(per_task)
+    def prompts(self, count: int | None) -> list[Prompt]:
+        file = None if self._judges.of_world else self._judges.paths.typography
+        return typography_prompts(count) if file is None else prompts_with_words(file, count)
 
     def describe(self) -> dict[str, Any]:
-        ocr = self._judges.ocr()
-        return {"version": 1, "ocr": [ocr.name, ocr.version], "smallest_side": SMALLEST_SIDE}
+        return {"version": 1, "ocr": describe_judge(load_ocr()), "smallest_side": SMALLEST_SIDE}
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        read = self._judges.ocr().read([sample.image for sample in samples])
-        for sample, text in zip(samples, read):
-            wanted, found = plain(asked_words(sample.prompt.text)), plain(text)
-            self._values.add("exact_match", sample.prompt_index, wanted == found)
-            self._values.add("character_error_rate", sample.prompt_index, character_errors(wanted, found))
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        read = load_ocr().read([item.image for item in images])
+        for item, text in zip(images, read):
+            wanted, found = plain(asked_words(item.prompt.text)), plain(text)
+            self._values.add("exact_match", item.prompt_index, wanted == found)
+            self._values.add("character_error_rate", item.prompt_index, character_errors(wanted, found))
 
     def compute(self) -> list[Score]:
         scores = [self._values.score(name, [name]) for name in self._values.strata]
         return [replace(score, higher_is_better=score.path == "exact_match") for score in scores]
 
-    def kept(self) -> Kept:
-        return self._values.kept()
+    def values_per_prompt(self) -> Kept:
+        return self._values.values_per_prompt()

@@ -11,42 +11,57 @@ import torch
 
 from data_pipeline.loading.loader import Dataset, open_dataset
 from eval.drawing.generate import Painter
-from eval.judging.metric import Kept, Score
+from eval.judging.judges import Judges
+from eval.judging.metric import Kept, Score, WeightsMetric
 from infra.errors import UserError
 from infra.values import one_per_sample
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, half_interval, validation_losses
 
-SAMPLES, BATCH, SEED = 2048, 32, 0  # the trainer's defaults
+PROTOCOL, SAMPLES, BATCH, SEED = "sd3", 2048, 32, 0  # the trainer's defaults
 
 
-def val_loss(
-    painter: Painter, data: str, *, protocol: str = "sd3", samples: int = SAMPLES
-) -> tuple[list[Score], str, Kept]:
-    """Scores `sd3` (the protocol's mean) and `sd3/t0.125` ... (one per noise level), their protocol hash, and what each
-    sample lost."""
+class ValidationLoss(WeightsMetric):
+    """Rows `val_loss/sd3` (the mean of the protocol's noise levels) and `val_loss/sd3/t0.125` ... (one per level)."""
+
+    name, higher_is_better, headline = "val_loss", False, PROTOCOL
+
+    def __init__(self, judges: Judges) -> None:
+        """No judge is asked: the loss is the network's own."""
+
+    def measure(self, painter: Painter, data: str) -> tuple[list[Score], str, Kept]:
+        """On the first SAMPLES of the dataset's val split; UserError where the weights were trained on another one."""
+        dataset = _open_validation(painter, data)
+        formulation = get_formulation(painter.meta["formulation"])
+        chosen = get_protocol(PROTOCOL, formulation)
+        parts = []
+        with torch.inference_mode():
+            for numbers in fixed_batches(dataset, SAMPLES):
+                batch = dataset.read(numbers, seed=SEED)
+                batch = batch._replace(
+                    latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device)
+                )
+                parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
+        losses_BV = torch.cat(parts)
+        found = chosen.by_sample(PROTOCOL, losses_BV)
+        scores = [_score(name if name == PROTOCOL else f"{PROTOCOL}/{name}", loss_B) for name, loss_B in found.items()]
+        # Hashed as the trainer hashes it (trainer/validate.py): rows of both are one curve.
+        stated = [
+            PROTOCOL, get_protocol(PROTOCOL).levels, len(losses_BV), SEED, painter.meta["formulation"],
+            dataset.fingerprint,
+        ]  # fmt: skip
+        kept = one_per_sample({name: loss_B.numpy() for name, loss_B in found.items()})
+        return scores, hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16], kept
+
+
+def _open_validation(painter: Painter, data: str) -> Dataset:
     dataset = open_dataset(data, split="val")
     expected = painter.meta.get("data_fingerprint")
     if expected and dataset.fingerprint != expected:
         raise UserError(f"{data} is dataset {dataset.fingerprint}, but these weights were trained on {expected}")
     if dataset.num_samples == 0:
         raise UserError(f"{data}: the val split is empty, so there is no validation loss")
-    formulation = get_formulation(painter.meta["formulation"])
-    chosen = get_protocol(protocol, formulation)
-    parts = []
-    with torch.inference_mode():
-        for numbers in fixed_batches(dataset, samples):
-            batch = dataset.read(numbers, seed=SEED)
-            batch = batch._replace(latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device))
-            parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
-    losses_BV = torch.cat(parts)
-    found = chosen.by_sample(protocol, losses_BV)
-    scores = [_score(name if name == protocol else f"{protocol}/{name}", loss_B) for name, loss_B in found.items()]
-    told = [
-        protocol, get_protocol(protocol).levels, len(losses_BV), SEED, painter.meta["formulation"], dataset.fingerprint
-    ]  # fmt: skip
-    kept = one_per_sample({name: loss_B.numpy() for name, loss_B in found.items()})
-    return scores, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], kept
+    return dataset
 
 
 def fixed_batches(dataset: Dataset, samples: int) -> list[range]:

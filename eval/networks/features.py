@@ -12,4 +12,6 @@ class FeatureNetwork(Protocol):
     name: str
     version: str
 
+    def __hash__(self) -> int: ...
+
     def images(self, images: Sequence[np.ndarray]) -> Any: ...

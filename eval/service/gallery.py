@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from infra import storage
 from infra.errors import UserError
 
@@ -78,7 +78,7 @@ def world_gallery(count: int) -> list[str]:
 
 def draw_gallery(run_uri: str, step: int, painter: Painter, prompts: Sequence[str], sampling: Sampling) -> None:
     """Write the sheet of a checkpoint, its description last. One image per prompt."""
-    jobs = [Job(text, "gallery") for text in dict.fromkeys(prompts)]
+    jobs = [ImageRequest(text, "gallery") for text in dict.fromkeys(prompts)]
     images = [image for _, image in painter.paint(jobs, sampling)]
     height, width = images[0].shape[:2]
     tiles = tuple(Tile(job.text, sampling.seed, job.number) for job in jobs)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eval.run import Checkpoint
+from eval.measure import Checkpoint
 from eval.service import shapes
 from eval.service.claims import MOST_ATTEMPTS, Claim, Outcome, Watch, claim
 from eval.service.index import Index, IndexedRun

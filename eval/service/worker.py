@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from eval.judging.judges import build_judges
-from eval.run import Checkpoint, EvaluateTask, RunOptions, parse_metrics, plan_all
+from eval.measure import Checkpoint
+from eval.run import EvaluateTask, RunOptions
+from eval.run import prepare as prepare_run
 from infra import storage
 from infra.errors import MissingError, UserError
 from infra.log import get_logger
@@ -145,15 +146,8 @@ def _end_with_the_service() -> None:
 
 def prepare(settings: Settings) -> None:
     """What must hold before any checkpoint: all judges are there, and it is known what they give to truth and noise."""
-    from eval.calibrate import calibrate
-
-    options = settings.options
-    if options.metrics == "none":
-        return
-    judges = build_judges(options.judges, options.official)
-    tasks = plan_all(parse_metrics(options.metrics), judges, options)
-    if options.calibration and judges.truth is not None:
-        calibrate(storage.join(options.runs, "results"), judges, [(t.metric, t.prompts) for t in tasks])
+    if settings.options.metrics != "none":
+        prepare_run(settings.options)
 
 
 @dataclass(frozen=True)

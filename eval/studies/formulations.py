@@ -4,24 +4,23 @@ Each run is drawn with its raw and its EMA weights under six sampler settings; C
 are rows `study/<ema|raw>/<steps>x<guidance>/<metric>` of the run, stored as they land; none is drawn twice.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.generate import Sampling
 from eval.drawing.precision import Precision, decide
-from eval.judging.judges import Judges, OfficialPaths, build_judges
-from eval.judging.metric import Metric, Prompt, Sample
-from eval.metrics.registry import METRICS
-from eval.protocol import keep_protocol, protocol_hash, protocol_of
-from eval.run import Checkpoint, find_checkpoints, origin_of, to_rows
-from eval.studies.ranking import TABLE_1, Cell, Ranking, against_paper, rank
+from eval.judging.judges import Judges, build_judges
+from eval.judging.official import OfficialPaths
+from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures
+from eval.metrics.registry import build_picture_metric
+from eval.run import RunOptions, plan
+from eval.studies.ranking import TABLE_1, Ranking, StudyCell, against_paper, rank
 from infra import storage
 from infra.errors import UserError
-from infra.log import Progress, get_logger
+from infra.log import get_logger
 from infra.results import ResultStore
 from infra.runner import run_units
 from model.files.weights import read_meta
@@ -56,13 +55,16 @@ class StudyOptions:
     device: str = "cpu"
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
-    def sampling(self, steps: int, guidance: float) -> Sampling:
-        base = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
-        return replace(base, steps=steps, guidance=guidance)
+    def as_run(self) -> RunOptions:
+        """What `eval run` would be told; steps and guidance are the settings' own."""
+        sampling = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
+        return RunOptions(
+            self.runs, captions=self.captions, judges=self.judges, official=self.official, sampling=sampling
+        )
 
 
 @dataclass(frozen=True)
-class Entry:
+class StudyEntry:
     """One trained run: variant, seed, dataset, and the checkpoint that is judged with both kinds of its weights."""
 
     variant: str
@@ -72,6 +74,10 @@ class Entry:
     weights: dict[str, str]
     chosen: str
     """how the checkpoint was chosen"""
+
+    def with_weights(self, kind: str) -> Checkpoint:
+        """The checkpoint as its EMA or its raw weights show it."""
+        return replace(self.checkpoint, weights=self.weights[kind])
 
 
 def study(options: StudyOptions) -> None:
@@ -86,14 +92,18 @@ def study(options: StudyOptions) -> None:
     if not entries:
         raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
     judges = build_judges(options.judges, options.official)
-    hashes = {name: protocol_hash(p) for name, p in _protocols(judges, options).items()}
-    units = [{"id": f"{e.checkpoint.run}/{kind}", "entry": _pack(e), "kind": kind} for e in entries for kind in KINDS]
+    measurements = {kind: plan_settings(judges, options, kind) for kind in KINDS}
+    units = [
+        {"id": f"{e.checkpoint.run}/{kind}", "checkpoint": asdict(e.with_weights(kind)), "kind": kind}
+        for e in entries
+        for kind in KINDS
+    ]
     failed = run_units(StudyTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
-    cells = [cell for entry in entries for cell in _cells(entry, options, hashes)]
+    cells = [cell for entry in entries for cell in _cells(entry, measurements)]
     if not cells:
         raise UserError("no run could be measured; see the lines above")
     ranking = rank(cells)
-    text = as_markdown(ranking, options, entries, unfit)
+    text = as_markdown(ranking, options, entries=entries, unfit=unfit)
     print(text, end="")
     record = {
         "ranking": asdict(ranking),
@@ -122,7 +132,7 @@ def parse_setting(text: str) -> tuple[int, float]:
     return parsed
 
 
-def find_entries(runs: str) -> tuple[list[Entry], dict[str, str]]:
+def find_entries(runs: str) -> tuple[list[StudyEntry], dict[str, str]]:
     """One per run: the checkpoint with the least EMA validation loss that has raw weights too, else the last one.
 
     Second, run -> reason of those without raw weights: unstable ones, and those that are still being trained.
@@ -131,7 +141,7 @@ def find_entries(runs: str) -> tuple[list[Entry], dict[str, str]]:
     for checkpoint in find_checkpoints(runs):
         found.setdefault(checkpoint.run_uri, []).append(checkpoint)
     sorted_out = {checkpoints[0].run: _entry(checkpoints) for checkpoints in found.values()}
-    entries = [entry for entry in sorted_out.values() if isinstance(entry, Entry)]
+    entries = [entry for entry in sorted_out.values() if isinstance(entry, StudyEntry)]
     unfit = {run: reason for run, reason in sorted_out.items() if isinstance(reason, str)}
     seen: dict[tuple[str, int, str], str] = {}
     for entry in entries:
@@ -145,7 +155,7 @@ def find_entries(runs: str) -> tuple[list[Entry], dict[str, str]]:
     return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset)), unfit
 
 
-def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
+def _entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
     """The run's entry, or why it has none."""
     run, last = checkpoints[0].run_uri, checkpoints[-1]
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
@@ -172,7 +182,9 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> Entry | str:
     how = "least EMA validation loss" if len(both) > 1 and scored else "the only one with raw weights"
     meta = metas[step]
     weights = {"ema": chosen.weights, "raw": raw[step]}
-    return Entry(str(meta["formulation"]), seed, str(meta["data_fingerprint"]), chosen, weights, f"step {step}: {how}")
+    return StudyEntry(
+        str(meta["formulation"]), seed, str(meta["data_fingerprint"]), chosen, weights, f"step {step}: {how}"
+    )
 
 
 def _object(uri: str) -> dict[str, Any]:
@@ -185,108 +197,58 @@ def _object(uri: str) -> dict[str, Any]:
     return found
 
 
-def _pack(entry: Entry) -> dict[str, Any]:
-    return asdict(entry)
-
-
-def _unpack(record: dict[str, Any]) -> Entry:
-    return Entry(**{**record, "checkpoint": Checkpoint(**record["checkpoint"])})
-
-
 @dataclass(frozen=True)
 class StudyTask:
     """Measures one run's EMA or raw weights under all settings; judges are built once per worker."""
 
     options: StudyOptions
 
-    def open(self) -> Any:
+    def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         judges = build_judges(self.options.judges, self.options.official)
-        return lambda unit: measure(_unpack(unit["entry"]), unit["kind"], judges, self.options)
+        measurements = {kind: plan_settings(judges, self.options, kind) for kind in KINDS}
+
+        def measure(unit: Mapping[str, Any]) -> dict[str, Any]:
+            subject = Subject(Checkpoint(**unit["checkpoint"]), self.options.device)
+            measure_pictures(subject, measurements[unit["kind"]], judges)
+            return {}
+
+        return measure
 
 
-def _protocols(judges: Judges, options: StudyOptions) -> dict[str, dict[str, Any]]:
-    """By the part of a row's name that follows study/<kind>/: `50x5.0/fid` -> protocol."""
-    found = {}
-    for steps, guidance in map(parse_setting, options.settings):
-        sampling = options.sampling(steps, guidance)
-        for name in METRIC_NAMES:
-            metric = METRICS[name](judges)
-            prompts = metric.prompts(options.captions)
-            found[f"{steps}x{guidance}/{name}"] = protocol_of(metric, prompts, sampling.protocol(), 1)
-    return found
+def plan_settings(judges: Judges, options: StudyOptions, kind: str) -> list[Measurement]:
+    """Both metrics under every setting; rows are called `study/<ema|raw>/<steps>x<guidance>/<metric>`."""
+    base = options.as_run()
+    return [
+        plan(
+            build_picture_metric(name, judges), judges, base,
+            replace(base.sampling, steps=steps, guidance=guidance), row=f"study/{kind}/{steps}x{guidance}/{name}",
+        )
+        for steps, guidance in map(parse_setting, options.settings)
+        for name in METRIC_NAMES
+    ]  # fmt: skip
 
 
-def measure(entry: Entry, kind: str, judges: Judges, options: StudyOptions) -> dict[str, Any]:
-    """Every setting that lacks rows; each one's rows are stored before the next begins."""
-    store = ResultStore(storage.join(entry.checkpoint.run_uri, "results"))
-    protocols = _protocols(judges, options)
-    origin = origin_of(entry.checkpoint, read_meta(storage.localize(entry.weights[kind])))
-    painter: Painter | None = None
-    drawn = 0
-    for steps, guidance in map(parse_setting, options.settings):
-        names = {name: f"{steps}x{guidance}/{name}" for name in METRIC_NAMES}
-        hashes = {name: protocol_hash(protocols[part]) for name, part in names.items()}
-        done = [
-            store.has(
-                origin["recipe_hash"],
-                f"study/{kind}/{part}",
-                images_seen=origin["images_seen"],
-                protocol_hash=hashes[name],
-            )
-            for name, part in names.items()
-        ]
-        if all(done):
-            continue
-        painter = painter or Painter(entry.weights[kind], device=options.device)
-        sampling = options.sampling(steps, guidance)
-        metrics = {name: METRICS[name](judges) for name in METRIC_NAMES}
-        prompts = judges.caption_prompts(options.captions)
-        _draw(painter, prompts, metrics, sampling, f"{entry.checkpoint.run} {kind} {steps}x{guidance}")
-        drawn += len(prompts)
-        for name, metric in metrics.items():
-            keep_protocol(store.uri, protocols[names[name]])
-            scores = [score for score in metric.compute() if not score.path]
-            row = f"study/{kind}/{names[name]}"
-            store.append(to_rows(row, scores, origin, hashes[name], higher_is_better=metric.higher_is_better))
-    return {"rows": drawn}
-
-
-def _draw(
-    painter: Painter, prompts: Sequence[Prompt], metrics: dict[str, Metric], sampling: Sampling, label: str
-) -> None:
-    """The same pictures for every metric."""
-    places = {Job(prompt.text, prompt.source): index for index, prompt in enumerate(prompts)}
-    painted = painter.paint(places, sampling)
-    with Progress(len(places), "images", desc=label) as progress:
-        while part := list(itertools.islice(painted, sampling.batch)):
-            samples = [Sample(prompts[places[job]], places[job], image) for job, image in part]
-            for metric in metrics.values():
-                metric.update(samples)
-            progress.update(len(part))
-
-
-def _cells(entry: Entry, options: StudyOptions, hashes: dict[str, str]) -> list[Cell]:
+def _cells(entry: StudyEntry, measurements: Mapping[str, Sequence[Measurement]]) -> list[StudyCell]:
     """Controls of this run that have both numbers, measured the way that is asked for now."""
+    images_seen = int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
     rows = {
         (row.metric, row.protocol_hash): row.value
         for row in ResultStore(storage.join(entry.checkpoint.run_uri, "results")).rows(prefix="study")
-        if row.images_seen == _images(entry)
+        if row.images_seen == images_seen
     }
     found = []
-    for kind in KINDS:
-        for steps, guidance in map(parse_setting, options.settings):
-            part = f"{steps}x{guidance}"
-            clip, fid = (rows.get((f"study/{kind}/{part}/{name}", hashes[f"{part}/{name}"])) for name in METRIC_NAMES)
+    for kind, planned in measurements.items():
+        for pair in zip(planned[::2], planned[1::2]):  # CLIP score and FID under one setting
+            clip, fid = (rows.get((measurement.row, measurement.hash)) for measurement in pair)
             if clip is not None and fid is not None:
-                found.append(Cell(entry.variant, entry.seed, (entry.dataset, kind, part), clip, fid))
+                control = (entry.dataset, kind, pair[0].row.split("/")[2])
+                found.append(StudyCell(entry.variant, entry.seed, control, clip, fid))
     return found
 
 
-def _images(entry: Entry) -> int:
-    return int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
-
-
-def as_markdown(ranking: Ranking, options: StudyOptions, entries: Sequence[Entry], unfit: Mapping[str, str]) -> str:
+def as_markdown(
+    ranking: Ranking, options: StudyOptions, *, entries: Sequence[StudyEntry], unfit: Mapping[str, str]
+) -> str:
     """The seed noise first, then the table: no order is drawn inside a group."""
     seeds = ", ".join(map(str, ranking.seeds))
     if math.isfinite(ranking.seed_noise):

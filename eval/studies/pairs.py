@@ -13,8 +13,9 @@ import tyro
 from data_pipeline.checkpoints import weights_hash
 from data_pipeline.formats.schema import VaeMeta, fingerprint
 from data_pipeline.packing.pairs import Pair, write_pairs
-from eval.drawing.generate import Job, Painter, Sampling
-from eval.judging.judges import Judges, OfficialPaths, build_judges, describe_judge
+from eval.drawing.generate import ImageRequest, Painter, Sampling
+from eval.judging.judges import Judges, build_judges, describe_judge
+from eval.judging.official import OfficialPaths
 from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
 from eval.metrics.compbench import rules as compbench
 from infra import storage
@@ -128,7 +129,7 @@ def ranked(painter: Painter, judges: Judges, texts: Sequence[str], options: Pair
     with Progress(len(texts) * number, "images", desc="draw and rank") as progress:
         for first in range(0, len(texts), CHUNK):
             chosen = texts[first : first + CHUNK]
-            jobs = [Job(text, source="pair", number=n) for text in chosen for n in range(number)]
+            jobs = [ImageRequest(text, source="pair", number=n) for text in chosen for n in range(number)]
             images = [image for _, image in painter.paint(jobs, options.sampling)]
             scores_TK = rank(judges, [job.text for job in jobs], images).reshape(len(chosen), number)
             for row, (text, scores_K) in enumerate(zip(chosen, scores_TK)):

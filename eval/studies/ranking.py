@@ -20,7 +20,7 @@ TABLE_1 = {
 }  # fmt: skip
 
 
-class Cell(NamedTuple):
+class StudyCell(NamedTuple):
     """What one run gave under one control (dataset, weights, sampler setting)."""
 
     variant: str
@@ -74,7 +74,7 @@ def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return a[0] >= b[0] and a[1] <= b[1] and a != b
 
 
-def rank(cells: Sequence[Cell]) -> Ranking:
+def rank(cells: Sequence[StudyCell]) -> Ranking:
     """Variants that lack a cell which another one has are left out, with the reason: a tournament needs all to play."""
     seeds = sorted({cell.seed for cell in cells})
     controls = sorted({cell.control for cell in cells})

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from data_pipeline.checkpoints import weights_hash
-from eval.drawing.generate import Job, Painter, Sampling
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.judging.geneval_prompts import json_lines
 from eval.judging.prompts import read_lines, refuse_broken
@@ -99,7 +99,7 @@ def expand(prompts: Sequence[str]) -> list[Wanted]:
     return [Wanted(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
 
 
-def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prompt: int) -> dict[Job, Path]:
+def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prompt: int) -> dict[ImageRequest, Path]:
     """Where each picture goes."""
     files = {}
     for index, w in enumerate(wanted):
@@ -108,7 +108,7 @@ def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prom
                 path = root / f"{index:05d}" / "samples" / f"{number:04d}.png"
             else:
                 path = root / sample_name(w.text, index * images_per_prompt + number)
-            files[Job(w.text, number=number)] = path
+            files[ImageRequest(w.text, number=number)] = path
     if len(files) < len(wanted) * images_per_prompt:
         raise UserError("two prompts have the same words, so their folders would hold the same pictures: remove one")
     return files
@@ -139,7 +139,7 @@ def draw(
     images_per_prompt: int,
     sampling: Sampling,
     *,
-    files: Mapping[Job, Path] | None = None,
+    files: Mapping[ImageRequest, Path] | None = None,
     keep: bool = True,
 ) -> list[tuple[str, list[np.ndarray]]]:
     """Pictures per prompt, in order; the same words twice are drawn once and shown twice.
@@ -148,10 +148,10 @@ def draw(
     `keep` False keeps none in memory and returns nothing.
     """
     places = files or {}
-    cells = [(text, [Job(text, number=number) for number in range(images_per_prompt)]) for text in texts]
+    cells = [(text, [ImageRequest(text, number=number) for number in range(images_per_prompt)]) for text in texts]
     jobs = list(dict.fromkeys(job for _, row in cells for job in row))
     missing = [job for job in jobs if job not in places or not places[job].exists()]
-    pictures: dict[Job, np.ndarray] = {}
+    pictures: dict[ImageRequest, np.ndarray] = {}
     with Progress(len(missing), "images", desc="draw") as progress:
         for job, image in painter.paint(missing, sampling):
             if job in places:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.judging.compbench_language import LOCALITIES_3D, Pair, PositionRules, Reader, find_locality
 from eval.judging.judges import Judges
-from eval.judging.metric import Sample
+from eval.judging.language import LOCALITIES_3D, Pair, PromptReader, find_locality
+from eval.judging.metric import JudgedImage
+from eval.judging.official import PositionRules
 from eval.metrics.compbench import rules as compbench
 from eval.metrics.compbench.rules import Seen
+from eval.metrics.compbench.seats import load_clip, load_depth, load_detector, object_names
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -62,7 +64,7 @@ def answer(evidence: Evidence, rules: PositionRules = "official") -> float:
     )
 
 
-def gather(judges: Judges, category: str, samples: Sequence[Sample]) -> list[Evidence]:
+def gather(judges: Judges, category: str, samples: Sequence[JudgedImage]) -> list[Evidence]:
     """Ask the judges about images of one category, and nothing that its formula does not use."""
     complex_prompt = category == "complex"
     texts = [sample.prompt.text for sample in samples]
@@ -79,7 +81,7 @@ def gather(judges: Judges, category: str, samples: Sequence[Sample]) -> list[Evi
             seen=seen[i],
             objects=read_objects(judges.reader(), category, text) if boxes else (None, None),
             locality=read_locality(judges.reader(), category, text) if boxes else None,
-            counted=read_counts(judges.reader(), judges.names(), text) if category == "numeracy" else ((), ()),
+            counted=read_counts(judges.reader(), object_names(judges), text) if category == "numeracy" else ((), ()),
             probabilities=yes[i],
             depth_HW=depths[i],
             cosine=float(cosines[i]),
@@ -89,19 +91,19 @@ def gather(judges: Judges, category: str, samples: Sequence[Sample]) -> list[Evi
     ]
 
 
-def read_objects(reader: Reader, category: str, text: str) -> Pair:
+def read_objects(reader: PromptReader, category: str, text: str) -> Pair:
     return reader.pair(text, complex_prompt=category == "complex")
 
 
-def read_locality(reader: Reader, category: str, text: str) -> str | None:
+def read_locality(reader: PromptReader, category: str, text: str) -> str | None:
     return find_locality(text, LOCALITIES_3D) if category == "3d_spatial" else reader.locality(text)
 
 
-def read_counts(reader: Reader, names: tuple[list[str], list[str]], text: str) -> tuple[list[str], list[int]]:
+def read_counts(reader: PromptReader, names: tuple[list[str], list[str]], text: str) -> tuple[list[str], list[int]]:
     return compbench.named_counts(reader.tokens(text), *names)
 
 
-def _ask(judges: Judges, samples: Sequence[Sample]) -> list[list[float]]:
+def _ask(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[float]]:
     reader = judges.reader()
     chunks = [compbench.asked_chunks(reader.noun_chunks(sample.prompt.text)) for sample in samples]
     images = [sample.image for sample, asked in zip(samples, chunks) for _ in asked]
@@ -110,21 +112,22 @@ def _ask(judges: Judges, samples: Sequence[Sample]) -> list[list[float]]:
     return [part.tolist() for part in np.split(yes, ends[:-1])]
 
 
-def _cosines(judges: Judges, samples: Sequence[Sample], complex_prompt: bool) -> np.ndarray:
+def _cosines(judges: Judges, samples: Sequence[JudgedImage], complex_prompt: bool) -> np.ndarray:
     texts = [sample.prompt.text for sample in samples]
     if complex_prompt:
         texts = [judges.reader().without_adjectives(text) for text in texts]
-    return judges.compbench_clip().cosines([sample.image for sample in samples], texts)
+    return load_clip(judges).cosines([sample.image for sample in samples], texts)
 
 
-def _depths(judges: Judges, samples: Sequence[Sample]) -> list[np.ndarray]:
-    assert judges.depth is not None, "no depth judge, so no 3d_spatial prompts"
-    return judges.depth().of([sample.image for sample in samples])
+def _depths(judges: Judges, samples: Sequence[JudgedImage]) -> list[np.ndarray]:
+    depth = load_depth(judges)
+    assert depth is not None, "no depth judge, so no 3d_spatial prompts"
+    return depth.of([sample.image for sample in samples])
 
 
-def _detect(judges: Judges, samples: Sequence[Sample]) -> list[list[Seen]]:
-    found = judges.compbench_detector().detect([sample.image for sample in samples])
-    return [seen_in(s.image, detections, judges.compbench_threshold) for s, detections in zip(samples, found)]
+def _detect(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[Seen]]:
+    found = load_detector(judges).detect([sample.image for sample in samples])
+    return [seen_in(s.image, detections, judges.paths.compbench_threshold) for s, detections in zip(samples, found)]
 
 
 def seen_in(image: np.ndarray, detections: Detections, threshold: float) -> list[Seen]:

@@ -4,50 +4,55 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, Kept, Prompt, Sample, Score, split_kept, split_scores
-from eval.judging.prompts import COMPBENCH_CATEGORIES
+from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score, split_scores, split_values
+from eval.judging.prompts import COMPBENCH_CATEGORIES, WORLD_PER_TASK, compbench_prompts, world_compbench_prompts
 from eval.metrics.compbench.evidence import answer, gather
+from eval.metrics.compbench.seats import load_clip, load_depth, load_detector
 
 DETECTED = ("spatial", "3d_spatial", "numeracy", "complex")
 
 
-class CompBench:
-    name, higher_is_better = "compbench", True
+class CompBench(PictureMetric):
+    """Rows `compbench/<category>` and `compbench/overall`; the world's end in /seen and /unseen."""
+
+    name = "compbench"
+    needs = ("compbench", "compbench_detector", "vqa")
+    official_images = 10
 
     def __init__(self, judges: Judges) -> None:
         self._judges = judges
         self._by_split: dict[bool | None, Clusters] = {}
 
-    def prompts(self, per_task: int) -> list[Prompt]:
+    def prompts(self, count: int | None) -> list[Prompt]:
         """Of every category that these judges can answer: without a depth network no 3D-spatial."""
-        known = [c for c in COMPBENCH_CATEGORIES if c != "3d_spatial" or self._judges.depth is not None]
-        return [p for p in self._judges.compbench_prompts(per_task) if p.task in known]
+        if self._judges.of_world:
+            return world_compbench_prompts(count or WORLD_PER_TASK)
+        found = compbench_prompts(self._judges.paths.need("compbench"), count)
+        return [p for p in found if p.task != "3d_spatial" or self._judges.paths.depth is not None]
 
     def describe(self) -> dict[str, Any]:
         judges = self._judges
-        used = [judges.compbench_detector(), judges.compbench_clip(), judges.vqa()]
-        if judges.depth is not None:
-            used.append(judges.depth())
-        rules = {} if judges.compbench_rules == "official" else {"rules": judges.compbench_rules}
+        used = [load_detector(judges), load_clip(judges), judges.vqa(), load_depth(judges)]
+        rules = judges.paths.compbench_rules
         return {
             "version": 1,
-            "threshold": judges.compbench_threshold,
-            "judges": [describe_judge(judge) for judge in used],
+            "threshold": judges.paths.compbench_threshold,
+            "judges": [describe_judge(judge) for judge in used if judge is not None],
             "reader": judges.reader().version,
-            **rules,
+            **({} if rules == "official" else {"rules": rules}),
         }
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        for category in dict.fromkeys(sample.prompt.task for sample in samples):
-            mine = [sample for sample in samples if sample.prompt.task == category]
-            for sample, evidence in zip(mine, gather(self._judges, category, mine)):
-                values = self._by_split.setdefault(sample.prompt.seen, Clusters())
-                values.add(category, sample.prompt_index, answer(evidence, self._judges.compbench_rules))
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        for category in dict.fromkeys(item.prompt.task for item in images):
+            mine = [item for item in images if item.prompt.task == category]
+            for item, evidence in zip(mine, gather(self._judges, category, mine)):
+                values = self._by_split.setdefault(item.prompt.seen, Clusters())
+                values.add(category, item.prompt_index, answer(evidence, self._judges.paths.compbench_rules))
 
     def compute(self) -> list[Score]:
         """Per category as officially. `overall` is ours, the benchmark has none: the plain mean of the categories but
         non_spatial, whose CLIP cosines never come near 1. The row of a category with boxes names its detector."""
-        told = {"detector": self._judges.compbench_detector().name, "rules": self._judges.compbench_rules}
+        told = {"detector": load_detector(self._judges).name, "rules": self._judges.paths.compbench_rules}
         return split_scores(
             self._by_split,
             COMPBENCH_CATEGORIES,
@@ -55,5 +60,5 @@ class CompBench:
             details=dict.fromkeys((*DETECTED, "overall"), told),
         )
 
-    def kept(self) -> Kept:
-        return split_kept(self._by_split)
+    def values_per_prompt(self) -> Kept:
+        return split_values(self._by_split)

@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.judging.compbench_language import (
-    LOCALITIES_2D,
-    LOCALITIES_3D,
-    NUMBER_WORDS,
-    ONES,
-    PEOPLE,
-    RENAMED,
-    PositionRules,
-)  # fmt: skip
+from eval.judging.language import LOCALITIES_2D, LOCALITIES_3D, NUMBER_WORDS, ONES
+from eval.judging.official import PositionRules
 
 IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150
 DROPPED_CHUNKS = ("top", "the side", "the left", "the right")
 MAX_CHUNKS = 8
+PEOPLE = ("girl", "boy", "man", "woman")
+RENAMED = {
+    **dict.fromkeys(PEOPLE, "person"),
+    "ship": "boat",
+    "telivision": "tv",
+    "goldfish": "fish",
+    "painting": "picture",
+}
 
 Box = Sequence[float]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.judging.compbench_language import LOCALITIES_2D, LOCALITIES_3D, Pair, Reader, find_locality
 from eval.judging.geneval_prompts import json_lines
+from eval.judging.language import LOCALITIES_2D, LOCALITIES_3D, Pair, PromptReader, find_locality
 from eval.judging.prompts import COMPBENCH_CATEGORIES
 from eval.metrics.compbench import rules as compbench
 from eval.metrics.compbench.evidence import ATTRIBUTES, COMPLEX_KINDS, Evidence, read_counts, read_objects
@@ -37,7 +37,7 @@ class Stored:
 class Words:
     """Who answers what a line leaves open about its prompt; asked only then."""
 
-    reader: Callable[[], Reader]
+    reader: Callable[[], PromptReader]
     names: Callable[[], tuple[list[str], list[str]]]
     kind: Callable[[str], str] | None = None
 

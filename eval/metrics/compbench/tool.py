@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from eval.drawing.pictures import read_pictures, refuse_unreadable, write_picture
-from eval.judging.compbench_language import PositionRules
-from eval.judging.judges import Judges, OfficialPaths, build_judges
-from eval.judging.metric import Clusters, Prompt, Sample
+from eval.judging.judges import Judges, build_judges
+from eval.judging.metric import Clusters, JudgedImage, Prompt
+from eval.judging.official import OfficialPaths, PositionRules
 from eval.judging.prompts import COMPBENCH_CATEGORIES, complex_kinds, read_lines
 from eval.metrics.compbench.evidence import ATTRIBUTES, Evidence, answer, gather
 from eval.metrics.compbench.files import (
@@ -25,6 +25,7 @@ from eval.metrics.compbench.files import (
     write_answers,
 )
 from eval.metrics.compbench.rules import three_in_one
+from eval.metrics.compbench.seats import load_detector, object_names
 from eval.metrics.compbench.stored import Stored, Words, read_stored, stored_line
 from infra.errors import UserError
 from infra.log import Progress
@@ -64,7 +65,7 @@ def judge(
     given = OfficialPaths(spacy=spacy, compbench=None if dataset is None else str(dataset))
     judges = build_judges("official", given)
     kinds = complex_kinds(dataset) if dataset and (dataset / "complex_val.txt").exists() else None
-    found = list(read_stored(stored, Words(judges.reader, judges.names, kinds)))
+    found = list(read_stored(stored, Words(judges.reader, lambda: object_names(judges), kinds)))
     if not found:
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
     for category in _categories(found):
@@ -99,7 +100,7 @@ def score(
     kinds = complex_kinds(Path(official.compbench)) if category == "complex" and official.compbench else None
     if category == "complex" and kinds is None:
         raise UserError("complex prompts need --official.compbench DIR, whose lists tell their kinds")
-    if category == "3d_spatial" and chosen.depth is None:
+    if category == "3d_spatial" and (chosen.of_world or official.depth is None):
         raise UserError("3d_spatial needs a depth network: give --official.depth PATH")
     dataset = None if official.compbench is None else Path(official.compbench)
     _check(category, files, dataset, images_per_prompt, allow_partial, give="--official.compbench")
@@ -111,7 +112,8 @@ def score(
         for start in range(0, len(files), BATCH):
             part, images = read_pictures(files[start : start + BATCH], unreadable)
             metadata = [{"kind": kinds(file.prompt)} if kinds else {} for file in part]
-            asked = [Sample(Prompt(f.prompt, category, metadata=m), 0, i) for f, m, i in zip(part, metadata, images)]
+            prompts = [Prompt(file.prompt, category, metadata=m) for file, m in zip(part, metadata)]
+            asked = [JudgedImage(prompt, 0, image) for prompt, image in zip(prompts, images)]
             for file, evidence in zip(part, gather(chosen, category, asked) if asked else []):
                 found.append(Stored(file.prompt, file.number, evidence))
                 lines.append(_keep(file, evidence, folder))
@@ -120,7 +122,7 @@ def score(
     from infra import storage
 
     storage.write_bytes(str(folder / "stored.jsonl"), "".join(f"{line}\n" for line in lines).encode())
-    _finish(category, found, chosen.compbench_rules, out, judges=chosen)
+    _finish(category, found, official.compbench_rules, out, judges=chosen)
 
 
 def merge(folder: Path, dataset: Path, *, images_per_prompt: int = IMAGES_PER_PROMPT) -> None:
@@ -229,7 +231,7 @@ def _finish(
         if category == "complex":
             _write_parts(ordered, rules, out / category, ids)
     boxes = judges is not None and any(item.evidence.seen for item in found)
-    judged_by = judges.compbench_detector().name if judges and boxes else ""
+    judged_by = load_detector(judges).name if judges and boxes else ""
     _print(f"{judges.prefix if judges else ''}{category}", values, judged_by)
 
 

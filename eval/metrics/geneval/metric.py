@@ -1,5 +1,6 @@
 """GenEval as a metric over generated images: detector, color CLIP and decision logic, per task and overall."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,22 +9,33 @@ import numpy as np
 
 from eval.judging.geneval_prompts import TASKS, Metadata
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, Kept, Prompt, Sample, Score, split_kept, split_scores
+from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score, split_scores, split_values
+from eval.judging.prompts import WORLD_PER_TASK, geneval_prompts, world_geneval_prompts
 from eval.metrics.geneval.colors import ClipColors
+from eval.metrics.geneval.files import IMAGES_PER_PROMPT
 from eval.metrics.geneval.rules import OFFICIAL_RULES, Rules, Verdict, decide, keep
 from eval.networks.detectors import Detections
 
 
-class GenEval:
-    name, higher_is_better = "geneval", True
+class GenEval(PictureMetric):
+    """Rows `geneval/<task>` and `geneval/overall`; the world's end in /seen and /unseen."""
+
+    name = "geneval"
+    needs = ("detector", "clip")
+    official_images = IMAGES_PER_PROMPT
 
     def __init__(self, judges: Judges, rules: Rules = OFFICIAL_RULES) -> None:
         self._judges, self._rules = judges, rules
-        self._colors = ClipColors(judges.clip())
         self._by_split: dict[bool | None, Clusters] = {}
 
-    def prompts(self, per_task: int) -> list[Prompt]:
-        return self._judges.geneval_prompts(per_task)
+    @functools.cached_property
+    def _colors(self) -> ClipColors:
+        return ClipColors(self._judges.clip())
+
+    def prompts(self, count: int | None) -> list[Prompt]:
+        if self._judges.of_world:
+            return world_geneval_prompts(count or WORLD_PER_TASK)
+        return geneval_prompts(count)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -33,12 +45,12 @@ class GenEval:
             "clip": describe_judge(self._judges.clip()),
         }
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        found = self._judges.detector().detect([sample.image for sample in samples])
-        for sample, detections in zip(samples, found):
-            verdict = self.judge(sample.image, detections, dict(sample.prompt.metadata))
-            values = self._by_split.setdefault(sample.prompt.seen, Clusters())
-            values.add(sample.prompt.task, sample.prompt_index, verdict.correct)
+    def update(self, images: Sequence[JudgedImage]) -> None:
+        found = self._judges.detector().detect([item.image for item in images])
+        for item, detections in zip(images, found):
+            verdict = self.judge(item.image, detections, dict(item.prompt.metadata))
+            values = self._by_split.setdefault(item.prompt.seen, Clusters())
+            values.add(item.prompt.task, item.prompt_index, verdict.correct)
 
     def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> Verdict:
         kept = keep(detections, metadata["tag"], self._rules)
@@ -47,5 +59,5 @@ class GenEval:
     def compute(self) -> list[Score]:
         return split_scores(self._by_split, TASKS)
 
-    def kept(self) -> Kept:
-        return split_kept(self._by_split)
+    def values_per_prompt(self) -> Kept:
+        return split_values(self._by_split)

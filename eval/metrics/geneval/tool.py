@@ -11,8 +11,9 @@ import numpy as np
 
 from eval.drawing.pictures import read_pictures, refuse_unreadable
 from eval.judging.geneval_prompts import CLASSES, COLORS, Metadata, metadata_lines, official_metadata, read_metadata
-from eval.judging.judges import OfficialPaths, build_judges
+from eval.judging.judges import build_judges
 from eval.judging.metric import Clusters
+from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import (
     IMAGES_PER_PROMPT,

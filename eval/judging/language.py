@@ -1,4 +1,4 @@
-"""What T2I-CompBench reads out of a prompt: noun chunks, objects, words. By spaCy, or by the prompt grammar.
+"""What is read out of a prompt: noun chunks, objects, counts, places. By spaCy, or by the prompt grammar.
 
 The grammar reader serves prompts whose wording is known (the world's templates); anything else needs a spaCy model.
 """
@@ -6,7 +6,7 @@ The grammar reader serves prompts whose wording is known (the world's templates)
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from infra.errors import UserError
 
@@ -15,24 +15,14 @@ LOCALITIES_2D = (
     "on the bottom of", "on the top of", "on top of",
 )  # fmt: skip
 LOCALITIES_3D = ("in front of", "behind", "hidden")
-PEOPLE = ("girl", "boy", "man", "woman")
 ONES = ("a", "an", "one")
 NUMBER_WORDS = {
     word: value for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"), 1)
 }
-RENAMED = {
-    **dict.fromkeys(PEOPLE, "person"),
-    "ship": "boat",
-    "telivision": "tv",
-    "goldfish": "fish",
-    "painting": "picture",
-}
-
-PositionRules = Literal["official", "repaired"]
 Pair = tuple[str | None, str | None]
 
 
-class Reader(Protocol):
+class PromptReader(Protocol):
     version: str
 
     def noun_chunks(self, prompt: str) -> list[str]: ...
