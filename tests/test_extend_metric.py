@@ -1,4 +1,4 @@
-"""A metric from outside: one class and one line in METRICS, then the public command measures it like every other one."""
+"""A metric from outside: a class and a line in METRICS, then the public command measures it as every other one."""
 
 import json
 import subprocess
