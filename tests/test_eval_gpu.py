@@ -23,10 +23,11 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
 from eval.drawing.generate import Painter, Sampling
 from eval.drawing.precision import decide, in_bfloat16, use_device
+from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.files import write_folder
 from eval.metrics.geneval.tool import score
-from eval.metrics.val_loss import val_loss
+from eval.metrics.val_loss import ValidationLoss
 from eval.networks.clip_model import ClipModel
 from eval.networks.depth import DptDepth
 from eval.networks.detectors import TransformersDetector
@@ -114,7 +115,8 @@ def test_validation_loss(tmp_path, exact):
     told = {"config": config.to_json(), "text_spec": TINY_TEXT.to_json(), "data_fingerprint": info.fingerprint}
     path = export(tmp_path / "ema.safetensors")
     save_weights(path, state, read_meta(path) | told)
-    (ours, *one), (theirs, *other) = (val_loss(Painter(path, device=d), str(tmp_path / "data")) for d in DEVICES)
+    metric, data = ValidationLoss(build_judges("world")), str(tmp_path / "data")
+    (ours, *one), (theirs, *other) = (metric.measure(Painter(path, device=d), data) for d in DEVICES)
     assert one[0] == other[0], "another protocol"
     assert {s.path: s.value for s in theirs} == pytest.approx({s.path: s.value for s in ours}, rel=1e-4)
 
