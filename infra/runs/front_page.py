@@ -55,11 +55,12 @@ def draw_prediction() -> None:
     low, high = said - prediction["low"], prediction["high"] - said
     axes.errorbar([size], [said], [[low], [high]], fmt="o", ms=17, mfc=PAPER, color=RED, capsize=6,
                   label=f"predicted for depth 5 before training: {said:.3f}")  # fmt: skip
-    for depth, (parameters, loss) in losses.items():
+    for depth, (size, loss) in losses.items():
         if depth < 5:
-            axes.plot([parameters], [loss], "o", color=BLUE, ms=10)
-            axes.annotate(f"depth {depth}", (parameters, loss), (8, 8), textcoords="offset points", color=INK)
-    axes.plot([losses[5][0]], [losses[5][1]], "*", color=BLUE, ms=13, zorder=5, label=f"depth 5, trained: {losses[5][1]:.3f}")
+            axes.plot([size], [loss], "o", color=BLUE, ms=10)
+            axes.annotate(f"depth {depth}", (size, loss), (8, 8), textcoords="offset points", color=INK)
+    parameters, loss = losses[5]
+    axes.plot([parameters], [loss], "*", color=BLUE, ms=13, zorder=5, label=f"depth 5, trained: {loss:.3f}")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation loss", ylim=(0.2, 0.75), xlim=(1.2e5, 3e7))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
