@@ -15,7 +15,7 @@ from infra.log import clock
 
 if TYPE_CHECKING:
     from data_pipeline.flow.pipeline import Pipeline
-    from data_pipeline.plans import Plan
+    from data_pipeline.plans import DatasetPlan
     from data_pipeline.sources.source import Source
 
 
@@ -66,8 +66,8 @@ class PipelineOptions:
 
 def run(words: list[str]) -> None:
     """Raw images to training shards. The same command again does only what is missing."""
-    from data_pipeline.flow.plan_file import SUFFIXES, plan_file, read_plan_file
-    from data_pipeline.plans import PLANS, Plan, get_plan
+    from data_pipeline.flow.plan_file import SUFFIXES, encode_plan_file, read_plan_file
+    from data_pipeline.plans import PLANS, DatasetPlan, get_plan
     from infra import storage
 
     known = {name: str(make.__doc__) for name, make in PLANS.items()}
@@ -83,11 +83,11 @@ def run(words: list[str]) -> None:
 
     flat = tyro.conf.arg(name="")
 
-    def call(options: Annotated[PipelineOptions, flat], plan: Annotated[Plan, flat] = default) -> None:
-        run_plan(options, plan.settled())
+    def call(options: Annotated[PipelineOptions, flat], plan: Annotated[DatasetPlan, flat] = default) -> None:
+        run_plan(options, plan.settle())
         if options.until == "pack":
             # consent to one rebuild is not consent to the next
-            asked = plan_file(name, replace(options, rebuild=()), plan, (PipelineOptions(out=""), default))
+            asked = encode_plan_file(name, replace(options, rebuild=()), plan, (PipelineOptions(out=""), default))
             storage.write_bytes(storage.join(options.out, "plan.yaml"), asked)
 
     parse(call, rest, prog=f"{prog} {words[0]}", description=run.__doc__)
@@ -110,10 +110,10 @@ def gather_sources(args: list[str]) -> list[str]:
     return [*rest, "--source", *found] if found else rest
 
 
-def run_plan(options: PipelineOptions, plan: "Plan") -> None:
+def run_plan(options: PipelineOptions, plan: "DatasetPlan") -> None:
     """Everything from source to dataset.json, then the table of what happened."""
     from data_pipeline.flow.pipeline import Pipeline
-    from data_pipeline.flow.summary import summary
+    from data_pipeline.flow.summary import format_summary
     from infra.runner import WorkerPool
 
     started = time.monotonic()
@@ -136,7 +136,7 @@ def run_plan(options: PipelineOptions, plan: "Plan") -> None:
         _print_gate(pipeline)
         return
     outcome = pipeline.run()
-    print(summary(options.out, outcome))
+    print(format_summary(options.out, outcome))
     print(f"\nfinished in {clock(time.monotonic() - started)}: {options.out}")
     if outcome.failed:
         raise UserError(f"{len(outcome.failed)} units failed and are not in the dataset: run the same command again")
@@ -171,9 +171,9 @@ def _source_of(options: PipelineOptions) -> "Source":
 def _print_gate(pipeline: "Pipeline") -> None:
     """What would go on to captioner and autoencoder, and what other thresholds would make of it."""
     from data_pipeline.curation.threshold_counts import count_kept, format_kept
-    from data_pipeline.stages.verdicts import totals
+    from data_pipeline.stages.row_status import count_by_status
 
-    counts = totals(pipeline.run_gate())
+    counts = count_by_status(pipeline.run_gate())
     print(format_kept(count_kept(pipeline.root, pipeline.columns.fingerprints), pipeline.plan.strict))
     print("\nrows at the gate: " + ", ".join(f"{n:,} {status}" for status, n in counts.most_common()))
 
@@ -230,7 +230,7 @@ def pairs(
         device: where the networks run.
     """
     from data_pipeline.packing.pairs import read_pairs, write_pairs
-    from data_pipeline.plans import get_plan, vae_meta
+    from data_pipeline.plans import get_plan, read_vae_meta
     from infra import storage
 
     chosen, found = get_plan(plan), read_pairs(source)
@@ -240,7 +240,7 @@ def pairs(
     splits = {"train": found[: len(found) - num_val], "val": found[len(found) - num_val :]}
     info = write_pairs(
         out, {name: part for name, part in splits.items() if part}, text_spec=chosen.text_spec,
-        vae=vae_meta(chosen.vae), resolution=chosen.resolution,
+        vae=read_vae_meta(chosen.vae), resolution=chosen.resolution,
         made_by={"source": storage.sha256_hex(storage.read_bytes(source))}, device=device,
     )  # fmt: skip
     print(f"{out}: {len(found)} pairs, {num_val} of them for validation; fingerprint {info.fingerprint}")

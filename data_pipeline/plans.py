@@ -30,7 +30,7 @@ from model.encoders.vae import Latents
 
 
 @dataclass(frozen=True)
-class Plan:
+class DatasetPlan:
     """What a dataset is made of. Field comments are the command line's help."""
 
     name: Annotated[str, tyro.conf.Suppress]
@@ -98,7 +98,7 @@ class Plan:
     text_tokens: int | None = None
     """Token limit of the T5 seat; the plan's if left out."""
 
-    def settled(self) -> "Plan":
+    def settle(self) -> "DatasetPlan":
         """The plan with its text options written into the text spec; UserError for numbers that make no dataset."""
         self._check_numbers()
         encoders = []
@@ -162,9 +162,9 @@ WORLD_TEXT = TextSpec(
 )
 
 
-def world() -> Plan:
+def world() -> DatasetPlan:
     """The embedded world and its tiny networks; also for a first try on one's own images (64 x 64 pixels)."""
-    return Plan(
+    return DatasetPlan(
         name="world",
         resolution=64,
         bucket_step=8,
@@ -187,9 +187,9 @@ SD3_TEXT = TextSpec(
 )
 
 
-def sd3() -> Plan:
+def sd3() -> DatasetPlan:
     """SD3's own networks at 256 pixels, CogVLM's captions, SSCD for duplicates; all are looked for in checkpoints/."""
-    return Plan(
+    return DatasetPlan(
         name="sd3",
         resolution=256,
         bucket_step=16,
@@ -206,10 +206,10 @@ def sd3() -> Plan:
     )
 
 
-PLANS: dict[str, Callable[[], Plan]] = {"world": world, "sd3": sd3}
+PLANS: dict[str, Callable[[], DatasetPlan]] = {"world": world, "sd3": sd3}
 
 
-def get_plan(name: str) -> Plan:
+def get_plan(name: str) -> DatasetPlan:
     """The plan of that name; an unknown one is refused with the nearest known."""
     if name not in PLANS:
         raise UserError(f"unknown plan {name!r}{nearest(name, PLANS)}: one of {', '.join(PLANS)}")
@@ -217,7 +217,7 @@ def get_plan(name: str) -> Plan:
 
 
 @dataclass(frozen=True)
-class Columns:
+class PlanColumns:
     """The stages of a plan and the column that each writes."""
 
     ingest: tuple[Ingest, Column]
@@ -244,7 +244,7 @@ class Columns:
         return json.loads(canonical_json(found))
 
 
-def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> Columns:
+def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> PlanColumns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
     caption_weights = identify_weights(plan.captioner)
     made: dict[str, str] = {}
@@ -258,7 +258,8 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device:
     light = [column(MeasureStage())]
     light += [column(ScoreStage(name, model, plan.batch, device)) for name, model in plan.scorers.items()]
     if plan.dedup_embedding:
-        light.append(column(EmbedStage(plan.dedup_embedding, _hash(plan.dedup_embedding), plan.batch, device)))
+        weights = _hash_checkpoint(plan.dedup_embedding)
+        light.append(column(EmbedStage(plan.dedup_embedding, weights, plan.batch, device)))
     light.append(column(FilterStage(plan.gate.thresholds(plan.strict))))
     light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
     buckets = bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
@@ -267,15 +268,15 @@ def build_columns(plan: Plan, root: str, *, device: str = "cpu", caption_device:
     dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))
     heavy = [
         column(CaptionStage(plan.captioner, caption_weights, plan.batch, caption_device)),
-        column(LatentStage(plan.vae, _hash(plan.vae), plan.batch, device)),
+        column(LatentStage(plan.vae, _hash_checkpoint(plan.vae), plan.batch, device)),
     ]
     for encoder in plan.text_spec.encoders:
-        small = encoder.seat in plan.int8_seats
-        heavy.append(column(TextStage(plan.text_spec, encoder.seat, _hash(encoder.checkpoint), small, device=device)))
-    return Columns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
+        weights, small = _hash_checkpoint(encoder.checkpoint), encoder.seat in plan.int8_seats
+        heavy.append(column(TextStage(plan.text_spec, encoder.seat, weights, small, device=device)))
+    return PlanColumns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 
-def vae_meta(checkpoint: str) -> VaeMeta:
+def read_vae_meta(checkpoint: str) -> VaeMeta:
     """Shape and scaling of an autoencoder, from its config.json alone: the driver needs no network."""
     path = resolve(checkpoint) / "config.json"
     if not path.is_file():
@@ -285,5 +286,5 @@ def vae_meta(checkpoint: str) -> VaeMeta:
     return VaeMeta(**Latents.of(SimpleNamespace(config=config)).to_json(checkpoint))
 
 
-def _hash(checkpoint: str) -> str:
+def _hash_checkpoint(checkpoint: str) -> str:
     return weights_hash(resolve(checkpoint))

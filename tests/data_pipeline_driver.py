@@ -23,7 +23,7 @@ from data_pipeline.formats.schema import ColumnPart, Manifest, expand_ranges, to
 from data_pipeline.plans import world
 from data_pipeline.sources.source import SourceUnit
 from data_pipeline.sources.webdataset import WebDatasetSource
-from data_pipeline.stages import ledger
+from data_pipeline.stages import scratch_db
 from data_pipeline.stages.stage import stage_table
 from infra.runner import WorkerPool
 from infra.storage import sha256_hex
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
-        parquet_io._GROUP_BYTES, ledger.CACHE_MIB, ledger._PAGE, pipeline._DEDUP_SHARDS = 2**18, 1, 16, 10
+        parquet_io._GROUP_BYTES, scratch_db.CACHE_MIB, scratch_db._PAGE, pipeline._DEDUP_SHARDS = 2**18, 1, 16, 10
     pipeline.PackTask = Packed  # type: ignore[assignment, misc]
     made = driver(given.root, given.rows, given.distance)
     fill(made)
@@ -153,7 +153,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     assert sum(split.num_samples for split in outcome.info.splits.values()) == outcome.info.counts["ok"]
     found = {"rows": given.rows, "seconds": round(seconds, 1), "mib_before": round(memory.before)}
-    pages = made.proven.ledger.ask("PRAGMA page_count")[0][0]
+    pages = made.state.database.query("PRAGMA page_count")[0][0]
     print(json.dumps(found | {"mib": round(memory.peak, 1), "ledger_mib_on_disk": round(pages * 4096 / 2**20)}))
 
 

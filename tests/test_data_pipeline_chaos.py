@@ -17,7 +17,7 @@ from data_faulty_proxy import FaultyProxy
 from data_kill_points import POINTS, is_of, struck
 from PIL import Image
 
-from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
@@ -45,7 +45,7 @@ def raw(tmp_path_factory) -> Path:
     return folder
 
 
-def run(root: str | Path, raw: str | Path) -> Outcome:
+def run(root: str | Path, raw: str | Path) -> PipelineResult:
     return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
 
 
@@ -55,7 +55,7 @@ def reference(tmp_path_factory, raw) -> str:
     return run(tmp_path_factory.mktemp("reference"), raw).info.fingerprint
 
 
-def check(root: str | Path, outcome: Outcome, reference: str) -> None:
+def check(root: str | Path, outcome: PipelineResult, reference: str) -> None:
     assert outcome.info.fingerprint == reference
     assert outcome.info.counts == {"ok": 18, "too_small": 1, "corrupt": 1}
     findings = verify(str(root))

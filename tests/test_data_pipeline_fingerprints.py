@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from trainer_launch import halted
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
+from data_pipeline.flow.plan_mismatch import find_mismatches
 from data_pipeline.formats.schema import Manifest
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.plans import Plan, world
+from data_pipeline.plans import DatasetPlan, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
 from infra.errors import UserError, UserErrors
@@ -47,9 +48,9 @@ CHANGES = {
 }
 
 
-def run(root: Path, raw: Path, plan: Plan, *rebuild: str) -> Outcome:
+def run(root: Path, raw: Path, plan: DatasetPlan, *rebuild: str) -> PipelineResult:
     return Pipeline(
-        plan.settled(), str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0), rebuild=rebuild
+        plan.settle(), str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0), rebuild=rebuild
     ).run()  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def raw(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, raw) -> tuple[Path, Outcome]:
+def made(tmp_path_factory, raw) -> tuple[Path, PipelineResult]:
     root = tmp_path_factory.mktemp("made") / "data"
     return root, run(root, raw, PLAN)
 
@@ -161,13 +162,13 @@ def test_another_resolution_at_the_same_root_leaves_the_first_as_it_is(made, raw
     assert verify(str(root)).problems == []
 
 
-def test_what_data_of_before_do_not_tell_is_refused_by_column(made, raw, tmp_path):
-    root = Path(shutil.copytree(made[0], tmp_path / "data"))
-    info = replace(made[1].info, settings={})
-    (root / "dataset.json").write_bytes(info.to_bytes())
-    with pytest.raises(UserError, match=r"column text_t5 \(made by other settings\).*--rebuild text_t5, which"):
-        run(root, raw, replace(PLAN, text_tokens=8))
+def test_a_mistyped_column_is_refused_with_the_nearest_known(made, raw):
     with pytest.raises(UserError, match=r"--rebuild latent: no such column \(did you mean 'latents'\?\)"):
-        run(root, raw, PLAN, "latent")
-    assert run(root, raw, PLAN).computed == {}
-    assert open_dataset(str(root)).info.settings == made[1].info.settings
+        run(made[0], raw, PLAN, "latent")
+
+
+def test_data_that_name_no_settings_are_told_apart_by_column(made):
+    stands = replace(made[1].info, settings={})
+    wanted = replace(stands, columns={**stands.columns, "text_t5": "0" * 16})
+    assert find_mismatches(stands, stands) == {}
+    assert find_mismatches(stands, wanted) == {"text_t5": "made by other settings"}

@@ -15,9 +15,9 @@ from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import SCORERS, ScoreStage, rate_caption
 from data_pipeline.curation.threshold_counts import count_kept, format_kept
-from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.inspection.verify import verify
-from data_pipeline.plans import Plan, build_columns, world
+from data_pipeline.plans import DatasetPlan, build_columns, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
@@ -44,15 +44,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def plan(**given) -> Plan:
+def plan(**given) -> DatasetPlan:
     return replace(world(), ingest_rows=8, pack_rows=8, val_fraction=0.0, caption_quality=True, **given)
 
 
-def run(root: Path, folder: Path, plan: Plan) -> Outcome:
+def run(root: Path, folder: Path, plan: DatasetPlan) -> PipelineResult:
     return Pipeline(plan, str(root), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run()
 
 
-def set_aside(outcome: Outcome) -> dict[str, str]:
+def set_aside(outcome: PipelineResult) -> dict[str, str]:
     return {row["source"][0]: row["status"] for row in pq.read_table(outcome.rejected).to_pylist()}
 
 
@@ -60,7 +60,7 @@ HEAVY = "caption + latents + text_clip_l + text_t5"
 
 
 @pytest.fixture(scope="module")
-def gated(tmp_path_factory, folder) -> tuple[Path, Outcome]:
+def gated(tmp_path_factory, folder) -> tuple[Path, PipelineResult]:
     root = tmp_path_factory.mktemp("gated") / "data"
     gate = Gate(min_side=40, min_caption_quality=0.01)
     given = {"dedup_embedding": "world:clip", "dedup_similarity": 0.8, "dedup_verify": 15.0}

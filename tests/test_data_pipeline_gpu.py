@@ -24,12 +24,12 @@ from data_pipeline.captions.registry import open_captioner
 from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.scores import ScoreStage
-from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.formats.schema import rejected_split
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pairs import Pair, write_pairs
-from data_pipeline.plans import WORLD_TEXT, vae_meta, world
+from data_pipeline.plans import WORLD_TEXT, read_vae_meta, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.stages.buckets import BucketStage, bucket_table
 from data_pipeline.stages.encode import LatentStage, TextStage
@@ -140,7 +140,7 @@ def test_embeddings_and_scores(shard, exact, tmp_path):
 def test_preference_pairs(tmp_path, exact):
     seen = [np.asarray(image) for image in images(7)]
     pairs = [Pair(f"k{n}", f"a dog {n}", seen[n], seen[n + 1]) for n in range(6)]
-    given = {"text_spec": WORLD_TEXT, "vae": vae_meta("world:vae"), "resolution": 64, "made_by": {}}
+    given = {"text_spec": WORLD_TEXT, "vae": read_vae_meta("world:vae"), "resolution": 64, "made_by": {}}
     write_pairs(str(tmp_path / "ours"), {"train": pairs}, **given)
     write_pairs(str(tmp_path / "theirs"), {"train": pairs}, device=DEVICE, **given)
     for split in ("train", rejected_split("train")):
@@ -157,17 +157,17 @@ def compare(ours: Path, theirs: Path, split: str, count: int, **tolerance: float
 
 
 @pytest.fixture(scope="module")
-def by_cpu(tmp_path_factory) -> tuple[Path, Path, Outcome]:
+def by_cpu(tmp_path_factory) -> tuple[Path, Path, PipelineResult]:
     folder = tmp_path_factory.mktemp("runs")
     write_world(str(folder / "raw"), images=30, val_images=6, seed=3, images_per_shard=12)
     return folder / "raw", folder / "cpu", run(folder / "raw", folder / "cpu", gpus=0)
 
 
-def run(raw: Path, root: Path, *, gpus: float) -> Outcome:
+def run(raw: Path, root: Path, *, gpus: float) -> PipelineResult:
     return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0, gpus=gpus)).run()
 
 
-def check(by_cpu: tuple[Path, Path, Outcome], root: Path) -> None:
+def check(by_cpu: tuple[Path, Path, PipelineResult], root: Path) -> None:
     """Columns, counts and rows are the CPU's; the dataset's fingerprint is of its bytes, which are other ones."""
     (_, expected, outcome), info = by_cpu, open_dataset(str(root)).info
     assert (info.columns, info.counts, info.encoding) == (outcome.info.columns, {"ok": 36}, outcome.info.encoding)

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.curation.gate import Gate
 from data_pipeline.formats.schema import encoding_fingerprint
-from data_pipeline.plans import build_columns, vae_meta, world
+from data_pipeline.plans import build_columns, read_vae_meta, world
 
 WORLD = {
     "ingest": "ed2d09849bdd2a74",
@@ -49,9 +49,9 @@ OTHERWISE = replace(
     ids=["world", "every stage"],
 )
 def test_fingerprints_of_columns_and_encoding_stay_as_they_are(plan, columns, encoding):
-    plan = plan.settled()
+    plan = plan.settle()
     found = build_columns(plan, "root").fingerprints
     assert found == columns
-    vae, captions = vae_meta(plan.vae), ("original", "synthetic")
+    vae, captions = read_vae_meta(plan.vae), ("original", "synthetic")
     made = encoding_fingerprint(plan.text_spec, vae, plan.resolution, captions, found, plan.int8_seats)
     assert made == encoding

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.flow.pipeline import Outcome, Pipeline
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.inspection.verify import verify
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
@@ -37,7 +37,7 @@ def reference(tmp_path_factory, raw) -> str:
     return run_here(tmp_path_factory.mktemp("reference"), raw).info.fingerprint
 
 
-def run_here(root: Path, raw: Path) -> Outcome:
+def run_here(root: Path, raw: Path) -> PipelineResult:
     return Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
 
 

@@ -13,7 +13,7 @@ from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import Partners
 from data_pipeline.packing.pairs import Pair, read_pairs, write_pairs
 from data_pipeline.packing.synthetic import write_synthetic
-from data_pipeline.plans import WORLD_TEXT, vae_meta
+from data_pipeline.plans import WORLD_TEXT, read_vae_meta
 from infra.errors import UserError
 
 
@@ -100,7 +100,7 @@ def written(tmp_path_factory) -> str:
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     write_pairs(
         str(folder / "out"), {"train": read_pairs(str(folder / "pairs.jsonl"))}, text_spec=WORLD_TEXT,
-        vae=vae_meta("world:vae"), resolution=64, made_by={"by": "hand"},
+        vae=read_vae_meta("world:vae"), resolution=64, made_by={"by": "hand"},
     )  # fmt: skip
     return str(folder / "out")
 
@@ -143,7 +143,7 @@ def test_bad_lines_are_named(tmp_path, line, says):
 
 
 def test_equal_keys_and_a_second_data_set_are_refused(written, tmp_path):
-    more = {"text_spec": WORLD_TEXT, "vae": vae_meta("world:vae"), "resolution": 64, "made_by": {}}
+    more = {"text_spec": WORLD_TEXT, "vae": read_vae_meta("world:vae"), "resolution": 64, "made_by": {}}
     pair = Pair("k", "a dog", picture((0, 0, 0)), picture((9, 9, 9)))
     with pytest.raises(UserError, match="all different"):
         write_pairs(str(tmp_path / "x"), {"train": [pair, pair]}, **more)

@@ -99,18 +99,18 @@ def test_a_file_is_checked_like_the_command_line(tmp_path, monkeypatch, capsys, 
 
 def test_text_options_change_the_spec_and_with_it_the_columns(tmp_path):
     plan = world()
-    assert plan.settled() == plan
-    short = replace(plan, text_tokens=8, text_layout="padded").settled()
+    assert plan.settle() == plan
+    short = replace(plan, text_tokens=8, text_layout="padded").settle()
     assert [encoder.tokens for encoder in short.text_spec.encoders] == [16, 8]
     one, other = (build_columns(p, "").fingerprints for p in (plan, short))
     assert {name for name in one if one[name] != other[name]} == {"text_clip_l", "text_t5"}
     with pytest.raises(UserError, match=r"--clip-g: plan world has no such text encoder, it has clip_l, t5"):
-        replace(plan, clip_g="x").settled()
+        replace(plan, clip_g="x").settle()
 
 
 def test_the_plan_of_sd3_names_what_is_missing():
     assert set(PLANS) == {"world", "sd3"}
-    plan = replace(sd3(), t5=str(Path(__file__).parent)).settled()
+    plan = replace(sd3(), t5=str(Path(__file__).parent)).settle()
     assert plan.text_spec.t5 is not None
     assert plan.text_spec.t5.checkpoint == str(Path(__file__).parent)
     assert plan.strict.max_nsfw == 0.3

@@ -216,7 +216,7 @@ def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_foll
     pipeline = Pipeline(PLAN, str(tmp_path / "data"), open_source(f"wds:{raw}"), workers=WorkerPool(0))
     verdicts = pipeline.run_gate()
     monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)
-    pipeline.crew.workers = WorkerPool(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU
+    pipeline.jobs.workers = WorkerPool(cpus=0.5, gpus=0.5)  # there is no real GPU: the networks stay on the CPU
 
     def watch():
         wait_for((folder / "last").exists)

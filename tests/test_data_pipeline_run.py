@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.flow.pipeline import Outcome, Pipeline
-from data_pipeline.flow.summary import summary
+from data_pipeline.flow.pipeline import Pipeline, PipelineResult
+from data_pipeline.flow.summary import format_summary
 from data_pipeline.formats.index import read_split
 from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.publish import write_rejected
-from data_pipeline.plans import Plan, vae_meta, world
+from data_pipeline.plans import DatasetPlan, read_vae_meta, world
 from data_pipeline.sources.registry import open_source, open_sources
 from data_pipeline.world.write import write_world
 from infra import storage
@@ -62,7 +62,7 @@ def add_bad_rows(tar: Path) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def run(root: Path | str, raw: Path | str, plan: Plan = PLAN, **given: object) -> Outcome:
+def run(root: Path | str, raw: Path | str, plan: DatasetPlan = PLAN, **given: object) -> PipelineResult:
     return Pipeline(plan, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0), **given).run()
 
 
@@ -75,7 +75,7 @@ def raw(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, raw) -> tuple[Path, Outcome]:
+def made(tmp_path_factory, raw) -> tuple[Path, PipelineResult]:
     root = tmp_path_factory.mktemp("made") / "data"
     return root, run(root, raw)
 
@@ -117,7 +117,7 @@ def test_the_dataset_trains_and_validates(made):
     root, _ = made
     train, val = open_dataset(str(root)), open_dataset(str(root), split="val")
     assert (train.num_samples, val.num_samples) == (44, 8)
-    assert train.vae == vae_meta("world:vae")
+    assert train.vae == read_vae_meta("world:vae")
     batch = next(train.batches(seed=0, global_batch=8, encoder_dropout=0.0))
     assert batch.latent_BCHW.shape == (8, 8, 16, 16)
     assert batch.text.context_BLD.shape == (8, 32, 384)
@@ -161,7 +161,7 @@ def test_the_same_command_again_computes_nothing(made, raw, copy):
     assert again.info.fingerprint == made[1].info.fingerprint
     after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
     assert {p for p in before if after[p] != before[p] and p.parent.name not in ("index", "pack")} == set()
-    assert "nothing was missing" in summary(str(copy), again)
+    assert "nothing was missing" in format_summary(str(copy), again)
 
 
 def test_another_commit_of_the_code_alone_rebuilds_nothing(made, raw, copy, monkeypatch):
@@ -312,7 +312,7 @@ def test_a_lost_training_shard_is_packed_again(made, raw, copy, suffix):
     assert verify(str(copy)).problems
     again = run(copy, raw)
     assert set(again.computed) == {"pack"}
-    assert "nothing was missing" not in summary(str(copy), again)
+    assert "nothing was missing" not in format_summary(str(copy), again)
     assert again.info.fingerprint == made[1].info.fingerprint
     assert verify(str(copy)).problems == []
 

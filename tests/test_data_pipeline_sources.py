@@ -14,8 +14,8 @@ from PIL import Image
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.registry import open_source, open_sources
 from data_pipeline.sources.source import SourceOptions
+from data_pipeline.stages.column_state import ColumnState
 from data_pipeline.stages.columns import Column, read_part
-from data_pipeline.stages.proven import Proven
 from infra import storage
 from infra.errors import UnavailableError, UserError
 
@@ -307,7 +307,7 @@ def test_a_manifest_is_written_once_and_its_objects_by_content(tmp_path):
     first = column.write("unit", [("s", table)])
     late = column.write("unit", [("s", other)])  # a zombie that wakes up late changes nothing
     assert late == first
-    assert list(Proven(str(tmp_path)).manifests(column)) == [first]
+    assert list(ColumnState(str(tmp_path)).manifests(column)) == [first]
     path = tmp_path / first.parts[0].object
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="not the bytes that its manifest names"):
@@ -319,8 +319,8 @@ def test_a_manifest_whose_object_is_gone_makes_room_and_others_stay(tmp_path):
     tables = [pa.table({"row": pa.array(rows, pa.int32()), "status": ["ok"] * len(rows)}) for rows in ([0, 1], [2])]
     first, second = (column.write("s", [("s", table)], number=number) for number, table in enumerate(tables))
     (tmp_path / first.parts[0].object).unlink()
-    proven = Proven(str(tmp_path))
-    assert list(proven.manifests(column, heal=False)) == [first, second]
-    assert list(proven.manifests(column)) == list(proven.manifests(column, heal=False)) == [second]
+    state = ColumnState(str(tmp_path))
+    assert list(state.manifests(column, heal=False)) == [first, second]
+    assert list(state.manifests(column)) == list(state.manifests(column, heal=False)) == [second]
     again = column.write("s", [("s", tables[0])], number=1)  # the number that a worker who knows one manifest gives
-    assert list(proven.manifests(column)) == [second, again]
+    assert list(state.manifests(column)) == [second, again]

@@ -23,9 +23,9 @@ from data_pipeline.packing.pack import Output, make_plan, plan_table, read_outpu
 from data_pipeline.packing.publish import assign_splits, draw_of
 from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.stages.buckets import BucketStage, bucket_table, nearest_bucket
-from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.row_status import count_by_status, ok_rows, override_statuses, select_rejected, status_table
+from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import ShardView
-from data_pipeline.stages.verdicts import ok_rows, overruled, rejected, totals, verdict_table
 from infra.errors import UserError
 
 
@@ -268,7 +268,7 @@ def runs(rows: dict[tuple[str, int], str]) -> list[RowRun]:
 
 
 def shelved(found: Iterable[RowRun]) -> Runs:
-    made = Runs(Ledger())
+    made = Runs(ScratchDatabase())
     for run in found:
         made.put(run)
     return made
@@ -322,15 +322,15 @@ def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
 
 
 def test_the_first_stage_that_objects_has_its_say():
-    mine = verdict_table([0, 1, 2, 3], ["ok", "corrupt", "ok", "ok"], ["", "cut", "", ""])
-    said = verdict_table([1, 2, 3], ["duplicate", "duplicate", "ok"], ["of 0", "of 0", ""])
-    found = overruled(mine, said)
+    mine = status_table([0, 1, 2, 3], ["ok", "corrupt", "ok", "ok"], ["", "cut", "", ""])
+    said = status_table([1, 2, 3], ["duplicate", "duplicate", "ok"], ["of 0", "of 0", ""])
+    found = override_statuses(mine, said)
     assert found["status"].to_pylist() == ["ok", "corrupt", "duplicate", "ok"]
     assert found["reason"].to_pylist() == ["", "cut", "of 0", ""]
-    assert (ok_rows(found).tolist(), rejected(found)["row"].to_pylist()) == ([0, 3], [1, 2])
-    assert totals({"a": found, "b": mine}) == {"ok": 5, "corrupt": 2, "duplicate": 1}
-    empty = verdict_table([], [], [])
-    assert (overruled(mine, empty), ok_rows(empty).tolist()) == (mine, [])
+    assert (ok_rows(found).tolist(), select_rejected(found)["row"].to_pylist()) == ([0, 3], [1, 2])
+    assert count_by_status({"a": found, "b": mine}) == {"ok": 5, "corrupt": 2, "duplicate": 1}
+    empty = status_table([], [], [])
+    assert (override_statuses(mine, empty), ok_rows(empty).tolist()) == (mine, [])
 
 
 @given(st.sets(st.integers(0, 60)))

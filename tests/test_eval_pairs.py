@@ -7,7 +7,7 @@ import torch
 from data_pipeline.inspection.verify import verify
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import Partners
-from data_pipeline.plans import WORLD_TEXT, vae_meta
+from data_pipeline.plans import WORLD_TEXT, read_vae_meta
 from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges
@@ -43,7 +43,7 @@ def weights(tmp_path_factory) -> str:
             param += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel()))
     meta = {
         "kind": "ema", "backbone": "mmdit", "config": config.to_json(), "formulation": "rf/lognorm(0.00,1.00)",
-        "text_spec": WORLD_TEXT.to_json(), "vae": vars(vae_meta("world:vae")), "resolution": 64, "shift": 1.0,
+        "text_spec": WORLD_TEXT.to_json(), "vae": vars(read_vae_meta("world:vae")), "resolution": 64, "shift": 1.0,
     }  # fmt: skip
     return str(save_weights(tmp_path_factory.mktemp("weights") / "ema.safetensors", model.state_dict(), meta))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.filters import Thresholds, join_scores
-from data_pipeline.stages.verdicts import ok_rows, verdict_table
+from data_pipeline.stages.row_status import ok_rows, status_table
 from infra.errors import UserError
 
 
@@ -43,4 +43,4 @@ def select_ok(table: pa.Table, judged: pa.Table) -> pa.Table:
 def judge_strictly(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:
     """What the strict thresholds say of a shard's rows."""
     judged = [(row["row"], *strict.judge(row)) for row in join_scores(measured, scores)]
-    return verdict_table(*zip(*judged))
+    return status_table(*zip(*judged))

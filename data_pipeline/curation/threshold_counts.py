@@ -7,8 +7,8 @@ import numpy as np
 
 from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.scores import SCORERS
+from data_pipeline.stages.column_state import ColumnState
 from data_pipeline.stages.columns import Column, read_parts
-from data_pipeline.stages.proven import Proven
 from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 
@@ -48,16 +48,16 @@ def count_kept(root: str, columns: Mapping[str, str]) -> list[KeptCount]:
 
 
 def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    proven = Proven(root)
+    state = ColumnState(root)
     for stage in ("measure", *scorers):
         if stage not in columns:
             raise UserError(f"{root}: no column {stage}: run the pipeline there first")
-        for manifest in proven.manifests(Column(root, stage, columns[stage]), heal=False):
-            proven.take(manifest)
+        for manifest in state.manifests(Column(root, stage, columns[stage]), heal=False):
+            state.record(manifest)
             for part in manifest.parts if stage == "measure" else ():
-                proven.add_shard(part.shard, "")
-    for shard in proven.shards():
-        table = proven.read("measure", shard, ["row", "status", "width", "height", "caption"])
+                state.add_shard(part.shard, "")
+    for shard in state.shards():
+        table = state.read("measure", shard, ["row", "status", "width", "height", "caption"])
         rows = [row for row in table.to_pylist() if row["status"] == OK]
         width, height = (np.array([row[side] for row in rows], float) for side in ("width", "height"))
         values = {
@@ -67,7 +67,7 @@ def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterat
         }
         for name, scorer in _SCORE_OF.items():
             if scorer in scorers:
-                found = read_parts(root, proven.parts(scorer, shard), ["row", "score"])
+                found = read_parts(root, state.parts(scorer, shard), ["row", "score"])
                 scores = {} if found is None else dict(zip(found["row"].to_pylist(), found["score"].to_pylist()))
                 values[name] = np.array([scores.get(row["row"], np.nan) for row in rows], float)
         yield values

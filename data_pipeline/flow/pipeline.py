@@ -1,6 +1,6 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
-The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`stages/ledger.py`,
+The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`stages/scratch_db.py`,
 `infra/scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
 training shards.
 """
@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from data_pipeline.captions.stage import MAX_CHARS
 from data_pipeline.curation.gate import judge_strictly, select_ok
-from data_pipeline.flow.crew import Crew
-from data_pipeline.flow.misfits import check_rebuild
+from data_pipeline.flow.jobs import JobRunner
+from data_pipeline.flow.plan_mismatch import check_rebuild
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout
@@ -29,13 +29,13 @@ from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, 
 from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
 from data_pipeline.packing.runs import RowRun, Runs
 from data_pipeline.packing.shards import largest_sample
-from data_pipeline.plans import Plan, build_columns, vae_meta
+from data_pipeline.plans import DatasetPlan, build_columns, read_vae_meta
 from data_pipeline.sources.source import Source
+from data_pipeline.stages.column_state import ColumnState
 from data_pipeline.stages.columns import Column
-from data_pipeline.stages.ledger import Todo
-from data_pipeline.stages.proven import Proven
+from data_pipeline.stages.row_status import RowStatuses, count_by_status, ok_rows, override_statuses, status_table
+from data_pipeline.stages.scratch_db import WorkList
 from data_pipeline.stages.stage import OK, Stage
-from data_pipeline.stages.verdicts import Verdicts, ok_rows, overruled, totals, verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.runner import WorkerPool, WorkUnit
@@ -45,7 +45,7 @@ _DEDUP_SHARDS = 100  # that a manifest of the dedup column names
 
 
 @dataclass
-class Outcome:
+class PipelineResult:
     """What a run found and made, for the final table."""
 
     info: DatasetInfo
@@ -60,7 +60,7 @@ class Pipeline:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: DatasetPlan,
         root: str,
         source: Source,
         *,
@@ -71,22 +71,22 @@ class Pipeline:
         rebuild: Sequence[str] = (),
     ) -> None:
         self.root, self.source = root, source
-        self.crew = Crew(workers, keep_going=keep_going)
+        self.jobs = JobRunner(workers, keep_going=keep_going)
         self.caption_workers, self.only_split, self.rebuild = caption_workers, only_split, rebuild
         devices = ["cuda" if given.gpus else "cpu" for given in (workers, caption_workers or workers)]
         self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
-        self.proven = Proven(root)
-        self.strict = Verdicts(self.proven.ledger)
+        self.state = ColumnState(root)
+        self.strict = RowStatuses(self.state.database)
 
-    def run_gate(self) -> Verdicts:
+    def run_gate(self) -> RowStatuses:
         """Everything that is cheap: the verdict on every row before captions and latents are made."""
         self._ingest()
         self.strict = self._strict()
         self._dedup()
         return self._gate()
 
-    def run(self) -> Outcome:
+    def run(self) -> PipelineResult:
         if stands := standing(self.root):
             check_rebuild(self.root, stands, self._described(), self.rebuild)
         verdicts = self.run_gate()
@@ -94,14 +94,14 @@ class Pipeline:
         runs = self._accepted(verdicts)
         info, entries = self._pack(runs)
         name = write_rejected(self.root, self._dead(verdicts))
-        info = publish(self.root, info, entries, totals(verdicts), rejected=name)
+        info = publish(self.root, info, entries, count_by_status(verdicts), rejected=name)
         rejected = storage.join(self.root, name)
-        return Outcome(info, self.proven.counts, rejected, self.crew.failed, self.crew.computed)
+        return PipelineResult(info, self.state.counts, rejected, self.jobs.failed, self.jobs.computed)
 
-    def _dead(self, verdicts: Verdicts) -> Iterator[pa.Table]:
+    def _dead(self, verdicts: RowStatuses) -> Iterator[pa.Table]:
         """Rows that are set aside, shard by shard."""
-        found = self.proven.each_shard(
-            lambda shard: rejected_rows(shard, verdicts[shard], self.proven.field("measure", shard, "source"))
+        found = self.state.map_shards(
+            lambda shard: rejected_rows(shard, verdicts[shard], self.state.field("measure", shard, "source"))
         )
         return (table for _, table in found)
 
@@ -112,44 +112,44 @@ class Pipeline:
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: omit --split, or name another")
         ingest, column = self.columns.ingest
-        split_of, shards_of = {unit.id: unit.split for unit in units}, self.proven.ledger.shelf("unit")
-        for unit, (manifest, *_) in groupby(self.proven.manifests(column), lambda manifest: manifest.unit):
+        split_of, shards_of = {unit.id: unit.split for unit in units}, self.state.database.new_map("unit")
+        for unit, (manifest, *_) in groupby(self.state.manifests(column), lambda manifest: manifest.unit):
             if unit in split_of:
                 self._take(manifest, split_of[unit])
                 shards_of[unit,] = json.dumps([part.shard for part in manifest.parts]).encode()
         for _, light in self.columns.light:
-            self.proven.take_column(light, first=True)
-        todo = Todo(rows_known=False)
+            self.state.record_column(light, first=True)
+        todo = WorkList(rows_known=False)
         for unit in units:
             known = (unit.id,) in shards_of
             shards = json.loads(shards_of[unit.id,]) if known else []
             if not known or not self._complete(shards):
-                todo.add({**asdict(unit), "known": {shard: self.proven.described(shard) for shard in shards}})
+                todo.add({**asdict(unit), "known": {shard: self.state.describe_parts(shard) for shard in shards}})
         task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
-        for result in self.crew.work("ingest + measure + filter", task, todo):
+        for result in self.jobs.run_pass("ingest + measure + filter", task, todo):
             for manifest in map(Manifest.from_json, result["manifests"]):
                 self._take(manifest, result["split"])
-        for shard in self.proven.shards() if self.crew.failed else ():
+        for shard in self.state.shards() if self.jobs.failed else ():
             if not self._complete([shard]):  # ingested by an earlier run, and its unit failed again
-                self.proven.leave_out(shard)
-        if not len(self.proven):
+                self.state.remove_shard(shard)
+        if not len(self.state):
             raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
 
     def _take(self, manifest: Manifest, split: str) -> None:
-        self.proven.take(manifest)
+        self.state.record(manifest)
         for part in manifest.parts if manifest.stage == "ingest" else ():
-            self.proven.add_shard(part.shard, split)
+            self.state.add_shard(part.shard, split)
 
     def _complete(self, shards: Sequence[str]) -> bool:
         """Have these shards all their light columns?"""
-        return all(self.proven.has(column.stage, shard) for _, column in self.columns.light for shard in shards)
+        return all(self.state.has(column.stage, shard) for _, column in self.columns.light for shard in shards)
 
     # --- dedup: one pass over all signatures
 
     def _dedup(self) -> None:
         stage, column = self.columns.dedup
         found: Iterable[object] = (
-            [part.sha256 for name in stage.inputs for part in self.proven.parts(name, shard)]
+            [part.sha256 for name in stage.inputs for part in self.state.parts(name, shard)]
             for shard in self._in_precedence()
         )
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
@@ -158,8 +158,8 @@ class Pipeline:
         if self._known_dedup(column, unit):
             return
         made = stage.run(
-            self.proven.each_shard(self._signatures, self._in_precedence()),
-            load=partial(self.proven.read, "embed"),
+            self.state.map_shards(self._signatures, self._in_precedence()),
+            load=partial(self.state.read, "embed"),
             preferred=(lambda shard: ok_rows(self.strict[shard])) if preferring else None,
         )
         tables, length = made.tables(), max(1, -(-made.num_shards // _DEDUP_SHARDS))
@@ -167,93 +167,93 @@ class Pipeline:
         series = f"{unit}-{made.digest()}-{length}"
         for number in range(length):
             name = unit if length == 1 else f"{series}-{number:06d}"
-            self.proven.take(column.write(name, islice(tables, _DEDUP_SHARDS)))
-        self.crew.computed["dedup"] = len(made)
+            self.state.record(column.write(name, islice(tables, _DEDUP_SHARDS)))
+        self.jobs.computed["dedup"] = len(made)
 
     def _in_precedence(self) -> Iterator[str]:
         """Validation first: of two equal images the one that must not be trained on stays."""
         for val in (True, False):
-            for shard in self.proven.shards():
-                if (self.proven.split(shard) == "val") == val and self.proven.has("signature", shard):
+            for shard in self.state.shards():
+                if (self.state.split(shard) == "val") == val and self.state.has("signature", shard):
                     yield shard
 
     def _known_dedup(self, column: Column, unit: str) -> bool:
         """Takes what was found among the same signatures: one manifest, or a series that is whole."""
-        series = Counter(manifest.unit.rpartition("-")[0] for manifest in self.proven.manifests(column, prefix=unit))
+        series = Counter(manifest.unit.rpartition("-")[0] for manifest in self.state.manifests(column, prefix=unit))
         for name, count in sorted(series.items()):
             if not name or count == int(name.rpartition("-")[2]):
-                self.proven.take_column(column, prefix=f"{name}-" if name else f"{unit}.", first=True)
+                self.state.record_column(column, prefix=f"{name}-" if name else f"{unit}.", first=True)
                 return True
         return False
 
     def _signatures(self, shard: str) -> pa.Table:
         """Of rows that passed the filter."""
-        table = self.proven.read("signature", shard, ["row", "exact", "perceptual"])
-        return select_ok(table, self.proven.verdict("filter", shard))
+        table = self.state.read("signature", shard, ["row", "exact", "perceptual"])
+        return select_ok(table, self.state.status("filter", shard))
 
-    def _strict(self) -> Verdicts:
+    def _strict(self) -> RowStatuses:
         """What the strict thresholds say, where the gate is looser."""
-        strict, found = self.plan.strict, Verdicts(self.proven.ledger)
+        strict, found = self.plan.strict, RowStatuses(self.state.database)
         if self.plan.gate.thresholds(strict) == strict:
             return found
 
         def judge(shard: str) -> pa.Table:
-            scores = {name: self.proven.read(name, shard) for name in strict.scorers}
-            return judge_strictly(strict, self.proven.read("measure", shard), scores)
+            scores = {name: self.state.read(name, shard) for name in strict.scorers}
+            return judge_strictly(strict, self.state.read("measure", shard), scores)
 
-        found.update(self.proven.each_shard(judge))
+        found.update(self.state.map_shards(judge))
         return found
 
-    def _gate(self) -> Verdicts:
+    def _gate(self) -> RowStatuses:
         """What filter and dedup say."""
-        found, of = Verdicts(self.proven.ledger), self.proven.verdict
-        found.update(self.proven.each_shard(lambda shard: overruled(of("filter", shard), of("dedup", shard))))
+        found, of = RowStatuses(self.state.database), self.state.status
+        found.update(self.state.map_shards(lambda shard: override_statuses(of("filter", shard), of("dedup", shard))))
         return found
 
     # --- captions, latents, text features: only rows that passed
 
-    def encode(self, verdicts: Verdicts) -> None:
+    def encode(self, verdicts: RowStatuses) -> None:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
         if self.caption_workers is None and environment is None:
-            self._encode(heavy, verdicts, self.crew.workers)
+            self._encode(heavy, verdicts, self.jobs.workers)
             return
-        self._encode(heavy[:1], verdicts, self.caption_workers or self.crew.workers, environment)
-        self._encode(heavy[1:], verdicts, self.crew.workers)
+        self._encode(heavy[:1], verdicts, self.caption_workers or self.jobs.workers, environment)
+        self._encode(heavy[1:], verdicts, self.jobs.workers)
 
     def _encode(
         self,
         pairs: tuple[tuple[Stage, Column], ...],
-        verdicts: Verdicts,
+        verdicts: RowStatuses,
         workers: WorkerPool,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         stages = [column.stage for _, column in pairs]
         for _, column in pairs:
-            self.proven.take_column(column)
-        todo = Todo()
+            self.state.record_column(column)
+        todo = WorkList()
         for shard, verdict in verdicts.items():
             rows = ok_rows(verdict)
-            lacking = {stage: np.setdiff1d(rows, self.proven.rows_done(stage, shard)) for stage in stages}
+            lacking = {stage: np.setdiff1d(rows, self.state.rows_done(stage, shard)) for stage in stages}
             missing = {stage: to_ranges(found.tolist()) for stage, found in lacking.items() if len(found)}
             if missing:
-                unit = {"id": shard, "shard": shard, "missing": missing, "parts": self.proven.described(shard)}
+                unit = {"id": shard, "shard": shard, "missing": missing, "parts": self.state.describe_parts(shard)}
                 todo.add(unit, max(map(len, lacking.values())))
         task, title = ColumnTask(self.root, pairs), " + ".join(stages)
-        for result in self.crew.work(title, task, todo, workers=workers, environment=environment):
+        for result in self.jobs.run_pass(title, task, todo, workers=workers, environment=environment):
             for manifest in map(Manifest.from_json, result["manifests"]):
-                self.proven.take(manifest)
+                self.state.record(manifest)
 
-    def _accepted(self, verdicts: Verdicts) -> Runs:
+    def _accepted(self, verdicts: RowStatuses) -> Runs:
         """Rows that go into training shards, in a fixed order; `verdicts` learn why others do not."""
-        undecided, runs = Runs(self.proven.ledger), Runs(self.proven.ledger)
-        for shard, (changed, mine) in self.proven.each_shard(lambda shard: self._judged(shard, verdicts[shard])):
+        undecided, runs = Runs(self.state.database), Runs(self.state.database)
+        for shard, (changed, mine) in self.state.map_shards(lambda shard: self._judged(shard, verdicts[shard])):
             if changed is not None:
                 verdicts[shard] = changed
             for run in mine:
                 undecided.put(run)
         if not undecided:
-            bad = {name: n for counts in self.proven.counts.values() for name, n in counts.items() if name != OK}
+            bad = {name: n for counts in self.state.counts.values() for name, n in counts.items() if name != OK}
             first = next(row for table in self._dead(verdicts) for row in table.slice(0, 1).to_pylist())
             listed = storage.join(self.root, write_rejected(self.root, self._dead(verdicts)))
             raise UserError(
@@ -266,28 +266,28 @@ class Pipeline:
 
     def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowRun]]:
         """The final verdict on a shard's rows (None: as before), and the runs of rows that pass it."""
-        verdict = overruled(before, self.strict[shard]) if shard in self.strict else before
+        verdict = override_statuses(before, self.strict[shard]) if shard in self.strict else before
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
-            verdict = overruled(verdict, self._shortcomings(stage, shard, verdict))
+            verdict = override_statuses(verdict, self._shortcomings(stage, shard, verdict))
         return verdict if verdict is not before else None, self._runs(shard, ok_rows(verdict))
 
     def _shortcomings(self, stage: str, shard: str, verdict: pa.Table) -> pa.Table:
         """Rows that were ok until an encoder gave nothing for them, or nonsense."""
-        lost = np.setdiff1d(ok_rows(verdict), self.proven.rows_done(stage, shard)).tolist()
-        said = [(row, "failed", f"{stage}: {self.crew.failed.get(shard, 'no result')}") for row in lost]
-        if self.proven.flawed(stage, shard):
-            table = self.proven.read(stage, shard)
+        lost = np.setdiff1d(ok_rows(verdict), self.state.rows_done(stage, shard)).tolist()
+        said = [(row, "failed", f"{stage}: {self.jobs.failed.get(shard, 'no result')}") for row in lost]
+        if self.state.has_bad_rows(stage, shard):
+            table = self.state.read(stage, shard)
             rows = zip(table["row"].to_pylist(), table["status"].to_pylist())
             said += [(row, word, f"{stage} gave values that are no numbers") for row, word in rows if word != OK]
-        return verdict_table(*zip(*said)) if said else verdict_table([], [], [])
+        return status_table(*zip(*said)) if said else status_table([], [], [])
 
     def _runs(self, shard: str, rows: np.ndarray) -> list[RowRun]:
         """A shard's rows by bucket, each with the number that decides its split where the source has none."""
         if not len(rows):
             return []
-        split = self.proven.split(shard)
-        bucket_of = self.proven.field("bucket", shard, "bucket")
-        exact = {} if split else self.proven.field("signature", shard, "exact")
+        split = self.state.split(shard)
+        bucket_of = self.state.field("bucket", shard, "bucket")
+        exact = {} if split else self.state.field("signature", shard, "exact")
         name_R = np.array([bucket_of[row] for row in rows.tolist()])
         draw_R = np.array([draw_of(exact[row]) if exact else 0 for row in rows.tolist()], np.uint32)
         run = RowRun(shard, split, "", rows, draw_R)
@@ -299,12 +299,12 @@ class Pipeline:
         """dataset.json as far as the plan decides it."""
         return DatasetInfo(
             text_spec=self.plan.text_spec,
-            vae=vae_meta(self.plan.vae),
+            vae=read_vae_meta(self.plan.vae),
             resolution=self.plan.resolution,
             captions=CAPTIONS,
             columns=self.columns.fingerprints,
             splits={},
-            counts=_totals(self.proven.counts),
+            counts=_totals(self.state.counts),
             code_version=code_version(),
             int8_seats=self.plan.int8_seats,
             settings=self.columns.settings,
@@ -315,7 +315,7 @@ class Pipeline:
         proofs = read_proofs(self.root, info.encoding)
         lost = lost_outputs(self.root, proofs)
         full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in runs.buckets}
-        stands, outputs, todo = Published(self.root, info), Outputs(self.proven.ledger), Todo()
+        stands, outputs, todo = Published(self.root, info), Outputs(self.state.database), WorkList()
         kept = keep_published(runs, stands.full_shards(proofs, shard_rows=full))
         # what is kept leaves the runs before the rest is cut
         for output in chain(kept, make_plan(runs, {"encoding": info.encoding}, shard_rows=full)):
@@ -324,10 +324,10 @@ class Pipeline:
                 todo.add(self._pack_unit(output), output.num_rows)
         # In one order, whichever of them are published already: the same plan has the same name.
         write_plan(self.root, outputs)
-        for result in self.crew.work("pack", PackTask(self.root, info), todo):
+        for result in self.jobs.run_pass("pack", PackTask(self.root, info), todo):
             proofs[result["id"]] = ShardEntry.from_json(result["entry"])
         entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
-        self.proven.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
+        self.state.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
 
     def _shard_rows(self, layout: SampleLayout) -> int:
@@ -337,7 +337,7 @@ class Pipeline:
 
     def _pack_unit(self, output: Output) -> WorkUnit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
-        found = {shard: self.proven.described(shard) for shard, _ in output.rows}
+        found = {shard: self.state.describe_parts(shard) for shard, _ in output.rows}
         parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}
         rows = [(shard, to_ranges(rows.tolist())) for shard, rows in output.rows]
         return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": rows, "parts": parts}

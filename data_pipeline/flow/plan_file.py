@@ -50,7 +50,7 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def plan_file(name: str, run: Any, plan: Any, defaults: tuple[Any, Any]) -> bytes:
+def encode_plan_file(name: str, run: Any, plan: Any, defaults: tuple[Any, Any]) -> bytes:
     """What a run was asked for, as a file that asks for it again: everything that differs from the defaults."""
     import yaml
 

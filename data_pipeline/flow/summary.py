@@ -1,12 +1,12 @@
 """The final table of a run: rows by stage and status, what came out, what was set aside and where it is listed."""
 
-from data_pipeline.flow.pipeline import Outcome
+from data_pipeline.flow.pipeline import PipelineResult
 from data_pipeline.stages.stage import OK
 
 _ORDER = ("ingest", "measure", "filter", "signature", "bucket", "dedup", "caption", "latents")
 
 
-def summary(root: str, outcome: Outcome) -> str:
+def format_summary(root: str, outcome: PipelineResult) -> str:
     """Plain text, ready to print."""
     lines = [f"{'stage':<14}{'rows':>10}{'ok':>10}   other statuses", "-" * 72]
     stages = [name for name in _ORDER if name in outcome.counts]

@@ -15,7 +15,7 @@ from data_pipeline.stages.stage import ShardView, Stage, StageFunction
 from infra.runner import UnitResult, WorkUnit
 
 
-def parts_of(manifest: Manifest) -> dict[str, ColumnPart]:
+def parts_by_shard(manifest: Manifest) -> dict[str, ColumnPart]:
     return {part.shard: part for part in manifest.parts}
 
 
@@ -83,7 +83,7 @@ class IngestTask:
             view.tables[column.stage] = table
             manifest = column.write(view.shard, [(view.shard, table)])
             made.append(manifest)
-            parts[column.stage] = [parts_of(manifest)[view.shard]]
+            parts[column.stage] = [parts_by_shard(manifest)[view.shard]]
             view.parts = dict(parts)
         return made
 
@@ -110,7 +110,7 @@ class ColumnTask:
                 number = len(parts.get(column.stage, ()))
                 manifest = column.write(shard, [(shard, worker(view))], number=number)
                 made.append(manifest)
-                parts.setdefault(column.stage, []).append(parts_of(manifest)[shard])
+                parts.setdefault(column.stage, []).append(parts_by_shard(manifest)[shard])
                 view.tables.pop(column.stage, None)
             return _result(max((len(expand_ranges(found)) for found in unit["missing"].values()), default=0), made)
 

@@ -21,7 +21,7 @@ from data_pipeline.formats.schema import ColumnPart, DatasetInfo, fingerprint
 from data_pipeline.packing.runs import RowRun
 from data_pipeline.packing.shards import Sample, write_shard
 from data_pipeline.stages.columns import read_parts
-from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.scratch_db import ScratchDatabase
 from infra import storage
 from infra.errors import UserError
 
@@ -71,20 +71,20 @@ def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndar
 class Outputs:
     """A plan's output shards on scratch disk, by id."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._shelf = ledger.shelf("id")
+    def __init__(self, database: ScratchDatabase) -> None:
+        self._map = database.new_map("id")
 
     def add(self, output: Output) -> None:
         """An id stands for its rows: the same output again changes nothing."""
         rows = [(shard, rows.tolist()) for shard, rows in output.rows]
-        self._shelf[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
+        self._map[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
 
     def ids(self) -> Iterator[str]:
         """Ascending, as the outputs come."""
-        return (str(name) for (name,) in self._shelf)
+        return (str(name) for (name,) in self._map)
 
     def __iter__(self) -> Iterator[Output]:
-        for (name,), data in self._shelf.items():
+        for (name,), data in self._map.items():
             split, bucket, listed = json.loads(data)
             rows = tuple((shard, np.array(rows, np.int32)) for shard, rows in listed)
             yield Output(str(name), split, bucket, rows)

@@ -10,7 +10,7 @@ from data_pipeline.formats.index import ShardEntry, write_split
 from data_pipeline.formats.parquet_io import write_tables
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, SplitInfo
 from data_pipeline.packing.runs import RowRun
-from data_pipeline.stages.verdicts import rejected
+from data_pipeline.stages.row_status import select_rejected
 from infra import storage
 
 
@@ -39,7 +39,7 @@ def assign_splits(runs: Iterable[RowRun], val_fraction: float) -> Iterator[RowRu
 
 def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
     """A shard's dead letters: rows that did not make it, why, and where they came from."""
-    bad = rejected(verdict)
+    bad = select_rejected(verdict)
     columns = {
         "status": bad["status"].cast(pa.string()),
         "reason": bad["reason"],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.scratch_db import ScratchDatabase
 
 
 @dataclass(frozen=True)
@@ -28,32 +28,32 @@ class RowRun:
 class Runs:
     """One run for each split, bucket and shard, in that order."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._shelf = ledger.shelf("split", "bucket", "shard")
+    def __init__(self, database: ScratchDatabase) -> None:
+        self._map = database.new_map("split", "bucket", "shard")
 
     def put(self, run: RowRun) -> None:
         """It takes the place of the one with the same way to go; a run without rows is none."""
         key = (run.split, run.bucket, run.shard)
         if len(run.row_R):
-            self._shelf[key] = np.stack([run.row_R, run.draw_R]).astype(np.uint32).tobytes()
-        elif key in self._shelf:
-            del self._shelf[key]
+            self._map[key] = np.stack([run.row_R, run.draw_R]).astype(np.uint32).tobytes()
+        elif key in self._map:
+            del self._map[key]
 
     def get(self, split: str, bucket: str, shard: str) -> RowRun | None:
         """The run with this way to go, None without one."""
         key = (split, bucket, shard)
-        return _run(*key, data=self._shelf[key]) if key in self._shelf else None
+        return _run(*key, data=self._map[key]) if key in self._map else None
 
     def __iter__(self) -> Iterator[RowRun]:
-        return (_run(*map(str, key), data=data) for key, data in self._shelf.items())
+        return (_run(*map(str, key), data=data) for key, data in self._map.items())
 
     def __bool__(self) -> bool:
-        return any(True for _ in self._shelf)
+        return any(True for _ in self._map)
 
     @property
     def buckets(self) -> list[str]:
         """Each bucket once, in order."""
-        return self._shelf.distinct("bucket")
+        return self._map.list_distinct("bucket")
 
 
 def _run(split: str, bucket: str, shard: str, *, data: bytes) -> RowRun:

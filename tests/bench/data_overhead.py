@@ -46,8 +46,8 @@ def rows_in_memory(root: Path, raw: Path) -> Rows:
     made = pipeline(root, raw, WorkerPool(0))
     made.run_gate()
     shards: Rows = []
-    for shard in made.proven.shards():
-        view = ShardView(str(root), shard, {stage: made.proven.parts(stage, shard) for stage in ("ingest", "measure")})
+    for shard in made.state.shards():
+        view = ShardView(str(root), shard, {stage: made.state.parts(stage, shard) for stage in ("ingest", "measure")})
         captions = view.values("measure", "caption")
         images = [view.image(row) for row in sorted(captions)]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.flow.misfits import in_words, misfits
+from data_pipeline.flow.plan_mismatch import describe_mismatches, find_mismatches
 from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import Dataset
 from infra import storage
@@ -77,11 +77,11 @@ def check_made_alike(dataset: Dataset, run: str) -> None:
     """Data that was made anew, by other settings, since a run began with it: which column, and what changed."""
     if not storage.exists(storage.join(run, DATA)):
         return
-    found = misfits(dataset.info, read_dataset_info(run, DATA))
+    found = find_mismatches(dataset.info, read_dataset_info(run, DATA))
     if found:
         raise UserError(
-            f"{dataset.uri} does not fit the run {run}: {in_words(found)}: make these columns anew as the run asks "
-            f"(`python -m data_pipeline run PLAN ... --rebuild {' '.join(found)}`), or begin another run"
+            f"{dataset.uri} does not fit the run {run}: {describe_mismatches(found)}: make these columns anew as "
+            f"the run asks (`python -m data_pipeline run PLAN ... --rebuild {' '.join(found)}`), or begin another run"
         )
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.stages.columns import count_statuses
-from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import OK
 
 # Arrow's own threads may outlive the interpreter, see parquet_io.py.
@@ -17,36 +17,36 @@ _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
-class Verdicts(MutableMapping[str, pa.Table]):
+class RowStatuses(MutableMapping[str, pa.Table]):
     """By shard, in order: row, status, reason; rows ascending. A table is read when it is asked for."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._shelf = ledger.shelf("shard")
+    def __init__(self, database: ScratchDatabase) -> None:
+        self._map = database.new_map("shard")
 
     def __getitem__(self, shard: str) -> pa.Table:
-        with pa.ipc.open_stream(self._shelf[shard,], options=_READ) as stream:
+        with pa.ipc.open_stream(self._map[shard,], options=_READ) as stream:
             return stream.read_all()
 
     def __setitem__(self, shard: str, table: pa.Table) -> None:
         out = io.BytesIO()
         with pa.ipc.new_stream(out, table.schema, options=_WRITE) as stream:
             stream.write_table(table)
-        self._shelf[shard,] = out.getvalue()
+        self._map[shard,] = out.getvalue()
 
     def __delitem__(self, shard: str) -> None:
-        del self._shelf[shard,]
+        del self._map[shard,]
 
     def __contains__(self, shard: object) -> bool:
-        return (str(shard),) in self._shelf
+        return (str(shard),) in self._map
 
     def __iter__(self) -> Iterator[str]:
-        return (str(shard) for (shard,) in self._shelf)
+        return (str(shard) for (shard,) in self._map)
 
     def __len__(self) -> int:
-        return len(self._shelf)
+        return len(self._map)
 
 
-def verdict_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequence[str]) -> pa.Table:
+def status_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequence[str]) -> pa.Table:
     return pa.table(
         {
             "row": pa.array(rows, pa.int32()),
@@ -56,29 +56,29 @@ def verdict_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequenc
     )
 
 
-def overruled(mine: pa.Table, said: pa.Table) -> pa.Table:
+def override_statuses(mine: pa.Table, said: pa.Table) -> pa.Table:
     """`mine`, changed where `said` objects to rows that were ok so far: the first stage that objects decides."""
-    objections = {row: (status, reason) for row, status, reason in _words(said) if status != OK}
+    objections = {row: (status, reason) for row, status, reason in _iterate_rows(said) if status != OK}
     if not objections:
         return mine
     words = [
         (row, *(objections.get(row, (status, reason)) if status == OK else (status, reason)))
-        for row, status, reason in _words(mine)
+        for row, status, reason in _iterate_rows(mine)
     ]
-    return verdict_table(*zip(*words))
+    return status_table(*zip(*words))
 
 
 def ok_rows(table: pa.Table) -> np.ndarray:
     """Numbers of the rows that are ok, ascending."""
-    return table.filter(_is_ok(table))["row"].to_numpy()
+    return table.filter(_mask_ok(table))["row"].to_numpy()
 
 
-def rejected(table: pa.Table) -> pa.Table:
+def select_rejected(table: pa.Table) -> pa.Table:
     """The other rows."""
-    return table.filter(pc.invert(_is_ok(table)))
+    return table.filter(pc.invert(_mask_ok(table)))
 
 
-def totals(verdicts: Mapping[str, pa.Table]) -> Counter[str]:
+def count_by_status(verdicts: Mapping[str, pa.Table]) -> Counter[str]:
     """Rows by status."""
     counts: Counter[str] = Counter()
     for table in verdicts.values():
@@ -86,9 +86,9 @@ def totals(verdicts: Mapping[str, pa.Table]) -> Counter[str]:
     return counts
 
 
-def _is_ok(table: pa.Table) -> pa.ChunkedArray:
+def _mask_ok(table: pa.Table) -> pa.ChunkedArray:
     return pc.equal(table["status"].cast(pa.string()), OK)
 
 
-def _words(table: pa.Table) -> Iterator[tuple[int, str, str]]:
+def _iterate_rows(table: pa.Table) -> Iterator[tuple[int, str, str]]:
     yield from zip(*(table[name].to_pylist() for name in ("row", "status", "reason")))

@@ -11,9 +11,9 @@ import pyarrow as pa
 from data_pipeline.formats.schema import ColumnPart, Manifest
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.columns import Column, read_parts, readers
-from data_pipeline.stages.ledger import Ledger
+from data_pipeline.stages.row_status import status_table
+from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import OK
-from data_pipeline.stages.verdicts import verdict_table
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
@@ -25,25 +25,23 @@ _READERS = 8  # threads that read columns from S3
 R = TypeVar("R")
 
 
-class Proven:
-    """Parts of columns and the splits of shards, in a ledger; only `counts` (rows by stage and status) is in memory."""
+class ColumnState:
+    """Parts of columns and splits of shards, on scratch disk; only `counts` (rows by stage and status) is in memory."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.ledger = Ledger()
+        self.database = ScratchDatabase()
         self.counts: dict[str, dict[str, int]] = {}
-        self._parts = self.ledger.shelf("shard", "stage", "number")
-        self._flawed = self.ledger.shelf("stage", "shard")  # with rows that are not ok
-        self._splits = self.ledger.shelf("shard")
-
-    # --- what is proven
+        self._parts = self.database.new_map("shard", "stage", "number")
+        self._with_bad_rows = self.database.new_map("stage", "shard")  # with rows that are not ok
+        self._splits = self.database.new_map("shard")
 
     def manifests(self, column: Column, *, prefix: str = "", heal: bool = True) -> Iterator[Manifest]:
         """Manifests of a column by unit and number, of units whose names begin with `prefix`.
 
         `heal` deletes those that name an object which is gone: their rows are then made again.
         """
-        found, there = self.ledger.shelf("unit", "number"), self.ledger.shelf("object")
+        found, there = self.database.new_map("unit", "number"), self.database.new_map("object")
         for unit, number, data in column.manifests(prefix=prefix):
             found[unit, number] = data
         # listed last: objects are written before the manifest that names them
@@ -60,31 +58,31 @@ class Proven:
         found.drop()
         there.drop()
 
-    def take(self, manifest: Manifest) -> None:
+    def record(self, manifest: Manifest) -> None:
         """What a manifest proves; parts of a shard keep the order in which they are taken."""
         mine = self.counts.setdefault(manifest.stage, {})
         for status, count in manifest.counts.items():
             mine[status] = mine.get(status, 0) + count
         for part in manifest.parts:
             if set(manifest.counts) - {OK}:
-                self._flawed[manifest.stage, part.shard] = b""
-            told = json.dumps(vars(part)).encode()
+                self._with_bad_rows[manifest.stage, part.shard] = b""
+            described = json.dumps(vars(part)).encode()
             before = [data for _, data in self._parts.items(part.shard, manifest.stage)]
-            if told not in before:
-                self._parts[part.shard, manifest.stage, len(before)] = told
+            if described not in before:
+                self._parts[part.shard, manifest.stage, len(before)] = described
 
-    def take_column(self, column: Column, *, prefix: str = "", first: bool = False) -> None:
+    def record_column(self, column: Column, *, prefix: str = "", first: bool = False) -> None:
         """All that is proven of a column (the first manifest of each unit, if so asked), for shards that are known."""
         for _, manifests in groupby(self.manifests(column, prefix=prefix), lambda manifest: manifest.unit):
             for manifest in list(manifests)[: 1 if first else None]:
                 if manifest.parts and manifest.parts[0].shard in self:
-                    self.take(manifest)
+                    self.record(manifest)
 
     def add_shard(self, shard: str, split: str) -> None:
         """A shard of this run's source, with the split that the source gives it ("" for none)."""
         self._splits[shard,] = split.encode()
 
-    def leave_out(self, shard: str) -> None:
+    def remove_shard(self, shard: str) -> None:
         del self._splits[shard,]
 
     def __contains__(self, shard: str) -> bool:
@@ -109,11 +107,11 @@ class Proven:
         """Is there a part?"""
         return (shard, stage, 0) in self._parts
 
-    def flawed(self, stage: str, shard: str) -> bool:
+    def has_bad_rows(self, stage: str, shard: str) -> bool:
         """Are there rows that are not ok?"""
-        return (stage, shard) in self._flawed
+        return (stage, shard) in self._with_bad_rows
 
-    def described(self, shard: str) -> dict[str, list[dict[str, Any]]]:
+    def describe_parts(self, shard: str) -> dict[str, list[dict[str, Any]]]:
         """All parts of a shard by stage, as JSON: for units of work."""
         found: dict[str, list[dict[str, Any]]] = {}
         for (_, stage, _), data in self._parts.items(shard):
@@ -128,9 +126,7 @@ class Proven:
         start_R = np.cumsum(length_R) - length_R  # where each range begins among all rows
         return np.unique(np.repeat(first_R - start_R, length_R) + np.arange(length_R.sum()))
 
-    # --- reading it
-
-    def each_shard(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
+    def map_shards(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
         """What `work` gives for each shard, in order; what is read for one is gone when it is done."""
         return in_order(work, self.shards() if shards is None else shards, threads=readers(self.root, _READERS))
 
@@ -146,9 +142,9 @@ class Proven:
         table = self.read(stage, shard, ["row", name])
         return dict(zip(table["row"].to_pylist(), table[name].to_pylist()))
 
-    def verdict(self, stage: str, shard: str) -> pa.Table:
+    def status(self, stage: str, shard: str) -> pa.Table:
         """What a stage says of a shard's rows; nothing where it says nothing."""
         if not self.has(stage, shard):
-            return verdict_table([], [], [])
+            return status_table([], [], [])
         table = self.read(stage, shard, ["row", "status", "reason"])
-        return verdict_table(*(table[name].to_pylist() for name in ("row", "status", "reason")))
+        return status_table(*(table[name].to_pylist() for name in ("row", "status", "reason")))

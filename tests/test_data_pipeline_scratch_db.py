@@ -22,8 +22,8 @@ from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import read_batches, table_bytes, write_tables
 from data_pipeline.formats.schema import fingerprint, fingerprint_all
 from data_pipeline.stages.ahead import in_order
-from data_pipeline.stages.ledger import Ledger, Todo
-from data_pipeline.stages.verdicts import Verdicts, verdict_table
+from data_pipeline.stages.row_status import RowStatuses, status_table
+from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from infra import storage
 from infra.errors import UserError
 
@@ -33,23 +33,23 @@ KEYS = st.tuples(st.sampled_from(["", "a", "b", "\u00e9", "\U0001f525"]), st.int
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(KEYS, st.none() | st.binary(max_size=9)), max_size=60), st.integers(0, 700))
 def test_a_shelf_is_a_sorted_map(changes, more):
-    shelf, expected = Ledger().shelf("name", "number"), {("many", n): b"x" for n in range(more)}
+    map_, expected = ScratchDatabase().new_map("name", "number"), {("many", n): b"x" for n in range(more)}
     for key in expected:
-        shelf[key] = b"x"
+        map_[key] = b"x"
     for key, value in changes:
         if value is None:
-            del shelf[key]
+            del map_[key]
             expected.pop(key, None)
         else:
-            shelf[key] = expected[key] = value
-    assert list(shelf) == sorted(expected)
-    assert list(shelf.items()) == sorted(expected.items())
-    assert list(shelf.items("a")) == sorted(item for item in expected.items() if item[0][0] == "a")
-    assert len(shelf) == len(expected)
-    assert shelf.distinct("name") == sorted({name for name, _ in expected})
-    assert (("a", 1) in shelf) == (("a", 1) in expected)
+            map_[key] = expected[key] = value
+    assert list(map_) == sorted(expected)
+    assert list(map_.items()) == sorted(expected.items())
+    assert list(map_.items("a")) == sorted(item for item in expected.items() if item[0][0] == "a")
+    assert len(map_) == len(expected)
+    assert map_.list_distinct("name") == sorted({name for name, _ in expected})
+    assert (("a", 1) in map_) == (("a", 1) in expected)
     with pytest.raises(KeyError):
-        shelf["no", 0]
+        map_["no", 0]
 
 
 def test_what_reads_ahead_keeps_the_order_and_a_bounded_number_of_items():
@@ -69,13 +69,13 @@ def test_what_reads_ahead_keeps_the_order_and_a_bounded_number_of_items():
 
 
 def test_units_and_verdicts_come_back_as_they_went():
-    todo = Todo()
+    todo = WorkList()
     for number in range(3):
         todo.add({"id": f"\udc80{number}", "rows": ((0, 2),)}, rows=2)
     assert list(todo) == list(todo) == [{"id": f"\udc80{n}", "rows": [[0, 2]]} for n in range(3)]
     assert (len(todo), todo.rows) == (3, 6)
-    verdicts = Verdicts(Ledger())
-    tables = {"b": verdict_table([0, 3], ["ok", "nsfw"], ["", "0.9"]), "a": verdict_table([], [], [])}
+    verdicts = RowStatuses(ScratchDatabase())
+    tables = {"b": status_table([0, 3], ["ok", "nsfw"], ["", "0.9"]), "a": status_table([], [], [])}
     verdicts.update(tables)
     assert list(verdicts) == ["a", "b"]
     assert all(verdicts[shard].equals(table) for shard, table in tables.items())
@@ -85,12 +85,12 @@ def test_units_and_verdicts_come_back_as_they_went():
 FULL = """
 import resource, signal
 import pyarrow as pa
-from data_pipeline.stages.ledger import Ledger, Todo
+from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from data_pipeline.formats.parquet_io import write_tables
 from infra.errors import UserError
 from infra.scratch import Spool, scratch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-todo, shelf, table = Todo(), Ledger().shelf("name"), pa.table({"a": list(range(9999))})
+todo, map_, table = WorkList(), ScratchDatabase().new_map("name"), pa.table({"a": list(range(9999))})
 for n in range(300):
     todo.add({"id": f"{n:09}"})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -103,7 +103,7 @@ except UserError as error:
 
 @pytest.mark.parametrize("write", [
     "todo.add({'id': 'x' * 9999})", "list(todo)", "write_tables('.', 't-', [table])", "scratch(9999, int)",
-    "shelf['a',] = bytes(99_999_999)", "Spool(int).append(range(9999))",
+    "map_['a',] = bytes(99_999_999)", "Spool(int).append(range(9999))",
 ])  # fmt: skip
 def test_a_full_scratch_disk_is_one_line(tmp_path, write):
     """A file may grow to 4 kB here, of which a program is told as of a full disk."""
@@ -117,9 +117,9 @@ def test_a_full_scratch_disk_is_one_line(tmp_path, write):
 def test_all_that_is_remembered_lies_below_tmpdir(tmp_path):
     code = """
 import os
-from data_pipeline.stages.ledger import Ledger, Todo
+from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from infra.scratch import Spool
-kept = Ledger(), Todo(), Spool(int)
+kept = ScratchDatabase(), WorkList(), Spool(int)
 links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
 print([os.readlink(link) for link in links if os.path.islink(link)])
 """
@@ -279,9 +279,9 @@ def test_a_run_goes_on_without_a_shard_whose_unit_fails_again(tmp_path, monkeypa
     (tmp_path / "columns" / "measure" / column / "all-000001-003.0.json").unlink()
     for _ in range(2):
         again = driver(str(tmp_path), 20_000)
-        again.crew.keep_going = True
+        again.jobs.keep_going = True
         assert {name: 20 * n for name, n in again.run().info.counts.items()} == {n: 19 * c for n, c in whole.items()}
-        assert list(again.crew.failed) == ["all-000001"]
+        assert list(again.jobs.failed) == ["all-000001"]
     with pytest.raises(UserError, match="1 of 1 units failed, first all-000001"):
         driver(str(tmp_path), 20_000).run()
 
@@ -292,7 +292,7 @@ def test_a_root_of_which_nothing_is_left_is_told_so_each_time(tmp_path):
         path.unlink()
     for _ in range(3):
         made = driver(str(tmp_path), 10_000)
-        made.crew.keep_going = True
+        made.jobs.keep_going = True
         with pytest.raises(UserError, match="the source gave no rows"):
             made.run()
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.stages.ledger import Todo
+from data_pipeline.stages.scratch_db import WorkList
 from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 from infra.log import Progress, get_logger
@@ -13,19 +13,19 @@ from infra.runner import Task, UnitResult, WorkerPool, run_tasks
 log = get_logger("pipeline")
 
 
-class Crew:
-    """Keeps what failed (by unit) and how many rows each pass computed."""
+class JobRunner:
+    """Runs passes on one pool of workers; keeps what failed (by unit) and how many rows each pass computed."""
 
     def __init__(self, workers: WorkerPool, *, keep_going: bool = False) -> None:
         self.workers, self.keep_going = workers, keep_going
         self.failed: dict[str, str] = {}
         self.computed: dict[str, int] = {}
 
-    def work(
+    def run_pass(
         self,
         title: str,
         task: Task,
-        todo: Todo,
+        todo: WorkList,
         *,
         workers: WorkerPool | None = None,
         environment: Mapping[str, Any] | None = None,

@@ -20,29 +20,29 @@ _PAGE = 256  # entries that an iteration holds
 Key = tuple[str | int, ...]
 
 
-class Ledger:
-    """One private SQLite database, with a table per shelf. Safe for threads."""
+class ScratchDatabase:
+    """One private SQLite database, with a table per map. Safe for threads."""
 
     def __init__(self) -> None:
         # an unnamed database would be a temporary file too, but in the folder that SQLite's own variables name
-        with tempfile.NamedTemporaryFile(prefix="ledger-") as file:
+        with tempfile.NamedTemporaryFile(prefix="scratch-") as file:
             self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
         self._lock = threading.Lock()
-        self._shelves = 0
+        self._num_maps = 0
         cache = f"cache_size = -{CACHE_MIB * 1024}"
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", cache):
             self._db.execute(f"PRAGMA {pragma}")
 
-    def shelf(self, *key: str) -> "Shelf":
+    def new_map(self, *key: str) -> "DiskMap":
         """A new, empty map; `key` names the fields of its keys, in the order in which they sort."""
-        self._shelves += 1
-        return Shelf(self, f"shelf_{self._shelves}", key)
+        self._num_maps += 1
+        return DiskMap(self, f"map_{self._num_maps}", key)
 
-    def ask(self, query: str, values: Key | list[object] = ()) -> list[tuple]:
+    def query(self, statement: str, values: Key | list[object] = ()) -> list[tuple]:
         """All rows of an answer, which the query must bound."""
         try:
             with self._lock:
-                return self._db.execute(query, values).fetchall()
+                return self._db.execute(statement, values).fetchall()
         except sqlite3.OperationalError as error:
             if "disk" not in str(error):
                 raise
@@ -50,32 +50,32 @@ class Ledger:
             raise UserError(f"{where}: scratch disk full? ({error}): free some space or set TMPDIR") from error
 
 
-class Shelf:
+class DiskMap:
     """A map on disk from tuples of texts and numbers to bytes, sorted by key (texts by code points)."""
 
-    def __init__(self, ledger: Ledger, name: str, key: tuple[str, ...]) -> None:
-        self._ask, self._name, self._key = ledger.ask, name, key
+    def __init__(self, database: ScratchDatabase, name: str, key: tuple[str, ...]) -> None:
+        self._query, self._name, self._key = database.query, name, key
         self._fields, self._marks = ", ".join(key), ", ".join("?" * len(key))
-        self._ask(f"CREATE TABLE {name} ({self._fields}, value, PRIMARY KEY ({self._fields}))")
+        self._query(f"CREATE TABLE {name} ({self._fields}, value, PRIMARY KEY ({self._fields}))")
 
     def __setitem__(self, key: Key, value: bytes) -> None:
-        self._ask(f"INSERT OR REPLACE INTO {self._name} VALUES ({self._marks}, ?)", [*key, value])
+        self._query(f"INSERT OR REPLACE INTO {self._name} VALUES ({self._marks}, ?)", [*key, value])
 
     def __getitem__(self, key: Key) -> bytes:
         """KeyError where there is none."""
-        found = self._ask(f"SELECT value FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key)
+        found = self._query(f"SELECT value FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key)
         if not found:
             raise KeyError(key)
         return found[0][0]
 
     def __contains__(self, key: Key) -> bool:
-        return bool(self._ask(f"SELECT 1 FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key))
+        return bool(self._query(f"SELECT 1 FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key))
 
     def __delitem__(self, key: Key) -> None:
-        self._ask(f"DELETE FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key)
+        self._query(f"DELETE FROM {self._name} WHERE ({self._fields}) = ({self._marks})", key)
 
     def __len__(self) -> int:
-        return self._ask(f"SELECT COUNT(*) FROM {self._name}")[0][0]
+        return self._query(f"SELECT COUNT(*) FROM {self._name}")[0][0]
 
     def __iter__(self) -> Iterator[Key]:
         """Keys in order. What is put or taken behind the place reached is seen, too."""
@@ -86,13 +86,13 @@ class Shelf:
         for *key, value in self._pages(f"{self._fields}, value", prefix):
             yield tuple(key), value
 
-    def distinct(self, field: str) -> list[Any]:
+    def list_distinct(self, field: str) -> list[Any]:
         """What one field of the keys holds, each once, in order: for fields of few values."""
-        return [value for (value,) in self._ask(f"SELECT DISTINCT {field} FROM {self._name} ORDER BY {field}")]
+        return [value for (value,) in self._query(f"SELECT DISTINCT {field} FROM {self._name} ORDER BY {field}")]
 
     def drop(self) -> None:
-        """Free its disk space; the shelf cannot be used afterwards."""
-        self._ask(f"DROP TABLE {self._name}")
+        """Free its disk space; the map cannot be used afterwards."""
+        self._query(f"DROP TABLE {self._name}")
 
     def _pages(self, wanted: str, prefix: Key) -> Iterator[tuple]:
         fixed = [f"{field} = ?" for field in self._key[: len(prefix)]]
@@ -103,14 +103,14 @@ class Shelf:
         while True:
             conditions = " AND ".join([*fixed, *([behind] if last else [])])
             where = f"WHERE {conditions}" if conditions else ""
-            page = self._ask(f"SELECT {wanted} FROM {self._name} {where} {order}", (*prefix, *last))
+            page = self._query(f"SELECT {wanted} FROM {self._name} {where} {order}", (*prefix, *last))
             yield from page
             if len(page) < _PAGE:
                 return
             last = page[-1][len(prefix) : len(self._key)]
 
 
-class Todo:
+class WorkList:
     """Units of work, in the order they were added; `rows` is what they come to, None if that is not known."""
 
     def __init__(self, *, rows_known: bool = True) -> None:

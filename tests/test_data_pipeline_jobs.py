@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from data_pipeline.flow.crew import Crew
-from data_pipeline.stages.ledger import Todo
+from data_pipeline.flow.jobs import JobRunner
+from data_pipeline.stages.scratch_db import WorkList
 from infra.runner import WorkerPool
 
 
@@ -16,17 +16,17 @@ class Judged:
         return lambda unit: {"rows": 2, "counts": {"ingest": {"odd": 2}, "filter": {"ok": 1, unit["says"]: 1}}}
 
 
-def units() -> Todo:
-    todo = Todo()
+def units() -> WorkList:
+    todo = WorkList()
     for number, word in enumerate(("corrupt", "nsfw", "corrupt")):
         todo.add({"id": str(number), "says": word}, rows=2)
     return todo
 
 
 def test_the_live_line_shows_rows_by_status(capsys):
-    crew = Crew(WorkerPool(0))
-    results = list(crew.work("filter", Judged(), units()))
-    assert (len(results), crew.computed) == (3, {"filter": 6})
+    jobs = JobRunner(WorkerPool(0))
+    results = list(jobs.run_pass("filter", Judged(), units()))
+    assert (len(results), jobs.computed) == (3, {"filter": 6})
     line = capsys.readouterr().err.splitlines()[-1]
     shown = re.fullmatch(r"filter: 6/6 rows \(100%\), [\d,.]+ rows/s, \S+ taken, (.+)", line)
     assert shown, line

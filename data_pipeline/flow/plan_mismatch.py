@@ -10,20 +10,18 @@ from data_pipeline.formats.schema import DatasetInfo
 from infra.errors import UserError, nearest
 
 _COSTLY = ("caption", "latents", "text_")  # what training reads and what is expensive
-_UNNAMED = "made by other settings"  # for data from before dataset.json named them
 
 
-def misfits(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
+def find_mismatches(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
     """Columns to rebuild and what changed, from one description to the other; columns that follow are not named."""
     changed = [name for name in {**wanted.columns, **stands.columns} if name.startswith(_COSTLY)]
     changed = [name for name in changed if stands.columns.get(name) != wanted.columns.get(name)]
     if not changed:
         return {}
-    if not stands.settings or not wanted.settings:
-        return dict.fromkeys(sorted(changed), _UNNAMED)
     names = sorted({*stands.settings, *wanted.settings})
-    told = {name: list(_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
-    return {name: ", ".join(lines) for name, lines in told.items() if lines}
+    changes = {name: list(_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
+    found = {name: ", ".join(lines) for name, lines in changes.items() if lines}
+    return found or dict.fromkeys(sorted(changed), "made by other settings")  # made-up data name no settings
 
 
 def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -40,7 +38,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
-def in_words(found: Mapping[str, str]) -> str:
+def describe_mismatches(found: Mapping[str, str]) -> str:
     return "; ".join(f"column {name} ({what})" for name, what in found.items())
 
 
@@ -50,9 +48,9 @@ def check_rebuild(root: str, stands: DatasetInfo, wanted: DatasetInfo, rebuild: 
     if unknown:
         known = ", ".join(wanted.columns)
         raise UserError(f"--rebuild {unknown[0]}: no such column{nearest(unknown[0], wanted.columns)}: one of {known}")
-    found = misfits(stands, wanted)
+    found = find_mismatches(stands, wanted)
     if found.keys() - set(rebuild):
         raise UserError(
-            f"the dataset at {root} does not fit this plan: {in_words(found)}: run the same command with "
+            f"the dataset at {root} does not fit this plan: {describe_mismatches(found)}: run the same command with "
             f"--rebuild {' '.join(found)}, which rebuilds these columns and what reads them, or give another --out"
         )
