@@ -10,7 +10,7 @@ from PIL import Image
 from eval.drawing.pictures import read_picture
 from eval.judging.geneval_prompts import COLORS
 from eval.metrics.geneval.colors import COLOR_TEMPLATES, ClipColors, masked_crop
-from eval.metrics.geneval.rules import Found
+from eval.metrics.geneval.rules import KeptDetection
 from eval.networks.detectors import Detections
 from eval.networks.vqa import BlipVQA, plain_question
 
@@ -76,7 +76,7 @@ def test_the_class_head_is_the_mean_of_unit_templates():
     clip = KnownClip(known, torch.tensor(image_NE))
     image = picture()
     detections = Detections(np.tile([1, 1, 5, 5], (20, 1)), np.full(20, 0.9), ("dog",) * 20, np.ones((20, 6, 8), bool))
-    found = [Found(box(1, 1, 5, 5), row) for row in range(20)]
+    found = [KeptDetection(box(1, 1, 5, 5), row) for row in range(20)]
     said = ClipColors(clip).of(image, detections, "dog", found)
     head_CE = (table_CTE / np.linalg.norm(table_CTE, axis=-1, keepdims=True)).mean(1)
     head_CE /= np.linalg.norm(head_CE, axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ from eval.judging.metric import Clusters, split_scores, split_values
 from eval.measure import to_rows
 from eval.metrics.fid import Moments, frechet_distance, resampled_distances
 from eval.protocol import keep_protocol
-from eval.studies.compare import _drawn_difference, compare, compare_sides, read_side
+from eval.studies.compare import _draw_difference, compare, compare_runs, read_run
 from infra.errors import UserError
 from infra.results import ResultStore
 from infra.values import SHARED, keep_values, read_values
@@ -57,7 +57,7 @@ def runs(tmp_path):
 
 
 def test_pairing_finds_what_single_intervals_cannot_tell_apart(runs, capsys, tmp_path):
-    found = {d.metric: d for d in compare_sides(*map(read_side, runs))[0]}
+    found = {d.metric: d for d in compare_runs(*map(read_run, runs))[0]}
     a = found["world_geneval/a/seen"]
     assert (a.how, a.verdict) == ("paired", "better")
     assert a.low < 0.05 < a.high
@@ -76,7 +76,7 @@ def test_pairing_finds_what_single_intervals_cannot_tell_apart(runs, capsys, tmp
 
 
 def test_a_checkpoint_with_itself_shows_nothing(runs):
-    for difference in compare_sides(read_side(runs[0]), read_side(runs[0]))[0]:
+    for difference in compare_runs(read_run(runs[0]), read_run(runs[0]))[0]:
         assert difference.a == difference.b
         assert difference.low < 0 < difference.high, "60 ties are no proof"
         assert difference.verdict == "no difference shown"
@@ -97,7 +97,7 @@ def alone(values):
 )
 def test_few_matched_pairs_never_claim_certainty(tmp_path, capsys, a, b, low, high, verdict):
     runs = [store(tmp_path, name, alone([[v] for v in values])) for name, values in (("one", a), ("two", b))]
-    for found in compare_sides(*map(read_side, runs))[0]:
+    for found in compare_runs(*map(read_run, runs))[0]:
         assert (found.low, found.high) == pytest.approx((low, high), abs=0.1)
         assert found.low < found.high
         assert found.low <= found.b - found.a <= found.high
@@ -114,7 +114,7 @@ def test_intervals_of_matched_pairs_hold_the_truth():
         for _ in range(300):
             one = rng.choice([-1.0, 0.0, 1.0], p=[lost, 1 - won - lost, won], size=count)
             sides = [np.stack([np.arange(count), side, np.ones(count)], axis=1) for side in (one < 0, one > 0)]
-            drawn = _drawn_difference(*sides, rng)
+            drawn = _draw_difference(*sides, rng)
             low, high = np.percentile(drawn, [2.5, 97.5])
             held += one.mean() + min(low, 0) <= won - lost <= one.mean() + max(high, 0)
         assert held >= 0.9 * 300
@@ -129,7 +129,7 @@ def test_several_images_a_prompt_seldom_show_what_is_not_there(prompts, share):
         one, two = rng.binomial(4, chance), rng.binomial(4, chance)
         sides = [np.stack([np.arange(prompts), right, np.full(prompts, 4)], axis=1) for right in (one, two)]
         change = (two - one).mean() / 4
-        low, high = np.percentile(_drawn_difference(*sides, rng), [2.5, 97.5])
+        low, high = np.percentile(_draw_difference(*sides, rng), [2.5, 97.5])
         shown += not change + min(low, 0) <= 0 <= change + max(high, 0)
     assert shown <= 0.07 * 300
 
@@ -140,7 +140,7 @@ def test_many_prompts_leave_the_intervals_of_a_bootstrap(tmp_path):
     losses = rng.uniform(0.2, 0.4, size=400)
     gain = rng.normal(-0.01, 0.02, size=400)
     sides = [np.stack([np.arange(400), values, np.ones(400)], axis=1) for values in (losses, losses + gain)]
-    low, high = np.percentile(_drawn_difference(*sides, rng), [2.5, 97.5])
+    low, high = np.percentile(_draw_difference(*sides, rng), [2.5, 97.5])
     half = 1.96 * gain.std() / 20
     assert (low, high) == pytest.approx((-half, half), rel=0.12)
 
@@ -149,7 +149,7 @@ def test_many_prompts_leave_the_intervals_of_a_bootstrap(tmp_path):
 def test_prompts_that_all_agree_leave_the_interval_unknown(tmp_path, capsys, gain):
     one = store(tmp_path, "one", alone([[0.25] for _ in gain]))
     two = store(tmp_path, "two", alone([[0.25 + x] for x in gain]))
-    for found in compare_sides(read_side(one), read_side(two))[0]:
+    for found in compare_runs(read_run(one), read_run(two))[0]:
         assert (found.verdict, found.how) == ("no difference shown", "paired; all prompts agree")
     compare(one, two, out=str(tmp_path / "d.json"))
     assert "unknown" in capsys.readouterr().out
@@ -169,37 +169,37 @@ def test_different_protocols_are_refused_and_the_difference_is_named(tmp_path, c
         compare(one, two)
     assert "measured under different protocols (" in capsys.readouterr().out
     both = store(tmp_path, "two", values)  # measured once more, the same way
-    assert [d.how for d in compare_sides(read_side(one), read_side(both))[0]] == ["paired", "paired"]
+    assert [d.how for d in compare_runs(read_run(one), read_run(both))[0]] == ["paired", "paired"]
 
 
 def test_without_kept_values_the_wider_unpaired_interval_is_given_and_said(tmp_path):
     rng = np.random.default_rng(1)
     one = store(tmp_path, "one", {True: {"a": hard_prompts(rng, 0)}}, keep=False)
     two = store(tmp_path, "two", {True: {"a": hard_prompts(rng, 0.05)}}, keep=False)
-    found = compare_sides(read_side(one), read_side(two))[0][0]
+    found = compare_runs(read_run(one), read_run(two))[0][0]
     assert (found.how, found.verdict) == ("unpaired", "no difference shown")
 
 
 def test_other_prompts_are_never_paired(tmp_path):
     one = store(tmp_path, "one", {True: {"a": [[0.0], [1.0], [1.0]]}})
     two = store(tmp_path, "two", {True: {"a": [[0.0], [1.0]]}})
-    assert {d.how for d in compare_sides(read_side(one), read_side(two))[0]} == {"unpaired"}
+    assert {d.how for d in compare_runs(read_run(one), read_run(two))[0]} == {"unpaired"}
 
 
 def test_checkpoints_are_named_by_their_images(tmp_path):
     run = store(tmp_path, "one", {True: {"a": [[0.0], [1.0]]}}, images=100)
     store(tmp_path, "one", {True: {"a": [[1.0], [1.0]]}}, images=200)
-    assert read_side(run).images == 200
-    found = compare_sides(read_side(f"{run}@100"), read_side(run))[0]
+    assert read_run(run).images == 200
+    found = compare_runs(read_run(f"{run}@100"), read_run(run))[0]
     assert [(d.a, d.b) for d in found] == [(0.5, 1.0)] * 2
     with pytest.raises(UserError, match="no rows at 150 images; it has 100, 200"):
-        read_side(f"{run}@150")
+        read_run(f"{run}@150")
     with pytest.raises(UserError, match="whole number"):
-        read_side(f"{run}@last")
+        read_run(f"{run}@last")
     with pytest.raises(UserError, match="no result rows"):
-        read_side(str(tmp_path / "nothing"))
+        read_run(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="not measured on both"):
-        compare_sides(read_side(run), read_side(run), ["world_fid"])
+        compare_runs(read_run(run), read_run(run), ["world_fid"])
 
 
 def test_torn_values_are_named(tmp_path):
@@ -207,7 +207,7 @@ def test_torn_values_are_named(tmp_path):
     [file] = (tmp_path / "one" / "results" / "values").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(UserError, match="is torn"):
-        compare_sides(read_side(run), read_side(run))
+        compare_runs(read_run(run), read_run(run))
 
 
 def test_fid_is_paired_over_the_same_prompts_and_its_reference_is_kept_once(tmp_path):
@@ -230,10 +230,10 @@ def test_fid_is_paired_over_the_same_prompts_and_its_reference_is_kept_once(tmp_
         results.append(
             to_rows("world_fid", [Score("", value, 120)], origin=origin, protocol=key, higher_is_better=False)
         )
-    found = compare_sides(*(read_side(str(tmp_path / name)) for name in shift))[0][0]
+    found = compare_runs(*(read_run(str(tmp_path / name)) for name in shift))[0][0]
     assert (found.how, found.verdict) == ("paired", "better"), "smaller is better"
     assert found.low < found.b - found.a < found.high
-    again = compare_sides(*[read_side(str(tmp_path / "one"))] * 2)[0][0]
+    again = compare_runs(*[read_run(str(tmp_path / "one"))] * 2)[0][0]
     assert (again.verdict, again.low) == ("no difference shown", -np.inf), "the same features: no interval of width 0"
     files = sorted(p.name for p in (tmp_path / "one" / "results" / "values").rglob("*.npz"))
     assert files == ["r-100.npz", SHARED]

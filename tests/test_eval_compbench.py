@@ -5,7 +5,7 @@ import pytest
 
 from eval.judging.language import GrammarReader, SpacyReader, find_locality
 from eval.metrics.compbench.rules import (
-    Seen,
+    LabelledBox,
     asked_chunks,
     blip_vqa,
     detector_scale,
@@ -82,10 +82,10 @@ def test_position_3d_past_the_edge_of_the_swapped_axis_is_zero():
 
 
 def test_spatial_2d_cuts_below_one_half():
-    dog, cat = Seen("dog", LEFT, 0.8), Seen("cat", RIGHT, 0.6)
+    dog, cat = LabelledBox("dog", LEFT, 0.8), LabelledBox("cat", RIGHT, 0.6)
     assert spatial_2d([dog, cat], "dog", "cat", "on the left of") == pytest.approx(0.85, abs=1e-6)
     assert spatial_2d([dog, cat], "dog", "cat", "on the right of") == 0  # 0.35 < 0.5
-    sure = [Seen("dog", LEFT, 1.0), Seen("cat", RIGHT, 1.0)]
+    sure = [LabelledBox("dog", LEFT, 1.0), LabelledBox("cat", RIGHT, 1.0)]
     assert spatial_2d(sure, "dog", "cat", "on the right of") == 0.5
     assert spatial_2d([dog], "dog", "cat", "on the left of") == 0  # 0.2
     assert spatial_2d([], "dog", "cat", "on the left of") == 0
@@ -93,17 +93,17 @@ def test_spatial_2d_cuts_below_one_half():
 
 
 def test_spatial_2d_takes_the_first_detection_and_people_are_persons():
-    seen = [Seen("dog", RIGHT, 0.9), Seen("dog", LEFT, 0.8), Seen("person", [30, 40, 50, 60], 0.7)]
+    seen = [LabelledBox("dog", RIGHT, 0.9), LabelledBox("dog", LEFT, 0.8), LabelledBox("person", [30, 40, 50, 60], 0.7)]
     assert spatial_2d(seen, "dog", "girl", "on the right of") == pytest.approx(0.225 + 0.175 + 0.5, abs=1e-6)
 
 
 def test_spatial_3d_matches_substrings_and_keeps_low_scores():
-    seen = [Seen("hot dog", [20, 0, 60, 40], 0.8), Seen("cat", [0, 0, 40, 40], 0.4)]
+    seen = [LabelledBox("hot dog", [20, 0, 60, 40], 0.8), LabelledBox("cat", [0, 0, 40, 40], 0.4)]
     assert spatial_3d(seen, "dog", "cat", "in front of", depth()) == pytest.approx(0.3 + 1 / 3, abs=1e-6)
     assert spatial_3d(seen[:1], "dog", "cat", "in front of", depth()) == pytest.approx(0.2, abs=1e-6)
     assert spatial_3d(seen[1:], "dog", "cat", "in front of", depth()) == pytest.approx(0.1, abs=1e-6)
     # the official loop lets later matches overwrite until both are found
-    twice = [Seen("dog", LEFT, 0.1), Seen("dog", LEFT, 0.2), Seen("cat", RIGHT, 0.4)]
+    twice = [LabelledBox("dog", LEFT, 0.1), LabelledBox("dog", LEFT, 0.2), LabelledBox("cat", RIGHT, 0.4)]
     assert spatial_3d(twice, "dog", "cat", "behind", depth()) == pytest.approx(0.15, abs=1e-6)
 
 
@@ -111,12 +111,16 @@ def test_numeracy_merges_boxes_of_one_object():
     assert same_object([0, 0, 9, 9], [0, 0, 9, 9])
     assert same_object([0, 0, 99, 99], [10, 10, 19, 19])  # one covers the other
     assert not same_object([0, 0, 9, 9], [1, 0, 10, 9])  # 90 of 100: not above 0.9
-    seen = [Seen("dog", [0, 0, 9, 9], 0.9), Seen("cat", [0, 0, 9, 9], 0.8), Seen("dog", [1, 1, 8, 8], 0.7)]
+    seen = [
+        LabelledBox("dog", [0, 0, 9, 9], 0.9),
+        LabelledBox("cat", [0, 0, 9, 9], 0.8),
+        LabelledBox("dog", [1, 1, 8, 8], 0.7),
+    ]
     assert merged_labels(seen) == ["dog", "cat"]
 
 
 def spread(*labels):
-    return [Seen(label, [20 * i, 0, 20 * i + 9, 9], 0.9) for i, label in enumerate(labels)]
+    return [LabelledBox(label, [20 * i, 0, 20 * i + 9, 9], 0.9) for i, label in enumerate(labels)]
 
 
 def test_numeracy_scores():

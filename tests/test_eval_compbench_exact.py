@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval.metrics.compbench.rules import Seen, merged_labels, numeracy, spatial_2d, spatial_3d
+from eval.metrics.compbench.rules import LabelledBox, merged_labels, numeracy, spatial_2d, spatial_3d
 
 # Written for this test from facts D: exact fractions for boxes, no code shared.
 
@@ -133,7 +133,7 @@ scores = st.sampled_from([0.31, 0.52, 0.77, 0.98, 1.0])
 
 
 def detections(labels, box):
-    return st.lists(st.builds(Seen, st.sampled_from(labels), box, scores), max_size=8)
+    return st.lists(st.builds(LabelledBox, st.sampled_from(labels), box, scores), max_size=8)
 
 
 LABELS_2D = ("dog", "cat", "person")

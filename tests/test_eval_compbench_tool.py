@@ -10,8 +10,8 @@ from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.compbench.evidence import Evidence, answer
 from eval.metrics.compbench.files import read_answers, read_samples, sample_name
-from eval.metrics.compbench.rules import Seen, position_2d, position_3d
-from eval.metrics.compbench.stored import Words, read_stored, stored_line
+from eval.metrics.compbench.rules import LabelledBox, position_2d, position_3d
+from eval.metrics.compbench.stored import PromptLookup, read_stored, stored_line
 from eval.metrics.compbench.tool import judge, merge, score
 from eval.networks.depth import DptDepth, to_frame
 from eval.networks.open_vocabulary import OpenVocabularyDetector
@@ -168,7 +168,7 @@ def test_the_metric_has_3d_spatial_where_there_is_a_depth_network(tmp_path, dpt)
 
 
 def words():
-    return Words(lambda: pytest.fail("the line states all"), lambda: pytest.fail("the line states all"))
+    return PromptLookup(lambda: pytest.fail("the line states all"), lambda: pytest.fail("the line states all"))
 
 
 BOXES = [["dog", 0, 40, 20, 60, 0.8], ["cat", 80, 45, 100, 65, 0.6]]
@@ -212,7 +212,7 @@ def test_one_prompt_tells_no_interval(tmp_path, capsys):
 def test_boxes_in_pixels_are_brought_to_unidets_frame(tmp_path):
     record = {"category": "spatial", "objects": ["dog", "cat"], "detections": BOXES, "size": [958, 958]}
     [stored] = read_stored(lines(tmp_path / "s.jsonl", record), words())
-    assert stored.evidence.seen[1] == Seen("cat", [40, 22.5, 50, 32.5], 0.6)
+    assert stored.evidence.seen[1] == LabelledBox("cat", [40, 22.5, 50, 32.5], 0.6)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from eval.judging.geneval_prompts import COLORS, OFFICIAL_SHA256, RELATIONS, TASKS, metadata_lines, official_metadata
-from eval.metrics.geneval.rules import OFFICIAL_RULES, Rules, decide, details, keep, overlap, relative_position
+from eval.metrics.geneval.rules import (
+    OFFICIAL_RULES,
+    GenEvalRules,
+    decide,
+    describe_detections,
+    keep,
+    overlap,
+    relative_position,
+)
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -159,7 +167,7 @@ def test_equal_scores_put_the_later_detection_first():
 def test_suppression_is_off_by_default_and_counts_pixels_when_on():
     twins = detections(("dog", 0, 0, 9, 9, 0.9), ("dog", 0, 0, 9, 9, 0.8), ("dog", 20, 0, 29, 9, 0.7))
     assert len(keep(twins, "colors")["dog"]) == 3
-    assert [f.row for f in keep(twins, "colors", Rules(max_overlap=0.99))["dog"]] == [0, 2]
+    assert [f.row for f in keep(twins, "colors", GenEvalRules(max_overlap=0.99))["dog"]] == [0, 2]
     # 10x10 pixel boxes that share 5 columns: 50 / 150
     assert overlap(np.array([0, 0, 9, 9]), np.array([5, 0, 14, 9])) == pytest.approx(1 / 3)
 
@@ -240,4 +248,4 @@ def test_boxes_that_are_not_numbers_are_refused(bad):
 
 def test_details_are_json_of_kept_boxes():
     kept = keep(detections(("dog", 0, 0, 9.5, 9, 0.5), ("cat", 0, 0, 1, 1, 0.1)), "colors", OFFICIAL_RULES)
-    assert json.loads(json.dumps(details(kept))) == {"dog": [[0, 0, 9.5, 9, 0.5]]}
+    assert json.loads(json.dumps(describe_detections(kept))) == {"dog": [[0, 0, 9.5, 9, 0.5]]}

@@ -35,7 +35,7 @@ from eval.networks.inception import InceptionFeatures
 from eval.networks.open_vocabulary import OpenVocabularyDetector
 from eval.networks.vqa import BlipVQA
 from eval.run import run
-from eval.studies.autoencoder import Options, measure
+from eval.studies.autoencoder import AutoencoderOptions, measure
 from eval.studies.fidelity import Lpips
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -183,7 +183,7 @@ def test_the_report_of_an_autoencoder(alexnet, exact):
     ours, theirs = (
         measure("world:vae", given, ClipModel(resolve("world:judge_clip"), device=given.device),
                 Lpips(alexnet, device=given.device)).values
-        for given in (Options(count=12, batch=4, device=device) for device in DEVICES)
+        for given in (AutoencoderOptions(count=12, batch=4, device=device) for device in DEVICES)
     )  # fmt: skip
     assert {k: v[0] for k, v in theirs.items()} == pytest.approx({k: v[0] for k, v in ours.items()}, rel=2e-3)
 

@@ -8,7 +8,7 @@ import pytest
 from eval_service_runs import app_on, small_ladder, write_gallery
 from openapi import CheckedClient
 
-from eval.studies.human import Side, Studies, Vote, effective_size, wilson, win_rate
+from eval.studies.human import HumanStudies, StudySide, Vote, effective_size, wilson, win_rate
 from infra import storage
 from infra.errors import UserError
 
@@ -17,12 +17,12 @@ PROMPTS = [f"prompt {i}" for i in range(12)] + ['a sign that says "bees"']
 
 @pytest.fixture
 def studies(tmp_path):
-    return Studies(str(tmp_path / "runs"))
+    return HumanStudies(str(tmp_path / "runs"))
 
 
 @pytest.fixture
 def study(studies):
-    return studies.create("one", Side("world-d2", 100), Side("world-d3", 100), prompts=PROMPTS, gallery="g")
+    return studies.create("one", StudySide("world-d2", 100), StudySide("world-d3", 100), prompts=PROMPTS, gallery="g")
 
 
 def test_left_and_right_are_balanced_and_each_rater_has_an_order_of_their_own(study):
@@ -37,10 +37,17 @@ def test_typography_is_asked_where_words_are_quoted(studies, study):
     assert study.asked(12) == ("prompt_following", "aesthetics", "typography")
     assert "typography" not in study.asked(0)
     apostrophes = ["a dog's bone", "the cats' house"]
-    plain = studies.create("plain", Side("a", 1), Side("b", 1), prompts=apostrophes, gallery="g")
+    plain = studies.create("plain", StudySide("a", 1), StudySide("b", 1), prompts=apostrophes, gallery="g")
     assert all("typography" not in plain.asked(item) for item in range(2))
     with pytest.raises(UserError, match="nothing to ask"):
-        studies.create("none", Side("a", 1), Side("b", 1), prompts=["a dog"], gallery="g", questions=["typography"])
+        studies.create(
+            "none",
+            StudySide("a", 1),
+            StudySide("b", 1),
+            prompts=["a dog"],
+            gallery="g",
+            questions=["typography"],
+        )
 
 
 def test_an_answer_is_kept_once_and_says_which_side_it_meant(studies, study):
@@ -58,7 +65,7 @@ def test_an_answer_is_kept_once_and_says_which_side_it_meant(studies, study):
         studies.vote(study, "ann", item, dict.fromkeys(study.asked(item), "left"))
     assert studies.next(study, "ann") == (None, 13, 13)
     assert len(studies.votes(study)) == 13
-    assert Studies(studies.root.removesuffix("/human")).votes(study) == studies.votes(study)  # all is in the store
+    assert HumanStudies(studies.root.removesuffix("/human")).votes(study) == studies.votes(study)  # all is in the store
 
 
 def test_of_many_tabs_one_answer_is_kept(studies, study):
@@ -80,11 +87,11 @@ def test_bad_answers_raters_and_names_are_refused(studies, study):
         studies.vote(study, "ann", 99, good)
     for name in ("", "../up", "UPPER", "a/b", "x" * 41):
         with pytest.raises(UserError, match="small letters"):
-            studies.create(name, Side("a", 1), Side("b", 1), prompts=PROMPTS, gallery="g")
+            studies.create(name, StudySide("a", 1), StudySide("b", 1), prompts=PROMPTS, gallery="g")
     with pytest.raises(UserError, match="there already"):
-        studies.create("one", Side("a", 1), Side("b", 1), prompts=PROMPTS, gallery="g")
+        studies.create("one", StudySide("a", 1), StudySide("b", 1), prompts=PROMPTS, gallery="g")
     with pytest.raises(UserError, match="same checkpoint"):
-        studies.create("two", Side("a", 1), Side("a", 1), prompts=PROMPTS, gallery="g")
+        studies.create("two", StudySide("a", 1), StudySide("a", 1), prompts=PROMPTS, gallery="g")
     with pytest.raises(UserError, match="did you mean 'one'"):
         studies.get("onee")
 

@@ -12,7 +12,7 @@ from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges
 from eval.judging.prompts import world_compbench_prompts, world_geneval_prompts
-from eval.studies.pairs import PairOptions, by_clip, by_vqa, pairs, ranked, world_prompts
+from eval.studies.pairs import PairOptions, pairs, rank_pictures, score_by_clip, score_by_vqa, world_prompts
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.weights import save_weights
@@ -24,7 +24,7 @@ def test_prompts_of_the_world_are_none_that_are_evaluated():
     assert not set(found) & {p.text for p in (*world_geneval_prompts(50), *world_compbench_prompts(50))}
 
 
-@pytest.mark.parametrize("rank", [by_vqa, by_clip])
+@pytest.mark.parametrize("rank", [score_by_vqa, score_by_clip])
 def test_rankers_prefer_the_scene_that_shows_the_caption(rank):
     scenes = [make_scene(5, index, split="eval_truth", tag="colors") for index in range(12)]
     texts = [scene.caption for scene in scenes]
@@ -67,8 +67,8 @@ def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
     assert set(batch.captions) <= set(world_prompts(6))
     # By hand: every picture of each prompt, judged again.
     judges, painter = build_judges("world"), Painter(weights)
-    for pair in ranked(painter, judges, world_prompts(6), given):
-        scores = by_clip(judges, [pair.caption] * 2, [pair.preferred, pair.rejected])
+    for pair in rank_pictures(painter, judges, world_prompts(6), given):
+        scores = score_by_clip(judges, [pair.caption] * 2, [pair.preferred, pair.rejected])
         assert scores[0] > scores[1]
         assert scores == pytest.approx([pair.info["preferred_score"], pair.info["rejected_score"]], abs=1e-6)
 

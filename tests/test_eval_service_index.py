@@ -138,7 +138,7 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
 
 def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
     from eval.service.claims import claim, outcomes
-    from eval.studies.human import Side, Studies
+    from eval.studies.human import HumanStudies, StudySide
 
     root = storage.join(s3, "runs")
     uri = write_run(root, 2, scored=False, checkpoints=1)
@@ -152,8 +152,8 @@ def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
     first.end("done")
     assert index.refresh()
     assert outcomes(index.snapshot.by_name["world-d2"].evaluations, "s")[100].state == "done"
-    studies = Studies(root)
-    study = studies.create("one", Side("a", 1), Side("b", 1), prompts=["a", "b"], gallery="g")
+    studies = HumanStudies(root)
+    study = studies.create("one", StudySide("a", 1), StudySide("b", 1), prompts=["a", "b"], gallery="g")
     assert studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left"))
     assert not studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "right"))
     assert studies.names() == ["one"]

@@ -30,12 +30,12 @@ class PictureFile(Protocol):
     def path(self) -> Path: ...
 
 
-Found = TypeVar("Found", bound=PictureFile)
+FileT = TypeVar("FileT", bound=PictureFile)
 
 
-def read_pictures(files: Sequence[Found], unreadable: list[str]) -> tuple[list[Found], list[np.ndarray]]:
+def read_pictures(files: Sequence[FileT], unreadable: list[str]) -> tuple[list[FileT], list[np.ndarray]]:
     """The files that can be read, and their pictures; what is wrong with the others joins `unreadable`."""
-    kept: list[Found] = []
+    kept: list[FileT] = []
     images: list[np.ndarray] = []
     for file in files:
         try:

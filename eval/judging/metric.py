@@ -134,7 +134,7 @@ class Clusters:
         """95 % bootstrap of `mean`: clusters (prompts) are drawn with their images, inside each stratum.
 
         Images of one prompt are not independent (a correlation of 0.6 was seen), so drawing images would be too narrow.
-        Shares (values of 0 and 1) are drawn by `_drawn_share`, other numbers by the percentile bootstrap. Where prompts
+        Shares (values of 0 and 1) are drawn by `_draw_shares`, other numbers by the percentile bootstrap. Where prompts
         agree on a value between 0 and 1 (as one prompt does) nothing tells how they vary: None, it is unknown.
         """
         rng = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ class Clusters:
             if all_alike(sums / sizes) and not (shares and sums.sum() in (0, sizes.sum())):
                 return None
             if shares:
-                total += _drawn_share(sums, sizes, 0.5 / len(names), rng)
+                total += _draw_shares(sums, sizes, 0.5 / len(names), rng)
             else:
                 drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
                 total += sums[drawn].sum(1) / sizes[drawn].sum(1)
@@ -163,7 +163,7 @@ class Clusters:
         return list(self._values) if strata is None else list(strata)
 
 
-def _drawn_share(sums_P: np.ndarray, sizes_P: np.ndarray, prior: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_shares(sums_P: np.ndarray, sizes_P: np.ndarray, prior: float, rng: np.random.Generator) -> np.ndarray:
     """Draws of the share of right images: a Bayesian bootstrap of the prompts (D. B. Rubin, Annals of Statistics 9
     (1981), 130-134) with `prior` prompts added that are all right and as many all wrong.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.checkpoints import weights_hash
-from eval.networks.loading import loading
+from eval.networks.loading import explain_failure
 from infra.errors import UserError, nearest
 
 BATCH = 64
@@ -37,7 +37,7 @@ class ClipModel:
         if not file and not (Path(where) / "open_clip_config.json").is_file():
             raise UserError(f"no open_clip_config.json in {where}: give an OpenCLIP folder or ARCHITECTURE=FILE")
         quick = bool(file) and "quickgelu" not in arch
-        with loading("CLIP", where):
+        with explain_failure("CLIP", where):
             model, _, self._transform = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained, force_quick_gelu=quick
             )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.checkpoints import weights_hash
-from eval.networks.loading import pretrained
+from eval.networks.loading import load_pretrained
 
 UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.",)  # MiDaS' files lack it: the first fusion has no residual
 INPUT_SIDE = 480  # official: squeezed to 480 x 480, mean and std 0.5, whatever the checkpoint was trained at
@@ -35,7 +35,7 @@ class DptDepth:
     def __init__(self, path: str | Path, *, device: str = "cpu", side: int = INPUT_SIDE) -> None:
         from transformers import DPTForDepthEstimation
 
-        model: Any = pretrained(DPTForDepthEstimation, path, what="DPT", device=device, unused=UNUSED)
+        model: Any = load_pretrained(DPTForDepthEstimation, path, what="DPT", device=device, unused=UNUSED)
         if model.config.is_hybrid:  # it refuses other sizes than its own, though it resizes its positions
             model.dpt.embeddings.image_size = (side, side)
         self._model, self._device, self._side = model, device, side

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.checkpoints import weights_hash
-from eval.networks.loading import loading, pretrained
+from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
 
 FAMILIES = ("mask2former", "maskformer")  # their heads give a class and a mask per query
@@ -62,11 +62,11 @@ class TransformersDetector:
         import torch
         from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-        self._model = pretrained(
+        self._model = load_pretrained(
             AutoModelForUniversalSegmentation, path, what="Mask2Former", device=device, families=FAMILIES,
             unused=("criterion.",),
         )  # fmt: skip
-        with loading("the image processor of Mask2Former", path):
+        with explain_failure("the image processor of Mask2Former", path):
             self._processor: Any = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
         self.name, self.version = self._model.config.model_type, weights_hash(path)
         self._torch, self._device, self._keep_above, self._top = torch, device, keep_above, top

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.checkpoints import weights_hash
-from eval.networks.loading import loading
+from eval.networks.loading import explain_failure
 from infra.errors import UserError
 
 SIDE, BATCH, CLASSES = 299, 32, 1008
@@ -32,7 +32,7 @@ class InceptionFeatures:
         self._convention, self._device = convention, device
         self._net = build_inception()
         self._net.load_state_dict(_read(Path(path), self._net.state_dict()))
-        with loading("Inception", path):
+        with explain_failure("Inception", path):
             self._net.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ from infra.errors import UserError, list_some
 
 
 @contextlib.contextmanager
-def loading(what: str, where: str | Path) -> Iterator[None]:
+def explain_failure(what: str, where: str | Path) -> Iterator[None]:
     """UserError instead of whatever a library raises at a checkpoint that is torn, of another kind, or has no device.
 
     `what` is the network in words ("CLIP"), `where` the path that the user gave.
@@ -23,7 +23,7 @@ def loading(what: str, where: str | Path) -> Iterator[None]:
         raise UserError(f"cannot load {what} from {where} ({type(error).__name__}: {told})") from error
 
 
-def pretrained(
+def load_pretrained(
     architecture: Any,
     path: str | Path,
     *,
@@ -44,7 +44,7 @@ def pretrained(
     disable_progress_bar()  # a bar per checkpoint would bury our own
     if not (Path(path) / "config.json").exists():
         raise UserError(f"no {what} at {path}: expected a transformers folder with config.json and weights")
-    with loading(what, path):
+    with explain_failure(what, path):
         if families and (family := AutoConfig.from_pretrained(str(path)).model_type) not in families:
             raise UserError(f"{path} holds a {family} model; expected {' or '.join(families)}")
         model, found = architecture.from_pretrained(str(path), local_files_only=True, output_loading_info=True)

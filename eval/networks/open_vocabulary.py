@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.checkpoints import weights_hash
 from eval.networks.detectors import Detections
-from eval.networks.loading import loading, pretrained
+from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
 
 FAMILIES = ("owlv2", "owlvit")
@@ -28,13 +28,13 @@ class OpenVocabularyDetector:
 
         if not classes:
             raise UserError("an open-vocabulary detector needs names to look for; got none")
-        self._model = pretrained(
+        self._model = load_pretrained(
             AutoModelForZeroShotObjectDetection, path, what="OWLv2", device=device, families=FAMILIES
         )
         self.name, self.version = f"{self._model.config.model_type} in place of UniDet", weights_hash(path)
         self.classes = tuple(dict.fromkeys(classes))
         self._torch, self._device, self._keep_above = torch, device, keep_above
-        with loading("the processor of OWLv2", path):
+        with explain_failure("the processor of OWLv2", path):
             self._processor: Any = AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:

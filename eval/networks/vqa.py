@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.checkpoints import weights_hash
-from eval.networks.loading import loading, pretrained
+from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
 
 BATCH = 64
@@ -44,8 +44,8 @@ class BlipVQA:
     def __init__(self, path: str | Path, *, device: str = "cpu", image_size: int | None = None) -> None:
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
-        self._model = pretrained(BlipForQuestionAnswering, path, what="BLIP-VQA", device=device)
-        with loading("the tokenizer of BLIP-VQA", path):
+        self._model = load_pretrained(BlipForQuestionAnswering, path, what="BLIP-VQA", device=device)
+        with explain_failure("the tokenizer of BLIP-VQA", path):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self._device = device
         config = self._model.config

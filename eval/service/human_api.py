@@ -10,7 +10,7 @@ from eval.service import pictures, shapes
 from eval.service.answers import Json, Webp, documented, told, webp
 from eval.service.gallery import Sheet, read_sheet
 from eval.service.index import Index
-from eval.studies.human import QUESTIONS, Side, Studies, Study, clean_rater
+from eval.studies.human import QUESTIONS, HumanStudies, HumanStudy, StudySide, clean_rater
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -40,7 +40,7 @@ class NewVote(BaseModel):
 
 
 def human_routes(app: FastAPI, index: Index) -> None:
-    studies = Studies(index.uri)
+    studies = HumanStudies(index.uri)
 
     @app.get("/api/human/studies", response_model=shapes.StudyList, tags=["side by side"],
              summary="All studies, without their results")  # fmt: skip
@@ -58,7 +58,7 @@ def human_routes(app: FastAPI, index: Index) -> None:
     @app.post("/api/human/studies", response_model=shapes.StudyLine, tags=["side by side"],
               summary="Begin a study of two checkpoints", status_code=201, responses=MISTAKE)  # fmt: skip
     def create(wanted: NewStudy) -> Response:
-        sides = Side(wanted.run_a, wanted.step_a), Side(wanted.run_b, wanted.step_b)
+        sides = StudySide(wanted.run_a, wanted.step_a), StudySide(wanted.run_b, wanted.step_b)
         sheets = asked(lambda: [read_sheet(_gallery(index, side)) for side in sides])
         study = asked(lambda: _create(studies, wanted, sides, sheets))
         return Json(_named(study), 201)
@@ -103,7 +103,9 @@ def human_routes(app: FastAPI, index: Index) -> None:
         return Json(answer)
 
 
-def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets: list[Sheet]) -> Study:
+def _create(
+    studies: HumanStudies, wanted: NewStudy, sides: tuple[StudySide, StudySide], sheets: list[Sheet]
+) -> HumanStudy:
     if sheets[0].key != sheets[1].key:
         raise UserError("these galleries differ in prompts, seeds or sampler, so their pictures are not comparable")
     prompts = [tile.prompt for tile in sheets[0].tiles]
@@ -112,7 +114,7 @@ def _create(studies: Studies, wanted: NewStudy, sides: tuple[Side, Side], sheets
     )
 
 
-def _pair(index: Index, study: Study, item: int) -> dict[str, bytes]:
+def _pair(index: Index, study: HumanStudy, item: int) -> dict[str, bytes]:
     """Both pictures or neither: which of them is missing, and why, would tell a rater whose the other one is."""
     try:
         return {name: _tile(index, study, side, item) for name, side in (("a", study.a), ("b", study.b))}
@@ -121,7 +123,7 @@ def _pair(index: Index, study: Study, item: int) -> dict[str, bytes]:
         raise UserError("a picture of this pair is gone, damaged or drawn anew; the service's log says which") from None
 
 
-def _tile(index: Index, study: Study, shown: Side, item: int) -> bytes:
+def _tile(index: Index, study: HumanStudy, shown: StudySide, item: int) -> bytes:
     uri = _gallery(index, shown)
     sheet = read_sheet(uri)
     if sheet.key != study.gallery:
@@ -129,7 +131,7 @@ def _tile(index: Index, study: Study, shown: Side, item: int) -> bytes:
     return pictures.tile(uri, pictures.layout(sheet), item)
 
 
-def _gallery(index: Index, side: Side) -> str:
+def _gallery(index: Index, side: StudySide) -> str:
     """The gallery picture of a checkpoint, from the index alone."""
     run = index.snapshot.by_name.get(side.run)
     if run is None or side.step not in run.gallery:
@@ -137,7 +139,7 @@ def _gallery(index: Index, side: Side) -> str:
     return run.gallery[side.step]
 
 
-def _named(study: Study) -> shapes.StudyLine:
+def _named(study: HumanStudy) -> shapes.StudyLine:
     """What may be told before the end: not which side is which, but whom it is about."""
     return {
         "name": study.name, "runs": sorted(f"{s.run} step {s.step}" for s in (study.a, study.b)),

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # typing's own makes no schema before P
 
 from eval.scaling.frontier import Frontier
 from eval.service.claims import State
-from eval.studies.human import Side, WinRate
+from eval.studies.human import StudySide, WinRate
 
 
 class Point(TypedDict):
@@ -438,6 +438,6 @@ class Kept(TypedDict):
 class StudyResults(StudyLine):
     """`runs` as in `StudyLine`; `a` and `b` say which is which."""
 
-    a: Side
-    b: Side
+    a: StudySide
+    b: StudySide
     rates: list[WinRate]

@@ -35,7 +35,7 @@ BEST_PSNR = 100.0  # stands for infinity where a picture comes back without any 
 
 
 @dataclass(frozen=True)
-class Options:
+class AutoencoderOptions:
     """Which autoencoders, which pictures, and the networks of rFID and LPIPS."""
 
     vae: tuple[str, ...] = ("world:vae",)
@@ -58,7 +58,7 @@ class Options:
 
 
 @dataclass
-class Figures:
+class AutoencoderScores:
     """One autoencoder's figures: name -> (value, low, high)."""
 
     vae: str
@@ -68,7 +68,7 @@ class Figures:
     values: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
-def report(options: Options) -> None:
+def report(options: AutoencoderOptions) -> None:
     """Reconstruct pictures with each autoencoder and print rFID, LPIPS, SSIM and PSNR with 95 % intervals."""
     if not options.vae or options.count < 2 or options.batch < 1:
         raise UserError("give at least one --vae, --count 2 or more and --batch 1 or more")
@@ -96,7 +96,7 @@ def report(options: Options) -> None:
         print("LPIPS was left out: give its backbone's weights with --lpips FILE", file=sys.stderr)
 
 
-def _features(options: Options) -> FeatureNetwork:
+def _features(options: AutoencoderOptions) -> FeatureNetwork:
     if options.inception is not None:
         return InceptionFeatures(options.inception, convention=options.convention, device=options.device)
     from eval.judging.judges import build_judges
@@ -104,7 +104,9 @@ def _features(options: Options) -> FeatureNetwork:
     return build_judges("world").clip()
 
 
-def measure(name: str, options: Options, network: FeatureNetwork, perceptual: Lpips | None) -> Figures:
+def measure(
+    name: str, options: AutoencoderOptions, network: FeatureNetwork, perceptual: Lpips | None
+) -> AutoencoderScores:
     path = resolve(name)
     vae = load_vae(path).to(options.device)
     latents = Latents.of(vae)
@@ -124,14 +126,14 @@ def measure(name: str, options: Options, network: FeatureNetwork, perceptual: Lp
                 for kept, some in zip(features, (real, again)):
                     kept.append(np.asarray(network.images(some), dtype=np.float32))
             progress.update(len(part))
-    figures = Figures(name, weights_hash(path), latents.channels, latents.factor)
+    figures = AutoencoderScores(name, weights_hash(path), latents.channels, latents.factor)
     figures.values["rfid"] = _rfid(np.concatenate(features[1]), np.concatenate(features[0]))
     for key in values.strata:
         figures.values[key] = (values.mean([key]), *(values.interval([key]) or (math.nan, math.nan)))
     return figures
 
 
-def _pictures(options: Options, factor: int) -> Iterator[np.ndarray]:
+def _pictures(options: AutoencoderOptions, factor: int) -> Iterator[np.ndarray]:
     """`count` pictures whose sides are multiples of the autoencoder's factor."""
     if options.images == "world":
         from eval.judging.prompts import world_reference_images
@@ -187,7 +189,7 @@ def _rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, floa
 COLUMNS = {"rfid": ("rFID", 2), "lpips": ("LPIPS", 3), "ssim": ("SSIM", 3), "psnr": ("PSNR", 2)}
 
 
-def as_markdown(found: Sequence[Figures], told: dict[str, Any]) -> str:
+def as_markdown(found: Sequence[AutoencoderScores], told: dict[str, Any]) -> str:
     heads = [f"{title} {'^' if key in ('ssim', 'psnr') else 'v'}" for key, (title, _) in COLUMNS.items()]
     rows = [
         f"| {f.vae} | {f.channels} | {f.factor} | " + " | ".join(_cell(f, key) for key in COLUMNS) + " |" for f in found
@@ -207,7 +209,7 @@ def _named(lpips: Any) -> str:
     return lpips if isinstance(lpips, str) else str(lpips[0])
 
 
-def _cell(figures: Figures, key: str) -> str:
+def _cell(figures: AutoencoderScores, key: str) -> str:
     if key not in figures.values:
         return "not measured"
     value, low, high = figures.values[key]

@@ -40,7 +40,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Side:
+class EvaluatedRun:
     """A run's rows at one checkpoint."""
 
     name: str
@@ -64,8 +64,8 @@ def compare(
         metrics: metric paths or their beginnings, e.g. world_geneval/overall; all that both have by default
         out: write the table as JSON here
     """
-    first, second = read_side(a), read_side(b)
-    differences, refused = compare_sides(first, second, metrics)
+    first, second = read_run(a), read_run(b)
+    differences, refused = compare_runs(first, second, metrics)
     for line in table(first, second, differences):
         print(line)
     for line in refused:
@@ -83,7 +83,7 @@ def _record(d: Difference) -> dict[str, Any]:
     return vars(d) | {"verdict": d.verdict} | ({} if known else {"low": None, "high": None})
 
 
-def read_side(where: str) -> Side:
+def read_run(where: str) -> EvaluatedRun:
     run, _, stated = where.rstrip("/").partition("@")
     if stated and not stated.isdecimal():
         raise UserError(f"{where}: expected RUN or RUN@IMAGES with a whole number of images")
@@ -100,29 +100,29 @@ def read_side(where: str) -> Side:
     for row in judged:
         if row.images_seen == images:
             by_metric.setdefault(row.metric, []).append(row)
-    return Side(f"{run.rsplit('/', 1)[-1]}@{images}", store, images, by_metric)
+    return EvaluatedRun(f"{run.rsplit('/', 1)[-1]}@{images}", store, images, by_metric)
 
 
-def compare_sides(a: Side, b: Side, metrics: Sequence[str] = ()) -> tuple[list[Difference], list[str]]:
+def compare_runs(a: EvaluatedRun, b: EvaluatedRun, metrics: Sequence[str] = ()) -> tuple[list[Difference], list[str]]:
     """Differences, and one line for every metric whose protocols differ."""
     both = [name for name in a.rows if name in b.rows]
     for wanted in metrics:
-        if not any(_under(name, wanted) for name in both):
+        if not any(_is_under(name, wanted) for name in both):
             raise UserError(f"{wanted!r} is not measured on both{nearest(wanted, both)}; both have {', '.join(both)}")
-    chosen = [name for name in both if not metrics or any(_under(name, wanted) for wanted in metrics)]
+    chosen = [name for name in both if not metrics or any(_is_under(name, wanted) for wanted in metrics)]
     if not chosen:
         raise UserError(f"{a.name} and {b.name} have no metric in common")
     differences, refused = [], []
     for name in chosen:
         pair = _same_protocol(a.rows[name], b.rows[name])
         if pair is None:
-            refused.append(f"{name}: {_why(a, b, a.rows[name][-1], b.rows[name][-1])}")
+            refused.append(f"{name}: {_explain(a, b, a.rows[name][-1], b.rows[name][-1])}")
         else:
-            differences.append(_difference(a, b, *pair))
+            differences.append(_compare_rows(a, b, *pair))
     return differences, refused
 
 
-def _under(name: str, wanted: str) -> bool:
+def _is_under(name: str, wanted: str) -> bool:
     return name == wanted or name.startswith(wanted.rstrip("/") + "/")
 
 
@@ -132,9 +132,9 @@ def _same_protocol(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[Resu
     return next(((row, theirs[row.protocol_hash]) for row in reversed(a) if row.protocol_hash in theirs), None)
 
 
-def _why(a: Side, b: Side, row_a: ResultRow, row_b: ResultRow) -> str:
+def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> str:
     """In what two protocols differ, as far as both were kept."""
-    told = [_flat(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
+    told = [_flatten(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
     if not all(told):
         return f"measured under different protocols ({row_a.protocol_hash} and {row_b.protocol_hash})"
     differ = [key for key in sorted({*told[0], *told[1]}) if told[0].get(key) != told[1].get(key)]
@@ -151,39 +151,39 @@ def _protocol(store: str, name: str) -> dict[str, Any]:
         return {}
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {path: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}".lstrip(".")).items()}
+    return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{path}.{key}".lstrip(".")).items()}
 
 
-def _difference(a: Side, b: Side, row_a: ResultRow, row_b: ResultRow) -> Difference:
+def _compare_rows(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> Difference:
     kept = [
         read_values(side.store, row.protocol_hash, row.recipe_hash, row.images_seen)
         for side, row in ((a, row_a), (b, row_b))
     ]
-    drawn = paired(kept[0], kept[1], row_a) if kept[0] and kept[1] else None
+    drawn = draw_paired(kept[0], kept[1], row_a) if kept[0] and kept[1] else None
     change = row_b.value - row_a.value
     if drawn is not None and np.isnan(drawn).any():
-        return _told(row_a, row_b, -np.inf, np.inf, "paired; all prompts agree")
+        return _make_difference(row_a, row_b, -np.inf, np.inf, "paired; all prompts agree")
     if drawn is not None:
         low, high = (float(x) for x in np.percentile(drawn, [2.5, 97.5]))
-        return _told(row_a, row_b, change + min(low, 0.0), change + max(high, 0.0), "paired")
+        return _make_difference(row_a, row_b, change + min(low, 0.0), change + max(high, 0.0), "paired")
     if None in (row_a.low, row_a.high, row_b.low, row_b.high):
-        return _told(row_a, row_b, -np.inf, np.inf, "no interval was stored")
+        return _make_difference(row_a, row_b, -np.inf, np.inf, "no interval was stored")
     half = [(row.high - row.low) / 2 for row in (row_a, row_b)]  # type: ignore[operator]
     spread = float(np.hypot(half[0], half[1]))
-    return _told(row_a, row_b, change - spread, change + spread, "unpaired")
+    return _make_difference(row_a, row_b, change - spread, change + spread, "unpaired")
 
 
-def _told(a: ResultRow, b: ResultRow, low: float, high: float, how: str) -> Difference:
+def _make_difference(a: ResultRow, b: ResultRow, low: float, high: float, how: str) -> Difference:
     return Difference(a.metric, a.value, b.value, low, high, how, a.higher_is_better)
 
 
-def paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarray | None:
+def draw_paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarray | None:
     """Draws of (b minus a) around the measured difference, the same prompts drawn for both.
 
-    None where their prompts are not the same; NaN where nothing tells how much prompts vary (`_drawn_difference`).
+    None where their prompts are not the same; NaN where nothing tells how much prompts vary (`_draw_difference`).
     """
     if "features" in a:
         if not np.array_equal(a["cluster"], b["cluster"]):
@@ -200,11 +200,11 @@ def paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarray | N
         one, two = (_rows(kept, split, name) for kept in (a, b))
         if not len(one) or not np.array_equal(one[:, 0], two[:, 0]):
             return None
-        total += _drawn_difference(one, two, rng)
+        total += _draw_difference(one, two, rng)
     return total / len(tasks)
 
 
-def _drawn_difference(one: np.ndarray, two: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw_difference(one: np.ndarray, two: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws of a task's difference around the measured one, where prompts differ in it; one, two: rows of (prompt, sum,
     count).
 
@@ -253,7 +253,7 @@ def _interval(d: Difference) -> str:
     return f"[{d.low:+9.4f}, {d.high:+9.4f}]" if np.isfinite([d.low, d.high]).all() else "unknown"
 
 
-def table(a: Side, b: Side, differences: Sequence[Difference]) -> list[str]:
+def table(a: EvaluatedRun, b: EvaluatedRun, differences: Sequence[Difference]) -> list[str]:
     wide = max([len(d.metric) for d in differences], default=6)
     head = f"{'metric':<{wide}}  {a.name:>16}  {b.name:>16}  {'B - A':>9}  {'95 % interval':^22}"
     lines = [

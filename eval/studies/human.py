@@ -33,18 +33,18 @@ Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Side:
+class StudySide:
     run: str
     step: int
 
 
 @dataclass(frozen=True)
-class Study:
+class HumanStudy:
     """`prompts` are the gallery's tiles in order; `secret` hides which side is which until the end."""
 
     name: str
-    a: Side
-    b: Side
+    a: StudySide
+    b: StudySide
     prompts: tuple[str, ...]
     questions: tuple[str, ...]
     gallery: str
@@ -94,7 +94,7 @@ class WinRate:
     raters: int
 
 
-class Studies:
+class HumanStudies:
     """The studies under one folder of runs."""
 
     def __init__(self, runs: str) -> None:
@@ -105,16 +105,16 @@ class Studies:
         found = [uri.removeprefix(self.root + "/") for uri in storage.list_files(self.root, suffix="/study.json")]
         return sorted(path.split("/")[0].removeprefix("study-") for path in found if path.startswith("study-"))
 
-    def get(self, name: str) -> Study:
+    def get(self, name: str) -> HumanStudy:
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
         try:
             read = json.loads(storage.read_bytes(self._uri(name, "study.json")))
-            a, b = (Side(str(read[side]["run"]), int(read[side]["step"])) for side in ("a", "b"))
+            a, b = (StudySide(str(read[side]["run"]), int(read[side]["step"])) for side in ("a", "b"))
             prompts, questions = tuple(map(str, read["prompts"])), tuple(map(str, read["questions"]))
             if unknown := set(questions) - set(QUESTIONS):
                 raise ValueError(f"unknown questions {sorted(unknown)}")
-            return Study(
+            return HumanStudy(
                 name, a, b, prompts, questions, str(read["gallery"]), str(read["secret"]), str(read["created"])
             )
         except MissingError as error:
@@ -122,8 +122,8 @@ class Studies:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{self._uri(name, 'study.json')}: not a study ({error!r})") from error
 
-    def create(self, name: str, a: Side, b: Side, *, prompts: Sequence[str], gallery: str,
-               questions: Sequence[str] = tuple(QUESTIONS)) -> Study:  # fmt: skip
+    def create(self, name: str, a: StudySide, b: StudySide, *, prompts: Sequence[str], gallery: str,
+               questions: Sequence[str] = tuple(QUESTIONS)) -> HumanStudy:  # fmt: skip
         """A new study; an existing name is refused, for its votes would mix with others."""
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
@@ -133,7 +133,7 @@ class Studies:
                 raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
         if a == b:
             raise UserError("both sides are the same checkpoint: choose two different ones")
-        study = Study(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), now())
+        study = HumanStudy(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), now())
         if not study.order(""):
             raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
         data = json.dumps(asdict(study), indent=1).encode()
@@ -141,7 +141,7 @@ class Studies:
             raise UserError(f"a study named {name!r} is there already: choose another name")
         return study
 
-    def vote(self, study: Study, rater: str, item: int, answers: Mapping[str, str]) -> bool:
+    def vote(self, study: HumanStudy, rater: str, item: int, answers: Mapping[str, str]) -> bool:
         """Keep one rater's answers to one pair (left, right or same); False when there were some already."""
         rater = clean_rater(rater)
         if item not in study.order(rater):
@@ -155,21 +155,21 @@ class Studies:
         data = json.dumps({**told, "study": study.name, "created": now()}).encode()
         return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
 
-    def votes(self, study: Study) -> list[Vote]:
+    def votes(self, study: HumanStudy) -> list[Vote]:
         uris = storage.list_files(self._uri(study.name, "votes"), suffix=".json", recursive=False)
         for uri in uris:
             if uri not in self._votes:
                 self._votes[uri] = _read_vote(uri, study)
         return [vote for uri in uris if (vote := self._votes[uri]) is not None]
 
-    def next(self, study: Study, rater: str) -> tuple[int | None, int, int]:
+    def next(self, study: HumanStudy, rater: str) -> tuple[int | None, int, int]:
         """(the rater's next pair or None, pairs done, pairs in all)."""
         rater = clean_rater(rater)
         order = study.order(rater)
         done = {vote.item for vote in self.votes(study) if vote.rater == rater}
         return next((item for item in order if item not in done), None), len(done & set(order)), len(order)
 
-    def results(self, study: Study) -> list[WinRate]:
+    def results(self, study: HumanStudy) -> list[WinRate]:
         votes = self.votes(study)
         return [win_rate(question, votes) for question in study.questions]
 
@@ -232,7 +232,7 @@ def clean_rater(rater: str) -> str:
     return rater
 
 
-def _read_vote(uri: str, study: Study) -> Vote | None:
+def _read_vote(uri: str, study: HumanStudy) -> Vote | None:
     """None, with a warning, for what is torn or was put there by hand."""
     try:
         read: dict[str, Any] = json.loads(storage.read_bytes(uri))

@@ -56,7 +56,7 @@ class PairOptions:
 Ranker = Callable[[Judges, Sequence[str], Sequence[np.ndarray]], np.ndarray]
 
 
-def by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+def score_by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
     """T2I-CompBench's attribute score of each picture: the product of P(yes) over the noun chunks of its prompt."""
     chunks = [compbench.asked_chunks(judges.reader().noun_chunks(text)) for text in texts]
     asked = [f"{chunk}?" for found in chunks for chunk in found]
@@ -65,14 +65,14 @@ def by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -
     return np.array([compbench.blip_vqa(part.tolist()) for part in np.split(yes, ends[:-1])])
 
 
-def by_clip(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+def score_by_clip(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
     """Cosine of each picture with its prompt."""
     return judges.clip().cosines(images, texts)
 
 
 RANKERS: dict[str, tuple[Ranker, Callable[[Judges], Any]]] = {
-    "vqa": (by_vqa, lambda judges: judges.vqa()),
-    "clip": (by_clip, lambda judges: judges.clip()),
+    "vqa": (score_by_vqa, lambda judges: judges.vqa()),
+    "clip": (score_by_clip, lambda judges: judges.clip()),
 }
 
 
@@ -87,7 +87,7 @@ def pairs(options: PairOptions) -> None:
     texts = list(dict.fromkeys(read_lines(options.prompts) if options.prompts else world_prompts(options.num_prompts)))
     judges = build_judges(options.judges, options.official)
     painter = Painter(options.weights, device=options.sampling.device)
-    found = list(ranked(painter, judges, texts, options))
+    found = list(rank_pictures(painter, judges, texts, options))
     if len(found) < 2:
         raise UserError(
             f"{len(found)} of {len(texts)} prompts gave a pair: ask for more prompts or pictures, "
@@ -98,7 +98,7 @@ def pairs(options: PairOptions) -> None:
     info = write_pairs(
         options.out, {name: part for name, part in splits.items() if part}, text_spec=painter.spec,
         vae=VaeMeta(**painter.meta["vae"]), resolution=painter.meta["resolution"],
-        made_by=_made_by(options, judges, texts), device=options.sampling.device,
+        made_by=_describe_origin(options, judges, texts), device=options.sampling.device,
     )  # fmt: skip
     better, worse = (np.mean([pair.info[name] for pair in found]) for name in ("preferred_score", "rejected_score"))
     print(
@@ -123,7 +123,7 @@ def world_prompts(count: int) -> list[str]:
     return list(found)
 
 
-def ranked(painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions) -> Iterator[Pair]:
+def rank_pictures(painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions) -> Iterator[Pair]:
     """The best and the worst picture of each prompt whose scores lie far enough apart."""
     rank, number = RANKERS[options.ranker][0], options.images_per_prompt
     with Progress(len(texts) * number, "images", desc="draw and rank") as progress:
@@ -144,7 +144,7 @@ def ranked(painter: Painter, judges: Judges, texts: Sequence[str], options: Pair
             progress.update(len(jobs))
 
 
-def _made_by(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
+def _describe_origin(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
     """All that decides which picture is preferred."""
     return {
         "weights": weights_hash(storage.localize(options.weights)),

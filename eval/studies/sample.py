@@ -24,7 +24,7 @@ Layout = Literal["geneval", "compbench"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PromptToDraw:
     """A prompt to draw, with the metadata line that a GenEval folder carries."""
 
     text: str
@@ -84,22 +84,24 @@ def sample(
     print(out or folders)
 
 
-def expand(prompts: Sequence[str]) -> list[Wanted]:
+def expand(prompts: Sequence[str]) -> list[PromptToDraw]:
     """The prompts themselves, or those of the one file that was named; GenEval metadata lines are kept whole."""
     if len(prompts) == 1 and prompts[0].endswith(".jsonl"):
         read_lines(prompts[0])  # refuses what is not there or has no prompt
         lines = json_lines(Path(prompts[0]).read_text(encoding="utf-8-sig"))
         records = [json.loads(line) for line in lines if line.strip()]
-        return [Wanted(str(record["prompt"]), record) for record in records]
+        return [PromptToDraw(str(record["prompt"]), record) for record in records]
     from_file = len(prompts) == 1 and prompts[0].endswith(".txt")
     texts = read_lines(prompts[0]) if from_file else [text.strip() for text in prompts]
     if not texts or not all(texts):
         raise UserError('nothing to draw: give --prompts "a photo of a red apple" ..., none of them empty')
     refuse_broken(texts, "--prompts")
-    return [Wanted(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
+    return [PromptToDraw(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
 
 
-def _files(root: Path, layout: Layout, wanted: Sequence[Wanted], images_per_prompt: int) -> dict[ImageRequest, Path]:
+def _files(
+    root: Path, layout: Layout, wanted: Sequence[PromptToDraw], images_per_prompt: int
+) -> dict[ImageRequest, Path]:
     """Where each picture goes."""
     files = {}
     for index, w in enumerate(wanted):

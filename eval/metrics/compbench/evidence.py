@@ -13,7 +13,7 @@ from eval.judging.language import LOCALITIES_3D, Pair, PromptReader, find_locali
 from eval.judging.metric import JudgedImage
 from eval.judging.official import PositionRules
 from eval.metrics.compbench import rules as compbench
-from eval.metrics.compbench.rules import Seen
+from eval.metrics.compbench.rules import LabelledBox
 from eval.metrics.compbench.seats import load_clip, load_depth, load_detector, object_names
 from eval.networks.detectors import Detections
 from infra.errors import UserError
@@ -27,7 +27,7 @@ class Evidence:
     """Only what the category (and the kind of a complex prompt) asks for is filled in."""
 
     category: str
-    seen: Sequence[Seen] = ()
+    seen: Sequence[LabelledBox] = ()
     """detections past the threshold, in the detector's order (falling score), boxes in UniDet's frame"""
     objects: Pair = (None, None)
     locality: str | None = None
@@ -125,17 +125,17 @@ def _depths(judges: Judges, samples: Sequence[JudgedImage]) -> list[np.ndarray]:
     return depth.of([sample.image for sample in samples])
 
 
-def _detect(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[Seen]]:
+def _detect(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[LabelledBox]]:
     found = load_detector(judges).detect([sample.image for sample in samples])
     return [seen_in(s.image, detections, judges.paths.compbench_threshold) for s, detections in zip(samples, found)]
 
 
-def seen_in(image: np.ndarray, detections: Detections, threshold: float) -> list[Seen]:
+def seen_in(image: np.ndarray, detections: Detections, threshold: float) -> list[LabelledBox]:
     """Detections past the threshold by falling score, boxes in UniDet's frame."""
     scale = compbench.detector_scale(*image.shape[:2])
     order = np.argsort(-detections.scores_N, kind="stable")
     return [
-        Seen(
+        LabelledBox(
             detections.labels[i], (detections.boxes_N4[i].astype(float) * scale).tolist(), float(detections.scores_N[i])
         )
         for i in order

@@ -29,7 +29,7 @@ RENAMED = {
 Box = Sequence[float]
 
 
-class Seen(NamedTuple):
+class LabelledBox(NamedTuple):
     """One detection, in the detector's order (falling score): label, box, score."""
 
     label: str
@@ -115,7 +115,11 @@ def _person(name: str) -> str:
 
 
 def spatial_2d(
-    seen: Sequence[Seen], obj1: str | None, obj2: str | None, locality: str | None, rules: PositionRules = "official"
+    seen: Sequence[LabelledBox],
+    obj1: str | None,
+    obj2: str | None,
+    locality: str | None,
+    rules: PositionRules = "official",
 ) -> float:
     """2D-spatial: first detection of each label; anything below 0.5 becomes 0."""
     first = _first(seen, obj1, exact=True)
@@ -126,7 +130,7 @@ def spatial_2d(
 
 
 def spatial_3d(
-    seen: Sequence[Seen],
+    seen: Sequence[LabelledBox],
     obj1: str | None,
     obj2: str | None,
     locality: str | None,
@@ -146,14 +150,16 @@ def spatial_3d(
     return _with_confidence(first, second, position)
 
 
-def _first(seen: Sequence[Seen], name: str | None, *, exact: bool) -> Seen | None:
+def _first(seen: Sequence[LabelledBox], name: str | None, *, exact: bool) -> LabelledBox | None:
     if name is None:
         return None
     wanted = _person(name)
     return next((item for item in seen if (item.label == wanted if exact else wanted in item.label)), None)
 
 
-def _last_until_both(seen: Sequence[Seen], name1: str, name2: str) -> tuple[Seen | None, Seen | None]:
+def _last_until_both(
+    seen: Sequence[LabelledBox], name1: str, name2: str
+) -> tuple[LabelledBox | None, LabelledBox | None]:
     """The official loop overwrites each object's match until both have one."""
     first = second = None
     for item in seen:
@@ -164,7 +170,7 @@ def _last_until_both(seen: Sequence[Seen], name1: str, name2: str) -> tuple[Seen
     return first, second
 
 
-def _with_confidence(first: Seen | None, second: Seen | None, position: float) -> float:
+def _with_confidence(first: LabelledBox | None, second: LabelledBox | None, position: float) -> float:
     if first and second:
         return 0.25 * first.score + 0.25 * second.score + position / 2
     only = first or second
@@ -180,9 +186,9 @@ def same_object(box1: Box, box2: Box) -> bool:
     return inner / (area1 + area2 - inner) > 0.9 or inner / area1 > 0.9 or inner / area2 > 0.9
 
 
-def merged_labels(seen: Sequence[Seen]) -> list[str]:
+def merged_labels(seen: Sequence[LabelledBox]) -> list[str]:
     """Labels of the detections that are left when repeats of one object are merged, in order."""
-    kept: list[Seen] = []
+    kept: list[LabelledBox] = []
     for item in seen:
         if not any(other.label == item.label and same_object(item.box, other.box) for other in kept):
             kept.append(item)
@@ -218,7 +224,7 @@ def named_counts(tokens: Sequence[str], singular: Sequence[str], plural: Sequenc
     return names, numbers
 
 
-def numeracy(seen: Sequence[Seen], names: Sequence[str], numbers: Sequence[int]) -> float:
+def numeracy(seen: Sequence[LabelledBox], names: Sequence[str], numbers: Sequence[int]) -> float:
     """Half of an object's share when it is there, the other half when its count is exact."""
     labels = merged_labels(seen)
     score = 0.0

@@ -19,13 +19,13 @@ from eval.judging.prompts import COMPBENCH_CATEGORIES
 from eval.metrics.compbench import rules as compbench
 from eval.metrics.compbench.evidence import ATTRIBUTES, COMPLEX_KINDS, Evidence, read_counts, read_objects
 from eval.metrics.compbench.files import parse_name
-from eval.metrics.compbench.rules import Seen
+from eval.metrics.compbench.rules import LabelledBox
 from eval.networks.depth import to_frame
 from infra.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEvidence:
     """One image's evidence with its prompt and its number in the category."""
 
     prompt: str
@@ -34,7 +34,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Words:
+class PromptLookup:
     """Who answers what a line leaves open about its prompt; asked only then."""
 
     reader: Callable[[], PromptReader]
@@ -62,7 +62,7 @@ def stored_line(filename: str, prompt: str, number: int, evidence: Evidence, *, 
     return json.dumps(record)
 
 
-def read_stored(path: str | Path, words: Words) -> Iterator[Stored]:
+def read_stored(path: str | Path, words: PromptLookup) -> Iterator[StoredEvidence]:
     """Every line's evidence; UserError names the line that is none."""
     try:
         lines = json_lines(Path(path).read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def read_stored(path: str | Path, words: Words) -> Iterator[Stored]:
         try:
             record = json.loads(line)
             prompt, number = _name_of(record)
-            yield Stored(prompt, number, _evidence(record, prompt, Path(path).parent, words))
+            yield StoredEvidence(prompt, number, _evidence(record, prompt, Path(path).parent, words))
         except UserError as error:
             raise UserError(f"{path}:{row}: {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -92,7 +92,7 @@ def _name_of(record: Mapping[str, Any]) -> tuple[str, int]:
     return name
 
 
-def _evidence(record: Mapping[str, Any], prompt: str, folder: Path, words: Words) -> Evidence:
+def _evidence(record: Mapping[str, Any], prompt: str, folder: Path, words: PromptLookup) -> Evidence:
     category = record["category"]
     if category not in COMPBENCH_CATEGORIES:
         known = ", ".join(COMPBENCH_CATEGORIES)
@@ -114,14 +114,14 @@ def _evidence(record: Mapping[str, Any], prompt: str, folder: Path, words: Words
     )
 
 
-def _kind(record: Mapping[str, Any], prompt: str, words: Words) -> str:
+def _kind(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> str:
     kind = record.get("kind") or (words.kind(prompt) if words.kind else None)
     if kind not in COMPLEX_KINDS:
         raise UserError(f"a complex prompt needs its kind ({', '.join(COMPLEX_KINDS)}): state it, or give --dataset")
     return str(kind)
 
 
-def _seen(record: Mapping[str, Any]) -> list[Seen]:
+def _seen(record: Mapping[str, Any]) -> list[LabelledBox]:
     """Boxes in UniDet's frame, or in the pixels of an image whose `size` [height, width] is stated."""
     scale, seen = 1.0, []
     if "size" in record:
@@ -133,18 +133,18 @@ def _seen(record: Mapping[str, Any]) -> list[Seen]:
         x1, y1, x2, y2, score = (_finite(value) for value in numbers)
         if x2 < x1 or y2 < y1:
             raise UserError(f"the box {[x1, y1, x2, y2]} of {label!r} is turned around; expected x1, y1, x2, y2")
-        seen.append(Seen(str(label), [value * scale for value in (x1, y1, x2, y2)], score))
+        seen.append(LabelledBox(str(label), [value * scale for value in (x1, y1, x2, y2)], score))
     return seen
 
 
-def _objects(record: Mapping[str, Any], category: str, prompt: str, words: Words) -> Pair:
+def _objects(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> Pair:
     if "objects" not in record:
         return read_objects(words.reader(), category, prompt)
     first, second = record["objects"]
     return first, second
 
 
-def _locality(record: Mapping[str, Any], category: str, prompt: str, words: Words) -> str | None:
+def _locality(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> str | None:
     if "locality" in record:
         known = (*LOCALITIES_2D, *LOCALITIES_3D)
         if record["locality"] not in (None, *known):
@@ -153,7 +153,7 @@ def _locality(record: Mapping[str, Any], category: str, prompt: str, words: Word
     return find_locality(prompt, LOCALITIES_3D if category == "3d_spatial" else LOCALITIES_2D)
 
 
-def _counted(record: Mapping[str, Any], prompt: str, words: Words) -> tuple[Sequence[str], Sequence[int]]:
+def _counted(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> tuple[Sequence[str], Sequence[int]]:
     if "counted" not in record:
         return read_counts(words.reader(), words.names(), prompt)
     names, numbers = record["counted"]

@@ -26,7 +26,7 @@ from eval.metrics.compbench.files import (
 )
 from eval.metrics.compbench.rules import three_in_one
 from eval.metrics.compbench.seats import load_detector, object_names
-from eval.metrics.compbench.stored import Stored, Words, read_stored, stored_line
+from eval.metrics.compbench.stored import PromptLookup, StoredEvidence, read_stored, stored_line
 from infra.errors import UserError
 from infra.log import Progress
 
@@ -65,7 +65,7 @@ def judge(
     given = OfficialPaths(spacy=spacy, compbench=None if dataset is None else str(dataset))
     judges = build_judges("official", given)
     kinds = complex_kinds(dataset) if dataset and (dataset / "complex_val.txt").exists() else None
-    found = list(read_stored(stored, Words(judges.reader, lambda: object_names(judges), kinds)))
+    found = list(read_stored(stored, PromptLookup(judges.reader, lambda: object_names(judges), kinds)))
     if not found:
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
     for category in _categories(found):
@@ -105,7 +105,7 @@ def score(
     dataset = None if official.compbench is None else Path(official.compbench)
     _check(category, files, dataset, images_per_prompt, allow_partial, give="--official.compbench")
     folder = out / category
-    found: list[Stored] = []
+    found: list[StoredEvidence] = []
     lines: list[str] = []
     unreadable: list[str] = []
     with Progress(len(files), "images", desc=category) as progress:
@@ -115,7 +115,7 @@ def score(
             prompts = [Prompt(file.prompt, category, metadata=m) for file, m in zip(part, metadata)]
             asked = [JudgedImage(prompt, 0, image) for prompt, image in zip(prompts, images)]
             for file, evidence in zip(part, gather(chosen, category, asked) if asked else []):
-                found.append(Stored(file.prompt, file.number, evidence))
+                found.append(StoredEvidence(file.prompt, file.number, evidence))
                 lines.append(_keep(file, evidence, folder))
             progress.update(min(BATCH, len(files) - start))
     refuse_unreadable(unreadable, len(files), allow_partial)
@@ -160,14 +160,14 @@ def _keep(file: SampleFile, evidence: Evidence, folder: Path) -> str:
     return stored_line(file.path.name, file.prompt, file.number, evidence, depth=depth)
 
 
-def _categories(found: Sequence[Stored]) -> list[str]:
+def _categories(found: Sequence[StoredEvidence]) -> list[str]:
     present = {item.evidence.category for item in found}
     return [category for category in COMPBENCH_CATEGORIES if category in present]
 
 
 def _check(
     category: str,
-    found: Sequence[Stored | SampleFile],
+    found: Sequence[StoredEvidence | SampleFile],
     dataset: Path | None,
     images_per_prompt: int,
     allow_partial: bool,
@@ -217,7 +217,7 @@ def _said(prompt: str) -> str:
 
 
 def _finish(
-    category: str, found: list[Stored], rules: PositionRules, out: Path | None, judges: Judges | None = None
+    category: str, found: list[StoredEvidence], rules: PositionRules, out: Path | None, judges: Judges | None = None
 ) -> None:
     """Answers in the order of the images' numbers, their official file, and the printed mean with its interval."""
     ordered = sorted(found, key=lambda item: item.number)
@@ -235,7 +235,7 @@ def _finish(
     _print(f"{judges.prefix if judges else ''}{category}", values, judged_by)
 
 
-def _write_parts(ordered: Sequence[Stored], rules: PositionRules, folder: Path, ids: Sequence[int]) -> None:
+def _write_parts(ordered: Sequence[StoredEvidence], rules: PositionRules, folder: Path, ids: Sequence[int]) -> None:
     """The three official answer files that complex is merged from (0 where a prompt's kind asks for no answer)."""
     parts = [item.evidence for item in ordered]
     write_answers(folder / BLIP, [answer(replace(e, category="color")) for e in parts], as_text=True, ids=ids)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.judging.geneval_prompts import COLORS
-from eval.metrics.geneval.rules import Found
+from eval.metrics.geneval.rules import KeptDetection
 from eval.networks.clip_model import ClipModel, unit
 from eval.networks.detectors import Detections
 from infra.errors import UserError
@@ -26,7 +26,7 @@ class ClipColors:
         self._clip = clip
         self._heads: dict[str, Tensor] = {}
 
-    def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[Found]) -> list[str]:
+    def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[KeptDetection]) -> list[str]:
         if not found:  # a clause that counts to 0
             return []
         crops = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.drawing.pictures import write_picture
 from eval.judging.geneval_prompts import Metadata, json_lines, parse_metadata
-from eval.metrics.geneval.rules import OFFICIAL_RULES, Found, Rules, decide, details, keep
+from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, KeptDetection, decide, describe_detections, keep
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -85,7 +85,7 @@ def check_complete(
     return missing
 
 
-def outside(found: Sequence[Metadata], expected: Sequence[Metadata]) -> list[Metadata]:
+def find_outside(found: Sequence[Metadata], expected: Sequence[Metadata]) -> list[Metadata]:
     """Metadata of the images whose prompts are not of the set, one per image."""
     wanted = {_key(metadata) for metadata in expected}
     return [metadata for metadata in found if _key(metadata) not in wanted]
@@ -99,8 +99,8 @@ def result_row(
     filename: str,
     detections: Detections,
     metadata: Metadata,
-    colorist: Callable[[str, Sequence[Found]], Sequence[str]],
-    rules: Rules = OFFICIAL_RULES,
+    colorist: Callable[[str, Sequence[KeptDetection]], Sequence[str]],
+    rules: GenEvalRules = OFFICIAL_RULES,
 ) -> dict[str, Any]:
     """One line of the official result JSONL."""
     kept = keep(detections, metadata["tag"], rules)
@@ -112,11 +112,11 @@ def result_row(
         "correct": verdict.correct,
         "reason": verdict.reason,
         "metadata": json.dumps(metadata),
-        "details": json.dumps(details(kept)),
+        "details": json.dumps(describe_detections(kept)),
     }
 
 
-def judge_stored(path: str | Path, rules: Rules = OFFICIAL_RULES) -> Iterator[dict[str, Any]]:
+def judge_stored(path: str | Path, rules: GenEvalRules = OFFICIAL_RULES) -> Iterator[dict[str, Any]]:
     """Result rows of a file of stored detections, no detector needed. One JSON object per line: filename, metadata,
     detections {class: [[x1, y1, x2, y2, score], ...]} and colors {class: [name, ...]}.
 
@@ -132,7 +132,7 @@ def judge_stored(path: str | Path, rules: Rules = OFFICIAL_RULES) -> Iterator[di
             yield _judge_line(line, f"{path}:{number}", rules)
 
 
-def _judge_line(line: str, where: str, rules: Rules) -> dict[str, Any]:
+def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
     try:
         record = json.loads(line)
         raw = record["detections"] if "detections" in record else record["details"]
@@ -150,7 +150,7 @@ def _judge_line(line: str, where: str, rules: Rules) -> dict[str, Any]:
         raise UserError(f"{where}: a box or score is not a finite number")
     detections = Detections(table_N5[:, :4], table_N5[:, 4], tuple(name for name, _ in rows))
 
-    def colorist(name: str, found: Sequence[Found]) -> list[str]:
+    def colorist(name: str, found: Sequence[KeptDetection]) -> list[str]:
         seen = [colors[item.row] for item in found]
         if None in seen:
             raise UserError(

@@ -13,7 +13,7 @@ from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prom
 from eval.judging.prompts import WORLD_PER_TASK, geneval_prompts, world_geneval_prompts
 from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import IMAGES_PER_PROMPT
-from eval.metrics.geneval.rules import OFFICIAL_RULES, Rules, Verdict, decide, keep
+from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, ImageVerdict, decide, keep
 from eval.networks.detectors import Detections
 
 
@@ -24,7 +24,7 @@ class GenEval(PictureMetric):
     needs = ("detector", "clip")
     official_images = IMAGES_PER_PROMPT
 
-    def __init__(self, judges: Judges, rules: Rules = OFFICIAL_RULES) -> None:
+    def __init__(self, judges: Judges, rules: GenEvalRules = OFFICIAL_RULES) -> None:
         self._judges, self._rules = judges, rules
         self._by_split: dict[bool | None, Clusters] = {}
 
@@ -52,7 +52,7 @@ class GenEval(PictureMetric):
             values = self._by_split.setdefault(item.prompt.seen, Clusters())
             values.add(item.prompt.task, item.prompt_index, verdict.correct)
 
-    def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> Verdict:
+    def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> ImageVerdict:
         kept = keep(detections, metadata["tag"], self._rules)
         return decide(kept, metadata, lambda name, found: self._colors.of(image, detections, name, found), self._rules)
 

@@ -14,7 +14,7 @@ from eval.networks.detectors import Detections
 
 
 @dataclass(frozen=True)
-class Rules:
+class GenEvalRules:
     """Thresholds of the official command line, with its defaults."""
 
     threshold: float = 0.3
@@ -24,26 +24,26 @@ class Rules:
     position_margin: float = 0.1
 
 
-OFFICIAL_RULES = Rules()
+OFFICIAL_RULES = GenEvalRules()
 
 
-class Found(NamedTuple):
+class KeptDetection(NamedTuple):
     """One kept detection: x1, y1, x2, y2, score (float32), and its row in the detector's answer."""
 
     box_5: np.ndarray
     row: int
 
 
-class Verdict(NamedTuple):
+class ImageVerdict(NamedTuple):
     correct: bool
     reason: str
 
 
 # Colors of boxes of one class, in the order given: by CLIP over the image, or stored ones.
-Colorist = Callable[[str, Sequence[Found]], Sequence[str]]
+Colorist = Callable[[str, Sequence[KeptDetection]], Sequence[str]]
 
 
-def keep(detections: Detections, tag: str, rules: Rules = OFFICIAL_RULES) -> dict[str, list[Found]]:
+def keep(detections: Detections, tag: str, rules: GenEvalRules = OFFICIAL_RULES) -> dict[str, list[KeptDetection]]:
     """Detections past the threshold, per class by falling score, at most `max_objects` each.
 
     Equal scores: the later detection comes first (a reversed stable sort, what numpy's argsort does up to 16 entries).
@@ -51,21 +51,21 @@ def keep(detections: Detections, tag: str, rules: Rules = OFFICIAL_RULES) -> dic
     threshold = rules.counting_threshold if tag == "counting" else rules.threshold
     boxes_N5 = np.concatenate([detections.boxes_N4, detections.scores_N[:, None]], axis=1)
     labels = np.array(detections.labels, dtype=object)
-    kept: dict[str, list[Found]] = {}
+    kept: dict[str, list[KeptDetection]] = {}
     for name in dict.fromkeys(detections.labels):
         rows = np.flatnonzero(labels == name)
         order = rows[np.argsort(boxes_N5[rows, 4], kind="stable")[::-1]]
         order = order[boxes_N5[order, 4] > threshold][: rules.max_objects]
-        found = _suppress([Found(boxes_N5[i], int(i)) for i in order], rules.max_overlap)
+        found = _suppress([KeptDetection(boxes_N5[i], int(i)) for i in order], rules.max_overlap)
         if found:
             kept[name] = found
     return kept
 
 
-def _suppress(found: list[Found], max_overlap: float) -> list[Found]:
+def _suppress(found: list[KeptDetection], max_overlap: float) -> list[KeptDetection]:
     if max_overlap == 1:
         return found
-    chosen: list[Found] = []
+    chosen: list[KeptDetection] = []
     while found:
         best, *rest = found
         chosen.append(best)
@@ -100,11 +100,14 @@ def relative_position(box_a: np.ndarray, box_b: np.ndarray, margin: float = 0.1)
 
 
 def decide(
-    kept: Mapping[str, Sequence[Found]], metadata: Metadata, colorist: Colorist, rules: Rules = OFFICIAL_RULES
-) -> Verdict:
+    kept: Mapping[str, Sequence[KeptDetection]],
+    metadata: Metadata,
+    colorist: Colorist,
+    rules: GenEvalRules = OFFICIAL_RULES,
+) -> ImageVerdict:
     """Judge one image: every include clause must hold, no exclude clause may. `kept` is sorted by falling score."""
     reasons: list[str] = []
-    groups: list[Sequence[Found] | None] = []
+    groups: list[Sequence[KeptDetection] | None] = []
     for clause in metadata.get("include", []):
         found = kept.get(clause["class"], [])[: clause["count"]]
         reason = _include_reason(clause, found, groups, colorist, rules)
@@ -115,15 +118,15 @@ def decide(
         num = len(kept.get(clause["class"], []))
         if num >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {num}")
-    return Verdict(correct=not reasons, reason="\n".join(reasons))
+    return ImageVerdict(correct=not reasons, reason="\n".join(reasons))
 
 
 def _include_reason(
     clause: Metadata,
-    found: Sequence[Found],
-    groups: Sequence[Sequence[Found] | None],
+    found: Sequence[KeptDetection],
+    groups: Sequence[Sequence[KeptDetection] | None],
     colorist: Colorist,
-    rules: Rules,
+    rules: GenEvalRules,
 ) -> str | None:
     """Why the clause fails, in the official words, or None. Position is not looked at once the color failed."""
     name, count = clause["class"], clause["count"]
@@ -148,6 +151,6 @@ def _include_reason(
     return None
 
 
-def details(kept: Mapping[str, Sequence[Found]]) -> dict[str, list[list[float]]]:
+def describe_detections(kept: Mapping[str, Sequence[KeptDetection]]) -> dict[str, list[list[float]]]:
     """The `details` column: class -> [x1, y1, x2, y2, score] of every kept detection."""
     return {name: [item.box_5.tolist() for item in found] for name, found in kept.items()}

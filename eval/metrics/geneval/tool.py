@@ -20,15 +20,15 @@ from eval.metrics.geneval.files import (
     ImageFile,
     Summary,
     check_complete,
+    find_outside,
     judge_stored,
-    outside,
     read_folders,
     result_row,
     stored_line,
     summarize,
     write_results,
 )
-from eval.metrics.geneval.rules import Found
+from eval.metrics.geneval.rules import KeptDetection
 from eval.networks.detectors import Detections
 from infra.errors import UserError, nearest
 from infra.log import Progress
@@ -126,7 +126,7 @@ def _judge_image(
     """The official result line of an image, and the line from which it can be judged again."""
     color_of_row: dict[int, str] = {}
 
-    def colorist(name: str, items: Sequence[Found]) -> Sequence[str]:
+    def colorist(name: str, items: Sequence[KeptDetection]) -> Sequence[str]:
         told = colors.of(picture, found, name, items)
         color_of_row.update({item.row: color for item, color in zip(items, told)})
         return told
@@ -175,7 +175,7 @@ def _check(
     if images_per_prompt < 1:
         raise UserError("--images-per-prompt must be 1 or more")
     missing = check_complete(found, expected, images_per_prompt, allow_partial=allow_partial)
-    strange = outside(found, expected)
+    strange = find_outside(found, expected)
     if missing:
         print(f"partial set: {missing} of {len(expected) * images_per_prompt} images are missing", file=sys.stderr)
     if strange:
