@@ -16,7 +16,7 @@ import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
-from eval.studies.compare import compare_sides, read_side
+from eval.studies.compare import compare_runs, read_run
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -162,7 +162,7 @@ def test_validation_has_intervals_and_keeps_its_samples(straight):
         assert kept["sum"][mine].mean() == pytest.approx(row.value, rel=1e-12)
         assert (kept["cluster"][mine].tolist(), kept["count"][mine].sum()) == (list(range(16)), 16)
 
-    differences, refused = compare_sides(read_side(f"{straight}@80"), read_side(f"{straight}@240"), ["val_loss"])
+    differences, refused = compare_runs(read_run(f"{straight}@80"), read_run(f"{straight}@240"), ["val_loss"])
     assert not refused
     assert {d.how for d in differences} == {"paired"}
     mean = next(d for d in differences if d.metric == "val_loss/sd3")
