@@ -135,16 +135,19 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
         return True
 
 
-def list_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> list[str]:
-    """Full URIs of the files in a folder, sorted; [] when there is no such folder. A file's URI gives itself."""
-    return sorted(iter_files(prefix, suffix=suffix, recursive=recursive))
+def list_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: bool = False) -> list[str]:
+    """Full URIs of the files in a folder, sorted; [] when there is no such folder. A file's URI gives itself.
+
+    `links`: local links to folders are followed (loops are not), and links to nothing are listed too.
+    """
+    return sorted(iter_files(prefix, suffix=suffix, recursive=recursive, links=links))
 
 
-def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True) -> Iterator[str]:
+def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: bool = False) -> Iterator[str]:
     """The same, unsorted and one by one: of a million names only one page is in memory."""
     if not is_remote(prefix):
         with _local(prefix):
-            walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive)
+            walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive, links=links)
             yield from (uri for uri in walked if uri.endswith(suffix))
         return
     with on_s3(prefix) as (fs, bucket, key):
@@ -278,18 +281,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _walk(path: Path, uri: str, *, recursive: bool) -> Iterator[str]:
+def _walk(path: Path, uri: str, *, recursive: bool, links: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """`links`: follow links to folders, but none back to one of those `above`, and tell links to nothing, too."""
     if path.is_file():
         yield uri
         return
+    above = (*above, os.path.realpath(path)) if links else ()
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(path):
             child = "/" + entry.name if uri == "/" else f"{uri}/{entry.name}"
-            if entry.is_file():
+            if entry.is_file() or (links and entry.is_symlink() and not os.path.exists(entry.path)):
                 if not entry.name.endswith(TEMP_SUFFIX):
                     yield child
-            elif recursive and entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), child, recursive=True)
+            elif recursive and entry.is_dir(follow_symlinks=links) and os.path.realpath(entry.path) not in above:
+                yield from _walk(Path(entry.path), child, recursive=True, links=links, above=above)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,20 @@
-"""A folder of images, each with its caption in a .txt of the same name beside it."""
+"""A folder of images, captions in files beside them or in a table of the folder (the imagefolder layout)."""
 
-from collections.abc import Iterator, Mapping
+import csv
+import io
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pyarrow as pa
+
+from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.captions import choose_caption_column, find_caption
+from data_pipeline.sources.samples import is_dropping
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     ROWS_PER_UNIT,
@@ -17,40 +28,78 @@ from data_pipeline.sources.source import (
 )
 from infra import storage
 from infra.errors import UnavailableError, UserError
+from infra.log import get_logger
+
+# In the order in which they are looked for; NAME.jpg.txt comes after NAME.txt.
+SIDECARS = ("txt", "caption", "text", "json")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_COLUMNS = ("file_name", "file", "filename", "image", "path")
+
+log = get_logger("sources")
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Images with captions in a .txt of the same name beside them."""
+    """Images with captions in NAME.txt, .caption, .text or .json (any case, also NAME.jpg.txt) or metadata.{jsonl,csv,
+    parquet} in their folder or one above it. Links to folders are followed."""
 
     uri: str
     options: SourceOptions = SourceOptions()  # noqa: RUF009 - frozen
 
     def list_units(self) -> list[SourceUnit]:
-        names = list_existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images")
         root, etags = self.uri.rstrip("/") + "/", list_etags(self.uri)
-        texts = {name for name in storage.list_files(self.uri) if name.endswith(".txt")}
-        by_split: dict[str, list[str]] = {}
+        files = [name for name in storage.list_files(self.uri, links=True) if not is_dropping(name)]
+        names = [name for name in files if name.lower().endswith(_dotted(IMAGE_SUFFIXES))]
+        names = names or list_existing(self.uri, _dotted(IMAGE_SUFFIXES), "images")  # which says what is wrong
+        sidecars = {name.lower(): name for name in files if name.lower().endswith(_dotted(SIDECARS))}
+        tables = self._read_tables([name for name in files if posixpath.basename(name) in TABLES])
+        by_split: dict[str, list[list[object]]] = {}
         for name in names:
-            by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(name)
+            row = self._row(name, root, sidecars, tables, etags)
+            by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
+        self._tell_rest(files, names, by_split)
         units = []
-        for split, files in by_split.items():
-            for first in range(0, len(files), ROWS_PER_UNIT):
-                rows = [self._row(name, root, texts, etags) for name in files[first : first + ROWS_PER_UNIT]]
+        for split, found in by_split.items():
+            for first in range(0, len(found), ROWS_PER_UNIT):
+                rows = found[first : first + ROWS_PER_UNIT]
                 label = f"{split or 'all'}-{first // ROWS_PER_UNIT:05d}-{fingerprint(rows)[:10]}"
-                units.append(SourceUnit(label, split, {"rows": [(image, text) for image, text, *_ in rows]}))
+                units.append(SourceUnit(label, split, {"rows": [_where(row) for row in rows]}))
         return units
 
-    @staticmethod
-    def _row(name: str, root: str, texts: set[str], etags: Mapping[str, str]) -> list[object]:
-        text = name.rsplit(".", 1)[0] + ".txt"
-        stamps = [stamp_file(uri, etags) for uri in (name, text) if uri == name or uri in texts]
-        return [name.removeprefix(root), text.removeprefix(root) if text in texts else None, *stamps]
+    def _row(
+        self, name: str, root: str, sidecars: Mapping[str, str], tables: "Tables", etags: Mapping[str, str]
+    ) -> list[object]:
+        """Image, text file, stamps of both and, last, the caption of a table: what names the row's content."""
+        stem = name.rsplit(".", 1)[0]
+        wanted = (f"{base}.{suffix}".lower() for base in (stem, name) for suffix in SIDECARS)
+        text = next((sidecars[low] for low in wanted if low in sidecars), None)
+        stamps = [stamp_file(uri, etags) for uri in (name, text) if uri]
+        said = None if text else tables.find(name)
+        more = [] if said is None else [{"caption": said}]
+        return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
+
+    def _read_tables(self, uris: Sequence[str]) -> "Tables":
+        return Tables({uri: _read_table(uri, self.options.caption_column) for uri in uris})
+
+    def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
+        """One line for files that are passed over, and one where images have no caption."""
+        read = {*names, *(name for name in files if posixpath.basename(name) in TABLES)}
+        rest = [name for name in files if name not in read and not name.lower().endswith(_dotted(SIDECARS))]
+        counts = Counter(posixpath.splitext(name)[1].lower() or "no suffix" for name in rest)
+        beside = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8))
+        if rest:
+            log.info("%s: %d files were not looked at: %s", self.uri, len(rest), beside)
+        silent = sum(row[1] is None and not isinstance(row[-1], dict) for rows in by_split.values() for row in rows)
+        if silent:
+            log.warning(
+                "%s: %d of %d images have no caption. Read are NAME.%s and %s; found beside the images: %s", self.uri,
+                silent, len(names), ", NAME.".join(SIDECARS), ", ".join(TABLES), beside or "nothing else",
+            )  # fmt: skip
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
-        for name, text in unit.where["rows"]:
+        for name, text, *table in unit.where["rows"]:
             try:
-                caption = storage.read_bytes(storage.join(self.uri, text)) if text else None
+                caption = _read_sidecar(storage.join(self.uri, text)) if text else (table[0] if table else None)
                 image = storage.read_bytes(storage.join(self.uri, name))
             except UnavailableError:
                 raise
@@ -58,3 +107,101 @@ class FolderSource:
                 yield RawRow(name, None, None, "unreadable", str(error))
                 continue
             yield RawRow(name, image, caption)
+
+
+class Tables:
+    """Captions of metadata tables: a table is about the images in its folder and below."""
+
+    def __init__(self, by_uri: Mapping[str, Mapping[str, object]]) -> None:
+        self._by_folder: dict[str, dict[str, object]] = {}
+        for uri, captions in by_uri.items():
+            self._by_folder.setdefault(posixpath.dirname(uri), {}).update(captions)
+
+    def find(self, name: str) -> object:
+        """The caption of an image's full name, from the nearest table that lists it; None where none does."""
+        folder = posixpath.dirname(name)
+        while self._by_folder and folder:
+            known = self._by_folder.get(folder, {})
+            relative = name[len(folder) + 1 :]
+            if relative in known:
+                return known[relative]
+            above = posixpath.dirname(folder)
+            folder = above if above != folder else ""
+        return None
+
+
+def _read_table(uri: str, caption_column: str) -> dict[str, object]:
+    """File name to caption. Several lines about one file are several captions."""
+    rows = _read_lines(uri)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows:
+        return {}
+    name_column = next((name for name in FILE_COLUMNS if name in columns), None)
+    if name_column is None:
+        raise UserError(f"{uri}: no column {FILE_COLUMNS[0]}; it has {', '.join(columns)}")
+    types = {name: _infer_type([row.get(name) for row in rows]) for name in columns if name != name_column}
+    caption = choose_caption_column(types, caption_column, uri)
+    found: dict[str, Any] = {}
+    for row in rows:
+        name, said = str(row.get(name_column)).removeprefix("./"), row.get(caption)
+        found[name] = said if name not in found else _join(found[name], said)
+    return found
+
+
+def _read_lines(uri: str) -> list[dict[str, Any]]:
+    """The rows of a table. Lines of JSON that cannot be read are told; their images then have no caption."""
+    data = storage.read_bytes(uri)
+    if uri.endswith(".parquet"):
+        return read_table(data, uri).to_pylist()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeError as error:
+        raise UserError(f"{uri}: a table of captions that is not UTF-8") from error
+    if uri.endswith(".csv"):
+        return [{name: value for name, value in row.items() if name} for row in csv.DictReader(io.StringIO(text))]
+    rows, bad = [], 0
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        log.warning("%s: %d lines are no JSON objects and were passed over", uri, bad)
+    return rows
+
+
+def _infer_type(values: Sequence[object]) -> pa.DataType:
+    """Of mixed values texts decide: the others are set aside row by row."""
+    try:
+        kind = pa.infer_type(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.string() if any(isinstance(value, str | list) for value in values) else pa.null()
+    return kind
+
+
+def _join(first: Any, second: Any) -> list[Any]:
+    return [*(first if isinstance(first, list) else [first]), *(second if isinstance(second, list) else [second])]
+
+
+def _read_sidecar(uri: str) -> object:
+    data = storage.read_bytes(uri)
+    if not uri.lower().endswith(".json"):
+        return data
+    try:
+        held = json.loads(data)
+    except ValueError:
+        return {"a file that is no JSON": None}
+    return find_caption(held) if isinstance(held, dict) else held
+
+
+def _where(row: Sequence[Any]) -> tuple[Any, ...]:
+    """Of a row what reading it needs: its image, its text file and, where a table has one, its caption."""
+    return (row[0], row[1], *(part["caption"] for part in row[2:] if isinstance(part, dict)))
+
+
+def _dotted(suffixes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f".{suffix}" for suffix in suffixes)

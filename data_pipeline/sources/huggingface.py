@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.captions import choose_caption_column, is_text
 from data_pipeline.sources.source import (
     RawRow,
     SourceOptions,
@@ -54,16 +55,17 @@ class HuggingFaceSource:
         features: Mapping[str, Any] = json.loads(storage.read_bytes(uri)).get("features") or {}
         kinds = {name: str(f.get("_type", "")) if isinstance(f, dict) else "" for name, f in features.items()}
         images = [name for name, kind in kinds.items() if kind == "Image"]
-        texts = [n for n, f in features.items() if kinds[n] == "Value" and f.get("dtype") in ("string", "large_string")]
         labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
         image = self.options.image_column or (images[0] if images else "")
-        known = [name for name in ("caption", "text", "prompt", "description") if name in texts]
-        caption = self.options.caption_column or next(iter([*known, *texts, *labels]), "")
-        for what, name in (("image", image), ("caption", caption)):
-            if name not in features:
-                raise UserError(f"{uri}: no {what} column {name}; it has {', '.join(features)}: name it with "
-                                f"--{what}-column{nearest(name, features) if name else ''}")  # fmt: skip
-        return image, caption, list(features[caption].get("names") or []) if caption in labels else []
+        if image not in features:
+            raise UserError(f"{uri}: no image column {image}; it has {', '.join(features)}: name it with "
+                            f"--image-column{nearest(image, features) if image else ''}")  # fmt: skip
+        types = {name: _arrow_type(feature) for name, feature in features.items()}
+        asked = self.options.caption_column
+        if asked in labels or (not asked and len(labels) == 1 and not any(map(is_text, types.values()))):
+            caption = asked or labels[0]
+            return image, caption, list(features[caption].get("names") or [])
+        return image, choose_caption_column(types, asked, uri), []
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         where, names = unit.where, unit.where["names"]
@@ -81,7 +83,7 @@ class HuggingFaceSource:
             yield RawRow(posixpath.basename(where["file"]), None, None, "truncated_arrow", reason)
 
     @staticmethod
-    def _row(key: str, image: Any, caption: str | None, file: str) -> RawRow:
+    def _row(key: str, image: Any, caption: object, file: str) -> RawRow:
         value = (image or {}).get("bytes") or (image or {}).get("path") if isinstance(image, dict) else image
         if not value:
             return RawRow(key, None, caption, "no_image", "the cell is empty")
@@ -89,3 +91,16 @@ class HuggingFaceSource:
             return RawRow(key, value, caption)
         absolute = storage.is_remote(value) or value.startswith("/")
         return read_row(key, value if absolute else storage.join(posixpath.dirname(file), value), caption)
+
+
+def _arrow_type(feature: object) -> pa.DataType:
+    """What `datasets` calls a Value of strings, or a list or Sequence of them, in pyarrow's terms; null for others."""
+    if isinstance(feature, list) and feature:
+        return pa.list_(_arrow_type(feature[0]))
+    if not isinstance(feature, Mapping):
+        return pa.null()
+    if feature.get("_type") in ("Sequence", "List", "LargeList"):
+        return pa.list_(_arrow_type(feature.get("feature")))
+    if feature.get("_type") == "Value":
+        return pa.string() if feature.get("dtype") in ("string", "large_string") else pa.float64()
+    return pa.null()

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from data_pipeline.formats.schema import Manifest
 from data_pipeline.packing.shards import plain_key
+from data_pipeline.sources.captions import Caption, read_caption
 from data_pipeline.sources.source import RawRow, Source, SourceUnit
 from data_pipeline.stages.columns import Column
 
@@ -67,42 +68,27 @@ class Ingest:
 
 
 def _table(rows: list[RawRow]) -> pa.Table:
-    statuses, reasons, captions = [], [], []
-    for row in rows:
-        caption, problem = _caption_text(row.caption)
-        failed = row.status != "ok"
-        statuses.append(row.status if failed else ("bad_caption" if problem else "ok"))
-        reasons.append(_plain(row.reason if failed else problem))
-        captions.append(caption)
+    captions = [read_caption(row.caption, row.key) for row in rows]
+    problems = [("bad_caption", said.problem) if said.problem else ("ok", "") for said in captions]
+    judged = [problem if row.status == "ok" else (row.status, row.reason) for row, problem in zip(rows, problems)]
     return pa.table(
         {
             "row": pa.array(range(len(rows)), pa.int32()),
-            "status": pa.array(statuses, pa.string()),
-            "reason": pa.array(reasons, pa.string()),
+            "status": pa.array([status for status, _ in judged], pa.string()),
+            "reason": pa.array([_plain(reason) for _, reason in judged], pa.string()),
             "key": pa.array([plain_key(row.key) for row in rows], pa.string()),
             "source": pa.array([_plain(row.key) for row in rows], pa.string()),
             "image": pa.array([row.image for row in rows], pa.large_binary()),
-            "caption": pa.array(captions, pa.string()),
-            "info": pa.array([_info(row) for row in rows], pa.string()),
+            "caption": pa.array([said.text for said in captions], pa.string()),
+            "info": pa.array([_info(row, said) for row, said in zip(rows, captions)], pa.string()),
         }
     )
-
-
-def _caption_text(caption: bytes | str | None) -> tuple[str, str]:
-    """(text, what is wrong with its bytes)."""
-    if caption is None:
-        return "", ""
-    try:
-        if isinstance(caption, bytes):
-            return caption.decode("utf-8-sig"), ""
-        return str(caption).encode().decode(), ""
-    except UnicodeError:
-        return "", "the caption is not UTF-8"
 
 
 def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:500]
 
 
-def _info(row: RawRow) -> str:
-    return json.dumps({key: row.info[key] for key in _INFO_KEYS if key in row.info})
+def _info(row: RawRow, said: Caption) -> str:
+    more = {"captions": said.all} if len(said.all) > 1 else {}
+    return json.dumps({key: row.info[key] for key in _INFO_KEYS if key in row.info} | more)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.captions import choose_caption_column, is_text
 from data_pipeline.sources.source import (
     RawRow,
     SourceOptions,
@@ -26,7 +27,6 @@ from infra.errors import UserError, nearest
 
 URLS_AT_ONCE, IMAGES_AT_ONCE = 1000, 64
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "bytes", "path", "image_path", "file")
-CAPTION_COLUMNS = ("caption", "text", "txt", "TEXT", "prompt")
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,28 @@ class ParquetSource:
         return units
 
     def _columns(self, schema: pa.Schema, file: str) -> tuple[str, str]:
-        names = schema.names
-        chosen = []
-        for what, asked, known in (
-            ("image", self.options.image_column, IMAGE_COLUMNS),
-            ("caption", self.options.caption_column, CAPTION_COLUMNS),
-        ):
-            name = asked or next((k for k in known if k in names), "")
-            urls = [n for n in names if n.lower() == "url"]
-            if what == "image" and not name and urls:
-                if not self.options.fetch_urls:
-                    raise UserError(
-                        f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
-                        "or, for not too many, add --fetch-urls"
-                    )
-                name = urls[0]
-            if name not in names:
+        """Names of the image and the caption column."""
+        types = {field.name: field.type for field in schema}
+        image = self.options.image_column or next((name for name in IMAGE_COLUMNS if name in types), "")
+        urls = [name for name in types if name.lower() == "url"]
+        if not image and urls:
+            if not self.options.fetch_urls:
                 raise UserError(
-                    f"{file}: no {what} column {name or 'named ' + ' or '.join(known[:4])}; it has {', '.join(names)}: "
-                    f"name it with --{what}-column{nearest(name, names) if name else ''}"
+                    f"{file}: holds urls, not images: fetch them with img2dataset, then use wds:FOLDER; "
+                    "or, for not too many, add --fetch-urls"
                 )
-            chosen.append(name)
-        return chosen[0], chosen[1]
+            image = urls[0]
+        if image not in types:
+            raise UserError(
+                f"{file}: no image column {image or 'named ' + ' or '.join(IMAGE_COLUMNS[:4])}; "
+                f"it has {', '.join(types)}: name it with --image-column{nearest(image, types) if image else ''}"
+            )
+        if not _may_hold_images(types[image]):
+            raise UserError(
+                f"{file}: column {image} is of type {types[image]}: expected bytes, paths, {{bytes, path}} or a list "
+                "of these: name another with --image-column"
+            )
+        return image, choose_caption_column(types, self.options.caption_column, file)
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         """A row group may be larger than memory, and so may the images behind its URLs: some rows at a time."""
@@ -90,8 +90,8 @@ class ParquetSource:
             )  # fmt: skip
             for batch in batches:
                 rows = batch.to_pylist()
-                keys = [str(row["key"]) if has_key else f"{where['group']:04d}-{number + n:06d}"
-                        for n, row in enumerate(rows)]  # fmt: skip
+                own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
+                keys = [_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
                 number += len(rows)
                 yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
 
@@ -101,20 +101,51 @@ class ParquetSource:
 
     def _found(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         for key, row in zip(keys, rows):
-            value = row[where["image"]]
-            if isinstance(value, dict):
-                value = value.get("bytes") or value.get("path")
-            if isinstance(value, str):
-                yield self._from_path(key, value, row[where["caption"]], where["file"])
-            elif value:
-                yield RawRow(key, bytes(value), row[where["caption"]])
+            image, caption = row[where["image"]], row[where["caption"]]
+            if isinstance(image, list) and not (image and isinstance(image[0], int)):
+                yield from self._found_list(key, image, caption, where["file"])
             else:
-                yield RawRow(key, None, row[where["caption"]], "no_image", "the cell is empty")
+                yield self._found_one(key, image, caption, where["file"])
+
+    def _found_list(self, key: str, images: Sequence[Any], caption: object, file: str) -> Iterator[RawRow]:
+        """Each picture of a list is a row; captions of equal number are dealt one by one, others go to all."""
+        if not images:
+            yield RawRow(key, None, caption, "no_image", "the list is empty")
+        dealt = isinstance(caption, list) and len(caption) == len(images)
+        for number, image in enumerate(images):
+            said = caption[number] if dealt and isinstance(caption, list) else caption
+            yield self._found_one(f"{key}-{number}" if len(images) > 1 else key, image, said, file)
 
     @staticmethod
-    def _from_path(key: str, path: str, caption: str, file: str) -> RawRow:
-        uri = path if storage.is_remote(path) or path.startswith("/") else storage.join(posixpath.dirname(file), path)
-        return read_row(key, uri, caption)
+    def _found_one(key: str, image: Any, caption: object, file: str) -> RawRow:
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str) and image:
+            near = storage.is_remote(image) or image.startswith("/")
+            return read_row(key, image if near else storage.join(posixpath.dirname(file), image), caption)
+        if not image:
+            return RawRow(key, None, caption, "no_image", "the cell is empty")
+        try:
+            return RawRow(key, bytes(image), caption)
+        except (TypeError, ValueError):
+            return RawRow(key, None, caption, "no_image", f"the cell holds a {type(image).__name__}, no image file")
+
+
+def _key(value: object, made: str) -> str:
+    """The key that a row brings, or the one made for it where its cell is null, NaN or empty."""
+    given = value is not None and value == value and str(value).strip() != ""
+    return str(value) if given else made
+
+
+def _may_hold_images(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.types.is_uint8(kind.value_type) or _may_hold_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(field.name in ("bytes", "path") for field in kind)
+    if pa.types.is_dictionary(kind):
+        return _may_hold_images(kind.value_type)
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return is_text(kind) or any(check(kind) for check in kinds)
 
 
 def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:

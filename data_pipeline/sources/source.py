@@ -32,7 +32,8 @@ class RawRow(NamedTuple):
 
     key: str
     image: bytes | None
-    caption: bytes | str | None
+    caption: object
+    """As the source has it: `captions.read_caption` says what of it is a caption."""
     status: str = "ok"
     reason: str = ""
     info: Mapping[str, Any] = {}
@@ -81,7 +82,10 @@ def stamp_file(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     """What changes when a file changes, without reading it: equal names and stamps are equal contents."""
     if storage.is_remote(uri):
         return [etags[uri] if uri in etags else storage.etags(uri)[uri]]
-    state = storage.local_path(uri).stat()
+    path = storage.local_path(uri)
+    if path.is_symlink() and not path.exists():
+        return ["a link to nothing"]  # reading it says so
+    state = path.stat()
     return [state.st_size, state.st_mtime_ns]
 
 
@@ -109,7 +113,7 @@ def split_from_path(relative: str) -> str:
 
 def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     """Files of a folder with these endings, or the file itself; UserError when there are none."""
-    found = [name for name in storage.list_files(uri) if name.lower().endswith(suffixes)]
+    found = [name for name in storage.list_files(uri, links=True) if name.lower().endswith(suffixes)]
     if not found:
         if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
             raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
@@ -117,7 +121,7 @@ def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     return found
 
 
-def read_row(key: str, uri: str, caption: bytes | str | None) -> RawRow:
+def read_row(key: str, uri: str, caption: object) -> RawRow:
     """A row whose image is a file. One that cannot be read is a row with that status; a store that is down raises."""
     try:
         return RawRow(key, storage.read_bytes(uri), caption)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from data_pipeline.images import count_hole
 from infra.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -21,9 +22,6 @@ BLOCK = tarfile.BLOCKSIZE
 # longer run of zeros is a hole: a file that was allocated in advance, or a download that never finished.
 MAX_PADDING = 2 * BLOCK + tarfile.RECORDSIZE - BLOCK
 _CHUNK = 2**20
-_MAY_END_IN_ZEROS = (b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")  # uncompressed
-_LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of JPEG and PNG
-_FEW_ZEROS = 16  # that data of other formats may end in
 _MARK_AT = 257  # of "ustar" in a header
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
@@ -118,15 +116,10 @@ def _read_archive(stream: "_Unpacked", start: int, number: int, *, max_bytes: in
 
 
 def _describe_hole(stream: "_Unpacked", data: bytes | None, stop: int) -> str:
-    """Why data that ends at `stop` is not to be trusted: it ends in zeros, and so does the file or a long run of it.
-
-    Uncompressed formats may end in zeros, and some cameras write them behind a whole JPEG.
-    """
-    if not data or data[-1] or data.startswith(_MAY_END_IN_ZEROS):
-        return ""
-    written = data.rstrip(b"\0")
-    zeros, following = len(data) - len(written), stream.read_at(stop, MAX_PADDING + BLOCK)
-    if zeros < _FEW_ZEROS or any(following) or written.endswith(_LAST_BYTES):
+    """Why data that ends at `stop` is not to be trusted: its end is zeros, and so is the rest of the file or much of
+    it."""
+    zeros = count_hole(data or b"")
+    if not zeros or any(stream.read_at(stop, MAX_PADDING + BLOCK)):
         return ""
     return f"its last {zeros:,} bytes are zeros, and so is what follows: an unfinished or preallocated file?"
 

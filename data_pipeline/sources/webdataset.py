@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.formats.parquet_io import read_table
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.captions import find_caption
 from data_pipeline.sources.samples import Dropping, Sample, group_members
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
@@ -84,7 +85,12 @@ class WebDatasetSource:
 def _read_tar_rows(uri: str, seen: set[str]) -> Iterator[RawRow]:
     """The rows of a tar and one for each range of its bytes that is none; `seen` collects the keys of the rows."""
     told = droppings = 0
-    with storage.open_read(uri) as file:
+    try:
+        stream = storage.open_read(uri)
+    except MissingError as error:  # a link to nothing
+        yield RawRow(posixpath.basename(uri), None, None, "unreadable", str(error))
+        return
+    with stream as file:
         for item in group_members(read_tar(file, max_bytes=MAX_IMAGE_BYTES)):
             if isinstance(item, Gap):
                 told += 1
@@ -138,7 +144,7 @@ def _make_row(key: str, sample: Sample) -> RawRow:
             loaded = json.loads(parts["json"])
             info = loaded if isinstance(loaded, dict) else {}
     image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
-    text: Any = next((parts[s] for s in TEXT_SUFFIXES if s in parts), info.get("caption"))
+    text: Any = next((parts[s] for s in TEXT_SUFFIXES if s in parts), find_caption(info))
     if sample.doubtful:
         return RawRow(key, None, text, "truncated_tar", sample.doubtful, info)
     if image is None:

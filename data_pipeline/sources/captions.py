@@ -1,0 +1,96 @@
+"""Which field of a source is the caption, and what counts as one: name and type decide, never what is at hand."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from data_pipeline.sources.source import draw_one
+from infra.errors import UserError, nearest
+
+# The first decides where it is there; of the others there may be one.
+CAPTION_NAMES = ("caption", "captions")
+OTHER_NAMES = ("text", "txt", "prompt", "description")
+
+
+class Caption(NamedTuple):
+    """The caption of a row, all that the source has for it, and why there is none ("" where there is one)."""
+
+    text: str
+    all: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def read_caption(value: object, key: str) -> Caption:
+    """A cell or a text file as a caption. Of several texts the row's key draws one; numbers and structs are none."""
+    if value is None:
+        return Caption("")
+    if isinstance(value, bytes | bytearray):
+        try:
+            return read_caption(bytes(value).decode("utf-8-sig"), key)
+        except UnicodeError:
+            return Caption("", problem="the caption is not UTF-8")
+    if isinstance(value, str):
+        if "\0" in value:
+            return Caption("", problem="the caption holds zero bytes")
+        try:
+            value.encode()
+        except UnicodeError:
+            return Caption("", problem="the caption is not UTF-8")
+        return Caption(value, (value,) if value.strip() else ())
+    if isinstance(value, list | tuple):
+        found = [read_caption(item, key) for item in value]
+        texts = tuple(text for one in found for text in one.all)
+        if texts:
+            return Caption(draw_one(f"caption/{key}", texts), texts)
+        return Caption("", problem=next((one.problem for one in found if one.problem), "an empty list of captions"))
+    if isinstance(value, float) and math.isnan(value):
+        return Caption("", problem="the caption is NaN")
+    if isinstance(value, Mapping):
+        return Caption("", problem=f"the caption is a struct of {', '.join(map(str, value))}, not a text")
+    return Caption("", problem=f"the caption is of type {type(value).__name__}, not a text")
+
+
+def find_caption(fields: Mapping[str, Any]) -> object:
+    """The caption in a JSON object, or a value that `read_caption` refuses with the candidates' names."""
+    for name in CAPTION_NAMES:
+        if fields.get(name) is not None:
+            return fields[name]
+    held = [name for name in fields if name.lower() in OTHER_NAMES and fields[name] is not None]
+    if len(held) > 1:
+        return dict.fromkeys(held)
+    return fields[held[0]] if held else None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """A type that captions may have: texts, bytes of texts, lists of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return is_text(kind.value_type)
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(check(kind) for check in (*strings, pa.types.is_binary, pa.types.is_large_binary))
+
+
+def choose_caption_column(types: Mapping[str, pa.DataType], asked: str, where: str) -> str:
+    """The caption column of a table; UserError that lists the candidates where it would be a guess."""
+    candidates = [name for name, kind in types.items() if is_text(kind) and not pa.types.is_binary(kind)]
+    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items() if name in candidates) or "none of text"
+    if asked:
+        if asked not in types:
+            raise UserError(f"{where}: no caption column {asked}; it has {', '.join(types)}{nearest(asked, types)}")
+        if not is_text(types[asked]):
+            raise UserError(f"{where}: column {asked} is of type {types[asked]}, no text; candidates: {listed}")
+        return asked
+    named = [name for name in CAPTION_NAMES if name in types]
+    others = named or [name for name in types if name.lower() in OTHER_NAMES]
+    if len(others) == 1 and is_text(types[others[0]]):
+        return others[0]
+    if len(others) == 1:
+        reason = f"column {others[0]} is of type {types[others[0]]}, no text"
+    elif others:
+        reason = f"{' and '.join(others)} may each be the caption"
+    else:
+        reason = f"no caption column named {', '.join((*CAPTION_NAMES, *OTHER_NAMES))}"
+    raise UserError(f"{where}: {reason}: name it with --caption-column; candidates: {listed}")
