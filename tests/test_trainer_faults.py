@@ -18,7 +18,7 @@ from data_pipeline.packing import synthetic
 from infra import storage
 from trainer.guard import ENOUGH, problem_of, suspects_of
 from trainer.recipe import Guard
-from trainer.watching.watch import Watch
+from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
@@ -181,9 +181,9 @@ class Store:
 
 
 def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.watching.watch.BEAT_S", 0.1)
+    monkeypatch.setattr("trainer.watching.watchdog.BEAT_S", 0.1)
     store = Store()
-    ranks = [Watch(Group(r, 2, torch.device("cpu")), str(tmp_path), stall_s=1.5, store=store) for r in range(2)]
+    ranks = [Watchdog(Group(r, 2, torch.device("cpu")), str(tmp_path), stall_s=1.5, store=store) for r in range(2)]
     for rank in ranks:
         rank.at("reading data", 7)
     ranks[0].at("computing", 7)

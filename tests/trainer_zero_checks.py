@@ -98,13 +98,11 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedE
     losses, seen = [], []
     for number in range(count):
         total = 0.0
-        for part in range(micro):
+        for _ in range(micro):
             micro_batch = draw_noise(next(batches), FORM, seed=0, shift=1.0)
             loss_B = pretrain(engine, micro_batch.to(group.device), formulation=FORM).loss_B
             engine.backward(loss_B.mean())
             total += loss_B.double().sum().item()
-            if part + 1 < micro:
-                engine.step(0.0, boundary=False)
         engine.step(1e-2)
         losses.append(group.sum([total])[0] / 8)
         seen.append([m.double().clone() for m in engine.masters])

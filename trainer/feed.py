@@ -28,7 +28,7 @@ class MicroBatch(NamedTuple):
     """Training times, float64 on the CPU."""
     noise_BCHW: Tensor
     exceptions: Exceptions = Exceptions()
-    """What had been left out of the data when it was read."""
+    """What had been left out of the data when it was read: a checkpoint keeps it."""
     pinned: bool = False
     """All of it lies in page-locked memory."""
 
@@ -88,17 +88,13 @@ class Prefetcher(Iterator[MicroBatch]):
         self._pending: deque[Future[MicroBatch]] = deque()
         self._pool = _thread_for(device) if device.type == "cuda" else None
         self._closed = False
-        self.exceptions = batches.exceptions
-        """What had been left out when the last micro-batch was read: a checkpoint keeps it."""
 
     def __next__(self) -> MicroBatch:
         if self._closed:
             raise StopIteration
-        micro = self._make() if self._pool is None else self._made(self._pool)
-        self.exceptions = micro.exceptions
-        return micro
+        return self._make() if self._pool is None else self._take_made(self._pool)
 
-    def _made(self, pool: ThreadPoolExecutor) -> MicroBatch:
+    def _take_made(self, pool: ThreadPoolExecutor) -> MicroBatch:
         while len(self._pending) <= AHEAD:
             self._pending.append(pool.submit(self._make))
         return self._pending.popleft().result()

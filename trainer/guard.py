@@ -12,16 +12,15 @@ from data_pipeline.loading.order import Exceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.feed import Prefetcher
 from trainer.recipe import Guard, Recipe
 from trainer.runfolder import UNSTABLE, rank_name, step_name
-from trainer.state import State, restore
+from trainer.state import TrainingState, restore
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
 log = get_logger("guard")
-WINDOW, ENOUGH = 128, 16  # steps whose losses are remembered, and how many there must be to judge the next one
+ENOUGH = 16  # steps whose losses must be known to judge the next one
 LEAST = 2.0  # a spike is at least this many times the largest recent loss ...
 LARGE = 256  # ... in batches of this many; 8 times in batches of 16, where one t near 1 gave 6 medians in a sound run
 
@@ -45,23 +44,16 @@ def problem_of(loss: float, recent: Sequence[float], guard: Guard, *, batch: int
     return ""
 
 
-def keep_recent(state: State, loss: float) -> None:
-    """The losses that the next one is judged by."""
-    state.recent.append(loss)
-    del state.recent[:-WINDOW]
-
-
 def roll_back(
     problem: str,
     keys: list[str],
     recipe: Recipe,
     engine: ZeroEngine,
     ema: ShardedEMA,
-    state: State,
-    feed: Prefetcher,
+    state: TrainingState,
     *,
     out: str,
-) -> State:
+) -> TrainingState:
     """The state to go on from, with the bad batch among its exceptions; Unstable when it was one too many. Collective.
 
     Without a checkpoint the run goes on from where it is: the bad step was not taken.
@@ -72,8 +64,7 @@ def roll_back(
     _tell(problem, keys, state, group, out=out)
     suspects = suspects_of(first, batch, state.exceptions.positions)
     before = len(suspects) // batch - 1
-    exceptions = _of_all_ranks(feed.exceptions, group) | state.exceptions
-    exceptions |= Exceptions(positions=frozenset(suspects))
+    exceptions = _of_all_ranks(state.exceptions, group) | Exceptions(positions=frozenset(suspects))
     skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
     if skips > recipe.guard.max_skips:
         if group.rank == 0:
@@ -106,7 +97,7 @@ def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
     return range(max(0, first - 8 * in_vain * batch), first + batch)
 
 
-def _tell(problem: str, keys: list[str], state: State, group: Group, *, out: str) -> None:
+def _tell(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
     """RUN/skipped/: which images these were, one file per rank."""
     uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}

@@ -251,6 +251,14 @@ class Recipe:
         every, times_a_run = asked[what], {"log": 100, "validate": 8, "save": 4}[what]
         return max(self.global_batch, self.images // times_a_run) if every == "auto" else every
 
+    def is_due(self, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
+        """Does the step that ends at `images_seen` cross a multiple of the cadence? (It need not divide by the
+        batch.)"""
+        every, before = self.cadence(what), images_seen - self.global_batch
+        if what == "save" and any(before < at <= images_seen for at in self.logging.save_at):
+            return True
+        return every is not None and images_seen // every > before // every
+
     def to_json(self) -> dict[str, Any]:
         return _encode(self)
 

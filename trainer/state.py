@@ -26,20 +26,29 @@ from trainer.zero.group import Group
 from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
+RECENT = 128  # steps whose losses are remembered
 
 
 @dataclass
-class State:
+class TrainingState:
     """What a checkpoint keeps besides tensors: one integer for the data, and what the data leaves out."""
 
     images_seen: int = 0
     step: int = 0
     seconds: float = 0.0
     exceptions: Exceptions = field(default_factory=Exceptions)
+    """What is left out of the data: batches that the guard rejected on any rank, and shards that this rank's reader
+    could not read, as of the last micro-batch."""
     skips: int = 0
     """Batches left out because they could not be right."""
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps, by which the guard knows a spike."""
+
+    def advance(self, loss: float, batch: int) -> None:
+        """A step of `batch` images was taken."""
+        self.images_seen += batch
+        self.step += 1
+        self.recent = [*self.recent, loss][-RECENT:]
 
 
 class StopSignal:
@@ -92,7 +101,7 @@ class Saver:
     init_from: str | None = None
     """The frozen weights under adapters: exports are merged into them, checkpoints hold the adapters alone."""
 
-    def save(self, state: State, exceptions: Exceptions, *, final: bool, activations: int | None = None) -> bool:
+    def save(self, state: TrainingState, *, final: bool, activations: int | None = None) -> bool:
         """False when something could not be written. Collective.
 
         On S3 a checkpoint is uploaded while training continues, one at a time; a `final` one is waited for.
@@ -107,15 +116,15 @@ class Saver:
                 log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
             return True
         exported = self._export(state)
-        share = share_of(self.engine, self.ema, {"exceptions": exceptions.to_json()})
-        self.run_log.cost(**measured(self.engine, self.ema, share, activations))
+        share = share_of(self.engine, self.ema, {"exceptions": state.exceptions.to_json()})
+        self.run_log.add_costs(**measured(self.engine, self.ema, share, activations))
         if not self.uploads.remote:
             return self._write(share, state) and exported
         if not self._upload(share, state):
             return False
         return exported and (self.uploads.wait() if final else True)
 
-    def _export(self, state: State) -> bool:
+    def _export(self, state: TrainingState) -> bool:
         """EMA weights, a copy of them that stays, and raw weights; False when that failed. Collective."""
         engine, folder = self.engine, storage.join(self.uploads.place, "weights")
         ema_uris = [
@@ -131,7 +140,7 @@ class Saver:
             exported &= export(engine, tensors, uris, meta, engine.group, base=self.init_from)
         return exported
 
-    def _write(self, share: checkpoint.Share, state: State) -> bool:
+    def _write(self, share: checkpoint.Share, state: TrainingState) -> bool:
         """Result rows and a checkpoint straight into the run folder. Collective."""
         group, keep = self.engine.group, self.engine.recipe.logging.keep
         flushed = self._flush()
@@ -143,7 +152,7 @@ class Saver:
             log.info("%s", _saved(state))
         return not group.any(not flushed)
 
-    def _upload(self, share: checkpoint.Share, state: State) -> bool:
+    def _upload(self, share: checkpoint.Share, state: TrainingState) -> bool:
         """Stage a checkpoint on a local disk and start sending it; False when it could not be staged. Collective."""
         root, keep = checkpoints_of(self.uploads.out), self.engine.recipe.logging.keep
         staged = checkpoints_of(self.uploads.place)
@@ -160,7 +169,7 @@ class Saver:
         self.uploads.start([lambda: checkpoint.withdraw(root, step), self.run_log.flush], publish)
         return True
 
-    def _kept(self, state: State) -> dict[str, Any]:
+    def _kept(self, state: TrainingState) -> dict[str, Any]:
         """What the manifest says of the run."""
         engine = self.engine
         return {
@@ -181,25 +190,25 @@ class Saver:
             return False
         return True
 
-    def _warn_not_saved(self, state: State) -> None:
+    def _warn_not_saved(self, state: TrainingState) -> None:
         if self.engine.group.rank == 0:
             step = step_name(state.step)
             log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
 
 
-def _saved(state: State) -> str:
+def _saved(state: TrainingState) -> str:
     return f"saved {step_name(state.step)} at {state.images_seen:,} images"
 
 
-def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> State:
+def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> TrainingState:
     """Put everything back as the checkpoint had it, on any number of ranks. Collective."""
     group = engine.group
     if resume == "none":
-        return State()
+        return TrainingState()
     if resume == "latest":
         found = checkpoint.find(checkpoints_of(out), group)
         if found is None:
-            return State()
+            return TrainingState()
     else:
         found = checkpoint.whole(resume, group)
     kept = found.state
@@ -216,7 +225,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     for extra in found.extras:
         exceptions |= Exceptions.from_json(extra["exceptions"])
     seconds, recent = float(kept["seconds"]), list(kept.get("recent", []))
-    return State(int(kept["images_seen"]), found.step, seconds, exceptions, int(kept.get("skips", 0)), recent)
+    return TrainingState(int(kept["images_seen"]), found.step, seconds, exceptions, int(kept.get("skips", 0)), recent)
 
 
 def load_init(engine: ZeroEngine, uri: str) -> None:
@@ -224,7 +233,7 @@ def load_init(engine: ZeroEngine, uri: str) -> None:
     engine.load_whole(weights_reader(uri, engine.shapes))
 
 
-def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: State) -> Prefetcher:
+def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingState) -> Prefetcher:
     """This rank's micro-batches from where the run stands."""
     batches = dataset.batches(
         seed=recipe.seed,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, validation_losses
 from trainer.feed import draw_noise
-from trainer.objective import loss_function
+from trainer.objective import get_objective, loss_function
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
@@ -40,6 +40,9 @@ class ValidationLoss:
     per_level: dict[float, float]
     sample_count: int
     by_sample: dict[str, Tensor]
+    pair_figures: dict[str, float] = field(default_factory=dict)
+    """Mean figures of held-out pairs, where the objective trains on pairs; `pair_count` of them."""
+    pair_count: int = 0
 
 
 class Validator:
@@ -50,6 +53,7 @@ class Validator:
         self.batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.formulation = get_formulation(recipe.formulation)
         self.protocol = get_protocol(recipe.validation.protocol, self.formulation)
+        self.pairs = HeldOutPairs(recipe, dataset) if get_objective(recipe.objective).pairs else None
 
     @property
     def sample_count(self) -> int:
@@ -83,9 +87,10 @@ class Validator:
                 found = validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
                 if mine:
                     losses[starts[number] : starts[number + 1]] = found.to(losses)
-        return self._summary(group.sum_(losses).cpu())
+        losses_BV = group.sum_(losses).cpu()
+        return self._summarise(losses_BV, self.pairs.run(engine, group) if self.pairs is not None else {})
 
-    def _summary(self, losses_BV: Tensor) -> ValidationLoss:
+    def _summarise(self, losses_BV: Tensor, pair_figures: dict[str, float]) -> ValidationLoss:
         means = [math.fsum(column) / len(losses_BV) for column in losses_BV.T.tolist()]
         averaged = means[: self.protocol.averaged]
         return ValidationLoss(
@@ -95,6 +100,8 @@ class Validator:
             per_level=dict(zip(self.protocol.levels, means)),
             sample_count=self.sample_count,
             by_sample=self.protocol.by_sample(self.recipe.validation.protocol, losses_BV),
+            pair_figures=pair_figures,
+            pair_count=self.pairs.pair_count if self.pairs is not None else 0,
         )
 
 

@@ -78,18 +78,22 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A run that may begin. `recipe` knows its data and the weights it starts from; `goes_on`: where, in words."""
+class PreparedRun:
+    """A run that may begin."""
 
     recipe: Recipe
+    """Knows its data and the weights it starts from."""
     dataset: Dataset
     val: Dataset | None
+    out: str
     resume: str
-    goes_on: str
+    init_from: str | None
+    continues_at: str
+    """In words; "" for a new run, and where nobody looked (`thorough`)."""
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def report_once() -> Iterator[None]:
     """Rank 0 reports what it finds; the others exit quietly afterwards. What may be true of another node alone is
     reported by that node's first rank, with the node's name."""
     try:
@@ -106,7 +110,7 @@ def one_voice() -> Iterator[None]:
 
 def prepare(
     recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world: int, thorough: bool
-) -> Ready:
+) -> PreparedRun:
     """Every check that needs no other rank and no network's weights. `thorough` (--dry-run) also reads every byte of
     the checkpoint that would be continued and tries the port, as the run itself does when it comes to them."""
     found = Findings()
@@ -125,13 +129,13 @@ def prepare(
             found.ask(check_made_alike, dataset, begun)
     complete = _with_fingerprint(started or recipe, dataset)
     unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
-    goes_on = found.ask(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
+    continues_at = found.ask(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
     if thorough:
         found.ask_here(check_port)
     found.tell()
     assert dataset is not None
-    assert goes_on is not None
-    return Ready(complete, dataset, val, resume, goes_on)
+    assert continues_at is not None
+    return PreparedRun(complete, dataset, val, out, resume, init_from, continues_at)
 
 
 def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
@@ -226,9 +230,9 @@ def check_run_folder(
         there = found.ask(_check_copied, resume) is not None
         if there:
             found.ask(_check_branch, recipe, resume, unknown)
-    goes_on = found.ask(_look_through, root, resume) if thorough and there else ""
+    continues_at = found.ask(_look_through, root, resume) if thorough and there else ""
     found.tell()
-    return goes_on or ""
+    return continues_at or ""
 
 
 def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:

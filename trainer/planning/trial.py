@@ -152,11 +152,9 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     timer = Timer(group)
     passes, updates = [], []
     for number in range(1 + ROUNDS):
-        for left in reversed(range(PASSES)):
+        for _ in range(PASSES):
             timer.start()
             engine.backward(compute(engine, micro.to(group.device)).loss_B.mean())
-            if left:
-                engine.step(0.0, boundary=False)
             passes.append(timer.taken())
         timer.start()
         group.sum([0.0])

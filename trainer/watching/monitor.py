@@ -1,11 +1,13 @@
-"""What the training loop watches besides the loss: loss by time, attention, waiting for data, efficiency, memory.
+"""What the training loop watches: the loss, also by time, attention, waiting for data, efficiency, memory.
 
 Everything is local until `take`, which adds up over the ranks when a line is due.
 """
 # Shapes: B batch.
 
 import contextlib
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
 from trainer.objective import Losses, train_flops_per_sample
 from trainer.recipe import Recipe
+from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
 
 log = get_logger("monitor")
@@ -25,7 +28,7 @@ BINS = 8
 LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth-24 model (figure 5)
 
 
-class Seen(NamedTuple):
+class BinnedLosses(NamedTuple):
     """Of a micro-batch: the bins of its times, its losses and their further figures."""
 
     bin_B: Tensor
@@ -34,10 +37,10 @@ class Seen(NamedTuple):
 
 
 class Monitor:
-    """Gathers figures of the steps since the last `take`."""
+    """Gathers figures of the steps since the last `take`. What the loop does is marked once, by `phase`."""
 
-    def __init__(self, recipe: Recipe, group: Group, machine: Machine) -> None:
-        self.group, self._machine = group, machine
+    def __init__(self, recipe: Recipe, group: Group, machine: Machine, watchdog: Watchdog | None = None) -> None:
+        self.group, self._machine, self._watchdog = group, machine, watchdog
         _, height, width = recipe.data.latent_shape
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
@@ -54,28 +57,31 @@ class Monitor:
         self._attention: list[AttentionSeen] = []
 
     def _start(self) -> None:
-        self._waited, self._averaged = 0.0, 0.0
-        self._seen: list[Seen] = []
+        self._seconds: dict[str, float] = defaultdict(float)  # by phase
+        self._step_losses: list[float] = []
+        self._seen: list[BinnedLosses] = []
         self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), stolen_seconds()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around reading a micro-batch, and on a CPU drawing its noise."""
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Around a part of the loop: the watchdog learns what this rank does, and the time it takes is counted. On a
+        GPU that is the time until the work is handed over, not until it is done."""
+        if self._watchdog is not None:
+            self._watchdog.at(name, step)
         start = time.monotonic()
         yield
-        self._waited += time.monotonic() - start
+        self._seconds[name] += time.monotonic() - start
 
     @contextlib.contextmanager
-    def averaging(self) -> Iterator[None]:
-        """Around the EMA's update. Told on a CPU only: a GPU has not done the work yet when this ends."""
-        start = time.monotonic()
-        yield
-        self._averaged += time.monotonic() - start
+    def forward_pass(self, model: nn.Module, *, attention: bool) -> Iterator[None]:
+        """Around a forward pass. With `attention` that of one sample is recorded."""
+        with self._probing(attention), self._counting(model):
+            yield
 
     @contextlib.contextmanager
-    def counting(self, model: nn.Module) -> Iterator[None]:
-        """Around the first forward pass, whose activations are counted as the plan counts them: each storage once,
-        without the parameters."""
+    def _counting(self, model: nn.Module) -> Iterator[None]:
+        """Activations of the first pass are counted as the plan counts them: each storage once, without the
+        parameters."""
         if self.activations is not None or not self._counts:
             yield
             return
@@ -95,8 +101,7 @@ class Monitor:
         self.activations = sum(found.values())
 
     @contextlib.contextmanager
-    def looking(self, on: bool) -> Iterator[None]:
-        """Around a forward pass whose attention is recorded, for one sample."""
+    def _probing(self, on: bool) -> Iterator[None]:
         if not (on and self._eager):
             yield
             return
@@ -109,7 +114,11 @@ class Monitor:
         the GPU here."""
         # Times lie in page-locked memory beside a GPU, which is needed again: their bins are copies.
         bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
-        self._seen.append(Seen(bin_B, losses.loss_B.detach(), losses.figures))
+        self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures))
+
+    def end_step(self, loss: float) -> None:
+        """A step was taken; `loss` is the mean over its whole batch."""
+        self._step_losses.append(loss)
 
     @property
     def _names(self) -> Iterable[str]:
@@ -137,8 +146,8 @@ class Monitor:
             "entropy": sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1),
         }
         largest = {
-            "data_wait": self._waited / seconds,
-            "ema_share": self._averaged / seconds,
+            "data_wait": self._seconds["reading data"] / seconds,
+            "ema_share": self._seconds["averaging"] / seconds,
             "cpu_cores": (time.process_time() - self._cpu) / seconds,
             "stolen_cores": (stolen_seconds() - self._stolen) / seconds,
             "memory": float(memory_bytes(self.group.device)),
@@ -151,6 +160,8 @@ class Monitor:
             for i in range(BINS)
             if sums[f"count/{i}"]
         }
+        if self._step_losses:
+            figures["loss"] = math.fsum(self._step_losses) / len(self._step_losses)
         figures |= {
             "data_wait": largest["data_wait"],
             "mfu": self._flops * (sums["images"] / seconds) / (self._machine.flops * self.group.world),
@@ -158,6 +169,7 @@ class Monitor:
         }
         if self.group.device.type == "cpu":
             # Cores in use, and those that the host of a virtual machine gave to others: seconds alone say little there.
+            # A GPU has not done the EMA's update yet when its phase ends, so its share is told on a CPU only.
             figures |= {name: largest[name] for name in ("ema_share", "cpu_cores", "stolen_cores")}
         if self._attention:
             entropy = sums["entropy"] / self.group.world

@@ -74,7 +74,7 @@ class RunLog:
         self._values = [kept for kept in self._values if kept[0] <= images_seen]
         self._lines = [line for line in self._lines if json.loads(line)["images_seen"] <= images_seen]
 
-    def train(self, loss: float, *, lr: float, grad_norm: float, step: int, **figures: float) -> None:
+    def add_training(self, *, loss: float, lr: float, grad_norm: float, step: int, **figures: float) -> None:
         """The mean loss since the last call, with what belongs to it."""
         now, (images, then) = time.monotonic(), self._last
         self._last = (self.images_seen, now)
@@ -89,8 +89,9 @@ class RunLog:
         self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)
 
-    def validation(self, found: ValidationLoss, *, profile: str) -> None:
+    def add_validation(self, found: ValidationLoss, *, profile: str) -> None:
         """EMA validation loss, mean and per level, with intervals; samples' losses are kept for paired differences."""
+        self._add_held_out_pairs(found)
         name = f"val_loss/{found.protocol}"
         per_level = {f"{name}/t{level:.3f}": loss for level, loss in found.per_level.items()}
         figures, details = {name: found.mean, **per_level}, json.dumps({"weights": "ema", "profile": profile})
@@ -106,14 +107,15 @@ class RunLog:
         self._write("val", {metric.removeprefix("val_"): value for metric, value in figures.items()})
         self._progress.fields["val"] = found.mean
 
-    def held_out(self, figures: dict[str, float], count: int, protocol: str) -> None:
-        """Of pairs that are not trained on, by the EMA weights: rows named val_<objective>/..."""
-        for name, value in figures.items():
+    def _add_held_out_pairs(self, found: ValidationLoss) -> None:
+        """Rows named val_<objective>/..."""
+        for name, value in found.pair_figures.items():
             better = name in get_objective(self.recipe.objective).higher_is_better
-            self._row(f"val_{name}", value, count, protocol=protocol, higher_is_better=better)
-        self._write("val", figures)
+            self._row(f"val_{name}", value, found.pair_count, protocol=found.protocol_hash, higher_is_better=better)
+        if found.pair_figures:
+            self._write("val", found.pair_figures)
 
-    def cost(self, **figures: float) -> None:
+    def add_costs(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""
         details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
         speed = {}

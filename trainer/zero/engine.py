@@ -42,6 +42,7 @@ class ZeroEngine:
 
         _quieten(deepspeed)
         self.recipe, self.group, self.stage = recipe, group, recipe.parallel.zero_stage
+        self.accumulation = accumulation
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         config = deepspeed_config(recipe, group, accumulation=accumulation)
         make = build or (lambda: recipe.model.build(seed=recipe.seed))
@@ -84,15 +85,14 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         """Gradients of this micro-batch; DeepSpeed divides by the number of micro-batches and averages over ranks."""
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # takes no step: this is how DeepSpeed counts micro-batches
 
-    def step(self, lr: float, *, boundary: bool = True) -> StepResult:
-        """Clip and step; call after every backward (`boundary` False: another micro-batch of the same step follows)."""
+    def step(self, lr: float) -> StepResult:
+        """Clip and step, after the backward passes of all `accumulation` micro-batches."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         before = self._engine.skipped_steps
-        if not boundary:
-            self._engine.step()
-            return StepResult(float("nan"), True)
         gradients = self.partition.gradients()
         if not self._gradient_bytes:
             storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in gradients}

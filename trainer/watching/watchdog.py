@@ -37,7 +37,7 @@ RUNNING, LEFT, FAILED = range(3)
 
 
 @dataclass
-class Seen:
+class RankStatus:
     """The last beat of a rank, and when this rank saw it change."""
 
     count: int
@@ -49,7 +49,7 @@ class Seen:
     waits: bool
 
 
-class Watch:
+class Watchdog:
     """`at` notes what the main thread does; threads behind it send heartbeats, read those of others, and report."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Watch:
         self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
         self._told: tuple[int, str] | None = None
         self._state = RUNNING
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, RankStatus] = {}
         self._stop = threading.Event()
         self._store: Any = store or (rendezvous_store() if group.world > 1 else None)
         self._contact = time.monotonic()
@@ -123,7 +123,7 @@ class Watch:
             count, step, doing, done, state, waits = json.loads(text)
             old = self._seen.get(rank)
             at = now if old is None or old.count != count else old.at
-            self._seen[rank] = Seen(count, at, step, doing, done, state, waits)
+            self._seen[rank] = RankStatus(count, at, step, doing, done, state, waits)
 
     def _dead(self, after_s: float = DEAD_S) -> list[int]:
         now = time.monotonic()
@@ -218,7 +218,7 @@ def tell_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None
 
 
 @contextlib.contextmanager
-def together(watch: Watch) -> Iterator[Watch]:
+def end_together(watch: Watchdog) -> Iterator[Watchdog]:
     """When a collective fails because another rank is gone, all that are left say so in one line and end."""
     try:
         yield watch
