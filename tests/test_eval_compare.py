@@ -7,7 +7,7 @@ import pytest
 
 from eval.judging.metric import Clusters, split_scores, split_values
 from eval.measure import to_rows
-from eval.metrics.fid import Moments, frechet_distance, resampled_distances
+from eval.metrics.frechet import Moments, frechet_distance, resample_distances
 from eval.protocol import keep_protocol
 from eval.studies.compare import _draw_difference, compare, compare_runs, read_run
 from infra.errors import UserError
@@ -252,7 +252,8 @@ def test_intervals_of_fid_hold_what_repetition_shows():
         own = Moments(4)
         own.update(features)
         value = frechet_distance(own, reference)
-        again = resampled_distances(features, np.arange(150), reference.mean_E, reference.covariance_EE)
+        ends = {"mean_ref_E": reference.mean_E, "cov_ref_EE": reference.covariance_EE}
+        again = resample_distances(features, np.arange(150), **ends)
         intervals.append(value + np.percentile(again - again.mean(), [2.5, 97.5]))
         found.append(value)
     held = sum(low <= np.mean(found) <= high for low, high in intervals)

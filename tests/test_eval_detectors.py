@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from geneval_folders import write_folder
 
 from eval.calibrate import control_image
-from eval.judging.geneval_prompts import official_metadata
+from eval.judging.geneval_prompts import draw_official_metadata
 from eval.judging.judges import build_judges
 from eval.judging.prompts import world_geneval_prompts
-from eval.metrics.geneval.files import write_folder
 from eval.metrics.geneval.tool import judge, score
 from eval.networks.detectors import TransformersDetector, mask_box
 from infra.errors import UserError
@@ -190,6 +190,6 @@ def test_official_judges_score_a_folder_with_mask2former_by_path(mask2former, tm
 
 
 def test_an_incomplete_set_is_refused_before_any_network_is_loaded(tmp_path):
-    write_folder(tmp_path / "set", 0, official_metadata()[0], [np.zeros((8, 8, 3), dtype=np.uint8)])
+    write_folder(tmp_path / "set", 0, draw_official_metadata()[0], [np.zeros((8, 8, 3), dtype=np.uint8)])
     with pytest.raises(UserError, match="2211 of 2212 images are missing"):
         score(tmp_path / "set")

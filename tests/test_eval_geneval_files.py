@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from geneval_folders import write_folder
 
-from eval.judging.geneval_prompts import official_metadata, parse_metadata, read_metadata
+from eval.judging.geneval_prompts import draw_official_metadata, parse_metadata, read_metadata
 from eval.metrics.geneval.files import (
     check_complete,
     judge_stored,
     read_folders,
     summarize,
-    write_folder,
     write_results,
 )
 from eval.metrics.geneval.tool import judge
@@ -47,7 +47,7 @@ def test_a_broken_folder_is_named(tmp_path):
 
 
 def test_incomplete_sets_are_refused_with_the_number_missing():
-    expected = official_metadata()
+    expected = draw_official_metadata()
     found = [record for record in expected for _ in range(4)][:-9]
     with pytest.raises(UserError, match=r"9 of 2212 images are missing \(3 of 553 prompts"):
         check_complete(found, expected, 4, allow_partial=False)

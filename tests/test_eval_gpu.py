@@ -15,6 +15,7 @@ import test_eval_compbench_tool
 import test_eval_detectors
 import test_eval_inception
 import torch
+from geneval_folders import write_folder
 from test_eval_compbench_tool import picture
 from test_eval_precision import distance, inputs, network
 from test_eval_run import JOBS, QUICK, export, options
@@ -25,7 +26,6 @@ from eval.drawing.generate import Painter, Sampling
 from eval.drawing.precision import decide, in_bfloat16, use_device
 from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
-from eval.metrics.geneval.files import write_folder
 from eval.metrics.geneval.tool import score
 from eval.metrics.val_loss import ValidationLoss
 from eval.networks.clip_model import ClipModel

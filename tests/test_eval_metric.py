@@ -10,12 +10,12 @@ from scipy.stats import beta
 from eval.drawing.pictures import labelled_grid, read_picture, write_picture
 from eval.judging.metric import Clusters, split_scores
 from eval.judging.prompts import compbench_prompts, geneval_prompts, read_lines
-from eval.metrics.fid import (
+from eval.metrics.frechet import (
     Moments,
     RankDeficientWarning,
     frechet_distance,
-    resampled_distances,
-    resampled_pair_distances,
+    resample_distances,
+    resample_pair_distances,
 )
 from infra.errors import UserError
 
@@ -75,12 +75,13 @@ def test_rank_deficient_covariances_survive_with_a_warning():
 
 
 @pytest.mark.parametrize(("count", "width"), [(30, 6), (12, 20)])
-def test_resampled_distances_are_those_of_the_repeated_rows(count, width, monkeypatch):
-    monkeypatch.setattr("eval.metrics.fid.RESAMPLES", 3)
+def test_resample_distances_are_those_of_the_repeated_rows(count, width, monkeypatch):
+    monkeypatch.setattr("eval.metrics.frechet.RESAMPLES", 3)
     a, b = features(count, width, 6), features(count, width, 7)
     reference = moments(features(200, width, 8))
-    found = resampled_distances(a, np.arange(count), reference.mean_E, reference.covariance_EE, seed=9)
-    pairs = resampled_pair_distances(a, b, seed=9)
+    ends = {"mean_ref_E": reference.mean_E, "cov_ref_EE": reference.covariance_EE}
+    found = resample_distances(a, np.arange(count), **ends, seed=9)
+    pairs = resample_pair_distances(a, b, seed=9)
     rng = np.random.default_rng(9)
     for one, pair in zip(found, pairs, strict=True):
         rows = rng.integers(count, size=count)

@@ -26,6 +26,8 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 class PictureFile(Protocol):
+    """Anything with the path of a picture."""
+
     @property
     def path(self) -> Path: ...
 
@@ -66,8 +68,8 @@ def refuse_target(path: str | Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        told = error.strerror or error
-        raise UserError(f"cannot write {path}: its folder cannot be made ({told}); choose another place") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: its folder cannot be made ({reason}); choose another place") from error
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise UserError(f"cannot write {path}: a folder, or in one that is not yours to write to; choose another place")
 

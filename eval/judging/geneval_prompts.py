@@ -33,14 +33,16 @@ Metadata = dict[str, Any]
 
 
 def with_article(name: str) -> str:
+    """`an apple`, `a dog`: the official choice, by the first letter."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def plural(name: str) -> str:
+    """The official plural, which is not always English: `bus` gives `buses`, `knife` gives `knifes`."""
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-def official_metadata(seed: int = 43, per_task: int = 100) -> list[Metadata]:
+def draw_official_metadata(seed: int = 43, per_task: int = 100) -> list[Metadata]:
     """The 553 records of evaluation_metadata.jsonl: 100 draws of each task, then equal records are dropped."""
     rng = np.random.default_rng(seed)
     records = [_single_object(int(index)) for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False)]
@@ -153,5 +155,5 @@ def _check_clause(clause: Any, before: int, where: str, known: set[str] | None) 
             case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < before:
                 return
             case found:
-                told = f"expected [one of {', '.join(RELATIONS)}; the number of an earlier include clause]"
-                raise UserError(f"{where}: position of {clause['class']!r} is {found!r}: {told}")
+                expected = f"[one of {', '.join(RELATIONS)}; the number of an earlier include clause]"
+                raise UserError(f"{where}: position of {clause['class']!r} is {found!r}: expected {expected}")

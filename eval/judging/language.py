@@ -23,17 +23,29 @@ Pair = tuple[str | None, str | None]
 
 
 class PromptReader(Protocol):
+    """What T2I-CompBench must know of a prompt. `version` names the grammar or the model: it enters protocol hashes."""
+
     version: str
 
-    def noun_chunks(self, prompt: str) -> list[str]: ...
+    def noun_chunks(self, prompt: str) -> list[str]:
+        """`a photo of a red dog` -> [`a photo`, `a red dog`], as the reader parts it."""
+        ...
 
-    def tokens(self, prompt: str) -> list[str]: ...
+    def tokens(self, prompt: str) -> list[str]:
+        """The words."""
+        ...
 
-    def pair(self, prompt: str, *, complex_prompt: bool = False) -> Pair: ...
+    def pair(self, prompt: str, *, complex_prompt: bool = False) -> Pair:
+        """The two objects between which the prompt states a relation."""
+        ...
 
-    def locality(self, prompt: str) -> str | None: ...
+    def locality(self, prompt: str) -> str | None:
+        """The relation, in T2I-CompBench's words (LOCALITIES_2D)."""
+        ...
 
-    def without_adjectives(self, prompt: str) -> str: ...
+    def without_adjectives(self, prompt: str) -> str:
+        """The prompt for CLIP in complex categories."""
+        ...
 
 
 GRAMMAR_LOCALITIES = {

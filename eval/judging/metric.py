@@ -107,6 +107,7 @@ class Clusters:
         self._values: dict[str, dict[int, list[float]]] = {}
 
     def add(self, stratum: str, cluster: int, value: float) -> None:
+        """One value of one image; `cluster` is the number of its prompt."""
         self._values.setdefault(stratum, {}).setdefault(cluster, []).append(float(value))
 
     def __bool__(self) -> bool:
@@ -121,9 +122,11 @@ class Clusters:
 
     @property
     def strata(self) -> list[str]:
+        """In the order in which they were met."""
         return list(self._values)
 
     def count(self, strata: Iterable[str] | None = None) -> int:
+        """How many values (images) these strata hold; None: all of them, here and below."""
         return sum(len(v) for name in self._pick(strata) for v in self._values[name].values())
 
     def mean(self, strata: Iterable[str] | None = None) -> float:
@@ -156,6 +159,7 @@ class Clusters:
         return min(float(low), mean), max(float(high), mean)
 
     def score(self, path: str, strata: Iterable[str] | None = None, **details: Any) -> Score:
+        """Mean, interval and count as one score."""
         low, high = self.interval(strata) or (None, None)
         return Score(path, self.mean(strata), self.count(strata), low, high, details=details)
 
@@ -187,9 +191,11 @@ def all_alike(values: np.ndarray) -> bool:
 
 def split_values(clusters: Mapping[bool | None, Clusters]) -> Kept:
     """`values_per_prompt` of every split, with the split's name as one more column."""
+    if not clusters:
+        return {}
     parts = [(SUFFIX[split].lstrip("/"), values.values_per_prompt()) for split, values in clusters.items()]
-    told = {"split": np.array([name for name, part in parts for _ in part["stratum"]], dtype=str)}
-    return told | {key: np.concatenate([part[key] for _, part in parts]) for key in parts[0][1]} if parts else {}
+    names = np.array([name for name, part in parts for _ in part["stratum"]], dtype=str)
+    return {"split": names} | {key: np.concatenate([part[key] for _, part in parts]) for key in parts[0][1]}
 
 
 SUFFIX = {True: "/seen", False: "/unseen", None: ""}
@@ -207,12 +213,12 @@ def split_scores(
     `overall/unseen` averages the tasks that have unseen compositions; its details list them. `not_overall` names tasks
     on another scale; `details` of a task (or of "overall") join its rows.
     """
-    told = details or {}
+    given = details or {}
     scores: list[Score] = []
     for split, values in clusters.items():
         tasks = [task for task in order if task in values.strata]
-        scores.extend(values.score(f"{task}{SUFFIX[split]}", [task], **told.get(task, {})) for task in tasks)
+        scores.extend(values.score(f"{task}{SUFFIX[split]}", [task], **given.get(task, {})) for task in tasks)
         tasks = [task for task in tasks if task not in not_overall]
         if tasks:
-            scores.append(values.score(f"overall{SUFFIX[split]}", tasks, tasks=tasks, **told.get("overall", {})))
+            scores.append(values.score(f"overall{SUFFIX[split]}", tasks, tasks=tasks, **given.get("overall", {})))
     return scores

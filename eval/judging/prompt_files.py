@@ -60,8 +60,9 @@ def read_coco(path: str | Path) -> list[Prompt]:
             captions[image] = min(captions.get(image, entry), entry)
         files = {int(item["id"]): str(item["file_name"]) for item in record.get("images", [])}
     except (ValueError, KeyError, TypeError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not COCO caption annotations ({told}); expected captions_val2014.json") from error
+        raise UserError(
+            f"{path}: not COCO caption annotations ({type(error).__name__}: {error}); expected captions_val2014.json"
+        ) from error
     images = sorted(image for image, (_, caption) in captions.items() if caption)
     if not images:
         raise UserError(f"{path} holds no captions")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.judging.geneval_prompts import TASKS, json_lines, official_metadata
+from eval.judging.geneval_prompts import TASKS, draw_official_metadata, json_lines
 from eval.judging.metric import Prompt
 from infra.errors import UserError
 
@@ -61,7 +61,7 @@ def geneval_prompts(per_task: int | None = None) -> list[Prompt]:
     """The official 553, or the first `per_task` of each task (a partial set: never to be called GenEval's score)."""
     taken: dict[str, int] = {}
     prompts = []
-    for record in official_metadata():
+    for record in draw_official_metadata():
         taken[record["tag"]] = taken.get(record["tag"], 0) + 1
         if per_task is None or taken[record["tag"]] <= per_task:
             prompts.append(Prompt(record["prompt"], record["tag"], metadata=record))

@@ -1,7 +1,7 @@
-"""Frechet distance on CLIP image features (SD3 section 5.1, after Sauer et al. 2021) or Inception's, in float64.
+"""FID: Frechet distance on CLIP image features (SD3 section 5.1, after Sauer et al. 2021) or Inception's.
 
 CLIP features are the projected image embeddings, not normalised (clean-fid's CLIP convention).
-Shapes: N images, E width, P prompts.
+Shapes: N images, E width.
 """
 
 import functools
@@ -20,134 +20,15 @@ from eval.judging.metric import JudgedImage, Kept, PictureMetric, Prompt, Score
 from eval.judging.official import OfficialPaths
 from eval.judging.prompt_files import caption_prompts, read_prompts, reference_files
 from eval.judging.prompts import world_reference_images
+from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import InceptionFeatures
 from infra.errors import UserError
 from infra.log import get_logger
 
 log = get_logger("eval")
-REFERENCES = 1000
+REFERENCES = 1000  # real pictures of the world; of a folder, at most as many
 CHUNK = 256
-RESAMPLES, WIDE = 200, 1024
-
-
-class RankDeficientWarning(UserWarning):
-    """Fewer samples than feature dimensions: the covariance is singular and the distance strongly biased."""
-
-
-class Moments:
-    """Running mean and covariance: chunks merge exactly (Chan et al.), so nothing but E x E numbers is kept."""
-
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self.mean_E = np.zeros(width)
-        self._scatter_EE = np.zeros((width, width))
-
-    def update(self, features_NE: np.ndarray) -> None:
-        x_NE = np.asarray(features_NE, dtype=np.float64)
-        if not np.isfinite(x_NE).all():
-            raise UserError("features hold a number that is not finite: the feature network or an image is broken")
-        if not len(x_NE):
-            return
-        mean_E = x_NE.mean(0)
-        shift_E = mean_E - self.mean_E
-        total = self.count + len(x_NE)
-        centered_NE = x_NE - mean_E
-        self._scatter_EE += centered_NE.T @ centered_NE + np.outer(shift_E, shift_E) * (self.count * len(x_NE) / total)
-        self.mean_E += shift_E * (len(x_NE) / total)
-        self.count = total
-
-    @property
-    def covariance_EE(self) -> np.ndarray:
-        """Unbiased (divided by N - 1), as numpy.cov."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs 2 images or more, found {self.count}")
-        return self._scatter_EE / (self.count - 1)
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
-    S1 S2 is similar to the symmetric S2^(1/2) S1 S2^(1/2), so two symmetric eigenproblems give the trace of the root:
-    no complex numbers, and singular covariances need no jitter.
-    """
-    for moments in (a, b):
-        if moments.count <= len(moments.mean_E):
-            warnings.warn(
-                f"{moments.count} images for features of width {len(moments.mean_E)}: rank-deficient covariance; "
-                "compare this distance only with ones from as many images",
-                RankDeficientWarning,
-                stacklevel=2,
-            )
-    return _distance(a.mean_E, a.covariance_EE, b.mean_E, b.covariance_EE, _root(b.covariance_EE))
-
-
-def _root(covariance_EE: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance_EE)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def _distance(
-    mean_E: np.ndarray, cov_EE: np.ndarray, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, root_ref_EE: np.ndarray
-) -> float:
-    inner_EE = root_ref_EE @ cov_EE @ root_ref_EE
-    trace_root = np.sqrt(np.linalg.eigvalsh((inner_EE + inner_EE.T) / 2).clip(min=0)).sum()
-    offset_E = mean_E - mean_ref_E
-    return float(offset_E @ offset_E + np.trace(cov_EE) + np.trace(cov_ref_EE) - 2 * trace_root)
-
-
-def resampled_distances(
-    features_NE: np.ndarray, cluster_N: np.ndarray, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, *, seed: int = 0
-) -> np.ndarray:
-    """Distances of bootstrap samples of the prompts (with their images) to the fixed reference, 200 of them or 50.
-
-    The same seed draws the same prompts, so that two checkpoints are compared pair by pair. Repeated prompts make
-    every one of these distances larger than the distance itself: use their spread, not their level.
-    """
-    root_EE, x_NE, trace_ref = _root(cov_ref_EE), features_NE.astype(np.float64), np.trace(cov_ref_EE)
-    found = []
-    for weight_N in _draws(cluster_N, min(x_NE.shape), seed):
-        mean_E, rows_NE = _scaled(x_NE, weight_N)
-        y_NE = rows_NE @ root_EE  # the root's trace is the nuclear norm of y: the smaller Gram matrix gives it
-        gram = y_NE @ y_NE.T if len(y_NE) < y_NE.shape[1] else y_NE.T @ y_NE
-        trace_root = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
-        offset_E = mean_E - mean_ref_E
-        found.append(offset_E @ offset_E + (rows_NE**2).sum() + trace_ref - 2 * trace_root)
-    return np.array(found)
-
-
-def resampled_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Distances of two sets whose rows belong together (a picture and its reconstruction), drawn together."""
-    found = []
-    for weight_N in _draws(np.arange(len(a_NE)), min(a_NE.shape), seed):
-        (mean_a, rows_a), (mean_b, rows_b) = (_scaled(x.astype(np.float64), weight_N) for x in (a_NE, b_NE))
-        # Covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'.
-        trace_root = np.linalg.svdvals(_factor(rows_a) @ _factor(rows_b).T).sum()
-        offset_E = mean_a - mean_b
-        found.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
-    return np.array(found)
-
-
-def _factor(rows_NE: np.ndarray) -> np.ndarray:
-    """The same product A'A from at most E rows."""
-    return rows_NE if len(rows_NE) <= rows_NE.shape[1] else np.asarray(np.linalg.qr(rows_NE, mode="r"))
-
-
-def _draws(cluster_N: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each row counts in each bootstrap sample of the clusters; fewer samples where one costs seconds."""
-    _, place_N = np.unique(cluster_N, return_inverse=True)
-    rng, num = np.random.default_rng(seed), int(place_N.max()) + 1
-    for _ in range(RESAMPLES if size <= WIDE else RESAMPLES // 4):
-        yield np.bincount(rng.integers(num, size=num), minlength=num)[place_N].astype(float)
-
-
-def _scaled(x_NE: np.ndarray, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weighted mean, and rows whose products sum to the unbiased covariance."""
-    there = weight_N > 0
-    x_NE, weight_N = x_NE[there], weight_N[there]
-    total = weight_N.sum()
-    mean_E = weight_N @ x_NE / total
-    return mean_E, (x_NE - mean_E) * np.sqrt(weight_N / (total - 1))[:, None]
 
 
 class FeatureDistance(PictureMetric):
@@ -190,7 +71,9 @@ class FeatureDistance(PictureMetric):
             log.warning("%s: %s", self.name, warning)
         low = high = None
         if len(set(self._prompts)) > 1:
-            again = resampled_distances(features_NE, np.array(self._prompts), reference.mean_E, reference.covariance_EE)
+            again = resample_distances(
+                features_NE, np.array(self._prompts), mean_ref_E=reference.mean_E, cov_ref_EE=reference.covariance_EE
+            )
             low, high = (max(0.0, value + float(x)) for x in np.percentile(again - again.mean(), [2.5, 97.5]))
         details = {
             "features": self._network().name,
@@ -213,10 +96,12 @@ class FeatureDistance(PictureMetric):
 
 
 def clip_fid(judges: Judges) -> FeatureDistance:
+    """`fid`: on the features of the judges' CLIP."""
     return FeatureDistance("fid", judges, judges.clip, needs=["clip"])
 
 
 def inception_fid(judges: Judges) -> FeatureDistance:
+    """`fid_inception`: on Inception's features, the field's FID."""
     return FeatureDistance("fid_inception", judges, lambda: load_inception(judges.paths))
 
 

@@ -77,4 +77,5 @@ class ClipModel:
 
 
 def unit(x_NE: Tensor) -> Tensor:
+    """Rows of length 1."""
     return x_NE / x_NE.norm(dim=-1, keepdim=True)

@@ -19,6 +19,8 @@ INPUT_SIDE = 480  # official: squeezed to 480 x 480, mean and std 0.5, whatever 
 
 
 class Depth(Protocol):
+    """A network that tells how near each pixel is."""
+
     name: str
     version: str
 

@@ -49,7 +49,9 @@ class Detector(Protocol):
     version: str
     classes: tuple[str, ...]
 
-    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Of each picture."""
+        ...
 
 
 class TransformersDetector:

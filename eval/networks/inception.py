@@ -39,11 +39,11 @@ class InceptionFeatures:
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
         chunks = []
         for start in range(0, len(images), BATCH):
-            x_NCHW = torch.stack([self._sized(image) for image in images[start : start + BATCH]]).to(self._device)
+            x_NCHW = torch.stack([self._resize(image) for image in images[start : start + BATCH]]).to(self._device)
             chunks.append(self._net((x_NCHW - 128) / 128).cpu())
         return torch.cat(chunks)
 
-    def _sized(self, image: np.ndarray) -> Tensor:
+    def _resize(self, image: np.ndarray) -> Tensor:
         return resize_clean(image) if self._convention == "clean-fid" else resize_tensorflow(image)
 
 

@@ -19,8 +19,8 @@ def explain_failure(what: str, where: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # torch, safetensors, transformers and open_clip raise many kinds
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load {what} from {where} ({type(error).__name__}: {told})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load {what} from {where} ({type(error).__name__}: {reason})") from error
 
 
 def load_pretrained(

@@ -16,7 +16,9 @@ class Ocr(Protocol):
     name: str
     version: str
 
-    def read(self, images: Sequence[np.ndarray]) -> list[str]: ...
+    def read(self, images: Sequence[np.ndarray]) -> list[str]:
+        """The writing of each picture as one line; "" where nothing is found."""
+        ...
 
 
 class RapidReader:

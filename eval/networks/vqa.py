@@ -28,6 +28,8 @@ def plain_question(question: str) -> str:
 
 
 class VQA(Protocol):
+    """A network that answers yes-or-no questions about pictures."""
+
     name: str
     version: str
 

@@ -20,7 +20,7 @@ from data_pipeline.checkpoints import resolve, weights_hash
 from eval.drawing.generate import to_pictures
 from eval.drawing.precision import use_device
 from eval.judging.metric import Clusters
-from eval.metrics.fid import Moments, RankDeficientWarning, frechet_distance, resampled_pair_distances
+from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_pair_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
 from eval.studies.fidelity import SMALLEST, Backbone, Lpips, psnr, ssim
@@ -78,7 +78,7 @@ def report(options: AutoencoderOptions) -> None:
     network = _features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
     found = [measure(name, options, network, perceptual) for name in options.vae]
-    told = {
+    protocol = {
         "images": options.images,
         "count": options.count,
         "size": options.size,
@@ -86,10 +86,10 @@ def report(options: AutoencoderOptions) -> None:
         "lpips": [perceptual.name, perceptual.version] if perceptual else "not measured: --lpips gives no weights",
         "decoded_from": "mode of the posterior, 8 bits",
     }
-    text = as_markdown(found, told)
+    text = format_markdown(found, protocol)
     print(text, end="")
     if options.out is not None:
-        record = {"protocol": told, "autoencoders": [vars(figures) for figures in found]}
+        record = {"protocol": protocol, "autoencoders": [vars(figures) for figures in found]}
         storage.write_bytes(storage.join(options.out, "autoencoder.md"), f"# Autoencoders\n\n{text}".encode())
         storage.write_bytes(storage.join(options.out, "autoencoder.json"), json.dumps(record, indent=1).encode())
     if perceptual is None:
@@ -147,10 +147,10 @@ def _pictures(options: AutoencoderOptions, factor: int) -> Iterator[np.ndarray]:
         if len(files) < options.count:
             raise UserError(f"{options.images} holds {len(files)} pictures, --count asks for {options.count}")
         found = (read_picture(file) for file in files[: options.count])
-    return (_cropped(image, options.size, factor) for image in found)
+    return (_crop(image, options.size, factor) for image in found)
 
 
-def _cropped(image: np.ndarray, size: int | None, factor: int) -> np.ndarray:
+def _crop(image: np.ndarray, size: int | None, factor: int) -> np.ndarray:
     """Short side to `size` (bicubic), then the middle, whole latent pixels only."""
     picture = Image.fromarray(image)
     if size is not None:
@@ -181,7 +181,7 @@ def _rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankDeficientWarning)  # the count stands in the report
         value = frechet_distance(again, real)
-    drawn = resampled_pair_distances(again_NE, real_NE)
+    drawn = resample_pair_distances(again_NE, real_NE)
     low, high = np.percentile(drawn - drawn.mean(), [2.5, 97.5])
     return value, max(0.0, value + float(low)), value + float(high)
 
@@ -189,7 +189,8 @@ def _rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, floa
 COLUMNS = {"rfid": ("rFID", 2), "lpips": ("LPIPS", 3), "ssim": ("SSIM", 3), "psnr": ("PSNR", 2)}
 
 
-def as_markdown(found: Sequence[AutoencoderScores], told: dict[str, Any]) -> str:
+def format_markdown(found: Sequence[AutoencoderScores], protocol: dict[str, Any]) -> str:
+    """The table, SD3's own figures below it, and how ours were measured."""
     heads = [f"{title} {'^' if key in ('ssim', 'psnr') else 'v'}" for key, (title, _) in COLUMNS.items()]
     rows = [
         f"| {f.vae} | {f.channels} | {f.factor} | " + " | ".join(_cell(f, key) for key in COLUMNS) + " |" for f in found
@@ -198,14 +199,14 @@ def as_markdown(found: Sequence[AutoencoderScores], told: dict[str, Any]) -> str
         f"| SD3, Table 3 (other pictures) | {channels} | 8 | " + " | ".join(f"{x:.2f}" for x in row) + " |"
         for channels, row in PAPER.items()
     ]
-    head = f"| autoencoder | channels | factor | {' | '.join(heads)} |\n|---|---|---|---|---|---|---|\n"
-    origin = (
-        f"{told['count']} pictures ({told['images']}), rFID on {told['features'][0]}, LPIPS: {_named(told['lpips'])}"
-    )
-    return head + "\n".join([*rows, *paper]) + f"\n\n{origin}; {told['decoded_from']}; 95 % intervals over pictures.\n"
+    head = [f"| autoencoder | channels | factor | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|"]
+    lpips = _name_lpips(protocol["lpips"])
+    origin = f"{protocol['count']} pictures ({protocol['images']}), rFID on {protocol['features'][0]}, LPIPS: {lpips}"
+    note = f"{origin}; {protocol['decoded_from']}; 95 % intervals over pictures."
+    return "\n".join([*head, *rows, *paper, "", note, ""])
 
 
-def _named(lpips: Any) -> str:
+def _name_lpips(lpips: Any) -> str:
     return lpips if isinstance(lpips, str) else str(lpips[0])
 
 
@@ -214,5 +215,5 @@ def _cell(figures: AutoencoderScores, key: str) -> str:
         return "not measured"
     value, low, high = figures.values[key]
     digits = COLUMNS[key][1]
-    told = "interval unknown" if math.isnan(low) else f"{low:.{digits}f}, {high:.{digits}f}"
-    return f"{value:.{digits}f} [{told}]"
+    interval = "interval unknown" if math.isnan(low) else f"{low:.{digits}f}, {high:.{digits}f}"
+    return f"{value:.{digits}f} [{interval}]"

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from eval.judging.metric import RESAMPLES, Kept, all_alike
-from eval.metrics.fid import resampled_distances
+from eval.metrics.frechet import resample_distances
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.results import ResultRow, ResultStore
@@ -34,6 +34,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """better, worse, or no difference shown: the interval holds 0."""
         if self.low <= 0 <= self.high:
             return "no difference shown"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
@@ -66,13 +67,13 @@ def compare(
     """
     first, second = read_run(a), read_run(b)
     differences, refused = compare_runs(first, second, metrics)
-    for line in table(first, second, differences):
+    for line in format_table(first, second, differences):
         print(line)
     for line in refused:
         print(f"not compared: {line}")
     if out is not None:
-        told = [_record(d) for d in differences]
-        text = json.dumps({"a": first.name, "b": second.name, "differences": told, "refused": refused}, indent=1)
+        records = [_record(d) for d in differences]
+        text = json.dumps({"a": first.name, "b": second.name, "differences": records, "refused": refused}, indent=1)
         storage.write_bytes(out, (text + "\n").encode())
     if not differences:
         raise UserError("nothing that both checkpoints have can be compared; see the lines above")
@@ -84,6 +85,7 @@ def _record(d: Difference) -> dict[str, Any]:
 
 
 def read_run(where: str) -> EvaluatedRun:
+    """Rows of RUN (its last evaluated checkpoint) or RUN@IMAGES; UserError where there are none."""
     run, _, stated = where.rstrip("/").partition("@")
     if stated and not stated.isdecimal():
         raise UserError(f"{where}: expected RUN or RUN@IMAGES with a whole number of images")
@@ -134,11 +136,11 @@ def _same_protocol(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[Resu
 
 def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> str:
     """In what two protocols differ, as far as both were kept."""
-    told = [_flatten(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
-    if not all(told):
+    protocols = [_flatten(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
+    if not all(protocols):
         return f"measured under different protocols ({row_a.protocol_hash} and {row_b.protocol_hash})"
-    differ = [key for key in sorted({*told[0], *told[1]}) if told[0].get(key) != told[1].get(key)]
-    parts = [f"{key} {told[0].get(key, 'absent')} and {told[1].get(key, 'absent')}" for key in differ[:6]]
+    differ = [key for key in sorted({*protocols[0], *protocols[1]}) if protocols[0].get(key) != protocols[1].get(key)]
+    parts = [f"{key} {protocols[0].get(key, 'absent')} and {protocols[1].get(key, 'absent')}" for key in differ[:6]]
     more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
     return f"protocols differ in {'; '.join(parts)}{more}: evaluate both the same way"
 
@@ -147,7 +149,7 @@ def _protocol(store: str, name: str) -> dict[str, Any]:
     uri = storage.join(store, "protocols", f"{name}.json")
     try:
         return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
-    except (ValueError, TypeError):  # torn: the hashes alone are told
+    except (ValueError, TypeError):  # torn: only the hashes are known then
         return {}
 
 
@@ -188,8 +190,8 @@ def draw_paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarra
     if "features" in a:
         if not np.array_equal(a["cluster"], b["cluster"]):
             return None
-        reference = a["reference_mean"], a["reference_covariance"]
-        first, second = (resampled_distances(k["features"], k["cluster"], *reference, seed=seed) for k in (a, b))
+        reference = {"mean_ref_E": a["reference_mean"], "cov_ref_EE": a["reference_covariance"]}
+        first, second = (resample_distances(k["features"], k["cluster"], **reference, seed=seed) for k in (a, b))
         apart = second - first
         return np.full(RESAMPLES, np.nan) if all_alike(apart) else apart - apart.mean()
     split, tasks = _of_path(row)
@@ -253,7 +255,8 @@ def _interval(d: Difference) -> str:
     return f"[{d.low:+9.4f}, {d.high:+9.4f}]" if np.isfinite([d.low, d.high]).all() else "unknown"
 
 
-def table(a: EvaluatedRun, b: EvaluatedRun, differences: Sequence[Difference]) -> list[str]:
+def format_table(a: EvaluatedRun, b: EvaluatedRun, differences: Sequence[Difference]) -> list[str]:
+    """Lines for the terminal, a head and one per difference."""
     wide = max([len(d.metric) for d in differences], default=6)
     head = f"{'metric':<{wide}}  {a.name:>16}  {b.name:>16}  {'B - A':>9}  {'95 % interval':^22}"
     lines = [

@@ -103,7 +103,7 @@ def study(options: StudyOptions) -> None:
     if not cells:
         raise UserError("no run could be measured; see the lines above")
     ranking = rank(cells)
-    text = as_markdown(ranking, options, entries=entries, unfit=unfit)
+    text = format_markdown(ranking, options, entries=entries, unfit=unfit)
     print(text, end="")
     record = {
         "ranking": asdict(ranking),
@@ -122,6 +122,7 @@ def study(options: StudyOptions) -> None:
 
 
 def parse_setting(text: str) -> tuple[int, float]:
+    """`50x2.5` -> 50 steps at guidance 2.5."""
     steps, _, guidance = text.partition("x")
     try:
         parsed = int(steps), float(guidance)
@@ -246,7 +247,7 @@ def _cells(entry: StudyEntry, measurements: Mapping[str, Sequence[Measurement]])
     return found
 
 
-def as_markdown(
+def format_markdown(
     ranking: Ranking, options: StudyOptions, *, entries: Sequence[StudyEntry], unfit: Mapping[str, str]
 ) -> str:
     """The seed noise first, then the table: no order is drawn inside a group."""
@@ -258,9 +259,9 @@ def as_markdown(
         )
     else:
         noise = "One seed only: the noise of a rank is not known, so this is no order."
-    told = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.judges}"
+    amounts = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.judges}"
     lines = [
-        f"{noise} Seeds {seeds}; {told}.",
+        f"{noise} Seeds {seeds}; {amounts}.",
         "",
         "| groups | variant | all | few steps | most steps | by seed | SD3, Table 1 |",
         "|---|---|---|---|---|---|---|",

@@ -34,6 +34,8 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class StudySide:
+    """One of the two checkpoints that raters compare."""
+
     run: str
     step: int
 
@@ -62,11 +64,11 @@ class HumanStudy:
         return sorted(items, key=lambda item: self._draw("order", rater, item))
 
     def left(self, rater: str, item: int) -> Literal["a", "b"]:
+        """Which side this rater sees on the left of this pair."""
         return "a" if self._draw("side", rater, item)[0] % 2 else "b"
 
     def _draw(self, purpose: str, rater: str, item: int) -> bytes:
-        told = json.dumps([self.secret, purpose, rater, item]).encode()
-        return hashlib.sha256(told).digest()
+        return hashlib.sha256(json.dumps([self.secret, purpose, rater, item]).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,12 @@ class HumanStudies:
         self._votes: dict[str, Vote | None] = {}  # objects never change, so each is read once
 
     def names(self) -> list[str]:
+        """Of all studies, sorted."""
         found = [uri.removeprefix(self.root + "/") for uri in storage.list_files(self.root, suffix="/study.json")]
         return sorted(path.split("/")[0].removeprefix("study-") for path in found if path.startswith("study-"))
 
     def get(self, name: str) -> HumanStudy:
+        """UserError for a name that nobody created, and for a file that is no study."""
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
         try:
@@ -151,11 +155,12 @@ class HumanStudies:
             raise UserError(f"expected left, right or same for each of: {', '.join(asked)}")
         left = study.left(rater, item)
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
-        told = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
-        data = json.dumps({**told, "study": study.name, "created": now()}).encode()
+        record = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
+        data = json.dumps({**record, "study": study.name, "created": now()}).encode()
         return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
 
     def votes(self, study: HumanStudy) -> list[Vote]:
+        """All answers so far; torn ones are left out with a warning."""
         uris = storage.list_files(self._uri(study.name, "votes"), suffix=".json", recursive=False)
         for uri in uris:
             if uri not in self._votes:
@@ -170,6 +175,7 @@ class HumanStudies:
         return next((item for item in order if item not in done), None), len(done & set(order)), len(order)
 
     def results(self, study: HumanStudy) -> list[WinRate]:
+        """One win rate per question."""
         votes = self.votes(study)
         return [win_rate(question, votes) for question in study.questions]
 

@@ -135,12 +135,12 @@ def rank_pictures(painter: Painter, judges: Judges, texts: Sequence[str], option
             for row, (text, scores_K) in enumerate(zip(chosen, scores_TK)):
                 best, worst = int(scores_K.argmax()), int(scores_K.argmin())
                 if scores_K[best] - scores_K[worst] >= options.least_gap and best != worst:
-                    told = {
+                    record = {
                         "preferred_score": float(scores_K[best]), "rejected_score": float(scores_K[worst]),
                         "preferred_number": best, "rejected_number": worst, "ranker": options.ranker,
                     }  # fmt: skip
                     at = row * number
-                    yield Pair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], told)
+                    yield Pair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], record)
             progress.update(len(jobs))
 
 

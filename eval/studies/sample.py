@@ -67,19 +67,18 @@ def sample(
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
     if folders is not None:
-        drawn = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
-        drawn |= {"prompts": [w.text for w in wanted]} | _numbered(layout, images_per_prompt)
-        _keep_origin(Path(folders), drawn)
+        origin = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
+        origin |= {"prompts": [w.text for w in wanted]} | _describe_numbering(layout, images_per_prompt)
+        _keep_origin(Path(folders), origin)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
-    if layout == "geneval":
-        for index, w in enumerate(wanted if folders else []):
-            (Path(str(folders)) / f"{index:05d}" / "metadata.jsonl").write_text(
-                json.dumps(w.metadata), encoding="utf-8"
-            )
+    if folders is not None and layout == "geneval":
+        for index, w in enumerate(wanted):
+            file = Path(folders) / f"{index:05d}" / "metadata.jsonl"
+            file.write_text(json.dumps(w.metadata), encoding="utf-8")
     if out is not None:
         write_grid(out, rows, scale=scale)
-        told = {"prompts": [w.text for w in wanted], "images_per_prompt": images_per_prompt}
-        text = json.dumps({**told, "sampling": sampling.protocol()}, indent=1)
+        settings = {"images_per_prompt": images_per_prompt, "sampling": sampling.protocol()}
+        text = json.dumps({"prompts": [w.text for w in wanted], **settings}, indent=1)
         Path(out).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     print(out or folders)
 
@@ -116,18 +115,18 @@ def _files(
     return files
 
 
-def _numbered(layout: Layout, images_per_prompt: int) -> dict[str, Any]:
+def _describe_numbering(layout: Layout, images_per_prompt: int) -> dict[str, Any]:
     """T2I-CompBench numbers pictures through the whole set; in GenEval's folders more of each may join."""
     return {"layout": layout} | ({"images_per_prompt": images_per_prompt} if layout == "compbench" else {})
 
 
-def _keep_origin(root: Path, told: Mapping[str, Any]) -> None:
+def _keep_origin(root: Path, origin: Mapping[str, Any]) -> None:
     """What the pictures under `root` are of, in a file beside it; UserError where others are there already.
 
     Pictures that are there are not drawn again: those of another checkpoint would be scored as this one's.
     """
     file = root.with_name(f"{root.name}.json")
-    text = json.dumps(told, indent=1) + "\n"
+    text = json.dumps(origin, indent=1) + "\n"
     others = file.exists() and file.read_text(encoding="utf-8") != text
     if others and next(root.rglob("*.png"), None) is not None:
         raise UserError(f"{root} holds pictures of other weights, settings or prompts ({file}): choose another folder")
@@ -168,5 +167,6 @@ def draw(
 
 
 def write_grid(out: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int | None = None) -> None:
+    """One cell per prompt; `scale` None enlarges pictures of fewer than SHOWN pixels."""
     height = rows[0][1][0].shape[0]
     write_picture(out, labelled_grid(rows, scale=scale or max(1, -(-SHOWN // height))))

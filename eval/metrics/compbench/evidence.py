@@ -92,14 +92,17 @@ def gather(judges: Judges, category: str, samples: Sequence[JudgedImage]) -> lis
 
 
 def read_objects(reader: PromptReader, category: str, text: str) -> Pair:
+    """The two objects whose places are compared."""
     return reader.pair(text, complex_prompt=category == "complex")
 
 
 def read_locality(reader: PromptReader, category: str, text: str) -> str | None:
+    """The relation between them."""
     return find_locality(text, LOCALITIES_3D) if category == "3d_spatial" else reader.locality(text)
 
 
 def read_counts(reader: PromptReader, names: tuple[list[str], list[str]], text: str) -> tuple[list[str], list[int]]:
+    """Objects that the prompt counts, and how many of each."""
     return compbench.named_counts(reader.tokens(text), *names)
 
 

@@ -31,6 +31,8 @@ LONGEST = 240  # bytes of a file name's prompt; file systems stop at 255
 
 
 class SampleFile(NamedTuple):
+    """A picture of the layout, and what its name says."""
+
     path: Path
     prompt: str
     number: int

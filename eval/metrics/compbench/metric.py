@@ -31,6 +31,7 @@ class CompBench(PictureMetric):
         return [p for p in found if p.task != "3d_spatial" or self._judges.paths.depth is not None]
 
     def describe(self) -> dict[str, Any]:
+        """Threshold, networks, prompt reader; the rules of position where they are not the official ones."""
         judges = self._judges
         used = [load_detector(judges), load_clip(judges), judges.vqa(), load_depth(judges)]
         rules = judges.paths.compbench_rules
@@ -52,12 +53,12 @@ class CompBench(PictureMetric):
     def compute(self) -> list[Score]:
         """Per category as officially. `overall` is ours, the benchmark has none: the plain mean of the categories but
         non_spatial, whose CLIP cosines never come near 1. The row of a category with boxes names its detector."""
-        told = {"detector": load_detector(self._judges).name, "rules": self._judges.paths.compbench_rules}
+        judged_by = {"detector": load_detector(self._judges).name, "rules": self._judges.paths.compbench_rules}
         return split_scores(
             self._by_split,
             COMPBENCH_CATEGORIES,
             not_overall=("non_spatial",),
-            details=dict.fromkeys((*DETECTED, "overall"), told),
+            details=dict.fromkeys((*DETECTED, "overall"), judged_by),
         )
 
     def values_per_prompt(self) -> Kept:

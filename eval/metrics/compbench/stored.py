@@ -78,8 +78,8 @@ def read_stored(path: str | Path, words: PromptLookup) -> Iterator[StoredEvidenc
         except UserError as error:
             raise UserError(f"{path}:{row}: {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            told = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}:{row}: not stored evidence ({told}); see compbench judge --help") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}:{row}: not stored evidence ({reason}); see compbench judge --help") from error
 
 
 def _name_of(record: Mapping[str, Any]) -> tuple[str, int]:

@@ -246,5 +246,5 @@ def _write_parts(ordered: Sequence[StoredEvidence], rules: PositionRules, folder
 def _print(name: str, values: Clusters, judged_by: str) -> None:
     interval = values.interval()
     between = "interval unknown" if interval is None else f"{interval[0]:.4f}, {interval[1]:.4f}"
-    told = f"  ({judged_by})" if judged_by else ""
-    print(f"{name:<12} {values.mean():.4f}  [{between}]  {values.count()} images{told}")
+    detector = f"  ({judged_by})" if judged_by else ""
+    print(f"{name:<12} {values.mean():.4f}  [{between}]  {values.count()} images{detector}")

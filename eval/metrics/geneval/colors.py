@@ -27,6 +27,7 @@ class ClipColors:
         self._heads: dict[str, Tensor] = {}
 
     def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[KeptDetection]) -> list[str]:
+        """The color of each of `found`, detections of class `name` in the picture."""
         if not found:  # a clause that counts to 0
             return []
         crops = [

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.drawing.pictures import write_picture
 from eval.judging.geneval_prompts import Metadata, json_lines, parse_metadata
 from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, KeptDetection, decide, describe_detections, keep
 from eval.networks.detectors import Detections
@@ -24,17 +23,10 @@ _SAMPLE = re.compile(r"\d+\.png")
 
 
 class ImageFile(NamedTuple):
+    """A picture of the layout and the metadata line of its prompt."""
+
     path: Path
     metadata: Metadata
-
-
-def write_folder(root: str | Path, index: int, metadata: Metadata, images: Sequence[np.ndarray]) -> Path:
-    """One prompt's folder in the official layout."""
-    folder = Path(root) / f"{index:05d}"
-    for number, image in enumerate(images):
-        write_picture(folder / "samples" / f"{number:04d}.png", image)
-    (folder / "metadata.jsonl").write_text(json.dumps(metadata), encoding="utf-8")
-    return folder
 
 
 def read_folders(root: str | Path) -> list[ImageFile]:
@@ -144,8 +136,10 @@ def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        told = "expected an object with metadata and detections {class: [[x1, y1, x2, y2, score], ...]}"
-        raise UserError(f"{where}: not a stored detection: {told} ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{where}: not a stored detection: expected an object with metadata and detections "
+            f"{{class: [[x1, y1, x2, y2, score], ...]}} ({type(error).__name__}: {error})"
+        ) from error
     if not np.isfinite(table_N5).all():
         raise UserError(f"{where}: a box or score is not a finite number")
     detections = Detections(table_N5[:, :4], table_N5[:, 4], tuple(name for name, _ in rows))
@@ -185,6 +179,7 @@ def stored_line(
 
 
 def write_results(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object per line."""
     from infra import storage
 
     storage.write_bytes(str(path), "".join(f"{json.dumps(row)}\n" for row in rows).encode())
@@ -203,6 +198,7 @@ class Summary:
     overall: float
 
     def text(self) -> str:
+        """The words of the official summary_scores.py."""
         tasks = "\n".join(
             f"{tag:<16} = {score:.2%} ({right} / {total})" for tag, (score, right, total) in self.tasks.items()
         )

@@ -53,6 +53,7 @@ class GenEval(PictureMetric):
             values.add(item.prompt.task, item.prompt_index, verdict.correct)
 
     def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> ImageVerdict:
+        """Of one picture, from what the detector found in it."""
         kept = keep(detections, metadata["tag"], self._rules)
         return decide(kept, metadata, lambda name, found: self._colors.of(image, detections, name, found), self._rules)
 

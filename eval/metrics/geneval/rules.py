@@ -35,6 +35,8 @@ class KeptDetection(NamedTuple):
 
 
 class ImageVerdict(NamedTuple):
+    """Is everything there that the prompt asks for? `reason` says what is not, in the official words."""
+
     correct: bool
     reason: str
 

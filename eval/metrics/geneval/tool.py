@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from eval.drawing.pictures import read_pictures, refuse_unreadable
-from eval.judging.geneval_prompts import CLASSES, COLORS, Metadata, metadata_lines, official_metadata, read_metadata
+from eval.judging.geneval_prompts import (
+    CLASSES,
+    COLORS,
+    Metadata,
+    draw_official_metadata,
+    metadata_lines,
+    read_metadata,
+)
 from eval.judging.judges import build_judges
 from eval.judging.metric import Clusters
 from eval.judging.official import OfficialPaths
@@ -38,7 +45,7 @@ BATCH = 16
 
 def prompts() -> None:
     """Write the official 553 metadata lines to standard output, byte for byte."""
-    sys.stdout.write(metadata_lines(official_metadata()))
+    sys.stdout.write(metadata_lines(draw_official_metadata()))
 
 
 def judge(
@@ -64,7 +71,7 @@ def judge(
     """
     rows = list(judge_stored(detections))
     _refuse_repeated(rows, detections)
-    expected = official_metadata() if metadata is None else read_metadata(metadata)
+    expected = draw_official_metadata() if metadata is None else read_metadata(metadata)
     asked = [json.loads(row["metadata"]) for row in rows]
     names = [f"{detections}: {row['filename'] or 'an image without filename'}" for row in rows]
     _known_words(zip(names, asked), *_words_of(expected), knows=f"the prompts of {metadata or 'GenEval'}")
@@ -96,7 +103,7 @@ def score(
         allow_partial: score an incomplete or partly unreadable set and say how many images are missing
     """
     files = read_folders(images)
-    expected = official_metadata() if metadata is None else read_metadata(metadata)
+    expected = draw_official_metadata() if metadata is None else read_metadata(metadata)
     _check([file.metadata for file in files], expected, images_per_prompt, allow_partial)
     chosen = build_judges(judges, official)
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
@@ -127,9 +134,9 @@ def _judge_image(
     color_of_row: dict[int, str] = {}
 
     def colorist(name: str, items: Sequence[KeptDetection]) -> Sequence[str]:
-        told = colors.of(picture, found, name, items)
-        color_of_row.update({item.row: color for item, color in zip(items, told)})
-        return told
+        named = colors.of(picture, found, name, items)
+        color_of_row.update({item.row: color for item, color in zip(items, named)})
+        return named
 
     row = result_row(str(file.path), found, file.metadata, colorist)
     return row, stored_line(str(file.path), found, file.metadata, color_of_row)
@@ -201,7 +208,7 @@ def _intervals(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         values.add(row["tag"], numbers[row["metadata"]], row["correct"])
     parts = {"overall": values.interval(), **{task: values.interval([task]) for task in values.strata}}
-    told = "; ".join(
+    intervals = "; ".join(
         f"{name} {'unknown' if part is None else f'{part[0]:.2%} to {part[1]:.2%}'}" for name, part in parts.items()
     )
-    return f"95 % intervals over prompts: {told}"
+    return f"95 % intervals over prompts: {intervals}"
