@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from markdown_pages import CURRENT, PAGES, ROOT, name_of, prose, table_rows
+from recipes_page import PAGE, build_page
 
 from data_pipeline.sources.registry import SOURCES
 
@@ -172,3 +173,7 @@ def test_forms_and_workflows_are_yaml(form):
         assert {"name", "description", "body"} <= set(read)
     if form.parent.name == "workflows":
         assert any(step.get("run") == ".ci/run" for job in read["jobs"].values() for step in job["steps"])
+
+
+def test_the_page_of_recipes_is_the_recipes_own():
+    assert PAGE.read_text() == build_page(), "run python tests/recipes_page.py"
