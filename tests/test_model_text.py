@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -387,3 +388,59 @@ def test_weights_that_are_not_there_are_never_random(sd3_folder: Path, tmp_path:
     weights.unlink()
     with pytest.raises(UserError, match="cannot load OpenCLIP weights"):
         load("clip_l", "open_clip", folder)
+
+
+def write_sd3_tokenizer(folder: Path, pad: str) -> None:
+    """CLIP's real byte-pair vocabulary, which open_clip ships, in the files of SD3's tokenizer folders."""
+    import open_clip
+
+    simple = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(word, word): number for word, number in simple.encoder.items()}
+    merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]))
+    added = {word: {"content": word, "special": True, "lstrip": False, "rstrip": False, "single_word": False,
+                    "normalized": word != "!"} for word in {pad, *names.values()}}  # fmt: skip
+    config = {
+        "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>", "pad_token": pad, "model_max_length": 77,
+        "added_tokens_decoder": {str(vocab[word]): entry for word, entry in added.items()},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("pad", ["!", "<|endoftext|>"])
+@pytest.mark.parametrize("caption", ["hello!", "wow ! a dog !! says: \"no!\"", "!", "a red apple", "", "!" * 90])
+def test_an_exclamation_mark_is_a_word_and_padding_stands_behind_the_end_alone(tmp_path: Path, pad: str, caption: str):
+    """sd3-ref's ids are those of OpenAI's tokenizer with 0 (CLIP-G) or the end token (CLIP-L) behind the end."""
+    import open_clip
+    from transformers import AutoTokenizer
+
+    from model.encoders.networks import _restore_pad_word
+
+    write_sd3_tokenizer(tmp_path, pad)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    ids = _restore_pad_word(tokenizer)(
+        [caption], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids[0]
+    expected = open_clip.SimpleTokenizer()([caption])[0]
+    end = int(expected.argmax())
+    if pad != "!":
+        expected[end:] = expected[end]
+    assert ids.tolist() == expected.tolist()
+
+
+def test_a_caption_beyond_the_limit_is_told_once_with_what_is_cut(sd3_folder: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("beeline"), "propagate", True)
+    encoders = load_text_encoders(sd3_spec("padded", "sd3-ref"), lambda name: sd3_folder / name)
+    long = "a red dog a red dog a red dog and a cat"
+    with caplog.at_level("WARNING", logger="beeline.text"):
+        encoders.encode(["a red dog"])
+        assert not caplog.records
+        encoders.encode(["a dog", long, long])
+        encoders.encode([long])
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split()[0] for text in told] == ["clip_l", "clip_g", "t5"]
+    assert "reads 8 tokens: of a caption of 13 it does not see 'a red dog and a cat'" in told[0]

@@ -94,6 +94,8 @@ class TextStage:
 
     def identity(self) -> dict[str, object]:
         encoder = {key: value for key, value in vars(self.encoder).items() if key != "checkpoint"}
+        if self.encoder.kind == "clip_hf" and self.text_spec.convention == "sd3-ref":
+            encoder["tokenizer"] = 2  # 1 took "!" for padding where a tokenizer pads with it
         return {
             "version": VERSION,
             "weights": self.weights,

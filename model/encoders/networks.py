@@ -7,6 +7,9 @@ are CLIP's last but one layer without final norm, T5's final states. T5 runs in 
 
 from __future__ import annotations
 
+import bisect
+import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from infra.errors import UserError, list_some
 from model.encoders.text import EncodedText, EncoderSpec, TextCond, TextSpec, assemble
+
+log = logging.getLogger("beeline.text")
 
 
 class TextEncoder(Protocol):
@@ -123,12 +128,65 @@ def _from_pretrained(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _tokenize(
-    tokenizer: Any, captions: Sequence[str], tokens: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """(ids_BL, mask_BL) at the full length; longer captions are cut, the end token kept."""
-    out = tokenizer(list(captions), padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
-    return out.input_ids.to(device), out.attention_mask.to(device)
+class _Tokenizer:
+    """A transformers tokenizer at the full length of a seat; a first caption that is cut is told with what is lost."""
+
+    def __init__(self, tokenizer: Any, encoder: EncoderSpec) -> None:
+        self._tokenizer, self._encoder, self._told = tokenizer, encoder, False
+
+    def __call__(self, captions: Sequence[str], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """(ids_BL, mask_BL); longer captions are cut, the end token kept."""
+        limit = self._encoder.tokens
+        out = self._tokenizer(
+            list(captions), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        if not self._told:
+            full = [text for text, mask in zip(captions, out.attention_mask) if mask.sum() == limit]
+            self._told = tell_cut(self._encoder, full, lambda text: len(self._tokenizer(text, verbose=False).input_ids))
+        return out.input_ids.to(device), out.attention_mask.to(device)
+
+
+def tell_cut(encoder: EncoderSpec, captions: Sequence[str], count: Callable[[str], int]) -> bool:
+    """Log the first caption with more tokens than the encoder reads, and what of it is lost. Was there one?"""
+    for caption in captions:
+        if count(caption) <= encoder.tokens:
+            continue
+        words = caption.split(" ")
+        kept = bisect.bisect_right(range(1, len(words)), encoder.tokens, key=lambda n: count(" ".join(words[:n])))
+        lost = " ".join(words[kept:])
+        log.warning(
+            "%s reads %d tokens: of a caption of %d it does not see %r; further ones are cut without a word",
+            encoder.seat, encoder.tokens, count(caption), lost if len(lost) <= 200 else f"{lost[:200]}...",
+        )  # fmt: skip
+        return True
+    return False
+
+
+def _restore_pad_word(tokenizer: Any) -> Any:
+    """CLIP-G's tokenizer in SD3's layout pads with "!", and transformers then takes every "!" of a caption for padding.
+
+    sd3-ref (sd3_impls.py, other_impls.py) tokenises "!" as the word it is and writes 0 behind the end token alone.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pad, ends = tokenizer.pad_token, (tokenizer.bos_token, tokenizer.eos_token)
+    if pad is None or pad in ends:
+        return tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] != pad]
+    parts["padding"] = parts["truncation"] = None
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), bos_token=ends[0], eos_token=ends[1], pad_token=ends[1]
+    )
+
+    def tokenize(captions: Any, **options: Any) -> Any:
+        out = plain(captions, **options)
+        if "padding" in options:
+            out["input_ids"] = out.input_ids.masked_fill(out.attention_mask == 0, tokenizer.pad_token_id)
+        return out
+
+    return tokenize
 
 
 def _open_clip(
@@ -153,12 +211,17 @@ def _open_clip(
     # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
     # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
     pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
+    told = False
 
     def encode(captions: Sequence[str]) -> EncodedText:
+        nonlocal told
         ids_BL = tokenizer(list(captions)).to(device)
         length = ids_BL.shape[1]
         # The end token has the highest id in every CLIP vocabulary; the first one counts where it also pads.
         end_B = ids_BL.argmax(dim=1)
+        if not told:
+            full = [caption for caption, end in zip(captions, end_B.tolist()) if end == length - 1]
+            told = tell_cut(encoder, full, lambda text: _count_open_clip(tokenizer, text))
         if pads_with_end:
             past_BL = torch.arange(length, device=ids_BL.device) > end_B[:, None]
             ids_BL = ids_BL.masked_fill(past_BL, tokenizer.eot_token_id)
@@ -173,6 +236,11 @@ def _open_clip(
     return encode
 
 
+def _count_open_clip(tokenizer: Any, text: str) -> int:
+    """Tokens of a caption with both ends, uncut."""
+    return int(tokenizer([text], context_length=8 + 8 * len(text.encode())).argmax()) + 1
+
+
 def _clip_hf(
     path: Path, encoder: EncoderSpec, spec: TextSpec, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
@@ -182,10 +250,11 @@ def _clip_hf(
     model = _from_pretrained(
         CLIPTextModelWithProjection, path, dtype, device, unused=None if projected else "text_projection."
     )
-    tokenizer = load_tokenizer(path)
+    own = load_tokenizer(path)
+    tokenize = _Tokenizer(_restore_pad_word(own) if spec.convention == "sd3-ref" else own, encoder)
 
     def encode(captions: Sequence[str]) -> EncodedText:
-        ids_BL, _ = _tokenize(tokenizer, captions, encoder.tokens, device)
+        ids_BL, _ = tokenize(captions, device)
         out = model(ids_BL, output_hidden_states=True)
         end_B = ids_BL.argmax(dim=1)
         unprojected = out.last_hidden_state[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
@@ -218,9 +287,10 @@ def _masked_encoder(
     model: Any, tokenizer: Any, encoder: EncoderSpec, device: torch.device | str, *, use_mask: bool
 ) -> TextEncoder:
     """Final states of a bidirectional encoder; SD3 runs T5 without a mask, so padding states are part of the input."""
+    tokenize = _Tokenizer(tokenizer, encoder)
 
     def encode(captions: Sequence[str]) -> EncodedText:
-        ids_BL, mask_BL = _tokenize(tokenizer, captions, encoder.tokens, device)
+        ids_BL, mask_BL = tokenize(captions, device)
         hidden = model(ids_BL, attention_mask=mask_BL if use_mask else torch.ones_like(mask_BL)).last_hidden_state
         return _checked(encoder, hidden, hidden.new_zeros(len(hidden), 0), mask_BL.sum(1))
 
