@@ -1,14 +1,20 @@
 """A metric from outside: a class and a line in METRICS, then the public command measures it as every other one."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from test_eval_run import export
 
+from eval.metrics.registry import METRICS
 from infra.results import ResultStore
 
-METRIC = '''
+EVAL = Path(__file__).parent.parent / "eval"
+GENERAL = ["run.py", "measure.py", "calibrate.py", "judging/judges.py", "service/worker.py", "drawing/*.py"]
+
+METRIC = """
 import runpy
 
 from eval.judging.metric import Clusters, PictureMetric, Prompt
@@ -40,7 +46,7 @@ class Brightness(PictureMetric):
 
 METRICS["brightness"] = Brightness
 runpy.run_module("eval", run_name="__main__")
-'''
+"""
 
 
 def test_a_metric_from_outside_is_measured_once_by_the_public_command(tmp_path):
@@ -60,3 +66,11 @@ def test_a_metric_from_outside_is_measured_once_by_the_public_command(tmp_path):
     assert (protocol["metric"], protocol["prompts"]["count"], protocol["images_per_prompt"]) == ("brightness", 2, 3)
     told = subprocess.run([*command[:3], "--help"], check=True, timeout=300, capture_output=True, text=True).stdout
     assert "brightness" in told, "the help lists it"
+
+
+def test_what_serves_every_metric_names_none():
+    files = [path for pattern in GENERAL for path in EVAL.glob(pattern)]
+    assert len(files) >= 8
+    for path in files:
+        named = set(re.findall(r"\w+", path.read_text(encoding="utf-8"))) & set(METRICS)
+        assert not named, f"{path} names {named}"
