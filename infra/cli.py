@@ -1,14 +1,10 @@
 """Command lines: a table of commands, options by tyro, and each mistake as one line (what, where, what to do)."""
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
 import inspect
-import io
-import re
 import sys
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +14,13 @@ import tyro
 from tyro import _errors as refused  # private: requirements.lock pins the version, and tests read every line
 
 from infra.errors import UserError, nearest
+from infra.help_text import FLAT, GROUP, describe_command, format_table, read_entries
 
-HELP = ("-h", "--help")
+__all__ = [
+    "FLAT", "GROUP", "HELP", "Command", "CommandGroup", "Commands", "UsageError", "choose", "parse", "run_command",
+    "run_commands", "take_name",
+]  # fmt: skip
+HELP = ("-h", "--help", "--help-all")
 Parsed = TypeVar("Parsed")
 
 
@@ -57,7 +58,7 @@ def run_commands(prog: str, commands: Commands, doc: str, *, words: Sequence[str
     """Run the command that the first word names (`words`: the process's own); no word or --help lists the commands."""
     name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
     if name in HELP:
-        table = _table((known, command.help) for known, command in commands.items())
+        table = format_table((known, command.help) for known, command in commands.items())
         print(f"usage: {prog} COMMAND [options]\n\n{doc.strip()}\n\n{table}\n\n{prog} COMMAND --help says more")
         return
     choose(name, commands, prog=prog, what="command")
@@ -88,7 +89,7 @@ def take_name(words: Sequence[str], known: Iterable[str], *, prog: str, what: st
     name, *rest = words or [""]
     if name in HELP:
         lines = [f"usage: {prog} {what.upper()} [options]", ""]
-        lines += [_table(known.items())] if isinstance(known, Mapping) else _wrapped(f"{what.upper()}: ", known)
+        lines += [format_table(known.items() if isinstance(known, Mapping) else [(what.upper(), ", ".join(known))])]
         print("\n".join([*lines, "", f"{prog} {what.upper()} --help lists the options"]))
         raise SystemExit(0)
     choose(name, known, prog=prog, what=what)
@@ -109,22 +110,15 @@ def parse(kind: Callable[..., Parsed], words: Sequence[str], *, prog: str, **opt
     """`tyro.cli(kind, args=words, prog=prog, ...)`; a mistake in `words` is a UsageError."""
 
     def refuse(event: refused.ParseErrorEvent) -> None:
-        line = _line(event, lambda: _options(kind, prog, options))
+        line = _line(event, lambda: [entry.flag for entry in read_entries(kind, prog, options)[1]])
         if line:
             raise UsageError(line)
 
+    if set(words) & set(HELP):
+        print(describe_command(kind, prog, options, everything="--help-all" in words))
+        raise SystemExit(0)
     with refused.on_parse_error(refuse):
         return tyro.cli(kind, args=words, prog=prog, **options)  # type: ignore[no-any-return]
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    found = list(rows)
-    width = max(len(name) for name, _ in found)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in found)
-
-
-def _wrapped(head: str, names: Iterable[str]) -> list[str]:
-    return textwrap.wrap(head + ", ".join(names), width=100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _line(event: refused.ParseErrorEvent, options: Callable[[], list[str]]) -> str:
@@ -157,14 +151,6 @@ def _unknown(tokens: Sequence[str], options: Callable[[], list[str]]) -> str:
     known = [name.lstrip("-") for name in options() if name != flag]  # help may speak of other commands' options
     close = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
     return f"unknown option {flag}" + (f" (did you mean --{close[0]}?)" if close else "")
-
-
-def _options(kind: Callable[..., Any], prog: str, options: Mapping[str, Any]) -> list[str]:
-    """What --help lists: tyro's public way to the names."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], prog=prog, **{**options, "console_outputs": True})
-    return re.findall(r"--[a-z][\w.-]*\w", text.getvalue())
 
 
 def _name(argument: Any) -> str:

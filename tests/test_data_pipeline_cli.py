@@ -33,6 +33,7 @@ def cli(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["run"], "needs a plan first: world, sd3, FILE.yaml"),
         (["rum"], "unknown command 'rum' (did you mean 'run'?)"),
         (["run", "wrld", "--out", "x"], "unknown plan 'wrld' (did you mean 'world'?)"),
         (["run", "world", "--out", "{tmp}/o", "--source", "folder:{tmp}/nowhere"], "nowhere: no such file or folder"),
@@ -74,7 +75,7 @@ def test_unknown_options_are_refused_with_the_nearest(cli, args):
     assert out == ""
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["run"], ["run", "world", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["run", "--help"], ["run", "world", "--help"], ["verify", "--help"]])
 def test_help_is_there(cli, args):
     code, out, _ = cli(*args)
     assert code == 0

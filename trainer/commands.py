@@ -7,13 +7,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from infra.cli import parse, take_name
+from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
 from trainer.ladders.launch import Launch
 from trainer.recipe import Recipe
 from trainer.recipes import FAMILIES, RECIPES, get_recipe
-
-ROOT = tyro.conf.arg(name="")  # a recipe's fields stand at the top: --images, --optimizer.lr
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class TrainArgs:
     """Dataset made by `python -m data_pipeline run` (folder or s3://)."""
     out: str
     """Run folder (or s3://): checkpoints, weights, results, logs."""
-    recipe: Annotated[Recipe, ROOT]
+    recipe: Annotated[Recipe, FLAT]
     resume: str = "latest"
     """latest: continue if there is a checkpoint; none: refuse if there is one; or the folder of a checkpoint."""
     init_from: str | None = None
@@ -65,7 +63,7 @@ class FormulationSweepArgs(Launch):
 class PlanArgs:
     """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage, seconds, hours, dollars, storage."""
 
-    recipe: Annotated[Recipe, ROOT]
+    recipe: Annotated[Recipe, FLAT]
     gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 1
     """Number of ranks to plan for."""
     gpu: str | None = None
@@ -105,7 +103,7 @@ class VerifyArgs:
     """Dataset made by `python -m data_pipeline run`."""
     out: str
     """A new folder for the short runs; it can be removed afterwards."""
-    recipe: Annotated[Recipe, ROOT]
+    recipe: Annotated[Recipe, FLAT]
     steps: int = 40
     """Steps of each run, a multiple of 4; it is resumed after half and after three quarters of them."""
     num_ranks: int = 2
@@ -153,7 +151,7 @@ def train(words: list[str]) -> None:
 
 
 def ladder(words: list[str]) -> None:
-    family, rest = take_name(words, FAMILIES, prog="python -m trainer ladder", what="ladder")
+    family, rest = take_name(words, list(FAMILIES), prog="python -m trainer ladder", what="ladder")
     args = parse_options(LadderArgs, rest, "ladder " + family)
     _positive(args, "depths", "budgets", "images", "num_ranks")
     _not_negative(args, "workers")
@@ -168,7 +166,7 @@ def ladder(words: list[str]) -> None:
 
 
 def sweep_rates(words: list[str]) -> None:
-    family, rest = take_name(words, FAMILIES, prog="python -m trainer sweep lr", what="ladder")
+    family, rest = take_name(words, list(FAMILIES), prog="python -m trainer sweep lr", what="ladder")
     args = parse_options(RateSweepArgs, rest, "sweep lr " + family)
     _positive(args, "depths", "images", "num_ranks")
     _not_negative(args, "workers")
@@ -322,7 +320,7 @@ def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def _named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
-    name, rest = take_name(words, RECIPES, prog=f"python -m trainer {command}", what="recipe")
+    name, rest = take_name(words, list(RECIPES), prog=f"python -m trainer {command}", what="recipe")
     return get_recipe(name), rest
 
 

@@ -113,7 +113,7 @@ def _split(group: _Group, *, cut: bool = False) -> Iterator[Sample]:
 
 
 def _split_last(suffix: str) -> tuple[str, str]:
-    """"v2.jpg" is ("v2", "jpg"), "jpg.txt" ("", "txt"): a caption that is named after its image."""
+    """ "v2.jpg" is ("v2", "jpg"), "jpg.txt" ("", "txt"): a caption that is named after its image."""
     more, _, last = suffix.rpartition(".")
     if last not in _KNOWN:
         return "", suffix

@@ -4,8 +4,6 @@ import socket
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import tyro
-
 from eval.judging.prompts import read_lines
 from eval.run import RunOptions, parse_metrics
 from eval.service.access import access_for
@@ -13,6 +11,7 @@ from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
 from eval.service.worker import Settings
+from infra.cli import FLAT
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -23,7 +22,7 @@ log = get_logger("service")
 class ServeOptions:
     """Watch runs, evaluate each new checkpoint once, and show losses, scores, samples and scaling laws as web pages."""
 
-    evaluation: Annotated[RunOptions, tyro.conf.arg(name="")]
+    evaluation: Annotated[RunOptions, FLAT]
     port: int = 8080
     """0 takes a free one"""
     host: str = "127.0.0.1"

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
 
-from data_pipeline.checkpoints import hash_weights
+from data_pipeline.checkpoints import weights_hash
 from data_pipeline.formats.schema import VaeMeta, fingerprint
-from data_pipeline.packing.pairs import PreferencePair, write_pairs
+from data_pipeline.packing.pairs import Pair, write_pairs
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges, build_judges, describe_judge
 from eval.judging.official import OfficialPaths
 from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
 from eval.metrics.compbench import rules as compbench
 from infra import storage
+from infra.cli import GROUP
 from infra.errors import UserError, nearest
 from infra.log import Progress
 
@@ -49,7 +49,7 @@ class PairOptions:
     """share of the prompts that is kept for validation"""
     judges: str = "world"
     """world, or official (needs local checkpoints)"""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(seed=1))
+    sampling: Annotated[Sampling, GROUP] = field(default_factory=lambda: Sampling(seed=1))
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
 
@@ -123,9 +123,7 @@ def world_prompts(count: int) -> list[str]:
     return list(found)
 
 
-def rank_pictures(
-    painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions
-) -> Iterator[PreferencePair]:
+def rank_pictures(painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions) -> Iterator[Pair]:
     """The best and the worst picture of each prompt whose scores lie far enough apart."""
     rank, number = RANKERS[options.ranker][0], options.images_per_prompt
     with Progress(len(texts) * number, "images", desc="draw and rank") as progress:
@@ -142,14 +140,14 @@ def rank_pictures(
                         "preferred_number": best, "rejected_number": worst, "ranker": options.ranker,
                     }  # fmt: skip
                     at = row * number
-                    yield PreferencePair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], record)
+                    yield Pair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], record)
             progress.update(len(jobs))
 
 
 def _describe_origin(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
     """All that decides which picture is preferred."""
     return {
-        "weights": hash_weights(storage.localize(options.weights)),
+        "weights": weights_hash(storage.localize(options.weights)),
         "judge": describe_judge(RANKERS[options.ranker][1](judges)),
         "sampling": options.sampling.protocol(),
         "images_per_prompt": options.images_per_prompt,

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import tyro
 
-from data_pipeline.checkpoints import hash_weights
+from data_pipeline.checkpoints import weights_hash
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.judging.geneval_prompts import json_lines
 from eval.judging.prompts import read_lines, refuse_broken
 from eval.metrics.compbench.files import sample_name
 from infra import storage
+from infra.cli import GROUP
 from infra.errors import UserError
 from infra.log import Progress
 
@@ -40,7 +40,7 @@ def sample(
     scale: int | None = None,
     folders: str | None = None,
     layout: Layout = "geneval",
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),  # noqa: B008 - frozen
+    sampling: Annotated[Sampling, GROUP] = Sampling(),  # noqa: B008 - frozen
 ) -> None:
     """Draw prompts with exported weights into one labelled grid, or into a benchmark's folders.
 
@@ -67,7 +67,7 @@ def sample(
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
     if folders is not None:
-        origin = {"weights": hash_weights(storage.localize(weights)), "sampling": sampling.protocol()}
+        origin = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
         origin |= {"prompts": [w.text for w in wanted]} | _describe_numbering(layout, images_per_prompt)
         _keep_origin(Path(folders), origin)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)
