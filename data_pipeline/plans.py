@@ -11,7 +11,7 @@ import tyro
 from data_pipeline.captions.registry import identify_weights
 from data_pipeline.captions.spec import CaptionerSpec
 from data_pipeline.captions.stage import CaptionStage
-from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
@@ -301,4 +301,4 @@ def read_vae_meta(checkpoint: str) -> VaeMeta:
 
 
 def _hash_checkpoint(checkpoint: str) -> str:
-    return weights_hash(resolve(checkpoint))
+    return hash_weights(resolve(checkpoint))

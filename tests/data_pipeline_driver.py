@@ -18,7 +18,7 @@ import pyarrow as pa
 from data_pipeline.flow import pipeline
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.formats import parquet_io
-from data_pipeline.formats.parquet_io import table_bytes
+from data_pipeline.formats.parquet_io import encode_table
 from data_pipeline.formats.schema import ColumnPart, Manifest, expand_ranges, to_ranges
 from data_pipeline.plans import world
 from data_pipeline.sources.source import SourceUnit
@@ -96,7 +96,7 @@ def fill(made: Pipeline) -> None:
 
 def manifest(made: Pipeline, stage: str, unit: str, shards: list[str], table: pa.Table) -> str:
     """Puts the object; the manifest as text."""
-    data, fingerprint = table_bytes(table), made.columns.fingerprints[stage]
+    data, fingerprint = encode_table(table), made.columns.fingerprints[stage]
     sha = sha256_hex(data)
     name = f"columns/{stage}/{fingerprint[:12]}/objects/{sha[:32]}.parquet"
     path = Path(made.root, name)

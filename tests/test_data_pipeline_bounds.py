@@ -14,10 +14,10 @@ from PIL import Image
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.formats.index import read_split
 from data_pipeline.formats.layout import SampleLayout
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pack import read_proofs
-from data_pipeline.packing.shards import largest_sample
+from data_pipeline.packing.shards import bound_sample_bytes
 from data_pipeline.plans import SD3_TEXT, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
@@ -43,7 +43,7 @@ def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, t
     plan = replace(world(), pack_rows=25, pack_mb=1, val_fraction=0.0)
     info = Pipeline(plan, str(tmp_path), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run().info
     entries = read_split(str(tmp_path), info.splits["train"].index)
-    largest = largest_sample(info.layout("64x64"), caption_chars=plan.max_caption_chars + 2000)
+    largest = bound_sample_bytes(info.layout("64x64"), caption_chars=plan.max_caption_chars + 2000)
     assert {entry.num_samples for entry in entries[:-1]} | {max(e.num_samples for e in entries)} <= {MIB // largest, 2}
     assert sum(entry.num_samples for entry in entries) == 30
     for entry in entries:
@@ -54,7 +54,7 @@ def test_no_shard_exceeds_its_bytes_and_index_manifest_and_files_agree(folder, t
     sizes = [size for entry in entries for size in sample_sizes(tmp_path / entry.tar)]
     assert max(sizes) > 1.5 * min(sizes)
     assert max(sizes) <= largest
-    assert verify(str(tmp_path)).problems == []
+    assert verify_dataset(str(tmp_path)).problems == []
     # rows alone decide where bytes leave room; full shards of another size are packed anew
     again = replace(plan, pack_mb=64)
     made = Pipeline(again, str(tmp_path), open_source(f"folder:{folder}"), workers=WorkerPool(0)).run()
@@ -75,7 +75,7 @@ def sample_sizes(tar: Path) -> list[int]:
 
 def test_sd3s_samples_of_two_full_captions_make_shards_of_500():
     layout = SampleLayout(SD3_TEXT, ("original", "synthetic"), (32, 32, 32))
-    assert 1024 * MIB // largest_sample(layout, caption_chars=7000) in range(480, 540)
+    assert 1024 * MIB // bound_sample_bytes(layout, caption_chars=7000) in range(480, 540)
 
 
 INGEST = """

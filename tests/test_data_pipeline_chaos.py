@@ -18,8 +18,8 @@ from data_kill_points import POINTS, is_of, struck
 from PIL import Image
 
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
-from data_pipeline.formats.parquet_io import read_table
-from data_pipeline.inspection.verify import verify
+from data_pipeline.formats.parquet_io import decode_table
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
@@ -58,10 +58,10 @@ def reference(tmp_path_factory, raw) -> str:
 def check(root: str | Path, outcome: PipelineResult, reference: str) -> None:
     assert outcome.info.fingerprint == reference
     assert outcome.info.counts == {"ok": 18, "too_small": 1, "corrupt": 1}
-    findings = verify(str(root))
+    findings = verify_dataset(str(root))
     assert findings.problems == []
     assert findings.samples == {"train": 14, "val": 4}
-    dead = read_table(storage.read_bytes(outcome.rejected), outcome.rejected)
+    dead = decode_table(storage.read_bytes(outcome.rejected), outcome.rejected)
     assert dict(zip(dead["source"].to_pylist(), dead["status"].to_pylist())) == {"tiny": "too_small", "cut": "corrupt"}
 
 
@@ -119,7 +119,7 @@ def test_a_zombie_that_wakes_up_late_changes_nothing(tmp_path, raw, reference):
     assert os.WEXITSTATUS(status) == 0
     after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert {path for path in after if before.get(path) != after[path]} <= set((root / "rejected").rglob("*"))
-    assert verify(str(root)).problems == []
+    assert verify_dataset(str(root)).problems == []
 
 
 @pytest.fixture

@@ -7,34 +7,35 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.flow.estimate import Scale, estimate, estimate_table
+from data_pipeline.flow.estimate import ScaleAssumptions, estimate_costs, format_estimate
 from data_pipeline.formats.index import write_split
 from data_pipeline.loading.index import SplitIndex
-from data_pipeline.loading.order import Order
-from data_pipeline.packing.synthetic import index_entries
+from data_pipeline.loading.order import SampleOrder
+from data_pipeline.packing.synthetic import make_index_entries
 
 PAGE = Path(__file__).parent.parent / "infra" / "docs" / "one_billion_images.md"
 
 
-def figures(scale: Scale) -> dict[str, float]:
-    return {line.what: line.value for line in estimate(scale)}
+def figures(scale: ScaleAssumptions) -> dict[str, float]:
+    return {line.what: line.value for line in estimate_costs(scale)}
 
 
 def test_the_page_holds_the_commands_own_table():
-    assert estimate_table(Scale(text_storage="int8")) in PAGE.read_text()
+    assert format_estimate(ScaleAssumptions(text_storage="int8")) in PAGE.read_text()
 
 
 def test_the_sums_are_right():
-    found = figures(Scale())
+    found = figures(ScaleAssumptions())
     assert found["captioning"] == pytest.approx(0.7e9 * 2.5 / 3600)
-    assert found["captioning"] / figures(Scale(batching=8))["captioning"] == pytest.approx(8)
+    assert found["captioning"] / figures(ScaleAssumptions(batching=8))["captioning"] == pytest.approx(8)
     assert found["objects"] == pytest.approx(1e6 * 13 * 2 + 6e5 * 3)
     assert found["columns"] == pytest.approx(0.7e9 * found["a sample"] / 1e9)
-    assert found["columns"] / figures(Scale(text_storage="int8"))["columns"] == pytest.approx(1.854, abs=0.01)
-    full = figures(Scale(tokens=77))
+    small = figures(ScaleAssumptions(text_storage="int8"))
+    assert found["columns"] / small["columns"] == pytest.approx(1.854, abs=0.01)
+    full = figures(ScaleAssumptions(tokens=77))
     # two captions at SD3's 77 tokens: the paper's 1,019.8 kB and the text once more
     assert full["a sample"] == pytest.approx(1019.8 + 1019.8 - 65.5, abs=1)
-    assert figures(Scale(images=2e9))["per million images"] == pytest.approx(found["per million images"])
+    assert figures(ScaleAssumptions(images=2e9))["per million images"] == pytest.approx(found["per million images"])
 
 
 def test_an_index_of_a_hundred_million_rows_takes_less_than_two_gibibytes():
@@ -47,7 +48,7 @@ def test_an_index_of_a_hundred_million_rows_takes_less_than_two_gibibytes():
 
 
 def test_an_index_of_a_hundred_million_rows_finds_its_samples(tmp_path):
-    entries = index_entries(100_000_000, buckets=("1024x1024", "832x1216"))
+    entries = make_index_entries(100_000_000, buckets=("1024x1024", "832x1216"))
     index = SplitIndex(str(tmp_path), write_split(str(tmp_path), "train", entries))
     assert index.num_samples == 100_000_000
     assert len(index.tars) == 100_000
@@ -55,7 +56,7 @@ def test_an_index_of_a_hundred_million_rows_finds_its_samples(tmp_path):
     assert (shards.tolist(), rows.tolist()) == ([5, 70_000], [3, 999])
     found = {bucket: index.shards_of(bucket) for bucket in index.bucket_ranges()}
     sizes = index.num_samples_per_shard
-    order = Order({name: (numbers, sizes[numbers]) for name, numbers in found.items()}, seed=0, global_batch=4096)
+    order = SampleOrder({name: (numbers, sizes[numbers]) for name, numbers in found.items()}, seed=0, global_batch=4096)
     plan = order.batch(10 * order.batches_before(1) + 17)
     assert len(plan.shard_G) == 4096
     assert {index.buckets[shard] for shard in set(plan.shard_G.tolist())} == {plan.bucket}

@@ -13,7 +13,7 @@ from data_pipeline.checkpoints import resolve
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.flow.plan_mismatch import find_mismatches
 from data_pipeline.formats.schema import Manifest
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.plans import DatasetPlan, world
 from data_pipeline.sources.registry import open_source
@@ -130,7 +130,7 @@ def test_a_changed_setting_is_refused_until_its_column_is_made_anew(made, raw, t
         expected = change.computed or tuple(columns)
         assert recomputed == {stage: IMAGES + VAL if stage in expected else 0 for stage in before}
         assert again.info.encoding != made[1].info.encoding
-        assert verify(str(root)).problems == []
+        assert verify_dataset(str(root)).problems == []
         assert len(open_dataset(str(root)).read(range(IMAGES)).keys) == IMAGES
         assert run(root, raw, plan).computed == {}  # and without leave from now on
 
@@ -159,7 +159,7 @@ def test_another_resolution_at_the_same_root_leaves_the_first_as_it_is(made, raw
     assert captions[0] == captions[1]
     back = run(root, raw, PLAN, "bucket")
     assert (back.computed, back.info.fingerprint) == ({}, made[1].info.fingerprint)
-    assert verify(str(root)).problems == []
+    assert verify_dataset(str(root)).problems == []
 
 
 def test_a_mistyped_column_is_refused_with_the_nearest_known(made, raw):

@@ -16,7 +16,7 @@ from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import SCORERS, ScoreStage, rate_caption
 from data_pipeline.curation.threshold_counts import count_kept, format_kept
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.plans import DatasetPlan, build_columns, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
@@ -73,7 +73,7 @@ def test_the_strict_thresholds_come_after_the_gate_and_cost_nothing(gated, folde
     assert outcome.computed[HEAVY] == 5
     assert set_aside(outcome) == {"b": "bad_caption", "d": "bad_caption", "e": "duplicate"}
     assert outcome.info.counts == {"ok": 3, "bad_caption": 2, "duplicate": 1}
-    assert verify(str(root)).problems == []
+    assert verify_dataset(str(root)).problems == []
     given = {"dedup_embedding": "world:clip", "dedup_similarity": 0.8, "dedup_verify": 15.0}
     gate = Gate(min_side=40, min_caption_quality=0.01)
     looser = run(root, folder, plan(min_side=64, min_caption_quality=0.05, gate=gate, **given))
@@ -193,11 +193,11 @@ def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpret
     script = """
 import os
 import pyarrow as pa
-from data_pipeline.formats.parquet_io import read_table, table_bytes
+from data_pipeline.formats.parquet_io import decode_table, encode_table
 table = pa.table({name: list(range(5000)) for name in "abcdefgh"})
-data, threads = table_bytes(table), lambda: len(os.listdir("/proc/self/task"))
+data, threads = encode_table(table), lambda: len(os.listdir("/proc/self/task"))
 before = threads()
-assert read_table(data, "table").equals(table)
+assert decode_table(data, "table").equals(table)
 print(threads() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -26,9 +26,9 @@ from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.formats.schema import rejected_split
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.pairs import Pair, write_pairs
+from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from data_pipeline.plans import WORLD_TEXT, read_vae_meta, world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.stages.buckets import BucketStage, bucket_table
@@ -139,7 +139,7 @@ def test_embeddings_and_scores(shard, exact, tmp_path):
 
 def test_preference_pairs(tmp_path, exact):
     seen = [np.asarray(image) for image in images(7)]
-    pairs = [Pair(f"k{n}", f"a dog {n}", seen[n], seen[n + 1]) for n in range(6)]
+    pairs = [PreferencePair(f"k{n}", f"a dog {n}", seen[n], seen[n + 1]) for n in range(6)]
     given = {"text_spec": WORLD_TEXT, "vae": read_vae_meta("world:vae"), "resolution": 64, "made_by": {}}
     write_pairs(str(tmp_path / "ours"), {"train": pairs}, **given)
     write_pairs(str(tmp_path / "theirs"), {"train": pairs}, device=DEVICE, **given)
@@ -171,7 +171,7 @@ def check(by_cpu: tuple[Path, Path, PipelineResult], root: Path) -> None:
     """Columns, counts and rows are the CPU's; the dataset's fingerprint is of its bytes, which are other ones."""
     (_, expected, outcome), info = by_cpu, open_dataset(str(root)).info
     assert (info.columns, info.counts, info.encoding) == (outcome.info.columns, {"ok": 36}, outcome.info.encoding)
-    assert not verify(str(root)).problems
+    assert not verify_dataset(str(root)).problems
     compare(expected, root, "val", 6, rtol=1e-2, atol=2e-2)
     compare(expected, root, "train", 30, rtol=1e-2, atol=2e-2)
     said = [open_dataset(str(r)).read(range(30), caption="synthetic").captions for r in (expected, root)]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from data_pipeline.flow.pipeline import Pipeline
-from data_pipeline.formats.layout import SampleLayout, quantise
-from data_pipeline.inspection.verify import verify
+from data_pipeline.formats.layout import SampleLayout, quantise_tokens
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from data_pipeline.plans import build_columns, world
@@ -53,7 +53,7 @@ def test_bytes_per_sample_against_the_paper():
 def test_no_value_moves_by_more_than_half_a_step_of_its_token(tokens, width, size, seed):
     hidden_LW = np.random.default_rng(seed).normal(size=(tokens, width)).astype(np.float32) * size
     hidden_LW[0] = 0
-    q_LW, scale_L = quantise(hidden_LW)
+    q_LW, scale_L = quantise_tokens(hidden_LW)
     assert (q_LW.dtype, scale_L.dtype, q_LW[0].any()) == (np.int8, np.float32, False)
     error = np.abs(q_LW * scale_L[:, None] - hidden_LW).max(1)
     assert (error <= np.abs(hidden_LW).max(1) / 127 * 0.5001).all()
@@ -104,7 +104,7 @@ def test_batches_hold_nearly_the_states_of_fp16(tmp_path, seats):
     assert (one.text.context_BLD.dtype, two.text.context_BLD.dtype) == (torch.float16, torch.float32)
     assert torch.equal(one.text.pooled_BP, two.text.pooled_BP)
     assert torch.equal(one.latent_BCHW, two.latent_BCHW)
-    assert verify(str(tmp_path / "int8")).problems == []
+    assert verify_dataset(str(tmp_path / "int8")).problems == []
 
 
 def test_the_flow_stores_int8_and_rebuilds_text_alone(tmp_path):
@@ -127,7 +127,7 @@ def test_the_flow_stores_int8_and_rebuilds_text_alone(tmp_path):
     assert not torch.equal(full.text.context_BLD, small.text.context_BLD)
     distance = (full.text.context_BLD - small.text.context_BLD).norm() / full.text.context_BLD.float().norm()
     assert distance < 0.01
-    assert verify(str(tmp_path / "data")).problems == []
+    assert verify_dataset(str(tmp_path / "data")).problems == []
     # a shard of the other storage is refused by name
     info = (tmp_path / "data" / "dataset.json").read_text()
     (tmp_path / "data" / "dataset.json").write_text(info.replace('"int8_seats": [\n  "t5"\n ]', '"int8_seats": []'))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.order import Exceptions
-from data_pipeline.packing.shards import Sample, build_shard, plain_key
+from data_pipeline.loading.order import DataExceptions
+from data_pipeline.packing.shards import TrainingSample, build_shard, make_plain_key
 from data_pipeline.packing.synthetic import CAPTIONS, TINY_TEXT, write_synthetic
 from infra.errors import UserError
 from model.encoders.text import EncodedText, TextSpec, assemble
@@ -301,7 +301,7 @@ def test_a_damaged_shard_is_quarantined_and_the_run_goes_on(tmp_path, how, caplo
     assert len(keys) == 256
     assert not bad & set(keys)
     # knowing the exception beforehand gives the same batches, whatever the ranks
-    known = take(open_dataset(uri), steps, seed=1, exceptions=Exceptions(frozenset({tar})))
+    known = take(open_dataset(uri), steps, seed=1, exceptions=DataExceptions(frozenset({tar})))
     assert [key for batch in known for key in batch.keys] == keys
     lane = take(open_dataset(uri), steps, seed=1, rank=1, world_size=2, exceptions=stream.exceptions)
     assert [b.keys for b in lane] == [b.keys[4:] for b in known]
@@ -318,7 +318,7 @@ def test_too_many_damaged_shards_stop_the_run(tmp_path):
 
 def test_skipped_positions_get_substitutes(root):
     plain = take(open_dataset(root), 4)
-    skipped = take(open_dataset(root), 4, exceptions=Exceptions(positions=frozenset({3, 17})))
+    skipped = take(open_dataset(root), 4, exceptions=DataExceptions(positions=frozenset({3, 17})))
     before = [key for batch in plain for key in batch.keys]
     after = [key for batch in skipped for key in batch.keys]
     assert [n for n, (a, b) in enumerate(zip(before, after)) if a != b] == [3, 17]
@@ -351,7 +351,7 @@ def test_offsets_are_those_of_the_safetensors_file(data):
 
 def test_shards_are_the_same_bytes_every_time_and_keys_stay_apart():
     layout = SampleLayout(TINY_TEXT, CAPTIONS, (4, 2, 2))
-    sample = Sample(
+    sample = TrainingSample(
         "a", np.ones((4, 2, 2)), {("original", "t5"): (np.ones((2, 48)), np.ones(0))}, {"original": "x"}, {}
     )
     one, rows = build_shard([sample, sample], layout)
@@ -361,6 +361,6 @@ def test_shards_are_the_same_bytes_every_time_and_keys_stay_apart():
 
 @pytest.mark.parametrize("name", ["a b/c.d.jpg", "../x", "\u00e9\u4e2d", "", "x" * 300])
 def test_keys_become_plain(name):
-    assert plain_key(name) != plain_key(name + "!")
-    assert plain_key(name).replace("-", "").replace("_", "").isalnum()
-    assert len(plain_key(name)) <= 80
+    assert make_plain_key(name) != make_plain_key(name + "!")
+    assert make_plain_key(name).replace("-", "").replace("_", "").isalnum()
+    assert len(make_plain_key(name)) <= 80

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
@@ -129,7 +129,7 @@ def test_a_node_that_loses_power_costs_its_units_and_no_row(tmp_path, raw, refer
     errors = run.communicate(timeout=500)[1]
     assert run.returncode == 0, errors[-3000:]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    findings = verify(str(root))
+    findings = verify_dataset(str(root))
     assert findings.problems == []
     assert findings.samples == {"train": 80, "val": 8}
     again = run_here(root, raw)  # nothing is left to do, and the data are those of a run without Ray

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loading.order import Exceptions, Order
+from data_pipeline.loading.order import DataExceptions, SampleOrder
 from infra.errors import UserError
 
 shapes = st.dictionaries(
@@ -16,15 +16,15 @@ shapes = st.dictionaries(
 )
 
 
-def make(buckets: dict[str, list[int]], seed: int, global_batch: int, block_shards: int = 3) -> Order:
+def make(buckets: dict[str, list[int]], seed: int, global_batch: int, block_shards: int = 3) -> SampleOrder:
     shards, first = {}, 0
     for name, sizes in buckets.items():
         shards[name] = (np.arange(first, first + len(sizes)), np.array(sizes))
         first += len(sizes)
-    return Order(shards, seed=seed, global_batch=global_batch, block_shards=block_shards)
+    return SampleOrder(shards, seed=seed, global_batch=global_batch, block_shards=block_shards)
 
 
-def entries(order: Order, first: int, last: int) -> list[tuple[str, int, int]]:
+def entries(order: SampleOrder, first: int, last: int) -> list[tuple[str, int, int]]:
     found = []
     for step in range(first, last):
         plan = order.batch(step)
@@ -107,9 +107,9 @@ def test_substitutes_are_deterministic_and_avoid_banned_shards():
 
 
 def test_exceptions_survive_json_and_add_up():
-    one = Exceptions(frozenset({"b", "a"}), frozenset({5, 3}))
-    assert Exceptions.from_json(one.to_json()) == one
-    assert one | Exceptions(frozenset({"c"})) == Exceptions(frozenset("abc"), frozenset({3, 5}))
+    one = DataExceptions(frozenset({"b", "a"}), frozenset({5, 3}))
+    assert DataExceptions.from_json(one.to_json()) == one
+    assert one | DataExceptions(frozenset({"c"})) == DataExceptions(frozenset("abc"), frozenset({3, 5}))
 
 
 def test_nothing_to_order_is_refused():

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from data_pipeline.formats.schema import read_dataset_info, rejected_split
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.pairs import Partners
-from data_pipeline.packing.pairs import Pair, read_pairs, write_pairs
+from data_pipeline.loading.pairs import RejectedLatents
+from data_pipeline.packing.pairs import PreferencePair, read_pairs, write_pairs
 from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.plans import WORLD_TEXT, read_vae_meta
 from infra.errors import UserError
@@ -28,7 +28,7 @@ def uri(tmp_path_factory) -> str:
 def first_batch(uri: str, *, rank: int = 0, world: int = 1, micro: int | None = None):
     dataset = open_dataset(uri)
     batches = dataset.batches(
-        seed=0, global_batch=16, rank=rank, world_size=world, micro_batch=micro, partner=Partners(dataset)
+        seed=0, global_batch=16, rank=rank, world_size=world, micro_batch=micro, read_rejected=RejectedLatents(dataset)
     )
     found = [next(batches) for _ in range(16 // world // (micro or 16 // world))]
     batches.close()
@@ -71,8 +71,8 @@ def test_the_preferred_ones_alone_are_an_ordinary_data_set(uri):
 def test_what_is_no_set_of_pairs_is_refused(uri, tmp_path):
     write_synthetic(str(tmp_path / "plain"), num_samples=8, val_samples=4, latent_shape=(4, 8, 8))
     with pytest.raises(UserError, match="no preference pairs"):
-        Partners(open_dataset(str(tmp_path / "plain")))
-    assert not verify(uri).problems
+        RejectedLatents(open_dataset(str(tmp_path / "plain")))
+    assert not verify_dataset(uri).problems
     # The rejected ones of another data set in the place of this one's.
     write_synthetic(str(tmp_path / "odd"), num_samples=41, val_samples=4, latent_shape=(4, 8, 8), buckets=("32x32",),
                     pairs=True)  # fmt: skip
@@ -81,8 +81,8 @@ def test_what_is_no_set_of_pairs_is_refused(uri, tmp_path):
     raw["splits"]["train"] = raw["splits"]["val"]
     path.write_text(json.dumps(raw))
     with pytest.raises(UserError, match="samples in train and train_rejected have no partner"):
-        Partners(open_dataset(str(tmp_path / "odd")))
-    assert "no partner" in " ".join(verify(str(tmp_path / "odd")).problems)
+        RejectedLatents(open_dataset(str(tmp_path / "odd")))
+    assert "no partner" in " ".join(verify_dataset(str(tmp_path / "odd")).problems)
 
 
 def picture(color: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -108,9 +108,9 @@ def written(tmp_path_factory) -> str:
 def test_own_pictures_become_shards_that_the_tools_read(written):
     info = read_dataset_info(written)
     assert {name: split.num_samples for name, split in info.splits.items()} == {"train": 2, "train_rejected": 2}
-    assert not verify(written).problems
+    assert not verify_dataset(written).problems
     dataset = open_dataset(written)
-    batches = dataset.batches(seed=0, global_batch=2, encoder_dropout=0.0, partner=Partners(dataset))
+    batches = dataset.batches(seed=0, global_batch=2, encoder_dropout=0.0, read_rejected=RejectedLatents(dataset))
     batch = next(batches)
     batches.close()
     red = batch.captions.index("a photo of a red apple")
@@ -144,7 +144,7 @@ def test_bad_lines_are_named(tmp_path, line, says):
 
 def test_equal_keys_and_a_second_data_set_are_refused(written, tmp_path):
     more = {"text_spec": WORLD_TEXT, "vae": read_vae_meta("world:vae"), "resolution": 64, "made_by": {}}
-    pair = Pair("k", "a dog", picture((0, 0, 0)), picture((9, 9, 9)))
+    pair = PreferencePair("k", "a dog", picture((0, 0, 0)), picture((9, 9, 9)))
     with pytest.raises(UserError, match="all different"):
         write_pairs(str(tmp_path / "x"), {"train": [pair, pair]}, **more)
     with pytest.raises(UserError, match="holds a data set already"):

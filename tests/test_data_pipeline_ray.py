@@ -24,7 +24,7 @@ from ray import cloudpickle
 
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.flow.tasks import ColumnTask
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.plans import world
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.write import write_world
@@ -82,7 +82,7 @@ def check(root: Path, raw: Path, reference: str) -> None:
     outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(0)).run()
     assert outcome.info.fingerprint == reference
     assert outcome.info.counts == {"ok": 48}
-    findings = verify(str(root))
+    findings = verify_dataset(str(root))
     assert findings.problems == []
     assert findings.samples == {"train": 40, "val": 8}
 
@@ -103,7 +103,7 @@ def test_ray_workers_make_the_same_data_in_waves(tmp_path, raw, reference, ray_c
     root = tmp_path / "data"
     outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
-    assert verify(str(root)).problems == []
+    assert verify_dataset(str(root)).problems == []
 
 
 STRUCK = {"caption": POINTS[0], "latents": POINTS[1], "text_t5": POINTS[2]}
@@ -136,7 +136,7 @@ def test_actors_killed_at_named_points_cost_one_shard_each(tmp_path, raw, refere
     root = tmp_path / "data"
     outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
-    assert verify(str(root)).problems == []
+    assert verify_dataset(str(root)).problems == []
     for stage, point in STRUCK.items():
         uri = (tmp_path / stage).read_text()  # each point was hit
         assert data_kill_points.is_of(stage, uri, manifest=point != POINTS[0])

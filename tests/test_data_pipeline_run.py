@@ -20,7 +20,7 @@ from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.flow.summary import format_summary
 from data_pipeline.formats.index import read_split
 from data_pipeline.formats.schema import read_dataset_info
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.publish import write_rejected
 from data_pipeline.plans import DatasetPlan, read_vae_meta, world
@@ -177,7 +177,7 @@ def test_looser_thresholds_compute_only_the_missing_rows(made, raw, copy):
     again = run(copy, raw, replace(PLAN, min_side=1))
     assert again.computed["caption + latents + text_clip_l + text_t5"] == 1
     assert again.info.counts["ok"] == 53
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_appended_images_leave_what_is_there(made, raw, copy, tmp_path):
@@ -211,7 +211,7 @@ def test_a_second_source_stands_beside_the_first_and_repacks_no_full_shard(made,
     assert full <= {entry.tar for entry in after}
     assert {entry.generation for entry in after if entry.tar in full} == {0}
     assert {entry.generation for entry in after} == {0, 1}
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
     # the sources in another order, and without Ray's help: nothing to do
     turned = open_sources([f"wds:{raw}", f"wds:{tmp_path}/more"])
     last = Pipeline(PLAN, str(copy), turned, workers=WorkerPool(0)).run()
@@ -224,7 +224,7 @@ def test_a_damaged_description_is_packed_anew(made, raw, copy):
     for index in (copy / "index").glob("*.parquet"):
         index.write_bytes(b"garbage")
     assert run(copy, raw).info.fingerprint == made[1].info.fingerprint
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_another_captioner_setting_rebuilds_captions_and_text_only(made, raw, copy):
@@ -237,7 +237,7 @@ def test_another_captioner_setting_rebuilds_captions_and_text_only(made, raw, co
     assert again.info.encoding != made[1].info.encoding
     latents = list((copy / "columns" / "latents").rglob("*.json"))
     assert len(latents) == len(list((made[0] / "columns" / "latents").rglob("*.json")))
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_shards_of_two_encodings_are_refused(made, raw, copy):
@@ -248,8 +248,8 @@ def test_shards_of_two_encodings_are_refused(made, raw, copy):
 
 
 def test_verify_finds_flipped_missing_and_foreign_bytes(made, copy):
-    assert verify(str(made[0])).problems == []
-    assert verify(str(made[0])).samples == {"train": 44, "val": 8}
+    assert verify_dataset(str(made[0])).problems == []
+    assert verify_dataset(str(made[0])).samples == {"train": 44, "val": 8}
     shard = next((copy / "train").rglob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -258,7 +258,7 @@ def test_verify_finds_flipped_missing_and_foreign_bytes(made, copy):
     rows.unlink()
     column = next((copy / "columns" / "latents").rglob("*.parquet"))
     column.write_bytes(column.read_bytes()[:-10])
-    problems = "\n".join(verify(str(copy)).problems)
+    problems = "\n".join(verify_dataset(str(copy)).problems)
     for path in (shard, rows, column):
         assert str(path) in problems
 
@@ -271,7 +271,7 @@ def test_verify_finds_rows_that_ended_nowhere_or_twice(made, copy):
     def found(dead: pa.Table, **changes: object) -> str:
         name = write_rejected(str(copy), [dead])
         (copy / "dataset.json").write_bytes(replace(info, rejected=name, **changes).to_bytes())
-        return " ".join(verify(str(copy)).problems)
+        return " ".join(verify_dataset(str(copy)).problems)
 
     assert found(table) == ""
     (shard, row), *_ = origins(copy)
@@ -284,12 +284,12 @@ def test_verify_finds_rows_that_ended_nowhere_or_twice(made, copy):
     assert "rows ended as sample or dead letter" in found(lost, counts=counts)
     path.unlink()
     (copy / "dataset.json").write_bytes(info.to_bytes())
-    assert info.rejected in " ".join(verify(str(copy)).problems)
+    assert info.rejected in " ".join(verify_dataset(str(copy)).problems)
     raw = json.loads(info.to_bytes())
     del raw["rejected"]  # data of before the table was named
     (copy / "dataset.json").write_text(json.dumps(raw))
     assert read_dataset_info(str(copy)) == replace(info, rejected="")
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_a_damaged_column_is_named_and_can_be_made_again(made, raw, copy):
@@ -303,18 +303,18 @@ def test_a_damaged_column_is_named_and_can_be_made_again(made, raw, copy):
     again = run(copy, raw)
     assert again.info.fingerprint == made[1].info.fingerprint
     assert again.computed["caption + latents + text_clip_l + text_t5"] > 0
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
 def test_a_lost_training_shard_is_packed_again(made, raw, copy, suffix):
     next((copy / "train").rglob(f"*{suffix}")).unlink()
-    assert verify(str(copy)).problems
+    assert verify_dataset(str(copy)).problems
     again = run(copy, raw)
     assert set(again.computed) == {"pack"}
     assert "nothing was missing" not in format_summary(str(copy), again)
     assert again.info.fingerprint == made[1].info.fingerprint
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_what_verify_names_is_deleted_and_the_same_command_repairs_it(made, raw, copy):
@@ -322,14 +322,14 @@ def test_what_verify_names_is_deleted_and_the_same_command_repairs_it(made, raw,
     tar.write_bytes(tar.read_bytes()[:-2000])
     column = next((copy / "columns" / "text_t5").rglob("*.parquet"))
     column.write_bytes(b"garbage")
-    problems = verify(str(copy)).problems
+    problems = verify_dataset(str(copy)).problems
     assert len(problems) == 2
     for problem in problems:
         Path(problem.partition(": ")[0]).unlink()
     again = run(copy, raw)
     assert set(again.computed) == {"caption + latents + text_clip_l + text_t5", "pack"}
     assert again.info.fingerprint == made[1].info.fingerprint
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
     assert run(copy, raw).computed == {}
 
 
@@ -338,7 +338,7 @@ def test_a_lost_shard_that_another_version_packs_otherwise_has_a_new_proof(made,
     monkeypatch.setattr("data_pipeline.packing.shards._RECORD", 512)
     assert set(run(copy, raw).computed) == {"pack"}
     assert run(copy, raw).computed == {}
-    assert verify(str(copy)).problems == []
+    assert verify_dataset(str(copy)).problems == []
 
 
 def test_a_shard_that_cannot_be_encoded_stops_the_run_or_is_left_out_when_told_so(raw, copy):
@@ -392,5 +392,5 @@ def test_the_flow_on_s3_gives_the_same_data(made, raw, s3):
     stream = remote.batches(seed=0, global_batch=11)
     assert {key for _ in range(4) for key in next(stream).keys} == local_keys
     stream.close()
-    assert verify(f"{s3}/data").problems == []
+    assert verify_dataset(f"{s3}/data").problems == []
     assert run(f"{s3}/data", f"{s3}/raw").computed == {}

@@ -19,7 +19,7 @@ from data_pipeline.curation.dedup import Dedup
 from data_pipeline.curation.hash_matching import find_first_equal, find_first_near
 from data_pipeline.flow import pipeline
 from data_pipeline.formats import parquet_io
-from data_pipeline.formats.parquet_io import read_batches, table_bytes, write_tables
+from data_pipeline.formats.parquet_io import encode_table, read_batches, write_tables
 from data_pipeline.formats.schema import fingerprint, fingerprint_all
 from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.row_status import RowStatuses, status_table
@@ -143,7 +143,7 @@ def test_tables_without_rows_take_no_memory(tmp_path):
             yield table
 
     name = write_tables(str(tmp_path), "t-", tables())
-    assert (tmp_path / name).read_bytes() == table_bytes(pa.concat_tables(tables()).combine_chunks())
+    assert (tmp_path / name).read_bytes() == encode_table(pa.concat_tables(tables()).combine_chunks())
     alive.clear()
     most = 0
 
@@ -164,7 +164,7 @@ def test_a_long_fingerprint_is_the_fingerprint(values):
 
 def test_a_table_in_pieces_has_the_bytes_of_the_whole_where_it_fits_and_the_same_rows_where_not(tmp_path, monkeypatch):
     tables = [pa.table({"a": [n, n + 1], "b": ["x" * n, ""]}) for n in range(50)]
-    whole = table_bytes(pa.concat_tables(tables).combine_chunks())
+    whole = encode_table(pa.concat_tables(tables).combine_chunks())
     name = write_tables(str(tmp_path), "t-", iter(tables))
     assert name == f"t-{storage.sha256_hex(whole)[:16]}.parquet"
     assert (tmp_path / name).read_bytes() == whole
@@ -175,7 +175,7 @@ def test_a_table_in_pieces_has_the_bytes_of_the_whole_where_it_fits_and_the_same
     rows = [row for batch in read_batches(str(tmp_path / other)) for row in batch.to_pylist()]
     assert rows == pa.concat_tables(tables).to_pylist()
     empty = tables[0].slice(0, 0)
-    assert (tmp_path / write_tables(str(tmp_path), "e-", [empty])).read_bytes() == table_bytes(empty)
+    assert (tmp_path / write_tables(str(tmp_path), "e-", [empty])).read_bytes() == encode_table(empty)
 
 
 # --- duplicates

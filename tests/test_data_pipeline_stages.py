@@ -19,9 +19,9 @@ from data_pipeline.curation.hash_matching import find_first_near
 from data_pipeline.formats.schema import ColumnPart, expand_ranges, to_ranges
 from data_pipeline.images import ImageError, cover_crop, decode
 from data_pipeline.packing.generations import keep_published
-from data_pipeline.packing.pack import Output, make_plan, plan_table, read_outputs
-from data_pipeline.packing.publish import assign_splits, draw_of
-from data_pipeline.packing.runs import RowRun, Runs
+from data_pipeline.packing.pack import PlannedShard, make_plan_table, plan_shards, read_planned_shards
+from data_pipeline.packing.publish import assign_splits, draw_split_number
+from data_pipeline.packing.selections import RowSelection, RowSelections
 from data_pipeline.stages.buckets import BucketStage, bucket_table, nearest_bucket
 from data_pipeline.stages.row_status import count_by_status, ok_rows, override_statuses, select_rejected, status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase
@@ -259,22 +259,22 @@ ROWS = st.dictionaries(
 )
 
 
-def runs(rows: dict[tuple[str, int], str]) -> list[RowRun]:
+def runs(rows: dict[tuple[str, int], str]) -> list[RowSelection]:
     """Rows (shard, number) with their split, as the pipeline hands them to pack."""
     found: dict[tuple[str, str], list[int]] = {}
     for (shard, number), split in sorted(rows.items()):
         found.setdefault((shard, split), []).append(number)
-    return [RowRun(s, split, "64x64", np.array(n), np.zeros(len(n))) for (s, split), n in sorted(found.items())]
+    return [RowSelection(s, split, "64x64", np.array(n), np.zeros(len(n))) for (s, split), n in sorted(found.items())]
 
 
-def shelved(found: Iterable[RowRun]) -> Runs:
-    made = Runs(ScratchDatabase())
+def shelved(found: Iterable[RowSelection]) -> RowSelections:
+    made = RowSelections(ScratchDatabase())
     for run in found:
         made.put(run)
     return made
 
 
-def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
+def rows_of(outputs: Iterable[PlannedShard]) -> list[tuple[str, str, int]]:
     return sorted((o.split, shard, number) for o in outputs for shard, rows in o.rows for number in rows.tolist())
 
 
@@ -282,31 +282,32 @@ def rows_of(outputs: Iterable[Output]) -> list[tuple[str, str, int]]:
 @given(ROWS, st.integers(1, 9))
 def test_the_plan_holds_every_row_once(rows, shard_rows):
     flat = sorted((split, shard, number) for (shard, number), split in rows.items())
-    outputs = list(make_plan(shelved(runs(rows)), {"x": "1"}, shard_rows={"64x64": shard_rows}))
+    outputs = list(plan_shards(shelved(runs(rows)), {"x": "1"}, shard_rows={"64x64": shard_rows}))
     assert rows_of(outputs) == flat
     assert all(o.num_rows <= shard_rows for o in outputs)
     assert len({o.id for o in outputs}) == len(outputs)
-    table = plan_table(outputs)  # as written down and read back
+    table = make_plan_table(outputs)  # as written down and read back
     some = {o.id for o in outputs[::2]}
-    assert rows_of(read_outputs(table.to_batches(), some)) == rows_of(o for o in outputs if o.id in some)
+    assert rows_of(read_planned_shards(table.to_batches(), some)) == rows_of(o for o in outputs if o.id in some)
 
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS, st.integers(1, 5))
 def test_full_shards_stay_wherever_new_rows_sort_unless_a_row_of_theirs_left(first, then, shard_rows):
-    outputs = make_plan(shelved(runs(first)), {}, shard_rows={"64x64": shard_rows})
+    outputs = plan_shards(shelved(runs(first)), {}, shard_rows={"64x64": shard_rows})
     full = [o for o in outputs if o.num_rows == shard_rows]
     left = shelved(runs(then))
     kept = list(keep_published(left, full))
     whole = [o for o in full if set(rows_of([o])) <= {(split, *place) for place, split in then.items()}]
     assert [o.id for o in kept] == [o.id for o in whole]
-    again = list(make_plan(left, {}, shard_rows={"64x64": shard_rows}))
+    again = list(plan_shards(left, {}, shard_rows={"64x64": shard_rows}))
     assert sorted(rows_of(kept) + rows_of(again)) == sorted((split, *place) for place, split in then.items())
 
 
 def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
-    def undecided(count: int) -> list[RowRun]:
-        return [RowRun("a", "", "64x64", np.arange(count), np.array([draw_of(f"{n:032x}") for n in range(count)]))]
+    def undecided(count: int) -> list[RowSelection]:
+        draws = np.array([draw_split_number(f"{n:032x}") for n in range(count)])
+        return [RowSelection("a", "", "64x64", np.arange(count), draws)]
 
     def val(count: int, fraction: float) -> list[int]:
         assigned = {run.split: run.row_R.tolist() for run in assign_splits(undecided(count), fraction)}
@@ -317,7 +318,7 @@ def test_rows_without_a_split_go_by_their_pixels_and_stay_there():
     assert 20 <= len(val(400, 0.1)) <= 60
     assert len(val(3, 0.001)) == 1
     assert val(400, 0) == []
-    given = [RowRun("a", "train", "64x64", np.array([0]), np.array([0]))]
+    given = [RowSelection("a", "train", "64x64", np.array([0]), np.array([0]))]
     assert list(assign_splits(given, 0.9)) == given
 
 

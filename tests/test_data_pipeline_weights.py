@@ -2,16 +2,16 @@
 
 import pytest
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from infra.errors import UserError
 
 
 def test_a_hash_sees_contents_and_not_the_card(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"a")
-    first = weights_hash(tmp_path)
+    first = hash_weights(tmp_path)
     (tmp_path / "README.md").write_text("a card")
-    assert weights_hash(tmp_path) == first
+    assert hash_weights(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"bb")
-    assert weights_hash(tmp_path) != first
+    assert hash_weights(tmp_path) != first
     with pytest.raises(UserError, match="no weights there"):
-        weights_hash(tmp_path / "missing")
+        hash_weights(tmp_path / "missing")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.inspection.verify import verify
+from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.plans import WORLD_TEXT, read_vae_meta
 from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
@@ -57,11 +57,11 @@ def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
     given = options(weights, str(tmp_path / "pairs"))
     pairs(given)
     assert "6 pairs from 6 prompts (2 for validation)" in capsys.readouterr().out
-    assert not verify(given.out).problems
+    assert not verify_dataset(given.out).problems
     dataset, val = open_dataset(given.out), open_dataset(given.out, split="val")
     assert (dataset.num_samples, val.num_samples) == (4, 2)
-    Partners(val)
-    batches = dataset.batches(seed=0, global_batch=4, partner=Partners(dataset))
+    RejectedLatents(val)
+    batches = dataset.batches(seed=0, global_batch=4, read_rejected=RejectedLatents(dataset))
     batch = next(batches)
     batches.close()
     assert set(batch.captions) <= set(world_prompts(6))

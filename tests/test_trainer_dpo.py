@@ -16,7 +16,7 @@ from trainer_dpo_checks import VARIANTS
 from trainer_launch import TINY, run_ranks
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -80,7 +80,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def batch(data):
     dataset = open_dataset(str(data))
-    batches = dataset.batches(seed=0, global_batch=8, encoder_dropout=0.0, partner=Partners(dataset))
+    batches = dataset.batches(seed=0, global_batch=8, encoder_dropout=0.0, read_rejected=RejectedLatents(dataset))
     found = next(batches)
     batches.close()
     return found

@@ -39,7 +39,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def write(path: Path, spoil: float | None = None) -> Path:
     """256 samples; one of them has latents that are `spoil`."""
-    made = synthetic._samples
+    made = synthetic._make_samples
 
     def spoiled(*args, **kwargs):
         for sample in made(*args, **kwargs):
@@ -47,13 +47,13 @@ def write(path: Path, spoil: float | None = None) -> Path:
                 sample.moments_CHW[: len(sample.moments_CHW) // 2] = spoil
             yield sample
 
-    synthetic._samples = spoiled
+    synthetic._make_samples = spoiled
     try:
         synthetic.write_synthetic(
             str(path), num_samples=256, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",)
         )
     finally:
-        synthetic._samples = made
+        synthetic._make_samples = made
     return path
 
 

@@ -9,7 +9,7 @@ import torch
 from trainer_zero_checks import Gathers
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model
@@ -43,7 +43,7 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int) -> list[float
     dataset, form = open_dataset(data), get_formulation(engine.recipe.formulation)
     compute = loss_function(engine.recipe)
     batches = dataset.batches(
-        seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=Partners(dataset)
+        seed=0, global_batch=8, rank=group.rank, world_size=group.world, read_rejected=RejectedLatents(dataset)
     )
     losses = []
     for _ in range(count):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.loader import Batches, Dataset
-from data_pipeline.loading.order import Exceptions
+from data_pipeline.loading.order import DataExceptions
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
@@ -27,7 +27,7 @@ class MicroBatch(NamedTuple):
     t_B: Tensor
     """Training times, float64 on the CPU."""
     noise_BCHW: Tensor
-    exceptions: Exceptions = Exceptions()
+    exceptions: DataExceptions = DataExceptions()
     """What had been left out of the data when it was read: a checkpoint keeps it."""
     pinned: bool = False
     """All of it lies in page-locked memory."""

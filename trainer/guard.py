@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence, Set
 
-from data_pipeline.loading.order import Exceptions
+from data_pipeline.loading.order import DataExceptions
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
@@ -64,7 +64,7 @@ def roll_back(
     _tell(problem, keys, state, group, out=out)
     suspects = suspects_of(first, batch, state.exceptions.positions)
     before = len(suspects) // batch - 1
-    exceptions = _of_all_ranks(state.exceptions, group) | Exceptions(positions=frozenset(suspects))
+    exceptions = _of_all_ranks(state.exceptions, group) | DataExceptions(positions=frozenset(suspects))
     skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
     if skips > recipe.guard.max_skips:
         if group.rank == 0:
@@ -107,11 +107,11 @@ def _tell(problem: str, keys: list[str], state: TrainingState, group: Group, *, 
         log.warning("the keys of the bad batch are not written: %s", error)
 
 
-def _of_all_ranks(mine: Exceptions, group: Group) -> Exceptions:
+def _of_all_ranks(mine: DataExceptions, group: Group) -> DataExceptions:
     """Shards that any rank quarantined: after going back all ranks must leave out the same."""
     if group.world == 1:
         return mine
-    found = Exceptions()
+    found = DataExceptions()
     for told in group.gather(json.dumps(mine.to_json())):
-        found |= Exceptions.from_json(json.loads(told))
+        found |= DataExceptions.from_json(json.loads(told))
     return found

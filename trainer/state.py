@@ -7,8 +7,8 @@ from typing import Any
 
 from data_pipeline.formats.schema import DatasetInfo
 from data_pipeline.loading.loader import Dataset
-from data_pipeline.loading.order import Exceptions
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.order import DataExceptions
+from data_pipeline.loading.pairs import RejectedLatents
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
@@ -36,7 +36,7 @@ class TrainingState:
     images_seen: int = 0
     step: int = 0
     seconds: float = 0.0
-    exceptions: Exceptions = field(default_factory=Exceptions)
+    exceptions: DataExceptions = field(default_factory=DataExceptions)
     """What is left out of the data: batches that the guard rejected on any rank, and shards that this rank's reader
     could not read, as of the last micro-batch."""
     skips: int = 0
@@ -221,9 +221,9 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     if group.rank == 0:
         log.info("resumed %s at %s images", found.uri, f"{kept['images_seen']:,}")
     # What one rank's reader had to quarantine, all leave out from here on.
-    exceptions = Exceptions()
+    exceptions = DataExceptions()
     for extra in found.extras:
-        exceptions |= Exceptions.from_json(extra["exceptions"])
+        exceptions |= DataExceptions.from_json(extra["exceptions"])
     seconds, recent = float(kept["seconds"]), list(kept.get("recent", []))
     return TrainingState(int(kept["images_seen"]), found.step, seconds, exceptions, int(kept.get("skips", 0)), recent)
 
@@ -245,7 +245,7 @@ def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingSta
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
-        partner=Partners(dataset) if get_objective(recipe.objective).pairs else None,
+        read_rejected=RejectedLatents(dataset) if get_objective(recipe.objective).pairs else None,
         dealt=recipe.parallel.reverse_lanes,
     )
     return Prefetcher(batches, recipe, group.device)

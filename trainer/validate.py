@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data_pipeline.loading.collate import Draws
+from data_pipeline.loading.collate import DrawSettings
 from data_pipeline.loading.loader import Dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, validation_losses
@@ -109,7 +109,7 @@ class HeldOutPairs:
     """The pairs of the val split, with the same times and noise at each call, whatever the number of ranks."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
-        self.recipe, self.dataset, self._partners = recipe, dataset, Partners(dataset)
+        self.recipe, self.dataset, self._partners = recipe, dataset, RejectedLatents(dataset)
         self._batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.pair_count = sum(len(batch) for batch in self._batches)
 
@@ -127,7 +127,7 @@ class HeldOutPairs:
         """Over the pairs and draws of one batch."""
         recipe, seed = self.recipe, self.recipe.validation.seed
         batch = self.dataset.read(numbers, seed=seed)
-        pairs = batch._replace(rejected_BCHW=self._partners(batch, Draws(seed, {CAPTION: 1.0}, 0.0)))
+        pairs = batch._replace(rejected_BCHW=self._partners(batch, DrawSettings(seed, {CAPTION: 1.0}, 0.0)))
         formulation, compute = get_formulation(recipe.formulation), loss_function(recipe)
         sums: dict[str, float] = {}
         for number in range(DRAWS):

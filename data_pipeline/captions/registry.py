@@ -4,7 +4,7 @@ from data_pipeline.captions.cogvlm import CogVlmCaptioner
 from data_pipeline.captions.image_to_text import TransformersCaptioner
 from data_pipeline.captions.server import ServerCaptioner
 from data_pipeline.captions.spec import Captioner, CaptionerSpec
-from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.checkpoints import hash_weights, resolve
 from infra.errors import UserError, nearest
 
 CAPTIONERS: dict[str, type[Captioner]] = {
@@ -37,4 +37,4 @@ def identify_weights(spec: CaptionerSpec) -> str:
         spec.address()  # refused before any work, and before plan.yaml holds a secret
     if own is not None:
         return own(spec)
-    return weights_hash(resolve(spec.checkpoint)) if spec.checkpoint else "none"
+    return hash_weights(resolve(spec.checkpoint)) if spec.checkpoint else "none"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.curation.embed import load_embedder
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
@@ -40,7 +40,7 @@ class ScoreStage:
     inputs: tuple[str, ...] = ("ingest", "measure")
 
     def identity(self) -> dict[str, object]:
-        parts = [weights_hash(resolve(part)) if _is_path(part) else part for part in self.model.split("+")]
+        parts = [hash_weights(resolve(part)) if _is_path(part) else part for part in self.model.split("+")]
         return {"version": VERSION, "scorer": self.name, "model": parts}
 
     def open(self) -> StageFunction:

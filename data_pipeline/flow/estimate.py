@@ -15,7 +15,7 @@ HEAVY_COLUMNS = ("caption", "latents", "text_clip_l", "text_clip_g", "text_t5")
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScaleAssumptions:
     """The assumptions: SD3's encoders at 256 pixels, two captions per image."""
 
     images: float = 1e9
@@ -41,7 +41,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Line:
+class EstimateLine:
     """One figure and how it comes about."""
 
     what: str
@@ -50,7 +50,7 @@ class Line:
     how: str
 
 
-def sample_kilobytes(scale: Scale) -> tuple[float, float]:
+def compute_sample_kilobytes(scale: ScaleAssumptions) -> tuple[float, float]:
     """(moments, text of one caption)."""
     import numpy as np
 
@@ -64,9 +64,9 @@ def sample_kilobytes(scale: Scale) -> tuple[float, float]:
     return moments, full - moments
 
 
-def estimate(scale: Scale) -> list[Line]:
+def estimate_costs(scale: ScaleAssumptions) -> list[EstimateLine]:
     """Top to bottom as the data flows."""
-    moments_kb, text_kb = sample_kilobytes(scale)
+    moments_kb, text_kb = compute_sample_kilobytes(scale)
     gated, packed = scale.images * scale.past_gate, scale.images * scale.packed
     shards, outputs = scale.images / scale.shard_rows, packed / scale.shard_rows
     columns = len(LIGHT_COLUMNS) + len(HEAVY_COLUMNS)
@@ -78,33 +78,35 @@ def estimate(scale: Scale) -> list[Line]:
     stored_tb = 2 * raw_tb + columns_tb + packed_tb
     reads = shards * (1 + columns) + outputs * len(HEAVY_COLUMNS) * 2 + columns * shards
     caption_h = gated * scale.caption_s / scale.batching / 3600
-    encode_h = gated * (VAE_MS + 2 * sum(TEXT_MS)) / 1000 / 3600
+    caption_how = f"{scale.caption_s:g} s, batches {scale.batching:g} times faster"
+    encode_ms = VAE_MS + 2 * sum(TEXT_MS)
+    encode_h = gated * encode_ms / 1000 / 3600
     requests = objects / 1000 * PUT_1000 + reads / 1000 * GET_1000
     storage = stored_tb * 1000 * GB_MONTH
     gpu = (caption_h + encode_h) * scale.gpu_hour
     return [
-        Line("canonical shards", shards, "", f"{scale.shard_rows:,} rows each: the unit of work and of loss"),
-        Line("training shards", outputs, "", f"{scale.packed:.0%} of the rows"),
-        Line("objects", objects, "", f"data and manifest of {columns} columns, three per training shard"),
-        Line("a sample", sample_kb, "kB", f"moments {moments_kb:.1f} and two captions of {text_kb:.1f}"),
-        Line("raw images, twice", 2 * raw_tb, "TB", "the source, and the ingest column that later passes read"),
-        Line("columns", columns_tb, "TB", f"latents and text of {scale.past_gate:.0%}"),
-        Line("training shards' bytes", packed_tb, "TB", "the columns may go once they are packed"),
-        Line("writes", objects, "requests", "one per object; a restart writes only what is missing"),
-        Line("reads", reads, "requests", "sources, columns by later passes, manifests once"),
-        Line("captioning", caption_h, "GPU-hours", f"{scale.caption_s:g} s, batches {scale.batching:g} times faster"),
-        Line("encoding", encode_h, "GPU-hours", f"{VAE_MS + 2 * sum(TEXT_MS):.1f} ms per sample (SD3, Table 7)"),
-        Line("requests cost", requests, "dollars", "writes and reads"),
-        Line("storage cost", storage, "dollars/month", "while all of it lies there"),
-        Line("GPU cost", gpu, "dollars", f"at {scale.gpu_hour:g} dollars an hour"),
-        Line("per million images", (gpu + requests) / scale.images * 1e6, "dollars", "GPUs and requests"),
+        EstimateLine("canonical shards", shards, "", f"{scale.shard_rows:,} rows each: the unit of work and of loss"),
+        EstimateLine("training shards", outputs, "", f"{scale.packed:.0%} of the rows"),
+        EstimateLine("objects", objects, "", f"data and manifest of {columns} columns, three per training shard"),
+        EstimateLine("a sample", sample_kb, "kB", f"moments {moments_kb:.1f} and two captions of {text_kb:.1f}"),
+        EstimateLine("raw images, twice", 2 * raw_tb, "TB", "the source, and the ingest column that later passes read"),
+        EstimateLine("columns", columns_tb, "TB", f"latents and text of {scale.past_gate:.0%}"),
+        EstimateLine("training shards' bytes", packed_tb, "TB", "the columns may go once they are packed"),
+        EstimateLine("writes", objects, "requests", "one per object; a restart writes only what is missing"),
+        EstimateLine("reads", reads, "requests", "sources, columns by later passes, manifests once"),
+        EstimateLine("captioning", caption_h, "GPU-hours", caption_how),
+        EstimateLine("encoding", encode_h, "GPU-hours", f"{encode_ms:.1f} ms per sample (SD3, Table 7)"),
+        EstimateLine("requests cost", requests, "dollars", "writes and reads"),
+        EstimateLine("storage cost", storage, "dollars/month", "while all of it lies there"),
+        EstimateLine("GPU cost", gpu, "dollars", f"at {scale.gpu_hour:g} dollars an hour"),
+        EstimateLine("per million images", (gpu + requests) / scale.images * 1e6, "dollars", "GPUs and requests"),
     ]
 
 
-def estimate_table(scale: Scale) -> str:
+def format_estimate(scale: ScaleAssumptions) -> str:
     """As markdown, which reads well in a terminal, too."""
     lines = ["| what | value | unit | how |", "|---|---|---|---|"]
-    for line in estimate(scale):
+    for line in estimate_costs(scale):
         value = f"{line.value:,.1f}" if line.value < 1000 else f"{line.value:,.0f}"
         lines.append(f"| {line.what} | {value} | {line.unit} | {line.how} |")
     return "\n".join(lines)

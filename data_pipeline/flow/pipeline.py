@@ -24,11 +24,19 @@ from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.formats.schema import DatasetInfo, Manifest, fingerprint_all, to_ranges
-from data_pipeline.packing.generations import Published, keep_published, standing
-from data_pipeline.packing.pack import CAPTIONS, Output, Outputs, lost_outputs, make_plan, read_proofs, write_plan
-from data_pipeline.packing.publish import assign_splits, draw_of, publish, rejected_rows, write_rejected
-from data_pipeline.packing.runs import RowRun, Runs
-from data_pipeline.packing.shards import largest_sample
+from data_pipeline.packing.generations import PublishedShards, keep_published, read_published
+from data_pipeline.packing.pack import (
+    CAPTIONS,
+    PackPlan,
+    PlannedShard,
+    find_lost_shards,
+    plan_shards,
+    read_proofs,
+    write_pack_plan,
+)
+from data_pipeline.packing.publish import assign_splits, draw_split_number, make_rejected_table, publish, write_rejected
+from data_pipeline.packing.selections import RowSelection, RowSelections
+from data_pipeline.packing.shards import bound_sample_bytes
 from data_pipeline.plans import DatasetPlan, build_columns, read_vae_meta
 from data_pipeline.sources.source import Source
 from data_pipeline.stages.column_state import ColumnState
@@ -87,7 +95,7 @@ class Pipeline:
         return self._gate()
 
     def run(self) -> PipelineResult:
-        if stands := standing(self.root):
+        if stands := read_published(self.root):
             check_rebuild(self.root, stands, self._described(), self.rebuild)
         verdicts = self.run_gate()
         self.encode(verdicts)
@@ -101,7 +109,7 @@ class Pipeline:
     def _dead(self, verdicts: RowStatuses) -> Iterator[pa.Table]:
         """Rows that are set aside, shard by shard."""
         found = self.state.map_shards(
-            lambda shard: rejected_rows(shard, verdicts[shard], self.state.field("measure", shard, "source"))
+            lambda shard: make_rejected_table(shard, verdicts[shard], self.state.field("measure", shard, "source"))
         )
         return (table for _, table in found)
 
@@ -244,9 +252,9 @@ class Pipeline:
             for manifest in map(Manifest.from_json, result["manifests"]):
                 self.state.record(manifest)
 
-    def _accepted(self, verdicts: RowStatuses) -> Runs:
+    def _accepted(self, verdicts: RowStatuses) -> RowSelections:
         """Rows that go into training shards, in a fixed order; `verdicts` learn why others do not."""
-        undecided, runs = Runs(self.state.database), Runs(self.state.database)
+        undecided, runs = RowSelections(self.state.database), RowSelections(self.state.database)
         for shard, (changed, mine) in self.state.map_shards(lambda shard: self._judged(shard, verdicts[shard])):
             if changed is not None:
                 verdicts[shard] = changed
@@ -264,7 +272,7 @@ class Pipeline:
             runs.put(run)
         return runs
 
-    def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowRun]]:
+    def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowSelection]]:
         """The final verdict on a shard's rows (None: as before), and the runs of rows that pass it."""
         verdict = override_statuses(before, self.strict[shard]) if shard in self.strict else before
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
@@ -281,7 +289,7 @@ class Pipeline:
             said += [(row, word, f"{stage} gave values that are no numbers") for row, word in rows if word != OK]
         return status_table(*zip(*said)) if said else status_table([], [], [])
 
-    def _runs(self, shard: str, rows: np.ndarray) -> list[RowRun]:
+    def _runs(self, shard: str, rows: np.ndarray) -> list[RowSelection]:
         """A shard's rows by bucket, each with the number that decides its split where the source has none."""
         if not len(rows):
             return []
@@ -289,9 +297,9 @@ class Pipeline:
         bucket_of = self.state.field("bucket", shard, "bucket")
         exact = {} if split else self.state.field("signature", shard, "exact")
         name_R = np.array([bucket_of[row] for row in rows.tolist()])
-        draw_R = np.array([draw_of(exact[row]) if exact else 0 for row in rows.tolist()], np.uint32)
-        run = RowRun(shard, split, "", rows, draw_R)
-        return [replace(run.only(name_R == name), bucket=str(name)) for name in np.unique(name_R)]
+        draw_R = np.array([draw_split_number(exact[row]) if exact else 0 for row in rows.tolist()], np.uint32)
+        run = RowSelection(shard, split, "", rows, draw_R)
+        return [replace(run.subset(name_R == name), bucket=str(name)) for name in np.unique(name_R)]
 
     # --- pack and publish
 
@@ -310,20 +318,20 @@ class Pipeline:
             settings=self.columns.settings,
         )
 
-    def _pack(self, runs: Runs) -> tuple[DatasetInfo, list[ShardEntry]]:
+    def _pack(self, runs: RowSelections) -> tuple[DatasetInfo, list[ShardEntry]]:
         info = self._described()
         proofs = read_proofs(self.root, info.encoding)
-        lost = lost_outputs(self.root, proofs)
+        lost = find_lost_shards(self.root, proofs)
         full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in runs.buckets}
-        stands, outputs, todo = Published(self.root, info), Outputs(self.state.database), WorkList()
+        stands, outputs, todo = PublishedShards(self.root, info), PackPlan(self.state.database), WorkList()
         kept = keep_published(runs, stands.full_shards(proofs, shard_rows=full))
         # what is kept leaves the runs before the rest is cut
-        for output in chain(kept, make_plan(runs, {"encoding": info.encoding}, shard_rows=full)):
+        for output in chain(kept, plan_shards(runs, {"encoding": info.encoding}, shard_rows=full)):
             outputs.add(output)
             if output.id not in proofs or output.id in lost:
                 todo.add(self._pack_unit(output), output.num_rows)
         # In one order, whichever of them are published already: the same plan has the same name.
-        write_plan(self.root, outputs)
+        write_pack_plan(self.root, outputs)
         for result in self.jobs.run_pass("pack", PackTask(self.root, info), todo):
             proofs[result["id"]] = ShardEntry.from_json(result["entry"])
         entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
@@ -332,10 +340,10 @@ class Pipeline:
 
     def _shard_rows(self, layout: SampleLayout) -> int:
         """So many samples that no shard can grow beyond its bytes, however long texts and captions are."""
-        largest = largest_sample(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
+        largest = bound_sample_bytes(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
         return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
-    def _pack_unit(self, output: Output) -> WorkUnit:
+    def _pack_unit(self, output: PlannedShard) -> WorkUnit:
         stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
         found = {shard: self.state.describe_parts(shard) for shard, _ in output.rows}
         parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}

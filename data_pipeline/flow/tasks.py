@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, expand_ranges
-from data_pipeline.packing.pack import Output, pack_output
+from data_pipeline.packing.pack import PlannedShard, pack_shard
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.source import Source, SourceUnit
 from data_pipeline.stages.columns import Column
@@ -127,12 +127,12 @@ class PackTask:
     def open(self) -> Callable[[WorkUnit], UnitResult]:
         def run(unit: WorkUnit) -> UnitResult:
             rows = tuple((shard, np.array(expand_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
-            output = Output(unit["id"], unit["split"], unit["bucket"], rows)
+            output = PlannedShard(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {
                 stage: {shard: [ColumnPart.from_json(p) for p in found] for shard, found in shards.items()}
                 for stage, shards in unit["parts"].items()
             }
-            entry = pack_output(self.root, self.info, output, parts)
+            entry = pack_shard(self.root, self.info, output, parts)
             return {"rows": entry.num_samples, "counts": {"pack": {"ok": entry.num_samples}}, "entry": asdict(entry)}
 
         return run

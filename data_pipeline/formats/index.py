@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.formats.parquet_io import read_table, table_bytes
+from data_pipeline.formats.parquet_io import decode_table, encode_table
 from infra import storage
 from infra.errors import UserError
 
@@ -49,7 +49,7 @@ class ShardRows:
         return len(self.offset_R)
 
 
-def rows_bytes(rows: ShardRows) -> bytes:
+def encode_rows(rows: ShardRows) -> bytes:
     """A shard's table of rows as parquet."""
     columns: dict[str, object] = {
         "key": pa.array(rows.keys, pa.string()),
@@ -61,11 +61,11 @@ def rows_bytes(rows: ShardRows) -> bytes:
         ),
     }
     columns |= {f"caption_{name}": pa.array(texts, pa.string()) for name, texts in rows.captions.items()}
-    return table_bytes(pa.table(columns))
+    return encode_table(pa.table(columns))
 
 
-def rows_from_bytes(data: bytes, uri: str) -> ShardRows:
-    table = read_table(data, uri)
+def decode_rows(data: bytes, uri: str) -> ShardRows:
+    table = decode_table(data, uri)
     try:
         tokens = table["tokens"].combine_chunks()
         return ShardRows(
@@ -91,7 +91,7 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
     ordered = sorted(entries, key=lambda e: (e.bucket, e.generation, e.sha256))
     names = ShardEntry.__dataclass_fields__
     table = pa.table({name: pa.array([getattr(entry, name) for entry in ordered]) for name in names})
-    data = table_bytes(table)
+    data = encode_table(table)
     name = f"index/{split}-{storage.sha256_hex(data)[:16]}.parquet"
     storage.write_bytes(storage.join(uri, name), data)
     return name
@@ -100,4 +100,4 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
 def read_split(uri: str, name: str) -> list[ShardEntry]:
     """The entries that `write_split` wrote."""
     path = storage.join(uri, name)
-    return [ShardEntry.from_json(line) for line in read_table(storage.read_bytes(path), path).to_pylist()]
+    return [ShardEntry.from_json(line) for line in decode_table(storage.read_bytes(path), path).to_pylist()]

@@ -30,7 +30,7 @@ class TextFeatures(NamedTuple):
 Features = TextFeatures | tuple[np.ndarray, np.ndarray]
 
 
-def quantise(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_tokens(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 states, fp32 scale per token): the largest value of each token becomes 127."""
     values = hidden_LW.astype(np.float32)
     scale_L = np.abs(values).max(1, initial=0) / 127
@@ -39,7 +39,7 @@ def quantise(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Slots:
+class SampleOffsets:
     """Byte offsets inside a sample's data region, for R rows; -1 where a caption is absent."""
 
     moments_R: np.ndarray
@@ -77,7 +77,7 @@ class SampleLayout:
         """(caption, encoder) of each column of a tokens table."""
         return [(caption, encoder) for caption in self.captions for encoder in self.encoders]
 
-    def offsets(self, tokens_RS: np.ndarray) -> Slots:
+    def offsets(self, tokens_RS: np.ndarray) -> SampleOffsets:
         """Where each array of each row lies, from the token counts alone."""
         tokens_RS = tokens_RS.astype(np.int64)
         present_RS = tokens_RS > 0
@@ -90,7 +90,7 @@ class SampleLayout:
         pooled_RS = np.cumsum(pooled_size_RS, 1) - pooled_size_RS
         scale_RS = scales_R[:, None] + np.cumsum(scale_size_RS, 1) - scale_size_RS
         hidden_RS = (moments_R + self.moments_size)[:, None] + np.cumsum(hidden_size_RS, 1) - hidden_size_RS
-        return Slots(
+        return SampleOffsets(
             moments_R=moments_R,
             pooled_RS=np.where(present_RS, pooled_RS, -1),
             scale_RS=np.where(present_RS & small, scale_RS, -1),
@@ -114,7 +114,7 @@ class SampleLayout:
             name = f"{caption}.{encoder.seat}"
             if encoder.seat in self.int8_seats:
                 if scale_L is None:
-                    hidden_LW, scale_L = quantise(hidden_LW)
+                    hidden_LW, scale_L = quantise_tokens(hidden_LW)
                 scales.append((f"{name}.scale", scale_L.astype("<f4")))
                 hidden.append((f"{name}.hidden", hidden_LW.astype("|i1")))
             else:

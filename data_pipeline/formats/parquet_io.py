@@ -22,7 +22,7 @@ _HELD = 256  # tables
 _BATCH_ROWS = 1024
 
 
-def table_bytes(table: pa.Table) -> bytes:
+def encode_table(table: pa.Table) -> bytes:
     """A parquet file as bytes; equal tables give equal bytes."""
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd")
@@ -32,7 +32,7 @@ def table_bytes(table: pa.Table) -> bytes:
 def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
     """Tables (one at least) as one parquet file under `stem` and its hash, through scratch disk; returns that name.
 
-    Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `table_bytes`.
+    Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `encode_table`.
     """
     with on_scratch(), tempfile.NamedTemporaryFile() as file:
         writer, held, size = None, [], 0
@@ -63,7 +63,7 @@ def read_batches(uri: str) -> Iterator[pa.RecordBatch]:
             raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def read_table(data: bytes, uri: str) -> pa.Table:
+def decode_table(data: bytes, uri: str) -> pa.Table:
     """A parquet file's rows; `uri` is for messages."""
     try:
         return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

@@ -27,7 +27,7 @@ _LINE = 14
 
 
 @dataclass(frozen=True)
-class Shown:
+class SamplePreview:
     """One sample: its captions, and the latent that `write_grid` decodes."""
 
     key: str
@@ -35,7 +35,7 @@ class Shown:
     latent_CHW: "Tensor"
 
 
-def some_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
+def pick_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[SamplePreview]:
     """Some samples spread over the split."""
     shown = []
     rng = np.random.default_rng(seed)
@@ -45,23 +45,23 @@ def some_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[Shown]:
         batch = dataset.read(numbers.tolist(), posterior="mean")
         synthetic = dataset.read(numbers.tolist(), caption="synthetic").captions
         for key, latent, original, other in zip(batch.keys, batch.latent_BCHW, batch.captions, synthetic):
-            shown.append(Shown(key, {"original": original, "synthetic": other}, latent))
+            shown.append(SamplePreview(key, {"original": original, "synthetic": other}, latent))
     return shown[:count]
 
 
-def write_grid(vae: VaeMeta, shown: Sequence[Shown], out: str) -> None:
+def write_grid(vae: VaeMeta, shown: Sequence[SamplePreview], out: str) -> None:
     """Decoded by the dataset's own autoencoder. `out` ends in .png or .html."""
     if not shown:
         raise UserError(f"{out}: no samples to show; ask for at least one and look at what the split holds")
     if out.endswith(".html"):
-        storage.write_bytes(out, grid_html(shown, _decoded(vae, shown)).encode())
+        storage.write_bytes(out, render_html(shown, _decode(vae, shown)).encode())
     elif out.endswith(".png"):
-        storage.write_bytes(out, encode_png(grid_image(shown, _decoded(vae, shown))))
+        storage.write_bytes(out, encode_png(draw_grid(shown, _decode(vae, shown))))
     else:
         raise UserError(f"{out}: a grid is written as .png or .html; choose one of the two endings")
 
 
-def _decoded(meta: VaeMeta, shown: Sequence[Shown]) -> list[Image.Image]:
+def _decode(meta: VaeMeta, shown: Sequence[SamplePreview]) -> list[Image.Image]:
     import torch
 
     vae, images = load_vae(resolve(meta.checkpoint)), []
@@ -72,7 +72,7 @@ def _decoded(meta: VaeMeta, shown: Sequence[Shown]) -> list[Image.Image]:
     return images
 
 
-def grid_image(shown: Sequence[Shown], images: Sequence[Image.Image], columns: int = 6) -> Image.Image:
+def draw_grid(shown: Sequence[SamplePreview], images: Sequence[Image.Image], columns: int = 6) -> Image.Image:
     """Captions below each image: the original in black, the synthetic one in blue."""
     columns = min(columns, len(shown))
     height = CELL + 2 * _TEXT_LINES * _LINE // 2 + 2 * _LINE
@@ -92,7 +92,7 @@ def grid_image(shown: Sequence[Shown], images: Sequence[Image.Image], columns: i
     return grid
 
 
-def grid_html(shown: Sequence[Shown], images: Sequence[Image.Image]) -> str:
+def render_html(shown: Sequence[SamplePreview], images: Sequence[Image.Image]) -> str:
     cells = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}">'
         + "".join(f"<figcaption class={name}>{html.escape(text)}</figcaption>" for name, text in item.captions.items())
@@ -106,7 +106,7 @@ def grid_html(shown: Sequence[Shown], images: Sequence[Image.Image]) -> str:
     return f"<!doctype html><meta charset=utf-8><title>samples</title><style>{style}</style>{cells}"
 
 
-def describe(uri: str) -> list[tuple[str, str]]:
+def describe_dataset(uri: str) -> list[tuple[str, str]]:
     """What dataset.json says, as lines of a table."""
     info = read_dataset_info(uri)
     lines = [("dataset", uri), ("fingerprint", info.fingerprint), ("resolution", str(info.resolution))]

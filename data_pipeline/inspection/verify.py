@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.formats.index import ShardEntry, read_split, rows_from_bytes
+from data_pipeline.formats.index import ShardEntry, decode_rows, read_split
 from data_pipeline.formats.layout import checksum
-from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, read_dataset_info, rejected_split
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.stages.columns import count_statuses
 from data_pipeline.stages.stage import OK
 from infra import storage
@@ -22,7 +22,7 @@ from infra.log import Progress
 
 
 @dataclass
-class Findings:
+class VerificationResult:
     """What was checked and what was wrong with it."""
 
     objects: int = 0
@@ -31,10 +31,10 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(uri: str, *, columns: bool = True) -> Findings:
+def verify_dataset(uri: str, *, columns: bool = True) -> VerificationResult:
     """Read everything once. `columns` also checks what the stages wrote, not only the training shards."""
     info = read_dataset_info(uri)
-    findings = Findings()
+    findings = VerificationResult()
     tasks: list[tuple[str, object]] = []
     origins: Counter[tuple[str, int]] = Counter()
     for split, about in info.splits.items():
@@ -43,7 +43,7 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
         if sum(entry.num_samples for entry in entries) != about.num_samples:
             findings.problems.append(f"{path}: other sample counts than dataset.json")
         tasks += [(split, entry) for entry in entries]
-    parts = list(_column_parts(uri, info)) if columns else []
+    parts = list(_list_parts(uri, info)) if columns else []
     tasks += [("", part) for part in {part.object: part for _, part in parts}.values()]
     with ThreadPoolExecutor(4) as pool, Progress(len(tasks), "objects", desc="verify") as progress:
         for problems, num_bytes, split, places in pool.map(lambda task: _check(uri, info, *task), tasks):
@@ -60,21 +60,21 @@ def verify(uri: str, *, columns: bool = True) -> Findings:
     for split in info.splits:
         if not findings.problems and rejected_split(split) in info.splits:
             try:
-                Partners(open_dataset(uri, split=split))
+                RejectedLatents(open_dataset(uri, split=split))
             except UnavailableError:
                 raise
             except UserError as error:
                 findings.problems.append(str(error))
     if info.rejected and not findings.problems:
         ingested = {part.shard: part.num_rows for stage, part in parts if stage == "ingest"}
-        findings.problems += _dead_letter_problems(uri, info, origins, ingested)
+        findings.problems += _check_rejected(uri, info, origins, ingested)
     total, ok = sum(findings.samples.values()), info.counts.get("ok", 0)
     if not findings.problems and total != ok:
         findings.problems.append(f"{uri}: {total} samples in the shards, but {ok} rows are ok")
     return findings
 
 
-def _column_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, ColumnPart]]:
+def _list_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, ColumnPart]]:
     for stage, fingerprint in info.columns.items():
         folder = storage.join(uri, "columns", stage, fingerprint[:12])
         for name in storage.list_files(folder, suffix=".json", recursive=False):
@@ -82,7 +82,7 @@ def _column_parts(uri: str, info: DatasetInfo) -> Iterator[tuple[str, ColumnPart
                 yield stage, part
 
 
-def _dead_letter_problems(
+def _check_rejected(
     uri: str, info: DatasetInfo, samples: Counter[tuple[str, int]], ingested: Mapping[str, int]
 ) -> list[str]:
     """Every ingested row is one sample or one dead letter. `ingested`: rows by shard, empty if columns are not read."""
@@ -91,7 +91,7 @@ def _dead_letter_problems(
         data = storage.read_bytes(path)
         if storage.sha256_hex(data)[:16] not in info.rejected:
             return [f"{path}: other bytes than its name says"]
-        table = read_table(data, path)
+        table = decode_table(data, path)
     except UnavailableError:
         raise
     except UserError as error:
@@ -119,7 +119,7 @@ def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[
     try:
         if isinstance(item, ColumnPart):
             data = storage.read_bytes(storage.join(uri, item.object))
-            wrong = _hash_problem(storage.join(uri, item.object), data, item.sha256)
+            wrong = _check_hash(storage.join(uri, item.object), data, item.sha256)
             return wrong, len(data), "", []
         assert isinstance(item, ShardEntry)
         problems, num_bytes, places = _check_shard(uri, info, item)
@@ -130,17 +130,17 @@ def _check(uri: str, info: DatasetInfo, split: str, item: object) -> tuple[list[
         return [str(error)], 0, split, []
 
 
-def _hash_problem(name: str, data: bytes, sha256: str) -> list[str]:
+def _check_hash(name: str, data: bytes, sha256: str) -> list[str]:
     return [] if storage.sha256_hex(data) == sha256 else [f"{name}: other bytes than its manifest names"]
 
 
 def _check_shard(uri: str, info: DatasetInfo, entry: ShardEntry) -> tuple[list[str], int, list]:
     tar_uri, rows_uri = storage.join(uri, entry.tar), storage.join(uri, entry.rows)
     tar, table = storage.read_bytes(tar_uri), storage.read_bytes(rows_uri)
-    problems = _hash_problem(tar_uri, tar, entry.sha256) + _hash_problem(rows_uri, table, entry.rows_sha256)
+    problems = _check_hash(tar_uri, tar, entry.sha256) + _check_hash(rows_uri, table, entry.rows_sha256)
     if problems:
         return problems, len(tar) + len(table), []
-    rows = rows_from_bytes(table, rows_uri)
+    rows = decode_rows(table, rows_uri)
     if entry.encoding != info.encoding:
         problems.append(f"{tar_uri}: encoding {entry.encoding}, the dataset is {info.encoding}")
     sizes = info.layout(entry.bucket).offsets(rows.tokens_RS).size_R
@@ -150,10 +150,10 @@ def _check_shard(uri: str, info: DatasetInfo, entry: ShardEntry) -> tuple[list[s
     for key, start, size, expected in zip(rows.keys, rows.offset_R, rows.size_R, rows.checksum_R):
         if checksum(view[start : start + size]) != int(expected):
             problems.append(f"{tar_uri}: sample {key} has other bytes than its row says")
-    return problems, len(tar) + len(table), [_origin(info) for info in _infos(tar)] or [None] * len(rows)
+    return problems, len(tar) + len(table), [_read_origin(info) for info in _read_infos(tar)] or [None] * len(rows)
 
 
-def _infos(tar: bytes) -> Iterator[dict]:
+def _read_infos(tar: bytes) -> Iterator[dict]:
     import io
     import tarfile
 
@@ -165,6 +165,6 @@ def _infos(tar: bytes) -> Iterator[dict]:
                 yield json.loads(content.read())
 
 
-def _origin(info: dict) -> tuple[str, int] | None:
+def _read_origin(info: dict) -> tuple[str, int] | None:
     place = info.get("from")
     return (place["shard"], place["row"]) if place else None

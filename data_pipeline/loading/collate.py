@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from data_pipeline.formats.index import ShardRows
-from data_pipeline.formats.layout import SampleLayout, Slots
+from data_pipeline.formats.layout import SampleLayout, SampleOffsets
 from data_pipeline.formats.schema import VaeMeta
+from data_pipeline.loading.array_pool import ArrayPool
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.memory import Memory
-from data_pipeline.loading.reader import Part
+from data_pipeline.loading.reader import ReadTarget
 from infra.errors import UserError, nearest
 from model.encoders.text import TextCond, TextSpec
 from model.seeding import Normal, QuickNormal, keyed_uniform
 
 Posterior = Literal["sample", "mean"]
-Read = Callable[[int, Sequence[Part]], np.ndarray]  # (sample, what goes elsewhere): the rest of its data region
+Read = Callable[[int, Sequence[ReadTarget]], np.ndarray]  # (sample, what goes elsewhere): the rest of its data region
 Lend = Callable[[tuple[int, ...], type[np.generic]], np.ndarray]  # Memory.lend
 Spread = Callable[[int, Callable[[range], None]], None]  # (count, work): work on parts of range(count)
 
@@ -29,7 +29,7 @@ CACHED = 2**17  # numbers that are worked on at once: with what is made of them 
 
 
 @dataclass(frozen=True)
-class Draws:
+class DrawSettings:
     """How samples are made into inputs. `caption_weights` are renormalised over the captions a sample has."""
 
     seed: int
@@ -64,7 +64,7 @@ class _Seat:
     pooled: int
 
 
-def _seats(spec: TextSpec) -> dict[str, _Seat]:
+def _place_seats(spec: TextSpec) -> dict[str, _Seat]:
     """CLIP seats side by side on channels, then T5 along the sequence, as model.encoders.text.assemble places them."""
     seats: dict[str, _Seat] = {}
     channel = pooled_at = 0
@@ -83,7 +83,7 @@ class Collator:
         self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...], int8_seats: tuple[str, ...] = ()
     ) -> None:
         self._spec, self._vae, self._captions, self._int8 = text_spec, vae, captions, int8_seats
-        self._seats, self._memory = _seats(text_spec), Memory()
+        self._seats, self._memory = _place_seats(text_spec), ArrayPool()
 
     def layout(self, latent_shape: tuple[int, int, int]) -> SampleLayout:
         channels, height, width = latent_shape
@@ -98,7 +98,7 @@ class Collator:
         spread: Spread,
         *,
         latent_shape: tuple[int, int, int],
-        draws: Draws,
+        draws: DrawSettings,
     ) -> LatentBatch:
         """`rows[b]` is (table, row number) and `read(b, elsewhere)` the data region of the sample at `positions[b]`.
 
@@ -133,7 +133,7 @@ class Collator:
         )
 
     def _sample(
-        self, latent_BCHW: np.ndarray, moments_BMHW: np.ndarray, positions: np.ndarray, part: range, draws: Draws
+        self, latent_BCHW: np.ndarray, moments_BMHW: np.ndarray, positions: np.ndarray, part: range, draws: DrawSettings
     ) -> None:
         """Sampled (or the mean) and normalised, as many at once as stay in the cache."""
         normal, at_once = draws.normal(draws.seed, "posterior"), max(1, CACHED // moments_BMHW[0].size)
@@ -147,13 +147,13 @@ class Collator:
             moments, latents = torch.from_numpy(moments_BMHW[some]), torch.from_numpy(latent_BCHW[some])
             self._vae.latents.sample_normalised_(latents, wide[: len(moments)].copy_(moments))
 
-    def _drop(self, position_B: Tensor, draws: Draws) -> np.ndarray:
+    def _drop(self, position_B: Tensor, draws: DrawSettings) -> np.ndarray:
         """Which encoders are left out: each on its own, keyed by position."""
         seats = [encoder.seat for encoder in self._spec.encoders]
         u_EB = [keyed_uniform(draws.seed, position_B, f"drop/{seat}").numpy() for seat in seats]
         return np.stack(u_EB, 1) < draws.encoder_dropout
 
-    def _choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: Draws) -> np.ndarray:
+    def _choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: DrawSettings) -> np.ndarray:
         """Index of the caption of each sample, by weight among those it has."""
         seats = len(self._spec.encoders)
         has = tokens_BS.reshape(len(positions), len(self._captions), seats).max(2) > 0
@@ -188,7 +188,7 @@ class _Target:
         seats: Mapping[str, _Seat],
         int8: Sequence[str],
         tokens_BS: np.ndarray,
-        slots: Slots,
+        slots: SampleOffsets,
         caption_B: np.ndarray,
         dropped_BE: np.ndarray,
         moments_BMHW: np.ndarray,
@@ -198,7 +198,7 @@ class _Target:
         context_BLD = lend((batch, spec.context_tokens, spec.context_width), np.float32 if int8 else np.float16)
         pooled_BP = np.zeros((batch, spec.pooled_width), np.float32)
         mask_BL = np.zeros((batch, spec.context_tokens), bool)
-        self.elsewhere: list[list[Part]] = [[] for _ in range(batch)]
+        self.elsewhere: list[list[ReadTarget]] = [[] for _ in range(batch)]
         self._copies: list[list[_Copy]] = [[] for _ in range(batch)]
         self._zeros: list[list[np.ndarray]] = [[] for _ in range(batch)]
         for b, at in enumerate(slots.moments_R.tolist()):
@@ -230,7 +230,7 @@ class _Target:
         target = copy.target
         same = target.flags.c_contiguous and target.dtype == copy.dtype
         if same and copy.at % 8 == target.nbytes % 8 == 0:
-            self.elsewhere[b].append(Part(copy.at, target.reshape(-1).view(np.uint8)))
+            self.elsewhere[b].append(ReadTarget(copy.at, target.reshape(-1).view(np.uint8)))
         else:
             self._copies[b].append(copy)
 

@@ -5,8 +5,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from data_pipeline.formats.index import ShardRows, rows_from_bytes
-from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.index import ShardRows, decode_rows
+from data_pipeline.formats.parquet_io import decode_table
 from infra import storage
 from infra.errors import UserError
 
@@ -17,7 +17,7 @@ class SplitIndex:
     def __init__(self, uri: str, name: str) -> None:
         self.uri = uri
         path = storage.join(uri, name)
-        table = read_table(storage.read_bytes(path), path)
+        table = decode_table(storage.read_bytes(path), path)
         columns = {key: table[key] for key in ("tar", "rows", "bucket", "encoding")}
         self.tars: list[str] = columns["tar"].to_pylist()
         self.rows: list[str] = columns["rows"].to_pylist()
@@ -62,7 +62,7 @@ class RowTables:
                 self._tables.move_to_end(shard)
                 return self._tables[shard]
         path = storage.join(self._index.uri, self._index.rows[shard])
-        rows = rows_from_bytes(storage.read_bytes(path), path)
+        rows = decode_rows(storage.read_bytes(path), path)
         if len(rows) != self._index.num_samples_per_shard[shard]:
             raise UserError(
                 f"{path}: {len(rows)} rows, the index says {self._index.num_samples_per_shard[shard]}: "

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from data_pipeline.formats.schema import DatasetInfo, VaeMeta, read_dataset_info
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.collate import Collator, Draws, Posterior
+from data_pipeline.loading.collate import Collator, DrawSettings, Posterior
 from data_pipeline.loading.index import SplitIndex
-from data_pipeline.loading.order import BLOCK_SHARDS, BatchPlan, Exceptions, Order
+from data_pipeline.loading.order import BLOCK_SHARDS, BatchLocations, DataExceptions, SampleOrder
 from data_pipeline.loading.reader import SampleReader, ShardError
 from infra.errors import UserError, nearest
 from infra.log import get_logger
@@ -30,7 +30,7 @@ log = get_logger("loader")
 BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
 ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
 MAX_QUARANTINED = 0.05  # of the shards of a split; more than one, and more than this, end the run
-Partner = Callable[[LatentBatch, Draws], Tensor]  # the latents of the rejected halves (data_pipeline/packing/pairs.py)
+ReadRejected = Callable[[LatentBatch, DrawSettings], Tensor]  # loading/pairs.py, for preference pairs
 
 
 def open_dataset(uri: str, *, split: str = "train") -> Dataset:
@@ -107,17 +107,18 @@ class Dataset:
         world_size: int = 1,
         caption_weights: Mapping[str, float] | None = None,
         encoder_dropout: float = ENCODER_DROPOUT,
-        exceptions: Exceptions = Exceptions(),  # noqa: B008 - frozen
+        exceptions: DataExceptions = DataExceptions(),  # noqa: B008 - frozen
         micro_batch: int | None = None,
         prefetch: int = 2,
         block_shards: int = BLOCK_SHARDS,
-        partner: Partner | None = None,
+        read_rejected: ReadRejected | None = None,
         dealt: bool = False,
     ) -> Batches:
         """Endless batches from sample position `start` on: this rank's lane of each global batch.
 
-        `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it. `partner` finds what
-        makes pairs of the samples. A lane is a run of neighbours; `dealt` out instead, it is every `world_size`-th one.
+        `micro_batch` cuts each lane into pieces of that many samples; draws do not depend on it. `read_rejected`
+        finds the other pictures of preference pairs. A lane is a run of neighbouring positions; with `dealt` it is
+        every `world_size`-th one.
         """
         lane, rest = divmod(global_batch, world_size)
         if global_batch < 1 or rest:
@@ -127,20 +128,20 @@ class Dataset:
         if micro_batch is not None and (micro_batch < 1 or lane % micro_batch):
             raise UserError(f"micro_batch={micro_batch} does not divide the {lane} samples of a rank's lane")
         weights = dict(caption_weights or self._default_weights())
-        draws = Draws(seed, weights, encoder_dropout, normal=QuickNormal)
+        draws = DrawSettings(seed, weights, encoder_dropout, normal=QuickNormal)
         draws.check(self.info.captions)
         order = self.order(seed=seed, global_batch=global_batch, block_shards=block_shards)
         return Batches(
             self, order, draws, start=start,
             lane=slice(rank, None, world_size) if dealt else slice(rank * lane, (rank + 1) * lane),
-            micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, partner=partner,
+            micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, read_rejected=read_rejected,
         )  # fmt: skip
 
-    def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> Order:
+    def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> SampleOrder:
         """The plan of every global batch, for those who only want to look."""
         sizes = self.index.num_samples_per_shard
         shards = {name: self.index.shards_of(name) for name in self.buckets}
-        return Order(
+        return SampleOrder(
             {name: (numbers, sizes[numbers]) for name, numbers in shards.items()},
             seed=seed, global_batch=global_batch, block_shards=block_shards, uri=self.uri,
         )  # fmt: skip
@@ -163,12 +164,12 @@ class Dataset:
         names = {name for name, samples in self.bucket_ranges.items() if any(int(n) in samples for n in numbers)}
         if len(names) > 1:
             raise UserError(f"samples of buckets {', '.join(sorted(names))} in one batch: read them bucket by bucket")
-        draws = Draws(seed, {caption: 1.0}, encoder_dropout, posterior)
+        draws = DrawSettings(seed, {caption: 1.0}, encoder_dropout, posterior)
         draws.check(self.info.captions)
         shards, rows = self.index.locate(numbers)
         return self.at(list(zip(shards.tolist(), rows.tolist())), numbers.tolist(), draws)
 
-    def at(self, places: Sequence[tuple[int, int]], positions: Sequence[int], draws: Draws) -> LatentBatch:
+    def at(self, places: Sequence[tuple[int, int]], positions: Sequence[int], draws: DrawSettings) -> LatentBatch:
         """Samples by (shard, row) of one bucket, drawn as if they stood at `positions`."""
         try:
             return self._load(np.asarray(positions, np.int64), places, self.index.buckets[places[0][0]], draws)
@@ -178,7 +179,9 @@ class Dataset:
     def _default_weights(self) -> dict[str, float]:
         return {name: weight for name, weight in BOTH_CAPTIONS.items() if name in self.info.captions}
 
-    def _load(self, positions: np.ndarray, places: Sequence[tuple[int, int]], bucket: str, draws: Draws) -> LatentBatch:
+    def _load(
+        self, positions: np.ndarray, places: Sequence[tuple[int, int]], bucket: str, draws: DrawSettings
+    ) -> LatentBatch:
         reader, shards = self._reader, sorted({shard for shard, _ in places})
         reader.spread(len(shards), lambda part: [reader.table(shards[n]) for n in part])  # at once, where they are far
         rows = [(reader.table(shard), row) for shard, row in places]
@@ -194,18 +197,18 @@ class Batches(Iterator[LatentBatch]):
     def __init__(
         self,
         dataset: Dataset,
-        order: Order,
-        draws: Draws,
+        order: SampleOrder,
+        draws: DrawSettings,
         *,
         start: int,
         lane: slice,
         micro_batch: int,
-        exceptions: Exceptions,
+        exceptions: DataExceptions,
         prefetch: int,
-        partner: Partner | None = None,
+        read_rejected: ReadRejected | None = None,
     ) -> None:
         self._dataset, self._order, self._draws = dataset, order, draws
-        self._lane, self._micro_batch, self._partner = lane, micro_batch, partner
+        self._lane, self._micro_batch, self._read_rejected = lane, micro_batch, read_rejected
         self._numbers = {name: number for number, name in enumerate(dataset.index.tars)}
         self.exceptions = exceptions
         self._banned = frozenset(self._numbers[name] for name in exceptions.shards if name in self._numbers)
@@ -225,7 +228,7 @@ class Batches(Iterator[LatentBatch]):
                 self._pending.append(self._pool.submit(self._lane_of, self._step))
                 self._step += 1
             batch = self._pending.popleft().result()
-            self._ready.extend(_pieces(batch, self._micro_batch))
+            self._ready.extend(_split_lane(batch, self._micro_batch))
         return self._ready.popleft()
 
     def close(self) -> None:
@@ -243,11 +246,11 @@ class Batches(Iterator[LatentBatch]):
             except ShardError as error:
                 self._quarantine(error)
                 continue
-            if self._partner is None:
+            if self._read_rejected is None:
                 return batch
-            return batch._replace(rejected_BCHW=self._partner(batch, self._draws))
+            return batch._replace(rejected_BCHW=self._read_rejected(batch, self._draws))
 
-    def _places(self, plan: BatchPlan, positions: np.ndarray) -> list[tuple[int, int]]:
+    def _places(self, plan: BatchLocations, positions: np.ndarray) -> list[tuple[int, int]]:
         places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
         skipped = self.exceptions.positions
         if not self._banned and not skipped:
@@ -262,7 +265,7 @@ class Batches(Iterator[LatentBatch]):
         name = self._dataset.index.tars[error.shard]
         log.error("shard %s quarantined, other samples of its bucket stand in: %s", name, error.reason)
         self._banned |= {error.shard}
-        self.exceptions |= Exceptions(frozenset({name}))
+        self.exceptions |= DataExceptions(frozenset({name}))
         total = len(self._numbers)
         if len(self._banned) > max(1, int(MAX_QUARANTINED * total)):
             raise UserError(
@@ -271,7 +274,7 @@ class Batches(Iterator[LatentBatch]):
             )
 
 
-def _pieces(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
+def _split_lane(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
     if size >= len(batch.keys):
         yield batch
         return

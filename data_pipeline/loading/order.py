@@ -20,13 +20,13 @@ BLOCK_SHARDS = 8  # shards whose samples are shuffled together
 _ATTEMPTS = 10_000  # draws for a substitute before all of a bucket counts as damaged
 
 
-def rng(seed: int, *purpose: object) -> np.random.Generator:
+def keyed_rng(seed: int, *purpose: object) -> np.random.Generator:
     """A generator that depends on nothing but the seed and the words of its purpose."""
     digest = hashlib.sha256(f"{seed}/order/{'/'.join(map(str, purpose))}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
 
 
-class BatchPlan(NamedTuple):
+class BatchLocations(NamedTuple):
     """One global batch: where each of its samples is. All lie in one bucket."""
 
     bucket: str
@@ -35,21 +35,21 @@ class BatchPlan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Exceptions:
+class DataExceptions:
     """What a run leaves out: quarantined shards (their tar names) and skipped positions. Part of a checkpoint."""
 
     shards: frozenset[str] = frozenset()
     positions: frozenset[int] = frozenset()
 
-    def __or__(self, other: "Exceptions") -> "Exceptions":
-        return Exceptions(self.shards | other.shards, self.positions | other.positions)
+    def __or__(self, other: "DataExceptions") -> "DataExceptions":
+        return DataExceptions(self.shards | other.shards, self.positions | other.positions)
 
     def to_json(self) -> dict[str, list]:
         return {"shards": sorted(self.shards), "positions": sorted(self.positions)}
 
     @staticmethod
-    def from_json(data: Mapping[str, list]) -> "Exceptions":
-        return Exceptions(frozenset(data["shards"]), frozenset(data["positions"]))
+    def from_json(data: Mapping[str, list]) -> "DataExceptions":
+        return DataExceptions(frozenset(data["shards"]), frozenset(data["positions"]))
 
 
 class BucketOrder:
@@ -89,7 +89,7 @@ class BucketOrder:
 
     def substitute(self, position: int, banned: frozenset[int]) -> tuple[int, int]:
         """The sample that stands in for a position whose own cannot be used: drawn anew from the bucket."""
-        draws = rng(self._seed, "substitute", self.bucket, position)
+        draws = keyed_rng(self._seed, "substitute", self.bucket, position)
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         for _ in range(_ATTEMPTS):
             sample = int(draws.integers(self.num_samples))
@@ -103,7 +103,7 @@ class BucketOrder:
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._passes:
-            permuted = rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
+            permuted = keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
             starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
             self._passes[number] = permuted, starts
             if len(self._passes) > 2:
@@ -113,13 +113,13 @@ class BucketOrder:
     def _block(self, number: int, block: int, size: int) -> np.ndarray:
         key = number, block
         if key not in self._blocks:
-            self._blocks[key] = rng(self._seed, "samples", self.bucket, number, block).permutation(size)
+            self._blocks[key] = keyed_rng(self._seed, "samples", self.bucket, number, block).permutation(size)
             if len(self._blocks) > 4:
                 self._blocks.popitem(last=False)
         return self._blocks[key]
 
 
-class Order:
+class SampleOrder:
     """Which samples make global batch number `step`."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Order:
             low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
         return low
 
-    def batch(self, step: int) -> BatchPlan:
+    def batch(self, step: int) -> BatchLocations:
         """Arithmetic on prefix sums and two permutations; nothing is replayed."""
         epoch = self.epoch_of(step)
         labels, ranks = self._deal(epoch)
@@ -168,7 +168,7 @@ class Order:
         bucket = self.buckets[int(labels[entry])]
         number = self._bucket_batches_before(bucket.num_samples, epoch) + int(ranks[entry])
         virtual = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
-        return BatchPlan(bucket.bucket, *bucket.locate(virtual))
+        return BatchLocations(bucket.bucket, *bucket.locate(virtual))
 
     def bucket(self, name: str) -> BucketOrder:
         return next(bucket for bucket in self.buckets if bucket.bucket == name)
@@ -182,7 +182,7 @@ class Order:
             ]
             labels = np.repeat(np.arange(len(counts)), counts)
             if len(counts) > 1:
-                labels = rng(self._seed, "epoch", epoch).permutation(labels)
+                labels = keyed_rng(self._seed, "epoch", epoch).permutation(labels)
             ranks = np.empty(len(labels), np.int64)
             for number in range(len(counts)):
                 mine = np.flatnonzero(labels == number)

@@ -4,13 +4,13 @@ from torch import Tensor
 
 from data_pipeline.formats.schema import rejected_split
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.collate import Draws
+from data_pipeline.loading.collate import DrawSettings
 from data_pipeline.loading.index import RowTables
 from data_pipeline.loading.loader import Dataset, open_dataset
 from infra.errors import UserError
 
 
-class Partners:
+class RejectedLatents:
     """The rejected half of each preferred sample, found by its key; UserError unless the two splits fit together."""
 
     def __init__(self, preferred: Dataset) -> None:
@@ -21,7 +21,7 @@ class Partners:
                 "with `python -m eval pairs` or `python -m data_pipeline pairs`"
             )
         self._rejected = open_dataset(preferred.uri, split=split)
-        mine, others = _samples(preferred), _samples(self._rejected)
+        mine, others = _index_samples(preferred), _index_samples(self._rejected)
         if {key: said for key, (_, said) in mine.items()} != {key: said for key, (_, said) in others.items()}:
             odd = sorted(key for key in mine.keys() | others.keys() if mine.get(key, "")[1:] != others.get(key, "")[1:])
             raise UserError(
@@ -30,13 +30,13 @@ class Partners:
             )
         self._places = {key: place for key, (place, _) in others.items()}
 
-    def __call__(self, batch: LatentBatch, draws: Draws) -> Tensor:
+    def __call__(self, batch: LatentBatch, draws: DrawSettings) -> Tensor:
         """Latents of the other halves, drawn with the same noise as the preferred ones."""
         places = [self._places[key] for key in batch.keys]
         return self._rejected.at(places, batch.positions.tolist(), draws).latent_BCHW
 
 
-def _samples(dataset: Dataset) -> dict[str, tuple[tuple[int, int], tuple[str, ...]]]:
+def _index_samples(dataset: Dataset) -> dict[str, tuple[tuple[int, int], tuple[str, ...]]]:
     """key -> ((shard, row), its bucket and captions)."""
     tables, found = RowTables(dataset.index), {}
     for shard, bucket in enumerate(dataset.index.buckets):

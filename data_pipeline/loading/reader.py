@@ -30,7 +30,7 @@ class ShardError(Exception):
         self.shard, self.reason = shard, reason
 
 
-class Part(NamedTuple):
+class ReadTarget(NamedTuple):
     """Bytes of a sample's data region that are wanted elsewhere: from `offset` on, as many as `target` (uint8) holds.
 
     Both are multiples of 8, as the sum over the words of the region is made piece by piece.
@@ -60,7 +60,7 @@ class SampleReader:
         except UserError as error:
             raise ShardError(shard, str(error)) from error
 
-    def read(self, shard: int, row: int, elsewhere: Sequence[Part] = ()) -> np.ndarray:
+    def read(self, shard: int, row: int, elsewhere: Sequence[ReadTarget] = ()) -> np.ndarray:
         """The data region of one sample as bytes (uint8), checked against its sum in the index.
 
         They are good until this thread reads again: a megabyte of fresh memory costs more than reading it. Parts that
@@ -69,7 +69,7 @@ class SampleReader:
         table = self.table(shard)
         offset, size = int(table.offset_R[row]), int(table.size_R[row])
         data = self._scratch_of(size)
-        pieces = _pieces(data, elsewhere)
+        pieces = _split_pieces(data, elsewhere)
         try:
             got, total = (self._fetch if self._remote else self._pread)(shard, offset, pieces)
         except UnavailableError:
@@ -138,7 +138,7 @@ class SampleReader:
         self.__init__(state["index"], check=state["check"])  # type: ignore[misc]
 
 
-def _pieces(data: np.ndarray, elsewhere: Sequence[Part]) -> list[memoryview]:
+def _split_pieces(data: np.ndarray, elsewhere: Sequence[ReadTarget]) -> list[memoryview]:
     """A data region as it is read: `data` with the targets in place of what goes elsewhere."""
     pieces, at = [], 0
     for offset, target in elsewhere:

@@ -11,8 +11,8 @@ import numpy as np
 from data_pipeline.formats.index import ShardEntry, read_split
 from data_pipeline.formats.parquet_io import read_batches
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, read_dataset_info
-from data_pipeline.packing.pack import Output, read_outputs
-from data_pipeline.packing.runs import Runs
+from data_pipeline.packing.pack import PlannedShard, read_planned_shards
+from data_pipeline.packing.selections import RowSelections
 from infra import storage
 from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
@@ -20,7 +20,7 @@ from infra.log import get_logger
 log = get_logger("pack")
 
 
-class Published:
+class PublishedShards:
     """The dataset that dataset.json shows at this moment; nothing where there is none, or one of another encoding.
 
     Its table of shards is in memory, as at the end of a run (about a kB per training shard), its rows are not.
@@ -28,16 +28,16 @@ class Published:
 
     def __init__(self, root: str, info: DatasetInfo) -> None:
         self._root = root
-        self._generation_of = {entry.tar: entry.generation for entry in _shown(root, info.encoding)}
+        self._generation_of = {entry.tar: entry.generation for entry in _list_published(root, info.encoding)}
         self._next = max(self._generation_of.values(), default=-1) + 1
 
-    def full_shards(self, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]) -> Iterator[Output]:
+    def full_shards(self, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]) -> Iterator[PlannedShard]:
         """Its full shards, out of the plans that made them. `shard_rows`: samples of a full shard, by bucket."""
         full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
         missing = {name for name in full if proofs[name].tar in self._generation_of}
         for uri in storage.list_files(storage.join(self._root, "pack"), suffix=".parquet", recursive=False):
             if missing:
-                for output in read_outputs(read_batches(uri), frozenset(missing)):
+                for output in read_planned_shards(read_batches(uri), frozenset(missing)):
                     missing.discard(output.id)
                     yield output
 
@@ -46,7 +46,7 @@ class Published:
         return replace(entry, generation=self._generation_of.get(entry.tar, self._next))
 
 
-def standing(root: str) -> DatasetInfo | None:
+def read_published(root: str) -> DatasetInfo | None:
     """The description that is there; a damaged one must not stand in the way of the next."""
     if not storage.exists(storage.join(root, DATASET_FILE)):
         return None
@@ -59,8 +59,8 @@ def standing(root: str) -> DatasetInfo | None:
         return None
 
 
-def _shown(root: str, encoding: str) -> list[ShardEntry]:
-    stands = standing(root)
+def _list_published(root: str, encoding: str) -> list[ShardEntry]:
+    stands = read_published(root)
     if stands is None or stands.encoding != encoding:
         return []
     try:
@@ -72,12 +72,12 @@ def _shown(root: str, encoding: str) -> list[ShardEntry]:
         return []
 
 
-def keep_published(runs: Runs, outputs: Iterable[Output]) -> Iterator[Output]:
-    """Outputs whose rows all still go the same way; their rows are taken out of the runs."""
+def keep_published(selections: RowSelections, outputs: Iterable[PlannedShard]) -> Iterator[PlannedShard]:
+    """Those whose rows all still go to the same split and bucket; these rows are taken out of `selections`."""
     for output in outputs:
-        ways = [(runs.get(output.split, output.bucket, shard), rows) for shard, rows in output.rows]
-        if all(run is not None and np.isin(rows, run.row_R).all() for run, rows in ways):
-            for run, rows in ways:
-                assert run is not None
-                runs.put(run.only(~np.isin(run.row_R, rows)))
+        ways = [(selections.get(output.split, output.bucket, shard), rows) for shard, rows in output.rows]
+        if all(selection is not None and np.isin(rows, selection.row_R).all() for selection, rows in ways):
+            for selection, rows in ways:
+                assert selection is not None
+                selections.put(selection.subset(~np.isin(selection.row_R, rows)))
             yield output

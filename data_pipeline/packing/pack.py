@@ -18,8 +18,8 @@ from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout, TextFeatures
 from data_pipeline.formats.parquet_io import write_tables
 from data_pipeline.formats.schema import ColumnPart, DatasetInfo, fingerprint
-from data_pipeline.packing.runs import RowRun
-from data_pipeline.packing.shards import Sample, write_shard
+from data_pipeline.packing.selections import RowSelection
+from data_pipeline.packing.shards import TrainingSample, write_shard
 from data_pipeline.stages.columns import read_parts
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from infra import storage
@@ -30,7 +30,7 @@ _PLANNED = 64  # output shards that are written down at a time
 
 
 @dataclass(frozen=True)
-class Output:
+class PlannedShard:
     """One planned training shard: rows of input shards, in order."""
 
     id: str
@@ -43,23 +43,26 @@ class Output:
         return sum(len(rows) for _, rows in self.rows)
 
 
-def make_plan(runs: Iterable[RowRun], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]) -> Iterator[Output]:
-    """Cut each (split, bucket) into output shards of its bucket's size, rows in the order given.
+def plan_shards(
+    selections: Iterable[RowSelection], made_by: Mapping[str, str], *, shard_rows: Mapping[str, int]
+) -> Iterator[PlannedShard]:
+    """Cut each (split, bucket) into training shards of its bucket's size, rows in the order given.
 
-    Runs of a split and bucket come one after the other; one output shard is held at a time."""
-    for (split, bucket), members in groupby(runs, lambda run: (run.split, run.bucket)):
-        for listed in _cut(members, shard_rows[bucket]):
+    Selections of a split and bucket come one after the other; one planned shard is held at a time.
+    """
+    for (split, bucket), members in groupby(selections, lambda found: (found.split, found.bucket)):
+        for listed in _cut_rows(members, shard_rows[bucket]):
             numbers = [(shard, rows.tolist()) for shard, rows in listed]
-            yield Output(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed)
+            yield PlannedShard(fingerprint([made_by, split, bucket, numbers]), split, bucket, listed)
 
 
-def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndarray], ...]]:
+def _cut_rows(selections: Iterable[RowSelection], size: int) -> Iterator[tuple[tuple[str, np.ndarray], ...]]:
     listed: list[tuple[str, np.ndarray]] = []
     room = size
-    for run in runs:
-        rest = run.row_R
+    for selection in selections:
+        rest = selection.row_R
         while len(rest):
-            listed.append((run.shard, rest[:room]))
+            listed.append((selection.shard, rest[:room]))
             room, rest = room - len(rest[:room]), rest[room:]
             if not room:
                 yield tuple(listed)
@@ -68,13 +71,13 @@ def _cut(runs: Iterable[RowRun], size: int) -> Iterator[tuple[tuple[str, np.ndar
         yield tuple(listed)
 
 
-class Outputs:
+class PackPlan:
     """A plan's output shards on scratch disk, by id."""
 
     def __init__(self, database: ScratchDatabase) -> None:
         self._map = database.new_map("id")
 
-    def add(self, output: Output) -> None:
+    def add(self, output: PlannedShard) -> None:
         """An id stands for its rows: the same output again changes nothing."""
         rows = [(shard, rows.tolist()) for shard, rows in output.rows]
         self._map[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
@@ -83,20 +86,20 @@ class Outputs:
         """Ascending, as the outputs come."""
         return (str(name) for (name,) in self._map)
 
-    def __iter__(self) -> Iterator[Output]:
+    def __iter__(self) -> Iterator[PlannedShard]:
         for (name,), data in self._map.items():
             split, bucket, listed = json.loads(data)
             rows = tuple((shard, np.array(rows, np.int32)) for shard, rows in listed)
-            yield Output(str(name), split, bucket, rows)
+            yield PlannedShard(str(name), split, bucket, rows)
 
 
-def write_plan(root: str, outputs: Iterable[Output]) -> None:
+def write_pack_plan(root: str, outputs: Iterable[PlannedShard]) -> None:
     """The plan as it is written down before any output shard: a table named by its hash below pack/."""
     left = iter(outputs)
-    write_tables(root, "pack/plan-", map(plan_table, iter(lambda: list(islice(left, _PLANNED)), [])))
+    write_tables(root, "pack/plan-", map(make_plan_table, iter(lambda: list(islice(left, _PLANNED)), [])))
 
 
-def plan_table(outputs: Sequence[Output]) -> pa.Table:
+def make_plan_table(outputs: Sequence[PlannedShard]) -> pa.Table:
     """A line for each input shard of each output shard."""
     flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
     return pa.table(
@@ -110,14 +113,14 @@ def plan_table(outputs: Sequence[Output]) -> pa.Table:
     )
 
 
-def read_outputs(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[str]) -> Iterator[Output]:
+def read_planned_shards(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[str]) -> Iterator[PlannedShard]:
     """Some of a plan's output shards, as its table comes."""
     chosen = pa.array(sorted(wanted), pa.string())
     lines = (line for batch in batches for line in batch.filter(pc.is_in(batch["output"], chosen)).to_pylist())
     for name, group in groupby(lines, lambda line: line["output"]):
         mine = list(group)
         rows = tuple((line["shard"], np.array(line["rows"], np.int32)) for line in mine)
-        yield Output(name, mine[0]["split"], mine[0]["bucket"], rows)
+        yield PlannedShard(name, mine[0]["split"], mine[0]["bucket"], rows)
 
 
 def proof_name(encoding: str, output: str) -> str:
@@ -137,7 +140,7 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
     return proofs
 
 
-def lost_outputs(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
+def find_lost_shards(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
     """Proven output shards of which an object is gone (one listing per folder): these are to be packed again."""
     folders = {entry.tar.rpartition("/")[0] for entry in proofs.values()}
     there = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
@@ -148,12 +151,12 @@ def lost_outputs(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
     }
 
 
-def pack_output(
-    root: str, info: DatasetInfo, output: Output, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]]
+def pack_shard(
+    root: str, info: DatasetInfo, output: PlannedShard, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]]
 ) -> ShardEntry:
     """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
     layout = info.layout(output.bucket)
-    samples = (s for shard, rows in output.rows for s in _samples(root, layout, shard, rows.tolist(), parts))
+    samples = (s for shard, rows in output.rows for s in _read_samples(root, layout, shard, rows.tolist(), parts))
     entry = write_shard(
         root,
         samples,
@@ -175,15 +178,15 @@ def pack_output(
     return entry
 
 
-def _samples(
+def _read_samples(
     root: str,
     layout: SampleLayout,
     shard: str,
     rows: Sequence[int],
     parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]],
-) -> Iterable[Sample]:
+) -> Iterable[TrainingSample]:
     stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
-    tables = {stage: _by_row(root, shard, stage, parts, rows) for stage in stages}
+    tables = {stage: _read_rows(root, shard, stage, parts, rows) for stage in stages}
     for row in rows:
         facts, said = tables["measure"][row], tables["caption"][row]
         moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
@@ -206,10 +209,10 @@ def _samples(
             "from": {"shard": shard, "row": row},
             **json.loads(facts["info"] or "{}"),
         }
-        yield Sample(facts["key"], moments, text, {k: v for k, v in captions.items() if v}, info)
+        yield TrainingSample(facts["key"], moments, text, {k: v for k, v in captions.items() if v}, info)
 
 
-def _by_row(
+def _read_rows(
     root: str, shard: str, stage: str, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]], rows: Sequence[int]
 ) -> dict[int, dict]:
     table = read_parts(root, parts[stage][shard])

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import TextFeatures
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint, rejected_split
 from data_pipeline.images import ImageError, cover_crop, decode, stack_pixels
 from data_pipeline.packing.publish import publish
-from data_pipeline.packing.shards import Sample, write_shard
+from data_pipeline.packing.shards import TrainingSample, write_shard
 from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import OK
 from infra import storage
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """Two pictures (uint8 RGB, H x W x 3) of one caption, the better one first."""
 
     key: str
@@ -44,7 +44,7 @@ class Pair:
 
 def write_pairs(
     uri: str,
-    splits: Mapping[str, Sequence[Pair]],
+    splits: Mapping[str, Sequence[PreferencePair]],
     *,
     text_spec: TextSpec,
     vae: VaeMeta,
@@ -62,10 +62,10 @@ def write_pairs(
     keys = [pair.key for pairs in splits.values() for pair in pairs]
     if not splits.get("train") or len(set(keys)) < len(keys):
         raise UserError(f"{uri}: {len(keys)} pairs, {len(set(keys))} different keys: expected some, all different")
-    settings = _settings(text_spec, vae)
+    settings = _describe_stages(text_spec, vae)
     columns = {name: fingerprint(found) for name, found in settings.items()} | {"pairs": fingerprint(dict(made_by))}
     info = DatasetInfo(text_spec, vae, resolution, (CAPTION,), columns, {}, settings=settings)
-    encoder, bucket = _Encoder(text_spec, vae, resolution, device), f"{resolution}x{resolution}"
+    encoder, bucket = _PairEncoder(text_spec, vae, resolution, device), f"{resolution}x{resolution}"
     entries: list[ShardEntry] = []
     with Progress(2 * len(keys), "images", desc="encode pairs") as progress:
         for split, pairs in splits.items():
@@ -76,7 +76,7 @@ def write_pairs(
                     (split, [pair.preferred for pair in chosen]),
                     (rejected_split(split), [pair.rejected for pair in chosen]),
                 ):
-                    samples = _encoded(chosen, encoder.latents(images), text)
+                    samples = _make_samples(chosen, encoder.latents(images), text)
                     entries.append(
                         write_shard(
                             uri, samples, split=name, resolution=resolution, bucket=bucket,
@@ -87,21 +87,23 @@ def write_pairs(
     return publish(uri, info, entries, {OK: 2 * len(keys)})
 
 
-def _encoded(
-    pairs: Sequence[Pair], latents: Iterable[np.ndarray], text: Mapping[str, dict[tuple[str, str], TextFeatures]]
-) -> Iterator[Sample]:
+def _make_samples(
+    pairs: Sequence[PreferencePair],
+    latents: Iterable[np.ndarray],
+    text: Mapping[str, dict[tuple[str, str], TextFeatures]],
+) -> Iterator[TrainingSample]:
     for pair, moments_CHW in zip(pairs, latents, strict=True):
-        yield Sample(pair.key, moments_CHW, text[pair.caption], {CAPTION: pair.caption}, pair.info)
+        yield TrainingSample(pair.key, moments_CHW, text[pair.caption], {CAPTION: pair.caption}, pair.info)
 
 
-def _settings(text_spec: TextSpec, vae: VaeMeta) -> dict[str, Any]:
+def _describe_stages(text_spec: TextSpec, vae: VaeMeta) -> dict[str, Any]:
     """What made the latents and texts, as the pipeline's stages tell it."""
-    stages: list[LatentStage | TextStage] = [LatentStage(vae.checkpoint, weights_hash(resolve(vae.checkpoint)))]
-    stages += [TextStage(text_spec, e.seat, weights_hash(resolve(e.checkpoint))) for e in text_spec.encoders]
+    stages: list[LatentStage | TextStage] = [LatentStage(vae.checkpoint, hash_weights(resolve(vae.checkpoint)))]
+    stages += [TextStage(text_spec, e.seat, hash_weights(resolve(e.checkpoint))) for e in text_spec.encoders]
     return {stage.name: stage.identity() for stage in stages}
 
 
-class _Encoder:
+class _PairEncoder:
     """The networks of one data set."""
 
     def __init__(self, text_spec: TextSpec, vae: VaeMeta, resolution: int, device: str) -> None:
@@ -132,17 +134,17 @@ class _Encoder:
         return found
 
 
-def read_pairs(uri: str) -> list[Pair]:
+def read_pairs(uri: str) -> list[PreferencePair]:
     """People's own pairs: JSON lines {"caption", "preferred", "rejected"}, the last two paths relative to the file."""
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
-    pairs: list[Pair] = []
+    pairs: list[PreferencePair] = []
     for number, line in enumerate(storage.read_bytes(uri).decode("utf-8-sig").splitlines()):
         if not line.strip():
             continue
         try:
             told = json.loads(line)
             caption = str(told["caption"])
-            better, worse = (_picture(storage.join(folder, str(told[name]))) for name in ("preferred", "rejected"))
+            better, worse = (_read_picture(storage.join(folder, str(told[name]))) for name in ("preferred", "rejected"))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -151,10 +153,10 @@ def read_pairs(uri: str) -> list[Pair]:
             ) from error
         except ImageError as error:
             raise UserError(f"{uri}, line {number + 1}: a picture is no good ({error.reason})") from error
-        pairs.append(Pair(f"pair-{number:07d}", caption, better, worse))
+        pairs.append(PreferencePair(f"pair-{number:07d}", caption, better, worse))
     return pairs
 
 
-def _picture(uri: str) -> np.ndarray:
+def _read_picture(uri: str) -> np.ndarray:
     with storage.open_read(uri) as file:
         return np.asarray(decode(file))

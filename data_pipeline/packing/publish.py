@@ -9,35 +9,35 @@ import pyarrow as pa
 from data_pipeline.formats.index import ShardEntry, write_split
 from data_pipeline.formats.parquet_io import write_tables
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, SplitInfo
-from data_pipeline.packing.runs import RowRun
+from data_pipeline.packing.selections import RowSelection
 from data_pipeline.stages.row_status import select_rejected
 from infra import storage
 
 
-def draw_of(digest: str) -> int:
+def draw_split_number(digest: str) -> int:
     """Where the pixels of a row without a split fall between train and val, of 2**32."""
     return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
 
-def assign_splits(runs: Iterable[RowRun], val_fraction: float) -> Iterator[RowRun]:
+def assign_splits(selections: Iterable[RowSelection], val_fraction: float) -> Iterator[RowSelection]:
     """Rows without a split go to val by the hash of their pixels: growing data moves no row to the other side (except
-    one row, where val would be empty in a set of a few dozen). `runs` are walked twice."""
+    one row, where val would be empty in a set of a few dozen). `selections` are walked twice."""
     limit, count, least = int(val_fraction * 2**32), 0, 2**32
-    for run in runs:
-        if not run.split and len(run.row_R):
-            count, least = count + len(run.row_R), min(least, int(run.draw_R.min()))
+    for selection in selections:
+        if not selection.split and len(selection.row_R):
+            count, least = count + len(selection.row_R), min(least, int(selection.draw_R.min()))
     if val_fraction > 0 and count > 1:
         limit = max(limit, least + 1)  # at least one row
-    for run in runs:
-        if run.split:
-            yield run
+    for selection in selections:
+        if selection.split:
+            yield selection
             continue
-        val_R = run.draw_R < limit
-        parts = (run.only(~val_R, split="train"), run.only(val_R, split="val"))
+        val_R = selection.draw_R < limit
+        parts = (selection.subset(~val_R, split="train"), selection.subset(val_R, split="val"))
         yield from (part for part in parts if len(part.row_R))
 
 
-def rejected_rows(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
+def make_rejected_table(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
     """A shard's dead letters: rows that did not make it, why, and where they came from."""
     bad = select_rejected(verdict)
     columns = {

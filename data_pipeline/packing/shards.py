@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.formats.index import ShardEntry, ShardRows, rows_bytes
+from data_pipeline.formats.index import ShardEntry, ShardRows, encode_rows
 from data_pipeline.formats.layout import Features, SampleLayout, checksum
 from infra import storage
 
@@ -22,7 +22,7 @@ _AROUND = 16 * 2**10  # headers of tar and safetensors, padding, the end of the 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """One training sample. `text[caption, seat]` are TextFeatures; `info` goes into KEY.json."""
 
     key: str
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     info: Mapping[str, object]
 
 
-def plain_key(name: str) -> str:
+def make_plain_key(name: str) -> str:
     """A key that any tar reader takes: letters, digits, _ and -; others are replaced and a hash keeps them apart."""
     if _PLAIN_KEY.fullmatch(name):
         return name
@@ -67,14 +67,14 @@ class TarBuilder:
         self.size += len(data)
 
 
-def largest_sample(layout: SampleLayout, *, caption_chars: int) -> int:
+def bound_sample_bytes(layout: SampleLayout, *, caption_chars: int) -> int:
     """Bytes of a shard that no sample of this layout and of so many characters in captions can exceed."""
     tokens_RS = np.array([[encoder.tokens for _, encoder in layout.slots]])
     # JSON writes a character beyond the first 65,536 as two escapes of six
     return int(layout.offsets(tokens_RS).size_R[0]) + 12 * caption_chars + _AROUND
 
 
-def build_shard(samples: Iterable[Sample], layout: SampleLayout) -> tuple[bytes, ShardRows]:
+def build_shard(samples: Iterable[TrainingSample], layout: SampleLayout) -> tuple[bytes, ShardRows]:
     """The tar and its table of rows. A key that occurs twice gets its row number appended."""
     tar = TarBuilder()
     keys: list[str] = []
@@ -108,7 +108,7 @@ def build_shard(samples: Iterable[Sample], layout: SampleLayout) -> tuple[bytes,
 
 def write_shard(
     uri: str,
-    samples: Iterable[Sample],
+    samples: Iterable[TrainingSample],
     *,
     split: str,
     resolution: int,
@@ -118,7 +118,7 @@ def write_shard(
 ) -> ShardEntry:
     """Put a shard and its table of rows under content-addressed names; equal samples give the same names again."""
     tar, rows = build_shard(samples, layout)
-    sha, table = storage.sha256_hex(tar), rows_bytes(rows)
+    sha, table = storage.sha256_hex(tar), encode_rows(rows)
     folder = f"{split}/{resolution}/{bucket}"
     entry = ShardEntry(
         tar=f"{folder}/{sha[:32]}.tar",

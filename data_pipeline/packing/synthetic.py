@@ -16,7 +16,7 @@ from data_pipeline.formats.schema import (
     encoding_fingerprint,
     rejected_split,
 )
-from data_pipeline.packing.shards import Sample, write_shard
+from data_pipeline.packing.shards import TrainingSample, write_shard
 from infra import storage
 from model.encoders.text import EncoderSpec, TextSpec
 
@@ -67,13 +67,14 @@ def write_synthetic(
     for source, total, rejected in wanted:
         split = rejected_split(source) if rejected else source
         entries: list[ShardEntry] = []
-        for bucket, count in _shares(total, buckets).items():
+        for bucket, count in _share_out(total, buckets).items():
             height, width = (int(n) // factor for n in bucket.split("x"))
             layout = SampleLayout(text_spec, CAPTIONS, (2 * channels, height, width), int8_seats)
             for first in range(0, count, shard_rows):
-                numbers = range(first, min(first + shard_rows, count))
-                prefix = f"{source}-{bucket}"
-                samples = _samples(numbers, layout, prefix=prefix, seed=seed, share=synthetic_share, rejected=rejected)
+                samples = _make_samples(
+                    range(first, min(first + shard_rows, count)), layout, prefix=f"{source}-{bucket}", seed=seed,
+                    share=synthetic_share, rejected=rejected,
+                )  # fmt: skip
                 entries.append(
                     write_shard(
                         uri,
@@ -86,17 +87,17 @@ def write_synthetic(
                     )
                 )
         name = write_split(uri, split, entries)
-        splits[split] = SplitInfo(name, total, len(entries), _shares(total, buckets))
+        splits[split] = SplitInfo(name, total, len(entries), _share_out(total, buckets))
     counts = {"ok": sum(total for _, total, _ in wanted)}
     info = DatasetInfo(text_spec, vae, resolution, CAPTIONS, columns, splits, counts, int8_seats=int8_seats)
     storage.write_bytes(storage.join(uri, DATASET_FILE), info.to_bytes())
     return info
 
 
-def index_entries(rows: int, *, buckets: Sequence[str], shard_rows: int = 1000) -> list[ShardEntry]:
+def make_index_entries(rows: int, *, buckets: Sequence[str], shard_rows: int = 1000) -> list[ShardEntry]:
     """Index entries of a data set of any size, without its shards: for tests and benches of the index itself."""
     entries = []
-    for bucket, count in _shares(rows, buckets).items():
+    for bucket, count in _share_out(rows, buckets).items():
         for first in range(0, count, shard_rows):
             sha = hashlib.sha256(f"{bucket}/{first}".encode()).hexdigest()
             name = f"train/1024/{bucket}/{sha[:32]}"
@@ -105,7 +106,7 @@ def index_entries(rows: int, *, buckets: Sequence[str], shard_rows: int = 1000) 
     return entries
 
 
-def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:
+def _share_out(total: int, buckets: Sequence[str]) -> dict[str, int]:
     """Halves: the first bucket takes half, the next half of the rest; the last takes what is left."""
     shares, left = {}, total
     for number, bucket in enumerate(buckets):
@@ -114,9 +115,9 @@ def _shares(total: int, buckets: Sequence[str]) -> dict[str, int]:
     return {bucket: count for bucket, count in shares.items() if count}
 
 
-def _samples(
+def _make_samples(
     numbers: Sequence[int], layout: SampleLayout, *, prefix: str, seed: int, share: float, rejected: bool
-) -> Iterator[Sample]:
+) -> Iterator[TrainingSample]:
     channels, height, width = layout.moments_shape[0] // 2, *layout.moments_shape[1:]
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")) / max(height, width)
     for number in numbers:
@@ -132,15 +133,15 @@ def _samples(
         text: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         for caption in captions:
             for encoder in layout.encoders:
-                text[caption, encoder.seat] = _features(encoder, kind, rng, seed, layout.text_spec.layout)
-        yield Sample(f"{prefix}-{number:06d}", moments, text, captions, _info(number, kind))
+                text[caption, encoder.seat] = _make_features(encoder, kind, rng, seed, layout.text_spec.layout)
+        yield TrainingSample(f"{prefix}-{number:06d}", moments, text, captions, _describe_sample(number, kind))
 
 
-def _info(number: int, kind: int) -> Mapping[str, object]:
+def _describe_sample(number: int, kind: int) -> Mapping[str, object]:
     return {"number": number, "kind": KINDS[kind]}
 
 
-def _features(
+def _make_features(
     encoder: EncoderSpec, kind: int, rng: np.random.Generator, seed: int, layout: str
 ) -> tuple[np.ndarray, np.ndarray]:
     length = encoder.tokens if layout == "padded" else int(rng.integers(min(3, encoder.tokens), encoder.tokens + 1))

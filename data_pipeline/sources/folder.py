@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, find_caption
 from data_pipeline.sources.samples import is_dropping
@@ -152,7 +152,7 @@ def _read_lines(uri: str) -> list[dict[str, Any]]:
     """The rows of a table. Lines of JSON that cannot be read are told; their images then have no caption."""
     data = storage.read_bytes(uri)
     if uri.endswith(".parquet"):
-        return read_table(data, uri).to_pylist()
+        return decode_table(data, uri).to_pylist()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeError as error:

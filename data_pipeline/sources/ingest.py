@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from data_pipeline.formats.schema import Manifest
-from data_pipeline.packing.shards import plain_key
+from data_pipeline.packing.shards import make_plain_key
 from data_pipeline.sources.captions import Caption, read_caption
 from data_pipeline.sources.source import RawRow, Source, SourceUnit
 from data_pipeline.stages.columns import Column
@@ -76,7 +76,7 @@ def _table(rows: list[RawRow]) -> pa.Table:
             "row": pa.array(range(len(rows)), pa.int32()),
             "status": pa.array([status for status, _ in judged], pa.string()),
             "reason": pa.array([_plain(reason) for _, reason in judged], pa.string()),
-            "key": pa.array([plain_key(row.key) for row in rows], pa.string()),
+            "key": pa.array([make_plain_key(row.key) for row in rows], pa.string()),
             "source": pa.array([_plain(row.key) for row in rows], pa.string()),
             "image": pa.array([row.image for row in rows], pa.large_binary()),
             "caption": pa.array([said.text for said in captions], pa.string()),

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import find_caption
 from data_pipeline.sources.samples import Dropping, Sample, group_members
@@ -118,7 +118,7 @@ def _list_tables(folder: str) -> list[str]:
 
 def _read_failed_downloads(uri: str, seen: AbstractSet[str]) -> Iterator[RawRow]:
     """Rows of img2dataset's table that its tar lacks; another table that lies beside a tar has none."""
-    table = read_table(storage.read_bytes(uri), uri)
+    table = decode_table(storage.read_bytes(uri), uri)
     if not {"key", "status"} <= set(table.column_names):
         return
     for row in table.to_pylist():

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.formats.parquet_io import read_table
+from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import ColumnPart, Manifest, to_ranges
 from data_pipeline.stages.ahead import in_order
 from infra import storage
@@ -130,7 +130,7 @@ def read_part(root: str, part: ColumnPart, columns: Sequence[str] | None = None)
     data = storage.read_bytes(uri)
     if len(data) != part.num_bytes or storage.sha256_hex(data) != part.sha256:
         raise UserError(f"{uri}: not the bytes that its manifest names: delete it and run the command again")
-    table = read_table(data, uri)
+    table = decode_table(data, uri)
     return table.select(list(columns)) if columns is not None else table
 
 

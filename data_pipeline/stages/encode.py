@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.formats.layout import quantise
+from data_pipeline.formats.layout import quantise_tokens
 from data_pipeline.images import CROP_RULE, cover_crop, stack_pixels
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from model.encoders.text import EncodedText, EncoderSpec, TextSpec
@@ -150,7 +150,7 @@ def _text_table(
         columns[f"{caption}_tokens"] = pa.array([0 if f is None else len(f[0]) for f in found], pa.int16())
         hidden = [None if f is None else f[0] for f in found]
         if int8:
-            small = [None if h is None else quantise(h) for h in hidden]
+            small = [None if h is None else quantise_tokens(h) for h in hidden]
             hidden = [None if q is None else q[0] for q in small]
             scales = [None if q is None else q[1].tobytes() for q in small]
             columns[f"{caption}_scale"] = pa.array(scales, pa.large_binary())

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.loading import explain_failure
 from infra.errors import UserError, nearest
 
@@ -44,7 +44,7 @@ class ClipModel:
             self._model: Any = model.to(device).eval()
             self._tokenize = open_clip.get_tokenizer(name)
         self._device = device
-        self.name, self.version = arch if file else Path(where).name, weights_hash(file or where)
+        self.name, self.version = arch if file else Path(where).name, hash_weights(file or where)
         self._texts: dict[str, Tensor] = {}
 
     @torch.inference_mode()

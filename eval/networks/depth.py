@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.loading import load_pretrained
 
 UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.",)  # MiDaS' files lack it: the first fusion has no residual
@@ -41,7 +41,7 @@ class DptDepth:
         if model.config.is_hybrid:  # it refuses other sizes than its own, though it resizes its positions
             model.dpt.embeddings.image_size = (side, side)
         self._model, self._device, self._side = model, device, side
-        self.version = f"{weights_hash(path)}@{side}"
+        self.version = f"{hash_weights(path)}@{side}"
 
     @torch.inference_mode()
     def of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:

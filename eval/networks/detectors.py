@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
 
@@ -70,7 +70,7 @@ class TransformersDetector:
         )  # fmt: skip
         with explain_failure("the image processor of Mask2Former", path):
             self._processor: Any = AutoImageProcessor.from_pretrained(str(path), local_files_only=True)
-        self.name, self.version = self._model.config.model_type, weights_hash(path)
+        self.name, self.version = self._model.config.model_type, hash_weights(path)
         self._torch, self._device, self._keep_above, self._top = torch, device, keep_above, top
         names = self._model.config.id2label
         self.classes = tuple(COCO_TO_GENEVAL.get(names[i], names[i]) for i in range(len(names)))
@@ -118,7 +118,7 @@ class SceneDetector:
     def __init__(self, path: str | Path) -> None:
         from data_pipeline.world.detector import WorldDetector
 
-        self.name, self.version = "world_detector", weights_hash(path)
+        self.name, self.version = "world_detector", hash_weights(path)
         self._model = WorldDetector.from_pretrained(path)
         self.classes = self._model.config.classes
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.loading import explain_failure
 from infra.errors import UserError
 
@@ -28,7 +28,7 @@ class InceptionFeatures:
 
     def __init__(self, path: str | Path, *, convention: Convention = "clean-fid", device: str = "cpu") -> None:
         self.name = f"inception/{convention}"
-        self.version = weights_hash(path)
+        self.version = hash_weights(path)
         self._convention, self._device = convention, device
         self._net = build_inception()
         self._net.load_state_dict(_read(Path(path), self._net.state_dict()))

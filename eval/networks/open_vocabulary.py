@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.detectors import Detections
 from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
@@ -31,7 +31,7 @@ class OpenVocabularyDetector:
         self._model = load_pretrained(
             AutoModelForZeroShotObjectDetection, path, what="OWLv2", device=device, families=FAMILIES
         )
-        self.name, self.version = f"{self._model.config.model_type} in place of UniDet", weights_hash(path)
+        self.name, self.version = f"{self._model.config.model_type} in place of UniDet", hash_weights(path)
         self.classes = tuple(dict.fromkeys(classes))
         self._torch, self._device, self._keep_above = torch, device, keep_above
         with explain_failure("the processor of OWLv2", path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.networks.loading import explain_failure, load_pretrained
 from infra.errors import UserError
 
@@ -53,7 +53,7 @@ class BlipVQA:
         config = self._model.config
         self._size = image_size or config.vision_config.image_size
         self._interpolate = self._size != config.vision_config.image_size
-        self.version = f"{weights_hash(path)}@{self._size}"
+        self.version = f"{hash_weights(path)}@{self._size}"
         self._mean_std = self._read_normalisation(Path(path))
         yes, no = (self._tokenizer(word, add_special_tokens=False).input_ids for word in ("yes", "no"))
         if len(yes) != 1 or len(no) != 1 or yes == no:

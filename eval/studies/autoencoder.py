@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.checkpoints import resolve, weights_hash
+from data_pipeline.checkpoints import hash_weights, resolve
 from eval.drawing.generate import to_pictures
 from eval.drawing.precision import use_device
 from eval.judging.metric import Clusters
@@ -126,7 +126,7 @@ def measure(
                 for kept, some in zip(features, (real, again)):
                     kept.append(np.asarray(network.images(some), dtype=np.float32))
             progress.update(len(part))
-    figures = AutoencoderScores(name, weights_hash(path), latents.channels, latents.factor)
+    figures = AutoencoderScores(name, hash_weights(path), latents.channels, latents.factor)
     figures.values["rfid"] = _rfid(np.concatenate(features[1]), np.concatenate(features[0]))
     for key in values.strata:
         figures.values[key] = (values.mean([key]), *(values.interval([key]) or (math.nan, math.nan)))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from infra.errors import UserError
 
 SIGMA, RADIUS = 1.5, 5  # SSIM's Gaussian window, cut to 11 x 11 as in Wang et al. 2004
@@ -66,7 +66,7 @@ class Lpips:
             raise UserError(f"{backbone}: no {_torchvision_name(wrong)} of torchvision's {net}; wrong backbone weights")
         model.net.load_state_dict(state)
         self._model, self._device = model.to(device).eval().requires_grad_(False), device
-        self.name, self.version = f"lpips/{net}", weights_hash(backbone)
+        self.name, self.version = f"lpips/{net}", hash_weights(backbone)
 
     @torch.inference_mode()
     def distances(self, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from data_pipeline.formats.schema import VaeMeta, fingerprint
-from data_pipeline.packing.pairs import Pair, write_pairs
+from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges, build_judges, describe_judge
 from eval.judging.official import OfficialPaths
@@ -123,7 +123,9 @@ def world_prompts(count: int) -> list[str]:
     return list(found)
 
 
-def rank_pictures(painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions) -> Iterator[Pair]:
+def rank_pictures(
+    painter: Painter, judges: Judges, texts: Sequence[str], options: PairOptions
+) -> Iterator[PreferencePair]:
     """The best and the worst picture of each prompt whose scores lie far enough apart."""
     rank, number = RANKERS[options.ranker][0], options.images_per_prompt
     with Progress(len(texts) * number, "images", desc="draw and rank") as progress:
@@ -140,14 +142,14 @@ def rank_pictures(painter: Painter, judges: Judges, texts: Sequence[str], option
                         "preferred_number": best, "rejected_number": worst, "ranker": options.ranker,
                     }  # fmt: skip
                     at = row * number
-                    yield Pair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], record)
+                    yield PreferencePair(f"pair-{first + row:07d}", text, images[at + best], images[at + worst], record)
             progress.update(len(jobs))
 
 
 def _describe_origin(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
     """All that decides which picture is preferred."""
     return {
-        "weights": weights_hash(storage.localize(options.weights)),
+        "weights": hash_weights(storage.localize(options.weights)),
         "judge": describe_judge(RANKERS[options.ranker][1](judges)),
         "sampling": options.sampling.protocol(),
         "images_per_prompt": options.images_per_prompt,

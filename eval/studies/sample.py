@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from data_pipeline.checkpoints import weights_hash
+from data_pipeline.checkpoints import hash_weights
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
 from eval.judging.geneval_prompts import json_lines
@@ -67,7 +67,7 @@ def sample(
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
     if folders is not None:
-        origin = {"weights": weights_hash(storage.localize(weights)), "sampling": sampling.protocol()}
+        origin = {"weights": hash_weights(storage.localize(weights)), "sampling": sampling.protocol()}
         origin |= {"prompts": [w.text for w in wanted]} | _describe_numbering(layout, images_per_prompt)
         _keep_origin(Path(folders), origin)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data_pipeline.formats.index import write_split
 from data_pipeline.loading.index import SplitIndex
-from data_pipeline.loading.order import Order
-from data_pipeline.packing.synthetic import index_entries
+from data_pipeline.loading.order import SampleOrder
+from data_pipeline.packing.synthetic import make_index_entries
 
 
 def peak_kib() -> int:
@@ -25,12 +25,12 @@ def main() -> None:
     rows = int(float(sys.argv[1])) if len(sys.argv) > 1 else 100_000_000
     buckets = ("1024x1024", "832x1216", "1216x832", "768x1344", "1344x768")
     with tempfile.TemporaryDirectory() as folder:
-        name = write_split(folder, "train", index_entries(rows, buckets=buckets))
+        name = write_split(folder, "train", make_index_entries(rows, buckets=buckets))
         before = peak_kib()
         start = time.perf_counter()
         index = SplitIndex(folder, name)
         shards = {bucket: index.shards_of(bucket) for bucket in sorted(set(index.buckets))}
-        order = Order(
+        order = SampleOrder(
             {bucket: (numbers, index.num_samples_per_shard[numbers]) for bucket, numbers in shards.items()},
             seed=0, global_batch=4096,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from data_pipeline.formats.layout import quantise
+from data_pipeline.formats.layout import quantise_tokens
 from data_pipeline.loading.loader import open_dataset
 from model.diffusion.validation import VAL_PROTOCOLS, validation_losses
 from model.encoders.text import TextCond
@@ -23,7 +23,7 @@ def as_int8(text: TextCond, positions: slice) -> TextCond:
     """The context as it would come back from int8, for some of the tokens."""
     context_BLD = text.context_BLD.to(torch.float32, copy=True)
     for row in context_BLD:
-        states, scales = quantise(row[positions].half().numpy())
+        states, scales = quantise_tokens(row[positions].half().numpy())
         row[positions] = torch.from_numpy(states).float() * torch.from_numpy(scales)[:, None]
     return TextCond(context_BLD, text.pooled_BP, text.mask_BL)
 

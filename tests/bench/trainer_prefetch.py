@@ -28,7 +28,7 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     from trainer_zero_checks import Gathers
 
     from data_pipeline.loading.loader import open_dataset
-    from data_pipeline.loading.pairs import Partners
+    from data_pipeline.loading.pairs import RejectedLatents
     from model.diffusion.flow import get_formulation
     from trainer.feed import draw_noise
     from trainer.objective import loss_function
@@ -42,8 +42,10 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         model = replace(recipe.model, in_channels=4, context_width=48, pooled_width=32)
         parallel = replace(recipe.parallel, max_live=LIVE, prefetch=prefetch)
         engine = ZeroEngine(replace(recipe, model=model, parallel=parallel, global_batch=8), group)
-        partner = Partners(dataset) if what == "dpo" else None
-        batches = dataset.batches(seed=0, global_batch=8, rank=group.rank, world_size=group.world, partner=partner)
+        batches = dataset.batches(
+            seed=0, global_batch=8, rank=group.rank, world_size=group.world,
+            read_rejected=RejectedLatents(dataset) if what == "dpo" else None,
+        )  # fmt: skip
         form, compute = get_formulation(recipe.formulation), loss_function(recipe)
         cpu = []
         gathers = Gathers(engine)

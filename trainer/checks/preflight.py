@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.loading.pairs import Partners
+from data_pipeline.loading.pairs import RejectedLatents
 from infra import storage
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation
@@ -170,7 +170,7 @@ def _check_splits(found: Findings, recipe: Recipe, data: str, dataset: Dataset) 
     if objective is not None and objective.pairs:
         for split in (dataset, val):
             if split is not None:
-                found.ask(Partners, split)  # refuses what are no pairs
+                found.ask(RejectedLatents, split)  # refuses what are no pairs
     return val
 
 

@@ -8,7 +8,7 @@ import numpy as np
 KEPT = 8  # arrays of three kinds, of some three batches
 
 
-class Memory:
+class ArrayPool:
     """Arrays that were lent and that nobody holds any more; a few of them are kept. Safe for threads."""
 
     def __init__(self) -> None:
@@ -33,5 +33,5 @@ class Memory:
             self._free.append(array)
         return np.zeros(shape, dtype)  # numpy asks for huge pages, torch does not
 
-    def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
-        return Memory, ()  # a copy starts empty
+    def __reduce__(self) -> tuple[type["ArrayPool"], tuple[()]]:
+        return ArrayPool, ()  # a copy starts empty
