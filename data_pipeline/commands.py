@@ -221,7 +221,7 @@ def pairs(
     *,
     out: str,
     val_fraction: float = 0.02,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Preference pairs for DPO, cut to squares and encoded by a plan's networks; the last lines become split val.
 
@@ -230,12 +230,14 @@ def pairs(
         source: JSON lines {"caption": ..., "preferred": PATH, "rejected": PATH}, paths relative to the file.
         out: root of the dataset to write.
         val_fraction: share of the pairs kept for validation.
-        device: where the networks run.
+        device: where the networks run: auto (a GPU where there is one), cpu, cuda or cuda:N.
     """
     from data_pipeline.packing.pairs import read_pairs, write_pairs
     from data_pipeline.plans import get_plan, read_vae_meta
     from infra import storage
+    from infra.device import resolve_device
 
+    device = resolve_device(device)
     chosen, found = get_plan(plan), read_pairs(source)
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: expected a share of at least 0 and below 1")

@@ -4,6 +4,7 @@ Reads RUNS/*/weights/step_*/ema.safetensors. A metric whose rows are there under
 again.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ import tyro
 
 from eval.calibrate import calibrate
 from eval.drawing.generate import Sampling
-from eval.drawing.precision import use_device
+from eval.drawing.precision import settle_precision
 from eval.judging.judges import Judges, build_judges
 from eval.judging.metric import PictureMetric, Prompt, WeightsMetric
 from eval.judging.official import OfficialPaths
@@ -21,6 +22,7 @@ from eval.metrics.registry import DEFAULT_METRICS, METRICS
 from eval.protocol import protocol_of
 from infra import storage
 from infra.cli import GROUP
+from infra.device import choose_device, resolve_device
 from infra.errors import UserError, nearest
 from infra.runner import run_units
 
@@ -67,14 +69,27 @@ def run(options: RunOptions) -> None:
     options.check()
     if options.workers == 0:  # else it is the workers' machine that counts
         for device in (options.sampling.device, *([options.official.device] if options.judges == "official" else [])):
-            use_device(device)
-    options = replace(options, sampling=options.sampling.decided())  # here, not by each worker's machine
+            resolve_device(device)
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
+    options = settle(options)
     prepare(options)
     units = [{"id": f"{c.run} step {c.step}", "checkpoint": asdict(c)} for c in checkpoints]
     failed = run_units(EvaluateTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
     if failed:
         raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints could not be evaluated; see the lines above")
+
+
+def settle(options: RunOptions) -> RunOptions:
+    """The options with devices and a precision that mean the same to each worker, and to whoever goes on later."""
+    choose = functools.partial(choose_device, workers=options.workers, gpus_each=options.gpus_per_worker)
+    given = options.sampling
+    device = choose(given.device)
+    precision = settle_precision(given.precision, device, results=storage.join(options.runs, "results"))
+    return replace(
+        options,
+        sampling=replace(given, device=device, precision=precision),
+        official=replace(options.official, device=choose(options.official.device)),
+    )
 
 
 def prepare(options: RunOptions) -> None:

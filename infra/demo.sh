@@ -14,9 +14,7 @@ captions=${CAPTIONS:-64}             # images for CLIP score and FID
 checkpoints=${CHECKPOINTS:-2}        # checkpoints of each rung that are judged
 
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
-# bf16 where hardware multiplies it faster than fp32 (any GPU, a CPU with AMX or avx512_bf16), fp32 elsewhere.
-which_precision='import torch; from eval.drawing.precision import decide; print(decide("auto", "cuda" if torch.cuda.is_available() else "cpu"))'
-options=${OPTIONS:-precision=$(python -c "$which_precision")}  # overrides of the ladder's recipes
+options=${OPTIONS:-}  # overrides of the ladder's recipes: OPTIONS="precision=fp32 optimizer.lr=1e-3"
 bold=""; plain=""
 if [ -t 1 ]; then bold=$'\e[1m'; plain=$'\e[0m'; fi
 
@@ -30,7 +28,7 @@ step() {  # step "what happens" command...
   "${@:2}"
 }
 
-settings="$images scenes, $train_images training images, depths $depths, $options, $prompts prompts, $captions captions, $checkpoints checkpoints"
+settings="$images scenes, $train_images training images, depths $depths, ${options:-no options}, $prompts prompts, $captions captions, $checkpoints checkpoints"
 if [ -f "$out/report/report.html" ] && [ "$(cat "$out/done" 2>/dev/null)" = "$settings" ]; then
   printf 'This demo is finished; remove %s to run it again.\n' "$out"
 else
@@ -46,7 +44,7 @@ else
   # shellcheck disable=SC2086
   step "3/6  Train the ladder with DeepSpeed ZeRO-3 on two ranks" \
     python -m trainer ladder world --depths $depths --data "$out/data" --out "$out/runs" --images "$train_images" \
-    --options $options
+    ${options:+--options $options}
   step "4/6  Draw with the deepest rung" \
     python -m eval sample --weights "$out/runs/world-d${depths##* }/weights/ema.safetensors" --out "$out/grid.png" \
     --prompts "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car"

@@ -3,7 +3,6 @@
 import ctypes.util
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import resource
@@ -79,18 +78,20 @@ def check_libraries(_: Where) -> Iterator[Finding]:
 
 
 def check_gpus(_: Where) -> Iterator[Finding]:
-    """GPUs with memory and bf16 support, or the speed of both precisions on this CPU."""
+    """GPUs with memory and bf16 support, or what this CPU computes in."""
     if importlib.util.find_spec("torch") is None:
         return
     import torch
 
+    from infra.device import BF16_CAPABILITY
+
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
-        if card.major >= 8:
+        if (card.major, card.minor) >= BF16_CAPABILITY:
             yield Finding(f"GPU {index}", "ok", f"{text}, bf16 in hardware")
         else:
-            yield Finding(f"GPU {index}", "note", f"{text}, no bf16 in hardware", "set precision fp32 in the recipe")
+            yield Finding(f"GPU {index}", "note", f"{text}, no bf16 in hardware", "precision auto is fp32 there")
     if torch.cuda.is_available():
         return
     if shutil.which("nvidia-smi"):
@@ -98,36 +99,19 @@ def check_gpus(_: Where) -> Iterator[Finding]:
         yield Finding("GPU", "bad", "nvidia-smi is here", advice)
     else:
         yield Finding("GPU", "note", "none", "enough for the world: DeepSpeed uses gloo with DS_ACCELERATOR=cpu")
-    yield _cpu_precision()
+    yield _check_cpu_precision()
 
 
-def _cpu_precision() -> Finding:
-    """Measured, because CPU flags do not reveal speed: where bf16 is emulated it is a hundred times slower."""
-    import torch
+def _check_cpu_precision() -> Finding:
+    """As `--precision auto` decides here: by measured products, since CPU flags do not reveal speed."""
+    from infra.device import cpu_speed, cpu_speed_file
 
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    units = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-
-    def gflops(dtype: torch.dtype) -> float:
-        a = torch.ones(256, 256, dtype=dtype)
-        torch.mm(a, a)
-        best = math.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            torch.mm(a, a)
-            best = min(best, time.perf_counter() - start)
-        return 2 * 256**3 / best / 1e9
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one core is a fair measure on a busy machine
-    fp32, bf16 = gflops(torch.float32), gflops(torch.bfloat16)
-    torch.set_num_threads(threads)
-    found = f"{', '.join(units) or 'no bf16 unit'}; matmul {fp32:.0f} GFLOP/s per core in fp32, {bf16:.1f} in bf16"
-    if bf16 < fp32:
-        how = "slower" if units else "emulated"
-        return Finding("CPU precision", "note", found, f"bf16 is {how} here: train with precision fp32")
-    return Finding("CPU precision", "ok", found)
+    speed = cpu_speed()
+    found = f"matmul {speed.fp32:.0f} GFLOP/s per core in fp32, {speed.bf16:.1f} in bf16; auto is "
+    if speed.bf16_pays:
+        return Finding("CPU precision", "ok", f"{found}bf16")
+    advice = f"fp32 is the right choice on this CPU; kept in {cpu_speed_file()}, remove it to measure again"
+    return Finding("CPU precision", "note", f"{found}fp32", advice)
 
 
 def check_room(where: Where) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from test_eval_run import JOBS, QUICK, export, options
 from data_pipeline.checkpoints import resolve
 from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
 from eval.drawing.generate import Painter, Sampling
-from eval.drawing.precision import decide, in_bfloat16, use_device
+from eval.drawing.precision import in_bfloat16
 from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.tool import score
@@ -37,6 +37,7 @@ from eval.networks.vqa import BlipVQA
 from eval.run import run
 from eval.studies.autoencoder import AutoencoderOptions, measure
 from eval.studies.fidelity import Lpips
+from infra.device import resolve_device, resolve_precision
 from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbone import BACKBONES
@@ -101,10 +102,15 @@ def test_networks_in_both_precisions(name, exact):
 
 
 def test_devices_are_checked():
-    use_device(DEVICE)
-    assert Sampling(device="cuda").protocol()["precision"] == decide("auto", "cuda") == "bf16"
+    assert resolve_device("auto") == resolve_device(DEVICE) == DEVICE
+    able = torch.cuda.get_device_capability() >= (8, 0)
+    assert (
+        Sampling(device="cuda").resolve().precision
+        == resolve_precision("auto", "cuda:0")
+        == ("bf16" if able else "fp32")
+    )
     with pytest.raises(UserError, match="--device cuda:99 cannot be used here"):
-        use_device("cuda:99")
+        resolve_device("cuda:99")
 
 
 def test_validation_loss(tmp_path, exact):

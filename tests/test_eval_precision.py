@@ -9,9 +9,10 @@ from test_eval_run import export
 from torch import nn
 
 from eval.drawing.generate import ImageRequest, Painter, Sampling
-from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, decide, in_bfloat16, pack, use_device
+from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
 from eval.protocol import protocol_hash
-from eval.run import RunOptions, run
+from eval.run import RunOptions, run, settle
+from eval.service.worker import Settings
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
@@ -82,27 +83,57 @@ def test_no_layer_is_left_unpacked():
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
-def test_auto_is_decided_once_and_named_in_the_protocol(monkeypatch, tmp_path):
+def test_auto_is_resolved_before_a_protocol_names_it(tmp_path, best_on_cpu):
     fp32, bf16 = Sampling(precision="fp32"), Sampling(precision="bf16")
     assert "precision" not in fp32.protocol(), "hashes of rows measured before there was a choice must stay"
     assert bf16.protocol() == fp32.protocol() | {"precision": "bf16"}
     assert protocol_hash(bf16.protocol()) != protocol_hash(fp32.protocol())
-    for able, expected in (({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert decide("auto", "cpu") == Sampling().decided().precision == expected
-        assert Sampling().protocol() == Sampling(precision=expected).protocol()
-    assert decide("auto", "cuda:1") == "bf16"
-    assert decide("fp32", "cuda") == "fp32"
-    with pytest.raises(UserError, match="unknown --device 'cudaa': expected cpu, cuda"):
-        decide("fp32", "cudaa")
-    use_device("cpu")
-    for device in ("cudaa", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
-            use_device(device)
-        with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
+    for best in ("bf16", "fp32"):
+        best_on_cpu(best)
+        assert Sampling(device="cpu").resolve().protocol() == Sampling(precision=best).protocol()
+    with pytest.raises(ValueError, match="a protocol needs a precision"):
+        Sampling().protocol()
+    for device, refused in (
+        ("cudaa", "unknown --device 'cudaa': expected auto, cpu, cuda"),
+        ("cuda:99", "--device cuda:99 cannot"),
+    ):
+        with pytest.raises(UserError, match=refused):
             run(RunOptions("nowhere", sampling=Sampling(device=device)))
     with pytest.raises(UserError, match="no checkpoints under"):  # the workers' machines may have one
         run(RunOptions(str(tmp_path), sampling=Sampling(device="cuda"), workers=2))
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_all_evaluations_of_some_runs_compute_in_what_the_first_one_chose(tmp_path, best_on_cpu, caplog, first, second):
+    """Machines and devices come and go; rows, claims and protocols of `auto` stay those of the first evaluation."""
+    runs = str(tmp_path / "runs")
+    best_on_cpu(first)
+    begun = settle(RunOptions(runs, sampling=Sampling(device="cpu")))
+    assert begun.sampling.precision == first
+    best_on_cpu(second)
+    for later in (
+        RunOptions(runs), RunOptions(runs, sampling=Sampling(batch=2, device="cuda"), workers=2),
+        RunOptions(runs, workers=2, gpus_per_worker=0.5),
+    ):  # fmt: skip
+        settled = settle(later)
+        assert settled.sampling.protocol() == begun.sampling.protocol()
+        assert Settings(settled).hash == Settings(begun).hash
+    asked = settle(RunOptions(runs, sampling=Sampling(precision=second, device="cpu")))
+    assert asked.sampling.precision == second, "who asks for another precision gets it, under another protocol"
+    assert settle(RunOptions(str(tmp_path / "others"), sampling=Sampling(device="cpu"))).sampling.precision == second
+    kept = tmp_path / "runs" / "results" / "precision.json"
+    kept.write_text("{")
+    with pytest.raises(UserError, match=r"precision.json cannot be read .* give --precision fp32 or bf16"):
+        settle(RunOptions(runs))
+
+
+def test_workers_compute_on_what_they_are_given(tmp_path):
+    device = {
+        gpus: settle(RunOptions(str(tmp_path / "runs"), workers=1, gpus_per_worker=gpus)).sampling.device
+        for gpus in (0, 0.25, 1)
+    }
+    assert device == {0: "cpu", 0.25: "cuda", 1: "cuda"}
+    assert settle(RunOptions(str(tmp_path / "runs"), workers=1)).official.device == "cpu"
 
 
 def test_bf16_pictures_are_those_of_fp32_but_for_rounding(tmp_path):

@@ -122,7 +122,7 @@ def test_scores_without_t5_have_names_and_protocols_of_their_own(tmp_path, monke
 
 
 def test_a_checkpoint_that_disappears_is_a_counted_failure(tmp_path):
-    from eval.run import EvaluateTask
+    from eval.run import EvaluateTask, settle
     from infra.runner import run_units
 
     there = export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
@@ -130,7 +130,8 @@ def test_a_checkpoint_that_disappears_is_a_counted_failure(tmp_path):
     found = find_checkpoints(str(tmp_path))
     gone.unlink()
     units = [{"id": c.run, "checkpoint": vars(c)} for c in found]
-    failed = run_units(EvaluateTask(options(tmp_path, metrics="clip_score", calibration=False)), units, workers=0)
+    settled = settle(options(tmp_path, metrics="clip_score", calibration=False))
+    failed = run_units(EvaluateTask(settled), units, workers=0)
     assert list(failed) == ["d2"]
     assert "ema.safetensors" in failed["d2"]
     assert there.exists()
@@ -352,16 +353,16 @@ class Counting:
 
 
 def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
-    metric = Counting()
-    base = protocol_of(metric, metric.prompts(3), QUICK.protocol(), 1)
+    metric, quick = Counting(), QUICK.resolve()
+    base = protocol_of(metric, metric.prompts(3), quick.protocol(), 1)
     assert protocol_hash(base) == protocol_hash(
-        protocol_of(metric, metric.prompts(3), replace(QUICK, batch=9).protocol(), 1)
+        protocol_of(metric, metric.prompts(3), replace(quick, batch=9).protocol(), 1)
     )
     others = [
-        protocol_of(metric, metric.prompts(4), QUICK.protocol(), 1),
-        protocol_of(metric, metric.prompts(3), QUICK.protocol(), 2),
+        protocol_of(metric, metric.prompts(4), quick.protocol(), 1),
+        protocol_of(metric, metric.prompts(3), quick.protocol(), 2),
         *(
-            protocol_of(metric, metric.prompts(3), replace(QUICK, **change).protocol(), 1)
+            protocol_of(metric, metric.prompts(3), replace(quick, **change).protocol(), 1)
             for change in (
                 {"seed": 1},
                 {"steps": 9},

@@ -195,7 +195,7 @@ def test_json_refuses_what_it_does_not_know():
     told = recipe().to_json()
     with pytest.raises(UserError, match=r"optimizer.*unknown field 'lrr'.*'lr'"):
         Recipe.from_json({**told, "optimizer": {"lrr": 1.0}})
-    with pytest.raises(UserError, match="precision is 'fp8', expected one of fp32, bf16"):
+    with pytest.raises(UserError, match="precision is 'fp8', expected one of auto, fp32, bf16"):
         Recipe.from_json({**told, "precision": "fp8"})
     with pytest.raises(UserError, match=r"recipe.images is 'many', expected int"):
         Recipe.from_json({**told, "images": "many"})

@@ -73,9 +73,9 @@ def finish(processes: list[subprocess.Popen[str]], *, timeout: float = 900.0) ->
     return [process.returncode for process in processes], "\n".join(said)
 
 
-def run_ranks(command: list[str], ranks: int) -> str:
+def run_ranks(command: list[str], ranks: int, *, of_rank: dict[int, dict[str, str]] | None = None) -> str:
     """What was said; fails unless every rank ends well."""
-    codes, said = finish(start_ranks(command, ranks))
+    codes, said = finish(start_ranks(command, ranks, of_rank=of_rank))
     assert codes == [0] * ranks, said
     return said
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from infra.device import Precision, ResolvedPrecision, choose_device, cpu_speed, resolve_precision
 from infra.errors import UserError, nearest
 
 
@@ -11,7 +12,7 @@ class Machine:
 
     name: str
     flops: float
-    """Peak dense FLOP/s: bf16, but fp32 of the plain CPU."""
+    """Peak dense FLOP/s in `precision`."""
     memory: float
     per_node: int
     link_inside: float
@@ -26,6 +27,8 @@ class Machine:
     """Communication hides behind computing."""
     encode_seconds: float = 0.0
     """VAE and the three SD3 text encoders for one image with one caption (SD3 paper, table 7: 23.1 ms)."""
+    precision: ResolvedPrecision = "bf16"
+    """What `--precision auto` is there."""
 
     @property
     def waiting(self) -> float:
@@ -37,6 +40,9 @@ class Machine:
 # ranks that nobody took their cores from, depths 2, 4 and 15: 0.17 to 0.2, and 5 ms a layer, which a calibration tells
 # apart; beside other work 0.5.
 CPU_WAITING = 0.2
+# Products in bf16 so many times as fast as in fp32 need units for whole matrices: AMX measured 7 times, units for
+# vectors (avx512_bf16) do twice as many operations a cycle as fp32 has.
+AMX = 3.0
 GIB = 2.0**30
 MACHINES: dict[str, Machine] = {
     m.name: m
@@ -47,7 +53,10 @@ MACHINES: dict[str, Machine] = {
         Machine("h200-141", 989e12, 141 * GIB, 8, 450e9, 50e9, 4.8e12, 3.0, encode_seconds=0.0231 * 312 / 989),
         Machine("b200-180", 2250e12, 180 * GIB, 8, 900e9, 50e9, 8e12, 4.5, encode_seconds=0.0231 * 312 / 2250),
         # One core of an AMD Zen 3 server: half of the 127 GFLOP/s that two of them reach in fp32 matmuls.
-        Machine("cpu", 63.5e9, 12 * GIB, 1024, 0.6e9, 0.6e9, 20e9, 0.03, 0.45, overlap=False, encode_seconds=0.02),
+        Machine(
+            "cpu", 63.5e9, 12 * GIB, 1024, 0.6e9, 0.6e9, 20e9, 0.03, 0.45, overlap=False, encode_seconds=0.02,
+            precision="fp32",
+        ),
         # One core with AMX: 2048 bf16 FLOP a cycle at 2 GHz. Measured on a Xeon, per second of work of one core: gloo
         # between two processes of one machine moves 0.3 to 0.5 GB of tensors of 16 to 132 MB (0.6 of smaller ones),
         # AdamW's fused kernel 27 GB, a lerp 18 GB.
@@ -63,13 +72,13 @@ def get_machine(name: str) -> Machine:
     return MACHINES[name]
 
 
-def this_machine(precision: str = "fp32") -> Machine:
+def this_machine(precision: Precision) -> Machine:
     """The nearest entry for the device that this process would train on in that precision."""
     import torch
 
-    if not torch.cuda.is_available():
-        amx = precision == "bf16" and torch.cpu.get_capabilities().get("amx_bf16", False)
-        return MACHINES["cpu-amx" if amx else "cpu"]
+    if choose_device("auto") == "cpu":
+        matrix_units = resolve_precision(precision, "cpu") == "bf16" and cpu_speed().bf16 > AMX * cpu_speed().fp32
+        return MACHINES["cpu-amx" if matrix_units else "cpu"]
     name, memory = torch.cuda.get_device_name().lower(), torch.cuda.get_device_properties(0).total_memory
     fitting = [m for m in MACHINES.values() if m.name.split("-")[0] in name]
     return min(fitting, key=lambda m: abs(m.memory - memory)) if fitting else MACHINES["a100-80"]

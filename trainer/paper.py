@@ -26,6 +26,7 @@ def pretrain_256(depth: int) -> Recipe:
         model=MMDiTConfig(depth=depth),
         images=500_000 * batch,
         global_batch=batch,
+        precision="bf16",
         optimizer=Optimizer(lr=1e-4),
         schedule=Schedule(warmup_images=1000 * batch),
         ema=EMA(profiles=("power:0.10", "power:0.05", f"decay:0.99@{100 * batch}")),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from infra.device import Precision
 from infra.errors import UserError, UserErrors, nearest
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
@@ -197,7 +198,8 @@ class Recipe:
     shift: float = 1.0
     """Resolution shift of the timesteps (SD3 eq. 23): 1 at 256 px, 3 at 1024 px."""
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "auto"
+    """auto: bf16 where this machine multiplies it faster than fp32; resolved when a run starts, and kept by it."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     ema: EMA = field(default_factory=EMA)
@@ -216,7 +218,10 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that decides the weights, the data's fingerprint included."""
+        """16 hex digits over everything that decides the weights, the data's fingerprint included. A recipe has none
+        before its precision is resolved."""
+        if self.precision == "auto":
+            raise ValueError(f"recipe {self.name} has no identity yet: its precision is not resolved")
         return hashlib.sha256(json.dumps(_hashed(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property

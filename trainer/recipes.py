@@ -13,7 +13,7 @@ from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Para
 
 
 def world(depth: int) -> Recipe:
-    """The miniature world: 64x64 scenes as 64 image tokens with 32 text tokens, bf16, every parameter sharded.
+    """The miniature world: 64x64 scenes as 64 image tokens with 32 text tokens, every parameter sharded.
 
     Command: deepspeed --num_gpus 2 --module trainer train world-d4 --data URI --out RUN
     Hardware and time: two CPU cores; depth 4 takes 48 minutes of two idle ones with AMX (115,200 images at 40 a second,
@@ -32,7 +32,6 @@ def world(depth: int) -> Recipe:
         model=MMDiTConfig(depth=depth, in_channels=8, context_width=384, pooled_width=128),
         images=115_200,
         global_batch=16,
-        precision="bf16",
         optimizer=Optimizer(lr=3e-3 * (4 / depth) ** 0.5, betas=(0.9, 0.99)),
         schedule=Schedule(warmup_images=1_600, cooldown=0.3),
         ema=EMA(profiles=("power:0.10",)),

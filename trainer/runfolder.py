@@ -8,8 +8,10 @@ unstable.json                                                   only where the g
 """
 
 import json
+from typing import cast
 
 from infra import storage
+from infra.device import ResolvedPrecision
 from infra.results import ResultRow, ResultStore
 from trainer.recipe import Recipe
 
@@ -39,6 +41,16 @@ def checkpoints_of(run: str) -> str:
 def read_recipe(run: str) -> Recipe:
     """The recipe that a run was started with; UserError (a ValueError) when it cannot be read."""
     return Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, RECIPE))))
+
+
+def kept_precision(run: str) -> ResolvedPrecision | None:
+    """What the run computes in; None where none was started."""
+    uri = storage.join(run, RECIPE)
+    try:
+        found = json.loads(storage.read_bytes(uri))["precision"] if storage.exists(uri) else None
+    except (ValueError, KeyError, TypeError):
+        return None  # damaged: refused with its reason before anything is trained
+    return cast(ResolvedPrecision, found) if found in ("fp32", "bf16") else None
 
 
 def last_val_loss(run: str, recipe: Recipe) -> ResultRow | None:

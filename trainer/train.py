@@ -14,7 +14,7 @@ from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.checks.preflight import PreparedRun, prepare, report_once
+from trainer.checks.preflight import PreparedRun, agree_on_precision, prepare, report_once
 from trainer.feed import DeviceBatch, Prefetcher
 from trainer.guard import problem_of, roll_back
 from trainer.launchers import PREEMPTED, ended_before, launchers_above
@@ -58,6 +58,7 @@ def train(
         return
 
     group = start()
+    prepared = agree_on_precision(prepared, group)
     with end_together(Watchdog(group, out, stall_s=recipe.logging.stall_s, launchers=launchers)) as watchdog:
         done = run(assemble(prepared, group, watchdog))
     leave()

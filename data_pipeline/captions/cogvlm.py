@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_pipeline.captions.spec import DESCRIBE, CaptionerSpec
 from data_pipeline.checkpoints import resolve
+from infra.device import resolve_precision
 from infra.errors import UserError
 
 _LANGUAGE = 0  # token type; vision tokens are 1
@@ -31,8 +32,10 @@ class CogVlmCaptioner:
         path = resolve(spec.checkpoint)
         _check_code(spec, path)
         self._spec, self._device = spec, device
-        # bf16 is what the checkpoint was trained in; without a GPU it is emulated and slow
-        self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        # bf16 is what the checkpoint was trained in. A CPU always takes fp32, so that one column's captions do not
+        # depend on which CPU wrote them.
+        half = device != "cpu" and resolve_precision("auto", device) == "bf16"
+        self._dtype = torch.bfloat16 if half else torch.float32
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=True, local_files_only=True, torch_dtype=self._dtype, low_cpu_mem_usage=True
         )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
-from eval.drawing.precision import Precision, decide, in_bfloat16, use_device
+from eval.drawing.precision import in_bfloat16
 from infra import storage
+from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
 from model.diffusion.sampler import sample
 from model.encoders.networks import TextEncoders, load_text_encoders
@@ -44,22 +45,32 @@ class Sampling:
     without_t5: bool = False
     """zeros in the T5 seat, as where that encoder is left out to save memory"""
     precision: Precision = "auto"
-    """of the network: fp32, bf16 (two to four times as fast where hardware has it), or what this machine does best"""
+    """of the network: fp32, bf16 (two to four times as fast where hardware has it), or auto: what this machine does
+    best"""
     batch: int = 64
-    device: str = "cpu"
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
 
-    def decided(self) -> "Sampling":
+    def resolve(self) -> "Sampling":
         """With a precision that does not depend on the machine that reads it."""
-        return replace(self, precision=decide(self.precision, self.device))
+        return replace(self, precision=resolve_precision(self.precision, self.device))
 
-    def protocol(self) -> dict[str, Any]:
-        told = {name: value for name, value in asdict(self.decided()).items() if name not in ("batch", "device")}
+    def describe(self) -> dict[str, Any]:
+        """All that decides the pictures, as it was asked for. A device decides none; the precision does, and `auto` is
+        an answer that is not given yet."""
+        told = {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
         # As protocols were written before there was a choice: their hashes stay.
         if not self.without_t5:
             del told["without_t5"]
         if told["precision"] == "fp32":
             del told["precision"]
         return told
+
+    def protocol(self) -> dict[str, Any]:
+        """The settings as a number's protocol holds them; the precision must be resolved before."""
+        if self.precision == "auto":
+            raise ValueError("a protocol needs a precision: settle `auto` where the evaluation starts")
+        return self.describe()
 
 
 class ImageRequest(NamedTuple):
@@ -78,7 +89,7 @@ class Painter:
     """Exported weights with the encoders and the autoencoder that they were trained with."""
 
     def __init__(self, weights: str | Path, *, device: str = "cpu") -> None:
-        use_device(device)
+        device = resolve_device(device)
         advice = (
             "give a run's weights/ema.safetensors, or write one from its checkpoint: "
             "python -m trainer export RUN --data URI --out FILE"
@@ -115,6 +126,7 @@ class Painter:
         """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
+        sampling = sampling.resolve()
         waiting: list[ImageRequest] = []
         for job in jobs:
             waiting.append(job)
@@ -132,7 +144,7 @@ class Painter:
         else:
             nothing = self._condition([""] * len(jobs), sampling.without_t5)
         noise = [keyed_normal(sampling.seed, [job.number], job.purpose, self.shape_CHW) for job in jobs]
-        network = self._half if decide(sampling.precision, self.device) == "bf16" else self.model
+        network = self._half if sampling.precision == "bf16" else self.model
         latent_BCHW = sample(
             network,
             torch.cat(noise).to(self.device),

@@ -9,43 +9,46 @@ needs two passes instead of five. The numbers are those of `module.bfloat16()` u
 from __future__ import annotations
 
 import copy
+import json
+import socket
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from infra import storage
+from infra.device import Precision, ResolvedPrecision, resolve_precision, warn_if_slow
 from infra.errors import UserError
 from model.backbones.layers import MLP
 from model.encoders.text import TextCond
 
-Precision = Literal["auto", "fp32", "bf16"]
+KEPT = "precision.json"
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works
 
 
-def use_device(device: str) -> None:
-    """UserError where this machine cannot compute on it, before anything is loaded. fp32 means fp32 there: torch would
-    let convolutions round to TF32, and rows of one protocol would differ between a GPU and a CPU."""
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
-        told = str(error).splitlines()[0][:160]
-        raise UserError(f"--device {device} cannot be used here ({told}); cpu always can") from error
-
-
-def decide(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
-    """`auto` is bf16 where hardware multiplies it faster than fp32: on any GPU, on a CPU with AMX or avx512_bf16."""
-    try:
-        kind = torch.device(device).type  # it need not be here: workers may have it
-    except RuntimeError as error:
-        raise UserError(f"unknown --device {device!r}: expected cpu, cuda or cuda:N") from error
+def settle_precision(precision: Precision, device: str, *, results: str) -> ResolvedPrecision:
+    """What `auto` means for all evaluations of one folder of runs. Whoever evaluates it first decides, by what his
+    machine does best; the answer is kept in `results`. So later ones, on any kind of machine, continue the same rows.
+    """
     if precision != "auto":
-        return precision
-    if kind != "cpu":
-        return "bf16"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+        found = resolve_precision(precision, device)
+        warn_if_slow(found, device)
+        return found
+    uri = storage.join(results, KEPT)
+    if not storage.exists(uri):
+        found = resolve_precision("auto", device)
+        told = {"precision": found, "device": device, "host": socket.gethostname()}
+        if storage.write_bytes_if_absent(uri, (json.dumps(told, indent=1) + "\n").encode()):
+            return found
+    try:
+        kept = json.loads(storage.read_bytes(uri))["precision"]
+        if kept not in ("fp32", "bf16"):
+            raise ValueError(f"precision {kept!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{uri} cannot be read ({error}): give --precision fp32 or bf16, or remove it") from error
+    warn_if_slow(kept, device)
+    return cast(ResolvedPrecision, kept)
 
 
 def in_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[[Tensor, Tensor, TextCond], Tensor]:

@@ -65,14 +65,13 @@ def world_judges(paths: OfficialPaths) -> Judges:
 
 def official_judges(paths: OfficialPaths) -> Judges:
     """The benchmarks' own judges from local checkpoints; UserError when one is asked for whose path was not given."""
-    device = paths.device
     return Judges(
         name="official",
         prefix="",
         paths=paths,
-        detector=functools.cache(lambda: TransformersDetector(paths.need("detector"), device=device)),
-        clip=functools.cache(lambda: _load_clip(paths.need("clip"), device)),
-        vqa=functools.cache(lambda: BlipVQA(paths.need("vqa"), device=device, image_size=480)),
+        detector=functools.cache(lambda: TransformersDetector(paths.need("detector"), device=paths.resolve_device())),
+        clip=functools.cache(lambda: _load_clip(paths.need("clip"), paths.resolve_device())),
+        vqa=functools.cache(lambda: BlipVQA(paths.need("vqa"), device=paths.resolve_device(), image_size=480)),
         reader=functools.cache(lambda: SpacyReader(paths.spacy)),
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval.networks.inception import Convention
+from infra.device import resolve_device
 from infra.errors import UserError
 
 PositionRules = Literal["official", "repaired"]
@@ -44,7 +45,12 @@ class OfficialPaths:
     """Inception-v3 weights of pytorch-fid (fid_inception): pt_inception-2015-12-05-6726825d.pth"""
     inception_convention: Convention = "clean-fid"
     """how pictures are brought to 299 pixels: clean-fid or torch-fidelity"""
-    device: str = "cpu"
+    device: str = "auto"
+    """of the judges: auto (a GPU where there is one), cpu, cuda or cuda:N"""
+
+    def resolve_device(self) -> str:
+        """Where the judges compute; asked in the process that loads them."""
+        return resolve_device(self.device)
 
     def need(self, field: str) -> str:
         """The path; UserError naming its option where it was not given."""

@@ -110,7 +110,7 @@ def load_inception(paths: OfficialPaths) -> InceptionFeatures:
     """The same for every judge: Inception knows neither world nor benchmark."""
     if paths.inception is None:
         raise UserError("fid_inception needs --official.inception FILE, the weights of its network")
-    return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.device)
+    return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.resolve_device())
 
 
 def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,11 +1,11 @@
 """`python -m eval serve --runs URI`: watch runs, evaluate each new checkpoint once, show everything in a browser."""
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from eval.judging.prompts import read_lines
-from eval.run import RunOptions, parse_metrics
+from eval.run import RunOptions, parse_metrics, settle
 from eval.service.access import access_for
 from eval.service.app import build_app
 from eval.service.index import Index
@@ -60,7 +60,7 @@ def serve(options: ServeOptions) -> None:
 
 def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
     """Everything but the web; refuses settings with which no checkpoint could be evaluated."""
-    wanted = replace(options.evaluation, sampling=options.evaluation.sampling.decided())
+    wanted = options.evaluation
     if options.evaluate and wanted.metrics != "none":
         parse_metrics(wanted.metrics)
     if wanted.checkpoints not in ("all", "last"):
@@ -77,6 +77,7 @@ def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
     from eval.judging.judges import build_judges
 
     build_judges(wanted.judges, wanted.official)
+    wanted = settle(wanted)
     return index, Watcher(index, Settings(wanted, gallery), every=options.every, retry=options.retry)
 
 

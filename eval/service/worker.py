@@ -40,7 +40,8 @@ class Settings:
     def hash(self) -> str:
         """Of everything that decides the numbers; not of where runs are, nor of batch sizes and devices."""
         told = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
-        told |= {"sampling": self.options.sampling.protocol(), "gallery": self.gallery}
+        del told["official"]["device"]
+        told |= {"sampling": self.options.sampling.describe(), "gallery": self.gallery}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

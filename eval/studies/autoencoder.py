@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,13 @@ from PIL import Image
 
 from data_pipeline.checkpoints import hash_weights, resolve
 from eval.drawing.generate import to_pictures
-from eval.drawing.precision import use_device
 from eval.judging.metric import Clusters
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_pair_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
 from eval.studies.fidelity import SMALLEST, Backbone, Lpips, psnr, ssim
 from infra import storage
+from infra.device import resolve_device
 from infra.errors import UserError
 from infra.log import Progress
 from model.encoders.vae import Latents, load_vae
@@ -52,7 +52,8 @@ class AutoencoderOptions:
     """ImageNet weights of LPIPS' backbone (torchvision's file, e.g. alexnet-owt-7be5be79.pth); left out without"""
     lpips_net: Backbone = "alex"
     batch: int = 16
-    device: str = "cpu"
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
     out: str | None = None
     """folder for autoencoder.json and autoencoder.md"""
 
@@ -74,7 +75,7 @@ def report(options: AutoencoderOptions) -> None:
         raise UserError("give at least one --vae, --count 2 or more and --batch 1 or more")
     if options.size is not None and options.size < SMALLEST:
         raise UserError(f"--size must be {SMALLEST} or more: SSIM's window is as large")
-    use_device(options.device)
+    options = replace(options, device=resolve_device(options.device))
     network = _features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
     found = [measure(name, options, network, perceptual) for name in options.vae]

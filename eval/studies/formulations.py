@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from eval.drawing.generate import Sampling
-from eval.drawing.precision import Precision, decide
 from eval.judging.judges import Judges, build_judges
 from eval.judging.official import OfficialPaths
 from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures
 from eval.metrics.registry import build_picture_metric
-from eval.run import RunOptions, plan
+from eval.run import RunOptions, plan, settle
 from eval.studies.ranking import TABLE_1, Ranking, StudyCell, against_paper, rank
 from infra import storage
+from infra.device import Precision
 from infra.errors import UserError
 from infra.log import get_logger
 from infra.results import ResultStore
@@ -50,17 +50,25 @@ class StudyOptions:
     gpus_per_worker: float = 0
     seed: int = 0
     precision: Precision = "auto"
-    """of the network: fp32, bf16, or what this machine does best"""
+    """of the network: fp32, bf16, or auto: what this machine does best"""
     batch: int = 64
-    device: str = "cpu"
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
     official: OfficialPaths = field(default_factory=OfficialPaths)
 
     def as_run(self) -> RunOptions:
         """What `eval run` would be told; steps and guidance are the settings' own."""
         sampling = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
         return RunOptions(
-            self.runs, captions=self.captions, judges=self.judges, official=self.official, sampling=sampling
-        )
+            self.runs, captions=self.captions, judges=self.judges, official=self.official, sampling=sampling,
+            workers=self.workers, gpus_per_worker=self.gpus_per_worker,
+        )  # fmt: skip
+
+    def settle(self) -> "StudyOptions":
+        """As `settle` of eval/run.py: devices and a precision that mean the same to each worker."""
+        found = settle(self.as_run())
+        sampling = found.sampling
+        return replace(self, device=sampling.device, precision=sampling.precision, official=found.official)
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,12 @@ def study(options: StudyOptions) -> None:
     settings = [parse_setting(text) for text in options.settings]
     if len(set(settings)) < len(settings) or options.captions < 2:
         raise UserError("--settings must differ and --captions be 2 or more")
-    options = replace(options, precision=decide(options.precision, options.device))  # here, not by each worker
     entries, unfit = find_entries(options.runs)
     for run, reason in unfit.items():
         log.warning("%s is left out: %s", run, reason)
     if not entries:
         raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
+    options = options.settle()
     judges = build_judges(options.judges, options.official)
     measurements = {kind: plan_settings(judges, options, kind) for kind in KINDS}
     units = [

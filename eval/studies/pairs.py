@@ -4,7 +4,7 @@ Judge the trained model by other judges than the one that ranked: it learns what
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -87,6 +87,7 @@ def pairs(options: PairOptions) -> None:
     texts = list(dict.fromkeys(read_lines(options.prompts) if options.prompts else world_prompts(options.num_prompts)))
     judges = build_judges(options.judges, options.official)
     painter = Painter(options.weights, device=options.sampling.device)
+    options = replace(options, sampling=options.sampling.resolve())
     found = list(rank_pictures(painter, judges, texts, options))
     if len(found) < 2:
         raise UserError(
@@ -98,7 +99,7 @@ def pairs(options: PairOptions) -> None:
     info = write_pairs(
         options.out, {name: part for name, part in splits.items() if part}, text_spec=painter.spec,
         vae=VaeMeta(**painter.meta["vae"]), resolution=painter.meta["resolution"],
-        made_by=_describe_origin(options, judges, texts), device=options.sampling.device,
+        made_by=_describe_origin(options, judges, texts), device=painter.device,
     )  # fmt: skip
     better, worse = (np.mean([pair.info[name] for pair in found]) for name in ("preferred_score", "rejected_score"))
     print(

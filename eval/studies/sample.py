@@ -1,8 +1,9 @@
 """Draw prompts with exported weights: a labelled grid, and single images in an official folder layout on request."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,7 @@ def sample(
         refuse_target(out)
     files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
+    sampling = _continue(sampling, folders)
     if folders is not None:
         origin = {"weights": hash_weights(storage.localize(weights)), "sampling": sampling.protocol()}
         origin |= {"prompts": [w.text for w in wanted]} | _describe_numbering(layout, images_per_prompt)
@@ -118,6 +120,15 @@ def _files(
 def _describe_numbering(layout: Layout, images_per_prompt: int) -> dict[str, Any]:
     """T2I-CompBench numbers pictures through the whole set; in GenEval's folders more of each may join."""
     return {"layout": layout} | ({"images_per_prompt": images_per_prompt} if layout == "compbench" else {})
+
+
+def _continue(sampling: Sampling, folders: str | None) -> Sampling:
+    """With a precision: `auto` is what the pictures that are there were drawn in, on whatever machine."""
+    file = None if folders is None else Path(folders).with_name(f"{Path(folders).name}.json")
+    if sampling.precision == "auto" and file is not None and file.exists():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: another origin, which is refused later
+            return replace(sampling, precision=json.loads(file.read_bytes())["sampling"].get("precision", "fp32"))
+    return sampling.resolve()
 
 
 def _keep_origin(root: Path, origin: Mapping[str, Any]) -> None:

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
 from data_pipeline.loading.loader import Dataset, open_dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from infra import storage
+from infra.device import ResolvedPrecision, resolve_precision, warn_if_slow
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol
@@ -27,7 +28,7 @@ from trainer.checks.fitting import check_data, check_made_alike, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.objective import OBJECTIVES, check_objective
 from trainer.recipe import Recipe, check, count_micro_batches, differences
-from trainer.runfolder import RECIPE, checkpoints_of, read_recipe
+from trainer.runfolder import RECIPE, checkpoints_of, kept_precision, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
@@ -108,12 +109,39 @@ def report_once() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def settle_precision(recipe: Recipe, out: str, resume: str) -> Recipe:
+    """The recipe with a precision. `auto` is what the run was started in, or that of the checkpoint it branches from;
+    a new run takes what this machine does best."""
+    found = recipe.precision if recipe.precision != "auto" else kept_precision(out) or _branched_precision(resume)
+    settled = resolve_precision(found or "auto", "auto")
+    if found:
+        warn_if_slow(settled, "auto")
+    return dataclasses.replace(recipe, precision=settled)
+
+
+def _branched_precision(resume: str) -> ResolvedPrecision | None:
+    if resume in ("latest", "none"):
+        return None
+    try:
+        state = json.loads(storage.read_bytes(storage.join(resume, checkpoint.MANIFEST)))["state"]
+        return cast(ResolvedPrecision, state["recipe"]["precision"])
+    except (UserError, ValueError, KeyError, TypeError):
+        return None  # not there or damaged: refused with its reason later
+
+
+def agree_on_precision(prepared: PreparedRun, group: Group) -> PreparedRun:
+    """Ranks on unlike machines may have resolved `auto` unlike: the answer of rank 0 is everybody's. Collective."""
+    precision = cast(ResolvedPrecision, group.gather(prepared.recipe.precision)[0])
+    return dataclasses.replace(prepared, recipe=dataclasses.replace(prepared.recipe, precision=precision))
+
+
 def prepare(
     recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world: int, thorough: bool
 ) -> PreparedRun:
     """Every check that needs no other rank and no network's weights. `thorough` (--dry-run) also reads every byte of
     the checkpoint that would be continued and tries the port, as the run itself does when it comes to them."""
     found = Findings()
+    recipe = found.ask(settle_precision, recipe, out, resume) or dataclasses.replace(recipe, precision="fp32")
     found.ask_here(check_hostfile)
     _check_recipe(found, recipe, world)
     for question in (check_gpu, check_compiler, check_kernel, check_swapping):

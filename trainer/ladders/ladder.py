@@ -7,10 +7,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra import storage
+from infra.device import ResolvedPrecision, resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import META_KEY
@@ -19,7 +20,7 @@ from trainer.ladders.launch import Launch
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
-from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_of, step_name
+from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_of, kept_precision, step_name
 from trainer.zero.group import free_port
 
 log = get_logger("ladder")
@@ -66,6 +67,8 @@ def iso_flop(
             branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
             run = storage.join(launch.out, f"{recipe.name}-{budget:g}".replace("+", ""))
             branches.append(Job(recipe, run, images, (*launch.options, *branch)))
+    precision = settle_precision([*trunks, *branches], launch)
+    trunks, branches = ([_with_precision(job, precision) for job in jobs] for jobs in (trunks, branches))
     train_missing(trunks, launch)
     return train_missing(branches, launch)
 
@@ -98,7 +101,8 @@ def train_missing(jobs: Sequence[Job], launch: Launch, *, unstable_is_a_result: 
 
     `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
-    ranks = launch.num_ranks or default_ranks()
+    ranks, precision = launch.num_ranks or default_ranks(), settle_precision(jobs, launch)
+    jobs = [_with_precision(job, precision) for job in jobs]
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
     for number, job in enumerate(jobs, start=1):
         done = images_trained(job.run)
@@ -120,6 +124,31 @@ def train_missing(jobs: Sequence[Job], launch: Launch, *, unstable_is_a_result: 
             with _passing_over(run, unstable_is_a_result):
                 run_command(command, run)
     return [job.run for job in jobs]
+
+
+def settle_precision(jobs: Sequence[Job], launch: Launch) -> ResolvedPrecision | None:
+    """What `auto` is for all of these runs, so that they can be compared: what the first of them that exists computes
+    in, else what this machine (or the Ray cluster) does best. None: no run asks."""
+    if not any(_asks_auto(job) for job in jobs):
+        return None
+    kept: ResolvedPrecision | None = next(filter(None, (kept_precision(job.run) for job in jobs)), None)
+    if kept is None and launch.workers:
+        from trainer.ladders.workers import device_of_workers
+
+        return resolve_precision("auto", device_of_workers(launch.workers, ranks=launch.num_ranks or default_ranks()))
+    return kept or resolve_precision("auto", "auto")
+
+
+def _asks_auto(job: Job) -> bool:
+    """Options come after the recipe's own fields, the last one counts."""
+    asked = [option.partition("=")[2] for option in job.options if option.startswith("precision=")]
+    return (asked or [job.recipe.precision])[-1] == "auto"
+
+
+def _with_precision(job: Job, precision: ResolvedPrecision | None) -> Job:
+    if precision is None or not _asks_auto(job):
+        return job
+    return replace(job, options=(*job.options, f"precision={precision}"))
 
 
 def _train_on_ray(

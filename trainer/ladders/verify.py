@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from infra.device import resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import load_weights
@@ -51,9 +52,10 @@ def verify_resume(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder; it can be removed afterwards")
     batch, half = recipe.global_batch, steps // 2
+    precision = resolve_precision(recipe.precision, "auto")
     cadence = [
-        *arguments, "--images", str(batch * steps), "--logging.log-every", str(batch), "--logging.save-every",
-        str(batch * (half // 2)), "--logging.keep", "4", "--logging.samples", "0",
+        *arguments, "--precision", precision, "--images", str(batch * steps), "--logging.log-every", str(batch),
+        "--logging.save-every", str(batch * (half // 2)), "--logging.keep", "4", "--logging.samples", "0",
     ]  # fmt: skip
     if recipe.validation.every is not None:
         cadence += ["--validation.every", str(batch * steps)]
@@ -71,8 +73,8 @@ def verify_resume(
     if other_ranks != ranks:
         cut(straight, out / "other", step=half)
         cut(run("other", other_ranks), out / "back", step=half + half // 2)
-        back, what = run("back", ranks), f"{ranks} -> {other_ranks} -> {ranks} ranks, {recipe.precision}"
-        if recipe.precision == "fp32":
+        back, what = run("back", ranks), f"{ranks} -> {other_ranks} -> {ranks} ranks, {precision}"
+        if precision == "fp32":
             verdicts += close(straight, back, what)
         else:
             cut(straight, out / "exchanged", step=half)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from infra.log import get_logger
-from infra.runner import CallLost, RemoteCalls
+from infra.runner import CallLost, RemoteCalls, WorkerPool, connect
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
 
 log = get_logger("ladder")
@@ -45,6 +45,11 @@ def train_on_ray(
                 calls.cancel()
     if stopped:
         raise SystemExit(PREEMPTED)
+
+
+def device_of_workers(workers: int, *, ranks: int) -> str:
+    """What the trainings will run on: GPUs where the cluster has any."""
+    return "cuda" if connect(WorkerPool(count=workers, cpus=ranks)).get("GPU") else "cpu"
 
 
 def train_here(command: list[str], threads: str | None) -> tuple[int, str]:

@@ -1,10 +1,12 @@
 """What a run will need, before it starts: parameters, FLOPs exactly; bytes, seconds, dollars by a stated model."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from infra.device import resolve_precision
 from infra.log import clock
 from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count
@@ -40,6 +42,13 @@ class StepCost(NamedTuple):
     update: Cost
 
 
+def plan_precision(recipe: Recipe, machine: Machine | None) -> Recipe:
+    """The recipe with what `auto` precision is on that machine; None: on this one."""
+    if recipe.precision != "auto":
+        return recipe
+    return replace(recipe, precision=machine.precision if machine else resolve_precision("auto", "auto"))
+
+
 def make_plan(
     recipe: Recipe,
     *,
@@ -53,6 +62,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """plan.json. `predicted` holds what a run measures under the same names (result rows). `tried`: what trials of
     this recipe took, which then is its step; `extra`: what each micro-batch takes beyond the rest."""
+    recipe = plan_precision(recipe, machine)
     machine = machine or this_machine(recipe.precision)
     efficiency = machine.efficiency if efficiency is None else efficiency
     _, height, width = recipe.data.latent_shape

@@ -16,7 +16,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 from trainer.machines import Machine, get_machine, this_machine
-from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of
+from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of, plan_precision
 from trainer.planning.trial import flops_here, step_here
 from trainer.recipe import Recipe
 from trainer.runfolder import PLAN, read_recipe
@@ -88,6 +88,7 @@ def calibrate(run: str) -> Calibration:
 def trial(recipe: Recipe, machine: Machine, *, world: int) -> dict[str, Any]:
     """What `make_plan` is to know of a recipe's steps on this device, in micro-batches as `world` ranks run them: on a
     CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
+    recipe = plan_precision(recipe, machine)
     here = this_machine(recipe.precision)
     if here != machine:
         raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from infra.device import choose_device, num_threads, resolve_device
 from infra.errors import UserError
 
 PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
@@ -68,7 +69,7 @@ class Group:
 
 def choose_accelerator() -> bool:
     """Is there a GPU? Call before DeepSpeed is imported, which otherwise guesses by what is installed."""
-    gpu = torch.cuda.is_available()
+    gpu = choose_device("auto") == "cuda"
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     return gpu
@@ -81,16 +82,15 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     gpu = choose_accelerator()
     if not gpu:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local_size)))
+        torch.set_num_threads(num_threads(max(1, cores // local_size)))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    device = torch.device(resolve_device(f"cuda:{local}" if gpu else "cpu"))
     if gpu:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # of the patch convolution; matrix products do not by default
     import deepspeed
 
     # DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses.

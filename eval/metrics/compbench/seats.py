@@ -26,7 +26,7 @@ def load_detector(judges: Judges) -> Detector:
     from eval.networks.open_vocabulary import OpenVocabularyDetector
 
     names = [*object_names(judges)[0], *RENAMED.values()]
-    return OpenVocabularyDetector(judges.paths.need("compbench_detector"), names, device=judges.paths.device)
+    return OpenVocabularyDetector(judges.paths.need("compbench_detector"), names, device=judges.paths.resolve_device())
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def load_clip(judges: Judges) -> "ClipModel":
         return judges.clip()
     from eval.networks.clip_model import ClipModel
 
-    return ClipModel(judges.paths.compbench_clip, device=judges.paths.device)
+    return ClipModel(judges.paths.compbench_clip, device=judges.paths.resolve_device())
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def load_depth(judges: Judges) -> Depth | None:
     """DPT's seat; None without a path: 3D-spatial is then left out."""
     if judges.of_world or judges.paths.depth is None:
         return None
-    return DptDepth(judges.paths.depth, device=judges.paths.device)
+    return DptDepth(judges.paths.depth, device=judges.paths.resolve_device())
 
 
 @functools.cache
