@@ -99,7 +99,7 @@ def merge(
 
     Args:
         base: Our .safetensors file.
-        adapter: Folder that `python -m trainer export RUN --lora adapter` wrote (peft's layout).
+        adapter: Folder of `python -m trainer export RUN --lora adapter`, or a file with names of diffusers or kohya.
         target: The .safetensors file to write: ordinary weights.
     """
     from model.lora import merge_files

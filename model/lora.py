@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
+from model.backbones.mmdit import MMDiTConfig
+from model.files.adapters import read_foreign_adapter
 from model.files.weights import META_KEY, load_weights, save_weights
 from model.seeding import draw_, seeded
 
@@ -114,23 +116,46 @@ def peft_config(names: Iterable[str], *, rank: int, alpha: float) -> dict[str, A
     }  # fmt: skip
 
 
-def merge_files(base: str | Path, folder: str | Path, out: str | Path) -> Path:
-    """Weights with an adapter (a folder that the trainer exported) merged in: an ordinary weights file."""
+def merge_files(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
+    """Weights with an adapter merged in: an ordinary weights file. The adapter is a folder that the trainer exported
+    (peft's layout), or a file or folder with diffusers' or kohya's names."""
     state_dict, meta = load_weights(base)
-    adapters, scale, trained = _read_adapter(Path(folder))
-    wanted = {part for name in state_dict if adapter_of(name)[0] in adapters for part in adapter_of(name)}
-    strange = sorted(set(adapters) - wanted)
-    if strange:
-        raise UserError(f"{folder}: {len(strange)} tensors belong to no layer of {base} ({strange[0]} ...)")
-    for name in list(state_dict):
-        a, b = adapter_of(name)
-        if a in adapters:
-            given, fits = (adapters[b].shape[0], adapters[a].shape[1]), tuple(state_dict[name].shape)
-            if given != fits:
-                raise UserError(f"{folder}: the adapter of {name} is for {given}, the weights of {base} are {fits}")
-            state_dict[name] = merged(state_dict[name], adapters[a], adapters[b], scale=scale)
+    path = Path(adapter)
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        changes, trained = _read_changes(path, state_dict)
+    else:
+        if meta["backbone"] != "mmdit":
+            raise UserError(f"{base} holds a {meta['backbone']}; adapters of diffusers and kohya are for mmdit alone")
+        changes, trained = read_foreign_adapter(_find_file(path), MMDiTConfig.from_json(meta["config"])), {}
+    for name, change_OI in changes.items():
+        given, fits = tuple(change_OI.shape), tuple(state_dict[name].shape)
+        if given != fits:
+            raise UserError(f"{adapter}: the adapter of {name} is for {given}, the weights of {base} are {fits}")
+        state_dict[name] = state_dict[name].float() + change_OI
     kept = {key: trained[key] for key in trained if key not in ("backbone", "config")}
     return save_weights(out, state_dict, {**meta, **kept})
+
+
+def _find_file(path: Path) -> Path:
+    """The safetensors file of an adapter, or the single one of its folder."""
+    if not path.exists():
+        raise UserError(f"{path}: no adapter there, expected a folder with {CONFIG_FILE} or a .safetensors file")
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(f"{path}: {len(found)} safetensors files there; name the adapter's file")
+    return found[0]
+
+
+def _read_changes(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """What our own adapter adds to each weight, and what its file says of its training."""
+    adapters, scale, trained = _read_adapter(folder)
+    named = {name: adapter_of(name) for name in weights if adapter_of(name)[0] in adapters}
+    strange = sorted(set(adapters) - {part for parts in named.values() for part in parts})
+    if strange:
+        raise UserError(f"{folder}: {len(strange)} tensors belong to no layer of the weights ({strange[0]} ...)")
+    return {name: scale * (adapters[b].float() @ adapters[a].float()) for name, (a, b) in named.items()}, trained
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, Any]]:

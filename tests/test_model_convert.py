@@ -225,3 +225,87 @@ def test_info_reads_a_files_own_factor_and_text(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["model", "info", str(path)])
     main()
     assert read_meta(path)["vae"] == vae
+
+
+def write_transformer(folder: Path, files: dict[str, int], indices: dict[str, list[str]]) -> dict[str, Tensor]:
+    """A diffusers folder: each file holds the same names with values of its own (times a number); shards of halves."""
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(CONFIG, weights_of())}
+    from model.files.names import diffusers_config
+
+    (folder / "config.json").write_text(json.dumps(diffusers_config(CONFIG)))
+    names = sorted(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    for file, times in files.items():
+        chosen = halves[int("-00002-" in file)] if "-of-" in file else names
+        save_file({n: tensors[n] * (1 if "pos_embed.pos_embed" in n else times) for n in chosen}, folder / file)
+    for index, listed in indices.items():
+        where = {name: listed[int(name in halves[1])] for name in names}
+        (folder / index).write_text(json.dumps({"weight_map": where}))
+    return tensors
+
+
+SHARDS = ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors")
+PLAIN, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+VARIANT = "diffusion_pytorch_model.non_ema.safetensors"
+OLD = tuple(f"diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n in (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("files", "indices"),
+    [
+        ({PLAIN: 1}, {}),
+        ({SHARDS[0]: 1, SHARDS[1]: 1, VARIANT: 3}, {INDEX: list(SHARDS)}),
+        ({SHARDS[0]: 1, SHARDS[1]: 1, OLD[0]: 5, OLD[1]: 5, PLAIN: 7}, {INDEX: list(SHARDS)}),
+        ({VARIANT: 1}, {}),
+    ],
+)
+def test_an_index_or_a_single_file_decides_which_weights_a_folder_holds(tmp_path, files, indices):
+    write_transformer(tmp_path / "t", files, indices)
+    convert(tmp_path / "t", tmp_path / "out.safetensors")
+    state, _ = load_weights(tmp_path / "out.safetensors")
+    for name, tensor in weights_of().items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("files", "indices", "says"),
+    [
+        ({PLAIN: 1, VARIANT: 3}, {}, "several candidates.*non_ema"),
+        ({SHARDS[0]: 1, SHARDS[1]: 1}, {}, "several candidates"),
+        ({SHARDS[0]: 1}, {}, "without an index: other shards are missing"),
+        ({SHARDS[0]: 1}, {INDEX: list(SHARDS)}, "names files that .* lacks: .*00002-of-00002"),
+        ({PLAIN: 1}, {INDEX: ["../x.safetensors", PLAIN]}, "names files that .* lacks"),
+        ({VARIANT: 1, PLAIN: 1, SHARDS[0]: 1, SHARDS[1]: 1},
+         {"diffusion_pytorch_model.fp16.safetensors.index.json": list(SHARDS)}, "several candidates"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_would_be_a_guess_is_refused_with_the_names(tmp_path, files, indices, says):
+    write_transformer(tmp_path / "t", files, indices)
+    with pytest.raises(UserError, match=says):
+        convert(tmp_path / "t", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path, mask):
+    import os
+
+    write_vae(tmp_path / "vae")
+    write_transformer(tmp_path / "t", {PLAIN: 1}, {})
+    before = os.umask(mask)
+    try:
+        convert(tmp_path / "t", tmp_path / "ours.safetensors")
+        convert(tmp_path / "ours.safetensors", tmp_path / "single.safetensors", to="sd3")
+        convert(tmp_path / "ours.safetensors", tmp_path / "pipeline", vae=tmp_path / "vae")
+    finally:
+        os.umask(before)
+    written = [*tmp_path.glob("*.safetensors"), *(tmp_path / "pipeline").rglob("*.*")]
+    assert len(written) > 5
+    assert {oct(path.stat().st_mode & 0o777) for path in written if path.is_file()} == {oct(0o666 & ~mask)}
+
+
+def test_a_prefix_that_is_unknown_is_named(tmp_path):
+    save_file({f"net.{n.removeprefix(SD3_PREFIX)}": x for n, x in sd3_tensors().items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"take the prefix 'net\.' off"):
+        convert(tmp_path / "x.safetensors", tmp_path / "out.safetensors")

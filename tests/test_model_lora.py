@@ -10,7 +10,7 @@ from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
-from model.files.names import adapter_to_diffusers, diffusers_config, to_diffusers
+from model.files.names import adapter_to_diffusers, diffusers_config, sd3_name, to_diffusers
 from model.files.weights import load_weights, save_weights
 from model.lora import (
     CONFIG_FILE,
@@ -170,3 +170,78 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, base):
     (tmp_path / "cut" / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="no adapter there"):
         merge_files(base, tmp_path / "cut", tmp_path / "out.safetensors")
+
+
+def foreign(dialect: str, model) -> dict[str, torch.Tensor]:
+    """The adapter under the names of diffusers (two writings) or of kohya's tools, with alpha where they have one."""
+    state = {name: param.detach() for name, param in model.named_parameters()}
+    adapters = [(n, *(state[part] for part in adapter_of(n))) for n in state if adapter_of(n)[0] in state]
+    if dialect == "kohya":
+        found = {}
+        for name, a_RI, b_OR in adapters:
+            module = "lora_unet_" + sd3_name(name).removesuffix(".weight").replace(".", "_")
+            found |= {f"{module}.lora_down.weight": a_RI.clone(), f"{module}.lora_up.weight": b_OR.clone(),
+                      f"{module}.alpha": torch.tensor(float(ALPHA))}  # fmt: skip
+        return found
+    found = {n: x.clone() for n, x in adapter_to_diffusers(CONFIG, adapters, scale=ALPHA / RANK)}
+    if dialect == "kohya of diffusers":
+        renamed = {}
+        for name, tensor in found.items():
+            module, role = name.removeprefix("transformer.").rsplit(".lora_", 1)
+            suffix = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[role]
+            renamed[f"lora_transformer_{module.replace('.', '_')}.{suffix}"] = tensor
+        return renamed
+    return found
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "kohya of diffusers"])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_adapters_from_elsewhere_merge_to_what_our_own_does(tmp_path, base, dialect, as_folder):
+    from safetensors.torch import save_file
+
+    model = adapted(trained=True)
+    (tmp_path / "foreign").mkdir()
+    file = tmp_path / "foreign" / "lora.safetensors"
+    save_file(foreign(dialect, model), file)
+    out = merge_files(base, file.parent if as_folder else file, tmp_path / "merged.safetensors")
+    plain = build()
+    plain.load_state_dict(load_weights(out)[0])
+    torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_of_some_parts_of_qkv_changes_these_alone(tmp_path, base):
+    from safetensors.torch import save_file
+
+    tensors = {n: x for n, x in foreign("diffusers", adapted(trained=True)).items() if "blocks.0.attn.to_k." in n}
+    assert len(tensors) == 2
+    save_file(tensors, tmp_path / "k.safetensors")
+    merged_state, _ = load_weights(merge_files(base, tmp_path / "k.safetensors", tmp_path / "out.safetensors"))
+    before = build().state_dict()
+    changed = [name for name in before if not torch.equal(before[name], merged_state[name])]
+    assert changed == ["blocks.0.image.qkv.linear.weight"]
+    third = len(before[changed[0]]) // 3
+    same = [torch.equal(before[changed[0]][n * third : (n + 1) * third],
+                        merged_state[changed[0]][n * third : (n + 1) * third]) for n in range(3)]  # fmt: skip
+    assert same == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"lora_unet_double_blocks_0_img_attn_qkv": 2}, "belong to no layer of an mmdit of depth"),
+        ({"blocks.0.weight": 0}, "no LoRA: expected names that end in"),
+        ({"transformer.transformer_blocks.0.attn.to_q": 1}, "belong to no layer|no LoRA"),
+    ],
+)
+def test_adapters_of_other_models_are_refused_in_one_line(tmp_path, base, tensors, says):
+    from safetensors.torch import save_file
+
+    found = {}
+    for name, count in tensors.items():
+        for suffix in (".lora_down.weight", ".lora_up.weight")[:count]:
+            found[name + suffix] = torch.ones(4, 4)
+        if not count:
+            found[name] = torch.ones(4)
+    save_file(found, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=says):
+        merge_files(base, tmp_path / "x.safetensors", tmp_path / "out.safetensors")

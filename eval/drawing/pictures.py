@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from data_pipeline.images import ImageError, decode
 from infra import storage
 from infra.errors import UserError
 
@@ -17,11 +18,11 @@ LABEL_HEIGHT = 16
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """uint8 RGB, upright (EXIF orientation applied)."""
+    """uint8 RGB as the data pipeline reads it: upright, in sRGB, deep pixels scaled, transparency over white."""
     try:
-        with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with Path(path).open("rb") as file:
+            return np.asarray(decode(file))
+    except (OSError, ImageError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 

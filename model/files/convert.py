@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,10 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from infra.errors import UserError
+from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
-from model.files.pipeline import write_pipeline
+from model.files.pipeline import TRANSFORMER, write_pipeline
 from model.files.weights import (
     META_KEY,
     add_qk_norm,
@@ -25,6 +26,7 @@ from model.files.weights import (
 )
 from model.json_files import parse_json_object
 
+_SHARD = re.compile(r"-\d+-of-\d+")
 Dialect = Literal["beeline", "sd3", "diffusers"]
 
 
@@ -111,12 +113,44 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
     config = config_of_diffusers(told, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+    for file in list_weight_files(folder):
         more, part = _read_safetensors(file)
         metadata, tensors = metadata | more, tensors | part
-    if not tensors:
-        raise UserError(f"no diffusion_pytorch_model*.safetensors in {folder}")
     return "diffusers", *_restore(config, from_diffusers(config, tensors, str(folder)), metadata, kind)
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """The files of one set of weights in a folder of diffusers; UserError where it would be a guess.
+
+    An index decides alone, whatever else lies beside it. Without one there must be a single candidate: variants
+    (fp16, non_ema) and left-over shards are other weights.
+    """
+    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
+    plain, single = folder / f"{TRANSFORMER}.safetensors.index.json", folder / f"{TRANSFORMER}.safetensors"
+    if plain in indices or (len(indices) == 1 and not single.is_file()):
+        index = plain if plain in indices else indices[0]
+        told = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
+        if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+            raise UserError(f"{index}: no weight_map of file names; download the folder again")
+        files = [folder / name for name in sorted(set(told.values()))]
+        missing = [file.name for file in files if not file.is_file() or file.parent != folder]
+        if missing:
+            raise UserError(f"{index.name} names files that {folder} lacks: {list_some(missing)}")
+        return files
+    found = sorted(folder.glob(f"{TRANSFORMER}*.safetensors"))
+    candidates = [file.name for file in (*indices, *([single] if single in found else []))] if indices else [
+        file.name for file in found
+    ]
+    if not found:
+        raise UserError(f"no {TRANSFORMER}*.safetensors in {folder}")
+    if len(candidates) > 1:
+        raise UserError(
+            f"{folder} holds several candidates and no {plain.name} that decides: {list_some(candidates)}; keep one, "
+            "or give the file itself"
+        )
+    if _SHARD.search(found[0].name):
+        raise UserError(f"{folder} holds {found[0].name} without an index: other shards are missing")
+    return found
 
 
 def _restore(

@@ -99,12 +99,14 @@ def diffusers_names(ours: str) -> tuple[str, ...]:
     return tuple(f"transformer_blocks.{index}.{n}.{leaf}" for n in ([names] if isinstance(names, str) else names))
 
 
-def _swapped(ours: str, config: MMDiTConfig) -> bool:
+def is_swapped(ours: str, config: MMDiTConfig) -> bool:
+    """Does diffusers store scale before shift in this parameter?"""
     last_text = f"blocks.{config.depth - 1}.text.modulate.linear"
     return ours.startswith((last_text, "final.modulate.linear"))
 
 
-def _swap_halves(x: Tensor) -> Tensor:
+def swap_halves(x: Tensor) -> Tensor:
+    """From one order of shift and scale to the other."""
     return torch.cat(x.chunk(2)[::-1])
 
 
@@ -198,7 +200,9 @@ def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
 
 def _need(found: Mapping[str, Tensor], name: str, dims: int, source: str) -> Tensor:
     if name not in found:
-        raise UserError(f"{source} has no tensor {name!r}: not an SD3 file with reference names")
+        prefixes = [other.removesuffix(name) for other in found if other.endswith(f".{name}")]
+        hint = f"; it has {prefixes[0] + name!r}: take the prefix {prefixes[0]!r} off its names" if prefixes else ""
+        raise UserError(f"{source} has no tensor {name!r}: not an SD3 file with reference names{hint}")
     if found[name].ndim != dims:
         raise UserError(f"{source}: {name} misshapen, {tuple(found[name].shape)} instead of {dims} dimensions")
     return found[name]
@@ -261,7 +265,7 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
 def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights in the diffusers dialect, one after the other: `state` may read them then."""
     for name in _parameters(config):
-        tensor = _swap_halves(state[name]) if _swapped(name, config) else state[name]
+        tensor = swap_halves(state[name]) if is_swapped(name, config) else state[name]
         theirs = diffusers_names(name)
         yield from zip(theirs, tensor.chunk(len(theirs)), strict=True)
     yield "pos_embed.pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
@@ -273,7 +277,7 @@ def adapter_to_diffusers(
     """Adapters (weight's name, A, B) as StableDiffusion3Pipeline.load_lora_weights reads them, one after the other: B
     carries the scale, a fused qkv gives three layers with the same A."""
     for name, a_RI, b_OR in adapters:
-        b_OR = scale * (_swap_halves(b_OR) if _swapped(name, config) else b_OR)
+        b_OR = scale * (swap_halves(b_OR) if is_swapped(name, config) else b_OR)
         theirs = diffusers_names(name)
         for weight, part_OR in zip(theirs, b_OR.chunk(len(theirs)), strict=True):
             module = f"transformer.{weight.removesuffix('.weight')}"
@@ -294,5 +298,5 @@ def from_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor], source: str
     ours = {}
     for name in parameters:
         tensor = torch.cat([state[theirs] for theirs in diffusers_names(name)])
-        ours[name] = _swap_halves(tensor) if _swapped(name, config) else tensor
+        ours[name] = swap_halves(tensor) if is_swapped(name, config) else tensor
     return {**ours, POSITIONS: axes_of_positions(state["pos_embed.pos_embed"], source)}

@@ -21,7 +21,7 @@ from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import Latents, load_vae
 from model.files.names import diffusers_config, to_diffusers
-from model.files.weights import described, expected_tensors, write_safetensors
+from model.files.weights import apply_umask, described, expected_tensors, write_safetensors
 from model.json_files import parse_json_object
 
 # The encoder's seat -> folders of model and tokenizer.
@@ -95,6 +95,7 @@ def write_pipeline(
     }
     if autoencoder:
         autoencoder.save_pretrained(target / "vae")
+        apply_umask(*(target / "vae").glob("*.safetensors"))
     for seat, (model_folder, tokenizer_folder) in _ENCODER_PARTS.items():
         index |= {model_folder: [None, None], tokenizer_folder: [None, None]}
         if seat in read:

@@ -63,12 +63,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         save_file(whole, partial, metadata={META_KEY: json.dumps(dict(meta)), "format": "pt"})
+        apply_umask(partial)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def apply_umask(*paths: Path) -> None:
+    """Give files the mode that others get: safetensors' own writer leaves them to their owner alone (0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
