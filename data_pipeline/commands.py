@@ -9,6 +9,7 @@ import tyro
 
 from data_pipeline.flow.estimate import ScaleAssumptions
 from data_pipeline.sources.fetch import FetchLimits
+from data_pipeline.sources.registry import SOURCES
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
 from infra.log import clock
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from data_pipeline.flow.pipeline import Pipeline
     from data_pipeline.plans import DatasetPlan
     from data_pipeline.sources.source import Source
+
+
+SOURCE_HELP = (
+    f"Your own data, one or several KIND:URI, e.g. folder:/photos or wds:s3://bucket/raw; kinds: {', '.join(SOURCES)}. "
+    "Without it the plan `world` draws its own scenes. When you add a source, keep the earlier ones: their rows stay "
+    "as they are."
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,7 @@ class PipelineOptions:
     }
     out: str
     """Root of the dataset: a folder or s3://bucket/prefix (endpoint from AWS_ENDPOINT_URL)."""
-    source: tuple[str, ...] = ()
-    """Your own data, one or several: folder:/path (images with .txt beside them), wds:URI (folder of tars or a brace
-    pattern), parquet:/path, hf:/path (save_to_disk), imagenet:/path, coco:/path or cc12m:/path/cc12m.tsv. Without it
-    the plan `world` draws its own scenes. When you add a source, keep the earlier ones: their rows stay as they are."""
+    source: Annotated[tuple[str, ...], tyro.conf.arg(help=SOURCE_HELP)] = ()
     split: Literal["all", "train", "val"] = "all"
     """Take only this split of a source that has splits of its own (COCO's val for validation)."""
     fetch_urls: bool = False
@@ -183,7 +188,7 @@ def _print_gate(pipeline: "Pipeline") -> None:
 
 def world_source(options: PipelineOptions) -> "Source":
     """The world's raw shards as a source; drawn below the root unless they are there."""
-    from data_pipeline.sources.webdataset import WebDatasetSource
+    from data_pipeline.sources.registry import open_source
     from data_pipeline.world.write import write_world
     from infra import storage
 
@@ -193,7 +198,7 @@ def world_source(options: PipelineOptions) -> "Source":
     if not storage.exists(mark):
         write_world(raw, images=options.images, val_images=val_images, seed=options.seed)
         storage.write_bytes(mark, b"{}\n")
-    return WebDatasetSource(raw)
+    return open_source(f"wds:{raw}")
 
 
 def default_val_images(images: int) -> int:
