@@ -1,0 +1,105 @@
+"""Typed dataclasses as JSON and back: what a file holds is checked against the class, and a mistake is one line.
+
+`decode` takes what the annotations say and nothing else: no field that the class lacks, no text for a number, none
+left out that has no default. The rules of pydantic's strict mode for JSON hold: lists become tuples, whole numbers
+become floats where floats are asked for. A check in `__post_init__` runs as in the constructor.
+"""
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from infra.errors import UserError, nearest
+
+T = TypeVar("T")
+EXPECTED = {  # pydantic's type of error -> what would have been right
+    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
+    "string_type": "a text", "tuple_type": "a list", "list_type": "a list", "set_type": "a list",
+    "frozen_set_type": "a list", "dict_type": "an object", "mapping_type": "an object",
+    "dataclass_type": "an object with fields", "none_required": "null",
+}  # fmt: skip
+
+
+def encode(value: Any) -> Any:
+    """Dataclasses as objects, tuples as lists, sets as sorted lists; everything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: encode(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(inner) for inner in value]
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+def decode(kind: type[T], data: Any, *, where: str, extra: Literal["forbid", "ignore"] = "forbid") -> T:
+    """The dataclass that `data` holds: JSON text (bytes or str), or what `json.loads` made of it.
+
+    Raises UserError with `where`, the path of the field, what is there and what was expected.
+    """
+    text = data if isinstance(data, bytes | str) else json.dumps(data)
+    try:
+        return _adapter(typing.cast(Any, kind)).validate_json(text, strict=True, extra=extra)
+    except ValidationError as error:
+        raise UserError(_line(kind, where, error.errors(include_url=False))) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
+    """The first mistake; a misspelt field comes before the one that is missing because of it."""
+    error = min(errors, key=lambda each: each["type"] != "unexpected_keyword_argument")
+    if error["type"] == "json_invalid":
+        return f"{where}: not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
+    path, known = _path(kind, error)
+    if error["type"] in ("unexpected_keyword_argument", "missing"):
+        name = path.pop()
+        owner = f"{where}: {'.'.join(path)}" if path else where
+        if error["type"] == "missing":
+            return f"{owner} lacks {name!r}"
+        return f"{owner} has an unknown field {name!r}{nearest(name, known)}"
+    field = f"{where}: {'.'.join(path)}" if path else where
+    if error["type"] == "value_error":  # of a __post_init__ or a validator of ours, which says all that is to say
+        return f"{field}: {error['ctx']['error']}"
+    alike = [each for each in errors if _path(kind, each)[0] == path]  # one for each arm of a union
+    return f"{field} is {error['input']!r}, expected {' or '.join(map(_expected, alike))}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        allowed = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        close = nearest(error["input"], allowed) if isinstance(error["input"], str) else ""
+        return f"{'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}{close}"
+    return EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
+
+
+def _path(kind: Any, error: ErrorDetails) -> tuple[list[str], list[str]]:
+    """(the fields that lead to the mistake, all fields of the class that the last of them is in)."""
+    path: list[str] = []
+    known: list[str] = []
+    for step in error["loc"]:
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            arms = [arm for arm in typing.get_args(kind) if arm is not type(None)]
+            if len(arms) > 1:  # pydantic names the arm here
+                kind = next((arm for arm in arms if getattr(arm, "__name__", "") == step), None)
+                continue
+            kind = arms[0]
+        path.append(str(step))
+        known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        inner = typing.get_args(kind)
+        if known:
+            kind = typing.get_type_hints(kind).get(str(step))
+        elif isinstance(step, int) and Ellipsis not in inner and len(inner) > step:
+            kind = inner[step]
+        else:  # the element of a list, the value of a mapping
+            kind = next((each for each in reversed(inner) if each is not Ellipsis), None)
+    return path, known
