@@ -1,6 +1,6 @@
 """Typed dataclasses as JSON and back: what a file holds is checked against the class, and a mistake is one line.
 
-`decode` takes what the annotations say and nothing else: no field that the class lacks, no text for a number, none
+`from_json` takes what the annotations say and nothing else: no field that the class lacks, no text for a number, none
 left out that has no default. The rules of pydantic's strict mode for JSON hold: lists become tuples, whole numbers
 become floats where floats are asked for. A check in `__post_init__` runs as in the constructor.
 """
@@ -27,27 +27,30 @@ EXPECTED = {  # pydantic's type of error -> what would have been right
 }  # fmt: skip
 
 
-def encode(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Dataclasses as objects, tuples as lists, sets as sorted lists; everything else as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: encode(inner) for key, inner in value.items()}
+        return {key: to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [encode(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     return sorted(value) if isinstance(value, set | frozenset) else value
 
 
-def decode(kind: type[T], data: Any, *, where: str, extra: Literal["forbid", "ignore"] = "forbid") -> T:
+def from_json(
+    kind: type[T], data: Any, *, where: str, advice: str = "", extra: Literal["forbid", "ignore"] = "forbid"
+) -> T:
     """The dataclass that `data` holds: JSON text (bytes or str), or what `json.loads` made of it.
 
-    Raises UserError with `where`, the path of the field, what is there and what was expected.
+    Raises UserError with `where`, the path of the field, what is there, what was expected, and `advice` for the user.
     """
     text = data if isinstance(data, bytes | str) else json.dumps(data)
     try:
         return _adapter(typing.cast(Any, kind)).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
-        raise UserError(_line(kind, where, error.errors(include_url=False))) from None
+        line = _line(kind, where, error.errors(include_url=False))
+        raise UserError(f"{line}: {advice}" if advice else line) from None
 
 
 @functools.cache

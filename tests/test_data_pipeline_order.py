@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.order import DataExceptions, SampleOrder
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 shapes = st.dictionaries(
@@ -108,7 +109,7 @@ def test_substitutes_are_deterministic_and_avoid_banned_shards():
 
 def test_exceptions_survive_json_and_add_up():
     one = DataExceptions(frozenset({"b", "a"}), frozenset({5, 3}))
-    assert DataExceptions.from_json(one.to_json()) == one
+    assert from_json(DataExceptions, to_json(one), where="exceptions") == one
     assert one | DataExceptions(frozenset({"c"})) == DataExceptions(frozenset("abc"), frozenset({3, 5}))
 
 

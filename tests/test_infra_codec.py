@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.codec import decode, encode
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 
@@ -58,18 +58,18 @@ VALUES = st.builds(
 
 @given(VALUES)
 def test_what_was_encoded_is_decoded(value):
-    text = json.dumps(encode(value))
-    assert decode(Everything, text, where="f") == value
-    assert decode(Everything, text.encode(), where="f") == value
-    assert decode(Everything, json.loads(text), where="f") == value
+    text = json.dumps(to_json(value))
+    assert from_json(Everything, text, where="f") == value
+    assert from_json(Everything, text.encode(), where="f") == value
+    assert from_json(Everything, json.loads(text), where="f") == value
 
 
 def test_encoding_keeps_whole_numbers_and_sorts_sets():
     value = Everything("t", rate=Rate(1, (1, 0)), left_out=frozenset("cab"))
-    told = encode(value)
+    told = to_json(value)
     assert json.dumps(told["rate"]) == '{"value": 1, "betas": [1, 0], "every": "auto"}'
     assert told["left_out"] == ["a", "b", "c"]
-    assert math.isnan(decode(Rate, json.dumps(encode(Rate(math.nan))), where="f").value)
+    assert math.isnan(from_json(Rate, json.dumps(to_json(Rate(math.nan))), where="f").value)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_encoding_keeps_whole_numbers_and_sorts_sets():
 )
 def test_a_mistake_is_one_line_with_the_path_of_the_field(data, line):
     with pytest.raises(UserError) as refused:
-        decode(Everything, data, where="f")
+        from_json(Everything, data, where="f")
     assert str(refused.value) == line
 
 
 def test_fields_of_a_later_version_may_be_ignored():
-    found = decode(Shard, {"name": "a", "new": 1}, where="f", extra="ignore")
+    found = from_json(Shard, {"name": "a", "new": 1}, where="f", extra="ignore")
     assert found == Shard("a")

@@ -197,7 +197,7 @@ def test_json_refuses_what_it_does_not_know():
         Recipe.from_json({**told, "optimizer": {"lrr": 1.0}})
     with pytest.raises(UserError, match="precision is 'fp8', expected one of auto, fp32, bf16"):
         Recipe.from_json({**told, "precision": "fp8"})
-    with pytest.raises(UserError, match=r"recipe.images is 'many', expected int"):
+    with pytest.raises(UserError, match=r"recipe: images is 'many', expected an integer"):
         Recipe.from_json({**told, "images": "many"})
     with pytest.raises(UserError, match="global_batch"):
         Recipe.from_json({key: value for key, value in told.items() if key != "global_batch"})

@@ -10,6 +10,7 @@ from collections.abc import Sequence, Set
 
 from data_pipeline.loading.order import DataExceptions
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.recipe import Guard, Recipe
@@ -112,6 +113,6 @@ def _of_all_ranks(mine: DataExceptions, group: Group) -> DataExceptions:
     if group.world == 1:
         return mine
     found = DataExceptions()
-    for told in group.gather(json.dumps(mine.to_json())):
-        found |= DataExceptions.from_json(json.loads(told))
+    for told in group.gather(json.dumps(to_json(mine))):
+        found |= from_json(DataExceptions, told, where="what a rank left out")
     return found

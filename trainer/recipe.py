@@ -9,14 +9,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import types
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import PlainValidator
+
+from infra.codec import from_json, to_json
 from infra.device import Precision
-from infra.errors import UserError, UserErrors, nearest
+from infra.errors import UserError, UserErrors
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
@@ -29,6 +30,12 @@ HASHED = (
 )  # fmt: skip
 # Came later: hashed where they differ from their default, so that older results keep their names.
 HASHED_IF_SET = ("guard", "objective", "dpo", "lora")
+
+
+def _read_model(fields: Mapping[str, Any]) -> TokenConfig:
+    """What `Recipe.to_json` wrote of the network: its fields, and its name where it is not `mmdit`."""
+    rest = {key: value for key, value in fields.items() if key != "backbone"}
+    return config_from_json(fields.get("backbone", "mmdit"), rest)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ class Recipe:
     """Complete description of a run. `hash` is the identity of its results."""
 
     name: str
-    model: TokenConfig
+    model: Annotated[TokenConfig, PlainValidator(_read_model)]
     images: int
     """Images to train on, counted with repetition."""
     global_batch: int
@@ -265,12 +272,13 @@ class Recipe:
         return every is not None and images_seen // every > before // every
 
     def to_json(self) -> dict[str, Any]:
-        return _encode(self)
+        backbone = {} if self.model.name == "mmdit" else {"backbone": self.model.name}
+        return to_json(self) | {"model": to_json(self.model) | backbone}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> "Recipe":
-        """Raises UserError for a field that is missing, unknown or of another type."""
-        return _decode(Recipe, data, "recipe")
+    def from_json(data: Any, *, where: str = "recipe") -> "Recipe":
+        """From JSON text or what was read of it; UserError for a field that is missing, unknown or of another type."""
+        return from_json(Recipe, data, where=where)
 
     def lr_at(self, images_seen: int) -> float:
         """Learning rate of the step that ends at `images_seen`."""
@@ -413,62 +421,5 @@ def _hashed(recipe: Recipe) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields
     }
-    later = [name for name, value in defaults.items() if told[name] != _encode(value)]
+    later = [name for name, value in defaults.items() if told[name] != to_json(value)]
     return {name: told[name] for name in (*HASHED, *later)}
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, TokenConfig):
-        return value.to_json() | ({} if value.name == "mmdit" else {"backbone": value.name})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _decode(kind: Any, value: Any, path: str) -> Any:
-    if kind is TokenConfig:
-        fields = {key: item for key, item in value.items() if key != "backbone"}
-        try:
-            return config_from_json(value.get("backbone", "mmdit"), fields)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{path} is {value!r}, expected an object with fields")
-        hints = typing.get_type_hints(kind)
-        known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-        for name in value:
-            if name not in known:
-                raise UserError(f"{path} has an unknown field {name!r}{nearest(name, known)}")
-        try:
-            return kind(**{name: _decode(known[name], item, f"{path}.{name}") for name, item in value.items()})  # type: ignore[operator]
-        except TypeError as error:
-            raise UserError(f"{path}: {error}") from error
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"{path} is {value!r}, expected one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        return tuple(value)
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(args, value, path)
-    if kind is type(None):
-        return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{path} is {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    refusals = []
-    for kind in kinds:
-        if (kind is type(None)) is not (value is None):
-            continue
-        try:
-            return _decode(kind, value, path)
-        except UserError as error:
-            refusals.append(str(error))
-    raise UserError("; ".join(refusals) or f"{path} is {value!r}, which is not allowed")

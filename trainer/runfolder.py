@@ -40,7 +40,8 @@ def checkpoints_of(run: str) -> str:
 
 def read_recipe(run: str) -> Recipe:
     """The recipe that a run was started with; UserError (a ValueError) when it cannot be read."""
-    return Recipe.from_json(json.loads(storage.read_bytes(storage.join(run, RECIPE))))
+    uri = storage.join(run, RECIPE)
+    return Recipe.from_json(storage.read_bytes(uri), where=uri)
 
 
 def kept_precision(run: str) -> ResolvedPrecision | None:

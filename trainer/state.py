@@ -10,6 +10,7 @@ from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.order import DataExceptions
 from data_pipeline.loading.pairs import RejectedLatents
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.exports.card import weights_meta
@@ -116,7 +117,7 @@ class Saver:
                 log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
             return True
         exported = self._export(state)
-        share = share_of(self.engine, self.ema, {"exceptions": state.exceptions.to_json()})
+        share = share_of(self.engine, self.ema, {"exceptions": to_json(state.exceptions)})
         self.run_log.add_costs(**measured(self.engine, self.ema, share, activations))
         if not self.uploads.remote:
             return self._write(share, state) and exported
@@ -223,7 +224,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     # What one rank's reader had to quarantine, all leave out from here on.
     exceptions = DataExceptions()
     for extra in found.extras:
-        exceptions |= DataExceptions.from_json(extra["exceptions"])
+        exceptions |= from_json(DataExceptions, extra["exceptions"], where=f"{found.uri}: exceptions")
     seconds, recent = float(kept["seconds"]), list(kept.get("recent", []))
     return TrainingState(int(kept["images_seen"]), found.step, seconds, exceptions, int(kept.get("skips", 0)), recent)
 

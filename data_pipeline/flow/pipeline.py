@@ -8,7 +8,7 @@ training shards.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any
@@ -45,6 +45,7 @@ from data_pipeline.stages.row_status import RowStatuses, count_by_status, ok_row
 from data_pipeline.stages.scratch_db import WorkList
 from data_pipeline.stages.stage import OK, Stage
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.runner import WorkerPool, WorkUnit
 from infra.version import code_version
@@ -132,10 +133,10 @@ class Pipeline:
             known = (unit.id,) in shards_of
             shards = json.loads(shards_of[unit.id,]) if known else []
             if not known or not self._complete(shards):
-                todo.add({**asdict(unit), "known": {shard: self.state.describe_parts(shard) for shard in shards}})
+                todo.add({**to_json(unit), "known": {shard: self.state.describe_parts(shard) for shard in shards}})
         task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
         for result in self.jobs.run_pass("ingest + measure + filter", task, todo):
-            for manifest in map(Manifest.from_json, result["manifests"]):
+            for manifest in from_json(list[Manifest], result["manifests"], where=result["id"]):
                 self._take(manifest, result["split"])
         for shard in self.state.shards() if self.jobs.failed else ():
             if not self._complete([shard]):  # ingested by an earlier run, and its unit failed again
@@ -249,7 +250,7 @@ class Pipeline:
                 todo.add(unit, max(map(len, lacking.values())))
         task, title = ColumnTask(self.root, pairs), " + ".join(stages)
         for result in self.jobs.run_pass(title, task, todo, workers=workers, environment=environment):
-            for manifest in map(Manifest.from_json, result["manifests"]):
+            for manifest in from_json(list[Manifest], result["manifests"], where=result["id"]):
                 self.state.record(manifest)
 
     def _accepted(self, verdicts: RowStatuses) -> RowSelections:
@@ -333,7 +334,7 @@ class Pipeline:
         # In one order, whichever of them are published already: the same plan has the same name.
         write_pack_plan(self.root, outputs)
         for result in self.jobs.run_pass("pack", PackTask(self.root, info), todo):
-            proofs[result["id"]] = ShardEntry.from_json(result["entry"])
+            proofs[result["id"]] = from_json(ShardEntry, result["entry"], where=result["id"])
         entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
         self.state.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries

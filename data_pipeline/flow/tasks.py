@@ -1,7 +1,7 @@
 """What a worker does with one unit: ingest a source file, add columns to a shard, pack an output shard."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,12 @@ from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.source import Source, SourceUnit
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.stage import ShardView, Stage, StageFunction
+from infra.codec import from_json, to_json
 from infra.runner import UnitResult, WorkUnit
+
+
+def _parts(raw: Sequence[Mapping[str, Any]]) -> list[ColumnPart]:
+    return [from_json(ColumnPart, part, where="a unit of work") for part in raw]
 
 
 def parts_by_shard(manifest: Manifest) -> dict[str, ColumnPart]:
@@ -29,7 +34,7 @@ def _counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
 
 
 def _result(rows: int, manifests: Sequence[Manifest]) -> UnitResult:
-    return {"rows": rows, "counts": _counts(manifests), "manifests": [asdict(m) for m in manifests]}
+    return {"rows": rows, "counts": _counts(manifests), "manifests": [to_json(m) for m in manifests]}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class IngestTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             known = {
-                shard: {stage: [ColumnPart.from_json(part) for part in parts] for stage, parts in stages.items()}
+                shard: {stage: _parts(parts) for stage, parts in stages.items()}
                 for shard, stages in unit["known"].items()
             }
             tables: dict[str, Any] = {}
@@ -100,7 +105,7 @@ class ColumnTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             shard = unit["shard"]
-            parts = {stage: [ColumnPart.from_json(p) for p in found] for stage, found in unit["parts"].items()}
+            parts = {stage: _parts(found) for stage, found in unit["parts"].items()}
             view, made = ShardView(self.root, shard, parts), []
             for worker, column in workers:
                 rows = expand_ranges(unit["missing"].get(column.stage, []))
@@ -129,10 +134,10 @@ class PackTask:
             rows = tuple((shard, np.array(expand_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
             output = PlannedShard(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {
-                stage: {shard: [ColumnPart.from_json(p) for p in found] for shard, found in shards.items()}
+                stage: {shard: _parts(found) for shard, found in shards.items()}
                 for stage, shards in unit["parts"].items()
             }
             entry = pack_shard(self.root, self.info, output, parts)
-            return {"rows": entry.num_samples, "counts": {"pack": {"ok": entry.num_samples}}, "entry": asdict(entry)}
+            return {"rows": entry.num_samples, "counts": {"pack": {"ok": entry.num_samples}}, "entry": to_json(entry)}
 
         return run

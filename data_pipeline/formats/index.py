@@ -2,9 +2,8 @@
 # Shapes: R rows of one shard, S captions x seats.
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +27,9 @@ class ShardEntry:
     encoding: str
     generation: int = 0
 
-    @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> "ShardEntry":
-        """What many of them say alike is held once."""
-        return ShardEntry(**{**raw, "bucket": sys.intern(raw["bucket"]), "encoding": sys.intern(raw["encoding"])})
+    def __post_init__(self) -> None:
+        for name in ("bucket", "encoding"):  # the same in many of them: held in memory once
+            object.__setattr__(self, name, sys.intern(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -100,4 +98,4 @@ def write_split(uri: str, split: str, entries: Sequence[ShardEntry]) -> str:
 def read_split(uri: str, name: str) -> list[ShardEntry]:
     """The entries that `write_split` wrote."""
     path = storage.join(uri, name)
-    return [ShardEntry.from_json(line) for line in decode_table(storage.read_bytes(path), path).to_pylist()]
+    return [ShardEntry(**line) for line in decode_table(storage.read_bytes(path), path).to_pylist()]

@@ -1,6 +1,5 @@
 """What is written down about data: fingerprints, the manifest that proves a shard, and a dataset's dataset.json."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from data_pipeline.formats.layout import SampleLayout
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from model.encoders.text import TextSpec
 from model.encoders.vae import Latents
@@ -19,15 +19,7 @@ FORMAT = 1
 
 def canonical_json(value: object) -> bytes:
     """One byte string per value: keys sorted, no spaces, dataclasses as objects."""
-
-    def plain(item: object) -> object:
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            return {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
-        if isinstance(item, frozenset | set):
-            return sorted(item)
-        raise TypeError(f"{type(item).__name__} has no canonical form")
-
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain).encode()
+    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":")).encode()
 
 
 def fingerprint(value: object) -> str:
@@ -57,10 +49,6 @@ class ColumnPart:
     num_bytes: int
     num_rows: int
     rows: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "ColumnPart":
-        return ColumnPart(**{**data, "rows": tuple((first, behind) for first, behind in data["rows"])})
 
 
 def to_ranges(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
@@ -92,20 +80,11 @@ class Manifest:
     created: str = ""
 
     def to_bytes(self) -> bytes:
-        raw = vars(self) | {"parts": [vars(part) for part in self.parts]}  # asdict() would copy every range of rows
-        return json.dumps(raw, indent=1).encode() + b"\n"
-
-    @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> "Manifest":
-        parts = tuple(ColumnPart.from_json(part) for part in raw["parts"])
-        return Manifest(**{**raw, "parts": parts})
+        return json.dumps(to_json(self), indent=1).encode() + b"\n"
 
     @staticmethod
     def from_bytes(data: bytes, uri: str) -> "Manifest":
-        try:
-            return Manifest.from_json(json.loads(data))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{uri}: not a manifest ({error}): delete it and run the same command again") from error
+        return from_json(Manifest, data, where=uri, advice="delete this manifest and run the same command again")
 
 
 @dataclass(frozen=True)
@@ -168,13 +147,18 @@ class DatasetInfo:
         return fingerprint({"encoding": self.encoding, "splits": {k: v.index for k, v in self.splits.items()}})
 
     def to_bytes(self) -> bytes:
-        raw = dataclasses.asdict(self) | {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "encoding": self.encoding,
-            "text_spec": self.text_spec.to_json(),
-        }
+        raw = to_json(self) | {"format": FORMAT, "fingerprint": self.fingerprint, "encoding": self.encoding}
         return json.dumps(raw, indent=1, sort_keys=True).encode() + b"\n"
+
+    @staticmethod
+    def from_bytes(data: bytes, uri: str) -> "DatasetInfo":
+        advice = "run the pipeline's pack again"
+        raw = from_json(dict[str, Any], data, where=uri, advice=advice)
+        if raw.get("format") != FORMAT:
+            raise UserError(f"{uri}: format {raw.get('format')}, this version reads {FORMAT}: {advice}")
+        derived = ("format", "fingerprint", "encoding")
+        told = {name: value for name, value in raw.items() if name not in derived}
+        return from_json(DatasetInfo, told, where=uri, advice=advice)
 
 
 def encoding_fingerprint(
@@ -186,7 +170,7 @@ def encoding_fingerprint(
     int8_seats: tuple[str, ...] = (),
 ) -> str:
     made_by = {name: value for name, value in columns.items() if name == "latents" or name.startswith("text_")}
-    found = [FORMAT, text_spec.to_json(), vae, resolution, captions, made_by]
+    found = [FORMAT, text_spec, vae, resolution, captions, made_by]
     return fingerprint([*found, int8_seats] if int8_seats else found)
 
 
@@ -203,22 +187,4 @@ def read_dataset_info(uri: str, name: str = DATASET_FILE) -> DatasetInfo:
             f"{uri}: no {name} there, so no finished dataset; make one with "
             f"`python -m data_pipeline run world --out {uri}`"
         )
-    try:
-        raw: dict[str, Any] = json.loads(storage.read_bytes(path))
-        if raw["format"] != FORMAT:
-            raise UserError(f"{path}: format {raw['format']}, this version reads {FORMAT}: pack the dataset again")
-        return DatasetInfo(
-            text_spec=TextSpec.from_json(raw["text_spec"]),
-            vae=VaeMeta(**raw["vae"]),
-            resolution=raw["resolution"],
-            captions=tuple(raw["captions"]),
-            columns=raw["columns"],
-            splits={name: SplitInfo(**split) for name, split in raw["splits"].items()},
-            counts=raw["counts"],
-            code_version=raw["code_version"],
-            int8_seats=tuple(raw.get("int8_seats", ())),
-            rejected=raw.get("rejected", ""),
-            settings=raw.get("settings", {}),
-        )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a dataset description ({error}): run the pipeline's pack again") from error
+    return DatasetInfo.from_bytes(storage.read_bytes(path), path)

@@ -44,13 +44,6 @@ class DataExceptions:
     def __or__(self, other: "DataExceptions") -> "DataExceptions":
         return DataExceptions(self.shards | other.shards, self.positions | other.positions)
 
-    def to_json(self) -> dict[str, list]:
-        return {"shards": sorted(self.shards), "positions": sorted(self.positions)}
-
-    @staticmethod
-    def from_json(data: Mapping[str, list]) -> "DataExceptions":
-        return DataExceptions(frozenset(data["shards"]), frozenset(data["positions"]))
-
 
 class BucketOrder:
     """The endless virtual sequence of one bucket."""

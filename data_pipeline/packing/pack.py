@@ -7,7 +7,7 @@ earlier shards untouched.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby, islice
 
 import numpy as np
@@ -23,6 +23,7 @@ from data_pipeline.packing.shards import TrainingSample, write_shard
 from data_pipeline.stages.columns import read_parts
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 CAPTIONS = ("original", "synthetic")
@@ -132,10 +133,7 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
     """Output shards already made, by id."""
     proofs = {}
     for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
-        try:
-            entry = ShardEntry.from_json(json.loads(storage.read_bytes(uri)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{uri}: not a pack manifest ({error}): delete it and run the command again") from error
+        entry = from_json(ShardEntry, storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
         proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = entry
     return proofs
 
@@ -168,10 +166,10 @@ def pack_shard(
     )
     if entry.num_samples != output.num_rows:
         raise AssertionError(f"output {output.id}: {entry.num_samples} samples, the plan says {output.num_rows}")
-    proof = json.dumps(asdict(entry), indent=1).encode() + b"\n"
+    proof = json.dumps(to_json(entry), indent=1).encode() + b"\n"
     uri = storage.join(root, proof_name(info.encoding, output.id))
     if not storage.write_bytes_if_absent(uri, proof):
-        standing = ShardEntry(**json.loads(storage.read_bytes(uri)))
+        standing = from_json(ShardEntry, storage.read_bytes(uri), where=uri)
         if all(storage.exists(storage.join(root, name)) for name in (standing.tar, standing.rows)):
             return standing
         storage.write_bytes(uri, proof)  # what it proved is gone, and another version of the code packs other bytes

@@ -15,6 +15,7 @@ from data_pipeline.stages.row_status import status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import OK
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -66,7 +67,7 @@ class ColumnState:
         for part in manifest.parts:
             if set(manifest.counts) - {OK}:
                 self._with_bad_rows[manifest.stage, part.shard] = b""
-            described = json.dumps(vars(part)).encode()
+            described = json.dumps(to_json(part)).encode()
             before = [data for _, data in self._parts.items(part.shard, manifest.stage)]
             if described not in before:
                 self._parts[part.shard, manifest.stage, len(before)] = described
@@ -101,7 +102,7 @@ class ColumnState:
 
     def parts(self, stage: str, shard: str) -> list[ColumnPart]:
         """In the order in which they were taken; none where nothing is proven."""
-        return [ColumnPart.from_json(json.loads(data)) for _, data in self._parts.items(shard, stage)]
+        return [from_json(ColumnPart, data, where=f"{stage} of {shard}") for _, data in self._parts.items(shard, stage)]
 
     def has(self, stage: str, shard: str) -> bool:
         """Is there a part?"""

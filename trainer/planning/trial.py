@@ -203,7 +203,7 @@ def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:
 
 def main() -> None:
     blocks, micro_batch = map(int, sys.argv[1:])
-    recipe, group = Recipe.from_json(json.loads(os.environ["TRIAL_RECIPE"])), start()
+    recipe, group = Recipe.from_json(os.environ["TRIAL_RECIPE"]), start()
     found = take_steps(recipe, group, blocks=blocks, micro_batch=micro_batch)
     leave()
     if group.rank == 0:
