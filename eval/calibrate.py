@@ -11,7 +11,7 @@ from eval.judging.judges import Judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.measure import Measurement, to_rows
 from eval.metrics.registry import build_picture_metric
-from eval.protocol import keep_protocol, protocol_of
+from eval.protocol import describe_protocol, keep_protocol
 from infra.log import get_logger
 from infra.results import ResultRow, ResultStore
 
@@ -31,7 +31,7 @@ def calibrate(store_uri: str, judges: Judges, measurements: Sequence[Measurement
         if not all("include" in prompt.metadata for prompt in prompts):
             continue  # a scene can show what a prompt includes; written words it cannot
         metric = build_picture_metric(name, judges)
-        protocol = protocol_of(metric, prompts, {"images": "controls", "seed": SEED}, 1)
+        protocol = describe_protocol(metric, prompts, {"images": "controls", "seed": SEED}, 1)
         key = keep_protocol(store_uri, protocol)
         done = {row.metric for row in store.rows(prefix="calibration") if row.protocol_hash == key}
         for control in CONTROLS:
@@ -47,7 +47,7 @@ def score_control(
     metric = build_picture_metric(name, judges)
     for start in range(0, len(prompts), BATCH):
         part = range(start, min(start + BATCH, len(prompts)))
-        metric.update([JudgedImage(prompts[i], i, control_image(control, prompts, i, judges)) for i in part])
+        metric.update([JudgedImage(prompts[i], i, make_control(control, prompts, i, judges)) for i in part])
     scores = metric.compute()
     for score in scores:
         if score.path in ("", "overall/seen"):
@@ -56,7 +56,7 @@ def score_control(
     return to_rows(row, scores, origin=origin, protocol=protocol, higher_is_better=metric.higher_is_better)
 
 
-def control_image(control: str, prompts: Sequence[Prompt], index: int, judges: Judges) -> np.ndarray:
+def make_control(control: str, prompts: Sequence[Prompt], index: int, judges: Judges) -> np.ndarray:
     """A scene of the prompt, a scene of another prompt of the list, or uniform noise of the same size."""
     assert judges.truth is not None
     if control == "shuffled":

@@ -16,7 +16,7 @@ from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges
 from eval.judging.metric import JudgedImage, PictureMetric, Prompt, Score, WeightsMetric
 from eval.metrics.registry import build_picture_metric
-from eval.protocol import keep_protocol, protocol_hash
+from eval.protocol import hash_protocol, keep_protocol
 from infra import storage
 from infra.errors import UserError
 from infra.log import Progress, get_logger
@@ -56,7 +56,7 @@ class Measurement:
 
     @property
     def hash(self) -> str:
-        return protocol_hash(self.protocol)
+        return hash_protocol(self.protocol)
 
 
 class Subject:

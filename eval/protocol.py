@@ -9,7 +9,7 @@ from eval.judging.metric import PictureMetric, Prompt
 from infra import storage
 
 
-def protocol_of(
+def describe_protocol(
     metric: PictureMetric, prompts: Sequence[Prompt], sampling: Mapping[str, Any], images_per_prompt: int
 ) -> dict[str, Any]:
     """Prompts, seeds, sampler, steps, guidance, unconditional input, shift, scorers' weights, thresholds."""
@@ -27,13 +27,13 @@ def _prompts_hash(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def protocol_hash(protocol: Mapping[str, Any]) -> str:
+def hash_protocol(protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def keep_protocol(store_uri: str, protocol: Mapping[str, Any]) -> str:
     """Write the protocol beside the results, so that a hash can be read; returns the hash."""
-    name = protocol_hash(protocol)
+    name = hash_protocol(protocol)
     uri = storage.join(store_uri, "protocols", f"{name}.json")
     if not storage.exists(uri):
         storage.write_bytes(uri, (json.dumps(protocol, indent=1, sort_keys=True) + "\n").encode())

@@ -19,7 +19,7 @@ from eval.judging.metric import PictureMetric, Prompt, WeightsMetric
 from eval.judging.official import OfficialPaths
 from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures, measure_weights
 from eval.metrics.registry import DEFAULT_METRICS, METRICS
-from eval.protocol import protocol_of
+from eval.protocol import describe_protocol
 from infra import storage
 from infra.cli import GROUP
 from infra.device import choose_device, resolve_device
@@ -154,12 +154,12 @@ def plan(
         judges.paths.refuse_missing(metric.needs, metric.name)
     prompts = metric.prompts(options.captions if metric.draws_captions else options.prompts_per_task)
     images = 1 if metric.draws_captions else options.images_per_prompt
-    name = row or f"{score_name(metric, judges, prompts, images)}{'_no_t5' if sampling.without_t5 else ''}"
-    protocol = protocol_of(metric, prompts, sampling.protocol(), images)
+    name = row or f"{name_row(metric, judges, prompts, images)}{'_no_t5' if sampling.without_t5 else ''}"
+    protocol = describe_protocol(metric, prompts, sampling.protocol(), images)
     return Measurement(metric.name, name, tuple(prompts), images, sampling, protocol, headline_only=row is not None)
 
 
-def score_name(metric: PictureMetric, judges: Judges, prompts: Sequence[Prompt], images_per_prompt: int) -> str:
+def name_row(metric: PictureMetric, judges: Judges, prompts: Sequence[Prompt], images_per_prompt: int) -> str:
     """What rows call the metric: a benchmark's own name only for its whole prompt set with all its images."""
     if judges.prefix or metric.official_images is None:
         return f"{judges.prefix}{metric.name}"

@@ -16,10 +16,10 @@ from infra.errors import UserError
 SHARED = "reference.npz"
 
 # Arrays by name. Names that begin with "reference" are the same for every checkpoint of a protocol.
-Kept = dict[str, np.ndarray]
+PromptValues = dict[str, np.ndarray]
 
 
-def one_per_sample(values: Mapping[str, np.ndarray]) -> Kept:
+def tabulate_samples(values: Mapping[str, np.ndarray]) -> PromptValues:
     """Metrics with one value for each of the same samples, which are numbered in their order."""
     counts = [len(column) for column in values.values()]
     return {
@@ -38,7 +38,8 @@ def _name(recipe_hash: str, images_seen: int) -> str:
     return f"{recipe_hash}-{images_seen}.npz"
 
 
-def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int, kept: Kept) -> None:
+def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int, kept: PromptValues) -> None:
+    """Store one checkpoint's values, and once per protocol what its checkpoints share."""
     shared = {key: value for key, value in kept.items() if key.startswith("reference")}
     own = {key: value for key, value in kept.items() if key not in shared}
     if shared and not storage.exists(_uri(store_uri, protocol_hash, SHARED)):
@@ -47,7 +48,7 @@ def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_see
         storage.write_bytes(_uri(store_uri, protocol_hash, _name(recipe_hash, images_seen)), _pack(own))
 
 
-def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int) -> Kept | None:
+def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int) -> PromptValues | None:
     """None where nothing was kept (rows of an earlier version)."""
     uri = _uri(store_uri, protocol_hash, _name(recipe_hash, images_seen))
     if not storage.exists(uri):
@@ -56,13 +57,13 @@ def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_see
     return (_unpack(shared) if storage.exists(shared) else {}) | _unpack(uri)
 
 
-def _pack(arrays: Kept) -> bytes:
+def _pack(arrays: PromptValues) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-def _unpack(uri: str) -> Kept:
+def _unpack(uri: str) -> PromptValues:
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}

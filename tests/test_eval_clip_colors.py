@@ -9,10 +9,10 @@ from PIL import Image
 
 from eval.drawing.pictures import read_picture
 from eval.judging.geneval_prompts import COLORS
-from eval.metrics.geneval.colors import COLOR_TEMPLATES, ClipColors, masked_crop
+from eval.metrics.geneval.colors import COLOR_TEMPLATES, ClipColors, crop_masked
 from eval.metrics.geneval.rules import KeptDetection
 from eval.networks.detectors import Detections
-from eval.networks.vqa import BlipVQA, plain_question
+from eval.networks.vqa import BlipVQA, clean_question
 
 
 def picture(height=6, width=8):
@@ -26,21 +26,21 @@ def box(*corners):
 def test_outside_the_mask_is_grey_and_the_crop_is_the_box():
     image, mask = picture(), np.zeros((6, 8), dtype=bool)
     mask[2:4, 3:5] = True
-    found = np.asarray(masked_crop(image, box(2, 1, 6, 5), mask))
+    found = np.asarray(crop_masked(image, box(2, 1, 6, 5), mask))
     assert found.shape == (4, 4, 3)
     assert (found[1:3, 1:3] == image[2:4, 3:5]).all()
     outside = np.ones((4, 4), dtype=bool)
     outside[1:3, 1:3] = False
     assert (found[outside] == 0x99).all()
-    assert (np.asarray(masked_crop(image, box(2, 1, 6, 5), None)) == image[1:5, 2:6]).all()
+    assert (np.asarray(crop_masked(image, box(2, 1, 6, 5), None)) == image[1:5, 2:6]).all()
 
 
 def test_corners_are_rounded_half_to_even_as_pil_does():
     image, everything = picture(), np.ones((6, 8), dtype=bool)
     for corners in ((0.5, 1.5, 4.5, 4.49), (1.51, 0.49, 6.5, 5.5), (2, 1, 6, 5)):
         expected = np.asarray(Image.fromarray(image).crop(corners))
-        assert (np.asarray(masked_crop(image, box(*corners), everything)) == expected).all()
-    assert masked_crop(image, box(3.1, 2.1, 3.2, 2.2), everything).size == (1, 1), "a box without pixels keeps one"
+        assert (np.asarray(crop_masked(image, box(*corners), everything)) == expected).all()
+    assert crop_masked(image, box(3.1, 2.1, 3.2, 2.2), everything).size == (1, 1), "a box without pixels keeps one"
 
 
 def test_pictures_are_turned_upright_before_they_are_judged(tmp_path):
@@ -131,8 +131,8 @@ def test_yes_is_its_share_of_yes_and_no_over_the_whole_vocabulary():
 def test_questions_are_put_as_blips_own_code_puts_them():
     from data_pipeline.checkpoints import resolve
 
-    assert plain_question('A "Stop" sign (red); 50 cent*s!?') == "a stop sign red 50 cents?"
-    assert plain_question("so " * 60 + "?").count("so") == 50
+    assert clean_question('A "Stop" sign (red); 50 cent*s!?') == "a stop sign red 50 cents?"
+    assert clean_question("so " * 60 + "?").count("so") == 50
     model, image = BlipVQA(resolve("world:vqa")), picture(64, 64)
     marked, plain, other = model.yes([image] * 3, ['A "red" dog:?', "a red dog?", "a blue kite?"])
     assert marked == pytest.approx(plain, abs=1e-6)

@@ -6,12 +6,12 @@ import pytest
 from eval.judging.language import GrammarReader, SpacyReader, find_locality
 from eval.metrics.compbench.rules import (
     LabelledBox,
-    asked_chunks,
     blip_vqa,
+    choose_chunks,
     detector_scale,
-    merged_labels,
-    named_counts,
+    merge_labels,
     numeracy,
+    parse_counts,
     position_2d,
     position_3d,
     same_object,
@@ -116,7 +116,7 @@ def test_numeracy_merges_boxes_of_one_object():
         LabelledBox("cat", [0, 0, 9, 9], 0.8),
         LabelledBox("dog", [1, 1, 8, 8], 0.7),
     ]
-    assert merged_labels(seen) == ["dog", "cat"]
+    assert merge_labels(seen) == ["dog", "cat"]
 
 
 def spread(*labels):
@@ -152,7 +152,7 @@ SINGULAR, PLURAL = ["dog", "teddy bear", "bear", "sheep"], ["dogs", "teddy bears
     ],
 )
 def test_counts_are_read_as_the_official_code_reads_them(prompt, names, numbers):
-    assert named_counts(prompt.split(), SINGULAR, PLURAL) == (names, numbers)
+    assert parse_counts(prompt.split(), SINGULAR, PLURAL) == (names, numbers)
 
 
 def test_blip_vqa_rounds_each_answer_and_the_product():
@@ -164,7 +164,7 @@ def test_blip_vqa_rounds_each_answer_and_the_product():
 
 
 def test_chunks_that_are_not_asked():
-    assert asked_chunks(["a dog", "the left", "a cat", "top", "the side"]) == ["a dog", "a cat"]
+    assert choose_chunks(["a dog", "the left", "a cat", "top", "the side"]) == ["a dog", "a cat"]
 
 
 def test_three_in_one():

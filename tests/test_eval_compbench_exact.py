@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval.metrics.compbench.rules import LabelledBox, merged_labels, numeracy, spatial_2d, spatial_3d
+from eval.metrics.compbench.rules import LabelledBox, merge_labels, numeracy, spatial_2d, spatial_3d
 
 # Written for this test from facts D: exact fractions for boxes, no code shared.
 
@@ -171,7 +171,7 @@ def test_3d_equals_a_second_implementation(seen, name1, name2, phrase):
     st.lists(st.sampled_from(COUNTED), max_size=3), st.lists(st.integers(1, 3), max_size=3),
 )  # fmt: skip
 def test_numeracy_equals_a_second_implementation(seen, names, numbers):
-    assert merged_labels(seen) == reference_merged(seen)
+    assert merge_labels(seen) == reference_merged(seen)
     found = numeracy(seen, names, numbers)
     assert found == pytest.approx(reference_numeracy(seen, names, numbers), abs=1e-6)
     assert 0 <= found <= 1 + 1e-9

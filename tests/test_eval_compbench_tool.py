@@ -9,9 +9,9 @@ from eval.drawing.pictures import write_picture
 from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.compbench.evidence import Evidence, answer
-from eval.metrics.compbench.files import read_answers, read_samples, sample_name
+from eval.metrics.compbench.files import name_sample, read_answers, read_samples
 from eval.metrics.compbench.rules import LabelledBox, position_2d, position_3d
-from eval.metrics.compbench.stored import PromptLookup, read_stored, stored_line
+from eval.metrics.compbench.stored import PromptLookup, format_stored, read_stored
 from eval.metrics.compbench.tool import judge, merge, score
 from eval.networks.depth import DptDepth, to_frame
 from eval.networks.open_vocabulary import OpenVocabularyDetector
@@ -121,7 +121,7 @@ def test_3d_spatial_end_to_end_and_again_from_its_stored_evidence(tmp_path, dpt,
     (dataset / "new_objects.txt").write_text("dog - dogs\ncat - cats\n")
     samples = tmp_path / "samples"
     for index, prompt in enumerate(["a dog in front of a cat", "a dog behind a cat"]):
-        write_picture(samples / sample_name(prompt, index), picture(index))
+        write_picture(samples / name_sample(prompt, index), picture(index))
     official = OfficialPaths(
         compbench=str(dataset), compbench_detector=str(owlv2), depth=str(dpt), compbench_threshold=0.0, spacy=english()
     )
@@ -200,7 +200,7 @@ def test_stored_evidence_scores_by_itself(tmp_path, record, value):
     assert (stored.prompt, stored.number) == ("a dog on the left of a cat", 3)
     assert answer(stored.evidence) == pytest.approx(value, abs=1e-6)
     again = tmp_path / "again.jsonl"
-    again.write_text(stored_line("x.png", stored.prompt, stored.number, stored.evidence) + "\n")
+    again.write_text(format_stored("x.png", stored.prompt, stored.number, stored.evidence) + "\n")
     assert [item.evidence for item in read_stored(again, words())] == [stored.evidence]
 
 
@@ -280,8 +280,8 @@ def test_merging_official_answer_files(tmp_path, capsys):
 def test_samples_that_are_broken_missing_or_repeated(tmp_path, capsys):
     samples = tmp_path / "samples"
     for index in range(3):
-        write_picture(samples / sample_name("a photo of a red apple", index), picture(index, 64, 64))
-    (samples / sample_name("a photo of a red apple", 3)).write_bytes(b"torn")
+        write_picture(samples / name_sample("a photo of a red apple", index), picture(index, 64, 64))
+    (samples / name_sample("a photo of a red apple", 3)).write_bytes(b"torn")
     (samples / "notes.txt").write_text("a stranger")
     with pytest.raises(UserError, match="1 of 4 images unreadable"):
         score(samples, "color", out=tmp_path / "out", judges="world")

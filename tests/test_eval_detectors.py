@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from geneval_folders import write_folder
 
-from eval.calibrate import control_image
+from eval.calibrate import make_control
 from eval.judging.geneval_prompts import draw_official_metadata
 from eval.judging.judges import build_judges
 from eval.judging.prompts import world_geneval_prompts
 from eval.metrics.geneval.tool import judge, score
-from eval.networks.detectors import TransformersDetector, mask_box
+from eval.networks.detectors import TransformersDetector, find_mask_box
 from infra.errors import UserError
 
 
@@ -51,14 +51,14 @@ def test_mask2former_gives_boxes_masks_and_scores_in_the_pixels_of_the_image(mas
         assert found.masks_NHW.shape == (len(found.labels), *image.shape[:2])
         assert ((found.scores_N > 0) & (found.scores_N <= 1)).all()
         for box, mask in zip(found.boxes_N4, found.masks_NHW):
-            assert (box == mask_box(mask)).all()
+            assert (box == find_mask_box(mask)).all()
     assert [len(d.labels) for d in TransformersDetector(mask2former, keep_above=1.0).detect(images)] == [0, 0]
 
 
 def test_mask_boxes_end_past_the_last_pixel():
     mask = np.zeros((8, 9), dtype=bool)
     mask[2:5, 3] = True
-    assert mask_box(mask).tolist() == [3, 2, 4, 5]
+    assert find_mask_box(mask).tolist() == [3, 2, 4, 5]
 
 
 def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     judges = build_judges("world")
     for index, prompt in enumerate(prompts):
         write_folder(
-            tmp_path / "set", index, dict(prompt.metadata), [control_image("ground_truth", prompts, index, judges)]
+            tmp_path / "set", index, dict(prompt.metadata), [make_control("ground_truth", prompts, index, judges)]
         )
     metadata, out, stored = tmp_path / "m.jsonl", tmp_path / "results.jsonl", tmp_path / "stored.jsonl"
     metadata.write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in prompts))
@@ -99,7 +99,7 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
 
 def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
     prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task == "single_object"]
-    image = control_image("ground_truth", prompts, 0, build_judges("world"))
+    image = make_control("ground_truth", prompts, 0, build_judges("world"))
     folder = write_folder(tmp_path / "set", 0, dict(prompts[0].metadata), [image, image])
     (folder / "samples" / "0001.png").write_bytes(b"torn")
     metadata = tmp_path / "m.jsonl"

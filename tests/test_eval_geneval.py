@@ -16,7 +16,7 @@ from eval.judging.geneval_prompts import (
     RELATIONS,
     TASKS,
     draw_official_metadata,
-    metadata_lines,
+    format_metadata,
 )
 from eval.metrics.geneval.rules import (
     OFFICIAL_RULES,
@@ -44,7 +44,7 @@ def judge(found, metadata, colors=None):
 
 
 def test_official_prompts_are_byte_for_byte_the_official_file():
-    text = metadata_lines(draw_official_metadata()).encode()
+    text = format_metadata(draw_official_metadata()).encode()
     assert hashlib.sha256(text).hexdigest() == OFFICIAL_SHA256
     assert len(text) == 85_209
 

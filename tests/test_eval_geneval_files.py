@@ -195,7 +195,7 @@ def test_images_outside_the_set_are_counted_and_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("prompt", ['a sign that says "no/yes"', "two\nlines", "it's 100 % <b>bold", "../../etc"])
 def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_file_names(tmp_path, prompt):
-    from eval.metrics.compbench.files import parse_name, sample_name
+    from eval.metrics.compbench.files import name_sample, parse_name
 
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
     write_folder(tmp_path, 0, record, [GRAY])
@@ -203,6 +203,6 @@ def test_any_prompt_travels_in_geneval_folders_and_unfit_ones_are_refused_as_fil
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0000.png", "metadata.jsonl"]
     if "/" in prompt or "\n" in prompt:
         with pytest.raises(UserError, match=r"which .* cannot be"):
-            sample_name(prompt, 0)
+            name_sample(prompt, 0)
     else:
-        assert parse_name(sample_name(prompt, 7)) == (prompt, 7)
+        assert parse_name(name_sample(prompt, 7)) == (prompt, 7)

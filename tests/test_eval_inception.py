@@ -11,7 +11,7 @@ from eval.drawing.pictures import write_picture
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.judging.official import OfficialPaths
-from eval.judging.prompt_files import read_coco, read_prompts, reference_files
+from eval.judging.prompt_files import find_reference_files, read_coco, read_prompts
 from eval.metrics.fid import FeatureDistance, inception_fid
 from eval.networks.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
 from infra.errors import UserError
@@ -159,13 +159,13 @@ def test_coco_gives_one_caption_per_image_and_its_pictures(tmp_path):
     assert read_prompts(path, 1) == prompts[:1]
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         (tmp_path / name).touch()
-    assert [f.name for f in reference_files(tmp_path, prompts)] == [p.metadata["file_name"] for p in prompts]
-    assert [f.name for f in reference_files(tmp_path)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [f.name for f in find_reference_files(tmp_path, prompts)] == [p.metadata["file_name"] for p in prompts]
+    assert [f.name for f in find_reference_files(tmp_path)] == ["a.jpg", "b.jpg", "c.jpg"]
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
     (elsewhere / "z.jpg").touch()
     with pytest.raises(UserError, match=r"other holds none of the 2 pictures that the captions name"):
-        reference_files(elsewhere, prompts)
+        find_reference_files(elsewhere, prompts)
     for bad, told in (
         ("{}", "not COCO caption annotations"),
         ('{"annotations": []}', "holds no captions"),

@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import beta
 
-from eval.drawing.pictures import labelled_grid, read_picture, write_picture
+from eval.drawing.pictures import make_grid, read_picture, write_picture
 from eval.judging.metric import Clusters, split_scores
 from eval.judging.prompts import compbench_prompts, geneval_prompts, read_lines
 from eval.metrics.frechet import (
@@ -229,7 +229,7 @@ def test_geneval_prompts_can_be_cut_per_task():
 def test_grids_and_pictures(tmp_path):
     red = np.zeros((16, 16, 3), dtype=np.uint8)
     red[..., 0] = 255
-    grid = labelled_grid(
+    grid = make_grid(
         [("a red square", [red, red]), ("a label that is much too long for so small a picture", [red])], scale=4
     )
     assert (grid[10, 10] == red[0, 0]).all()

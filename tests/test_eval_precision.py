@@ -10,7 +10,7 @@ from torch import nn
 
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
-from eval.protocol import protocol_hash
+from eval.protocol import hash_protocol
 from eval.run import RunOptions, run, settle
 from eval.service.worker import Settings
 from infra.errors import UserError
@@ -87,7 +87,7 @@ def test_auto_is_resolved_before_a_protocol_names_it(tmp_path, best_on_cpu):
     fp32, bf16 = Sampling(precision="fp32"), Sampling(precision="bf16")
     assert "precision" not in fp32.protocol(), "hashes of rows measured before there was a choice must stay"
     assert bf16.protocol() == fp32.protocol() | {"precision": "bf16"}
-    assert protocol_hash(bf16.protocol()) != protocol_hash(fp32.protocol())
+    assert hash_protocol(bf16.protocol()) != hash_protocol(fp32.protocol())
     for best in ("bf16", "fp32"):
         best_on_cpu(best)
         assert Sampling(device="cpu").resolve().protocol() == Sampling(precision=best).protocol()

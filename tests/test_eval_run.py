@@ -15,7 +15,7 @@ from eval.measure import find_checkpoints
 from eval.metrics.compbench.files import read_samples
 from eval.metrics.geneval.files import check_complete, read_folders
 from eval.metrics.registry import METRICS, build_picture_metric
-from eval.protocol import protocol_hash, protocol_of
+from eval.protocol import describe_protocol, hash_protocol
 from eval.run import RunOptions, parse_metrics, run
 from eval.studies.sample import expand, sample
 from infra.errors import UserError
@@ -354,15 +354,15 @@ class Counting:
 
 def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
     metric, quick = Counting(), QUICK.resolve()
-    base = protocol_of(metric, metric.prompts(3), quick.protocol(), 1)
-    assert protocol_hash(base) == protocol_hash(
-        protocol_of(metric, metric.prompts(3), replace(quick, batch=9).protocol(), 1)
+    base = describe_protocol(metric, metric.prompts(3), quick.protocol(), 1)
+    assert hash_protocol(base) == hash_protocol(
+        describe_protocol(metric, metric.prompts(3), replace(quick, batch=9).protocol(), 1)
     )
     others = [
-        protocol_of(metric, metric.prompts(4), quick.protocol(), 1),
-        protocol_of(metric, metric.prompts(3), quick.protocol(), 2),
+        describe_protocol(metric, metric.prompts(4), quick.protocol(), 1),
+        describe_protocol(metric, metric.prompts(3), quick.protocol(), 2),
         *(
-            protocol_of(metric, metric.prompts(3), replace(quick, **change).protocol(), 1)
+            describe_protocol(metric, metric.prompts(3), replace(quick, **change).protocol(), 1)
             for change in (
                 {"seed": 1},
                 {"steps": 9},
@@ -372,25 +372,25 @@ def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
             )
         ),
     ]
-    assert len({protocol_hash(p) for p in [base, *others]}) == 8
+    assert len({hash_protocol(p) for p in [base, *others]}) == 8
 
 
 def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
     from eval.judging.judges import build_judges
     from eval.judging.official import OfficialPaths
-    from eval.run import score_name
+    from eval.run import name_row
 
     (tmp_path / "color_val.txt").write_text("a red dog\na blue cat\n")
     official, world = build_judges("official", OfficialPaths(compbench=str(tmp_path))), build_judges("world")
     geneval, compbench, fid = (build_picture_metric(name, official) for name in ("geneval", "compbench", "fid"))
     whole, part = geneval.prompts(None), geneval.prompts(16)
-    assert score_name(geneval, official, whole, 4) == "geneval"
-    assert score_name(geneval, official, whole, 2) == "geneval_partial"
-    assert score_name(geneval, official, part, 4) == "geneval_partial"
-    assert score_name(compbench, official, compbench.prompts(None), 10) == "compbench"
-    assert score_name(compbench, official, compbench.prompts(1), 10) == "compbench_partial"
-    assert score_name(geneval, world, whole, 4) == "world_geneval"
-    assert score_name(fid, official, part, 1) == "fid"
+    assert name_row(geneval, official, whole, 4) == "geneval"
+    assert name_row(geneval, official, whole, 2) == "geneval_partial"
+    assert name_row(geneval, official, part, 4) == "geneval_partial"
+    assert name_row(compbench, official, compbench.prompts(None), 10) == "compbench"
+    assert name_row(compbench, official, compbench.prompts(1), 10) == "compbench_partial"
+    assert name_row(geneval, world, whole, 4) == "world_geneval"
+    assert name_row(fid, official, part, 1) == "fid"
 
 
 def test_metrics_are_a_literal_of_known_names():

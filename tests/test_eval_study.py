@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_eval_run import export
 
 from eval.studies.formulations import StudyOptions, find_entries, parse_setting, study
-from eval.studies.ranking import TABLE_1, StudyCell, against_paper, front_numbers, rank, seed_noise
+from eval.studies.ranking import TABLE_1, StudyCell, compare_with_paper, estimate_seed_noise, number_fronts, rank
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 
@@ -23,17 +23,17 @@ def test_fronts_of_known_points():
     #        best of both, worse FID, worse CLIP, worse than all, equal to the best
     clip = [0.30, 0.30, 0.25, 0.20, 0.30]
     fid = [10.0, 12.0, 10.0, 20.0, 10.0]
-    assert front_numbers(clip, fid) == [1, 2, 2, 3, 1]
-    assert front_numbers([0.1, 0.2, 0.3], [1, 2, 3]) == [1, 1, 1], "a trade-off ranks equal"
+    assert number_fronts(clip, fid) == [1, 2, 2, 3, 1]
+    assert number_fronts([0.1, 0.2, 0.3], [1, 2, 3]) == [1, 1, 1], "a trade-off ranks equal"
     with pytest.raises(ValueError, match="not finite"):
-        front_numbers([math.nan], [1.0])
+        number_fronts([math.nan], [1.0])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_fronts_are_what_dominance_says(points):
     clip, fid = [float(a) for a, _ in points], [float(b) for _, b in points]
-    numbers = front_numbers(clip, fid)
+    numbers = number_fronts(clip, fid)
     for i, n in enumerate(numbers):
         above = [
             numbers[j]
@@ -64,7 +64,7 @@ def test_a_clear_order_is_found_and_compared_with_the_paper():
     assert [row.groups for row in found.rows] == [(1,), (2,), (3,), (4,)]
     assert found.seed_noise == 0
     assert (found.controls, found.seeds) == (6, [0, 1])
-    paper = against_paper(found)
+    paper = compare_with_paper(found)
     assert paper["spearman"] == pytest.approx(1)
     assert paper["variants"] == 4
     assert len(TABLE_1) == 16
@@ -99,7 +99,7 @@ def test_one_seed_gives_no_noise_and_no_order():
     found = rank(cells(lambda variant, seed: len(variant), seeds=(0,)))
     assert math.isnan(found.seed_noise)
     assert {row.groups for row in found.rows} == {(1,)}
-    assert all(math.isnan(x) for x in seed_noise(np.zeros((3, 1))))
+    assert all(math.isnan(x) for x in estimate_seed_noise(np.zeros((3, 1))))
 
 
 def test_columns_average_the_papers_controls():

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.judging.official import OfficialPaths
-from eval.judging.written_words import asked_words, plain, typography_prompts
+from eval.judging.written_words import find_quoted_words, normalize_text, typography_prompts
 from eval.metrics.typography import Typography, character_errors, load_ocr
 from infra.errors import UserError
 
@@ -23,11 +23,11 @@ from infra.errors import UserError
     ],
 )
 def test_the_words_that_a_prompt_quotes(prompt, words):
-    assert asked_words(prompt) == words
+    assert find_quoted_words(prompt) == words
 
 
 def test_only_letters_and_digits_are_compared():
-    assert plain("  Two-for_one,\n 50% OFF! ") == "twoforone 50 off"
+    assert normalize_text("  Two-for_one,\n 50% OFF! ") == "twoforone 50 off"
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_drawn_words_are_read_and_scored_by_prompt():
 def test_our_prompts_quote_words_and_differ():
     prompts = typography_prompts(80)
     assert len({p.text for p in prompts}) == len(prompts) == 80
-    assert all(asked_words(p.text) for p in prompts)
-    assert len({asked_words(p.text) for p in prompts[:16]}) == 16, "the first ones mix words"
+    assert all(find_quoted_words(p.text) for p in prompts)
+    assert len({find_quoted_words(p.text) for p in prompts[:16]}) == 16, "the first ones mix words"
 
 
 def test_prompts_from_a_file_must_quote_words(tmp_path):

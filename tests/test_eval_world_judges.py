@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.calibrate import control_image
+from eval.calibrate import make_control
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage
 from eval.judging.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
@@ -23,7 +23,7 @@ def judges():
 
 def scores(metric, control, judges, per_task=PER_TASK):
     prompts = metric.prompts(per_task)
-    metric.update([JudgedImage(p, i, control_image(control, prompts, i, judges)) for i, p in enumerate(prompts)])
+    metric.update([JudgedImage(p, i, make_control(control, prompts, i, judges)) for i, p in enumerate(prompts)])
     return {score.path: score for score in metric.compute()}
 
 
@@ -88,9 +88,9 @@ def test_compbench_asks_about_the_images_of_geneval():
 def test_shuffling_gives_every_prompt_the_scene_of_another_one(judges):
     prompts = world_geneval_prompts(2)
     for index in range(len(prompts)):
-        own = control_image("ground_truth", prompts, index, judges)
+        own = make_control("ground_truth", prompts, index, judges)
         assert own.shape == (64, 64, 3)
-        assert not np.array_equal(control_image("shuffled", prompts, index, judges), own)
+        assert not np.array_equal(make_control("shuffled", prompts, index, judges), own)
 
 
 def test_unknown_judges_and_missing_official_paths_are_one_line():

@@ -14,7 +14,7 @@ from data_pipeline.plans import WORLD_TEXT
 from eval.drawing.generate import Sampling
 from eval.judging.judges import OfficialPaths, build_judges
 from eval.metrics.registry import METRICS
-from eval.protocol import protocol_hash, protocol_of
+from eval.protocol import describe_protocol, hash_protocol
 from infra.results import ResultRow, ResultStore
 from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
@@ -87,7 +87,7 @@ def judges():
 @pytest.mark.parametrize(("name", "sampling", "known"), PROTOCOLS)
 def test_hashes_of_protocols(judges, name, sampling, known):
     metric = METRICS[name](judges)
-    assert protocol_hash(protocol_of(metric, metric.prompts(4), sampling.protocol(), 2)) == known
+    assert hash_protocol(describe_protocol(metric, metric.prompts(4), sampling.protocol(), 2)) == known
 
 
 def test_lines_of_results(tmp_path):

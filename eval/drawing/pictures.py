@@ -85,7 +85,7 @@ def write_picture(path: str | Path, image: np.ndarray) -> None:
     storage.write_bytes(str(path), held.getvalue())
 
 
-def labelled_grid(
+def make_grid(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int = 1, columns: int | None = None
 ) -> np.ndarray:
     """One cell per row of images with its label underneath; `columns` cells stand beside each other."""

@@ -32,7 +32,7 @@ OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67
 Metadata = dict[str, Any]
 
 
-def with_article(name: str) -> str:
+def add_article(name: str) -> str:
     """`an apple`, `a dog`: the official choice, by the first letter."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -53,13 +53,13 @@ def draw_official_metadata(seed: int = 43, per_task: int = 100) -> list[Metadata
 
 def _single_object(index: int) -> Metadata:
     name = CLASSES[index]
-    return _record("single_object", [{"class": name, "count": 1}], f"a photo of {with_article(name)}")
+    return _record("single_object", [{"class": name, "count": 1}], f"a photo of {add_article(name)}")
 
 
 def _two_object(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
     include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-    return _record("two_object", include, f"a photo of {with_article(a)} and {with_article(b)}")
+    return _record("two_object", include, f"a photo of {add_article(a)} and {add_article(b)}")
 
 
 def _counting(rng: np.random.Generator) -> Metadata:
@@ -74,33 +74,33 @@ def _colors(rng: np.random.Generator) -> Metadata:
     name = CLASSES[rng.choice(len(CLASSES) - 1) + 1]  # class 0, person, never gets a color
     color = COLORS[rng.choice(len(COLORS))]
     include = [{"class": name, "count": 1, "color": color}]
-    return _record("colors", include, f"a photo of {with_article(color)} {name}")
+    return _record("colors", include, f"a photo of {add_article(color)} {name}")
 
 
 def _position(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
     relation = RELATIONS[rng.choice(len(RELATIONS))]
     include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-    return _record("position", include, f"a photo of {with_article(a)} {relation} {with_article(b)}")
+    return _record("position", include, f"a photo of {add_article(a)} {relation} {add_article(b)}")
 
 
 def _color_attr(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i + 1] for i in rng.choice(len(CLASSES) - 1, size=2, replace=False))
     c1, c2 = (COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False))
     include = [{"class": a, "count": 1, "color": c1}, {"class": b, "count": 1, "color": c2}]
-    return _record("color_attr", include, f"a photo of {with_article(c1)} {a} and {with_article(c2)} {b}")
+    return _record("color_attr", include, f"a photo of {add_article(c1)} {a} and {add_article(c2)} {b}")
 
 
 def _record(tag: str, include: list[dict[str, Any]], prompt: str) -> Metadata:
     return {"tag": tag, "include": include, "prompt": prompt}
 
 
-def metadata_lines(records: Iterable[Metadata]) -> str:
+def format_metadata(records: Iterable[Metadata]) -> str:
     """The official file's text: one `json.dumps` per line, default separators."""
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
-def json_lines(text: str) -> list[str]:
+def split_json_lines(text: str) -> list[str]:
     """Lines of a JSONL file. str.splitlines also breaks at U+2028 and its like, which may stand inside a string."""
     return text.split("\n")
 
@@ -108,7 +108,7 @@ def json_lines(text: str) -> list[str]:
 def read_metadata(path: str | Path, classes: Iterable[str] | None = None) -> list[Metadata]:
     """Read a metadata JSONL file; every record is checked, and classes too when a list is given."""
     try:
-        lines = json_lines(Path(path).read_text(encoding="utf-8"))
+        lines = split_json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read GenEval metadata {path}: {error}") from error
     records = []

@@ -59,7 +59,7 @@ def world_judges(paths: OfficialPaths) -> Judges:
         clip=functools.cache(lambda: _load_clip(resolve("world:judge_clip"), "cpu")),
         vqa=functools.cache(lambda: BlipVQA(resolve("world:vqa"))),
         reader=functools.cache(lambda: GrammarReader([*CLASSES, *map(plural, CLASSES)], COLORS)),
-        truth=prompts.scene_image,
+        truth=prompts.render_scene,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infra.values import Kept
+from infra.values import PromptValues
 
 if TYPE_CHECKING:
     from eval.drawing.generate import Painter
@@ -84,7 +84,7 @@ class PictureMetric(ABC):
         """Of all pictures that were judged; empty where there were none."""
 
     @abstractmethod
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         """What a paired comparison with another checkpoint needs (infra/values.py keeps it beside the rows)."""
 
 
@@ -96,7 +96,7 @@ class WeightsMetric(ABC):
     headline: str
 
     @abstractmethod
-    def measure(self, painter: "Painter", data: str) -> tuple[list[Score], str, Kept]:
+    def measure(self, painter: "Painter", data: str) -> tuple[list[Score], str, PromptValues]:
         """Scores of the weights on the dataset `data`, their protocol hash, and the values of each sample."""
 
 
@@ -113,7 +113,7 @@ class Clusters:
     def __bool__(self) -> bool:
         return bool(self._values)
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         """One row per cluster: stratum, cluster, the sum of its values and their number."""
         rows = [(name, c, sum(v), len(v)) for name, found in self._values.items() for c, v in sorted(found.items())]
         names, *columns = zip(*rows)
@@ -189,7 +189,7 @@ def all_alike(values: np.ndarray) -> bool:
     return bool(np.ptp(values) <= 1e-12)
 
 
-def split_values(clusters: Mapping[bool | None, Clusters]) -> Kept:
+def split_values(clusters: Mapping[bool | None, Clusters]) -> PromptValues:
     """`values_per_prompt` of every split, with the split's name as one more column."""
     if not clusters:
         return {}

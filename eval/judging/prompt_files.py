@@ -28,7 +28,7 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[Prompt]:
     return found[:count]
 
 
-def caption_prompts(judges: Judges, count: int | None) -> list[Prompt]:
+def choose_captions(judges: Judges, count: int | None) -> list[Prompt]:
     """Captions that CLIP score and Frechet distances draw: of the world's scenes, or of --official.captions."""
     if judges.of_world:
         return world_caption_prompts(count or WORLD_PER_TASK)
@@ -75,7 +75,7 @@ def _coco(image: int, captions: dict[int, tuple[int, str]], files: dict[int, str
     return Prompt(captions[image][1], "captions", metadata=metadata, source=str(image))
 
 
-def reference_files(folder: str | Path, prompts: Sequence[Prompt] = ()) -> list[Path]:
+def find_reference_files(folder: str | Path, prompts: Sequence[Prompt] = ()) -> list[Path]:
     """Real pictures for FID: those that the prompts name, in their order; all, by name, where they name none.
 
     UserError where the folder holds none of those that are named: other pictures would be another distance.

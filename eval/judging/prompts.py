@@ -1,6 +1,6 @@
 """Which prompts a metric draws: GenEval's, T2I-CompBench's files, plain files of lines, and the world's own sets.
 
-World sets come for seen and for unseen compositions; every one has a scene that shows it (`scene_image`).
+World sets come for seen and for unseen compositions; every one has a scene that shows it (`render_scene`).
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.judging.geneval_prompts import TASKS, draw_official_metadata, json_lines
+from eval.judging.geneval_prompts import TASKS, draw_official_metadata, split_json_lines
 from eval.judging.metric import Prompt
 from infra.errors import UserError
 
@@ -36,7 +36,7 @@ def read_lines(path: str | Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}; expected a file of UTF-8 text") from error
     as_json = Path(path).suffix in (".jsonl", ".ndjson")
-    lines = [line.strip() for line in (json_lines(text) if as_json else text.splitlines()) if line.strip()]
+    lines = [line.strip() for line in (split_json_lines(text) if as_json else text.splitlines()) if line.strip()]
     if as_json:
         try:
             lines = [str(json.loads(line)["prompt"]) for line in lines]
@@ -74,7 +74,7 @@ def compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[P
     Complex prompts carry their kind (spatial, action or both), read from the benchmark's complex_val_*.txt.
     """
     root, prompts = Path(folder), []
-    kind = complex_kinds(root) if (root / "complex_val.txt").exists() else None
+    kind = read_complex_kinds(root) if (root / "complex_val.txt").exists() else None
     for category in COMPBENCH_CATEGORIES:
         file = root / f"{category}_val.txt"
         if not file.exists():
@@ -87,7 +87,7 @@ def compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[P
     return prompts
 
 
-def complex_kinds(folder: str | Path) -> Callable[[str], str]:
+def read_complex_kinds(folder: str | Path) -> Callable[[str], str]:
     """The kind of a complex prompt (spatial, action, else both) by the benchmark's own lists, asked in its order."""
     files = {kind: Path(folder) / f"complex_val_{kind}.txt" for kind in ("spatial", "action")}
     lists = {kind: {_key(line) for line in read_lines(file)} for kind, file in files.items()}
@@ -161,7 +161,7 @@ def world_reference_images(count: int) -> Iterator[np.ndarray]:
     return (make_scene(WORLD_SEED, index, split=REFERENCE_SPLIT).image for index in range(count))
 
 
-def scene_image(prompt: Prompt, index: int) -> np.ndarray:
+def render_scene(prompt: Prompt, index: int) -> np.ndarray:
     """A ground-truth scene of a world prompt; `index` chooses among the many that show it."""
     from data_pipeline.world.scenes import scene_of
 

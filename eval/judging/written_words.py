@@ -21,12 +21,12 @@ WORDS = (
 )  # fmt: skip
 
 
-def asked_words(prompt: str) -> str:
+def find_quoted_words(prompt: str) -> str:
     """What a prompt wants to be written: its quoted parts, joined by spaces."""
     return " ".join(next(part for part in groups if part) for groups in _QUOTED.findall(prompt))
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Letters and digits in lower case, words parted by single spaces: what is compared."""
     return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
 
@@ -44,7 +44,7 @@ def _turned(start: int) -> list[str]:
 def prompts_with_words(path: str | Path, count: int | None) -> list[Prompt]:
     """Prompts of a file, each of which must quote the words that it asks for."""
     found = read_prompts(path, count)
-    silent = next((prompt.text for prompt in found if not plain(asked_words(prompt.text))), None)
+    silent = next((prompt.text for prompt in found if not normalize_text(find_quoted_words(prompt.text))), None)
     if silent is not None:
         raise UserError(f"{path}: {silent!r} quotes no words to be written; expected prompts like {TEMPLATES[0]!r}")
     return [Prompt(prompt.text, "typography", source=prompt.source) for prompt in found]

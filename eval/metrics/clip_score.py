@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score
-from eval.judging.prompt_files import caption_prompts
+from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score
+from eval.judging.prompt_files import choose_captions
+from infra.values import PromptValues
 
 
 class ClipScore(PictureMetric):
@@ -20,7 +21,7 @@ class ClipScore(PictureMetric):
         self._values = Clusters()
 
     def prompts(self, count: int | None) -> list[Prompt]:
-        return caption_prompts(self._judges, count)
+        return choose_captions(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         return {"version": 1, "clip": describe_judge(self._judges.clip()), "scale": 1.0}
@@ -39,5 +40,5 @@ class ClipScore(PictureMetric):
         categories = sorted(name for name in self._values.strata if name != "captions")
         return [self._values.score("", ["captions"]), *(self._values.score(name, [name]) for name in categories)]
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         return self._values.values_per_prompt()

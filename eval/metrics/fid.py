@@ -16,15 +16,16 @@ import numpy as np
 
 from eval.drawing.pictures import read_picture
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import JudgedImage, Kept, PictureMetric, Prompt, Score
+from eval.judging.metric import JudgedImage, PictureMetric, Prompt, Score
 from eval.judging.official import OfficialPaths
-from eval.judging.prompt_files import caption_prompts, read_prompts, reference_files
+from eval.judging.prompt_files import choose_captions, find_reference_files, read_prompts
 from eval.judging.prompts import world_reference_images
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import InceptionFeatures
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.values import PromptValues
 
 log = get_logger("eval")
 REFERENCES = 1000  # real pictures of the world; of a folder, at most as many
@@ -46,7 +47,7 @@ class FeatureDistance(PictureMetric):
         self._prompts: list[int] = []
 
     def prompts(self, count: int | None) -> list[Prompt]:
-        return caption_prompts(self._judges, count)
+        return choose_captions(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         found = {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
@@ -83,7 +84,7 @@ class FeatureDistance(PictureMetric):
         }
         return [Score("", value, own.count, low, high, details=details)]
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         if not self._features:
             return {}
         reference = reference_moments(self._judges, self._network())
@@ -151,4 +152,4 @@ def reference_version(judges: Judges, count: int) -> str | None:
 def _reference_files(paths: OfficialPaths, count: int) -> list[Path]:
     """Real pictures; those of the caption prompts where their file names them (COCO)."""
     prompts = read_prompts(paths.captions) if paths.captions else []
-    return reference_files(paths.need("references"), prompts)[:count]
+    return find_reference_files(paths.need("references"), prompts)[:count]

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score
-from eval.judging.written_words import asked_words, plain, prompts_with_words, typography_prompts
+from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score
+from eval.judging.written_words import find_quoted_words, normalize_text, prompts_with_words, typography_prompts
 from eval.networks.ocr import SMALLEST_SIDE, RapidReader
+from infra.values import PromptValues
 
 load_ocr = functools.cache(RapidReader)
 
@@ -45,7 +46,7 @@ class Typography(PictureMetric):
     def update(self, images: Sequence[JudgedImage]) -> None:
         read = load_ocr().read([item.image for item in images])
         for item, text in zip(images, read):
-            wanted, found = plain(asked_words(item.prompt.text)), plain(text)
+            wanted, found = normalize_text(find_quoted_words(item.prompt.text)), normalize_text(text)
             self._values.add("exact_match", item.prompt_index, wanted == found)
             self._values.add("character_error_rate", item.prompt_index, character_errors(wanted, found))
 
@@ -53,5 +54,5 @@ class Typography(PictureMetric):
         scores = [self._values.score(name, [name]) for name in self._values.strata]
         return [replace(score, higher_is_better=score.path == "exact_match") for score in scores]
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         return self._values.values_per_prompt()

@@ -12,9 +12,9 @@ import torch
 from data_pipeline.loading.loader import Dataset, open_dataset
 from eval.drawing.generate import Painter
 from eval.judging.judges import Judges
-from eval.judging.metric import Kept, Score, WeightsMetric
+from eval.judging.metric import Score, WeightsMetric
 from infra.errors import UserError
-from infra.values import one_per_sample
+from infra.values import PromptValues, tabulate_samples
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, half_interval, validation_losses
 
@@ -29,14 +29,14 @@ class ValidationLoss(WeightsMetric):
     def __init__(self, judges: Judges) -> None:
         """No judge is asked: the loss is the network's own."""
 
-    def measure(self, painter: Painter, data: str) -> tuple[list[Score], str, Kept]:
+    def measure(self, painter: Painter, data: str) -> tuple[list[Score], str, PromptValues]:
         """On the first SAMPLES of the dataset's val split; UserError where the weights were trained on another one."""
         dataset = _open_validation(painter, data)
         formulation = get_formulation(painter.meta["formulation"])
         chosen = get_protocol(PROTOCOL, formulation)
         parts = []
         with torch.inference_mode():
-            for numbers in fixed_batches(dataset, SAMPLES):
+            for numbers in choose_batches(dataset, SAMPLES):
                 batch = dataset.read(numbers, seed=SEED)
                 batch = batch._replace(
                     latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device)
@@ -50,7 +50,7 @@ class ValidationLoss(WeightsMetric):
             PROTOCOL, get_protocol(PROTOCOL).levels, len(losses_BV), SEED, painter.meta["formulation"],
             dataset.fingerprint,
         ]  # fmt: skip
-        kept = one_per_sample({name: loss_B.numpy() for name, loss_B in found.items()})
+        kept = tabulate_samples({name: loss_B.numpy() for name, loss_B in found.items()})
         return scores, hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16], kept
 
 
@@ -64,7 +64,7 @@ def _open_validation(painter: Painter, data: str) -> Dataset:
     return dataset
 
 
-def fixed_batches(dataset: Dataset, samples: int) -> list[range]:
+def choose_batches(dataset: Dataset, samples: int) -> list[range]:
     """The first samples, evenly from the buckets, never two buckets in one batch (as the trainer's validation)."""
     found: list[range] = []
     wanted = min(samples, dataset.num_samples)

@@ -72,10 +72,10 @@ class ClipModel:
 
     def cosines(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
         """Cosine of each image with its own text, unscaled (N,)."""
-        a_NE, b_NE = unit(self.images(images)), unit(self.texts(texts))
+        a_NE, b_NE = normalize_rows(self.images(images)), normalize_rows(self.texts(texts))
         return (a_NE * b_NE).sum(-1).double().numpy()
 
 
-def unit(x_NE: Tensor) -> Tensor:
+def normalize_rows(x_NE: Tensor) -> Tensor:
     """Rows of length 1."""
     return x_NE / x_NE.norm(dim=-1, keepdim=True)

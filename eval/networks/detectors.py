@@ -96,7 +96,7 @@ class TransformersDetector:
             keep = (score_N > self._keep_above) & (area_N > 0)
         masks = inside_NHW[keep].cpu().numpy()
         return Detections(
-            boxes_N4=np.stack([mask_box(mask) for mask in masks]) if len(masks) else np.zeros((0, 4)),
+            boxes_N4=np.stack([find_mask_box(mask) for mask in masks]) if len(masks) else np.zeros((0, 4)),
             scores_N=score_N[keep].cpu().numpy(),
             labels=tuple(self.classes[int(i)] for i in label[keep]),
             masks_NHW=masks,
@@ -134,7 +134,7 @@ class SceneDetector:
         ]
 
 
-def mask_box(mask_HW: np.ndarray) -> np.ndarray:
+def find_mask_box(mask_HW: np.ndarray) -> np.ndarray:
     """Tight x1, y1, x2, y2 of a mask; x2 and y2 are one past the last pixel."""
     columns, rows = np.flatnonzero(mask_HW.any(0)), np.flatnonzero(mask_HW.any(1))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)

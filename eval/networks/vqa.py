@@ -22,7 +22,7 @@ MAX_TOKENS = 35  # of the question, as in BLIP's own VQA code
 MAX_WORDS, DROPPED = 50, re.compile(r"[.!\"()*#:;~]")  # likewise (its pre_question)
 
 
-def plain_question(question: str) -> str:
+def clean_question(question: str) -> str:
     """The question as BLIP's own VQA code puts it: lower case, some marks dropped, at most 50 words."""
     return " ".join(DROPPED.sub("", question.lower()).rstrip(" ").split(" ")[:MAX_WORDS])
 
@@ -73,7 +73,7 @@ class BlipVQA:
 
     def _yes_batch(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(
-            [plain_question(q) for q in questions],
+            [clean_question(q) for q in questions],
             padding="longest",
             truncation=True,
             max_length=MAX_TOKENS,

@@ -142,9 +142,9 @@ def _pictures(options: AutoencoderOptions, factor: int) -> Iterator[np.ndarray]:
         found: Iterator[np.ndarray] = world_reference_images(options.count)
     else:
         from eval.drawing.pictures import read_picture
-        from eval.judging.prompt_files import reference_files
+        from eval.judging.prompt_files import find_reference_files
 
-        files = reference_files(options.images)
+        files = find_reference_files(options.images)
         if len(files) < options.count:
             raise UserError(f"{options.images} holds {len(files)} pictures, --count asks for {options.count}")
         found = (read_picture(file) for file in files[: options.count])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from eval.judging.metric import RESAMPLES, Kept, all_alike
+from eval.judging.metric import RESAMPLES, all_alike
 from eval.metrics.frechet import resample_distances
 from infra import storage
 from infra.errors import UserError, nearest
 from infra.results import ResultRow, ResultStore
-from infra.values import read_values
+from infra.values import PromptValues, read_values
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _make_difference(a: ResultRow, b: ResultRow, low: float, high: float, how: s
     return Difference(a.metric, a.value, b.value, low, high, how, a.higher_is_better)
 
 
-def draw_paired(a: Kept, b: Kept, row: ResultRow, *, seed: int = 0) -> np.ndarray | None:
+def draw_paired(a: PromptValues, b: PromptValues, row: ResultRow, *, seed: int = 0) -> np.ndarray | None:
     """Draws of (b minus a) around the measured difference, the same prompts drawn for both.
 
     None where their prompts are not the same; NaN where nothing tells how much prompts vary (`_draw_difference`).
@@ -237,7 +237,7 @@ def _of_path(row: ResultRow) -> tuple[str, list[str]]:
     return split, path[-1:] or ["captions"]
 
 
-def _rows(kept: Kept, split: str, stratum: str) -> np.ndarray:
+def _rows(kept: PromptValues, split: str, stratum: str) -> np.ndarray:
     """(cluster, sum, count) of one task, by cluster."""
     mine = kept["stratum"] == stratum
     if "split" in kept:

@@ -16,7 +16,7 @@ from eval.judging.official import OfficialPaths
 from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures
 from eval.metrics.registry import build_picture_metric
 from eval.run import RunOptions, plan, settle
-from eval.studies.ranking import TABLE_1, Ranking, StudyCell, against_paper, rank
+from eval.studies.ranking import TABLE_1, Ranking, StudyCell, compare_with_paper, rank
 from infra import storage
 from infra.device import Precision
 from infra.errors import UserError
@@ -115,7 +115,7 @@ def study(options: StudyOptions) -> None:
     print(text, end="")
     record = {
         "ranking": asdict(ranking),
-        "against_paper": against_paper(ranking),
+        "against_paper": compare_with_paper(ranking),
         "options": asdict(options),
         "chosen": {e.checkpoint.run: e.chosen for e in entries},
         "left_out_runs": unfit,
@@ -283,7 +283,7 @@ def format_markdown(
             f"| {by_seed} | {paper} |"
         )
     lines += ["", *(f"Left out: {name}: {why}." for name, why in {**ranking.left_out, **unfit}.items())]
-    same = against_paper(ranking)
+    same = compare_with_paper(ranking)
     if same is not None:
         lines.append(
             f"Spearman's correlation with Table 1 over {same['variants']} variants: {same['spearman']:.2f} "

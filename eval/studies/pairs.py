@@ -58,7 +58,7 @@ Ranker = Callable[[Judges, Sequence[str], Sequence[np.ndarray]], np.ndarray]
 
 def score_by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
     """T2I-CompBench's attribute score of each picture: the product of P(yes) over the noun chunks of its prompt."""
-    chunks = [compbench.asked_chunks(judges.reader().noun_chunks(text)) for text in texts]
+    chunks = [compbench.choose_chunks(judges.reader().noun_chunks(text)) for text in texts]
     asked = [f"{chunk}?" for found in chunks for chunk in found]
     yes = judges.vqa().yes([image for image, found in zip(images, chunks) for _ in found], asked)
     ends = np.cumsum([len(found) for found in chunks])

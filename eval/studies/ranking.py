@@ -55,7 +55,7 @@ class Ranking:
     left_out: Mapping[str, str]
 
 
-def front_numbers(clip: Sequence[float], fid: Sequence[float]) -> list[int]:
+def number_fronts(clip: Sequence[float], fid: Sequence[float]) -> list[int]:
     """1 for the Pareto-optimal points (CLIP up, FID down), 2 for those of the rest, and so on. Equal points share."""
     points = list(zip(clip, fid, strict=True))
     if not all(math.isfinite(value) for point in points for value in point):
@@ -91,8 +91,8 @@ def rank(cells: Sequence[StudyCell]) -> Ranking:
     for s, seed in enumerate(seeds):
         for c, control in enumerate(controls):
             found = [table[variant, seed, control] for variant in variants]
-            ranks_VSC[:, s, c] = front_numbers([x.clip for x in found], [x.fid for x in found])
-    noise, least = seed_noise(ranks_VSC.mean(2)) if variants else (math.nan, math.nan)
+            ranks_VSC[:, s, c] = number_fronts([x.clip for x in found], [x.fid for x in found])
+    noise, least = estimate_seed_noise(ranks_VSC.mean(2)) if variants else (math.nan, math.nan)
     rows = [_row(name, ranks_SC, seeds, controls) for name, ranks_SC in zip(variants, ranks_VSC)]
     return Ranking(_grouped(rows, least), noise, least, seeds, len(controls), left_out)
 
@@ -117,7 +117,7 @@ def _row(name: str, ranks_SC: np.ndarray, seeds: Sequence[int], controls: Sequen
     )
 
 
-def seed_noise(rank_VS: np.ndarray) -> tuple[float, float]:
+def estimate_seed_noise(rank_VS: np.ndarray) -> tuple[float, float]:
     """Pooled standard deviation between seeds, and the least difference of two variants' means that is no noise."""
     num_variants, num_seeds = rank_VS.shape
     if num_seeds < 2:
@@ -141,7 +141,7 @@ def _grouped(rows: Sequence[Ranked], least: float) -> list[Ranked]:
     return [replace(row, groups=group) for row, group in zip(ordered, groups)]
 
 
-def against_paper(ranking: Ranking, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:
+def compare_with_paper(ranking: Ranking, *, resamples: int = 2000, seed: int = 0) -> dict[str, float] | None:
     """Spearman's correlation with Table 1 over the variants in common, bootstrap over variants; None below four."""
     both = [row for row in ranking.rows if row.variant in TABLE_1]
     if len(both) < 4:

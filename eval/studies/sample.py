@@ -11,10 +11,10 @@ import numpy as np
 
 from data_pipeline.checkpoints import hash_weights
 from eval.drawing.generate import ImageRequest, Painter, Sampling
-from eval.drawing.pictures import labelled_grid, read_picture, refuse_target, write_picture
-from eval.judging.geneval_prompts import json_lines
+from eval.drawing.pictures import make_grid, read_picture, refuse_target, write_picture
+from eval.judging.geneval_prompts import split_json_lines
 from eval.judging.prompts import read_lines, refuse_broken
-from eval.metrics.compbench.files import sample_name
+from eval.metrics.compbench.files import name_sample
 from infra import storage
 from infra.cli import GROUP
 from infra.errors import UserError
@@ -89,7 +89,7 @@ def expand(prompts: Sequence[str]) -> list[PromptToDraw]:
     """The prompts themselves, or those of the one file that was named; GenEval metadata lines are kept whole."""
     if len(prompts) == 1 and prompts[0].endswith(".jsonl"):
         read_lines(prompts[0])  # refuses what is not there or has no prompt
-        lines = json_lines(Path(prompts[0]).read_text(encoding="utf-8-sig"))
+        lines = split_json_lines(Path(prompts[0]).read_text(encoding="utf-8-sig"))
         records = [json.loads(line) for line in lines if line.strip()]
         return [PromptToDraw(str(record["prompt"]), record) for record in records]
     from_file = len(prompts) == 1 and prompts[0].endswith(".txt")
@@ -110,7 +110,7 @@ def _files(
             if layout == "geneval":
                 path = root / f"{index:05d}" / "samples" / f"{number:04d}.png"
             else:
-                path = root / sample_name(w.text, index * images_per_prompt + number)
+                path = root / name_sample(w.text, index * images_per_prompt + number)
             files[ImageRequest(w.text, number=number)] = path
     if len(files) < len(wanted) * images_per_prompt:
         raise UserError("two prompts have the same words, so their folders would hold the same pictures: remove one")
@@ -180,4 +180,4 @@ def draw(
 def write_grid(out: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int | None = None) -> None:
     """One cell per prompt; `scale` None enlarges pictures of fewer than SHOWN pixels."""
     height = rows[0][1][0].shape[0]
-    write_picture(out, labelled_grid(rows, scale=scale or max(1, -(-SHOWN // height))))
+    write_picture(out, make_grid(rows, scale=scale or max(1, -(-SHOWN // height))))

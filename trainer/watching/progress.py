@@ -12,7 +12,7 @@ from infra.errors import UserError
 from infra.log import Progress
 from infra.results import ResultRow, ResultStore
 from infra.stolen import own_seconds
-from infra.values import Kept, keep_values, one_per_sample
+from infra.values import PromptValues, keep_values, tabulate_samples
 from infra.version import code_version
 from model.diffusion.validation import half_interval
 from trainer.objective import get_objective
@@ -33,7 +33,7 @@ class RunLog:
         self.run = run_name(out)
         self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
         self._rows: list[ResultRow] = []
-        self._values: list[tuple[int, str, Kept]] = []  # images seen, protocol hash, losses per sample
+        self._values: list[tuple[int, str, PromptValues]] = []  # images seen, protocol hash, losses per sample
         self._lines: list[str] = []
         self._last = (images_seen, self._start)
         self._seconds: list[float] = []  # of a step, for each line: by the clock,
@@ -101,7 +101,7 @@ class RunLog:
                 half=half_interval(loss_B),
             )  # fmt: skip
         if self._talks:
-            kept = one_per_sample({key: loss_B.numpy() for key, loss_B in found.by_sample.items()})
+            kept = tabulate_samples({key: loss_B.numpy() for key, loss_B in found.by_sample.items()})
             with self._lock:
                 self._values.append((self.images_seen, found.protocol_hash, kept))
         self._write("val", {metric.removeprefix("val_"): value for metric, value in figures.items()})

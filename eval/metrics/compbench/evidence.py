@@ -13,8 +13,8 @@ from eval.judging.language import LOCALITIES_3D, Pair, PromptReader, find_locali
 from eval.judging.metric import JudgedImage
 from eval.judging.official import PositionRules
 from eval.metrics.compbench import rules as compbench
+from eval.metrics.compbench.networks import load_clip, load_depth, load_detector, object_names
 from eval.metrics.compbench.rules import LabelledBox
-from eval.metrics.compbench.seats import load_clip, load_depth, load_detector, object_names
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -103,12 +103,12 @@ def read_locality(reader: PromptReader, category: str, text: str) -> str | None:
 
 def read_counts(reader: PromptReader, names: tuple[list[str], list[str]], text: str) -> tuple[list[str], list[int]]:
     """Objects that the prompt counts, and how many of each."""
-    return compbench.named_counts(reader.tokens(text), *names)
+    return compbench.parse_counts(reader.tokens(text), *names)
 
 
 def _ask(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[float]]:
     reader = judges.reader()
-    chunks = [compbench.asked_chunks(reader.noun_chunks(sample.prompt.text)) for sample in samples]
+    chunks = [compbench.choose_chunks(reader.noun_chunks(sample.prompt.text)) for sample in samples]
     images = [sample.image for sample, asked in zip(samples, chunks) for _ in asked]
     yes = judges.vqa().yes(images, [f"{chunk}?" for asked in chunks for chunk in asked])
     ends = np.cumsum([len(asked) for asked in chunks])
@@ -130,10 +130,13 @@ def _depths(judges: Judges, samples: Sequence[JudgedImage]) -> list[np.ndarray]:
 
 def _detect(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[LabelledBox]]:
     found = load_detector(judges).detect([sample.image for sample in samples])
-    return [seen_in(s.image, detections, judges.paths.compbench_threshold) for s, detections in zip(samples, found)]
+    return [
+        to_labelled_boxes(s.image, detections, judges.paths.compbench_threshold)
+        for s, detections in zip(samples, found)
+    ]
 
 
-def seen_in(image: np.ndarray, detections: Detections, threshold: float) -> list[LabelledBox]:
+def to_labelled_boxes(image: np.ndarray, detections: Detections, threshold: float) -> list[LabelledBox]:
     """Detections past the threshold by falling score, boxes in UniDet's frame."""
     scale = compbench.detector_scale(*image.shape[:2])
     order = np.argsort(-detections.scores_N, kind="stable")

@@ -38,7 +38,7 @@ class SampleFile(NamedTuple):
     number: int
 
 
-def sample_name(prompt: str, index: int) -> str:
+def name_sample(prompt: str, index: int) -> str:
     """The official name; UserError for prompts that a file name cannot carry back."""
     if "/" in prompt or "_" in prompt or not prompt.isprintable() or len(prompt.encode()) > LONGEST:
         raise UserError(
@@ -79,7 +79,7 @@ def write_answers(
     numbers = range(len(given)) if ids is None else ids
     records = [{"question_id": index, "answer": answer} for index, answer in zip(numbers, given, strict=True)]
     storage.write_bytes(str(path), json.dumps(records).encode())
-    return mean_answer(given)
+    return average_answers(given)
 
 
 def read_answers(path: str | Path) -> list[float]:
@@ -98,7 +98,7 @@ def read_answers(path: str | Path) -> list[float]:
     return [by_id[number] for number in sorted(by_id)]
 
 
-def mean_answer(answers: Sequence[float | str]) -> float:
+def average_answers(answers: Sequence[float | str]) -> float:
     """A category's score: the mean answer."""
     if not answers:
         raise UserError("no answers, so there is no score")

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score, split_scores, split_values
+from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score, split_scores, split_values
 from eval.judging.prompts import COMPBENCH_CATEGORIES, WORLD_PER_TASK, compbench_prompts, world_compbench_prompts
 from eval.metrics.compbench.evidence import answer, gather
-from eval.metrics.compbench.seats import load_clip, load_depth, load_detector
+from eval.metrics.compbench.networks import load_clip, load_depth, load_detector
+from infra.values import PromptValues
 
 DETECTED = ("spatial", "3d_spatial", "numeracy", "complex")
 
@@ -61,5 +62,5 @@ class CompBench(PictureMetric):
             details=dict.fromkeys((*DETECTED, "overall"), judged_by),
         )
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         return split_values(self._by_split)

@@ -50,7 +50,7 @@ def blip_vqa(probabilities: Sequence[float]) -> float:
     return float(f"{product:.4f}")
 
 
-def asked_chunks(chunks: Sequence[str]) -> list[str]:
+def choose_chunks(chunks: Sequence[str]) -> list[str]:
     """The noun chunks that become questions `<chunk>?`."""
     return [chunk for chunk in chunks if chunk not in DROPPED_CHUNKS][:MAX_CHUNKS]
 
@@ -186,7 +186,7 @@ def same_object(box1: Box, box2: Box) -> bool:
     return inner / (area1 + area2 - inner) > 0.9 or inner / area1 > 0.9 or inner / area2 > 0.9
 
 
-def merged_labels(seen: Sequence[LabelledBox]) -> list[str]:
+def merge_labels(seen: Sequence[LabelledBox]) -> list[str]:
     """Labels of the detections that are left when repeats of one object are merged, in order."""
     kept: list[LabelledBox] = []
     for item in seen:
@@ -195,7 +195,7 @@ def merged_labels(seen: Sequence[LabelledBox]) -> list[str]:
     return [item.label for item in kept]
 
 
-def named_counts(tokens: Sequence[str], singular: Sequence[str], plural: Sequence[str]) -> tuple[list[str], list[int]]:
+def parse_counts(tokens: Sequence[str], singular: Sequence[str], plural: Sequence[str]) -> tuple[list[str], list[int]]:
     """Objects that the prompt counts, and their numbers, read as the official code reads them.
 
     A number word before a two-word name, else a one-word name. Where that code fails on a word ("a" before a plural)
@@ -226,7 +226,7 @@ def named_counts(tokens: Sequence[str], singular: Sequence[str], plural: Sequenc
 
 def numeracy(seen: Sequence[LabelledBox], names: Sequence[str], numbers: Sequence[int]) -> float:
     """Half of an object's share when it is there, the other half when its count is exact."""
-    labels = merged_labels(seen)
+    labels = merge_labels(seen)
     score = 0.0
     for i, raw in enumerate(names):
         name = RENAMED.get(raw, raw)

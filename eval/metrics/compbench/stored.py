@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.judging.geneval_prompts import json_lines
+from eval.judging.geneval_prompts import split_json_lines
 from eval.judging.language import LOCALITIES_2D, LOCALITIES_3D, Pair, PromptReader, find_locality
 from eval.judging.prompts import COMPBENCH_CATEGORIES
 from eval.metrics.compbench import rules as compbench
@@ -42,7 +42,7 @@ class PromptLookup:
     kind: Callable[[str], str] | None = None
 
 
-def stored_line(filename: str, prompt: str, number: int, evidence: Evidence, *, depth: str | None = None) -> str:
+def format_stored(filename: str, prompt: str, number: int, evidence: Evidence, *, depth: str | None = None) -> str:
     """The JSON line that `read_stored` reads back; `depth` is the depth picture's path beside the file."""
     names, numbers = evidence.counted
     record = {
@@ -65,7 +65,7 @@ def stored_line(filename: str, prompt: str, number: int, evidence: Evidence, *, 
 def read_stored(path: str | Path, words: PromptLookup) -> Iterator[StoredEvidence]:
     """Every line's evidence; UserError names the line that is none."""
     try:
-        lines = json_lines(Path(path).read_text(encoding="utf-8"))
+        lines = split_json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read stored evidence {path}: {error}") from error
     for row, line in enumerate(lines, start=1):

@@ -11,7 +11,7 @@ from eval.drawing.pictures import read_pictures, refuse_unreadable, write_pictur
 from eval.judging.judges import Judges, build_judges
 from eval.judging.metric import Clusters, JudgedImage, Prompt
 from eval.judging.official import OfficialPaths, PositionRules
-from eval.judging.prompts import COMPBENCH_CATEGORIES, complex_kinds, read_lines
+from eval.judging.prompts import COMPBENCH_CATEGORIES, read_complex_kinds, read_lines
 from eval.metrics.compbench.evidence import ATTRIBUTES, Evidence, answer, gather
 from eval.metrics.compbench.files import (
     ANSWER_FILES,
@@ -24,9 +24,9 @@ from eval.metrics.compbench.files import (
     read_samples,
     write_answers,
 )
+from eval.metrics.compbench.networks import load_detector, object_names
 from eval.metrics.compbench.rules import three_in_one
-from eval.metrics.compbench.seats import load_detector, object_names
-from eval.metrics.compbench.stored import PromptLookup, StoredEvidence, read_stored, stored_line
+from eval.metrics.compbench.stored import PromptLookup, StoredEvidence, format_stored, read_stored
 from infra.errors import UserError
 from infra.log import Progress
 
@@ -64,7 +64,7 @@ def judge(
     """
     given = OfficialPaths(spacy=spacy, compbench=None if dataset is None else str(dataset))
     judges = build_judges("official", given)
-    kinds = complex_kinds(dataset) if dataset and (dataset / "complex_val.txt").exists() else None
+    kinds = read_complex_kinds(dataset) if dataset and (dataset / "complex_val.txt").exists() else None
     found = list(read_stored(stored, PromptLookup(judges.reader, lambda: object_names(judges), kinds)))
     if not found:
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
@@ -97,7 +97,7 @@ def score(
     """
     files = read_samples(samples)
     chosen = build_judges(judges, official)
-    kinds = complex_kinds(Path(official.compbench)) if category == "complex" and official.compbench else None
+    kinds = read_complex_kinds(Path(official.compbench)) if category == "complex" and official.compbench else None
     if category == "complex" and kinds is None:
         raise UserError("complex prompts need --official.compbench DIR, whose lists tell their kinds")
     if category == "3d_spatial" and (chosen.of_world or official.depth is None):
@@ -133,7 +133,7 @@ def merge(folder: Path, dataset: Path, *, images_per_prompt: int = IMAGES_PER_PR
         dataset: your copy of examples/dataset: complex_val.txt in the order of the images, and the lists of kinds
         images_per_prompt: images of each prompt, one after another
     """
-    prompts, kind = read_lines(dataset / "complex_val.txt"), complex_kinds(dataset)
+    prompts, kind = read_lines(dataset / "complex_val.txt"), read_complex_kinds(dataset)
     parts = [read_answers(folder / name) for name in (BLIP, BOXES_2D, CLIP)]
     wanted = len(prompts) * images_per_prompt
     if any(len(part) != wanted for part in parts):
@@ -157,7 +157,7 @@ def _keep(file: SampleFile, evidence: Evidence, folder: Path) -> str:
     if evidence.depth_HW is not None:
         depth = f"depth/{file.number:06d}.png"
         write_picture(folder / depth, (evidence.depth_HW * 255).round().astype("uint8"))
-    return stored_line(file.path.name, file.prompt, file.number, evidence, depth=depth)
+    return format_stored(file.path.name, file.prompt, file.number, evidence, depth=depth)
 
 
 def _categories(found: Sequence[StoredEvidence]) -> list[str]:

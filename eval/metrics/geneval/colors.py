@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.judging.geneval_prompts import COLORS
 from eval.metrics.geneval.rules import KeptDetection
-from eval.networks.clip_model import ClipModel, unit
+from eval.networks.clip_model import ClipModel, normalize_rows
 from eval.networks.detectors import Detections
 from infra.errors import UserError
 
@@ -31,22 +31,22 @@ class ClipColors:
         if not found:  # a clause that counts to 0
             return []
         crops = [
-            masked_crop(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
+            crop_masked(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
             for item in found
         ]
-        logits_NC = unit(self._clip.images(crops)) @ self._head(name).T
+        logits_NC = normalize_rows(self._clip.images(crops)) @ self._head(name).T
         return [COLORS[int(index)] for index in logits_NC.argmax(1)]
 
     def _head(self, name: str) -> Tensor:
         """Class embeddings (10, E): unit templates averaged, then made unit again, as clip_benchmark does."""
         if name not in self._heads:
             prompts = [template.format(c=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
-            head_CTE = unit(self._clip.texts(prompts)).unflatten(0, (len(COLORS), len(COLOR_TEMPLATES)))
-            self._heads[name] = unit(head_CTE.mean(1))
+            head_CTE = normalize_rows(self._clip.texts(prompts)).unflatten(0, (len(COLORS), len(COLOR_TEMPLATES)))
+            self._heads[name] = normalize_rows(head_CTE.mean(1))
         return self._heads[name]
 
 
-def masked_crop(image: np.ndarray, box_5: np.ndarray, mask_HW: np.ndarray | None) -> Image.Image:
+def crop_masked(image: np.ndarray, box_5: np.ndarray, mask_HW: np.ndarray | None) -> Image.Image:
     """The detection alone on #999999, cropped to its box (PIL rounds the corners; at least one pixel is kept)."""
     picture = Image.fromarray(image)
     if mask_HW is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.judging.geneval_prompts import Metadata, json_lines, parse_metadata
+from eval.judging.geneval_prompts import Metadata, parse_metadata, split_json_lines
 from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, KeptDetection, decide, describe_detections, keep
 from eval.networks.detectors import Detections
 from infra.errors import UserError
@@ -87,7 +87,7 @@ def _key(metadata: Metadata) -> str:
     return json.dumps(metadata, sort_keys=True)
 
 
-def result_row(
+def make_result_row(
     filename: str,
     detections: Detections,
     metadata: Metadata,
@@ -116,7 +116,7 @@ def judge_stored(path: str | Path, rules: GenEvalRules = OFFICIAL_RULES) -> Iter
     too (metadata as a JSON string, boxes under `details`).
     """
     try:
-        lines = json_lines(Path(path).read_text(encoding="utf-8"))
+        lines = split_json_lines(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read detections {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -153,7 +153,7 @@ def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
             )
         return [str(color) for color in seen]
 
-    return result_row(str(record.get("filename", "")), detections, metadata, colorist, rules)
+    return make_result_row(str(record.get("filename", "")), detections, metadata, colorist, rules)
 
 
 def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> list[str | None]:
@@ -165,7 +165,7 @@ def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> lis
     return stored
 
 
-def stored_line(
+def format_stored(
     filename: str, detections: Detections, metadata: Metadata, color_of_row: Mapping[int, str]
 ) -> dict[str, Any]:
     """What `judge_stored` reads: all that was detected in an image, and the colors that were asked for."""

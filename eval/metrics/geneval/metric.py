@@ -9,12 +9,13 @@ import numpy as np
 
 from eval.judging.geneval_prompts import TASKS, Metadata
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, JudgedImage, Kept, PictureMetric, Prompt, Score, split_scores, split_values
+from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score, split_scores, split_values
 from eval.judging.prompts import WORLD_PER_TASK, geneval_prompts, world_geneval_prompts
 from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import IMAGES_PER_PROMPT
 from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, ImageVerdict, decide, keep
 from eval.networks.detectors import Detections
+from infra.values import PromptValues
 
 
 class GenEval(PictureMetric):
@@ -60,5 +61,5 @@ class GenEval(PictureMetric):
     def compute(self) -> list[Score]:
         return split_scores(self._by_split, TASKS)
 
-    def values_per_prompt(self) -> Kept:
+    def values_per_prompt(self) -> PromptValues:
         return split_values(self._by_split)

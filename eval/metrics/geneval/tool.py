@@ -15,7 +15,7 @@ from eval.judging.geneval_prompts import (
     COLORS,
     Metadata,
     draw_official_metadata,
-    metadata_lines,
+    format_metadata,
     read_metadata,
 )
 from eval.judging.judges import build_judges
@@ -28,10 +28,10 @@ from eval.metrics.geneval.files import (
     Summary,
     check_complete,
     find_outside,
+    format_stored,
     judge_stored,
+    make_result_row,
     read_folders,
-    result_row,
-    stored_line,
     summarize,
     write_results,
 )
@@ -45,7 +45,7 @@ BATCH = 16
 
 def prompts() -> None:
     """Write the official 553 metadata lines to standard output, byte for byte."""
-    sys.stdout.write(metadata_lines(draw_official_metadata()))
+    sys.stdout.write(format_metadata(draw_official_metadata()))
 
 
 def judge(
@@ -138,8 +138,8 @@ def _judge_image(
         color_of_row.update({item.row: color for item, color in zip(items, named)})
         return named
 
-    row = result_row(str(file.path), found, file.metadata, colorist)
-    return row, stored_line(str(file.path), found, file.metadata, color_of_row)
+    row = make_result_row(str(file.path), found, file.metadata, colorist)
+    return row, format_stored(str(file.path), found, file.metadata, color_of_row)
 
 
 def _known_words(

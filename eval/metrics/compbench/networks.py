@@ -1,6 +1,6 @@
-"""Who sits where in T2I-CompBench: UniDet's, CLIP ViT-B/32's and DPT's seat, and the object names that it counts.
+"""The networks that T2I-CompBench alone asks (UniDet's, CLIP ViT-B/32's, DPT's place), and the names that it counts.
 
-The world's own detector and CLIP take the first two seats there; its prompts have no 3D relations.
+The world's own detector and CLIP take the first two places there; its prompts have no 3D relations.
 """
 
 import functools
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def load_detector(judges: Judges) -> Detector:
-    """UniDet's seat. UniDet has no maintained port: OWLv2 is asked for the benchmark's object names."""
+    """UniDet's place. UniDet has no maintained port: OWLv2 is asked for the benchmark's object names."""
     if judges.of_world:
         return judges.detector()
     from eval.networks.open_vocabulary import OpenVocabularyDetector
@@ -31,7 +31,7 @@ def load_detector(judges: Judges) -> Detector:
 
 @functools.cache
 def load_clip(judges: Judges) -> "ClipModel":
-    """CLIP ViT-B/32's seat; where no path of its own was given, the CLIP of the other metrics."""
+    """CLIP ViT-B/32's place; where no path of its own was given, the CLIP of the other metrics."""
     if judges.of_world or judges.paths.compbench_clip is None:
         return judges.clip()
     from eval.networks.clip_model import ClipModel
@@ -41,7 +41,7 @@ def load_clip(judges: Judges) -> "ClipModel":
 
 @functools.cache
 def load_depth(judges: Judges) -> Depth | None:
-    """DPT's seat; None without a path: 3D-spatial is then left out."""
+    """DPT's place; None without a path: 3D-spatial is then left out."""
     if judges.of_world or judges.paths.depth is None:
         return None
     return DptDepth(judges.paths.depth, device=judges.paths.resolve_device())
