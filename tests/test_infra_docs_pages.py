@@ -177,3 +177,10 @@ def test_forms_and_workflows_are_yaml(form):
 
 def test_the_page_of_recipes_is_the_recipes_own():
     assert PAGE.read_text() == build_page(), "run python tests/recipes_page.py"
+
+
+def test_the_glossary_is_in_order_and_its_terms_are_used():
+    terms = [row[0] for row in table_rows((DOCS / "glossary.md").read_text(), "term")]
+    assert terms == sorted(terms, key=lambda term: term.lower().removeprefix("the "))
+    pages = " ".join(page.read_text().lower() for page in CURRENT if page.name != "glossary.md")
+    assert not [term for term in terms if term.lower().split(",")[0].removeprefix("the ") not in pages]
