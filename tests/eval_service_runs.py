@@ -12,7 +12,7 @@ from PIL import Image
 
 from eval.service.access import access_for
 from eval.service.app import build_app
-from eval.service.gallery import Sheet, Tile, description, sheet_uri
+from eval.service.gallery import GallerySheet, GalleryTile, locate_description, locate_sheet
 from eval.service.index import Index
 from eval.service.watcher import Watcher
 from infra import storage
@@ -26,11 +26,11 @@ def write_gallery(run_uri, step, *, shade, prompts=PROMPTS, sampling=SAMPLING):
     image = Image.new("RGB", (128, 128), (shade, shade, shade))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    uri = sheet_uri(run_uri, step)
+    uri = locate_sheet(run_uri, step)
     storage.write_bytes(uri, buffer.getvalue())
-    tiles = tuple(Tile(prompt, 0, 0) for prompt in prompts)
-    sheet = Sheet(tiles, 2, 64, 64, step * 64, dict(sampling))
-    storage.write_bytes(description(uri), json.dumps(asdict(sheet)).encode())
+    tiles = tuple(GalleryTile(prompt, 0, 0) for prompt in prompts)
+    sheet = GallerySheet(tiles, 2, 64, 64, step * 64, dict(sampling))
+    storage.write_bytes(locate_description(uri), json.dumps(asdict(sheet)).encode())
     return sheet
 
 

@@ -9,20 +9,23 @@ from xml.etree import ElementTree as ET
 import pytest
 from eval_runs import LAW, grid, write_calibration, write_ladder, write_run
 
-from eval.report import build as reporting
 from eval.report.analysis import analyse, label_runs
-from eval.report.as_json import to_json
-from eval.report.build import markdown_text, page_context, write_report
-from eval.report.data import read_runs
-from eval.report.figures import draw_all
-from eval.report.findings import duration, score_findings, tiles
-from eval.report.plots import Line, loss_curves, render
-from eval.report.series import Comparison, Point, Task
-from eval.report.style import count_text, log_ticks, power_text, ramp, spread
+from eval.report.build import make_page_context, render_files, render_page, write_report
+from eval.report.document import compose_report, encode_json, encode_report, read_report
+from eval.report.figures import draw_figures
+from eval.report.findings import describe_scores
+from eval.report.headline import HeadlineNumber, choose_headlines
+from eval.report.labels import PlotLine, spread_apart
+from eval.report.plots import plot_loss_curves, render
+from eval.report.runs import read_runs
+from eval.report.series import Comparison, MetricPoint, ScoreTask
+from eval.report.style import choose_log_ticks, mix_ramp
+from eval.report.text import format_count, format_duration, format_markdown, format_power
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 
+RUNS = Path(__file__).parents[1] / "infra" / "docs" / "runs"
 NASTY = "<img src=x onerror=alert(1)>|`$x_1$&"
 
 
@@ -40,11 +43,7 @@ def words(report) -> str:
 
 def page(report) -> str:
     """The page without drawings (drawing is what takes time)."""
-    return (
-        reporting._environment(html=True)
-        .get_template("report.html.j2")
-        .render(page_context(report, to_json(report), []))
-    )
+    return render_page("report.html", make_page_context(report, compose_report(report), []))
 
 
 def test_a_ladder_gives_page_figures_numbers_and_markdown(ladder):
@@ -74,14 +73,51 @@ def test_a_ladder_gives_page_figures_numbers_and_markdown(ladder):
     assert html.count("data:image/webp;base64,") == 3 + 3  # one grid per rung, three steps of the deepest
 
 
+def test_what_is_written_is_read_back_as_the_same_types(ladder):
+    report = read_report(str(ladder.parent / "report.json"))
+    assert report.runs[0].cost.images == 12_000
+    assert report.losses["world-d4"][-1].value < report.losses["world-d2"][-1].value
+    assert report.scores["world_geneval"][0].runs["world-d2"].low is not None
+    assert encode_report(report) == (ladder.parent / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("file", sorted(RUNS.rglob("report.json")), ids=lambda file: str(file.parent.name))
+def test_committed_reports_are_read(file):
+    if file.parent.name != "true_size":  # that one is the trainer's: a plan beside what was measured
+        assert encode_report(read_report(str(file))) == file.read_bytes()
+
+
+def test_a_report_that_is_none_is_refused_with_the_place(ladder, tmp_path):
+    told = json.loads((ladder.parent / "report.json").read_text())
+    told["runs"][0]["cost"]["images"] = "many"
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"runs\.0\.cost\.images"):
+        read_report(str(tmp_path / "report.json"))
+
+
+def test_numbers_that_are_not_finite_become_null_and_come_back_as_nan(tmp_path):
+    uri = write_run(str(tmp_path), 2, samples=False)
+    recipe = json.loads(storage.read_bytes(f"{uri}/recipe.json"))
+    storage.write_bytes(f"{uri}/recipe.json", json.dumps(recipe | {"odd": float("inf")}).encode())
+    row = ResultStore(f"{uri}/results").rows(metric="world_fid")[-1]
+    odd = [replace(row, metric="world_odd/overall", value=float("nan")), replace(row, metric="m", low=float("nan"))]
+    ResultStore(f"{uri}/results").append(odd)
+    analysis = analyse(read_runs(str(tmp_path)))
+    assert "world_odd" not in analysis.families
+    (tmp_path / "report.json").write_bytes(encode_report(compose_report(analysis)))
+    report = read_report(str(tmp_path / "report.json"))
+    assert report.runs[0].recipe["odd"] is None
+    assert report.scores["m"][0].runs["world-d2"].low is None
+
+
 def test_a_missing_correlation_names_its_metric(tmp_path):
     for depth in (2, 3, 4):
         write_run(str(tmp_path), depth, samples=False, checkpoints=1)
     report = analyse(read_runs(str(tmp_path)))
-    told = to_json(report)["correlations"]
+    told = encode_json(compose_report(report))["correlations"]
     reason = told[0]["within_runs"]["reason"]
     names = ", ".join(line["metric"] for line in told if line["within_runs"]["reason"] == reason)
-    markdown = reporting._files(report, [])["report.md"].decode()
+    markdown = render_files(report, [])["report.md"].decode()
     assert all(f"Within runs, {names}: {reason}." in text for text in (page(report), markdown))
 
 
@@ -113,29 +149,29 @@ def test_names_prompts_and_captions_are_data(tmp_path):
     assert "<script" not in html
     assert "&lt;img src=x onerror=alert(1)&gt;" in html
     assert "&lt;script&gt;alert(2)" in html
-    lines = [Line(NASTY, 0, (1.0, 2.0), (3.0, 2.0))]
-    draw = loss_curves(lines, xlabel="images", compute=False, ylabel="loss")
+    lines = [PlotLine(NASTY, 0, (1.0, 2.0), (3.0, 2.0))]
+    draw = plot_loss_curves(lines, xlabel="images", compute=False, ylabel="loss")
     drawn = render("loss", draw, alt=NASTY, caption=NASTY, num_series=1)
     texts = [element.text for element in ET.fromstring(drawn.wide_svg).iter() if element.tag.endswith("text")]
     assert NASTY in texts
-    context = page_context(report, to_json(report), [drawn])
-    markdown = reporting._environment(html=False).get_template("report.md.j2").render(context)
+    context = make_page_context(report, compose_report(report), [drawn])
+    markdown = render_page("report.md", context)
     assert re.search(r"(?<!\\)<", markdown) is None
-    assert "<img src=x" not in reporting._environment(html=True).get_template("report.html.j2").render(context)
-    assert markdown_text(f"a\nb {NASTY}") == r"a b \<img src=x onerror=alert(1)\>\|\`\$x_1\$&"
+    assert "<img src=x" not in render_page("report.html", context)
+    assert format_markdown(f"a\nb {NASTY}") == r"a b \<img src=x onerror=alert(1)\>\|\`\$x_1\$&"
 
 
 def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
     write_ladder(str(tmp_path), (2, 3, 4, 6, 8), images=400_000, noise=0.0005, samples=False)
     report = analyse(read_runs(str(tmp_path)))
-    scaling = report.scaling
+    scaling = report.fit.summary
     assert scaling.reason is None
-    assert scaling.size.exponent(0).low < LAW["alpha"] < scaling.size.exponent(0).high
-    assert scaling.joint.law.exponents[1] == pytest.approx(LAW["beta"], rel=0.05)
+    assert scaling.laws["L(N)"].exponents[0].low < LAW["alpha"] < scaling.laws["L(N)"].exponents[0].high
+    assert scaling.laws["L(N,D)"].exponents[1].value == pytest.approx(LAW["beta"], rel=0.05)
     frontier = LAW["alpha"] * LAW["beta"] / (LAW["alpha"] + LAW["beta"])  # FLOPs are parameters times images here
-    assert scaling.compute.exponent(0).low < frontier < scaling.compute.exponent(0).high
+    assert scaling.laws["L(C)"].exponents[0].low < frontier < scaling.laws["L(C)"].exponents[0].high
     assert "best size for each C" in page(report)
-    markdown = reporting._files(report, [])["report.md"].decode()
+    markdown = render_files(report, [])["report.md"].decode()
     assert all("N is the exact number of" in text for text in (page(report), markdown))
     assert scaling.next_rung.depth == 10
     assert scaling.next_rung.loss.low < scaling.next_rung.loss.value < scaling.next_rung.loss.high
@@ -143,7 +179,7 @@ def test_five_sizes_give_a_law_a_prediction_and_a_back_test(tmp_path):
     assert scaling.held_out.inside
     assert "Prediction for depth 10" in words(report)
     assert "Asked without depth 8" in page(report)
-    assert all(c.pearson and c.pearson.low is not None for _, _, c, _ in report.correlations)
+    assert all(c.across_runs.pearson.low is not None for c in report.correlations)
 
 
 def edit(file: Path, **changes) -> None:
@@ -156,21 +192,21 @@ def edit(file: Path, **changes) -> None:
 
 def test_a_law_is_of_one_backbone_and_says_what_else_differs_under_it(tmp_path):
     write_ladder(str(tmp_path), (2, 3, 4, 6), images=100_000, samples=False, scored=False)
-    alone = analyse(read_runs(str(tmp_path))).scaling
+    alone = analyse(read_runs(str(tmp_path))).fit.summary
     assert (alone.reason, alone.notes, alone.equal_ends) == (None, (), True)
     for depth in (1, 5, 8):
         write_run(str(tmp_path), depth, name=f"dit-d{depth}", images=100_000, samples=False, scored=False)
         edit(tmp_path / f"dit-d{depth}" / "recipe.json", model={"backbone": "dit"})
     report = analyse(read_runs(str(tmp_path)))
-    assert [curve.run for curve in report.scaling.curves] == [f"world-d{depth}" for depth in (2, 3, 4, 6)]
-    assert report.scaling.size.exponent(0) == alone.size.exponent(0)
+    assert [curve.run for curve in report.fit.curves] == [f"world-d{depth}" for depth in (2, 3, 4, 6)]
+    assert report.fit.summary.laws["L(N)"] == alone.laws["L(N)"]
     assert "The law is of mmdit alone; other backbones are not under it: dit (dit-d1, dit-d5, dit-d8)." in words(report)
     write_run(str(tmp_path), 4, name="hot", images=50_000, seed=1, samples=False, scored=False)
     edit(tmp_path / "hot" / "recipe.json", optimizer={"lr": 5e-3}, seed=1)
     report = analyse(read_runs(str(tmp_path)))
     assert "differ in more than their seed (optimizer.lr)" in words(report)
     assert "The runs end at different images, 50k to 100k" in page(report)
-    assert not report.scaling.equal_ends
+    assert not report.fit.summary.equal_ends
 
 
 def test_losses_that_are_no_numbers_and_unstable_ends_are_told_and_left_out(tmp_path):
@@ -210,14 +246,14 @@ def test_numbers_under_other_protocols_are_not_compared(tmp_path):
 def test_the_papers_points_stand_beside_the_official_benchmark_only(tmp_path):
     uri = write_run(str(tmp_path), 2, samples=False)
     world = analyse(read_runs(str(tmp_path)))
-    assert not any("SD3" in figure.wide_svg for figure in draw_all(world))
+    assert not any("SD3" in figure.wide_svg for figure in draw_figures(world))
     official = [
         replace(row, metric=row.metric.removeprefix("world_").removesuffix("/seen"))
         for row in world.runs[0].rows
         if row.metric.startswith("world_geneval/") and row.metric.endswith("/seen")
     ]
     ResultStore(uri + "/results").append(official)
-    drawn = {figure.name: figure for figure in draw_all(analyse(read_runs(str(tmp_path))))}
+    drawn = {figure.name: figure for figure in draw_figures(analyse(read_runs(str(tmp_path))))}
     assert "SD3 depth 38" in drawn["scores_geneval"].wide_svg
     assert "other data" in drawn["scores_geneval"].caption
     assert "SD3" not in drawn["scores_world_geneval"].wide_svg
@@ -238,7 +274,7 @@ def test_missing_pieces_make_a_smaller_report_that_says_so(tmp_path):
     text = page(report)
     assert "cannot be shown" in text
     assert "What is missing" in text
-    markdown = reporting._files(report, [])["report.md"].decode()
+    markdown = render_files(report, [])["report.md"].decode()
     assert "| empty | 4.92M | 0 |  |" in markdown, "a run without losses has a line, too"
 
 
@@ -248,7 +284,7 @@ def test_one_run_alone_and_the_run_folder_itself(tmp_path):
         report = analyse(read_runs(place))
         assert [run.name for run in report.runs] == ["world-d4"]
         assert "only one run" in "\n".join(report.missing)
-        assert "1 model size," in report.scaling.reason
+        assert "1 model size," in report.fit.summary.reason
         assert "Scaling report" in page(report)
 
 
@@ -257,7 +293,7 @@ def test_a_run_without_a_plan_still_has_its_loss(tmp_path):
     Path(f"{uri}/plan.json").unlink()
     report = analyse(read_runs(str(tmp_path)))
     assert report.runs[0].parameters  # counted from the recipe's model
-    assert "three validation losses together with its size" in report.scaling.reason
+    assert "three validation losses together with its size" in report.fit.summary.reason
     assert "No figure against compute" in page(report)
 
 
@@ -274,8 +310,7 @@ def test_noise_is_judged_and_its_figure_is_told(tmp_path):
     write_calibration(str(tmp_path))
     told = analyse(read_runs(str(tmp_path)))
     assert "world_geneval/overall/seen gives ground truth 0.97, shuffled 0.04, noise 0.00" in words(told)
-    markdown = reporting._environment(html=False).get_template("report.md.j2")
-    for text in (page(told), markdown.render(page_context(told, to_json(told), []))):
+    for text in (page(told), render_files(told, [])["report.md"].decode()):
         assert "shuffled 0.04, noise 0.00" in text
     write_calibration(str(tmp_path), noise=0.2)
     assert "the judges see things in noise: noise gets 0.20, expected at most 0.05" in words(
@@ -288,8 +323,8 @@ def test_seeds_of_one_size_are_separate_runs(tmp_path):
         write_run(str(tmp_path), depth, seed=seed, name=f"d{depth}-s{seed}", samples=False)
     report = analyse(read_runs(str(tmp_path)))
     assert set(label_runs(report.runs).values()) == {"d2-s0", "d2-s1", "d3-s0", "d3-s1"}
-    assert "2 model sizes" in report.scaling.reason
-    assert all(c.num_runs == 4 for _, _, c, _ in report.correlations)
+    assert "2 model sizes" in report.fit.summary.reason
+    assert all(c.across_runs.num_runs == 4 for c in report.correlations)
 
 
 def test_runs_of_a_sweep_lie_deeper_and_are_named_by_their_path(tmp_path):
@@ -327,9 +362,9 @@ def test_runs_on_s3_read_like_local_ones(s3, tmp_path):
 @pytest.mark.filterwarnings("error:constrained_layout not applied")
 def test_more_runs_than_names_fit_leave_room_for_the_curves():
     """61 formulations, two seeds each: their names once pushed the axes to nothing."""
-    lines = [Line(f"run {i}", i, (1e3, 1e4), (1.0, 0.5 + i / 1000)) for i in range(122)]
+    lines = [PlotLine(f"run {i}", i, (1e3, 1e4), (1.0, 0.5 + i / 1000)) for i in range(122)]
     for compute in (False, True):
-        draw = loss_curves(lines, xlabel="images", compute=compute, ylabel="loss")
+        draw = plot_loss_curves(lines, xlabel="images", compute=compute, ylabel="loss")
         drawn = render("loss", draw, alt="", caption="", num_series=len(lines))
         texts = [element.text for element in ET.fromstring(drawn.wide_svg).iter() if element.tag.endswith("text")]
         named = [text for text in texts if text and text.startswith("run ")]
@@ -342,23 +377,23 @@ def test_more_runs_than_names_fit_leave_room_for_the_curves():
     ("low", "high"), [(0.31, 0.38), (0.56, 1.2), (1e3, 1.2e4), (3e12, 4e13), (1e6, 1e9), (1.0, 1.0001), (0.1, 1000.0)]
 )
 def test_log_axes_have_a_few_round_ticks_inside(low, high):
-    ticks = log_ticks(low, high)
+    ticks = choose_log_ticks(low, high)
     assert 2 <= len(ticks) <= 7
     assert all(low <= tick <= high for tick in ticks)
 
 
 def test_small_words():
-    assert [count_text(v) for v in (950, 12_000, 999_999, 1.5e6, 2e9)] == ["950", "12k", "1M", "1.5M", "2B"]
-    assert power_text(1e14) == "10\u00b9\u2074"
-    assert power_text(2.5e-3) == "2.5\u00d710\u207b\u00b3"
-    assert [duration(s) for s in (5, 95, 7260, 200_000)] == ["5 s", "1 min 35 s", "2 h 01 min", "2 d 07 h"]
-    assert spread([1.0, 1.1, 5.0], 1.0) == pytest.approx([0.55, 1.55, 5.0])
-    assert len(set(ramp(("#000000", "#ffffff"), 7))) == 7
+    assert [format_count(v) for v in (950, 12_000, 999_999, 1.5e6, 2e9)] == ["950", "12k", "1M", "1.5M", "2B"]
+    assert format_power(1e14) == "10\u00b9\u2074"
+    assert format_power(2.5e-3) == "2.5\u00d710\u207b\u00b3"
+    assert [format_duration(s) for s in (5, 95, 7260, 200_000)] == ["5 s", "1 min 35 s", "2 h 01 min", "2 d 07 h"]
+    assert spread_apart([1.0, 1.1, 5.0], 1.0) == pytest.approx([0.55, 1.55, 5.0])
+    assert len(set(mix_ramp(("#000000", "#ffffff"), 7))) == 7
 
 
 def test_runs_that_tie_share_the_first_place():
     def ends(metric, *values):
-        points = {f"d{n}": [Point(12_000, v, v - 0.02, v + 0.1, 48)] for n, v in enumerate(values, start=2)}
+        points = {f"d{n}": [MetricPoint(12_000, v, v - 0.02, v + 0.1, 48)] for n, v in enumerate(values, start=2)}
         return Comparison(metric, "p", higher_is_better=True, points=points)
 
     found = {
@@ -366,11 +401,11 @@ def test_runs_that_tie_share_the_first_place():
         "m/overall/unseen": ends("m/overall/unseen", 0.0, 0.0, 0.0125),
     }
     labels = {f"d{n}": f"depth {n}" for n in (2, 3, 4)}
-    tasks = [Task("overall", {"seen": "m/overall/seen", "unseen": "m/overall/unseen"})]
-    (finding,) = score_findings("m", tasks, found, labels)
+    tasks = [ScoreTask("overall", {"seen": "m/overall/seen", "unseen": "m/overall/unseen"})]
+    (finding,) = describe_scores("m", tasks, found, labels)
     assert finding.text == (
         "depth 3 and depth 4 share the highest m: 0.0417 (0.0217 to 0.142) on seen compositions, "
         "0 (-0.02 to 0.1) and 0.0125 (-0.0075 to 0.113) on unseen ones, at 12k images."
     )
-    (tile,) = tiles(None, {"m": tasks}, found, {}, labels)
-    assert tile == {"value": "0.0417", "text": "best m, seen compositions (depth 3 and depth 4)"}
+    (number,) = choose_headlines(None, {"m": tasks}, found, {}, labels)
+    assert number == HeadlineNumber("0.0417", "best m, seen compositions (depth 3 and depth 4)")

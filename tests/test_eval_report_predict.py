@@ -9,8 +9,8 @@ from eval_runs import write_ladder, write_run
 
 from eval.report.analysis import analyse
 from eval.report.build import write_report
-from eval.report.data import read_runs
 from eval.report.predict import predict
+from eval.report.runs import read_runs
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore

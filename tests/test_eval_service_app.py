@@ -68,7 +68,7 @@ def test_a_fitted_law_is_as_described(tmp_path):
     assert set(told["scaling"]["laws"]) == {"L(N)", "L(N,D)", "L(C)"}
     assert [found["depth"] for found in told["predictions"]] == [8]
     page = client.get("/api").text
-    assert 'Answers <a href="#Fitted">Fitted</a> or <a href="#Fitting">Fitting</a>' in page
+    assert 'Answers <a href="#FittedLadder">FittedLadder</a> or <a href="#FittingLadder">FittingLadder</a>' in page
     assert set(re.findall(r'href="#(\w+)"', page)) <= set(re.findall(r'id="(\w+)"', page))
 
 
@@ -217,13 +217,13 @@ def test_failures_come_with_reasons(tmp_path):
     from eval.service.claims import claim
     from eval.service.index import Index
     from eval.service.watcher import Watcher
-    from eval.service.worker import Settings
+    from eval.service.worker import EvaluationSettings
 
     root = str(tmp_path)
     uri = write_run(root, 2, scored=False)
     (tmp_path / "world-d2" / "results" / "ab.jsonl").write_text("torn")
     storage.write_bytes(f"{uri}/weights/step_0000010/ema.safetensors", b"x")
-    settings = Settings(RunOptions(runs=root, metrics="none"))
+    settings = EvaluationSettings(RunOptions(runs=root, metrics="none"))
     claim(uri, settings.hash, 10).end("failed", reason=f"{XSS} is not finite")
     index = Index(root)
     index.refresh()

@@ -12,10 +12,10 @@ from eval_runs import write_run
 
 from eval.run import RunOptions
 from eval.service import claims
-from eval.service.claims import Outcome, Owner, Watch, claim, outcomes
+from eval.service.claims import ClaimMonitor, ClaimOwner, EvaluationOutcome, claim, read_outcomes
 from eval.service.index import Index
 from eval.service.watcher import Watcher
-from eval.service.worker import Died, NotReady, Settings, name_of
+from eval.service.worker import EvaluationSettings, JudgesNotReady, WorkerDied, name_of
 from infra import storage
 from infra.results import ResultRow, ResultStore
 
@@ -29,8 +29,8 @@ def test_of_many_claims_exactly_one_wins(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         won = [c for c in pool.map(lambda _: claim(run, "s", 100), range(16)) if c is not None]
     assert len(won) == 1
-    assert outcomes(files(run), "s") == {100: Outcome("running", 1, 0)}
-    assert outcomes(files(run), "other settings") == {}
+    assert read_outcomes(files(run), "s") == {100: EvaluationOutcome("running", 1, 0)}
+    assert read_outcomes(files(run), "other settings") == {}
 
 
 def test_outcomes_follow_the_last_attempt_and_count_the_silent_ones(tmp_path):
@@ -39,34 +39,34 @@ def test_outcomes_follow_the_last_attempt_and_count_the_silent_ones(tmp_path):
     assert claim(run, "s", 5) is None
     second = claim(run, "s", 5, after=first.attempt)  # the first was given up by everybody
     second.end("failed", reason="no room")
-    assert outcomes(files(run), "s")[5] == Outcome("failed", 2, 1)
-    assert claims.reason_of(run, "s", 5, 2)[0] == "no room"
+    assert read_outcomes(files(run), "s")[5] == EvaluationOutcome("failed", 2, 1)
+    assert claims.read_reason(run, "s", 5, 2)[0] == "no room"
     third = claim(run, "s", 5, after=2)
     third.end("released")
-    assert outcomes(files(run), "s")[5] == Outcome("new", 3, 1)
+    assert read_outcomes(files(run), "s")[5] == EvaluationOutcome("new", 3, 1)
     claim(run, "s", 5, after=3).end("done")
-    assert outcomes(files(run), "s")[5].state == "done"
+    assert read_outcomes(files(run), "s")[5].state == "done"
     first.end("done")  # a process that was believed dead comes back: still one outcome
-    assert outcomes(files(run), "s")[5].state == "done"
+    assert read_outcomes(files(run), "s")[5].state == "done"
 
 
 def test_a_claim_of_a_dead_process_on_this_machine_is_abandoned_at_once(tmp_path):
     run = str(tmp_path / "run")
     program = f"from eval.service.claims import claim; claim({run!r}, 's', 7)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    assert Watch().abandoned(run, "s", 7, 1)
+    assert ClaimMonitor().abandoned(run, "s", 7, 1)
     claim(run, "s", 8)
-    assert not Watch().abandoned(run, "s", 8, 1)  # ours, and we live
+    assert not ClaimMonitor().abandoned(run, "s", 8, 1)  # ours, and we live
 
 
 def test_a_claim_from_another_machine_is_abandoned_when_its_beat_stands_still(tmp_path, monkeypatch):
     run = str(tmp_path / "run")
     folder = storage.join(run, "evaluations", "s", "step_0000007")
-    elsewhere = Owner("another-host", "boot", 1, "0.00")
+    elsewhere = ClaimOwner("another-host", "boot", 1, "0.00")
     storage.write_bytes(folder + "/0001.claim.json", json.dumps({"owner": asdict(elsewhere)}).encode())
     clock = [1000.0]
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
-    watch = Watch()
+    watch = ClaimMonitor()
     for beat in range(4):
         assert not watch.abandoned(run, "s", 7, 1)
         storage.write_bytes(folder + "/0001.beat.json", json.dumps({"beat": beat}).encode())
@@ -75,7 +75,7 @@ def test_a_claim_from_another_machine_is_abandoned_when_its_beat_stands_still(tm
     clock[0] += claims.STANDS_STILL + 1
     assert watch.abandoned(run, "s", 7, 1)
     storage.write_bytes(folder + "/0001.claim.json", b'{"owner": "torn')
-    assert not Watch().abandoned(run, "s", 7, 1)
+    assert not ClaimMonitor().abandoned(run, "s", 7, 1)
 
 
 class Counting:
@@ -105,7 +105,7 @@ def ladder(tmp_path):
 
 
 def settings(root, **options):
-    return Settings(RunOptions(runs=root, metrics="none", **options))
+    return EvaluationSettings(RunOptions(runs=root, metrics="none", **options))
 
 
 def test_the_last_checkpoint_of_every_run_comes_first(ladder):
@@ -150,20 +150,20 @@ def test_a_failure_is_kept_with_its_reason_and_tried_again_only_when_asked(ladde
         pass
     assert len(done) == 6
     run = watcher.index.snapshot.by_name["world-d2"]
-    assert outcomes(run.evaluations, watcher.settings.hash)[20] == Outcome("failed", 1, 0)
-    assert claims.reason_of(run.run.uri, watcher.settings.hash, 20, 1)[0] == "cannot be read"
+    assert read_outcomes(run.evaluations, watcher.settings.hash)[20] == EvaluationOutcome("failed", 1, 0)
+    assert claims.read_reason(run.run.uri, watcher.settings.hash, 20, 1)[0] == "cannot be read"
     again = Watcher(Index(ladder), settings(ladder), worker=Counting(done, lock), retry=True)
     while again.step():
         pass
     assert len(done) == 8
-    states = outcomes(again.index.snapshot.by_name["world-d2"].evaluations, again.settings.hash)
+    states = read_outcomes(again.index.snapshot.by_name["world-d2"].evaluations, again.settings.hash)
     assert {outcome.state for outcome in states.values()} == {"done"}
 
 
 def test_a_checkpoint_that_kills_its_evaluation_again_and_again_is_given_up(ladder):
     done = []
     watcher = Watcher(Index(ladder), settings(ladder), worker=Counting(done, threading.Lock()))
-    gone = {"owner": asdict(Owner(Owner.me().host, Owner.me().boot, 2**22 + 1, "1.00"))}
+    gone = {"owner": asdict(ClaimOwner(ClaimOwner.here().host, ClaimOwner.here().boot, 2**22 + 1, "1.00"))}
     run = storage.join(ladder, "world-d2")
     for attempt in range(claims.MOST_ATTEMPTS):
         folder = storage.join(run, "evaluations", watcher.settings.hash, "step_0000020")
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_kills_its_evaluation_again_and_again_is_given_up(ladd
         pass
     assert ("world-d2", 20) not in done
     assert len(done) == 5
-    reason, _ = claims.reason_of(run, watcher.settings.hash, 20, claims.MOST_ATTEMPTS + 1)
+    reason, _ = claims.read_reason(run, watcher.settings.hash, 20, claims.MOST_ATTEMPTS + 1)
     assert "died without a word" in reason
 
 
@@ -181,7 +181,7 @@ class Dying(Counting):
 
     def evaluate(self, checkpoints, alive):
         if any(checkpoint.step == 20 for checkpoint in checkpoints):
-            raise Died("ended with code -9")
+            raise WorkerDied("ended with code -9")
         return super().evaluate(checkpoints, alive)
 
 
@@ -192,20 +192,20 @@ def test_a_batch_that_dies_is_given_back_and_its_culprit_found_alone(ladder):
         pass
     assert sorted(done) == [(f"world-d{depth}", step) for depth in (2, 3) for step in (10, 30)]
     run = watcher.index.snapshot.by_name["world-d3"]
-    states = outcomes(run.evaluations, watcher.settings.hash)
+    states = read_outcomes(run.evaluations, watcher.settings.hash)
     assert {step: outcome.state for step, outcome in states.items()} == {10: "done", 20: "failed", 30: "done"}
 
 
 def test_missing_judges_stop_the_evaluation_and_fail_no_checkpoint(ladder):
     class Unready(Counting):
         def evaluate(self, checkpoints, alive):
-            raise NotReady("no detector at /nowhere")
+            raise JudgesNotReady("no detector at /nowhere")
 
     watcher = Watcher(Index(ladder), settings(ladder), worker=Unready([], threading.Lock()))
     watcher.step()
     assert not watcher.step()
-    assert "no detector at /nowhere" in watcher.told()["problem"]
-    states = outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
+    assert "no detector at /nowhere" in watcher.describe().problem
+    states = read_outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
     assert {outcome.state for outcome in states.values()} == {"new"}
     repaired = Watcher(Index(ladder), settings(ladder), worker=Counting([], threading.Lock()))
     assert repaired.step()
@@ -216,9 +216,9 @@ def test_other_settings_are_evaluated_beside_these_and_batch_size_is_none(ladder
 
     one = settings(ladder)
     assert settings(ladder, captions=7).hash != one.hash
-    assert Settings(one.options, gallery=("a cat",)).hash != one.hash
+    assert EvaluationSettings(one.options, gallery=("a cat",)).hash != one.hash
     faster = replace(one.options, sampling=replace(one.options.sampling, batch=2, device="cuda"))
-    assert Settings(faster).hash == one.hash
+    assert EvaluationSettings(faster).hash == one.hash
 
 
 def test_pages_follow_what_is_trained_while_a_checkpoint_is_evaluated(ladder):
@@ -231,15 +231,15 @@ def test_pages_follow_what_is_trained_while_a_checkpoint_is_evaluated(ladder):
             ResultStore(storage.join(ladder, "world-d3", "results")).append([row])
             storage.write_bytes(storage.join(ladder, "world-d3", "weights", "step_0000040", "ema.safetensors"), b"x")
             alive()
-            seen.append((watcher.index.snapshot.by_name["world-d3"].images, watcher.told()))
+            seen.append((watcher.index.snapshot.by_name["world-d3"].images, watcher.describe()))
             return super().evaluate(checkpoints, alive)
 
     watcher = Watcher(Index(ladder), settings(ladder), every=0.0, worker=Slow([], threading.Lock()))
     assert watcher.step()
     ((images, told),) = seen
     assert images == 99_000
-    assert [(c["run"], c["step"]) for c in told["working"]] == [("world-d2", 30)]
-    assert (told["waiting"], told["elsewhere"]) == (6, 0)
+    assert [(c.run, c.step) for c in told.working] == [("world-d2", 30)]
+    assert (told.waiting, told.elsewhere) == (6, 0)
 
 
 def test_the_status_tells_what_others_evaluate_and_what_failed(ladder):
@@ -248,8 +248,8 @@ def test_the_status_tells_what_others_evaluate_and_what_failed(ladder):
     claim(run, watcher.settings.hash, 30)
     claim(run, watcher.settings.hash, 20).end("failed", reason="no room")
     watcher.index.refresh()
-    told = watcher.told()
-    assert (told["elsewhere"], told["failed"], told["checkpoints"]) == (1, 1, 6)
+    told = watcher.describe()
+    assert (told.elsewhere, told.failed, told.checkpoints) == (1, 1, 6)
 
 
 def test_a_stop_that_reaches_the_evaluating_process_first_is_no_failure(ladder):
@@ -257,10 +257,10 @@ def test_a_stop_that_reaches_the_evaluating_process_first_is_no_failure(ladder):
 
     class Stopped(Counting):
         def evaluate(self, checkpoints, alive):
-            raise Died("ended with code -15", stopped=True)
+            raise WorkerDied("ended with code -15", stopped=True)
 
     watcher = Watcher(Index(ladder), settings(ladder), worker=Stopped([], threading.Lock()))
     assert not watcher.step()  # and nothing new is begun at once
     watcher.index.refresh()
-    states = outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
-    assert states == {30: Outcome("new", 1, 0)}
+    states = read_outcomes(watcher.index.snapshot.by_name["world-d2"].evaluations, watcher.settings.hash)
+    assert states == {30: EvaluationOutcome("new", 1, 0)}

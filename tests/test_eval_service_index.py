@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from eval_runs import write_calibration, write_run
 
-from eval.report.data import read_runs
+from eval.report.runs import read_runs
 from eval.report.series import compare
-from eval.service import views
+from eval.service.answers import JsonAnswer
 from eval.service.index import Index
+from eval.service.numbers_api import list_calibration, list_series
+from eval.service.runs_api import list_runs
 from infra import storage
 from infra.results import ResultRow, ResultStore
 
@@ -36,7 +38,7 @@ def test_it_says_what_the_report_says(tmp_path):
             assert ours.by_run[run].images_P.tolist() == [p.images for p in points]
             np.testing.assert_array_equal(ours.by_run[run].value_P, [p.value for p in points])
     assert index.snapshot.curves("no/such") is None
-    assert views.calibration(index.snapshot)["lines"][0]["ground_truth"]["value"] == pytest.approx(0.972)
+    assert list_calibration(index.snapshot).lines[0].ground_truth.value == pytest.approx(0.972)
 
 
 def test_a_refresh_reads_only_runs_that_changed(tmp_path, monkeypatch):
@@ -77,8 +79,8 @@ def test_a_service_that_only_shows_tells_what_others_evaluated(tmp_path):
     [run] = index.snapshot.runs
     assert run.states("theirs") == {10: "done", 20: "failed"}
     assert run.states("") == {10: "done", 20: "done"}
-    assert views.run_list(index.snapshot, "")["runs"][0]["evaluated"] == 2
-    assert views.run_list(index.snapshot, "mine")["runs"][0]["evaluated"] == 0
+    assert list_runs(index.snapshot, "").runs[0].evaluated == 2
+    assert list_runs(index.snapshot, "mine").runs[0].evaluated == 0
     ResultStore(f"{uri}/results").append([row("world-d2", "world_fid", 9.0, images=30 * 64)])  # by `eval run`
     index.refresh()
     assert index.snapshot.runs[0].states("") == {10: "done", 20: "done", 30: "done"}
@@ -131,13 +133,13 @@ def test_weights_galleries_and_evaluations_are_found_and_other_files_are_not(tmp
     run = index.snapshot.by_name["world-d2"]
     assert run.weights == {100: f"{uri}/weights/step_0000100/ema.safetensors"}
     assert run.gallery == {100: f"{uri}/gallery/step_0000100.png"}
-    assert views.run_list(index.snapshot, "s")["runs"][0]["evaluated"] == 1
-    assert views.run_list(index.snapshot, "other")["runs"][0]["evaluated"] == 0
-    assert views.run_list(index.snapshot, "")["runs"][0]["evaluated"] == 1  # whatever it was evaluated with
+    assert list_runs(index.snapshot, "s").runs[0].evaluated == 1
+    assert list_runs(index.snapshot, "other").runs[0].evaluated == 0
+    assert list_runs(index.snapshot, "").runs[0].evaluated == 1  # whatever it was evaluated with
 
 
 def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
-    from eval.service.claims import claim, outcomes
+    from eval.service.claims import claim, read_outcomes
     from eval.studies.human import HumanStudies, StudySide
 
     root = storage.join(s3, "runs")
@@ -151,7 +153,7 @@ def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
     assert claim(uri, "s", 100) is None
     first.end("done")
     assert index.refresh()
-    assert outcomes(index.snapshot.by_name["world-d2"].evaluations, "s")[100].state == "done"
+    assert read_outcomes(index.snapshot.by_name["world-d2"].evaluations, "s")[100].state == "done"
     studies = HumanStudies(root)
     study = studies.create("one", StudySide("a", 1), StudySide("b", 1), prompts=["a", "b"], gallery="g")
     assert studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left"))
@@ -168,8 +170,8 @@ def test_nan_and_infinite_values_never_reach_json(tmp_path):
     store.append([row("world-d2", "odd", 3.0, images=300, low=float("nan"), high=4.0)])
     index = Index(root)
     index.refresh()
-    told = views.curves_of(index.snapshot, "odd", [], points=10)
-    json.dumps(told, allow_nan=False)
+    told = list_series(index.snapshot, "odd", [], points=10)
+    told = json.loads(JsonAnswer(told).body)
     assert told["runs"][0]["value"] == [None, 3.0]
     assert told["runs"][0]["low"] == [None, None]
 
@@ -179,6 +181,6 @@ def test_long_series_are_thinned_with_both_ends(tmp_path):
     ResultStore(uri + "/results").append([row("world-d2", "long", float(i), images=i) for i in range(1, 1001)])
     index = Index(str(tmp_path))
     index.refresh()
-    images = views.curves_of(index.snapshot, "long", [], points=50)["runs"][0]["images"]
+    images = list_series(index.snapshot, "long", [], points=50).runs[0].images
     assert len(images) == 50
     assert (images[0], images[-1]) == (1, 1000)

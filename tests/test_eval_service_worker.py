@@ -14,12 +14,19 @@ from test_eval_run import QUICK, export
 
 from eval.measure import Checkpoint
 from eval.run import RunOptions
-from eval.service.gallery import read_sheet, world_gallery
+from eval.service.gallery import choose_world_prompts, read_sheet
 from eval.service.index import Index
 from eval.service.serve import ServeOptions
 from eval.service.serve import prepare as serve_prepare
 from eval.service.watcher import Watcher
-from eval.service.worker import Died, EvaluateAndDraw, NotReady, Settings, Worker, prepare
+from eval.service.worker import (
+    EvaluateAndDraw,
+    EvaluationSettings,
+    EvaluationWorker,
+    JudgesNotReady,
+    WorkerDied,
+    prepare_judges,
+)
 from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -34,7 +41,9 @@ def checkpoint(root, step=10, **meta):
 
 def settings(root, **options):
     options = {"metrics": "none", "calibration": False, **options}
-    return Settings(RunOptions(runs=str(root), sampling=QUICK, **options), gallery=("a red dog", "a cat", "a red dog"))
+    return EvaluationSettings(
+        RunOptions(runs=str(root), sampling=QUICK, **options), gallery=("a red dog", "a cat", "a red dog")
+    )
 
 
 def work_of(given):
@@ -57,7 +66,7 @@ def test_a_gallery_is_drawn_once_with_its_description(tmp_path):
     storage.write_bytes(uri.replace(".png", ".json"), b"{")
     work(mine)
     assert storage.read_bytes(uri) == drawn  # a torn description is
-    assert len(set(world_gallery(20))) == 20
+    assert len(set(choose_world_prompts(20))) == 20
 
 
 def test_weights_that_disappear_are_a_failure_with_words(tmp_path):
@@ -89,7 +98,7 @@ def test_a_service_that_could_not_evaluate_does_not_start(tmp_path, wrong, told)
 def test_judges_that_are_not_there_are_found_before_any_checkpoint(tmp_path):
     checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"--official\."):
-        prepare(settings(tmp_path, metrics="geneval", judges="official"))
+        prepare_judges(settings(tmp_path, metrics="geneval", judges="official"))
 
 
 @pytest.mark.slow
@@ -97,7 +106,7 @@ def test_judges_that_are_not_there_are_found_before_any_checkpoint(tmp_path):
 def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_killed(tmp_path):
     good, bad = checkpoint(tmp_path), checkpoint(tmp_path, 20)
     os.unlink(bad.weights)
-    worker = Worker(settings(tmp_path))
+    worker = EvaluationWorker(settings(tmp_path))
     beats = []
     try:
         reasons = worker.evaluate([good, bad], lambda: beats.append(1))
@@ -106,20 +115,20 @@ def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_k
         process = worker._process
         threading.Timer(0.2, os.kill, (process.pid, signal.SIGKILL)).start()
         os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(Died, match="code -9") as died:
+        with pytest.raises(WorkerDied, match="code -9") as died:
             worker.evaluate([good], lambda: None)
         assert not died.value.stopped
         assert worker.evaluate([good], lambda: None) == {}
         assert worker._process is not process
         os.kill(worker._process.pid, signal.SIGTERM)
-        with pytest.raises(Died) as died:
+        with pytest.raises(WorkerDied) as died:
             worker.evaluate([good], lambda: None)
         assert died.value.stopped
     finally:
         worker.stop()
-    unready = Worker(settings(tmp_path, metrics="geneval", judges="official"))
+    unready = EvaluationWorker(settings(tmp_path, metrics="geneval", judges="official"))
     try:
-        with pytest.raises(NotReady, match=r"--official\."):
+        with pytest.raises(JudgesNotReady, match=r"--official\."):
             unready.evaluate([good], lambda: None)
     finally:
         unready.stop()
@@ -192,7 +201,7 @@ def wait_for(services: list[Watcher], kind: str, count: int, *, seconds: float =
         runs = [service.index.snapshot.by_name.get("tiny") for service in services]
         if all(run and sum(path.endswith(f".{kind}.json") for path in run.evaluations) == count for run in runs):
             return
-        assert time.monotonic() < end, [service.told() for service in services]
+        assert time.monotonic() < end, [service.describe() for service in services]
         time.sleep(0.1)
 
 

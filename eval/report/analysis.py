@@ -1,95 +1,107 @@
-"""What a report says, before anything is drawn or written: run folders compared, fitted, correlated, put into words."""
+"""What a report is made of, before anything is drawn or written: runs compared, fitted, correlated, put into words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from eval.report import findings as words
 from eval.report import tables
-from eval.report.data import ReportData, Run
-from eval.report.law import Scaling, fit_ladder
-from eval.report.predict import Graded, grade
-from eval.report.series import Comparison, Task, compare, level_metrics, loss_when_scored, main_loss, score_families
+from eval.report.headline import list_missing
+from eval.report.law import LadderFit, fit_ladder
+from eval.report.predict import GradedPrediction, grade
+from eval.report.runs import RunFolder, StoredRuns
+from eval.report.series import (
+    Comparison,
+    ScoreTask,
+    compare,
+    find_main_loss,
+    find_noise_levels,
+    group_scores,
+    interpolate_loss_at_scores,
+    is_number,
+)
 from eval.scaling.correlation import Correlation, correlate_across_runs, correlate_within_runs, find_equal_images
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that the pages show, before it is drawn."""
+class LossCorrelation:
+    """Of validation loss and one score. `images`: where the runs are compared; None where they share no checkpoint."""
 
-    data: ReportData
+    metric: str
+    images: int | None
+    across_runs: Correlation
+    within_runs: Correlation
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that the pages show. `found` has the comparison of each score, `families` their order on the page."""
+
+    data: StoredRuns
     labels: dict[str, str]
     losses: Comparison | None
     levels: dict[float, Comparison]
-    families: dict[str, list[Task]]
+    families: dict[str, list[ScoreTask]]
     found: dict[str, Comparison]
-    scaling: Scaling
-    correlations: list[tuple[str, int | None, Correlation, Correlation]]
-    calibration: list[dict[str, Any]]
-    costs: dict[str, dict[str, Any]]
-    graded: list[Graded]
-    findings: list[words.Finding]
+    fit: LadderFit
+    correlations: list[LossCorrelation]
+    calibration: list[tables.CalibrationLine]
+    costs: dict[str, tables.TrainingCost]
+    graded: list[GradedPrediction]
+    findings: list[words.ReportFinding]
     missing: list[str]
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[RunFolder, ...]:
         return self.data.runs
 
 
-def analyse(data: ReportData) -> Report:
+def analyse(data: StoredRuns) -> Analysis:
     runs, labels = data.runs, label_runs(data.runs)
-    loss = main_loss(runs)
+    names = {row.metric for run in runs for row in run.rows if is_number(row)}
+    loss = find_main_loss(metric for run in runs for metric in run.metrics)
     losses = compare(runs, loss) if loss else None
-    levels = {t: c for t, name in level_metrics(runs, loss).items() if (c := compare(runs, name))} if loss else {}
-    families = score_families(runs)
-    found = {
-        metric: comparison
-        for tasks in families.values()
-        for task in tasks
-        for metric in task.metrics.values()
-        if (comparison := compare(runs, metric))
-    }
-    scaling = fit_ladder(runs, losses)
-    correlations = [
-        (metric, *correlate(losses, found[metric])) for metric in headline_metrics(families) if losses is not None
-    ]
+    levels = {t: c for t, name in find_noise_levels(names, loss).items() if (c := compare(runs, name))} if loss else {}
+    families = group_scores(names)
+    metrics = [metric for tasks in families.values() for task in tasks for metric in task.metrics.values()]
+    found = {metric: comparison for metric in metrics if (comparison := compare(runs, metric))}
+    fit = fit_ladder(runs, losses)
+    correlations = [correlate(losses, found[metric]) for metric in list_headline_metrics(families)] if losses else []
     graded = grade(data.predictions, runs, losses)
-    calibration = tables.calibration_table(data.calibration)
-    costs = {run.name: tables.cost_of(run) for run in runs}
+    calibration = tables.tabulate_calibration(data.calibration)
+    costs = {run.name: tables.measure_cost(run) for run in runs}
     sizes = {run.name: run.parameters or run.depth or 0 for run in runs}
     findings = [
-        *words.loss_findings(losses, labels, sizes),
-        *words.law_findings(scaling),
-        *words.prediction_findings(graded),
-        *(f for family, tasks in families.items() for f in words.score_findings(family, tasks, found, labels)),
-        *words.calibration_findings(calibration, any(name.startswith("world_") for name in families)),
-        *words.correlation_findings([(metric, across) for metric, _, across, _ in correlations]),
-        *words.cost_findings(costs),
-        *words.protocol_findings([left for c in (losses, *found.values()) if c for left in c.left_out]),
+        *words.describe_losses(losses, labels, sizes),
+        *words.describe_laws(fit.summary),
+        *words.describe_predictions(graded),
+        *(f for family, tasks in families.items() for f in words.describe_scores(family, tasks, found, labels)),
+        *words.describe_calibration(calibration, any(name.startswith("world_") for name in families)),
+        *words.describe_correlations([(line.metric, line.across_runs) for line in correlations]),
+        *words.describe_costs(costs),
+        *words.describe_left_out([left for c in (losses, *found.values()) if c for left in c.left_out]),
     ]
-    missing = words.missing_findings(runs, labels, families, calibration)
-    return Report(
-        data, labels, losses, levels, families, found, scaling, correlations, calibration, costs, graded, findings,
-        missing,
-    )  # fmt: skip
+    missing = list_missing(runs, labels, families, calibration)
+    return Analysis(
+        data, labels, losses, levels, families, found, fit, correlations, calibration, costs, graded, findings, missing
+    )
 
 
-def label_runs(runs: Sequence[Run]) -> dict[str, str]:
+def label_runs(runs: Sequence[RunFolder]) -> dict[str, str]:
     """`depth 4` where depths tell the runs apart, else their names."""
     depths = [run.depth for run in runs]
     unique = None not in depths and len(set(depths)) == len(depths)
     return {run.name: f"depth {run.depth}" if unique else run.name for run in runs}
 
 
-def headline_metrics(families: Mapping[str, Sequence[Task]]) -> list[str]:
+def list_headline_metrics(families: Mapping[str, Sequence[ScoreTask]]) -> list[str]:
     """Each family's overall score: on seen compositions and, where there are such, on unseen ones."""
-    overall = [task for tasks in families.values() for task in tasks if task.name == "overall"]
+    overall = [task for tasks in families.values() for task in tasks if task.task == "overall"]
     return [metric for task in overall for _, metric in sorted(task.metrics.items())]
 
 
-def correlate(losses: Comparison, scores: Comparison) -> tuple[int | None, Correlation, Correlation]:
-    """(images, across runs at those images, within runs), with the loss that each run had when it was scored."""
-    x, y = loss_when_scored(losses, scores), scores.values()
+def correlate(losses: Comparison, scores: Comparison) -> LossCorrelation:
+    """Across runs at equal images and within runs, with the loss that each run had when it was scored."""
+    x, y = interpolate_loss_at_scores(losses, scores), scores.values()
     images = find_equal_images(x, y)
     both = [run for run in x if images in x[run]] if images is not None else []
     across = (
@@ -97,4 +109,5 @@ def correlate(losses: Comparison, scores: Comparison) -> tuple[int | None, Corre
         if images
         else correlate_across_runs([], [])
     )
-    return images, across, correlate_within_runs([(list(x[run].values()), [y[run][i] for i in x[run]]) for run in x])
+    within = correlate_within_runs([(list(x[run].values()), [y[run][i] for i in x[run]]) for run in x])
+    return LossCorrelation(scores.metric, images, across, within)

@@ -1,26 +1,25 @@
 """Writes a scaling report from run folders: report.html (self-contained), report.md, report.json, figures/.
 
-Reading is data.py's, comparing series.py's, fitting law.py's, wording findings.py's, all of it together analysis.py's;
-figures are figures.py's, drawn by plots.py.
-Pieces that are missing make a smaller report that says so.
+runs.py reads, series.py compares, law.py fits, findings.py puts into words, analysis.py does all of it; document.py
+composes report.json; figures.py decides on figures, which plots.py draws. Missing pieces make a smaller report that
+says so.
 """
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.report import findings as words
 from eval.report import tables
-from eval.report.analysis import Report, analyse
-from eval.report.as_json import to_json
-from eval.report.data import read_runs
-from eval.report.figures import draw_all, score_figure
-from eval.report.pictures import progress_pictures, rung_pictures
-from eval.report.plots import Drawn
-from eval.report.style import count_text, power_text, standalone, themes
+from eval.report.analysis import Analysis, analyse
+from eval.report.document import Report, compose_report, encode_json, encode_report
+from eval.report.figures import draw_figures, name_score_figure
+from eval.report.headline import choose_headlines
+from eval.report.pictures import choose_progress_pictures, choose_rung_pictures
+from eval.report.plots import RenderedFigure
+from eval.report.runs import read_runs
+from eval.report.style import make_themes, wrap_svg
+from eval.report.text import format_count, format_duration, format_markdown, format_power, format_significant
 from infra import storage
 from infra.errors import UserError
 
@@ -35,48 +34,48 @@ def write_report(runs: str, out: str) -> Path:
     """Read the runs under `runs` (local or s3://), write the report into the local folder `out`, return report.html."""
     if storage.is_remote(out):
         raise UserError(f"--out {out}: a report is written to a local folder; copy it to S3 afterwards")
-    report = analyse(read_runs(runs))
-    drawn = draw_all(report)
+    analysis = analyse(read_runs(runs))
     folder = storage.local_path(out)
-    for name, data in _files(report, drawn).items():
+    for name, data in render_files(analysis, draw_figures(analysis)).items():
         storage.write_bytes(str(folder / name), data)
     return folder / "report.html"
 
 
-def _files(report: Report, drawn: Sequence[Drawn]) -> dict[str, bytes]:
+def render_files(analysis: Analysis, drawn: Sequence[RenderedFigure]) -> dict[str, bytes]:
     """Every file of the report by its path, report.html last: whoever sees it has the rest."""
-    light, dark = themes(max(len(report.runs), 1))
+    light, dark = make_themes(max(len(analysis.runs), 1))
     files: dict[str, bytes] = {}
     for figure in drawn:
         files[f"figures/{figure.name}.png"] = figure.light_png
         files[f"figures/{figure.name}-dark.png"] = figure.dark_png
-        files[f"figures/{figure.name}.svg"] = standalone(figure.wide_svg, light, dark).encode()
-    told = to_json(report)
-    files["report.json"] = (json.dumps(told, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
-    context = page_context(report, told, drawn)
-    files["report.md"] = _environment(html=False).get_template("report.md.j2").render(context).encode()
-    files["report.html"] = _environment(html=True).get_template("report.html.j2").render(context).encode()
+        files[f"figures/{figure.name}.svg"] = wrap_svg(figure.wide_svg, light, dark).encode()
+    report = compose_report(analysis)
+    files["report.json"] = encode_report(report)
+    context = make_page_context(analysis, report, drawn)
+    for name in ("report.md", "report.html"):
+        files[name] = render_page(name, context).encode()
     return files
 
 
-def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]) -> dict[str, Any]:
-    pictures, picture_notes = rung_pictures(report.runs)
-    with_samples = [run for run in report.runs if run.samples]
-    strip, strip_notes = progress_pictures(with_samples[-1]) if with_samples else ([], [])
-    light, dark = themes(max(len(report.runs), 1))
+def make_page_context(analysis: Analysis, report: Report, drawn: Sequence[RenderedFigure]) -> dict[str, Any]:
+    """What the templates read: all of report.json, pictures and figures, and how a page names things."""
+    pictures, picture_notes = choose_rung_pictures(analysis.runs)
+    with_samples = [run for run in analysis.runs if run.samples]
+    strip, strip_notes = choose_progress_pictures(with_samples[-1]) if with_samples else ([], [])
+    light, dark = make_themes(max(len(analysis.runs), 1))
     return {
-        **told,
-        "created": told["created"][:16].replace("T", " ") + " UTC",
+        **encode_json(report),
+        "created": report.created[:16].replace("T", " ") + " UTC",
         "missing": [*report.missing, *picture_notes, *strip_notes],
         "figures": {figure.name: figure for figure in drawn},
         "pictures": pictures,
         "strip": strip,
-        "cooldown": any(tables.recipe_field(run, "schedule", "cooldown") for run in report.runs),
-        "single_scores": [lines[0] for lines in told["scores"].values() if len(lines) == 1],
-        "figure_names": {family: score_figure(family) for family in told["scores"]},
+        "cooldown": any(run.recipe_field("schedule", "cooldown") for run in analysis.runs),
+        "single_scores": [lines[0] for lines in encode_json(report.scores).values() if len(lines) == 1],
+        "figure_names": {family: name_score_figure(family) for family in report.scores},
         "n_is_counted": N_IS_COUNTED,
-        "worldly": any(family.startswith("world_") for family in report.families),
-        "tiles": words.tiles(report.losses, report.families, report.found, report.costs, report.labels),
+        "worldly": any(family.startswith("world_") for family in report.scores),
+        "tiles": choose_headlines(analysis.losses, analysis.families, analysis.found, analysis.costs, analysis.labels),
         "light": light.variables(),
         "dark": dark.variables(),
         "paper_tasks": tables.PAPER_TASKS,
@@ -84,40 +83,27 @@ def page_context(report: Report, told: Mapping[str, Any], drawn: Sequence[Drawn]
     }
 
 
-def significant(value: float | None, digits: int = 3) -> str:
-    """So many significant digits; powers of ten from a million on only."""
-    if value is None:
-        return ""
-    text = f"{value:.{digits}g}"
-    return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e6 else text
-
-
-def _environment(*, html: bool) -> Any:
-    """Names and captions are data: escaped as HTML in the page; the Markdown uses `cell` to the same end."""
+def render_page(name: str, context: dict[str, Any]) -> str:
+    """report.html or report.md. Names and captions are data: escaped as HTML; in Markdown by the filter `cell`."""
     import jinja2
     from markupsafe import Markup
 
+    html = name.endswith(".html")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=html, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters.update(
-        count=lambda v: "" if v is None else count_text(v),
-        power=lambda v: "" if v is None else power_text(v),
-        duration=lambda v: "" if v is None else words.duration(v),
-        sig=significant,
+        count=lambda v: "" if v is None else format_count(v),
+        power=lambda v: "" if v is None else format_power(v),
+        duration=lambda v: "" if v is None else format_duration(v),
+        sig=format_significant,
         words=lambda text: str(text).replace("_", " "),
-        cell=markdown_text,
+        cell=format_markdown,
     )
     if html:
         environment.filters["drawing"] = lambda svg: Markup(svg)  # matplotlib has escaped its texts
-    return environment
-
-
-def markdown_text(text: Any) -> str:
-    """One line that Markdown shows literally, also inside a table."""
-    line = re.sub(r"([\\`*\[\]<>|$~])", r"\\\1", " ".join(str(text).split()))
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", line)  # inside a word it is only an underscore
+    return str(environment.get_template(f"{name}.j2").render(context))
 
 
 @dataclass(frozen=True)

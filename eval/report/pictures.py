@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from eval.report.data import Run
+from eval.report.runs import RunFolder
 from infra import storage
 from infra.errors import UserError
 
@@ -18,7 +18,7 @@ STRIP = 4
 
 
 @dataclass(frozen=True)
-class Picture:
+class SamplePicture:
     run: str
     file: str
     uri: str
@@ -27,44 +27,44 @@ class Picture:
     prompts: tuple[str, ...] = ()
 
 
-def rung_pictures(runs: Sequence[Run]) -> tuple[list[Picture], list[str]]:
+def choose_rung_pictures(runs: Sequence[RunFolder]) -> tuple[list[SamplePicture], list[str]]:
     """Each run's last grid, of the same file name where all have one (same prompts and seeds); and what failed."""
-    shared = set.intersection(*({_name(uri) for uri in run.samples} for run in runs)) if runs else set()
-    pictures: list[Picture] = []
+    shared = set.intersection(*({_take_file_name(uri) for uri in run.samples} for run in runs)) if runs else set()
+    pictures: list[SamplePicture] = []
     notes: list[str] = []
     for run in runs:
-        candidates = [uri for uri in run.samples if _name(uri) in shared] or list(run.samples)
+        candidates = [uri for uri in run.samples if _take_file_name(uri) in shared] or list(run.samples)
         if candidates:
-            _try(run, candidates[-1], pictures, notes)
+            _add_picture(run, candidates[-1], pictures, notes)
     return pictures, notes
 
 
-def progress_pictures(run: Run) -> tuple[list[Picture], list[str]]:
+def choose_progress_pictures(run: RunFolder) -> tuple[list[SamplePicture], list[str]]:
     """A few of one run's grids, from its first to its last, of those that share the last one's size."""
     if len(run.samples) < 3:
         return [], []
     steps = sorted({round(i * (len(run.samples) - 1) / (STRIP - 1)) for i in range(STRIP)})
-    pictures: list[Picture] = []
+    pictures: list[SamplePicture] = []
     notes: list[str] = []
     for step in steps:
-        _try(run, run.samples[step], pictures, notes)
+        _add_picture(run, run.samples[step], pictures, notes)
     pictures = [p for p in pictures if (p.width, p.height) == (pictures[-1].width, pictures[-1].height)]
     return (pictures if len(pictures) > 1 else []), notes
 
 
-def _try(run: Run, uri: str, pictures: list[Picture], notes: list[str]) -> None:
+def _add_picture(run: RunFolder, uri: str, pictures: list[SamplePicture], notes: list[str]) -> None:
     try:
-        data, width, height = _encode(uri)
+        data, width, height = _encode_uri(uri)
     except UserError as error:
-        notes.append(f"{run.name}: sample {_name(uri)} cannot be shown: {error}")
+        notes.append(f"{run.name}: sample {_take_file_name(uri)} cannot be shown: {error}")
         return
-    pictures.append(Picture(run.name, _name(uri), data, width, height, prompts_of(uri)))
+    pictures.append(SamplePicture(run.name, _take_file_name(uri), data, width, height, read_prompts(uri)))
 
 
-def _encode(uri: str) -> tuple[str, int, int]:
+def _encode_uri(uri: str) -> tuple[str, int, int]:
     image = open_picture(uri)
     image.thumbnail((WIDEST, WIDEST * 4), Image.Resampling.LANCZOS)
-    return "data:image/webp;base64," + base64.b64encode(webp(image)).decode(), image.width, image.height
+    return "data:image/webp;base64," + base64.b64encode(encode_webp(image)).decode(), image.width, image.height
 
 
 def open_picture(uri: str) -> Image.Image:
@@ -82,13 +82,13 @@ def open_picture(uri: str) -> Image.Image:
         raise UserError(f"{uri}: not a readable picture") from error
 
 
-def webp(image: Image.Image, *, lossless: bool = False) -> bytes:
+def encode_webp(image: Image.Image, *, lossless: bool = False) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=88, lossless=lossless, method=2)
     return buffer.getvalue()
 
 
-def prompts_of(uri: str) -> tuple[str, ...]:
+def read_prompts(uri: str) -> tuple[str, ...]:
     """From a JSON beside the image (`prompts`: list of texts), or the lines of captions.txt, as the trainer writes."""
     beside, captions = uri.rsplit(".", 1)[0] + ".json", uri.rsplit("/", 1)[0] + "/captions.txt"
     try:
@@ -103,5 +103,5 @@ def prompts_of(uri: str) -> tuple[str, ...]:
         return ()
 
 
-def _name(uri: str) -> str:
+def _take_file_name(uri: str) -> str:
     return uri.rsplit("/", 1)[-1]

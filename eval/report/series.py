@@ -1,4 +1,7 @@
-"""Result rows as comparable series: one value per run and images under one protocol; others are left out, and said."""
+"""Result rows as comparable series: one value per run and number of images, all measured under one protocol.
+
+A protocol (prompts, seeds, sampler, judges) is named by its hash. Values under another one are left out and reported.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.report.data import LOSS, Run
+from eval.report.runs import LOSS, RunFolder
+from eval.scaling.intervals import Number
 from infra.results import ResultRow
 
 # First parts of metric names that are not scores of the model.
@@ -19,12 +23,18 @@ SCORES = ("geneval", "compbench", "clip_score", "fid", "inception_fid", "typogra
 
 
 @dataclass(frozen=True)
-class Point:
+class MetricPoint:
+    """A metric at one number of training images, with its 95 % interval; `count`: samples behind it."""
+
     images: int
-    value: float
+    value: Number
     low: float | None
     high: float | None
     count: int
+
+    @staticmethod
+    def of(row: ResultRow) -> "MetricPoint":
+        return MetricPoint(row.images_seen, row.value, row.low, row.high, row.sample_count)
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,13 @@ class Comparison:
     metric: str
     protocol: str
     higher_is_better: bool
-    points: dict[str, list[Point]] = field(default_factory=dict)
+    points: dict[str, list[MetricPoint]] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
     def values(self) -> dict[str, dict[int, float]]:
         return {run: {p.images: p.value for p in points} for run, points in self.points.items()}
 
-    def at(self, run: str, images: int | None = None) -> Point | None:
+    def at(self, run: str, images: int | None = None) -> MetricPoint | None:
         """The point at `images`, or the run's last."""
         points = self.points.get(run, [])
         if images is None:
@@ -67,14 +77,14 @@ class Comparison:
         return max(common, default=None)
 
 
-def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
+def compare(runs: Sequence[RunFolder], metric: str) -> Comparison | None:
     """All runs' values of a metric under the protocol that most runs have (then most points, then most samples)."""
     rows = [row for run in runs for row in run.rows if row.metric == metric and is_number(row)]
     if not rows:
         return None
     owner = {id(row): run.name for run in runs for row in run.rows}
     kept = pick_protocol([(owner[id(row)], row.protocol_hash, 1, row.sample_count) for row in rows])
-    points: dict[str, list[Point]] = {}
+    points: dict[str, list[MetricPoint]] = {}
     others: dict[str, ResultRow] = {}
     for row in sorted(rows, key=lambda row: row.images_seen):
         if row.protocol_hash == kept:
@@ -82,7 +92,7 @@ def compare(runs: Sequence[Run], metric: str) -> Comparison | None:
             mine = points.setdefault(owner[id(row)], [])
             if mine and mine[-1].images == row.images_seen:
                 mine.pop()
-            mine.append(Point(row.images_seen, row.value, row.low, row.high, row.sample_count))
+            mine.append(MetricPoint.of(row))
         else:
             others[owner[id(row)]] = row
     left = tuple(
@@ -109,7 +119,7 @@ def pick_protocol(measured: Sequence[tuple[str, str, int, int]]) -> str:
     return max(runs, key=lambda protocol: (len(runs[protocol]), points[protocol], samples[protocol], protocol))
 
 
-def loss_when_scored(losses: Comparison, scores: Comparison) -> dict[str, dict[int, float]]:
+def interpolate_loss_at_scores(losses: Comparison, scores: Comparison) -> dict[str, dict[int, float]]:
     """run -> images of each scored checkpoint -> validation loss there, read between its neighbours on the curve."""
     found: dict[str, dict[int, float]] = {}
     for run in scores.points.keys() & losses.points.keys():
@@ -121,24 +131,14 @@ def loss_when_scored(losses: Comparison, scores: Comparison) -> dict[str, dict[i
     return {run: found[run] for run in scores.points if run in found}
 
 
-def main_loss(runs: Sequence[Run]) -> str | None:
-    """Name of the validation loss that most runs have; the paper's protocol on a tie. Protocols are never mixed."""
-    return most_common_loss(name for run in runs for name in {row.metric for row in run.rows})
-
-
-def most_common_loss(metrics: Iterable[str]) -> str | None:
-    """The same from each run's metric names, one after another."""
+def find_main_loss(metrics: Iterable[str]) -> str | None:
+    """The validation loss that most runs have, from each run's metric names in one row; the paper's own on a tie."""
     names = [name for name in metrics if is_loss(name)]
     return max(set(names), key=lambda name: (names.count(name), name == f"{LOSS}sd3"), default=None)
 
 
-def level_metrics(runs: Sequence[Run], loss: str) -> dict[float, str]:
+def find_noise_levels(metrics: Iterable[str], loss: str) -> dict[float, str]:
     """Noise level -> metric name, for `val_loss/sd3/t0.125` and its siblings."""
-    return levels_among({row.metric for run in runs for row in run.rows}, loss)
-
-
-def levels_among(metrics: Iterable[str], loss: str) -> dict[float, str]:
-    """The same from the names alone."""
     found: dict[float, str] = {}
     for name in (name for name in metrics if name.startswith(f"{loss}/t")):
         try:
@@ -151,20 +151,15 @@ def levels_among(metrics: Iterable[str], loss: str) -> dict[float, str]:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One line of a score family: a task, and its metric names for seen, unseen or no such split."""
+class ScoreTask:
+    """One task of a benchmark. `metrics`: split ("seen", "unseen" or "all") -> name of the metric."""
 
-    name: str
+    task: str
     metrics: dict[str, str]
 
 
-def score_families(runs: Sequence[Run]) -> dict[str, list[Task]]:
+def group_scores(metrics: Iterable[str]) -> dict[str, list[ScoreTask]]:
     """`world_geneval` -> its tasks, overall first. Known benchmarks first, then whatever else was measured."""
-    return families_of({row.metric for run in runs for row in run.rows})
-
-
-def families_of(metrics: Iterable[str]) -> dict[str, list[Task]]:
-    """The same from the names alone."""
     names = sorted(name for name in metrics if name.split("/")[0] not in NOT_SCORES)
     families: dict[str, dict[str, dict[str, str]]] = {}
     for name in names:
@@ -176,7 +171,7 @@ def families_of(metrics: Iterable[str]) -> dict[str, list[Task]]:
         return next((i for i, known in enumerate(SCORES) if family.endswith(known)), len(SCORES)), family
 
     return {
-        family: [Task(task, families[family][task]) for task in sorted(families[family], key=_task_rank)]
+        family: [ScoreTask(task, families[family][task]) for task in sorted(families[family], key=_task_rank)]
         for family in sorted(families, key=rank)
     }
 

@@ -24,7 +24,6 @@ DARK_RAMP = ("#7b86e0", "#3fb6c9", "#dff5c2")
 LIGHT = {"ink": "#1b1f24", "muted": "#59626e", "grid": "#dfe3e8", "page": "#fdfdfc", "accent": "#b3471d"}
 DARK = {"ink": "#e8eaed", "muted": "#a3adb9", "grid": "#30363e", "page": "#14171b", "accent": "#f0946a"}
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
-SUPERSCRIPT = str.maketrans("0123456789-", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b")
 WIDTHS = {"wide": 7.4, "narrow": 3.75}  # inches: a desktop column and a phone held upright
 
 
@@ -43,12 +42,12 @@ class Theme:
         return {**self.names, **{f"s{i}": color for i, color in enumerate(self.series)}}
 
 
-def themes(num_series: int) -> tuple[Theme, Theme]:
+def make_themes(num_series: int) -> tuple[Theme, Theme]:
     """Light and dark, with as many series colors as there are models."""
-    return Theme(LIGHT, ramp(LIGHT_RAMP, num_series)), Theme(DARK, ramp(DARK_RAMP, num_series))
+    return Theme(LIGHT, mix_ramp(LIGHT_RAMP, num_series)), Theme(DARK, mix_ramp(DARK_RAMP, num_series))
 
 
-def ramp(anchors: Sequence[str], count: int) -> tuple[str, ...]:
+def mix_ramp(anchors: Sequence[str], count: int) -> tuple[str, ...]:
     """`count` colors along the anchors, evenly in linear light; a single model takes the last and strongest."""
     stops = np.array([[int(a[i : i + 2], 16) / 255 for i in (1, 3, 5)] for a in anchors]) ** 2.2
     at = np.linspace(0, 1, count) if count > 1 else np.array([1.0])
@@ -57,7 +56,7 @@ def ramp(anchors: Sequence[str], count: int) -> tuple[str, ...]:
 
 
 @contextmanager
-def drawing(theme: Theme) -> Iterator[None]:
+def use_theme(theme: Theme) -> Iterator[None]:
     """matplotlib set up for one figure. Text is never parsed: a run may be called `$x_1$`."""
     import matplotlib as mpl
 
@@ -75,7 +74,7 @@ def drawing(theme: Theme) -> Iterator[None]:
         yield
 
 
-def svg_of(figure: "Figure", theme: Theme, prefix: str) -> str:
+def render_svg(figure: "Figure", theme: Theme, prefix: str) -> str:
     """The figure as an inline SVG element whose colors are CSS variables and whose ids are unique on the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -91,7 +90,7 @@ def svg_of(figure: "Figure", theme: Theme, prefix: str) -> str:
     )
 
 
-def standalone(svg: str, light: Theme, dark: Theme) -> str:
+def wrap_svg(svg: str, light: Theme, dark: Theme) -> str:
     """The same as a file of its own that follows the reader's setting."""
 
     def rules(theme: Theme) -> str:
@@ -102,31 +101,13 @@ def standalone(svg: str, light: Theme, dark: Theme) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + svg[:start] + style + svg[start:]
 
 
-def png_of(figure: "Figure", theme: Theme) -> bytes:
+def render_png(figure: "Figure", theme: Theme) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor=theme["page"], metadata={"Software": None})
     return buffer.getvalue()
 
 
-def count_text(value: float) -> str:
-    """12000 -> 12k, 1500000 -> 1.5M: for axes and running text."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def power_text(value: float) -> str:
-    """2e14 -> 2x10^14 with real superscripts; 1e14 -> 10^14."""
-    if value <= 0 or not math.isfinite(value):
-        return "0" if value == 0 else str(value)
-    exponent = math.floor(math.log10(value) + 1e-9)
-    mantissa = f"{value / 10**exponent:.2g}"
-    power = "10" + str(exponent).translate(SUPERSCRIPT)
-    return power if mantissa == "1" else f"{mantissa}\u00d7{power}"
-
-
-def log_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
+def choose_log_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Round values between low and high for a log axis: decades, then 1-2-5, then evenly spaced round numbers."""
     from matplotlib.ticker import MaxNLocator
 
@@ -145,7 +126,7 @@ def _sparse(ticks: list[float], most: int) -> list[float]:
     return whole if len(whole) >= 2 else ticks[:: math.ceil(len(ticks) / most)]
 
 
-def log_axis(
+def set_log_axis(
     ax: "Axes", which: str, values: Sequence[float], form: Any, *, pad: tuple[float, float] = (0.04, 0.04)
 ) -> None:
     """A log axis around the values, with at most six labelled round ticks and none of matplotlib's minor clutter."""
@@ -156,25 +137,6 @@ def log_axis(
     low, high = math.exp(low - pad[0] * span), math.exp(high + pad[1] * span)
     ax.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_major_locator(FixedLocator(choose_log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Positions near `values` at least `gap` apart (labels at line ends), keeping their order."""
-    order = np.argsort(values, kind="stable")
-    placed = np.array(values, float)[order]
-    for _ in range(200):
-        moved = False
-        for i in range(len(placed) - 1):
-            lack = gap - (placed[i + 1] - placed[i])
-            if lack > 1e-9:
-                placed[i] -= lack / 2
-                placed[i + 1] += lack / 2
-                moved = True
-        if not moved:
-            break
-    result = np.empty(len(placed))
-    result[order] = placed
-    return result.tolist()

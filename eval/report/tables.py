@@ -1,18 +1,20 @@
-"""The tables of a report as plain data: cost, plan against reality, recipe differences, judges, scores, origin."""
+"""The tables of a report: cost, plan against reality, recipe differences, calibration of judges, scores, provenance."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from eval.report.data import Run, finite
-from eval.report.series import Comparison, Point, Task, is_number
+from eval.report.runs import RunFolder, parse_finite
+from eval.report.series import Comparison, MetricPoint, ScoreTask, is_number
 from infra.results import ResultRow
 
-# Scoring the world's own scenes must give this much, and scenes under other captions at most that.
+# What judges must give to the world's own scenes, and may give at most to scenes of other captions and to noise.
 TRUTH_AT_LEAST, SHUFFLED_AT_MOST, NOISE_AT_MOST = 0.95, 0.10, 0.05
-# What a calibration row compares with: the part of its metric name that says so.
+AS_IT_MUST_BE = "as it must be"
+# The part of a calibration row's metric name that says which pictures were judged.
 CONTROLS = ("ground_truth", "shuffled", "noise")
-# SD3 Table 5 (Esser et al. 2024): GenEval at 512 px without DPO, in the order of PAPER_TASKS.
+# SD3 Table 5 (Esser et al. 2024, arXiv 2403.03206): GenEval at 512 px without DPO, in the order of PAPER_TASKS.
 PAPER_GENEVAL = {
     18: (0.58, 0.97, 0.72, 0.52, 0.78, 0.16, 0.34),
     24: (0.62, 0.98, 0.74, 0.63, 0.67, 0.34, 0.36),
@@ -20,149 +22,221 @@ PAPER_GENEVAL = {
     38: (0.68, 0.98, 0.84, 0.66, 0.74, 0.40, 0.43),
 }
 PAPER_TASKS = ("overall", "single_object", "two_object", "counting", "colors", "position", "color_attr")
-# Recipe fields that name the run rather than decide what it becomes.
-UNTOLD = {"name", "data.fingerprint"}
 
 
-def cost_of(run: Run) -> dict[str, Any]:
-    """Time, speed, work and efficiency of one run; None where it was not measured."""
-    seconds, speed = _last(run, "cost/seconds"), _last(run, "cost/images_per_second")
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a run has cost so far. `efficiency`: achieved over the device's peak FLOPs per second (MFU)."""
+
+    images: int
+    seconds: float | None
+    images_per_second: float | None
+    flops: float | None
+    flops_per_second: float | None
+    efficiency: float | None
+
+
+@dataclass(frozen=True)
+class PlannedQuantity:
+    """A number that a plan predicted, and what was measured. `ratio`: measured over planned."""
+
+    name: str
+    planned: float
+    measured: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class RecipeDifference:
+    """A dotted field in which recipes differ, and its value in each run as text."""
+
+    field: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationLine:
+    """What one metric gives to pictures that are right, to right ones of other prompts and to noise.
+
+    `verdict` is null for a metric without a known ceiling, or while a control is missing.
+    """
+
+    metric: str
+    ground_truth: MetricPoint | None
+    shuffled: MetricPoint | None
+    noise: MetricPoint | None
+    protocols: tuple[str, ...]
+    verdict: str | None
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """One task of a benchmark under one protocol: each run's point, by run name.
+
+    `best`: runs whose order the interval of the best one leaves open; empty where runs are not at equal images.
+    `left_out`: runs that were measured under other protocols only -> their hashes.
+    """
+
+    task: str
+    split: str
+    metric: str
+    higher_is_better: bool
+    runs: dict[str, MetricPoint]
+    best: tuple[str, ...]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunProvenance:
+    """Which recipes, code and data a run's rows come from. `last`: when its latest row was written (ISO 8601)."""
+
+    run: str
+    recipe_hashes: tuple[str, ...]
+    code_versions: tuple[str, ...]
+    data_fingerprint: str
+    rows: int
+    last: str
+
+
+@dataclass(frozen=True)
+class ProtocolUse:
+    """The metrics measured under one protocol, and the sample counts of their numbers."""
+
+    protocol: str
+    metrics: tuple[str, ...]
+    samples: tuple[int, ...]
+
+
+def measure_cost(run: RunFolder) -> TrainingCost:
+    """Time, speed, work and efficiency of one run so far."""
+    seconds, speed = _find_last(run, "cost/seconds"), _find_last(run, "cost/images_per_second")
     images = max((row.images_seen for row in run.rows if row.metric.startswith(("cost/", "train_loss"))), default=0)
     images = images or run.images
     speed = speed or (images / seconds if seconds and images else None)
     flops = run.flops_per_image * images if run.flops_per_image and images else None
-    peak = finite(run.plan.get("peak_flops_per_second")) or finite(run.plan.get("device_peak_flops"))
+    peak = parse_finite(run.plan.get("peak_flops_per_second")) or parse_finite(run.plan.get("device_peak_flops"))
     rate = run.flops_per_image * speed if run.flops_per_image and speed else None
-    return {
-        "images": images,
-        "seconds": seconds,
-        "images_per_second": speed,
-        "flops": flops,
-        "flops_per_second": rate,
-        "efficiency": rate / peak if rate and peak else None,
-    }
+    return TrainingCost(images, seconds, speed, flops, rate, rate / peak if rate and peak else None)
 
 
-def plan_against_reality(run: Run) -> list[dict[str, Any]]:
+def compare_plan(run: RunFolder) -> tuple[PlannedQuantity, ...]:
     """Every number that plan.json predicts (under `predicted`) beside the last measured row of the same name."""
     predicted = run.plan.get("predicted", run.plan.get("predictions"))
     lines = []
     for name, value in sorted(predicted.items()) if isinstance(predicted, Mapping) else []:
-        planned = finite(value)
-        measured = next((m for m in (_last(run, name), _last(run, f"cost/{name}")) if m is not None), None)
+        planned = parse_finite(value)
+        measured = next((m for m in (_find_last(run, name), _find_last(run, f"cost/{name}")) if m is not None), None)
         if planned is not None:
             ratio = measured / planned if measured is not None and planned else None
-            lines.append({"name": str(name), "planned": planned, "measured": measured, "ratio": ratio})
-    return lines
+            lines.append(PlannedQuantity(str(name), planned, measured, ratio))
+    return tuple(lines)
 
 
-def recipe_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Fields in which the recipes differ: {"field": ..., "values": one text per run}."""
+def compare_recipes(runs: Sequence[RunFolder], *, ignore: Sequence[str] = ("name",)) -> list[RecipeDifference]:
+    """The fields in which the recipes differ; `ignore` names fields that say which run it is, not what it becomes."""
     flat = [flatten(run.recipe) for run in runs]
-    fields = sorted({name for recipe in flat for name in recipe} - UNTOLD)
-    lines = [(name, [recipe.get(name, "") for recipe in flat]) for name in fields]
-    return [{"field": name, "values": values} for name, values in lines if len(set(values)) > 1]
+    fields = sorted({name for recipe in flat for name in recipe} - set(ignore))
+    lines = [RecipeDifference(name, tuple(recipe.get(name, "") for recipe in flat)) for name in fields]
+    return [line for line in lines if len(set(line.values)) > 1]
 
 
-def calibration_table(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
+def tabulate_calibration(rows: Sequence[ResultRow]) -> list[CalibrationLine]:
     """One line per judged score: what ground truth, shuffled and noise images get, and whether that is as it should."""
-    lines: dict[str, dict[str, Any]] = {}
+    controls: dict[str, dict[str, MetricPoint]] = {}
+    protocols: dict[str, set[str]] = {}
     for row in rows:
         parts = row.metric.split("/")[1:]
         control = next((name for name in CONTROLS if name in parts), None)
-        if control is None or not is_number(row):
-            continue
-        name = "/".join(part for part in parts if part != control)
-        line = lines.setdefault(name, {"metric": name, **dict.fromkeys(CONTROLS), "protocols": set()})
-        line[control] = {"value": row.value, "low": row.low, "high": row.high, "count": row.sample_count}
-        line["protocols"].add(row.protocol_hash)
-    for line in lines.values():
-        line["verdict"] = _verdict(line)
-        line["protocols"] = sorted(line["protocols"])
-    return [lines[name] for name in sorted(lines, key=_overall_first)]
+        if control is not None and is_number(row):
+            name = "/".join(part for part in parts if part != control)
+            controls.setdefault(name, {})[control] = MetricPoint.of(row)
+            protocols.setdefault(name, set()).add(row.protocol_hash)
+    lines = []
+    for name in sorted(controls, key=_rank_overall_first):
+        truth, shuffled, noise = (controls[name].get(control) for control in CONTROLS)
+        verdict = _judge(name, truth, shuffled, noise)
+        lines.append(CalibrationLine(name, truth, shuffled, noise, tuple(sorted(protocols[name])), verdict))
+    return lines
 
 
-def score_rows(
-    family: str, tasks: Sequence[Task], found: Mapping[str, Comparison], labels: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """One line per task and split, one cell per run: its last checkpoint's number with interval and images seen."""
+def tabulate_scores(
+    tasks: Sequence[ScoreTask], found: Mapping[str, Comparison], runs: Sequence[str]
+) -> list[ScoreLine]:
+    """One line per task and split: the last checkpoint's number of each of the named runs."""
     lines = []
     for task in tasks:
         for split, metric in sorted(task.metrics.items()):
             comparison = found[metric]
-            cells = {run: _cell(comparison.at(run)) for run in labels}
-            best = _best(cells, comparison.higher_is_better)
-            lines.append(
-                {"family": family, "task": task.name, "split": split, "metric": metric, "cells": cells, "best": best}
-            )
+            points = {run: point for run in runs if (point := comparison.at(run))}
+            left_out = {left.run: left.protocol for left in comparison.left_out}
+            lines.append(compose_score_line(task, split, points, left_out, higher=comparison.higher_is_better))
     return lines
 
 
-def provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def compose_score_line(
+    task: ScoreTask, split: str, points: dict[str, MetricPoint], left_out: dict[str, str], *, higher: bool
+) -> ScoreLine:
+    return ScoreLine(task.task, split, task.metrics[split], higher, points, _find_best(points, higher), left_out)
+
+
+def trace_provenance(runs: Sequence[RunFolder]) -> list[RunProvenance]:
     return [
-        {
-            "run": run.name,
-            "recipe_hashes": sorted({row.recipe_hash for row in run.rows}),
-            "code_versions": sorted({row.code_version for row in run.rows}),
-            "data_fingerprint": _fingerprint(run),
-            "rows": len(run.rows),
-            "last": max((row.created for row in run.rows), default=""),
-        }
+        RunProvenance(
+            run.name,
+            recipe_hashes=tuple(sorted({row.recipe_hash for row in run.rows})),
+            code_versions=tuple(sorted({row.code_version for row in run.rows})),
+            data_fingerprint=str(run.recipe_field("data", "fingerprint") or run.plan.get("data_fingerprint") or ""),
+            rows=len(run.rows),
+            last=max((row.created for row in run.rows), default=""),
+        )
         for run in runs
     ]
 
 
-def protocols(found: Mapping[str, Comparison]) -> list[dict[str, Any]]:
-    """Protocol hash -> the metrics measured under it and how many samples each number stands on."""
-    lines: dict[str, dict[str, Any]] = {}
+def list_protocols(found: Mapping[str, Comparison]) -> list[ProtocolUse]:
+    """Each protocol with the metrics measured under it."""
+    metrics: dict[str, list[str]] = {}
+    samples: dict[str, set[int]] = {}
     for metric, comparison in found.items():
-        line = lines.setdefault(comparison.protocol, {"protocol": comparison.protocol, "metrics": [], "samples": set()})
-        line["metrics"].append(metric)
-        line["samples"].update(p.count for points in comparison.points.values() for p in points)
-    return [{**line, "samples": sorted(line["samples"])} for line in lines.values()]
+        metrics.setdefault(comparison.protocol, []).append(metric)
+        counts = {point.count for points in comparison.points.values() for point in points}
+        samples.setdefault(comparison.protocol, set()).update(counts)
+    return [ProtocolUse(name, tuple(metrics[name]), tuple(sorted(samples[name]))) for name in metrics]
 
 
-def _verdict(line: Mapping[str, Any]) -> str | None:
+def _judge(
+    metric: str, truth: MetricPoint | None, shuffled: MetricPoint | None, noise: MetricPoint | None
+) -> str | None:
     """Shares of right images and means of probabilities have a known ceiling; a CLIP score or a FID has none."""
-    if not line["metric"].split("/")[0].endswith(("geneval", "compbench")) or "overall" not in line["metric"]:
+    if not metric.split("/")[0].endswith(("geneval", "compbench")) or "overall" not in metric:
         return None
-    truth, shuffled, noise = (line.get(control) for control in CONTROLS)
-    if truth and truth["value"] < TRUTH_AT_LEAST:
-        return (
-            f"the judges miss what is there: ground truth gets {truth['value']:.2f}, expected at least {TRUTH_AT_LEAST}"
-        )
-    if shuffled and shuffled["value"] > SHUFFLED_AT_MOST:
-        return f"the judges see too much: shuffled gets {shuffled['value']:.2f}, expected at most {SHUFFLED_AT_MOST}"
-    if noise and noise["value"] > NOISE_AT_MOST:
-        return f"the judges see things in noise: noise gets {noise['value']:.2f}, expected at most {NOISE_AT_MOST}"
-    return "as it must be" if truth and shuffled and noise else None
+    if truth and truth.value < TRUTH_AT_LEAST:
+        return f"the judges miss what is there: ground truth gets {truth.value:.2f}, expected at least {TRUTH_AT_LEAST}"
+    if shuffled and shuffled.value > SHUFFLED_AT_MOST:
+        return f"the judges see too much: shuffled gets {shuffled.value:.2f}, expected at most {SHUFFLED_AT_MOST}"
+    if noise and noise.value > NOISE_AT_MOST:
+        return f"the judges see things in noise: noise gets {noise.value:.2f}, expected at most {NOISE_AT_MOST}"
+    return AS_IT_MUST_BE if truth and shuffled and noise else None
 
 
-def _best(cells: Mapping[str, Mapping[str, Any] | None], higher: bool) -> list[str]:
-    """Runs whose interval touches the best run's: inside it no order is drawn. Only at equal images."""
-    known = {run: cell for run, cell in cells.items() if cell}
-    if len(known) < 2 or len({cell["images"] for cell in known.values()}) > 1:
-        return []
-    top = (max if higher else min)(known.values(), key=lambda cell: cell["value"])
-    edge = top["low"] if higher else top["high"]
+def _find_best(points: Mapping[str, MetricPoint], higher: bool) -> tuple[str, ...]:
+    """Runs whose value lies inside the best run's interval. None at all where runs are not at equal images."""
+    if len(points) < 2 or len({point.images for point in points.values()}) > 1:
+        return ()
+    top = (max if higher else min)(points.values(), key=lambda point: point.value)
+    edge = top.low if higher else top.high
     if edge is None:
-        return [run for run, cell in known.items() if cell["value"] == top["value"]]
-    return [run for run, cell in known.items() if (cell["value"] >= edge if higher else cell["value"] <= edge)]
+        edge = top.value
+    return tuple(run for run, point in points.items() if (point.value >= edge if higher else point.value <= edge))
 
 
-def _cell(point: Point | None) -> dict[str, Any] | None:
-    if point is None:
-        return None
-    return {"value": point.value, "low": point.low, "high": point.high, "images": point.images, "count": point.count}
-
-
-def _last(run: Run, metric: str) -> float | None:
+def _find_last(run: RunFolder, metric: str) -> float | None:
     rows = [row for row in run.rows if row.metric == metric]
-    return max(rows, key=lambda row: (row.images_seen, row.created)).value if rows else None
+    return parse_finite(max(rows, key=lambda row: (row.images_seen, row.created)).value) if rows else None
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:
-    """A recipe as `optimizer.lr` -> its value in words."""
+    """A recipe as `optimizer.lr` -> its value as text."""
     if isinstance(value, Mapping):
         parts = [flatten(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()]
         return {name: text for part in parts for name, text in part.items()}
@@ -171,17 +245,5 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
     return {path: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
 
 
-def recipe_field(run: Run, *path: str) -> Any:
-    """`recipe_field(run, "schedule", "cooldown")`, or None where the recipe has no such field."""
-    value: Any = run.recipe
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _fingerprint(run: Run) -> str:
-    return str(recipe_field(run, "data", "fingerprint") or run.plan.get("data_fingerprint") or "")
-
-
-def _overall_first(name: str) -> tuple[str, bool, str]:
+def _rank_overall_first(name: str) -> tuple[str, bool, str]:
     return name.split("/")[0], "overall" not in name, name

@@ -89,9 +89,9 @@ def simulate_coverage(
         for name, hit in _check_intervals(ladder, replicates, np.random.default_rng([seed, trial])).items():
             hits[name] = hits.get(name, 0) + hit
     quantities = []
-    for name, hit in hits.items():
-        interval = binomtest(hit, trials).proportion_ci(0.95)
-        quantities.append(QuantityCoverage(name, hit / trials, float(interval.low), float(interval.high)))
+    for name, count in hits.items():
+        interval = binomtest(count, trials).proportion_ci(0.95)
+        quantities.append(QuantityCoverage(name, count / trials, float(interval.low), float(interval.high)))
     return Coverage(trials, ladder, TRUTH, tuple(quantities))
 
 

@@ -8,9 +8,12 @@ is left, and the interval is wide. coverage.py measures how often these interval
 
 # Shapes: B replicates, P points, R runs, Q parameters.
 
+import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator, WithJsonSchema
 
 from eval.scaling.frontier import derive_compute_laws
 from eval.scaling.laws import (
@@ -28,12 +31,27 @@ REPLICATES = 1000
 LEAST_SQUARES = 1e3  # a Huber threshold that no residual reaches
 
 
+# A float that JSON writes as null where it is not finite, and reads back from there as nan.
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
+]
+
+
 @dataclass(frozen=True)
 class Interval:
-    value: float
-    low: float
-    high: float
-    level: float = 0.95
+    """An estimate with its 95 % interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+    @staticmethod
+    def of(value: float, value_B: Array) -> "Interval":
+        """`value` with the middle 95 % of its replicates."""
+        low, high = np.quantile(value_B, [0.025, 0.975])
+        return Interval(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -58,21 +76,16 @@ class Bootstrap:
     scatter: Scatter
 
     def exponent(self, term: int) -> Interval:
-        return self._interval(self.law.exponents[term], self.theta_BQ[:, 2 + 2 * term])
+        return Interval.of(self.law.exponents[term], self.theta_BQ[:, 2 + 2 * term])
 
     def floor(self) -> Interval:
-        return self._interval(self.law.floor, np.exp(self.theta_BQ[:, 0]))
+        return Interval.of(self.law.floor, np.exp(self.theta_BQ[:, 0]))
 
     def loss(self, *sizes: float, new_run: bool = False) -> Interval:
         """The law's loss there (sizes in natural units); with `new_run` the interval is for one more run's own loss."""
         x_KP = np.log(np.array(sizes, float))[:, None]
         log_B = predict_log_loss(self.theta_BQ, x_KP)[:, 0] + (self.new_run_B if new_run else 0.0)
-        return self._interval(float(self.law(*sizes)[0]), np.exp(log_B))
-
-    @staticmethod
-    def _interval(value: float, value_B: Array) -> Interval:
-        low, high = np.quantile(value_B, [0.025, 0.975])
-        return Interval(value, float(low), float(high))
+        return Interval.of(float(self.law(*sizes)[0]), np.exp(log_B))
 
 
 def estimate_scatter(points: FitPoints, law: PowerLaw) -> Scatter:

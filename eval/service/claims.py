@@ -19,7 +19,7 @@ from infra import storage
 from infra.errors import MissingError, UserError
 from infra.results import now
 
-State = Literal["new", "running", "done", "failed"]
+EvaluationState = Literal["new", "running", "done", "failed"]
 _FILE = re.compile(r"evaluations/(?P<settings>[^/]+)/step_(?P<step>\d+)/(?P<attempt>\d+)\.(?P<kind>\w+)\.json$")
 BEAT_EVERY = 15.0  # seconds
 STANDS_STILL = 90.0
@@ -27,7 +27,7 @@ MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Owner:
+class ClaimOwner:
     """A process, such that another on the same machine can see whether it still lives."""
 
     host: str
@@ -36,42 +36,44 @@ class Owner:
     started: str
 
     @staticmethod
-    def me() -> "Owner":
-        return Owner(socket.gethostname(), _boot(), os.getpid(), _process_start(os.getpid()))
+    def here() -> "ClaimOwner":
+        return ClaimOwner(socket.gethostname(), _identify_boot(), os.getpid(), _find_process_start(os.getpid()))
 
     @property
     def surely_gone(self) -> bool:
         """True only where that can be known: same machine, and no such process (or another one of that number)."""
-        here = (self.host, self.boot) == (socket.gethostname(), _boot())
-        return here and _process_start(self.pid) != self.started
+        here = (self.host, self.boot) == (socket.gethostname(), _identify_boot())
+        return here and _find_process_start(self.pid) != self.started
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutcome:
     """What is known of one checkpoint's evaluation under one setting, from the names of its files alone."""
 
-    state: State = "new"
+    state: EvaluationState = "new"
     attempt: int = 0
     deaths: int = 0  # claims before the last one that ended without a word
 
 
-def outcomes(files: Iterable[str], settings: str) -> dict[int, Outcome]:
+def read_outcomes(files: Iterable[str], settings: str) -> dict[int, EvaluationOutcome]:
     """Step -> outcome. `files`: paths relative to the run."""
     kinds: dict[int, dict[int, set[str]]] = {}
     for path in files:
         match = _FILE.match(path)
         if match and match["settings"] == settings:
             kinds.setdefault(int(match["step"]), {}).setdefault(int(match["attempt"]), set()).add(match["kind"])
-    return {step: _outcome(attempts) for step, attempts in kinds.items()}
+    return {step: _conclude(attempts) for step, attempts in kinds.items()}
 
 
-def _outcome(attempts: dict[int, set[str]]) -> Outcome:
+def _conclude(attempts: dict[int, set[str]]) -> EvaluationOutcome:
     last = max(attempts)
     deaths = sum(1 for n, kinds in attempts.items() if n < last and not kinds & {"done", "failed", "released"})
     if any("done" in kinds for kinds in attempts.values()):
-        return Outcome("done", last, deaths)
-    state: State = "failed" if "failed" in attempts[last] else "new" if "released" in attempts[last] else "running"
-    return Outcome(state, last, deaths)
+        return EvaluationOutcome("done", last, deaths)
+    state: EvaluationState = (
+        "failed" if "failed" in attempts[last] else "new" if "released" in attempts[last] else "running"
+    )
+    return EvaluationOutcome(state, last, deaths)
 
 
 @dataclass
@@ -87,24 +89,24 @@ class Claim:
         """Cheap to call often: writes every BEAT_EVERY seconds."""
         if time.monotonic() - self._last >= BEAT_EVERY:
             self._beats += 1
-            storage.write_bytes(_file(self.folder, self.attempt, "beat"), json.dumps({"beat": self._beats}).encode())
+            storage.write_bytes(_locate(self.folder, self.attempt, "beat"), json.dumps({"beat": self._beats}).encode())
             self._last = time.monotonic()
 
     def end(self, state: Literal["done", "failed", "released"], *, reason: str = "", seconds: float = 0.0) -> None:
         told = {"reason": reason, "seconds": round(seconds, 1), "at": now()}
-        storage.write_bytes(_file(self.folder, self.attempt, state), json.dumps(told).encode())
+        storage.write_bytes(_locate(self.folder, self.attempt, state), json.dumps(told).encode())
 
 
 def claim(run_uri: str, settings: str, step: int, *, after: int = 0) -> Claim | None:
     """The next attempt after number `after`, or None where somebody else was first."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-    told = {"owner": asdict(Owner.me()), "at": now()}
-    if storage.write_bytes_if_absent(_file(folder, after + 1, "claim"), json.dumps(told).encode()):
+    told = {"owner": asdict(ClaimOwner.here()), "at": now()}
+    if storage.write_bytes_if_absent(_locate(folder, after + 1, "claim"), json.dumps(told).encode()):
         return Claim(folder, after + 1)
     return None
 
 
-class Watch:
+class ClaimMonitor:
     """Tells which running claims are abandoned: their owner is gone, or their beat stood still under our own clock."""
 
     def __init__(self) -> None:
@@ -112,28 +114,28 @@ class Watch:
 
     def abandoned(self, run_uri: str, settings: str, step: int, attempt: int) -> bool:
         folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-        owner = _owner(_read(_file(folder, attempt, "claim")))
+        owner = _parse_owner(_read(_locate(folder, attempt, "claim")))
         if owner is not None and owner.surely_gone:
             return True
-        beat, now = _read(_file(folder, attempt, "beat")), time.monotonic()
-        before = self._seen.get(_file(folder, attempt, "beat"))
+        beat, now = _read(_locate(folder, attempt, "beat")), time.monotonic()
+        before = self._seen.get(_locate(folder, attempt, "beat"))
         if before is None or before[0] != beat:
-            self._seen[_file(folder, attempt, "beat")] = (beat, now)
+            self._seen[_locate(folder, attempt, "beat")] = (beat, now)
             return False
         return now - before[1] > STANDS_STILL
 
 
-def reason_of(run_uri: str, settings: str, step: int, attempt: int) -> tuple[str, str]:
+def read_reason(run_uri: str, settings: str, step: int, attempt: int) -> tuple[str, str]:
     """(reason, time) of a failed attempt."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
     try:
-        told = json.loads(_read(_file(folder, attempt, "failed")))
+        told = json.loads(_read(_locate(folder, attempt, "failed")))
         return str(told.get("reason", "")), str(told.get("at", ""))
     except (UserError, ValueError, AttributeError):
         return "failed, and its reason cannot be read", ""
 
 
-def _file(folder: str, attempt: int, kind: str) -> str:
+def _locate(folder: str, attempt: int, kind: str) -> str:
     return storage.join(folder, f"{attempt:04d}.{kind}.json")
 
 
@@ -144,14 +146,14 @@ def _read(uri: str) -> bytes:
         return b""
 
 
-def _owner(data: bytes) -> Owner | None:
+def _parse_owner(data: bytes) -> ClaimOwner | None:
     try:
-        return Owner(**json.loads(data)["owner"])
+        return ClaimOwner(**json.loads(data)["owner"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _boot() -> str:
+def _identify_boot() -> str:
     """Changes with every start of the machine and differs between containers, whose process numbers are their own."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -159,7 +161,7 @@ def _boot() -> str:
         return ""
 
 
-def _process_start(pid: int) -> str:
+def _find_process_start(pid: int) -> str:
     """When the process of that number began, or "" where there is none: numbers are used again."""
     import psutil
 

@@ -17,22 +17,23 @@ from infra import storage
 from infra.errors import UserError
 
 COLUMNS = 4
+SheetLayout = tuple[int, int, int]  # columns, tile width and height in pixels
 # One of each kind of composition: first seen ones, then unseen ones, then the next of each.
 WORLD_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 @dataclass(frozen=True)
-class Tile:
+class GalleryTile:
     prompt: str
     seed: int
     number: int
 
 
 @dataclass(frozen=True)
-class Sheet:
+class GallerySheet:
     """What a gallery picture holds. Sheets with one `key` show the same prompts at the same seeds, tile by tile."""
 
-    tiles: tuple[Tile, ...]
+    tiles: tuple[GalleryTile, ...]
     columns: int
     tile_width: int
     tile_height: int
@@ -40,26 +41,30 @@ class Sheet:
     sampling: dict[str, Any]
 
     @property
+    def layout(self) -> SheetLayout:
+        return self.columns, self.tile_width, self.tile_height
+
+    @property
     def key(self) -> str:
         told = [[asdict(tile) for tile in self.tiles], self.sampling]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @staticmethod
-    def parse(data: bytes) -> "Sheet":
+    def parse(data: bytes) -> "GallerySheet":
         """Raises UserError for anything that is not such a description."""
         try:
             read = json.loads(data)
-            tiles = tuple(Tile(str(t["prompt"]), int(t["seed"]), int(t["number"])) for t in read["tiles"])
+            tiles = tuple(GalleryTile(str(t["prompt"]), int(t["seed"]), int(t["number"])) for t in read["tiles"])
             columns, width, height = (int(read[name]) for name in ("columns", "tile_width", "tile_height"))
             if not tiles or min(columns, width, height) < 1:
                 raise ValueError("sizes")
-            return Sheet(tiles, columns, width, height, int(read["images_seen"]), dict(read["sampling"]))
+            return GallerySheet(tiles, columns, width, height, int(read["images_seen"]), dict(read["sampling"]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             told = f"not a gallery description ({error!r}); delete it and evaluate the checkpoint again"
             raise UserError(told) from error
 
 
-def world_gallery(count: int) -> list[str]:
+def choose_world_prompts(count: int) -> list[str]:
     """`count` prompts of the world, one task after the other, seen and unseen compositions in turn."""
     from data_pipeline.world.grammar import world_prompts
     from eval.judging.prompts import WORLD_SEED
@@ -81,28 +86,28 @@ def draw_gallery(run_uri: str, step: int, painter: Painter, prompts: Sequence[st
     jobs = [ImageRequest(text, "gallery") for text in dict.fromkeys(prompts)]
     images = [image for _, image in painter.paint(jobs, sampling)]
     height, width = images[0].shape[:2]
-    tiles = tuple(Tile(job.text, sampling.seed, job.number) for job in jobs)
-    sheet = Sheet(tiles, COLUMNS, width, height, int(painter.meta["images_seen"]), sampling.protocol())
-    uri = sheet_uri(run_uri, step)
-    storage.write_bytes(uri, _png(images))
+    tiles = tuple(GalleryTile(job.text, sampling.seed, job.number) for job in jobs)
+    sheet = GallerySheet(tiles, COLUMNS, width, height, int(painter.meta["images_seen"]), sampling.protocol())
+    uri = locate_sheet(run_uri, step)
+    storage.write_bytes(uri, _encode_sheet(images))
     told = {**asdict(sheet), "key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
-    storage.write_bytes(description(uri), (json.dumps(told, indent=1) + "\n").encode())
+    storage.write_bytes(locate_description(uri), (json.dumps(told, indent=1) + "\n").encode())
 
 
-def sheet_uri(run_uri: str, step: int) -> str:
+def locate_sheet(run_uri: str, step: int) -> str:
     return storage.join(run_uri, "gallery", f"step_{step:07d}.png")
 
 
-def description(uri: str) -> str:
+def locate_description(uri: str) -> str:
     return uri.removesuffix(".png") + ".json"
 
 
-def read_sheet(uri: str) -> Sheet:
+def read_sheet(uri: str) -> GallerySheet:
     """The description beside a gallery picture."""
-    return Sheet.parse(storage.read_bytes(description(uri)))
+    return GallerySheet.parse(storage.read_bytes(locate_description(uri)))
 
 
-def _png(images: Sequence[np.ndarray]) -> bytes:
+def _encode_sheet(images: Sequence[np.ndarray]) -> bytes:
     from PIL import Image
 
     height, width = images[0].shape[:2]

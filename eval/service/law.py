@@ -4,59 +4,105 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from eval.report.as_json import plain, scaling_json
-from eval.report.law import Scaling, fit_ladder
-from eval.report.predict import Graded, grade
-from eval.report.series import Comparison, Point
-from eval.report.style import count_text
+from eval.report.law import LadderFit, ScalingLaws, fit_ladder, refuse_fit
+from eval.report.predict import GradedPrediction, grade
+from eval.report.series import Comparison
+from eval.scaling.intervals import Number
 from eval.scaling.laws import interpolate_loss
-from eval.service import shapes
-from eval.service.index import Curves, Snapshot
-from eval.service.views import chosen, main_loss, number, numbers
+from eval.service.snapshot import MetricCurves, Snapshot, round_number, round_numbers
 from infra.log import get_logger
 
 log = get_logger("law")
 MOST_RUNS = 60  # a fit over more is slow, and what is asked then is better asked of fewer
 KEPT = 8
+GRID = 48  # points of a drawn curve
 
 
-class LawView:
-    """`told` answers at once: the fit, or that it is being made."""
+@dataclass(frozen=True)
+class FittedRun:
+    name: str
+    parameters: int
+    loss: Number
+    images: float
+
+
+@dataclass(frozen=True)
+class LawBand:
+    """Columns of equal length: L(N) over sizes with its 95 % interval."""
+
+    parameters: list[float]
+    value: list[Number]
+    low: list[Number]
+    high: list[Number]
+
+
+@dataclass(frozen=True)
+class FrontierCurve:
+    """Columns of equal length: L(C) over training FLOPs."""
+
+    compute: list[float]
+    value: list[Number]
+
+
+@dataclass(frozen=True)
+class FittingLadder:
+    """The law of these runs is being fitted; ask again."""
+
+    state: Literal["fitting"]
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class FittedLadder:
+    """`runs`: the measured points of L(N); `band` and `frontier` are null where no law is fitted."""
+
+    state: Literal["done"]
+    metric: str | None
+    scaling: ScalingLaws
+    runs: list[FittedRun]
+    band: LawBand | None
+    frontier: FrontierCurve | None
+    predictions: list[GradedPrediction]
+
+
+class LawFitter:
+    """`find` answers at once: the fit, or that it is being made."""
 
     def __init__(self) -> None:
-        self._done: OrderedDict[str, shapes.Fitted] = OrderedDict()
+        self._done: OrderedDict[str, FittedLadder] = OrderedDict()
         self._running: set[str] = set()
         self._lock = threading.Lock()
 
-    def told(self, snapshot: Snapshot, names: Sequence[str]) -> shapes.Fitted | shapes.Fitting:
-        runs = chosen(snapshot, names)
-        loss = main_loss(snapshot)
+    def find(self, snapshot: Snapshot, names: Sequence[str] | None) -> FittedLadder | FittingLadder:
+        loss = snapshot.main_loss
         curves = snapshot.curves(loss) if loss else None
         if curves is None:
-            return _unfitted("no run has a validation loss yet")
-        mine = [run.name for run in runs if run.name in curves.by_run]
+            return _refuse("no run has a validation loss yet")
+        mine = [run.name for run in snapshot.choose(names) if run.name in curves.by_run]
         if len(mine) > MOST_RUNS:
-            return _unfitted(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
-        key = _key(snapshot, curves, mine)
+            return _refuse(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
+        key = _hash_inputs(snapshot, curves, mine)
         with self._lock:
             if key in self._done:
                 return self._done[key]
             if key not in self._running:
                 self._running.add(key)
                 threading.Thread(target=self._fit, args=(key, snapshot, curves, mine), daemon=True).start()
-        return {"state": "fitting", "runs": mine}
+        return FittingLadder("fitting", mine)
 
-    def _fit(self, key: str, snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> None:
+    def _fit(self, key: str, snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> None:
         try:
-            answer = law_of(snapshot, curves, names)
+            answer = fit_laws(snapshot, curves, names)
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-            answer = _unfitted(f"the fit failed: {error}")
+            answer = _refuse(f"the fit failed: {error}")
         except Exception as error:  # else the answer would be "fitting" for ever
             log.exception("fitting a law")
-            answer = _unfitted(f"the fit failed (internal error): {type(error).__name__}: {error}")
+            answer = _refuse(f"the fit failed (internal error): {type(error).__name__}: {error}")
         with self._lock:
             self._running.discard(key)
             self._done[key] = answer
@@ -64,82 +110,52 @@ class LawView:
                 self._done.popitem(last=False)
 
 
-def _unfitted(reason: str) -> shapes.Fitted:
-    return {
-        "state": "done", "metric": None, "scaling": {"reason": reason}, "runs": [], "band": None, "frontier": None,
-        "predictions": [],
-    }  # fmt: skip
+def _refuse(reason: str) -> FittedLadder:
+    return FittedLadder("done", None, refuse_fit(reason).summary, [], None, None, [])
 
 
-def law_of(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> shapes.Fitted:
-    """Law, band over sizes, points at equal images, the frontier over compute, and graded predictions."""
-    runs = [snapshot.by_name[name].run for name in names]
-    losses = comparison(curves, names)
-    scaling = fit_ladder(runs, losses)
-    told = plain(scaling_json(scaling))
-    told.pop("coverage", None)
-    return {
-        "state": "done",
-        "metric": curves.metric,
-        "scaling": told,
-        "runs": [
-            {"name": c.run, "parameters": c.parameters,
-             "loss": number(float(c.loss[-1]) if scaling.reason else interpolate_loss(c, scaling.images)),
-             "images": scaling.images or float(c.images[-1])}
-            for c in scaling.curves
-        ],
-        "band": _band(scaling),
-        "frontier": _frontier(scaling),
-        "predictions": [
-            _told(found) for found in grade(snapshot.shared, [run.run for run in snapshot.runs], losses)
-        ],
-    }  # fmt: skip
+def fit_laws(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> FittedLadder:
+    """Laws, band over sizes, points at equal images, the frontier over compute, and graded predictions."""
+    losses = compose_comparison(curves, names)
+    fit = fit_ladder([snapshot.by_name[name].run for name in names], losses)
+    images = fit.summary.images
+    points = []
+    for curve in fit.curves:
+        loss = interpolate_loss(curve, images) if images else float(curve.loss[-1])
+        points.append(FittedRun(curve.run, curve.parameters, round_number(loss), images or float(curve.images[-1])))
+    predictions = grade(snapshot.shared, [run.run for run in snapshot.runs], losses)
+    return FittedLadder("done", curves.metric, fit.summary, points, _draw_band(fit), _draw_frontier(fit), predictions)
 
 
-def _told(found: Graded) -> shapes.GradedPrediction:
-    title = f"depth {found.depth}, {count_text(found.parameters)}"
-    told: shapes.GradedPrediction = plain({**vars(found), "inside": found.inside, "title": title})
-    return told
-
-
-def comparison(curves: Curves, names: Sequence[str]) -> Comparison:
+def compose_comparison(curves: MetricCurves, names: Sequence[str]) -> Comparison:
     """The same as the report has it."""
-    points = {}
-    for name in names:
-        s = curves.by_run[name]
-        columns = zip(s.images_P.tolist(), s.value_P.tolist(), s.low_P.tolist(), s.high_P.tolist(), s.count_P.tolist())
-        points[name] = [Point(i, v, _known(low), _known(high), n) for i, v, low, high, n in columns]
+    points = {name: curves.by_run[name].points() for name in names}
     return Comparison(curves.metric, curves.protocol, curves.higher_is_better, points)
 
 
-def _known(value: float) -> float | None:
-    return value if value == value else None
-
-
-def _band(scaling: Scaling) -> shapes.Band | None:
-    if scaling.size is None:
+def _draw_band(fit: LadderFit) -> LawBand | None:
+    if fit.size is None:
         return None
-    sizes = [curve.parameters for curve in scaling.curves]
-    last = max([*sizes, scaling.next_rung.parameters if scaling.next_rung else 0])
-    grid = np.geomspace(min(sizes) * 0.9, last * 1.15, 48)
-    bands = [scaling.size.loss(size) for size in grid]
-    return {
-        "parameters": numbers(grid),
-        "value": numbers(scaling.size.law(grid)),
-        "low": [number(band.low) for band in bands],
-        "high": [number(band.high) for band in bands],
-    }
+    sizes, ahead = [curve.parameters for curve in fit.curves], fit.summary.next_rung
+    grid = np.geomspace(min(sizes) * 0.9, max([*sizes, ahead.parameters if ahead else 0]) * 1.15, GRID)
+    bands = [fit.size.loss(size) for size in grid]
+    return LawBand(
+        parameters=round_numbers(grid),
+        value=round_numbers(fit.size.law(grid)),
+        low=[round_number(band.low) for band in bands],
+        high=[round_number(band.high) for band in bands],
+    )
 
 
-def _frontier(scaling: Scaling) -> shapes.FrontierCurve | None:
-    if scaling.compute is None:
+def _draw_frontier(fit: LadderFit) -> FrontierCurve | None:
+    if fit.compute is None:
         return None
-    low, high = (f(float(c.compute[k]) for c in scaling.curves) for f, k in ((min, 0), (max, -1)))
-    grid = np.geomspace(low, high, 48)
-    return {"compute": numbers(grid), "value": numbers(scaling.compute.law(grid))}
+    low, high = (f(float(c.compute[k]) for c in fit.curves) for f, k in ((min, 0), (max, -1)))
+    grid = np.geomspace(low, high, GRID)
+    return FrontierCurve(compute=round_numbers(grid), value=round_numbers(fit.compute.law(grid)))
 
 
-def _key(snapshot: Snapshot, curves: Curves, names: Sequence[str]) -> str:
+def _hash_inputs(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> str:
     """Of everything that the answer is made of."""
     told = [f"{curves.metric} {curves.protocol} {len(snapshot.shared)}"]
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from eval.service.access import access_for
 from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
-from eval.service.worker import Settings
+from eval.service.worker import EvaluationSettings
 from infra.cli import FLAT
 from infra.errors import UserError
 from infra.log import get_logger
@@ -78,7 +78,7 @@ def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
 
     build_judges(wanted.judges, wanted.official)
     wanted = settle(wanted)
-    return index, Watcher(index, Settings(wanted, gallery), every=options.every, retry=options.retry)
+    return index, Watcher(index, EvaluationSettings(wanted, gallery), every=options.every, retry=options.retry)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eval.measure import Checkpoint
-from eval.service import shapes
-from eval.service.claims import MOST_ATTEMPTS, Claim, Outcome, Watch, claim
-from eval.service.index import Index, IndexedRun
-from eval.service.worker import Died, NotReady, Settings, Worker, name_of
+from eval.service.claims import MOST_ATTEMPTS, Claim, ClaimMonitor, EvaluationOutcome, claim
+from eval.service.index import Index
+from eval.service.snapshot import IndexedRun
+from eval.service.worker import EvaluationSettings, EvaluationWorker, JudgesNotReady, WorkerDied, name_of
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -19,12 +19,35 @@ log = get_logger("service")
 
 
 @dataclass(frozen=True)
-class Mine:
+class ClaimedCheckpoint:
     """A checkpoint that this service has claimed. `deaths`: claims of it that ended without a word."""
 
     checkpoint: Checkpoint
     claim: Claim
     deaths: int
+
+
+@dataclass(frozen=True)
+class WorkingCheckpoint:
+    run: str
+    step: int
+
+
+@dataclass(frozen=True)
+class EvaluationStatus:
+    """`working` are checkpoints that this service evaluates (since `since`), `elsewhere` counts those that others have
+    claimed, `waiting` those that nobody has. `problem` says what keeps the service from its work, "" when nothing does.
+    """
+
+    evaluates: bool
+    checkpoints: int
+    working: list[WorkingCheckpoint]
+    since: float
+    elsewhere: int
+    waiting: int
+    failed: int
+    problem: str
+    looked: float
 
 
 class Evaluator(Protocol):
@@ -39,7 +62,7 @@ class Watcher:
     """Runs in a thread of its own. `settings` None only watches. `retry`: failed checkpoints get one more attempt."""
 
     def __init__(
-        self, index: Index, settings: Settings | None, *, every: float = 10.0, retry: bool = False,
+        self, index: Index, settings: EvaluationSettings | None, *, every: float = 10.0, retry: bool = False,
         worker: Evaluator | None = None,
     ) -> None:  # fmt: skip
         self.index, self.settings, self.every = index, settings, every
@@ -53,8 +76,8 @@ class Watcher:
         self.waiting = 0
         self._retry = retry
         self._tried: set[tuple[str, int]] = set()
-        self._watch = Watch()
-        self._worker: Evaluator | None = worker or (Worker(settings) if settings is not None else None)
+        self._watch = ClaimMonitor()
+        self._worker: Evaluator | None = worker or (EvaluationWorker(settings) if settings is not None else None)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watcher", daemon=True)
 
@@ -71,13 +94,13 @@ class Watcher:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             busy = False
-            with self._problem_told():
+            with self._note_problems():
                 busy = self.step()
             if not busy:
                 self._stopping.wait(self.every)
 
     @contextlib.contextmanager
-    def _problem_told(self) -> Iterator[None]:
+    def _note_problems(self) -> Iterator[None]:
         """Whatever goes wrong inside is for the status line and the log: the store may come back."""
         try:
             yield
@@ -96,14 +119,14 @@ class Watcher:
         if self.settings is None or self.broken:
             return False
         waiting = self._waiting()
-        batch: list[Mine] = []
+        batch: list[ClaimedCheckpoint] = []
         for run, step, outcome in waiting:
             if len(batch) == self.together or self._stopping.is_set():
                 break
             mine = claim(run.run.uri, self.settings.hash, step, after=outcome.attempt)
             if mine is not None:
                 checkpoint = Checkpoint(run.name, run.run.uri, step, run.weights[step])
-                batch.append(Mine(checkpoint, mine, outcome.deaths + (outcome.state == "running")))
+                batch.append(ClaimedCheckpoint(checkpoint, mine, outcome.deaths + (outcome.state == "running")))
         self.waiting = len(waiting) - len(batch)
         return bool(batch) and self._evaluate(batch)
 
@@ -112,13 +135,13 @@ class Watcher:
         self.index.refresh()
         self.looked = time.time()
 
-    def _waiting(self) -> list[tuple[IndexedRun, int, Outcome]]:
+    def _waiting(self) -> list[tuple[IndexedRun, int, EvaluationOutcome]]:
         found = [(run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()]
         # The last checkpoint of every run comes before the last but one of any: a ladder shows its shape early.
         found.sort(key=lambda open_: sum(step > open_[1] for step in open_[0].weights))
         return found
 
-    def _open(self, run: IndexedRun) -> dict[int, Outcome]:
+    def _open(self, run: IndexedRun) -> dict[int, EvaluationOutcome]:
         """The checkpoints of a run that nobody has evaluated or is evaluating, the newest first."""
         assert self.settings is not None
         known = run.outcomes(self.settings.hash)
@@ -127,12 +150,12 @@ class Watcher:
             steps = steps[:1]
         found = {}
         for step in steps:
-            outcome = known.get(step, Outcome())
+            outcome = known.get(step, EvaluationOutcome())
             if self._is_open(run, step, outcome):
                 found[step] = outcome
         return found
 
-    def _is_open(self, run: IndexedRun, step: int, outcome: Outcome) -> bool:
+    def _is_open(self, run: IndexedRun, step: int, outcome: EvaluationOutcome) -> bool:
         assert self.settings is not None
         if outcome.state == "failed":
             return self._retry and (run.name, step) not in self._tried
@@ -140,7 +163,7 @@ class Watcher:
             return self._watch.abandoned(run.run.uri, self.settings.hash, step, outcome.attempt)
         return outcome.state == "new"
 
-    def _evaluate(self, batch: Sequence[Mine]) -> bool:
+    def _evaluate(self, batch: Sequence[ClaimedCheckpoint]) -> bool:
         """Every claim ends here: done, failed with its reason, or given back. False: better wait before the next."""
         assert self._worker is not None
         self._tried.update((mine.checkpoint.run, mine.checkpoint.step) for mine in batch)
@@ -159,7 +182,7 @@ class Watcher:
                 for mine in batch:
                     mine.claim.beat()
             if time.monotonic() >= self._look_again:  # pages follow runs that train meanwhile
-                with self._problem_told():
+                with self._note_problems():
                     self._look()
                     self.waiting = len(self._waiting())
 
@@ -168,11 +191,11 @@ class Watcher:
             for mine in batch:
                 reason = reasons.get(name_of(mine.checkpoint), "")
                 mine.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
-        except NotReady as error:
+        except JudgesNotReady as error:
             self.broken = f"nothing is evaluated: {error}; repair that and start the service again"
             log.error("%s", self.broken)
             _give_back(batch, self.broken)
-        except Died as error:
+        except WorkerDied as error:
             if self._stopping.is_set() or error.stopped:
                 _give_back(batch, "the service was stopped")
                 return False
@@ -186,25 +209,25 @@ class Watcher:
             self.working = ()
         return True
 
-    def told(self) -> shapes.Work:
+    def describe(self) -> EvaluationStatus:
         """For the status line."""
         runs, working = self.index.snapshot.runs, self.working
         settings = self.settings.hash if self.settings is not None else ""
         states = [(run.name, step, state) for run in runs for step, state in run.states(settings).items()]
         running = {(run, step) for run, step, state in states if state == "running"}
-        return {
-            "evaluates": self.settings is not None,
-            "checkpoints": sum(len(run.weights) for run in runs),
-            "working": [{"run": checkpoint.run, "step": checkpoint.step} for checkpoint in working],
-            "since": self.since,
-            "elsewhere": len(running - {(checkpoint.run, checkpoint.step) for checkpoint in working}),
-            "waiting": self.waiting,
-            "failed": sum(state == "failed" for _, _, state in states),
-            "problem": self.problem or self.broken,
-            "looked": self.looked,
-        }
+        return EvaluationStatus(
+            evaluates=self.settings is not None,
+            checkpoints=sum(len(run.weights) for run in runs),
+            working=[WorkingCheckpoint(checkpoint.run, checkpoint.step) for checkpoint in working],
+            since=self.since,
+            elsewhere=len(running - {(checkpoint.run, checkpoint.step) for checkpoint in working}),
+            waiting=self.waiting,
+            failed=sum(state == "failed" for _, _, state in states),
+            problem=self.problem or self.broken,
+            looked=self.looked,
+        )
 
 
-def _give_back(batch: Sequence[Mine], reason: str) -> None:
+def _give_back(batch: Sequence[ClaimedCheckpoint], reason: str) -> None:
     for mine in batch:
         mine.claim.end("released", reason=reason)

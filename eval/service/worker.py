@@ -30,7 +30,7 @@ NOT_IN_HASH = ("runs", "checkpoints", "workers", "gpus_per_worker", "data", "cal
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What is done with every checkpoint. `hash` names it in the store: other settings are evaluated beside these."""
 
     options: RunOptions
@@ -45,7 +45,7 @@ class Settings:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Died(Exception):
+class WorkerDied(Exception):
     """The evaluating process ended in the middle of its work; the text says how.
 
     `stopped`: by a SIGTERM, as service managers and batch systems send it to a service and all that it started.
@@ -56,14 +56,14 @@ class Died(Exception):
         self.stopped = stopped
 
 
-class NotReady(Exception):
+class JudgesNotReady(Exception):
     """Nothing can be evaluated (a judge's weights are not there); the text is the reason."""
 
 
-class Worker:
+class EvaluationWorker:
     """Starts the process when it is first needed, and anew after it died."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
         self._process: Any = None
         self._pipe: Connection | None = None
@@ -86,9 +86,9 @@ class Worker:
             self.stop()
             killed = " (killed: often a lack of memory)" if code in (-9, 137) else ""
             stopped = code in (-signal.SIGTERM, signal.SIGTERM)  # Ray's driver makes an exit of it
-            raise Died(f"the evaluating process ended with code {code}{killed}", stopped=stopped) from error
+            raise WorkerDied(f"the evaluating process ended with code {code}{killed}", stopped=stopped) from error
         if not_ready:
-            raise NotReady(not_ready)
+            raise JudgesNotReady(not_ready)
         return reasons
 
     def stop(self) -> None:
@@ -114,7 +114,7 @@ def name_of(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.run} step {checkpoint.step}"
 
 
-def _serve(pipe: Connection, settings: Settings) -> None:
+def _serve(pipe: Connection, settings: EvaluationSettings) -> None:
     """The process: lists of checkpoints in, (reasons of the failed, why nothing works) out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this process
     threading.Thread(target=_end_with_the_service, daemon=True).start()
@@ -126,7 +126,7 @@ def _serve(pipe: Connection, settings: Settings) -> None:
             return
         try:
             if not prepared:
-                prepare(settings)
+                prepare_judges(settings)
                 prepared = True
             units = [{"id": name_of(c), "checkpoint": asdict(c)} for c in checkpoints]
             pipe.send((run_units(task, units, workers=options.workers, gpus=options.gpus_per_worker), ""))
@@ -145,7 +145,7 @@ def _end_with_the_service() -> None:
         os._exit(1)
 
 
-def prepare(settings: Settings) -> None:
+def prepare_judges(settings: EvaluationSettings) -> None:
     """What must hold before any checkpoint: all judges are there, and it is known what they give to truth and noise."""
     if settings.options.metrics != "none":
         prepare_run(settings.options)
@@ -155,40 +155,40 @@ def prepare(settings: Settings) -> None:
 class EvaluateAndDraw:
     """The task of one checkpoint, here or on a Ray worker: all rows that it lacks, and its gallery."""
 
-    settings: Settings
+    settings: EvaluationSettings
 
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         if self.settings not in _opened:  # judges stay loaded from one call to the next
             options = self.settings.options
             measure = EvaluateTask(options).open() if options.metrics != "none" else None
-            _opened[self.settings] = functools.partial(_work, self.settings, measure)
+            _opened[self.settings] = functools.partial(_evaluate_and_draw, self.settings, measure)
         return _opened[self.settings]
 
 
-_opened: dict[Settings, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
+_opened: dict[EvaluationSettings, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
 
 
-def _work(
-    settings: Settings, measure: Callable[[Mapping[str, Any]], dict[str, Any]] | None, unit: Mapping[str, Any]
+def _evaluate_and_draw(
+    settings: EvaluationSettings, measure: Callable[[Mapping[str, Any]], dict[str, Any]] | None, unit: Mapping[str, Any]
 ) -> dict[str, Any]:
     try:
         if measure is not None:
             measure(unit)
-        _gallery(Checkpoint(**unit["checkpoint"]), settings)
+        _draw_missing_gallery(Checkpoint(**unit["checkpoint"]), settings)
     except MissingError as error:
         told = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
         raise UserError(told) from error
     return {}
 
 
-def _gallery(checkpoint: Checkpoint, settings: Settings) -> None:
+def _draw_missing_gallery(checkpoint: Checkpoint, settings: EvaluationSettings) -> None:
     """Draw the sheet, unless it is there with these prompts."""
     from eval.drawing.generate import Painter
-    from eval.service.gallery import draw_gallery, read_sheet, sheet_uri, world_gallery
+    from eval.service.gallery import choose_world_prompts, draw_gallery, locate_sheet, read_sheet
 
     options = settings.options
-    uri = sheet_uri(checkpoint.run_uri, checkpoint.step)
-    prompts = list(settings.gallery) or (world_gallery(8) if options.judges == "world" else [])
+    uri = locate_sheet(checkpoint.run_uri, checkpoint.step)
+    prompts = list(settings.gallery) or (choose_world_prompts(8) if options.judges == "world" else [])
     if not prompts:
         return
     try:

@@ -57,8 +57,8 @@ export const words = (text) => text.replaceAll("_", " ").replaceAll("/", ", ");
 export const range = (point, digits = 2) =>
   point.low === null || point.high === null ? null : el("small", {}, ` ${steady(point.low, digits)}\u2013${steady(point.high, digits)}`);
 
-export const cell = (point, digits = 3) =>
-  point ? el("td", { title: `${point.count} samples at ${count(point.images)} images` }, steady(point.value, digits), range(point)) : el("td", {}, el("small", {}, "\u2013"));
+export const cell = (point, digits = 3, best = false) =>
+  point ? el("td", { className: best ? "best" : "", title: `${point.count} samples at ${count(point.images)} images` }, steady(point.value, digits), range(point)) : el("td", {}, el("small", {}, "\u2013"));
 
 export async function api(path, parameters = {}, body = null) {
   const query = new URLSearchParams();

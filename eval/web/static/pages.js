@@ -51,10 +51,10 @@ async function overview() {
     { title: "Time", value: (run) => run.cost.seconds, show: (run) => duration(run.cost.seconds) },
     { title: "Last row", value: (run) => run.last, show: (run) => run.last.slice(0, 16).replace("T", " ") },
   ];
-  const { fields, more, same, runs: recipes } = await api("recipes");
+  const recipes = await api("recipes");
   const recipeColumns = [
-    { title: "Run", value: (row) => row.name, show: (row) => runLink(row.name) },
-    ...fields.map((field, i) => ({ title: field, value: (row) => row.values[i], show: (row) => row.values[i].length > 40 ? `${row.values[i].slice(0, 40)}\u2026` : row.values[i] })),
+    { title: "Run", value: (i) => recipes.runs[i], show: (i) => runLink(recipes.runs[i]) },
+    ...recipes.differences.map(({ field, values }) => ({ title: field, value: (i) => values[i], show: (i) => values[i].length > 40 ? `${values[i].slice(0, 40)}\u2026` : values[i] })),
   ];
   const worldly = headlines.some((name) => name.startsWith("world_"));
   fill(
@@ -63,7 +63,7 @@ async function overview() {
     worldly ? note("Names that begin with world are scores by the small world's own judges. They are not GenEval or T2I-CompBench, and no published figure may stand beside them.") : null,
     note("Last value of each run; small figures are 95 % intervals over prompts (a loss: over samples). Compare runs at equal images only."),
     el("h2", {}, "Recipes"),
-    fields.length ? [note(`Fields that differ; ${same} are the same in all runs${more ? `, ${more} more differ and are left out here` : ""}.`), table(recipeColumns, recipes, { tall: recipes.length > 25 })]
+    recipes.differences.length ? [note(`Fields that differ; ${recipes.same} are the same in all runs${recipes.more ? `, ${recipes.more} more differ and are left out here` : ""}.`), table(recipeColumns, [...recipes.runs.keys()], { tall: recipes.runs.length > 25 })]
       : note(runs.length > 1 ? "All recipes are the same." : "One run: open it for its recipe."),
   );
 }
@@ -133,7 +133,7 @@ async function scores() {
   const columns = [
     { title: "Run", value: (name) => name, show: (name) => runLink(name) },
     { title: "Images", value: (name) => mine.find((line) => line.runs[name])?.runs[name].images, show: (name) => count(mine.find((line) => line.runs[name])?.runs[name].images) },
-    ...mine.map((line) => ({ title: words(line.task), value: (name) => line.runs[name]?.value, show: (name) => cell(line.runs[name]) })),
+    ...mine.map((line) => ({ title: words(line.task), value: (name) => line.runs[name]?.value, show: (name) => cell(line.runs[name], 3, line.best.includes(name)) })),
   ];
   const published = Object.entries(found.published).filter((_, i, all) => i === 0 || i === all.length - 1)
     .map(([name, scores]) => ({ name, points: mine.map((line, row) => ({ row, value: scores[line.task] })).filter((p) => p.value !== undefined) }));
@@ -148,7 +148,7 @@ async function scores() {
       runNames.length > MOST_DOTS && tasks.length > 1 ? note(`The chart has the first ${MOST_DOTS} runs; the table has all ${runNames.length}.`) : null,
       published.length ? note("Hollow: SD3's own models (Table 5 of the paper, 512 px, before DPO; other data and far more compute).") : null,
       table(columns, runNames, { tall: runNames.length > 25 }),
-      note("Last value of each run; intervals are 95 %, over prompts. Where intervals overlap widely, no order is shown by them."),
+      note("Last value of each run; intervals are 95 %, over prompts. Bold: the best and all that its interval cannot tell from it, at equal images."),
       leftOut({ left_out: Object.assign({}, ...mine.map((line) => line.left_out)) }),
     ] : nothing(`The chosen runs have no ${words(family)}.`),
     curves.length ? [
@@ -247,9 +247,9 @@ async function scaling() {
         { title: "Measured", value: (p) => p.actual, show: (p) => p.actual === null || p.actual === undefined ? el("small", {}, p.reason || "not trained") : sig(p.actual, 4) },
         { title: "Verdict", text: true, value: (p) => p.verdict },
       ], [
-        ...predictions.map((p) => ({ ...p, title: `${p.title}, committed ${p.created.slice(0, 16).replace("T", " ")}`, verdict: p.inside === null ? "" : `${p.inside ? "inside" : "outside"} the interval${p.first === false ? ", but the run had begun before" : ""}` })),
+        ...predictions.map((p) => ({ ...p, title: `depth ${p.depth}, ${count(p.parameters)}, committed ${p.created.slice(0, 16).replace("T", " ")}`, verdict: p.inside === null ? "" : `${p.inside ? "inside" : "outside"} the interval${p.first === false ? ", but the run had begun before" : ""}` })),
         ...(ahead ? [{ ...ahead, title: `next rung${ahead.depth ? `, depth ${ahead.depth}` : ""} (not committed)`, verdict: "" }] : []),
-        ...(back ? [{ ...back, title: `largest run held out${back.depth ? `, depth ${back.depth}` : ""}`, verdict: back.actual >= back.loss.low && back.actual <= back.loss.high ? "inside the interval" : "outside the interval" }] : []),
+        ...(back ? [{ ...back, title: `largest run held out${back.depth ? `, depth ${back.depth}` : ""}`, verdict: `${back.inside ? "inside" : "outside"} the interval` }] : []),
       ]),
       note(el("code", {}, "python -m eval predict --runs RUNS"), " commits a prediction before the depth is trained; it is graded here afterwards."),
     ] : null,

@@ -1,10 +1,11 @@
-"""Reads run folders for a report: recipe, plan, rows, samples. Local or s3://; a damaged piece is noted, not fatal."""
+"""Reads run folders, local or s3://: recipe, plan, result rows, samples. A damaged piece is noted and not fatal."""
 
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,8 +21,8 @@ NOT_BEGUN = "readable result rows (nothing was trained or evaluated yet)"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder. `rows` are the latest of each key."""
+class RunFolder:
+    """One run folder as read. `rows` are the latest of each key; `missing` names pieces that are absent or damaged."""
 
     name: str
     uri: str
@@ -33,24 +34,31 @@ class Run:
     began: str = ""
     """when its first row was written (ISO time), also one that a later row replaced; "" before that"""
 
+    def recipe_field(self, *path: str) -> Any:
+        """`recipe_field("schedule", "cooldown")`, or None where the recipe has no such field."""
+        value: Any = self.recipe
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
     @property
     def depth(self) -> int | None:
-        depth = _mapping(self.recipe.get("model")).get("depth", self.plan.get("depth"))
+        depth = self.recipe_field("model", "depth") or self.plan.get("depth")
         return depth if isinstance(depth, int) and not isinstance(depth, bool) else None
 
     @property
     def backbone(self) -> str:
-        return str(_mapping(self.recipe.get("model")).get("backbone", "mmdit"))
+        return str(self.recipe_field("model", "backbone") or "mmdit")
 
     @property
     def parameters(self) -> int | None:
-        planned = positive(self.plan.get("parameters"))
-        return int(planned) if planned else counted_parameters(_mapping(self.recipe.get("model")))
+        planned = parse_positive(self.plan.get("parameters"))
+        return int(planned) if planned else count_parameters(self.recipe_field("model"))
 
     @property
     def flops_per_image(self) -> float | None:
         """Of training: forward and backward."""
-        return positive(self.plan.get("train_flops_per_image"))
+        return parse_positive(self.plan.get("train_flops_per_image"))
 
     @property
     def recipe_hash(self) -> str:
@@ -61,24 +69,30 @@ class Run:
         """The most images any row of this run has seen."""
         return max((row.images_seen for row in self.rows), default=0)
 
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Names of all metrics that the run has rows of."""
+        return frozenset(row.metric for row in self.rows)
+
 
 @dataclass(frozen=True)
-class ReportData:
+class StoredRuns:
+    """All runs under one URI, with the rows beside them that belong to no run."""
+
     uri: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunFolder, ...]
     calibration: tuple[ResultRow, ...]
     predictions: tuple[ResultRow, ...] = ()
-    notes: tuple[str, ...] = field(default=())
 
 
-def read_runs(uri: str) -> ReportData:
+def read_runs(uri: str) -> StoredRuns:
     """All runs under `uri` (or the one run that `uri` is), smallest first."""
     files = storage.list_files(uri)
     if not files:
         raise UserError(f"{uri}: no runs there: expected a folder of run folders (recipe.json, plan.json, results/)")
     root = uri.rstrip("/")
     inside = [file.removeprefix(root).lstrip("/") for file in files]
-    runs = [read_run(name, *folder) for name, folder in run_folders(root, inside).items()]
+    runs = [read_run(name, *folder) for name, folder in find_run_folders(root, inside).items()]
     if not runs:
         raise UserError(f"{uri}: {len(files)} files, but no run folder (recipe.json, plan.json, results/) among them")
     runs.sort(key=lambda run: (run.parameters or 0, run.depth or 0, natural_key(run.name)))
@@ -89,10 +103,10 @@ def read_runs(uri: str) -> ReportData:
     calibration = [row for row in shared if row.metric.startswith("calibration/")]
     calibration += [row for run in runs for row in run.rows if row.metric.startswith("calibration/")]
     predictions = tuple(row for row in shared if row.metric.startswith("prediction/"))
-    return ReportData(uri, tuple(runs), tuple({row.key: row for row in calibration}.values()), predictions)
+    return StoredRuns(uri, tuple(runs), tuple({row.key: row for row in calibration}.values()), predictions)
 
 
-def run_folders(root: str, inside: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+def find_run_folders(root: str, inside: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
     """Name -> URI and files of each run among the paths `inside` RUNS. The name is the path below RUNS: sweeps lay runs
     deeper (seed0/world-d2), where a recipe or a plan shows them. Where `root` is itself a run, that one."""
     names = {path.split("/")[0] for path in inside if _is_piece(path, level=1)}
@@ -120,7 +134,7 @@ def _is_piece(path: str, *, level: int) -> bool:
     return parts[level] in MARKS or (parts[level] in PIECES and len(parts) > level + 1)
 
 
-def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore | None = None) -> Run:
+def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore | None = None) -> RunFolder:
     """The run in folder `uri` that holds the files `inside`; a store that is given again reads only what is new."""
     missing: list[str] = []
     recipe, plan = (_read_json(uri, file, inside, missing) for file in ("recipe.json", "plan.json"))
@@ -136,7 +150,7 @@ def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore |
     samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=natural_key)
     pictures = tuple(storage.join(uri, path) for path in samples)
     began = min((row.created for row in written), default="")
-    return Run(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
+    return RunFolder(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
 
 
 def _read_json(uri: str, file: str, inside: Sequence[str], missing: list[str]) -> Mapping[str, Any]:
@@ -154,18 +168,18 @@ def _read_json(uri: str, file: str, inside: Sequence[str], missing: list[str]) -
     return read
 
 
-def counted_parameters(model: Mapping[str, Any]) -> int | None:
-    """Exact parameters of a recipe's model, where the plan does not say; None for a model this version cannot read."""
+def count_parameters(model: Any, **changed: Any) -> int | None:
+    """Exact parameters of a recipe's model with `changed` fields; None for a model that this version cannot read."""
     from model.backbones.mmdit import MMDiTConfig
 
     try:
-        return MMDiTConfig.from_json(dict(model)).parameter_count()
+        return MMDiTConfig.from_json({**model, **changed}).parameter_count()
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return None
 
 
-def finite(value: Any) -> int | float | None:
-    """A number of a recipe or plan; None for what is none or not finite (JSON's 1e999 and, to Python, Infinity)."""
+def parse_finite(value: Any) -> int | float | None:
+    """The number that a recipe or a plan holds, or None: JSON may also hold a text, 1e999 or, to Python, Infinity."""
     try:
         known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond any float
@@ -173,14 +187,10 @@ def finite(value: Any) -> int | float | None:
     return value if known else None
 
 
-def positive(value: Any) -> int | float | None:
-    """As `finite`, where zero and less mean nothing."""
-    found = finite(value)
+def parse_positive(value: Any) -> int | float | None:
+    """As `parse_finite`, where zero and less mean nothing."""
+    found = parse_finite(value)
     return found if found is not None and found > 0 else None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
