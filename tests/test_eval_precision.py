@@ -12,7 +12,7 @@ from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
 from eval.protocol import hash_protocol
 from eval.run import RunOptions, run, settle
-from eval.service.worker import Settings
+from eval.service.worker import EvaluationSettings
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
@@ -117,7 +117,7 @@ def test_all_evaluations_of_some_runs_compute_in_what_the_first_one_chose(tmp_pa
     ):  # fmt: skip
         settled = settle(later)
         assert settled.sampling.protocol() == begun.sampling.protocol()
-        assert Settings(settled).hash == Settings(begun).hash
+        assert EvaluationSettings(settled).hash == EvaluationSettings(begun).hash
     asked = settle(RunOptions(runs, sampling=Sampling(precision=second, device="cpu")))
     assert asked.sampling.precision == second, "who asks for another precision gets it, under another protocol"
     assert settle(RunOptions(str(tmp_path / "others"), sampling=Sampling(device="cpu"))).sampling.precision == second

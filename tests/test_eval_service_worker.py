@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from test_eval_run import QUICK, export
@@ -42,7 +43,8 @@ def checkpoint(root, step=10, **meta):
 def settings(root, **options):
     options = {"metrics": "none", "calibration": False, **options}
     return EvaluationSettings(
-        RunOptions(runs=str(root), sampling=QUICK, **options), gallery=("a red dog", "a cat", "a red dog")
+        RunOptions(runs=str(root), sampling=replace(QUICK, precision="fp32"), **options),
+        gallery=("a red dog", "a cat", "a red dog"),
     )
 
 
