@@ -31,7 +31,9 @@ def calibrate(store_uri: str, judges: Judges, measurements: Sequence[Measurement
         if not all("include" in prompt.metadata for prompt in prompts):
             continue  # a scene can show what a prompt includes; written words it cannot
         metric = build_picture_metric(name, judges)
-        protocol = describe_protocol(metric, prompts, {"images": "controls", "seed": SEED}, 1)
+        protocol = describe_protocol(
+            metric, prompts, sampling={"images": "controls", "seed": SEED}, images_per_prompt=1
+        )
         key = keep_protocol(store_uri, protocol)
         done = {row.metric for row in store.rows(prefix="calibration") if row.protocol_hash == key}
         for control in CONTROLS:
@@ -47,7 +49,9 @@ def score_control(
     metric = build_picture_metric(name, judges)
     for start in range(0, len(prompts), BATCH):
         part = range(start, min(start + BATCH, len(prompts)))
-        metric.update([JudgedImage(prompts[i], i, make_control(control, prompts, i, judges)) for i in part])
+        metric.update(
+            [JudgedImage(prompts[i], i, make_control(control, prompts, index=i, judges=judges)) for i in part]
+        )
     scores = metric.compute()
     for score in scores:
         if score.path in ("", "overall/seen"):
@@ -56,7 +60,7 @@ def score_control(
     return to_rows(row, scores, origin=origin, protocol=protocol, higher_is_better=metric.higher_is_better)
 
 
-def make_control(control: str, prompts: Sequence[Prompt], index: int, judges: Judges) -> np.ndarray:
+def make_control(control: str, prompts: Sequence[Prompt], *, index: int, judges: Judges) -> np.ndarray:
     """A scene of the prompt, a scene of another prompt of the list, or uniform noise of the same size."""
     assert judges.truth is not None
     if control == "shuffled":

@@ -10,7 +10,7 @@ from infra import storage
 
 
 def describe_protocol(
-    metric: PictureMetric, prompts: Sequence[Prompt], sampling: Mapping[str, Any], images_per_prompt: int
+    metric: PictureMetric, prompts: Sequence[Prompt], *, sampling: Mapping[str, Any], images_per_prompt: int
 ) -> dict[str, Any]:
     """Prompts, seeds, sampler, steps, guidance, unconditional input, shift, scorers' weights, thresholds."""
     return {

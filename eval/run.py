@@ -139,7 +139,7 @@ def plan_all(judges: Judges, options: RunOptions) -> list[Measurement]:
     ways = {"with": (False,), "without": (True,), "both": (False, True)}[options.t5]
     metrics = [METRICS[name](judges) for name in parse_metrics(options.metrics)]
     return [
-        plan(metric, judges, options, replace(options.sampling, without_t5=way or options.sampling.without_t5))
+        plan(metric, judges, options, sampling=replace(options.sampling, without_t5=way or options.sampling.without_t5))
         for way in ways
         for metric in metrics
         if not isinstance(metric, WeightsMetric)
@@ -147,19 +147,20 @@ def plan_all(judges: Judges, options: RunOptions) -> list[Measurement]:
 
 
 def plan(
-    metric: PictureMetric, judges: Judges, options: RunOptions, sampling: Sampling, *, row: str | None = None
+    metric: PictureMetric, judges: Judges, options: RunOptions, *, sampling: Sampling, row: str | None = None
 ) -> Measurement:
     """Which prompts a metric draws, and the protocol that this makes. `row` None: the name that the score may carry."""
     if not judges.of_world:
         judges.paths.refuse_missing(metric.needs, metric.name)
     prompts = metric.prompts(options.captions if metric.draws_captions else options.prompts_per_task)
     images = 1 if metric.draws_captions else options.images_per_prompt
-    name = row or f"{name_row(metric, judges, prompts, images)}{'_no_t5' if sampling.without_t5 else ''}"
-    protocol = describe_protocol(metric, prompts, sampling.protocol(), images)
+    suffix = "_no_t5" if sampling.without_t5 else ""
+    name = row or name_row(metric, judges, prompts=prompts, images_per_prompt=images) + suffix
+    protocol = describe_protocol(metric, prompts, sampling=sampling.protocol(), images_per_prompt=images)
     return Measurement(metric.name, name, tuple(prompts), images, sampling, protocol, headline_only=row is not None)
 
 
-def name_row(metric: PictureMetric, judges: Judges, prompts: Sequence[Prompt], images_per_prompt: int) -> str:
+def name_row(metric: PictureMetric, judges: Judges, *, prompts: Sequence[Prompt], images_per_prompt: int) -> str:
     """What rows call the metric: a benchmark's own name only for its whole prompt set with all its images."""
     if judges.prefix or metric.official_images is None:
         return f"{judges.prefix}{metric.name}"

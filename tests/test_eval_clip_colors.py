@@ -77,7 +77,7 @@ def test_the_class_head_is_the_mean_of_unit_templates():
     image = picture()
     detections = Detections(np.tile([1, 1, 5, 5], (20, 1)), np.full(20, 0.9), ("dog",) * 20, np.ones((20, 6, 8), bool))
     found = [KeptDetection(box(1, 1, 5, 5), row) for row in range(20)]
-    said = ClipColors(clip).of(image, detections, "dog", found)
+    said = ClipColors(clip).name(image, detections, label="dog", kept=found)
     head_CE = (table_CTE / np.linalg.norm(table_CTE, axis=-1, keepdims=True)).mean(1)
     head_CE /= np.linalg.norm(head_CE, axis=-1, keepdims=True)
     assert said == [COLORS[i] for i in (image_NE @ head_CE.T).argmax(1)]
@@ -85,7 +85,7 @@ def test_the_class_head_is_the_mean_of_unit_templates():
     raw_CE = table_CTE.mean(1) / np.linalg.norm(table_CTE.mean(1), axis=-1, keepdims=True)
     assert said != [COLORS[i] for i in (image_NE @ raw_CE.T).argmax(1)], "the case tells the two apart"
     assert [crop.size for crop in clip.crops] == [(4, 4)] * 20
-    assert ClipColors(clip).of(image, detections, "dog", []) == [], "a clause may count to 0"
+    assert ClipColors(clip).name(image, detections, label="dog", kept=[]) == [], "a clause may count to 0"
 
 
 def blip(logits_NV, *, size=4):

@@ -200,7 +200,7 @@ def test_stored_evidence_scores_by_itself(tmp_path, record, value):
     assert (stored.prompt, stored.number) == ("a dog on the left of a cat", 3)
     assert answer(stored.evidence) == pytest.approx(value, abs=1e-6)
     again = tmp_path / "again.jsonl"
-    again.write_text(format_stored("x.png", stored.prompt, stored.number, stored.evidence) + "\n")
+    again.write_text(format_stored("x.png", stored.prompt, number=stored.number, evidence=stored.evidence) + "\n")
     assert [item.evidence for item in read_stored(again, words())] == [stored.evidence]
 
 

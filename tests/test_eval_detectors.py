@@ -66,7 +66,10 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
     judges = build_judges("world")
     for index, prompt in enumerate(prompts):
         write_folder(
-            tmp_path / "set", index, dict(prompt.metadata), [make_control("ground_truth", prompts, index, judges)]
+            tmp_path / "set",
+            index,
+            dict(prompt.metadata),
+            [make_control("ground_truth", prompts, index=index, judges=judges)],
         )
     metadata, out, stored = tmp_path / "m.jsonl", tmp_path / "results.jsonl", tmp_path / "stored.jsonl"
     metadata.write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in prompts))
@@ -99,7 +102,7 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
 
 def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
     prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task == "single_object"]
-    image = make_control("ground_truth", prompts, 0, build_judges("world"))
+    image = make_control("ground_truth", prompts, index=0, judges=build_judges("world"))
     folder = write_folder(tmp_path / "set", 0, dict(prompts[0].metadata), [image, image])
     (folder / "samples" / "0001.png").write_bytes(b"torn")
     metadata = tmp_path / "m.jsonl"

@@ -40,7 +40,7 @@ def detections(*rows):
 
 
 def judge(found, metadata, colors=None):
-    return decide(keep(found, metadata["tag"]), metadata, lambda name, items: [colors[i.row] for i in items])
+    return decide(keep(found, metadata["tag"]), metadata, colorist=lambda name, items: [colors[i.row] for i in items])
 
 
 def test_official_prompts_are_byte_for_byte_the_official_file():

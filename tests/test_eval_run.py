@@ -354,24 +354,17 @@ class Counting:
 
 def test_the_protocol_hash_moves_with_everything_that_decides_a_number():
     metric, quick = Counting(), QUICK.resolve()
-    base = describe_protocol(metric, metric.prompts(3), quick.protocol(), 1)
-    assert hash_protocol(base) == hash_protocol(
-        describe_protocol(metric, metric.prompts(3), replace(quick, batch=9).protocol(), 1)
-    )
+
+    def protocol(count=3, images=1, **change):
+        sampling = replace(quick, **change).protocol()
+        return describe_protocol(metric, metric.prompts(count), sampling=sampling, images_per_prompt=images)
+
+    base = protocol()
+    assert hash_protocol(base) == hash_protocol(protocol(batch=9))
     others = [
-        describe_protocol(metric, metric.prompts(4), quick.protocol(), 1),
-        describe_protocol(metric, metric.prompts(3), quick.protocol(), 2),
-        *(
-            describe_protocol(metric, metric.prompts(3), replace(quick, **change).protocol(), 1)
-            for change in (
-                {"seed": 1},
-                {"steps": 9},
-                {"guidance": 1.0},
-                {"shift": 2.0},
-                {"unconditional": "empty_prompt"},
-            )
-        ),
-    ]
+        protocol(count=4), protocol(images=2), protocol(seed=1), protocol(steps=9), protocol(guidance=1.0),
+        protocol(shift=2.0), protocol(unconditional="empty_prompt"),
+    ]  # fmt: skip
     assert len({hash_protocol(p) for p in [base, *others]}) == 8
 
 
@@ -384,13 +377,13 @@ def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
     official, world = build_judges("official", OfficialPaths(compbench=str(tmp_path))), build_judges("world")
     geneval, compbench, fid = (build_picture_metric(name, official) for name in ("geneval", "compbench", "fid"))
     whole, part = geneval.prompts(None), geneval.prompts(16)
-    assert name_row(geneval, official, whole, 4) == "geneval"
-    assert name_row(geneval, official, whole, 2) == "geneval_partial"
-    assert name_row(geneval, official, part, 4) == "geneval_partial"
-    assert name_row(compbench, official, compbench.prompts(None), 10) == "compbench"
-    assert name_row(compbench, official, compbench.prompts(1), 10) == "compbench_partial"
-    assert name_row(geneval, world, whole, 4) == "world_geneval"
-    assert name_row(fid, official, part, 1) == "fid"
+    assert name_row(geneval, official, prompts=whole, images_per_prompt=4) == "geneval"
+    assert name_row(geneval, official, prompts=whole, images_per_prompt=2) == "geneval_partial"
+    assert name_row(geneval, official, prompts=part, images_per_prompt=4) == "geneval_partial"
+    assert name_row(compbench, official, prompts=compbench.prompts(None), images_per_prompt=10) == "compbench"
+    assert name_row(compbench, official, prompts=compbench.prompts(1), images_per_prompt=10) == "compbench_partial"
+    assert name_row(geneval, world, prompts=whole, images_per_prompt=4) == "world_geneval"
+    assert name_row(fid, official, prompts=part, images_per_prompt=1) == "fid"
 
 
 def test_metrics_are_a_literal_of_known_names():

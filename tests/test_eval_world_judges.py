@@ -23,7 +23,9 @@ def judges():
 
 def scores(metric, control, judges, per_task=PER_TASK):
     prompts = metric.prompts(per_task)
-    metric.update([JudgedImage(p, i, make_control(control, prompts, i, judges)) for i, p in enumerate(prompts)])
+    metric.update(
+        [JudgedImage(p, i, make_control(control, prompts, index=i, judges=judges)) for i, p in enumerate(prompts)]
+    )
     return {score.path: score for score in metric.compute()}
 
 
@@ -88,9 +90,9 @@ def test_compbench_asks_about_the_images_of_geneval():
 def test_shuffling_gives_every_prompt_the_scene_of_another_one(judges):
     prompts = world_geneval_prompts(2)
     for index in range(len(prompts)):
-        own = make_control("ground_truth", prompts, index, judges)
+        own = make_control("ground_truth", prompts, index=index, judges=judges)
         assert own.shape == (64, 64, 3)
-        assert not np.array_equal(make_control("shuffled", prompts, index, judges), own)
+        assert not np.array_equal(make_control("shuffled", prompts, index=index, judges=judges), own)
 
 
 def test_unknown_judges_and_missing_official_paths_are_one_line():

@@ -87,7 +87,10 @@ def judges():
 @pytest.mark.parametrize(("name", "sampling", "known"), PROTOCOLS)
 def test_hashes_of_protocols(judges, name, sampling, known):
     metric = METRICS[name](judges)
-    assert hash_protocol(describe_protocol(metric, metric.prompts(4), sampling.protocol(), 2)) == known
+    assert (
+        hash_protocol(describe_protocol(metric, metric.prompts(4), sampling=sampling.protocol(), images_per_prompt=2))
+        == known
+    )
 
 
 def test_lines_of_results(tmp_path):

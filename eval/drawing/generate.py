@@ -58,13 +58,13 @@ class Sampling:
     def describe(self) -> dict[str, Any]:
         """All that decides the pictures, as it was asked for. A device decides none; the precision does, and `auto` is
         an answer that is not given yet."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
+        stated = {name: value for name, value in asdict(self).items() if name not in ("batch", "device")}
         # As protocols were written before there was a choice: their hashes stay.
         if not self.without_t5:
-            del told["without_t5"]
-        if told["precision"] == "fp32":
-            del told["precision"]
-        return told
+            del stated["without_t5"]
+        if stated["precision"] == "fp32":
+            del stated["precision"]
+        return stated
 
     def protocol(self) -> dict[str, Any]:
         """The settings as a number's protocol holds them; the precision must be resolved before."""
@@ -82,6 +82,7 @@ class ImageRequest(NamedTuple):
 
     @property
     def purpose(self) -> str:
+        """What the noise is keyed by, beside seed and number: never to be changed, or all pictures would."""
         return f"eval image/{self.source}/{self.text}"
 
 
@@ -122,28 +123,28 @@ class Painter:
     def _half(self) -> Callable[..., Tensor]:
         return in_bfloat16(self._loaded, self.device)
 
-    def paint(self, jobs: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
-        """(job, uint8 RGB image) in the order of the jobs, a batch at a time."""
+    def paint(self, requests: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
+        """(request, uint8 RGB image) in the order of the requests, a batch at a time."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
         sampling = sampling.resolve()
         waiting: list[ImageRequest] = []
-        for job in jobs:
-            waiting.append(job)
+        for request in requests:
+            waiting.append(request)
             if len(waiting) == sampling.batch:
-                yield from zip(waiting, self._batch(waiting, sampling))
+                yield from zip(waiting, self._draw_batch(waiting, sampling))
                 waiting = []
         if waiting:
-            yield from zip(waiting, self._batch(waiting, sampling))
+            yield from zip(waiting, self._draw_batch(waiting, sampling))
 
     @torch.inference_mode()
-    def _batch(self, jobs: Sequence[ImageRequest], sampling: Sampling) -> list[np.ndarray]:
-        text = self._condition([job.text for job in jobs], sampling.without_t5)
+    def _draw_batch(self, requests: Sequence[ImageRequest], sampling: Sampling) -> list[np.ndarray]:
+        text = self._condition([request.text for request in requests], sampling.without_t5)
         if sampling.unconditional == "zeros":
-            nothing = unconditional(self.spec, len(jobs)).to(self.device)
+            nothing = unconditional(self.spec, len(requests)).to(self.device)
         else:
-            nothing = self._condition([""] * len(jobs), sampling.without_t5)
-        noise = [keyed_normal(sampling.seed, [job.number], job.purpose, self.shape_CHW) for job in jobs]
+            nothing = self._condition([""] * len(requests), sampling.without_t5)
+        noise = [keyed_normal(sampling.seed, [r.number], r.purpose, self.shape_CHW) for r in requests]
         network = self._half if sampling.precision == "bf16" else self.model
         latent_BCHW = sample(
             network,

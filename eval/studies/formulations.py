@@ -227,14 +227,13 @@ class StudyTask:
 def plan_settings(judges: Judges, options: StudyOptions, kind: str) -> list[Measurement]:
     """Both metrics under every setting; rows are called `study/<ema|raw>/<steps>x<guidance>/<metric>`."""
     base = options.as_run()
-    return [
-        plan(
-            build_picture_metric(name, judges), judges, base,
-            replace(base.sampling, steps=steps, guidance=guidance), row=f"study/{kind}/{steps}x{guidance}/{name}",
-        )
-        for steps, guidance in map(parse_setting, options.settings)
-        for name in METRIC_NAMES
-    ]  # fmt: skip
+    found = []
+    for steps, guidance in map(parse_setting, options.settings):
+        sampling = replace(base.sampling, steps=steps, guidance=guidance)
+        for name in METRIC_NAMES:
+            row = f"study/{kind}/{steps}x{guidance}/{name}"
+            found.append(plan(build_picture_metric(name, judges), judges, base, sampling=sampling, row=row))
+    return found
 
 
 def _cells(entry: StudyEntry, measurements: Mapping[str, Sequence[Measurement]]) -> list[StudyCell]:

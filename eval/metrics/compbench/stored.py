@@ -42,7 +42,7 @@ class PromptLookup:
     kind: Callable[[str], str] | None = None
 
 
-def format_stored(filename: str, prompt: str, number: int, evidence: Evidence, *, depth: str | None = None) -> str:
+def format_stored(filename: str, prompt: str, *, number: int, evidence: Evidence, depth: str | None = None) -> str:
     """The JSON line that `read_stored` reads back; `depth` is the depth picture's path beside the file."""
     names, numbers = evidence.counted
     record = {

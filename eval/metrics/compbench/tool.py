@@ -157,7 +157,7 @@ def _keep(file: SampleFile, evidence: Evidence, folder: Path) -> str:
     if evidence.depth_HW is not None:
         depth = f"depth/{file.number:06d}.png"
         write_picture(folder / depth, (evidence.depth_HW * 255).round().astype("uint8"))
-    return format_stored(file.path.name, file.prompt, file.number, evidence, depth=depth)
+    return format_stored(file.path.name, file.prompt, number=file.number, evidence=evidence, depth=depth)
 
 
 def _categories(found: Sequence[StoredEvidence]) -> list[str]:

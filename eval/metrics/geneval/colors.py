@@ -26,15 +26,17 @@ class ClipColors:
         self._clip = clip
         self._heads: dict[str, Tensor] = {}
 
-    def of(self, image: np.ndarray, detections: Detections, name: str, found: Sequence[KeptDetection]) -> list[str]:
-        """The color of each of `found`, detections of class `name` in the picture."""
-        if not found:  # a clause that counts to 0
+    def name(
+        self, image: np.ndarray, detections: Detections, *, label: str, kept: Sequence[KeptDetection]
+    ) -> list[str]:
+        """The color of each kept detection of this class in the picture."""
+        if not kept:  # a clause that counts to 0
             return []
         crops = [
             crop_masked(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
-            for item in found
+            for item in kept
         ]
-        logits_NC = normalize_rows(self._clip.images(crops)) @ self._head(name).T
+        logits_NC = normalize_rows(self._clip.images(crops)) @ self._head(label).T
         return [COLORS[int(index)] for index in logits_NC.argmax(1)]
 
     def _head(self, name: str) -> Tensor:

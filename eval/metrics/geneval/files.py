@@ -90,13 +90,14 @@ def _key(metadata: Metadata) -> str:
 def make_result_row(
     filename: str,
     detections: Detections,
+    *,
     metadata: Metadata,
     colorist: Callable[[str, Sequence[KeptDetection]], Sequence[str]],
     rules: GenEvalRules = OFFICIAL_RULES,
 ) -> dict[str, Any]:
     """One line of the official result JSONL."""
     kept = keep(detections, metadata["tag"], rules)
-    verdict = decide(kept, metadata, colorist, rules)
+    verdict = decide(kept, metadata, colorist=colorist, rules=rules)
     return {
         "filename": filename,
         "tag": metadata["tag"],
@@ -153,7 +154,9 @@ def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
             )
         return [str(color) for color in seen]
 
-    return make_result_row(str(record.get("filename", "")), detections, metadata, colorist, rules)
+    return make_result_row(
+        str(record.get("filename", "")), detections, metadata=metadata, colorist=colorist, rules=rules
+    )
 
 
 def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> list[str | None]:
@@ -166,7 +169,7 @@ def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> lis
 
 
 def format_stored(
-    filename: str, detections: Detections, metadata: Metadata, color_of_row: Mapping[int, str]
+    filename: str, detections: Detections, *, metadata: Metadata, color_of_row: Mapping[int, str]
 ) -> dict[str, Any]:
     """What `judge_stored` reads: all that was detected in an image, and the colors that were asked for."""
     boxes: dict[str, list[list[float]]] = {}

@@ -13,7 +13,7 @@ from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Sc
 from eval.judging.prompts import WORLD_PER_TASK, geneval_prompts, world_geneval_prompts
 from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import IMAGES_PER_PROMPT
-from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, ImageVerdict, decide, keep
+from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, ImageVerdict, KeptDetection, decide, keep
 from eval.networks.detectors import Detections
 from infra.values import PromptValues
 
@@ -56,7 +56,11 @@ class GenEval(PictureMetric):
     def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> ImageVerdict:
         """Of one picture, from what the detector found in it."""
         kept = keep(detections, metadata["tag"], self._rules)
-        return decide(kept, metadata, lambda name, found: self._colors.of(image, detections, name, found), self._rules)
+
+        def name_colors(label: str, found: Sequence[KeptDetection]) -> Sequence[str]:
+            return self._colors.name(image, detections, label=label, kept=found)
+
+        return decide(kept, metadata, colorist=name_colors, rules=self._rules)
 
     def compute(self) -> list[Score]:
         return split_scores(self._by_split, TASKS)

@@ -104,6 +104,7 @@ def relative_position(box_a: np.ndarray, box_b: np.ndarray, margin: float = 0.1)
 def decide(
     kept: Mapping[str, Sequence[KeptDetection]],
     metadata: Metadata,
+    *,
     colorist: Colorist,
     rules: GenEvalRules = OFFICIAL_RULES,
 ) -> ImageVerdict:

@@ -134,12 +134,12 @@ def _judge_image(
     color_of_row: dict[int, str] = {}
 
     def colorist(name: str, items: Sequence[KeptDetection]) -> Sequence[str]:
-        named = colors.of(picture, found, name, items)
+        named = colors.name(picture, found, label=name, kept=items)
         color_of_row.update({item.row: color for item, color in zip(items, named)})
         return named
 
-    row = make_result_row(str(file.path), found, file.metadata, colorist)
-    return row, format_stored(str(file.path), found, file.metadata, color_of_row)
+    row = make_result_row(str(file.path), found, metadata=file.metadata, colorist=colorist)
+    return row, format_stored(str(file.path), found, metadata=file.metadata, color_of_row=color_of_row)
 
 
 def _known_words(
