@@ -40,6 +40,7 @@ html_show_sourcelink = False
 html_copy_source = False
 toc_object_entries = False  # furo copies every entry into every page: minutes with 2,000 names
 myst_heading_anchors = 4
+myst_enable_extensions = ["html_image"]  # README sizes its pictures with <img width>
 suppress_warnings = ["ref.python"]  # annotations that name a class of several modules, or of a library
 
 
