@@ -8,6 +8,7 @@ become floats where floats are asked for. A check in `__post_init__` runs as in 
 import dataclasses
 import functools
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
     """The first mistake; a misspelt field comes before the one that is missing because of it."""
     error = min(errors, key=lambda each: each["type"] != "unexpected_keyword_argument")
     if error["type"] == "json_invalid":
-        return f"{where}: not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
+        return f"{where} is not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
     path, known = _path(kind, error)
     if error["type"] in ("unexpected_keyword_argument", "missing"):
         name = path.pop()
@@ -74,7 +75,7 @@ def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
     if error["type"] == "value_error":  # of a __post_init__ or a validator of ours, which says all that is to say
         return f"{field}: {error['ctx']['error']}"
     alike = [each for each in errors if _path(kind, each)[0] == path]  # one for each arm of a union
-    return f"{field} is {error['input']!r}, expected {' or '.join(map(_expected, alike))}"
+    return f"{field} is {reprlib.repr(error['input'])}, expected {' or '.join(map(_expected, alike))}"
 
 
 def _expected(error: ErrorDetails) -> str:

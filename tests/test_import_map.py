@@ -13,7 +13,7 @@ ALLOWED = {
     "trainer": {"model", "infra", "data_pipeline"},
     "eval": {"model", "infra", "data_pipeline"},
 }
-MODEL_MAY_IMPORT = {"infra.errors", "infra.cli"}  # so that a model needs no storage, no launcher and no Ray
+MODEL_MAY_IMPORT = {"infra.errors", "infra.cli", "infra.codec"}  # a model needs no storage, no launcher and no Ray
 OWNERS = {
     "deepspeed": ("trainer/zero/",),
     "s3fs": ("infra/s3.py",),

@@ -109,8 +109,8 @@ def test_encoding_keeps_whole_numbers_and_sorts_sets():
         ),
         ({"title": "t", "by_name": []}, "f: by_name is [], expected an object"),
         ([1], "f is [1], expected an object with fields"),
-        ("", "f: not JSON (EOF while parsing a value at line 1 column 0)"),
-        (b"\xff{", "f: not JSON (expected value at line 1 column 1)"),
+        ("", "f is not JSON (EOF while parsing a value at line 1 column 0)"),
+        (b"\xff{", "f is not JSON (expected value at line 1 column 1)"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_path_of_the_field(data, line):

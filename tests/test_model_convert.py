@@ -100,7 +100,7 @@ def test_other_folders_and_broken_json_are_named(tmp_path: Path) -> None:
     whole = config.read_text()
     for text, says in (
         ("{", r"config\.json is not JSON"),
-        ("[1]", "JSON of type list, expected an object"),
+        ("[1]", r"is \[1\], expected an object"),
         (json.dumps(json.loads(whole) | {"qk_norm": "layer_norm"}), "qk_norm is 'layer_norm'"),
         (json.dumps(json.loads(whole) | {"dual_attention_layers": ["a"]}), "expected a list of block numbers"),
     ):

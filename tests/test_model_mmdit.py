@@ -230,7 +230,7 @@ def test_wrong_configs_are_named() -> None:
     ):
         with pytest.raises(UserError, match=says):
             config_with(**changes)
-    with pytest.raises(UserError, match="without a depth; found patch"):
+    with pytest.raises(UserError, match="MMDiTConfig lacks 'depth'"):
         MMDiTConfig.from_json({"patch": 2})
     with pytest.raises(UserError, match="did you mean 'depth'"):
         MMDiTConfig.from_json({"dept": 3})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infra.errors import UserError, nearest
+from infra.codec import from_json, to_json
+from infra.errors import UserError
 from model.backbones.attention import HEAD_WIDTH, key_bias
 from model.backbones.layers import TIME_CHANNELS, Condition, FinalLayer, PatchEmbed, XavierLinear, unpatchify
 from model.backbones.norms import NormBackend
@@ -93,18 +94,11 @@ class TokenConfig(ABC):
             return self.module()
 
     def to_json(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in data:
-            if key not in known:
-                raise UserError(f"unknown {cls.__name__} field {key!r}{nearest(key, known)}")
-        if "depth" not in data:
-            raise UserError(f"{cls.__name__} without a depth; found {', '.join(data) or 'nothing'}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**fields)
+        return from_json(cls, data, where=cls.__name__)
 
     def parameter_count(self) -> int:
         """In closed form; test_model_flops.py holds it against the module's own parameters."""

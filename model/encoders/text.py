@@ -7,7 +7,6 @@ pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import BoolTensor, Tensor
 
+from infra.codec import from_json, to_json
 from infra.errors import UserError, nearest
 
 Seat = Literal["clip_l", "clip_g", "t5"]
@@ -97,12 +97,11 @@ class TextSpec:
         return sum(e.pooled for e in self.clip)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"encoders": [dataclasses.asdict(e) for e in self.encoders]}
+        return to_json(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> TextSpec:
-        encoders = tuple(EncoderSpec(**e) for e in data["encoders"])
-        return TextSpec(**{**data, "encoders": encoders})
+        return from_json(TextSpec, data, where="text_spec")
 
 
 # Tokens of T5: the reference pads to 77 (and cuts nothing: we cut there), diffusers' pipeline to 256.

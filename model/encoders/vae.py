@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.codec import from_json, to_json
 from infra.errors import UserError, list_some
-from model.json_files import parse_json_object
 
 
 def load_vae(path: str | Path) -> Any:
@@ -24,7 +24,7 @@ def load_vae(path: str | Path) -> Any:
 
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"no autoencoder at {path}: expected a diffusers folder with config.json and weights")
-    told = parse_json_object((Path(path) / "config.json").read_bytes(), f"{path}/config.json")
+    told = from_json(dict[str, Any], (Path(path) / "config.json").read_bytes(), where=f"{path}/config.json")
     if told.get("_class_name") != "AutoencoderKL":
         raise UserError(f"{path}: config.json of class {told.get('_class_name')!r}, expected 'AutoencoderKL'")
     try:
@@ -58,17 +58,11 @@ class Latents:
 
     def to_json(self, checkpoint: str) -> dict[str, Any]:
         """The "vae" entry of weights metadata and dataset.json."""
-        return {
-            "checkpoint": checkpoint,
-            "channels": self.channels,
-            "factor": self.factor,
-            "shift": self.shift,
-            "scale": self.scale,
-        }
+        return {"checkpoint": checkpoint, **to_json(self)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Latents:
-        return Latents(data["channels"], data["factor"], data["shift"], data["scale"])
+        return from_json(Latents, data, where="vae", extra="ignore")  # whose checkpoint it is stands beside it
 
     def sample(self, moments_BMHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         """A raw latent from stored moments."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
@@ -24,7 +25,6 @@ from model.files.weights import (
     save_weights,
     write_safetensors,
 )
-from model.json_files import parse_json_object
 
 _SHARD = re.compile(r"-\d+-of-\d+")
 Dialect = Literal["beeline", "sd3", "diffusers"]
@@ -109,7 +109,7 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
-    told = parse_json_object((folder / "config.json").read_bytes(), f"{folder}/config.json")
+    told = from_json(dict[str, Any], (folder / "config.json").read_bytes(), where=f"{folder}/config.json")
     config = config_of_diffusers(told, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     plain, single = folder / f"{TRANSFORMER}.safetensors.index.json", folder / f"{TRANSFORMER}.safetensors"
     if plain in indices or (len(indices) == 1 and not single.is_file()):
         index = plain if plain in indices else indices[0]
-        told = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
+        told = from_json(dict[str, Any], index.read_bytes(), where=str(index)).get("weight_map")
         if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
             raise UserError(f"{index}: no weight_map of file names; download the folder again")
         files = [folder / name for name in sorted(set(told.values()))]
@@ -159,7 +159,7 @@ def _restore(
     """Files that we wrote carry our metadata, hence our config: positions are then a formula again."""
     if META_KEY not in metadata:
         return config, state, {"kind": kind}
-    meta = parse_json_object(metadata[META_KEY], f"{META_KEY} metadata")
+    meta = from_json(dict[str, Any], metadata[META_KEY], where=f"{META_KEY} metadata")
     check_meta(meta, f"{META_KEY} metadata")
     ours = MMDiTConfig.from_json(meta["config"])
     with torch.device("meta"):

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import Latents, load_vae
 from model.files.names import diffusers_config, to_diffusers
 from model.files.weights import apply_umask, described, expected_tensors, write_safetensors
-from model.json_files import parse_json_object
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {
@@ -148,7 +148,8 @@ def _encoder(seat: str, source: Path) -> _Encoder:
 
     if not (source / "config.json").is_file():
         raise UserError(f"no config.json in {source}; the {seat} encoder must be a transformers folder")
-    told, wanted = parse_json_object((source / "config.json").read_bytes(), f"{source}/config.json"), "clip_text_model"
+    told = from_json(dict[str, Any], (source / "config.json").read_bytes(), where=f"{source}/config.json")
+    wanted = "clip_text_model"
     architecture, kind = CLIPTextModelWithProjection, CLIPTextConfig
     if seat == "t5":
         wanted, architecture, kind = "t5", T5EncoderModel, T5Config

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbone import config_from_json
 from model.backbones.trunk import TokenConfig
-from model.json_files import parse_json_object
 
 META_KEY = "beeline"
 REQUIRED_META: dict[str, type] = {"kind": str, "backbone": str, "config": dict}
@@ -97,7 +97,7 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if text is None:
         raise UserError(f"{path} has no {META_KEY!r} metadata; SD3 or diffusers: `python -m model convert` first")
-    meta = parse_json_object(text, f"{path}: {META_KEY} metadata")
+    meta = from_json(dict[str, Any], text, where=f"{path}: {META_KEY} metadata")
     check_meta(meta, str(path))
     return file, meta
 
