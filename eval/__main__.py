@@ -1,6 +1,6 @@
 """Draw images, evaluate runs, write the scaling report, use GenEval by itself: `python -m eval COMMAND --help`."""
 
-from infra.cli import Command, CommandGroup, run_commands
+from infra.cli import Command, CommandGroup, Commands, run_commands
 from infra.errors import run_cli
 
 GENEVAL = {
@@ -13,7 +13,7 @@ COMPBENCH = {
     "score": Command("eval.metrics.compbench.tool:score", "look at a folder of images and score them"),
     "merge": Command("eval.metrics.compbench.tool:merge", "put the parts of several processes together"),
 }
-COMMANDS = {
+COMMANDS: Commands = {
     "sample": Command("eval.studies.sample:sample", "draw prompts with exported weights into a labelled grid"),
     "run": Command("eval.run:run", "evaluate every checkpoint of every run, once"),
     "report": Command("eval.report.build:report", "write report.html, figures and report.json from run folders"),

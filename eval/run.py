@@ -33,7 +33,7 @@ class RunOptions:
 
     runs: str
     """folder (or s3:// prefix) of run folders, or one run folder"""
-    metrics: Annotated[str, tyro.conf.arg(help=f"comma-separated: {', '.join(METRICS)}")] = ",".join(DEFAULT_METRICS)
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=f"any of {', '.join(METRICS)}")] = DEFAULT_METRICS
     prompts_per_task: int = 16
     """prompts of each task, for seen and for unseen compositions"""
     images_per_prompt: int = 2
@@ -65,7 +65,7 @@ class RunOptions:
 
 def run(options: RunOptions) -> None:
     """Evaluate what is missing, checkpoint by checkpoint; each one's rows are stored before the next begins."""
-    parse_metrics(options.metrics)
+    check_metrics(options.metrics)
     options.check()
     if options.workers == 0:  # else it is the workers' machine that counts
         for device in (options.sampling.device, *([options.official.device] if options.judges == "official" else [])):
@@ -110,7 +110,7 @@ class EvaluateTask:
         options = self.options
         judges = build_judges(options.judges, options.official)
         measurements = plan_all(judges, options)
-        metrics = [METRICS[name](judges) for name in parse_metrics(options.metrics)]
+        metrics = [METRICS[name](judges) for name in check_metrics(options.metrics)]
         of_weights = [metric for metric in metrics if isinstance(metric, WeightsMetric)]
 
         def evaluate(unit: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +123,12 @@ class EvaluateTask:
         return evaluate
 
 
-def parse_metrics(text: str) -> list[str]:
-    """The names of a comma-separated list, each once; UserError at one that METRICS does not know."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def check_metrics(names: Sequence[str]) -> list[str]:
+    """The names, each once; UserError at one that METRICS does not know."""
     for name in names:
         if name not in METRICS:
-            raise UserError(f"unknown metric {name!r}; known: {', '.join(METRICS)}{nearest(name, METRICS)}")
+            between = "; write names with spaces between them" if "," in name else ""
+            raise UserError(f"unknown metric {name!r}{nearest(name, METRICS)}{between}; known: {', '.join(METRICS)}")
     if not names:
         raise UserError(f"--metrics is empty; choose from {', '.join(METRICS)}")
     return list(dict.fromkeys(names))
@@ -137,7 +137,7 @@ def parse_metrics(text: str) -> list[str]:
 def plan_all(judges: Judges, options: RunOptions) -> list[Measurement]:
     """A measurement for every metric that judges pictures, with and without T5 as asked."""
     ways = {"with": (False,), "without": (True,), "both": (False, True)}[options.t5]
-    metrics = [METRICS[name](judges) for name in parse_metrics(options.metrics)]
+    metrics = [METRICS[name](judges) for name in check_metrics(options.metrics)]
     return [
         plan(metric, judges, options, sampling=replace(options.sampling, without_t5=way or options.sampling.without_t5))
         for way in ways

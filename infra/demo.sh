@@ -14,7 +14,8 @@ captions=${CAPTIONS:-64}             # images for CLIP score and FID
 checkpoints=${CHECKPOINTS:-2}        # checkpoints of each rung that are judged
 
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
-options=${OPTIONS:-}  # overrides of the ladder's recipes: OPTIONS="precision=fp32 optimizer.lr=1e-3"
+options=${OPTIONS:-}  # fields of the ladder's recipes: OPTIONS="precision=fp32 optimizer.lr=1e-3"
+overrides=(); for field in $options; do overrides+=("--$field"); done
 bold=""; plain=""
 if [ -t 1 ]; then bold=$'\e[1m'; plain=$'\e[0m'; fi
 
@@ -44,12 +45,12 @@ else
   # shellcheck disable=SC2086
   step "3/6  Train the ladder with DeepSpeed ZeRO-3 on two ranks" \
     python -m trainer ladder world --depths $depths --data "$out/data" --out "$out/runs" --images "$train_images" \
-    ${options:+--options $options}
+    ${overrides[@]+"${overrides[@]}"}
   step "4/6  Draw with the deepest rung" \
     python -m eval sample --weights "$out/runs/world-d${depths##* }/weights/ema.safetensors" --out "$out/grid.png" \
     --prompts "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car"
   step "5/6  Judge every rung by the world's judges" \
-    python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \
+    python -m eval run --runs "$out/runs" --metrics val_loss geneval compbench clip_score fid \
     --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions" --checkpoints "$checkpoints"
   step "6/6  Write the report" \
     python -m eval report --runs "$out/runs" --out "$out/report"

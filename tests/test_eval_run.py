@@ -16,7 +16,7 @@ from eval.metrics.compbench.files import read_samples
 from eval.metrics.geneval.files import check_complete, read_folders
 from eval.metrics.registry import METRICS, build_picture_metric
 from eval.protocol import describe_protocol, hash_protocol
-from eval.run import RunOptions, parse_metrics, run
+from eval.run import RunOptions, check_metrics, run
 from eval.studies.sample import expand, sample
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -111,7 +111,7 @@ def test_leaving_t5_out_puts_zeros_in_its_seat(painter, tmp_path):
 
 def test_scores_without_t5_have_names_and_protocols_of_their_own(tmp_path, monkeypatch):
     export(tmp_path / "d1" / "weights" / "step_0000010" / "ema.safetensors", images_seen=40)
-    run(options(tmp_path, metrics="clip_score", t5="both", calibration=False))
+    run(options(tmp_path, metrics=("clip_score",), t5="both", calibration=False))
     rows = {r.metric: r for r in ResultStore(str(tmp_path / "d1" / "results")).rows()}
     assert list(rows) == ["world_clip_score", "world_clip_score_no_t5"]
     assert rows["world_clip_score"].value != rows["world_clip_score_no_t5"].value
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_disappears_is_a_counted_failure(tmp_path):
     found = find_checkpoints(str(tmp_path))
     gone.unlink()
     units = [{"id": c.run, "checkpoint": vars(c)} for c in found]
-    settled = settle(options(tmp_path, metrics="clip_score", calibration=False))
+    settled = settle(options(tmp_path, metrics=("clip_score",), calibration=False))
     failed = run_units(EvaluateTask(settled), units, workers=0)
     assert list(failed) == ["d2"]
     assert "ema.safetensors" in failed["d2"]
@@ -146,7 +146,7 @@ def test_checkpoints_are_shared_by_ray_workers_and_measured_once(tmp_path):
         export(path, images_seen=step * 4, seed=step)
     (tmp_path / "d2" / "weights" / "step_0000010").mkdir(parents=True)
     (tmp_path / "d2" / "weights" / "step_0000010" / "ema.safetensors").write_bytes(b"torn")
-    given = options(tmp_path, metrics="clip_score", calibration=False, workers=2)
+    given = options(tmp_path, metrics=("clip_score",), calibration=False, workers=2)
     with pytest.raises(UserError, match="1 of 4 checkpoints"):
         run(given)
     rows = ResultStore(str(tmp_path / "d1" / "results")).rows()
@@ -285,7 +285,7 @@ def test_run_measures_each_checkpoint_once(tmp_path, monkeypatch):
 
     protocols = {r.protocol_hash for r in rows}
     assert all((tmp_path / "d1" / "results" / "protocols" / f"{name}.json").exists() for name in protocols)
-    run(options(tmp_path, metrics="fid", checkpoints="last", calibration=False, sampling=replace(QUICK, steps=3)))
+    run(options(tmp_path, metrics=("fid",), checkpoints="last", calibration=False, sampling=replace(QUICK, steps=3)))
     again = [r for r in ResultStore(str(tmp_path / "d1" / "results")).rows() if r.metric == "world_fid"]
     assert len({r.protocol_hash for r in again}) == 2
     assert [r.images_seen for r in again] == [40, 80, 80]
@@ -297,7 +297,7 @@ def test_a_broken_checkpoint_is_counted_and_the_others_are_kept(tmp_path):
     broken.parent.mkdir()
     broken.write_bytes(b"torn")
     with pytest.raises(UserError, match="1 of 2 checkpoints"):
-        run(options(tmp_path, metrics="clip_score", calibration=False))
+        run(options(tmp_path, metrics=("clip_score",), calibration=False))
     assert [r.images_seen for r in ResultStore(str(tmp_path / "d1" / "results")).rows()] == [80]
 
 
@@ -323,11 +323,13 @@ def test_checkpoints_are_found_and_chosen(tmp_path):
 
 
 def test_metric_names_are_checked():
-    assert parse_metrics("fid, val_loss,fid") == ["fid", "val_loss"]
+    assert check_metrics(["fid", "val_loss", "fid"]) == ["fid", "val_loss"]
     with pytest.raises(UserError, match="did you mean 'geneval'"):
-        parse_metrics("genevl")
+        check_metrics(["genevl"])
+    with pytest.raises(UserError, match="write names with spaces between them"):
+        check_metrics(["fid,val_loss"])
     with pytest.raises(UserError, match="empty"):
-        parse_metrics(" , ")
+        check_metrics([])
 
 
 class Counting:

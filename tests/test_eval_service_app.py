@@ -223,7 +223,7 @@ def test_failures_come_with_reasons(tmp_path):
     uri = write_run(root, 2, scored=False)
     (tmp_path / "world-d2" / "results" / "ab.jsonl").write_text("torn")
     storage.write_bytes(f"{uri}/weights/step_0000010/ema.safetensors", b"x")
-    settings = EvaluationSettings(RunOptions(runs=root, metrics="none"))
+    settings = EvaluationSettings(RunOptions(runs=root, metrics=()))
     claim(uri, settings.hash, 10).end("failed", reason=f"{XSS} is not finite")
     index = Index(root)
     index.refresh()

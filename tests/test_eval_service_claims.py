@@ -105,7 +105,7 @@ def ladder(tmp_path):
 
 
 def settings(root, **options):
-    return EvaluationSettings(RunOptions(runs=root, metrics="none", **options))
+    return EvaluationSettings(RunOptions(runs=root, metrics=(), **options))
 
 
 def test_the_last_checkpoint_of_every_run_comes_first(ladder):

@@ -20,10 +20,10 @@ from infra.results import ResultStore
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 RUNS = ("world-d1", "world-d2")
 IMAGES, EVERY, POINTS = 288, 96, 6  # three checkpoints of each run, two losses for each
-OPTIONS = (f"logging.save-every={EVERY}", f"validation.every={IMAGES // POINTS}", "logging.log-every=16",
-           "validation.samples=16", "logging.samples=0")  # fmt: skip
-JUDGED = ("--metrics", "geneval,clip_score", "--prompts-per-task", "1", "--images-per-prompt", "1", "--captions", "4",
-          "--steps", "4", "--every", "1")  # fmt: skip
+OVERRIDES = ("--logging.save-every", str(EVERY), "--validation.every", str(IMAGES // POINTS), "--logging.log-every",
+             "16", "--validation.samples", "16", "--logging.samples", "0")  # fmt: skip
+JUDGED = ("--metrics", "geneval", "clip_score", "--prompts-per-task", "1", "--images-per-prompt", "1",
+          "--captions", "4", "--steps", "4", "--every", "1")  # fmt: skip
 WAIT = 900  # seconds: for a machine with much other work
 PAGES = ("", "losses?axis=compute", "scores", "samples", "scaling", "plans", "failures", "run?name=world-d2")
 STATUS = "document.getElementById('status')"
@@ -117,7 +117,7 @@ def test_a_browser_watches_a_ladder_from_before_its_first_run(tmp_path, free_por
     address, log = f"http://127.0.0.1:{port}", tmp_path / "service.log"
     serve = ["eval", "serve", "--runs", runs, "--port", str(port), *JUDGED]
     climb = ["trainer", "ladder", "world", "--depths", "1", "2", "--data", data, "--out", runs, "--num-ranks", "1",
-             "--images", str(IMAGES), "--options", *OPTIONS]  # fmt: skip
+             "--images", str(IMAGES), *OVERRIDES]  # fmt: skip
     with chromium() as browser, ExitStack() as processes:
         service = processes.enter_context(running(serve, log))
         until(lambda: "beeline eval service on" in log.read_text(), WAIT)

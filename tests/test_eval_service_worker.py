@@ -100,7 +100,7 @@ def test_a_service_that_could_not_evaluate_does_not_start(tmp_path, wrong, told)
 def test_judges_that_are_not_there_are_found_before_any_checkpoint(tmp_path):
     checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"--official\."):
-        prepare_judges(settings(tmp_path, metrics="geneval", judges="official"))
+        prepare_judges(settings(tmp_path, metrics=("geneval",), judges="official"))
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_k
         assert died.value.stopped
     finally:
         worker.stop()
-    unready = EvaluationWorker(settings(tmp_path, metrics="geneval", judges="official"))
+    unready = EvaluationWorker(settings(tmp_path, metrics=("geneval",), judges="official"))
     try:
         with pytest.raises(JudgesNotReady, match=r"--official\."):
             unready.evaluate([good], lambda: None)
@@ -140,7 +140,7 @@ def test_the_process_survives_bad_checkpoints_and_is_started_anew_after_it_was_k
 def test_checkpoints_that_appear_get_rows_and_pictures_once_from_two_services(tmp_path):
     """Two services on one store, each with its evaluating process; a third one, started later, finds nothing to do."""
     checkpoint(tmp_path, 10)
-    given = settings(tmp_path, metrics="clip_score", captions=2)
+    given = settings(tmp_path, metrics=("clip_score",), captions=2)
     services = [Watcher(Index(str(tmp_path)), given, every=0.2) for _ in range(2)]
     for service in services:
         service.start()
@@ -179,7 +179,7 @@ def test_ray_workers_share_the_checkpoints_of_a_service(tmp_path, ray_folder):
     torn = tmp_path / "tiny" / "weights" / "step_0000040" / "ema.safetensors"
     torn.parent.mkdir()
     torn.write_bytes(b"no weights")
-    given = settings(tmp_path, metrics="clip_score", captions=2, workers=2)
+    given = settings(tmp_path, metrics=("clip_score",), captions=2, workers=2)
     service = Watcher(Index(str(tmp_path)), given, every=0.2)
     service.start()
     try:

@@ -182,24 +182,11 @@ def shared_sweep(data: Path, out: Path) -> list[str]:
     names = ["rf", "v/cos", "eps/linear"]
     common = ["--data", str(data), "--out", str(out), "--images", "2400", "--num-ranks", "1", "--workers", "2"]
     cadence = ["--validation.every", "None", "--logging.log-every", "80", "--logging.save-every", "400"]
-    options = as_options([*TINY, *cadence, "--logging.keep", "100"])
     sweep = ["-m", "trainer", "sweep", "formulations", "world-d1", "--formulations", *names]
-    return [*sweep, *common, "--options", *options]
+    return [*sweep, *common, *TINY, *cadence, "--logging.keep", "100"]
 
 
 def ladder(data: Path, out: Path) -> list[str]:
-    """A ladder of one rung, with the same options as NAME=VALUE."""
+    """A ladder of one rung, with the same options."""
     common = ["--data", str(data), "--out", str(out), "--images", "80000", "--num-ranks", "2"]
-    options = as_options([*TINY, *LONG[2:]])
-    return ["-m", "trainer", "ladder", "world", "--depths", "2", *common, "--options", *options]
-
-
-def as_options(words: list[str]) -> list[str]:
-    """`--name value ...` as NAME=VALUE."""
-    options: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            options.append(word.removeprefix("--") + "=")
-        else:
-            options[-1] += (" " if not options[-1].endswith("=") else "") + word
-    return options
+    return ["-m", "trainer", "ladder", "world", "--depths", "2", *common, *TINY, *LONG[2:]]

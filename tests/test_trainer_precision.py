@@ -73,7 +73,7 @@ def test_all_runs_of_a_ladder_or_sweep_compute_in_the_same(commands, tmp_path, b
     sweep_rates("world", [2], [1e-3, 2e-3], launch(tmp_path / "sweep", 160))
     iso_flop("world", [2], [3e13], launch(tmp_path / "flops"))
     assert [option(command, "precision") for command in commands[-4:]] == [best] * 4
-    asked = dataclasses.replace(launch(tmp_path / "asked"), options=("precision=fp32",))
+    asked = dataclasses.replace(launch(tmp_path / "asked"), overrides=("--precision", "fp32"))
     climb("world", [2], asked)
     assert commands[-1].count("--precision") == 1
     assert option(commands[-1], "precision") == "fp32"

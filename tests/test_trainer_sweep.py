@@ -14,15 +14,16 @@ from model.flops import train_flops_per_image
 from trainer.ladders import ladder, sweep
 from trainer.ladders.isoflop import tell
 from trainer.ladders.ladder import branch_point, images_for, iso_flop
-from trainer.ladders.launch import Launch
+from trainer.ladders.launch import ManyRuns
 from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
 from trainer.ladders.workers import on_my_gpus
 from trainer.recipes import get_recipe
 from trainer.runfolder import UNSTABLE
 
 
-def launch(out: Path, images: int | None = None) -> Launch:
-    return Launch("D", str(out), images=images, num_ranks=1, options=("logging.samples=0",))
+def launch(out: Path, images: int | None = None) -> ManyRuns:
+    words = () if images is None else ("--images", str(images))
+    return ManyRuns("D", str(out), num_ranks=1, overrides=(*words, "--logging.samples", "0"))
 
 
 @pytest.fixture
@@ -103,7 +104,19 @@ def test_a_budget_too_small_or_with_images_is_refused(commands, tmp_path):
         iso_flop("world", [2], [1e10], launch(tmp_path))
     with pytest.raises(UserError, match="omit --images"):
         iso_flop("world", [2], [3e13], launch(tmp_path, 160))
+    with pytest.raises(UserError, match=r"--depths decides it: omit --model.depth"):
+        iso_flop("world", [2], [3e13], ManyRuns("D", str(tmp_path), overrides=("--model.depth=3",)))
     assert not commands
+
+
+def test_a_horizon_counts_in_the_batches_that_were_asked_for(commands, tmp_path):
+    wide = dataclasses.replace(launch(tmp_path), overrides=("--global-batch", "32"))
+    iso_flop("world", [2], [3e13], wide)
+    recipe = dataclasses.replace(get_recipe("world-d2"), global_batch=32)
+    images = images_for(recipe, 3e13)
+    assert option(commands[1], "images") == str(images)
+    start = branch_point(recipe, images, 0.2)
+    assert option(commands[1], "resume").endswith(f"world-d2-trunk/checkpoints/step_{start // 32:07d}")
 
 
 def test_all_61_formulations_or_any_of_them(commands, tmp_path):
@@ -122,8 +135,8 @@ def test_all_61_formulations_or_any_of_them(commands, tmp_path):
 
 def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
     """deepspeed's launcher would delete CUDA_VISIBLE_DEVICES and take the first two, as every other run of the node."""
-    two = ladder.train_command(get_recipe("world-d2"), data="D", run="R", images=None, ranks=2)
-    one = ladder.train_command(get_recipe("world-d2"), data="D", run="R", images=None, ranks=1)
+    two = ladder.train_command("world-d2", [], data="D", run="R", ranks=2)
+    one = ladder.train_command("world-d2", [], data="D", run="R", ranks=1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert on_my_gpus(two) == two
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")

@@ -26,17 +26,17 @@ from model.files.weights import load_weights, read_meta
 from trainer.__main__ import main
 from trainer.checks.preflight import own_first
 from trainer.ladders.ladder import climb, images_trained
-from trainer.ladders.launch import Launch
+from trainer.ladders.launch import ManyRuns
 
 pytestmark = pytest.mark.dist
 IMAGES, EVERY = 240, 80  # 30 steps of 8 images; a checkpoint every 10 steps
 CADENCE = ["--logging.log-every", "8", "--logging.save-every", str(EVERY), "--validation.every", str(EVERY)]
-# As the ladder takes them: NAME=VALUE.
-OPTIONS = (
-    "model.in-channels=4", "model.context-width=48", "model.pooled-width=32", "data.resolution=32",
-    "data.text-tokens=16", "data.latent-shape=4 8 8", "global-batch=8", "optimizer.lr=3e-3",
-    "validation.samples=16", "validation.batch=8", "logging.samples=0", "logging.log-every=8",
-    f"logging.save-every={EVERY}", f"validation.every={EVERY}", "precision=fp32",
+OVERRIDES = (
+    "--images", str(IMAGES), "--model.in-channels", "4", "--model.context-width", "48", "--model.pooled-width", "32",
+    "--data.resolution", "32", "--data.text-tokens", "16", "--data.latent-shape", "4", "8", "8", "--global-batch", "8",
+    "--optimizer.lr", "3e-3", "--validation.samples", "16", "--validation.batch", "8", "--logging.samples", "0",
+    "--logging.log-every", "8", "--logging.save-every", str(EVERY), "--validation.every", str(EVERY),
+    "--precision", "fp32",
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 def straight(data, tmp_path_factory) -> Path:
     """One uninterrupted run on two ranks, through the ladder and the deepspeed launcher."""
     out = tmp_path_factory.mktemp("runs")
-    assert climb("world", [2], Launch(str(data), str(out), images=IMAGES, num_ranks=2, options=OPTIONS))
+    assert climb("world", [2], ManyRuns(str(data), str(out), num_ranks=2, overrides=OVERRIDES))
     return out / "world-d2"
 
 
@@ -183,7 +183,7 @@ def test_a_resume_keeps_the_same_samples(straight, resumed):
 def test_the_ladder_skips_what_is_trained(straight, data, capfd):
     assert images_trained(str(straight)) == IMAGES
     out = str(straight.parent)
-    climb("world", [2], Launch(str(data), out, images=IMAGES, num_ranks=2, options=OPTIONS))
+    climb("world", [2], ManyRuns(str(data), out, num_ranks=2, overrides=OVERRIDES))
     told = capfd.readouterr()
     assert "deepspeed" not in told.out
     assert "is trained (240 images)" in told.err

@@ -13,8 +13,8 @@ from trainer_launch import TINY
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import save_weights
-from trainer.commands import _without
 from trainer.ladders.verify import close, cut, describe, drift, same, verify_resume
+from trainer.overrides import without_options
 from trainer.recipes import get_recipe
 
 CONFIG = dataclasses.replace(get_recipe("world-d1").model, in_channels=4, context_width=16, pooled_width=16)
@@ -97,7 +97,7 @@ def test_the_user_s_own_overrides_reach_every_run():
         "8",
         "--num_ranks=2",
     ]
-    assert _without(words, ("--data", "--steps", "--num-ranks")) == [
+    assert without_options(words, {"data", "steps", "num_ranks"}) == [
         "--optimizer.lr", "1e-3", "--data.latent-shape", "4", "8", "8",
     ]  # fmt: skip
 

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from infra.cli import HELP, Command, CommandGroup, UsageError, run_commands
+from infra.cli import HELP, Command, CommandGroup, Commands, UsageError, run_commands
 from infra.errors import run_cli
 
 DOC = """Train SD3-class text-to-image models with DeepSpeed ZeRO.
@@ -22,7 +22,7 @@ SWEEPS = {
     "lr": Command("trainer.commands:sweep_rates", "learning rates on rungs of a ladder", takes_words=True),
     "formulations": Command("trainer.commands:sweep_formulations", "any of the 61 formulations", takes_words=True),
 }
-COMMANDS = {
+COMMANDS: Commands = {
     "train": Command("trainer.commands:train", "train a recipe", takes_words=True),
     "ladder": Command("trainer.commands:ladder", "train the rungs of a ladder that are missing", takes_words=True),
     "sweep": CommandGroup(SWEEPS, "train a recipe's variants that are missing: lr or formulations"),

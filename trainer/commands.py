@@ -1,17 +1,19 @@
 """The commands of `python -m trainer`: their options, and what each calls."""
 
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
-from trainer.ladders.launch import Launch
-from trainer.recipe import Recipe
-from trainer.recipes import FAMILIES, RECIPES, get_recipe
+from trainer.ladders.launch import ManyRuns
+from trainer.overrides import option_names, whole_numbers, without_options
+from trainer.recipe import Recipe, check
+from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
+
+SHOWN_DEPTH = 2  # of the rung whose fields --help shows
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class TrainArgs:
 
 
 @dataclass(frozen=True)
-class LadderArgs(Launch):
+class LadderArgs(ManyRuns):
     """Train the rungs of a ladder that are missing, smallest first; finished rungs are skipped, others continue."""
 
+    recipe: Annotated[Recipe, FLAT] = field(kw_only=True)
     depths: tuple[int, ...] = (2, 3, 4)
     """Depths of the rungs."""
     budgets: tuple[float, ...] = ()
@@ -42,9 +45,10 @@ class LadderArgs(Launch):
 
 
 @dataclass(frozen=True)
-class RateSweepArgs(Launch):
+class RateSweepArgs(ManyRuns):
     """Train the rungs of a ladder at several learning rates; what is trained is skipped."""
 
+    recipe: Annotated[Recipe, FLAT] = field(kw_only=True)
     depths: tuple[int, ...] = (2, 3)
     """Rungs."""
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
@@ -52,9 +56,10 @@ class RateSweepArgs(Launch):
 
 
 @dataclass(frozen=True)
-class FormulationSweepArgs(Launch):
+class FormulationSweepArgs(ManyRuns):
     """Train a recipe once per formulation; what is trained is skipped."""
 
+    recipe: Annotated[Recipe, FLAT] = field(kw_only=True)
     formulations: tuple[str, ...] = ()
     """Names as `python -m model formulations` lists them; none: all 61."""
 
@@ -152,9 +157,8 @@ def train(words: list[str]) -> None:
 
 def ladder(words: list[str]) -> None:
     family, rest = take_name(words, list(FAMILIES), prog="python -m trainer ladder", what="ladder")
-    args = parse_options(LadderArgs, rest, "ladder " + family)
-    _positive(args, "depths", "budgets", "images", "num_ranks")
-    _not_negative(args, "workers")
+    args = _parse_many(LadderArgs, rest, f"ladder {family}", get_family(family)(SHOWN_DEPTH))
+    _positive(args, "depths", "budgets")
     from trainer.ladders.ladder import climb, iso_flop
 
     if args.budgets:
@@ -167,9 +171,8 @@ def ladder(words: list[str]) -> None:
 
 def sweep_rates(words: list[str]) -> None:
     family, rest = take_name(words, list(FAMILIES), prog="python -m trainer sweep lr", what="ladder")
-    args = parse_options(RateSweepArgs, rest, "sweep lr " + family)
-    _positive(args, "depths", "images", "num_ranks")
-    _not_negative(args, "workers")
+    args = _parse_many(RateSweepArgs, rest, f"sweep lr {family}", get_family(family)(SHOWN_DEPTH))
+    _positive(args, "depths")
     from trainer.ladders.sweep import sweep_rates as sweep
 
     print(sweep(family, args.depths, args.rates, args))
@@ -177,12 +180,19 @@ def sweep_rates(words: list[str]) -> None:
 
 def sweep_formulations(words: list[str]) -> None:
     recipe, rest = _named_recipe(words, "sweep formulations")
-    args = parse_options(FormulationSweepArgs, rest, "sweep formulations " + recipe.name)
-    _positive(args, "images", "num_ranks")
-    _not_negative(args, "workers")
+    args = _parse_many(FormulationSweepArgs, rest, f"sweep formulations {recipe.name}", recipe)
     from trainer.ladders.sweep import sweep_formulations as sweep
 
     sweep(recipe.name, args.formulations, args)
+
+
+def _parse_many(kind: type, words: list[str], prog: str, recipe: Recipe) -> Any:
+    """Options of a command that trains many runs; what overrides the recipe stays as words, one for each rung."""
+    args = parse_options(kind, words, prog, recipe=recipe)
+    _positive(args, "num_ranks")
+    _not_negative(args, "workers")
+    check(args.recipe)
+    return replace(args, overrides=tuple(without_options(words, option_names(kind))))
 
 
 def plan(words: list[str]) -> None:
@@ -219,7 +229,7 @@ def _check_plan(args: PlanArgs) -> None:
     """What `train` refuses whatever the data, and numbers that no plan can be made of."""
     from trainer.checks.preflight import Findings, check_ranks
     from trainer.objective import check_objective
-    from trainer.recipe import check, count_micro_batches
+    from trainer.recipe import count_micro_batches
 
     _positive(args, "gpus", "efficiency", "dataset_images")
     if args.efficiency is not None and args.efficiency > 1:
@@ -298,25 +308,14 @@ def verify_resume(words: list[str]) -> None:
     _positive(args, "num_ranks", "other_ranks")
     from trainer.ladders.verify import describe, verify_resume
 
-    own = ("--data", "--out", "--steps", "--num-ranks", "--other-ranks")
+    for_runs = without_options(rest, option_names(VerifyArgs) - {"init_from"})
     verdicts = verify_resume(
-        args.recipe, _without(rest, own), data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
+        args.recipe, for_runs, data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
         other_ranks=args.other_ranks,
     )  # fmt: skip
     print(describe(verdicts))
     if not all(verdict.kept for verdict in verdicts):
         raise SystemExit(1)
-
-
-def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """The words less these options and their values."""
-    kept, skip = [], False
-    for word in words:
-        if word.startswith("--"):
-            skip = word.split("=")[0].replace("_", "-") in names
-        if not skip:
-            kept.append(word)
-    return kept
 
 
 def _named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
@@ -326,16 +325,7 @@ def _named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
 
 def parse_options(kind: type, words: list[str], prog: str, **defaults: Any) -> Any:
     """Options of a command; `defaults` are its fields that have their values already, as the recipe."""
-    return parse(kind, _whole_numbers(words), prog=f"python -m trainer {prog}", **_with_defaults(kind, defaults))
-
-
-def _whole_numbers(words: list[str]) -> list[str]:
-    """`--images 2e9` as people write it."""
-
-    def whole(found: re.Match[str]) -> str:
-        return f"{float(found[0]):.0f}" if float(found[0]).is_integer() else found[0]
-
-    return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in words]
+    return parse(kind, whole_numbers(words), prog=f"python -m trainer {prog}", **_with_defaults(kind, defaults))
 
 
 def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,17 @@ MACHINES: dict[str, Machine] = {
         Machine("b200-180", 2250e12, 180 * GIB, 8, 900e9, 50e9, 8e12, 4.5, encode_seconds=0.0231 * 312 / 2250),
         # One core of an AMD Zen 3 server: half of the 127 GFLOP/s that two of them reach in fp32 matmuls.
         Machine(
-            "cpu", 63.5e9, 12 * GIB, 1024, 0.6e9, 0.6e9, 20e9, 0.03, 0.45, overlap=False, encode_seconds=0.02,
+            "cpu",
+            63.5e9,
+            12 * GIB,
+            1024,
+            0.6e9,
+            0.6e9,
+            20e9,
+            0.03,
+            0.45,
+            overlap=False,
+            encode_seconds=0.02,
             precision="fp32",
         ),
         # One core with AMX: 2048 bf16 FLOP a cycle at 2 GHz. Measured on a Xeon, per second of work of one core: gloo

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from eval.judging.prompts import read_lines
-from eval.run import RunOptions, parse_metrics, settle
+from eval.run import RunOptions, check_metrics, settle
 from eval.service.access import access_for
 from eval.service.app import build_app
 from eval.service.index import Index
@@ -61,8 +61,8 @@ def serve(options: ServeOptions) -> None:
 def prepare(options: ServeOptions) -> tuple[Index, Watcher]:
     """Everything but the web; refuses settings with which no checkpoint could be evaluated."""
     wanted = options.evaluation
-    if options.evaluate and wanted.metrics != "none":
-        parse_metrics(wanted.metrics)
+    if options.evaluate and wanted.metrics:  # without any, only the gallery is drawn
+        check_metrics(wanted.metrics)
     if wanted.checkpoints not in ("all", "last"):
         raise UserError(f"--checkpoints {wanted.checkpoints!r}: a service evaluates all, or the last of each run")
     if not 0 <= options.port < 65536:

@@ -41,6 +41,7 @@ class EvaluationSettings:
         """Of everything that decides the numbers; not of where runs are, nor of batch sizes and devices."""
         told = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
         del told["official"]["device"]
+        told["metrics"] = ",".join(self.options.metrics)
         told |= {"sampling": self.options.sampling.describe(), "gallery": self.gallery}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -147,7 +148,7 @@ def _end_with_the_service() -> None:
 
 def prepare_judges(settings: EvaluationSettings) -> None:
     """What must hold before any checkpoint: all judges are there, and it is known what they give to truth and noise."""
-    if settings.options.metrics != "none":
+    if settings.options.metrics:
         prepare_run(settings.options)
 
 
@@ -160,7 +161,7 @@ class EvaluateAndDraw:
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         if self.settings not in _opened:  # judges stay loaded from one call to the next
             options = self.settings.options
-            measure = EvaluateTask(options).open() if options.metrics != "none" else None
+            measure = EvaluateTask(options).open() if options.metrics else None
             _opened[self.settings] = functools.partial(_evaluate_and_draw, self.settings, measure)
         return _opened[self.settings]
 

@@ -18,11 +18,11 @@ backbones=${BACKBONES-mmdit mmdit3 dit cross_dit uvit}
 
 train() {  # train GROUP FAMILY SEED
   python -m trainer ladder "$2" --depths "$depth" --data "$data" --out "$out/$1/seed$3" --images "$images" \
-    --num-ranks "$ranks" --options "seed=$3" logging.keep=1 logging.samples=0
+    --num-ranks "$ranks" --seed "$3" --logging.keep 1 --logging.samples 0
 }
 
 judge() {  # judge GROUP
-  python -m eval run --runs "$out/$1" --metrics val_loss,geneval,compbench,clip_score,fid --checkpoints last \
+  python -m eval run --runs "$out/$1" --metrics val_loss geneval compbench clip_score fid --checkpoints last \
     --prompts-per-task "$prompts" --images-per-prompt 1 --captions "$captions"
   python -m eval report --runs "$out/$1" --out "$out/$1-report"
   mkdir -p "$folder/$1"

@@ -23,7 +23,7 @@ python -m eval sample --weights "$out/runs/world-d4/weights/ema.safetensors" --o
   "a photo of a red apple" "a photo of two dogs" "a photo of a carrot left of a banana" "a photo of a blue car" \
   "a photo of three kites" "a photo of a green chair and a purple cup" \
   "a photo of a boat below an airplane" "a photo of four cakes"
-python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \
+python -m eval run --runs "$out/runs" --metrics val_loss geneval compbench clip_score fid \
   --prompts-per-task 50 --images-per-prompt 1 --captions 256 --checkpoints 4
 python -m eval report --runs "$out/runs" --out "$out/report"
 

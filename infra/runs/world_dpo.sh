@@ -17,7 +17,7 @@ deepspeed --num_gpus "$ranks" --module trainer train "world-dpo-d$depth" --data 
 # What it started from stands beside it as a run, so that both are drawn and scored alike.
 mkdir -p "$out/runs/before/weights/step_0000000"
 cp "$weights" "$out/runs/before/weights/step_0000000/ema.safetensors"
-python -m eval run --runs "$out/runs" --metrics geneval,compbench,clip_score --checkpoints last --no-calibration \
+python -m eval run --runs "$out/runs" --metrics geneval compbench clip_score --checkpoints last --no-calibration \
     --prompts-per-task "${PER_TASK:-16}" --images-per-prompt 2 --captions "${CAPTIONS:-128}"
 mkdir -p "$kept"
 python -m eval compare "$out/runs/before" "$out/runs/world-dpo-d$depth" --out "$kept/compare.json" | tee "$kept/table.txt"

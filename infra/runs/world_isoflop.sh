@@ -15,5 +15,5 @@ mkdir -p "$folder"
 
 # shellcheck disable=SC2086  # lists of words
 "$python" -m trainer ladder world --depths $depths --budgets $budgets --num-ranks "${RANKS:-1}" --data "$data" \
-  --out "$out" --options logging.samples=0 logging.save-every=1000000 validation.every=1000000 validation.samples=512
+  --out "$out" --logging.samples 0 --logging.save-every 1000000 --validation.every 1000000 --validation.samples 512
 cp "$out/isoflop.json" "$out/isoflop.md" "$out/isoflop.png" "$folder"

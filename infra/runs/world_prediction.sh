@@ -23,7 +23,7 @@ if [ ! -e "$out/runs/world-d$next" ]; then  # asked again, the same curves answe
   cat "$out"/runs/results/*.jsonl | grep '"prediction/' > "$kept/prediction.json"
 fi
 "${climb[@]}" --depths "$next"
-python -m eval run --runs "$out/runs" --metrics val_loss,geneval,compbench,clip_score,fid \
+python -m eval run --runs "$out/runs" --metrics val_loss geneval compbench clip_score fid \
   --prompts-per-task "${PROMPTS:-8}" --images-per-prompt 1 --captions "${CAPTIONS:-64}"
 python -m eval report --runs "$out/runs" --out "$out/report"
 cp "$out"/report/report.json "$out"/report/report.md "$kept"

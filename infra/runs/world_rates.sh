@@ -15,6 +15,6 @@ mkdir -p "$folder"
 
 # shellcheck disable=SC2086  # lists of words
 "$python" -m trainer sweep lr world --depths $depths --rates $rates --images "$images" --num-ranks "${RANKS:-1}" \
-  --data "$data" --out "$out" --options logging.samples=0 logging.keep=1 logging.save-every="$images" \
-  validation.every="$images" validation.samples=512 | tee "$folder/table.txt"
+  --data "$data" --out "$out" --logging.samples 0 --logging.keep 1 --logging.save-every "$images" \
+  --validation.every "$images" --validation.samples 512 | tee "$folder/table.txt"
 cp "$out/sweep.json" "$out/sweep.png" "$folder"

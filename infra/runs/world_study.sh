@@ -23,7 +23,7 @@ variants=${VARIANTS:-$(python -c "from eval.studies.ranking import TABLE_1; prin
 train() {  # train VARIANTS SEED
   # shellcheck disable=SC2086
   python -m trainer sweep formulations "$recipe" --formulations $1 --data "$data" --out "$out/seed$2" --workers "$workers" \
-    --images "$images" --num-ranks "$ranks" --options "seed=$2" logging.keep=1 logging.samples=0
+    --images "$images" --num-ranks "$ranks" --seed "$2" --logging.keep 1 --logging.samples 0
 }
 
 judge() {  # a variant whose training was unstable has no weights at its end: the ranking names it and leaves it out

@@ -138,9 +138,11 @@ def list_weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index.name} names files that {folder} lacks: {list_some(missing)}")
         return files
     found = sorted(folder.glob(f"{TRANSFORMER}*.safetensors"))
-    candidates = [file.name for file in (*indices, *([single] if single in found else []))] if indices else [
-        file.name for file in found
-    ]
+    candidates = (
+        [file.name for file in (*indices, *([single] if single in found else []))]
+        if indices
+        else [file.name for file in found]
+    )
     if not found:
         raise UserError(f"no {TRANSFORMER}*.safetensors in {folder}")
     if len(candidates) > 1:

@@ -43,7 +43,7 @@ def cell_of(run: str) -> Cell:
     recipe = read_recipe(run)
     loss = last_val_loss(run, recipe)
     if loss is None:
-        raise UserError(f"{run}: no validation loss: omit --options validation.every=None")
+        raise UserError(f"{run}: no validation loss: omit --validation.every None")
     _, height, width = recipe.data.latent_shape
     flops = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
     return Cell(

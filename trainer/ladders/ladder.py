@@ -16,8 +16,9 @@ from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import META_KEY
 from model.flops import train_flops_per_image
-from trainer.ladders.launch import Launch
+from trainer.ladders.launch import ManyRuns
 from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
 from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_of, kept_precision, step_name
@@ -27,48 +28,51 @@ log = get_logger("ladder")
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run to train unless it exists: `images` of a recipe into a folder, with overrides as NAME=VALUE."""
+class TrainingTask:
+    """A run to train unless it exists: `images` of a recipe into a folder; `words` override what its name says."""
 
     recipe: Recipe
     run: str
     images: int
-    options: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
-def climb(family: str, depths: Sequence[int], launch: Launch) -> list[str]:
+def climb(family: str, depths: Sequence[int], launch: ManyRuns) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
-    recipes = _rungs(family, depths)
-    jobs = [Job(r, storage.join(launch.out, r.name), launch.images or r.images, launch.options) for r in recipes]
-    return train_missing(jobs, launch)
+    recipes = rungs(family, depths, launch)
+    return train_missing(
+        [TrainingTask(r, storage.join(launch.out, r.name), r.images, launch.overrides) for r in recipes], launch
+    )
 
 
 def iso_flop(
-    family: str, depths: Sequence[int], budgets: Sequence[float], launch: Launch, *, cooldown: float = 0.2
+    family: str, depths: Sequence[int], budgets: Sequence[float], launch: ManyRuns, *, cooldown: float = 0.2
 ) -> list[str]:
     """Train every depth for every budget of training FLOPs; the run folders.
 
     One run at constant rate (OUT/<recipe>-trunk) serves all horizons of a depth: each horizon branches off where its
     cooldown begins, into OUT/<recipe>-<budget>.
     """
-    if launch.images is not None:
-        raise UserError("--budgets decides how long each run is: omit --images")
-    trunks: list[Job] = []
-    branches: list[Job] = []
-    for recipe in _rungs(family, depths):
+    refuse_decided(launch.overrides, {"images": "--budgets"})
+    trunks: list[TrainingTask] = []
+    branches: list[TrainingTask] = []
+    for recipe in rungs(family, depths, launch):
         horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
         starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
         trunk, longest = storage.join(launch.out, f"{recipe.name}-trunk"), max(starts.values())
-        saves = " ".join(str(start) for start in sorted(set(starts.values())))
-        constant = ("schedule.cooldown=0", f"logging.save-at={saves}", f"logging.keep={len(starts) + 1}")
-        trunks.append(Job(recipe, trunk, longest, (*launch.options, *constant)))
+        saves = [str(start) for start in sorted(set(starts.values()))]
+        constant = [
+            "--images", str(longest), "--schedule.cooldown", "0", "--logging.save-at", *saves,
+            "--logging.keep", str(len(starts) + 1),
+        ]  # fmt: skip
+        trunks.append(TrainingTask(recipe, trunk, longest, (*launch.overrides, *constant)))
         for budget, images in horizons.items():
             source = storage.join(checkpoints_of(trunk), step_name(starts[budget] // recipe.global_batch))
-            branch = (f"resume={source}", f"schedule.cooldown={cooldown}")
+            branch = ("--images", str(images), "--resume", source, "--schedule.cooldown", str(cooldown))
             run = storage.join(launch.out, f"{recipe.name}-{budget:g}".replace("+", ""))
-            branches.append(Job(recipe, run, images, (*launch.options, *branch)))
+            branches.append(TrainingTask(recipe, run, images, (*launch.overrides, *branch)))
     precision = settle_precision([*trunks, *branches], launch)
-    trunks, branches = ([_with_precision(job, precision) for job in jobs] for jobs in (trunks, branches))
+    trunks, branches = ([_with_precision(task, precision) for task in tasks] for tasks in (trunks, branches))
     train_missing(trunks, launch)
     return train_missing(branches, launch)
 
@@ -88,34 +92,33 @@ def branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
     return int(images * (1 - cooldown)) // recipe.global_batch * recipe.global_batch
 
 
-def _rungs(family: str, depths: Sequence[int]) -> list[Recipe]:
-    recipes = [get_family(family)(depth) for depth in sorted(set(depths))]
+def rungs(family: str, depths: Sequence[int], launch: ManyRuns) -> list[Recipe]:
+    """The recipes of a ladder, smallest first, with the fields that `launch` overrides."""
+    refuse_decided(launch.overrides, {"model.depth": "--depths"})
+    recipes = [override_recipe(get_family(family)(depth), launch.overrides) for depth in sorted(set(depths))]
     unknown = [recipe.name for recipe in recipes if recipe.name not in RECIPES]
     if unknown:
         raise UserError(f"no recipe {', '.join(unknown)}; known: {', '.join(RECIPES)}")
     return recipes
 
 
-def train_missing(jobs: Sequence[Job], launch: Launch, *, unstable_is_a_result: bool = False) -> list[str]:
+def train_missing(tasks: Sequence[TrainingTask], launch: ManyRuns, *, unstable_is_a_result: bool = False) -> list[str]:
     """Train what is not trained yet, one after another or shared among Ray workers; the run folders.
 
     `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
-    ranks, precision = launch.num_ranks or default_ranks(), settle_precision(jobs, launch)
-    jobs = [_with_precision(job, precision) for job in jobs]
+    ranks, precision = launch.num_ranks or default_ranks(), settle_precision(tasks, launch)
+    tasks = [_with_precision(task, precision) for task in tasks]
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
-    for number, job in enumerate(jobs, start=1):
-        done = images_trained(job.run)
-        if done is not None and done >= job.images:
-            log.info("%d/%d: %s is trained (%s images)", number, len(jobs), job.run, f"{done:,}")
-        elif unstable_is_a_result and _is_unstable(job.run):
-            log.info("%d/%d: %s was unstable", number, len(jobs), job.run)
+    for number, task in enumerate(tasks, start=1):
+        done = images_trained(task.run)
+        if done is not None and done >= task.images:
+            log.info("%d/%d: %s is trained (%s images)", number, len(tasks), task.run, f"{done:,}")
+        elif unstable_is_a_result and _is_unstable(task.run):
+            log.info("%d/%d: %s was unstable", number, len(tasks), task.run)
         else:
-            images = None if job.images == job.recipe.images else job.images
-            command = train_command(
-                job.recipe, data=launch.data, run=job.run, images=images, ranks=ranks, options=job.options
-            )
-            missing.append((job.run, command, f"{number}/{len(jobs)}: {shlex.join(command)}"))
+            command = train_command(task.recipe.name, task.words, data=launch.data, run=task.run, ranks=ranks)
+            missing.append((task.run, command, f"{number}/{len(tasks)}: {shlex.join(command)}"))
     if launch.workers and missing:
         _train_on_ray(missing, workers=launch.workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
     else:
@@ -123,15 +126,15 @@ def train_missing(jobs: Sequence[Job], launch: Launch, *, unstable_is_a_result: 
             print(told, flush=True)
             with _passing_over(run, unstable_is_a_result):
                 run_command(command, run)
-    return [job.run for job in jobs]
+    return [task.run for task in tasks]
 
 
-def settle_precision(jobs: Sequence[Job], launch: Launch) -> ResolvedPrecision | None:
+def settle_precision(tasks: Sequence[TrainingTask], launch: ManyRuns) -> ResolvedPrecision | None:
     """What `auto` is for all of these runs, so that they can be compared: what the first of them that exists computes
     in, else what this machine (or the Ray cluster) does best. None: no run asks."""
-    if not any(_asks_auto(job) for job in jobs):
+    if not any(task.recipe.precision == "auto" for task in tasks):
         return None
-    kept: ResolvedPrecision | None = next(filter(None, (kept_precision(job.run) for job in jobs)), None)
+    kept: ResolvedPrecision | None = next(filter(None, (kept_precision(task.run) for task in tasks)), None)
     if kept is None and launch.workers:
         from trainer.ladders.workers import device_of_workers
 
@@ -139,16 +142,11 @@ def settle_precision(jobs: Sequence[Job], launch: Launch) -> ResolvedPrecision |
     return kept or resolve_precision("auto", "auto")
 
 
-def _asks_auto(job: Job) -> bool:
-    """Options come after the recipe's own fields, the last one counts."""
-    asked = [option.partition("=")[2] for option in job.options if option.startswith("precision=")]
-    return (asked or [job.recipe.precision])[-1] == "auto"
-
-
-def _with_precision(job: Job, precision: ResolvedPrecision | None) -> Job:
-    if precision is None or not _asks_auto(job):
-        return job
-    return replace(job, options=(*job.options, f"precision={precision}"))
+def _with_precision(task: TrainingTask, precision: ResolvedPrecision | None) -> TrainingTask:
+    if precision is None or task.recipe.precision != "auto":
+        return task
+    recipe = replace(task.recipe, precision=precision)
+    return replace(task, recipe=recipe, words=(*task.words, "--precision", precision))
 
 
 def _train_on_ray(
@@ -200,16 +198,9 @@ def default_ranks() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def train_command(
-    recipe: Recipe, *, data: str, run: str, images: int | None, ranks: int, options: Sequence[str] = ()
-) -> list[str]:
+def train_command(recipe: str, words: Sequence[str], *, data: str, run: str, ranks: int) -> list[str]:
     """`deepspeed --num_gpus N --module trainer train ...`, or `python -m trainer train ...` for one rank."""
-    arguments = ["train", recipe.name, "--data", data, "--out", run]
-    if images is not None:
-        arguments += ["--images", str(images)]
-    for option in options:
-        name, _, value = option.partition("=")
-        arguments += [f"--{name.removeprefix('--')}", *value.split()]
+    arguments = ["train", recipe, "--data", data, "--out", run, *words]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
     # Not the launcher's own 29500: two trainings that start at once would both find it free, seconds before they meet.

@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass
 
+import tyro
+
 
 @dataclass(frozen=True)
-class Launch:
+class ManyRuns:
     """What `ladder` and `sweep` ask alike."""
 
     data: str
     """Dataset made by `python -m data_pipeline run`."""
     out: str
     """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
-    images: int | None = None
-    """Images per run; default: the recipe's."""
     num_ranks: int | None = None
     """Processes per run; default: GPUs, or CPU cores up to 2 where there is none."""
     workers: int = 0
     """Ray workers that share the runs, each with a run's ranks (RAY_ADDRESS, or a private Ray here); 0: one after
     another, in this process."""
-    options: tuple[str, ...] = ()
-    """Overrides handed to every run's command, as NAME=VALUE: --options optimizer.lr=1e-3 logging.keep=1."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Fields of the recipe as words, handed to every run's command: --optimizer.lr 1e-3 --logging.keep 1."""

@@ -10,11 +10,12 @@ from data_pipeline.loading.loader import open_dataset
 from infra import storage
 from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
-from trainer.ladders.ladder import Job, train_missing
-from trainer.ladders.launch import Launch
+from trainer.ladders.ladder import TrainingTask, rungs, train_missing
+from trainer.ladders.launch import ManyRuns
 from trainer.ladders.picture import loss_curves
+from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
-from trainer.recipes import get_family, get_recipe
+from trainer.recipes import get_recipe
 from trainer.runfolder import last_val_loss
 
 SAFE = {"/": "-", "(": "_", ")": "", ",": "_"}  # a formulation's name as a folder's
@@ -30,19 +31,20 @@ class Point:
     loss: float
 
 
-def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], launch: Launch) -> str:
+def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], launch: ManyRuns) -> str:
     """Train every depth at every rate; write OUT/sweep.json and OUT/sweep.png; the table and the law as text."""
+    refuse_decided(launch.overrides, {"optimizer.lr": "--rates"})
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
     open_dataset(launch.data)  # refused here, in one line, rather than by the first run's ranks
-    jobs, places = [], []
-    for depth in sorted(set(depths)):
-        recipe = get_family(family)(depth)
+    tasks, places = [], []
+    for recipe in rungs(family, depths, launch):
         for rate in sorted(set(rates)):
             run = storage.join(launch.out, f"{recipe.name}-lr{rate:g}")
-            jobs.append(Job(recipe, run, launch.images or recipe.images, (*launch.options, f"optimizer.lr={rate!r}")))
+            words = (*launch.overrides, "--optimizer.lr", repr(rate))
+            tasks.append(TrainingTask(recipe, run, recipe.images, words))
             places.append((recipe, rate, run))
-    train_missing(jobs, launch, unstable_is_a_result=True)
+    train_missing(tasks, launch, unstable_is_a_result=True)
     points = [Point(r.model.depth, r.model.width, rate, final_loss(run, r)) for r, rate, run in places]
     law = transfer_law(points)
     told = {"points": [vars(point) for point in points], "law": law}
@@ -51,9 +53,10 @@ def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], laun
     return table(points, law)
 
 
-def sweep_formulations(name: str, formulations: Sequence[str], launch: Launch) -> list[str]:
+def sweep_formulations(name: str, formulations: Sequence[str], launch: ManyRuns) -> list[str]:
     """Train a recipe once per formulation into OUT/<recipe>-<formulation>; the run folders. No name: all 61."""
-    recipe = get_recipe(name)
+    refuse_decided(launch.overrides, {"formulation": "--formulations"})
+    recipe = override_recipe(get_recipe(name), launch.overrides)
     chosen = list(formulations or STUDY)
     for one in chosen:
         if one not in FORMULATIONS:
@@ -61,12 +64,14 @@ def sweep_formulations(name: str, formulations: Sequence[str], launch: Launch) -
                 f"unknown formulation {one!r}{nearest(one, FORMULATIONS)}; all: python -m model formulations"
             )
     open_dataset(launch.data)
-    jobs = [
-        Job(recipe, storage.join(launch.out, f"{name}-{folder_name(one)}"), launch.images or recipe.images,
-            (*launch.options, f"formulation={one}"))
+    tasks = [
+        TrainingTask(
+            recipe, storage.join(launch.out, f"{name}-{folder_name(one)}"), recipe.images,
+            (*launch.overrides, "--formulation", one),
+        )
         for one in chosen
     ]  # fmt: skip
-    return train_missing(jobs, launch, unstable_is_a_result=True)
+    return train_missing(tasks, launch, unstable_is_a_result=True)
 
 
 def folder_name(formulation: str) -> str:

@@ -54,16 +54,17 @@ def verify_resume(
     batch, half = recipe.global_batch, steps // 2
     precision = resolve_precision(recipe.precision, "auto")
     cadence = [
-        *arguments, "--precision", precision, "--images", str(batch * steps), "--logging.log-every", str(batch),
+        "--precision", precision, "--images", str(batch * steps), "--logging.log-every", str(batch),
         "--logging.save-every", str(batch * (half // 2)), "--logging.keep", "4", "--logging.samples", "0",
     ]  # fmt: skip
     if recipe.validation.every is not None:
         cadence += ["--validation.every", str(batch * steps)]
 
     def run(name: str, num_ranks: int, *more: str) -> Path:
-        command = train_command(recipe, data=data, run=str(out / name), images=None, ranks=num_ranks)
+        words = [*arguments, *cadence, *more]
+        command = train_command(recipe.name, words, data=data, run=str(out / name), ranks=num_ranks)
         log.info("%s: %d rank(s)", name, num_ranks)
-        run_command([*command, *cadence, *more], str(out / name))
+        run_command(command, str(out / name))
         return out / name
 
     straight = run("straight", ranks)
