@@ -11,7 +11,9 @@ GENEVAL = {
 COMPBENCH = {
     "judge": Command("eval.metrics.compbench.tool:judge", "score stored evidence"),
     "score": Command("eval.metrics.compbench.tool:score", "look at a folder of images and score them"),
-    "merge": Command("eval.metrics.compbench.tool:merge", "put the parts of several processes together"),
+    "merge": Command(
+        "eval.metrics.compbench.tool:merge", "the 3-in-1 answers of complex prompts from the official answer files"
+    ),
 }
 COMMANDS: Commands = {
     "sample": Command("eval.studies.sample:sample", "draw prompts with exported weights into a labelled grid"),
@@ -30,11 +32,11 @@ COMMANDS: Commands = {
         "is checkpoint B better than A? differences with intervals, paired by prompt",
     ),
     "autoencoder": Command(
-        "eval.studies.autoencoder:report",
+        "eval.studies.autoencoder:measure_autoencoders",
         "what autoencoders lose: rFID, LPIPS, SSIM, PSNR (SD3's Table 3)",
     ),
     "pairs": Command(
-        "eval.studies.pairs:pairs",
+        "eval.studies.pairs:make_pairs",
         "preference pairs for DPO: draw each prompt several times, let a judge rank the pictures",
     ),
     "study": Command("eval.studies.formulations:study", "rank formulations as SD3's section 5.1 does"),

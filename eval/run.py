@@ -37,6 +37,7 @@ class RunOptions:
     prompts_per_task: int = 16
     """prompts of each task, for seen and for unseen compositions"""
     images_per_prompt: int = 2
+    """pictures of each of these prompts"""
     captions: int = 256
     """captions (one image each) for metrics that draw captions, such as CLIP score"""
     checkpoints: str = "all"

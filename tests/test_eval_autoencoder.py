@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.drawing.pictures import write_picture
-from eval.studies.autoencoder import AutoencoderOptions, report
+from eval.studies.autoencoder import AutoencoderOptions, measure_autoencoders
 from eval.studies.fidelity import Lpips, psnr, ssim
 from infra.errors import UserError
 
@@ -85,7 +85,7 @@ def autoencoder(folder, channels):
 
 def test_the_report_of_autoencoders_with_4_8_and_16_channels(tmp_path, capsys, alexnet):
     folders = [autoencoder(tmp_path / f"c{n}", n) for n in (4, 16)]
-    report(
+    measure_autoencoders(
         AutoencoderOptions(
             vae=(folders[0], "world:vae", folders[1]), count=6, batch=4, lpips=str(alexnet), out=str(tmp_path / "out")
         )
@@ -107,19 +107,19 @@ def test_the_report_of_autoencoders_with_4_8_and_16_channels(tmp_path, capsys, a
 def test_pictures_of_any_size_are_cut_to_whole_latent_pixels(tmp_path, capsys):
     for index, size in enumerate([(45, 61), (64, 50), (45, 61)]):
         write_picture(tmp_path / "p" / f"{index}.png", picture(index, 64, 64)[: size[0], : size[1]])
-    report(AutoencoderOptions(images=str(tmp_path / "p"), count=3, batch=2))
+    measure_autoencoders(AutoencoderOptions(images=str(tmp_path / "p"), count=3, batch=2))
     printed = capsys.readouterr()
     assert "not measured" in printed.out
     assert "LPIPS was left out" in printed.err
-    report(AutoencoderOptions(images=str(tmp_path / "p"), count=3, size=32))
+    measure_autoencoders(AutoencoderOptions(images=str(tmp_path / "p"), count=3, size=32))
     with pytest.raises(UserError, match="holds 3 pictures, --count asks for 9"):
-        report(AutoencoderOptions(images=str(tmp_path / "p"), count=9))
+        measure_autoencoders(AutoencoderOptions(images=str(tmp_path / "p"), count=9))
     with pytest.raises(UserError, match="missing"):
-        report(AutoencoderOptions(vae=(str(tmp_path / "missing"),), count=2))
+        measure_autoencoders(AutoencoderOptions(vae=(str(tmp_path / "missing"),), count=2))
     with pytest.raises(UserError, match="--count 2 or more"):
-        report(AutoencoderOptions(count=1))
+        measure_autoencoders(AutoencoderOptions(count=1))
     for size in (0, -5, 10):
         with pytest.raises(UserError, match="--size must be 11 or more"):
-            report(AutoencoderOptions(count=2, size=size))
+            measure_autoencoders(AutoencoderOptions(count=2, size=size))
     with pytest.raises(UserError, match="--device cudaa cannot be used here"):
-        report(AutoencoderOptions(count=2, device="cudaa"))
+        measure_autoencoders(AutoencoderOptions(count=2, device="cudaa"))

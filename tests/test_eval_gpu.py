@@ -187,8 +187,8 @@ def test_what_else_judges(dpt, weights, alexnet, exact):
 
 def test_the_report_of_an_autoencoder(alexnet, exact):
     ours, theirs = (
-        measure("world:vae", given, ClipModel(resolve("world:judge_clip"), device=given.device),
-                Lpips(alexnet, device=given.device)).values
+        measure("world:vae", given, network=ClipModel(resolve("world:judge_clip"), device=given.device),
+                perceptual=Lpips(alexnet, device=given.device)).values
         for given in (AutoencoderOptions(count=12, batch=4, device=device) for device in DEVICES)
     )  # fmt: skip
     assert {k: v[0] for k, v in theirs.items()} == pytest.approx({k: v[0] for k, v in ours.items()}, rel=2e-3)

@@ -12,7 +12,7 @@ from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges
 from eval.judging.prompts import world_compbench_prompts, world_geneval_prompts
-from eval.studies.pairs import PairOptions, pairs, rank_pictures, score_by_clip, score_by_vqa, world_prompts
+from eval.studies.pairs import PairOptions, make_pairs, rank_pictures, score_by_clip, score_by_vqa, world_prompts
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.weights import save_weights
@@ -55,7 +55,7 @@ def options(weights: str, out: str, **changes) -> PairOptions:
 
 def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
     given = options(weights, str(tmp_path / "pairs"))
-    pairs(given)
+    make_pairs(given)
     assert "6 pairs from 6 prompts (2 for validation)" in capsys.readouterr().out
     assert not verify_dataset(given.out).problems
     dataset, val = open_dataset(given.out), open_dataset(given.out, split="val")
@@ -75,7 +75,7 @@ def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
 
 def test_pictures_that_are_judged_alike_make_no_pair(weights, tmp_path):
     with pytest.raises(UserError, match="0 of 6 prompts gave a pair"):
-        pairs(options(weights, str(tmp_path / "pairs"), least_gap=1.5))
+        make_pairs(options(weights, str(tmp_path / "pairs"), least_gap=1.5))
     assert not (tmp_path / "pairs").exists()
 
 
@@ -85,4 +85,4 @@ def test_pictures_that_are_judged_alike_make_no_pair(weights, tmp_path):
 )
 def test_mistakes_are_one_line(weights, tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
-        pairs(options(weights, str(tmp_path / "x"), **changes))
+        make_pairs(options(weights, str(tmp_path / "x"), **changes))

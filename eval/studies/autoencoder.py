@@ -69,7 +69,7 @@ class AutoencoderScores:
     values: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
-def report(options: AutoencoderOptions) -> None:
+def measure_autoencoders(options: AutoencoderOptions) -> None:
     """Reconstruct pictures with each autoencoder and print rFID, LPIPS, SSIM and PSNR with 95 % intervals."""
     if not options.vae or options.count < 2 or options.batch < 1:
         raise UserError("give at least one --vae, --count 2 or more and --batch 1 or more")
@@ -78,7 +78,7 @@ def report(options: AutoencoderOptions) -> None:
     options = replace(options, device=resolve_device(options.device))
     network = _features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
-    found = [measure(name, options, network, perceptual) for name in options.vae]
+    found = [measure(name, options, network=network, perceptual=perceptual) for name in options.vae]
     protocol = {
         "images": options.images,
         "count": options.count,
@@ -106,7 +106,7 @@ def _features(options: AutoencoderOptions) -> FeatureNetwork:
 
 
 def measure(
-    name: str, options: AutoencoderOptions, network: FeatureNetwork, perceptual: Lpips | None
+    name: str, options: AutoencoderOptions, *, network: FeatureNetwork, perceptual: Lpips | None
 ) -> AutoencoderScores:
     path = resolve(name)
     vae = load_vae(path).to(options.device)

@@ -48,10 +48,13 @@ class StudyOptions:
     workers: int = 0
     """Ray workers that share the runs; 0 does all in this process"""
     gpus_per_worker: float = 0
+    """with --device cuda: the share of a GPU that each worker gets"""
     seed: int = 0
+    """of the pictures' noise"""
     precision: Precision = "auto"
     """of the network: fp32, bf16, or auto: what this machine does best"""
     batch: int = 64
+    """pictures drawn at a time"""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N"""
     official: OfficialPaths = field(default_factory=OfficialPaths)

@@ -76,7 +76,7 @@ RANKERS: dict[str, tuple[Ranker, Callable[[Judges], Any]]] = {
 }
 
 
-def pairs(options: PairOptions) -> None:
+def make_pairs(options: PairOptions) -> None:
     """Draw, rank and write preference pairs, for `python -m trainer train world-dpo-d4 --data OUT`."""
     if options.ranker not in RANKERS:
         raise UserError(

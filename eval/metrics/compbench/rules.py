@@ -1,8 +1,8 @@
 """T2I-CompBench(++): the official formulas as pure functions of detections, probabilities and depth.
 
-Each follows the evaluator of the same category in Karine-Huang/T2I-CompBench, quirks included (README, Decisions);
-`repaired` mends those of position. Boxes are x1, y1, x2, y2 in the detector's frame, where 2D distances are compared
-with 150 pixels (`detector_scale`).
+Each follows the evaluator of its category in Karine-Huang/T2I-CompBench (named above each group), quirks included
+(eval/DECISIONS.md); `repaired` mends those of position. Boxes are x1, y1, x2, y2 in the detector's frame, where 2D
+distances are compared with 150 pixels (`detector_scale`).
 """
 
 import math
@@ -14,11 +14,11 @@ import numpy as np
 from eval.judging.language import LOCALITIES_2D, LOCALITIES_3D, NUMBER_WORDS, ONES
 from eval.judging.official import PositionRules
 
-IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150
+IOU_2D, IOU_3D, NEAR_PIXELS = 0.1, 0.5, 150  # the official thresholds
 DROPPED_CHUNKS = ("top", "the side", "the left", "the right")
-MAX_CHUNKS = 8
+MAX_CHUNKS = 8  # BLIP_vqa.py asks about at most as many noun chunks
 PEOPLE = ("girl", "boy", "man", "woman")
-RENAMED = {
+RENAMED = {  # words of prompts -> UniDet's labels, the misspelling included
     **dict.fromkeys(PEOPLE, "person"),
     "ship": "boat",
     "telivision": "tv",
@@ -42,6 +42,9 @@ def detector_scale(height: int, width: int) -> float:
     return min(479 / min(height, width), 480 / max(height, width))
 
 
+# BLIPvqa_eval/BLIP_vqa.py: color, shape, texture.
+
+
 def blip_vqa(probabilities: Sequence[float]) -> float:
     """Attribute binding: product of P(yes) over the first 8 noun chunks, each and the result rounded to 4 decimals."""
     product = np.float32(1)
@@ -53,6 +56,9 @@ def blip_vqa(probabilities: Sequence[float]) -> float:
 def choose_chunks(chunks: Sequence[str]) -> list[str]:
     """The noun chunks that become questions `<chunk>?`."""
     return [chunk for chunk in chunks if chunk not in DROPPED_CHUNKS][:MAX_CHUNKS]
+
+
+# UniDet_eval/2D_spatial_eval.py and 3D_spatial_eval.py (before: determine_position_for_eval.py).
 
 
 def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
@@ -106,6 +112,7 @@ def position_3d(
 
 
 def _mean_depth(depth_XY: np.ndarray, box: Box) -> float:
+    """NaN for an empty slice, as numpy's mean: comparisons with it are false."""
     part = depth_XY[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])]
     return float(part.mean()) if part.size else math.nan
 
@@ -171,10 +178,14 @@ def _last_until_both(
 
 
 def _with_confidence(first: LabelledBox | None, second: LabelledBox | None, position: float) -> float:
+    """A quarter of each object's confidence, and half of the position; without both objects no position."""
     if first and second:
         return 0.25 * first.score + 0.25 * second.score + position / 2
     only = first or second
     return 0.25 * only.score if only else 0.0
+
+
+# UniDet_eval/numeracy_eval.py.
 
 
 def same_object(box1: Box, box2: Box) -> bool:
@@ -236,6 +247,9 @@ def numeracy(seen: Sequence[LabelledBox], names: Sequence[str], numbers: Sequenc
             exact = i < len(numbers) and labels.count(name) == numbers[i]
             score += (1.0 if exact else 0.5) / len(names)
     return score
+
+
+# 3_in_1_eval/3_in_1.py.
 
 
 def three_in_one(kind: str, *, attribute: float, spatial: float = 0.0, action: float = 0.0) -> float:
