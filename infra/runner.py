@@ -9,6 +9,8 @@ storage itself.
 import json
 import logging
 import os
+import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from infra.log import get_logger
 
 log = get_logger("runner")
 
+_FIRST_CONTACT_S = 10.0  # with a cluster of RAY_ADDRESS
+_SOCKET_PATH = 107  # bytes: sizeof(sockaddr_un.sun_path) less one
 _SMALL_POOL = 8  # workers that are all waited for at the start; a larger pool starts with one and grows
 _WAVE = 10_000  # units: ten million rows between two starts of the workers
 _WAVE_BYTES = 256 * 2**20  # of their descriptions
@@ -196,14 +200,46 @@ def connect(workers: WorkerPool) -> dict[str, float]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
+            _join_cluster(os.environ["RAY_ADDRESS"], quiet)
         else:
+            _refuse_long_folder()
             log.info("starting Ray on this machine")
             os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: any other load would starve the workers
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes back in results
             cpus = max(os.cpu_count() or 1, int((workers.count or 0) * workers.cpus))
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
     return ray.cluster_resources()
+
+
+def _join_cluster(address: str, quiet: Mapping[str, Any]) -> None:
+    """Ray itself would go on trying for minutes where a cluster is gone."""
+    import ray
+
+    advice = "unset RAY_ADDRESS to use this machine, or start that cluster again"
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_FIRST_CONTACT_S).close()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({reason}): {advice}") from error
+    try:
+        ray.init(**quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster there ({reason}): {advice}") from error
+
+
+def _refuse_long_folder() -> None:
+    """Ray puts sockets below its folder, and the system allows 107 bytes for the path of one."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    longest = len(os.fsencode(f"{folder}/ray/session_2026-01-01_00-00-00_000000_{2**22}/sockets/plasma_store.1"))
+    if longest > _SOCKET_PATH:
+        name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+        raise UserError(
+            f"{name}={folder}: {longest - _SOCKET_PATH} characters too long for Ray's sockets: set RAY_TMPDIR to a "
+            "shorter folder, such as /tmp"
+        )
 
 
 class CallLost(RuntimeError):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from ray import cloudpickle
 
 from infra import runner
 from infra.errors import UserError
-from infra.runner import CallLost, RemoteCalls, WorkerPool, _pool, run_tasks, run_units
+from infra.runner import CallLost, RemoteCalls, WorkerPool, _pool, connect, run_tasks, run_units
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
 
@@ -142,3 +143,27 @@ def test_a_cancelled_call_is_interrupted_and_one_that_waits_never_begins(tmp_pat
     calls.cancel()
     found = collect(calls)
     assert {key: lost.cancelled for key, lost in found.items()} == {"first": True, "second": True}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "ray://[::1]:{port}"])
+def test_a_cluster_that_is_gone_is_one_line(monkeypatch, address):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", address.format(port=port))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=.*nothing answers there.*unset RAY_ADDRESS"):
+        connect(WorkerPool(count=1))
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_too_long_for_rays_sockets_is_one_line(monkeypatch, tmp_path, name):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, str(long))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"{name}=.*too long for Ray's sockets"):
+        connect(WorkerPool(count=1))

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.captions.answers import NoCaption, keep_sentences, read_answer
 from data_pipeline.captions.spec import DESCRIBE, CaptionerSpec
 from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
@@ -21,13 +22,15 @@ from infra.log import get_logger
 log = get_logger("caption")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_MANY = 4  # pictures without one caption: the address is wrong rather than the pictures
 _WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class ServerCaptioner:
-    """`checkpoint` is the model's name on the server. A picture that the server rejects gets an empty caption."""
+    """`checkpoint` is the model's name on the server. A picture that the server rejects or has no caption for is set
+    aside alone; a server that is down, or gives a caption for not one of several pictures, stops the run."""
 
-    name, version = "server", 1
+    name, version = "server", 2  # 1 took thoughts and lists of parts for captions
 
     def __init__(self, spec: CaptionerSpec, device: str) -> None:
         self._spec = spec
@@ -39,10 +42,17 @@ class ServerCaptioner:
         spec.address()
         return f"served:{spec.checkpoint}"
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        return asyncio.run(self._all(images))
+    def caption(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:
+        answers = asyncio.run(self._all(images))
+        silent = [answer for answer in answers if isinstance(answer, NoCaption) and answer.status == "no_answer"]
+        if len(silent) == len(answers) >= _MANY:
+            raise UserError(
+                f"caption server {self._spec.url}: not one of {len(answers)} answers is of OpenAI's chat form "
+                f"({silent[0].reason}): check the address, which ends in /v1"
+            )
+        return answers
 
-    async def _all(self, images: Sequence[Image.Image]) -> list[str]:
+    async def _all(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:
         import httpx
 
         key = os.environ.get("BEELINE_CAPTION_KEY", "")
@@ -51,7 +61,7 @@ class ServerCaptioner:
         limits = httpx.Limits(max_connections=self._spec.concurrency)
         async with httpx.AsyncClient(headers=headers, limits=limits, timeout=self._spec.timeout_s) as client:
 
-            async def one(image: Image.Image) -> str:
+            async def one(image: Image.Image) -> str | NoCaption:
                 async with places:
                     return await self._ask(client, image)
 
@@ -62,10 +72,11 @@ class ServerCaptioner:
                 for task in tasks:  # after the first failure nothing more is asked for
                     task.cancel()
 
-    async def _ask(self, client: Any, image: Image.Image) -> str:
+    async def _ask(self, client: Any, image: Image.Image) -> str | NoCaption:
         import httpx
 
         body, problem = self._body(image), ""
+        said: str | NoCaption = NoCaption("no_answer", "")
         for attempt in range(self._spec.attempts):
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
             try:
@@ -74,18 +85,29 @@ class ServerCaptioner:
                 problem = type(error).__name__
             else:
                 if answer.status_code == 200:
-                    return self._read(answer)
-                problem = f"status {answer.status_code}"
-                if answer.status_code in (401, 403, 404):
-                    raise UserError(
-                        f"caption server {self._spec.url}: {problem}: check the address, the model's name "
-                        f"({self._spec.checkpoint}) and BEELINE_CAPTION_KEY"
-                    )
-                if answer.status_code not in _WORTH_ANOTHER_TRY:
-                    log.warning("caption server: a picture was rejected with %s", problem)
-                    return ""
-                wait = max(wait, _retry_after(answer))
+                    said, problem = self._read(answer), ""
+                    if isinstance(said, str) or said.final:
+                        return said
+                    if said.status == "cut":
+                        if body["max_tokens"] > self._spec.max_new_tokens:  # once with twice as many is enough
+                            kept = keep_sentences(said.reason)
+                            return kept or NoCaption("cut", f"no whole sentence in {body['max_tokens']} tokens")
+                        body["max_tokens"] *= 2
+                        continue
+                else:
+                    problem = f"status {answer.status_code}"
+                    if answer.status_code in (401, 403, 404):
+                        raise UserError(
+                            f"caption server {self._spec.url}: {problem}: check the address, the model's name "
+                            f"({self._spec.checkpoint}) and BEELINE_CAPTION_KEY"
+                        )
+                    if answer.status_code not in _WORTH_ANOTHER_TRY:
+                        log.warning("caption server: a picture was rejected with %s", problem)
+                        return ""
+                    wait = max(wait, _retry_after(answer))
             await asyncio.sleep(min(wait, _LONGEST_WAIT_S))
+        if not problem:  # it answers, but never with a caption: this picture alone is set aside
+            return said
         raise UnavailableError(
             f"caption server {self._spec.url}: {problem} after {self._spec.attempts} tries: "
             "start it again and run the same command; captions made so far are kept"
@@ -106,11 +128,12 @@ class ServerCaptioner:
             "temperature": 0,
         }
 
-    def _read(self, answer: Any) -> str:
+    @staticmethod
+    def _read(answer: Any) -> str | NoCaption:
         try:
-            return str(answer.json()["choices"][0]["message"].get("content") or "")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"caption server {self._spec.url}: its answer is not of OpenAI's chat form") from error
+            return read_answer(answer.json())
+        except ValueError:
+            return NoCaption("no_answer", f"no JSON: {answer.text[:60]!r}", final=False)
 
 
 def _retry_after(answer: Any) -> float:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from data_pipeline.captions.answers import NoCaption
 from infra.errors import UserError
 from infra.s3 import shown_address
 
@@ -29,8 +30,8 @@ class Captioner(Protocol):
 
     def __init__(self, spec: "CaptionerSpec", device: str) -> None: ...
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """One text per image, in order. A caption that cannot be made is ""; raise UserError to stop the run."""
+    def caption(self, images: Sequence[Image.Image]) -> Sequence[str | NoCaption]:
+        """One text per image, in order. One that cannot be made is "" or says its status; UserError stops the run."""
         ...
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from PIL import Image
 
+from data_pipeline.captions.answers import NoCaption
 from data_pipeline.captions.registry import get_captioner, open_captioner
 from data_pipeline.captions.spec import Captioner, CaptionerSpec
 from data_pipeline.curation.filters import clean_caption
@@ -52,7 +53,7 @@ class CaptionStage:
         captioner = open_captioner(self.spec, self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            texts: list[str] = []
+            texts: list[str | NoCaption] = []
             for _, images in shard.image_batches(shard.rows, self.batch):
                 texts += caption_images(captioner, images)
             judged = [judge_caption(text) for text in texts]
@@ -65,13 +66,13 @@ class CaptionStage:
         return run
 
 
-def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[str]:
+def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[str | NoCaption]:
     """One caption per image, "" where the captioner fails: a bad image must not take its batch along."""
     try:
         captions = captioner.caption(images)
         if len(captions) != len(images):
             raise ValueError(f"{captioner.name} gave {len(captions)} captions for {len(images)} images")
-        return captions
+        return list(captions)
     except UserError:  # no server: nothing that is wrong with an image
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -81,8 +82,10 @@ def caption_images(captioner: Captioner, images: Sequence[Image.Image]) -> list[
         return [text for image in images for text in caption_images(captioner, [image])]
 
 
-def judge_caption(text: str) -> tuple[str, str]:
+def judge_caption(text: str | NoCaption) -> tuple[str, str]:
     """(status, caption): boilerplate openings trimmed; empty, refusing and runaway captions get a status."""
+    if isinstance(text, NoCaption):
+        return text.status, ""
     caption = clean_caption(text)
     if _REFUSALS.match(caption):
         return "refusal", ""
