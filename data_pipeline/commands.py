@@ -12,7 +12,7 @@ from data_pipeline.sources.fetch import FetchLimits
 from data_pipeline.sources.registry import SOURCES
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
-from infra.log import clock
+from infra.log import format_duration
 
 if TYPE_CHECKING:
     from data_pipeline.flow.pipeline import Pipeline
@@ -145,7 +145,7 @@ def run_plan(options: PipelineOptions, plan: "DatasetPlan") -> None:
         return
     outcome = pipeline.run()
     print(format_summary(options.out, outcome))
-    print(f"\nfinished in {clock(time.monotonic() - started)}: {options.out}")
+    print(f"\nfinished in {format_duration(time.monotonic() - started)}: {options.out}")
     if outcome.failed:
         raise UserError(f"{len(outcome.failed)} units failed and are not in the dataset: run the same command again")
 

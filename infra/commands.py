@@ -17,10 +17,10 @@ def doctor(*, uri: str | None = None, folder: str = ".") -> None:
         uri: try to write and read there, for instance s3://bucket/prefix.
         folder: where the work is meant to go; its disk is looked at.
     """
-    from infra.doctor import Where, examine, table
+    from infra.doctor import CheckedPlaces, describe_diagnoses, examine
 
-    findings = examine(Where(folder=folder, uri=uri))
-    print(table(findings))
+    findings = examine(CheckedPlaces(folder=folder, uri=uri))
+    print(describe_diagnoses(findings))
     bad = [finding.what for finding in findings if finding.state == "bad"]
     if bad:
         raise UserError(f"needs attention: {', '.join(bad)}")
@@ -40,15 +40,17 @@ def make_bucket(uri: Annotated[str, tyro.conf.Positional]) -> None:
     make(uri)
 
 
+LAUNCH_HELP = """Run a command somewhere: python -m infra launch TARGET [options] -- COMMAND ...
+
+`deepspeed ...` starts on every node; anything else runs once, over several nodes inside a Ray cluster of its own."""
+
+
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Run a command somewhere: python -m infra launch TARGET [options] -- COMMAND ...
-
-    `deepspeed ...` starts on every node; anything else runs once, over several nodes inside a Ray cluster of its own.
-    """
+    """What to run a command on."""
 
     target: tyro.conf.Positional[str]
-    """local, slurm, ray, kubernetes or skypilot."""
+    """Where: one of those above."""
     name: str = "beeline"
     """Shown by the scheduler; names pods and log files."""
     nodes: int = 1
@@ -58,10 +60,9 @@ class LaunchOptions:
     env: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Environment of the job. Written into scripts: no secrets here."""
     option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
-    """For the target: slurm takes any #SBATCH option; ray: address; kubernetes: namespace cpu memory shm;
-    skypilot: accelerator infra use_spot disk_size."""
+    """For the target; what each one takes stands above."""
     image: str | None = None
-    """Container image (kubernetes needs one)."""
+    """Container image."""
     working_dir: str = "."
     """The folder to run in; target ray packs and sends it."""
     dry_run: bool = False
@@ -70,11 +71,12 @@ class LaunchOptions:
 
 def launch(words: list[str]) -> None:
     """What follows the first `--` is the job's own command and is not parsed."""
-    from infra.launch import get_target
+    from infra.launch import describe_targets, get_target
     from infra.launch.job import Job
 
     at = words.index("--") if "--" in words else len(words)
-    options = parse(LaunchOptions, words[:at], prog="python -m infra launch")
+    help_text = f"{LAUNCH_HELP}\n\n{describe_targets()}"
+    options = parse(LaunchOptions, words[:at], prog="python -m infra launch", description=help_text)
     target = get_target(options.target)
     job = Job(
         name=options.name,
@@ -86,6 +88,7 @@ def launch(words: list[str]) -> None:
         working_dir=options.working_dir,
         options=_pairs("--option", options.option),
     )
+    target.refuse_unknown(options.target, job.options)
     if options.dry_run:
         print(target.render(job), end="")
         return

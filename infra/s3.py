@@ -22,7 +22,7 @@ def _number(name: str, default: float) -> float:
         raise UserError(f"{name}={os.environ[name]!r} is not a number") from error
 
 
-def endpoint() -> str:
+def get_endpoint() -> str:
     """The server's address; "" is Amazon's own."""
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if url and not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
@@ -30,13 +30,13 @@ def endpoint() -> str:
     return url
 
 
-def shown_address(url: str) -> str:
+def hide_password(url: str) -> str:
     """An address for messages: without a user:password@ part, which must never be printed."""
     scheme, mark, rest = url.partition("://") if "://" in url else ("", "", url)
     return scheme + mark + rest.rpartition("@")[2]
 
 
-def filesystem(*, probing: bool = False) -> "S3FileSystem":
+def get_filesystem(*, probing: bool = False) -> "S3FileSystem":
     """One client per process (forks get their own) and AWS_* environment; all waits and retries are bounded."""
     import s3fs
 
@@ -51,7 +51,7 @@ def filesystem(*, probing: bool = False) -> "S3FileSystem":
             "max_pool_connections": 32,
         }
         made = s3fs.S3FileSystem(
-            endpoint_url=endpoint() or None,
+            endpoint_url=get_endpoint() or None,
             config_kwargs=config,
             use_listings_cache=False,
             skip_instance_cache=True,
@@ -70,10 +70,10 @@ def on_s3(uri: str) -> Iterator[tuple["S3FileSystem", str, str]]:
     if not bucket:
         raise UserError(f"{uri}: no bucket named: write s3://bucket/prefix")
     try:
-        if (endpoint(), bucket) not in _answered:
+        if (get_endpoint(), bucket) not in _answered:
             _probe(bucket)
-            _answered.add((endpoint(), bucket))
-        yield filesystem(), bucket, key
+            _answered.add((get_endpoint(), bucket))
+        yield get_filesystem(), bucket, key
     except UserError:
         raise
     except (OSError, BotoCoreError) as error:
@@ -82,10 +82,10 @@ def on_s3(uri: str) -> Iterator[tuple["S3FileSystem", str, str]]:
 
 def _probe(bucket: str) -> None:
     with contextlib.suppress(PermissionError):  # a key may read objects without being allowed to look at the bucket
-        filesystem(probing=True).call_s3("head_bucket", Bucket=bucket)
+        get_filesystem(probing=True).call_s3("head_bucket", Bucket=bucket)
 
 
-def head(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, Any] | None:
+def head_object(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, Any] | None:
     """What S3 tells of an object; None where there is none."""
     try:
         return fs.call_s3("head_object", Bucket=bucket, Key=key)
@@ -104,7 +104,7 @@ def make_bucket(uri: str) -> None:
     # Amazon refuses a LocationConstraint that names its first region, and wants one for every other.
     place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
     try:
-        filesystem().call_s3("create_bucket", Bucket=bucket, **place)
+        get_filesystem().call_s3("create_bucket", Bucket=bucket, **place)
     except OSError as error:
         raise _explain(uri, bucket, error) from error
 
@@ -124,7 +124,7 @@ def list_objects(
         query["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def code_of(error: BaseException | None) -> str:
+def find_error_code(error: BaseException | None) -> str:
     """The S3 error code behind a translated exception, or ""."""
     while error is not None:
         response = getattr(error, "response", None)
@@ -136,7 +136,7 @@ def code_of(error: BaseException | None) -> str:
 
 def _refusal_of_a_listing(bucket: str) -> BaseException | None:
     try:
-        filesystem(probing=True).call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+        get_filesystem(probing=True).call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
     except Exception as error:
         return error
     return None
@@ -150,9 +150,9 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
     """One line of our own words: what libraries say may hold keys or signed headers."""
     from botocore import exceptions as boto
 
-    code, where = code_of(error), shown_address(endpoint()) or "Amazon S3"
+    code, where = find_error_code(error), hide_password(get_endpoint()) or "Amazon S3"
     if code == "403":  # an answer without a body; a listing's answer says more
-        code = code_of(_refusal_of_a_listing(bucket)) or code
+        code = find_error_code(_refusal_of_a_listing(bucket)) or code
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, boto.ParamValidationError) or code == "InvalidBucketName":
@@ -165,7 +165,7 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
         return UserError(
             f"{uri}: {where} refused access ({code or 'denied'}): check the AWS credentials and their rights"
         )
-    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and (endpoint(), bucket) not in _answered):
+    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and (get_endpoint(), bucket) not in _answered):
         return MissingError(f"{uri}: no bucket {bucket!r} at {where}: create it, or check it and AWS_ENDPOINT_URL")
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: no such object")

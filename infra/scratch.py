@@ -15,7 +15,7 @@ BLOCK = 2**16  # values that are held in memory at a time
 
 
 @contextlib.contextmanager
-def on_scratch() -> Iterator[None]:
+def refuse_full_disk() -> Iterator[None]:
     """Makes a full disk a UserError of one line."""
     try:
         yield
@@ -35,7 +35,7 @@ class Spool:
     def append(self, values: npt.ArrayLike) -> None:
         """Any number of values, row after row; UserError where the disk is full."""
         data = np.ascontiguousarray(values, self._dtype)
-        with on_scratch():
+        with refuse_full_disk():
             self._file.write(data.tobytes())
         self._count += data.size
 
@@ -44,17 +44,17 @@ class Spool:
         shape = (self._count,) if self._width is None else (self._count // self._width, self._width)
         if not self._count:
             return np.zeros(shape, self._dtype)
-        with on_scratch():
+        with refuse_full_disk():
             self._file.flush()
         return np.memmap(self._file, self._dtype, "r", shape=shape)
 
 
-def scratch(shape: int | tuple[int, ...], dtype: npt.DTypeLike, fill: int = 0) -> np.ndarray:
+def allocate(shape: int | tuple[int, ...], dtype: npt.DTypeLike, fill: int = 0) -> np.ndarray:
     """An array to write to, full of `fill`; UserError where the disk has no room for it."""
     shape = (shape,) if isinstance(shape, int) else shape
     if not np.prod(shape):
         return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile() as file, on_scratch():
+    with tempfile.TemporaryFile() as file, refuse_full_disk():
         # a page that finds no room when it is written to would end the process
         os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         made = np.memmap(file, np.dtype(dtype), "r+", shape=shape)
@@ -69,17 +69,17 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def gathered(values_N: np.ndarray, at_N: np.ndarray) -> np.ndarray:
+def gather(values_N: np.ndarray, at_N: np.ndarray) -> np.ndarray:
     """`values_N[at_N]`, on disk."""
-    found = scratch((len(at_N), *values_N.shape[1:]), values_N.dtype)
+    found = allocate((len(at_N), *values_N.shape[1:]), values_N.dtype)
     for block in blocks(len(at_N)):
         found[block] = values_N[at_N[block]]
     return found
 
 
-def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
     """All parts one after the other, on disk."""
-    found, start = scratch(sum(map(len, parts)), parts[0].dtype), 0
+    found, start = allocate(sum(map(len, parts)), parts[0].dtype), 0
     for part in parts:
         found[start : start + len(part)] = part
         start += len(part)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from infra.errors import DISK_FULL, MissingError, UnavailableError, UserError
-from infra.s3 import code_of, endpoint, head, list_objects, on_s3
+from infra.s3 import find_error_code, get_endpoint, head_object, list_objects, on_s3
 
 TEMP_SUFFIX = ".beeline-tmp"  # unfinished local writes; listings never show them
 READ_AHEAD = 8 * 2**20
@@ -47,7 +47,7 @@ def exists(uri: str) -> bool:
     """Is there a file, or a folder holding something?"""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
-            if key and head(fs, bucket, key) is not None:
+            if key and head_object(fs, bucket, key) is not None:
                 return True
             return next(list_objects(fs, bucket, key, page_size=1), None) is not None
     path = local_path(uri)
@@ -59,7 +59,7 @@ def size(uri: str) -> int:
     """Bytes of a file."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
-            told = head(fs, bucket, key)
+            told = head_object(fs, bucket, key)
             if told is None:
                 raise FileNotFoundError(uri)
             return int(told["ContentLength"])
@@ -80,7 +80,7 @@ def read_bytes(uri: str, start: int | None = None, length: int | None = None) ->
             try:
                 return fs.cat_file(f"{bucket}/{key}", **wanted)
             except OSError as error:
-                if code_of(error) in ("InvalidRange", "416"):  # start lies behind the end of the object
+                if find_error_code(error) in ("InvalidRange", "416"):  # start lies behind the end of the object
                     return b""
                 raise
     with _local(uri), local_path(uri).open("rb") as file:
@@ -117,10 +117,10 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
                     fs.pipe_file(f"{bucket}/{key}", data, mode="create")
                     return True
                 except OSError as error:
-                    if isinstance(error, FileExistsError) or code_of(error) in ("PreconditionFailed", "412"):
+                    if isinstance(error, FileExistsError) or find_error_code(error) in ("PreconditionFailed", "412"):
                         return False
                     # S3 says 409 when another conditional put is in flight; that one may still fail, so ask again.
-                    if code_of(error) not in ("ConditionalRequestConflict", "409"):
+                    if find_error_code(error) not in ("ConditionalRequestConflict", "409"):
                         raise
             return False
     with _local(uri, len(data)), temp_beside(local_path(uri)) as temp:
@@ -156,14 +156,14 @@ def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: 
             there = there or not name.endswith("/")
             if name.endswith(suffix) and not name.endswith("/"):
                 yield f"s3://{bucket}/{name}"
-        if not there and key and key.endswith(suffix) and head(fs, bucket, key) is not None:
+        if not there and key and key.endswith(suffix) and head_object(fs, bucket, key) is not None:
             yield f"s3://{bucket}/{key}"
 
 
 def etags(uri: str) -> dict[str, str]:
     """What names the content of an s3:// object, or of every object below a prefix, by full URI."""
     with on_s3(uri) as (fs, bucket, key):
-        told = head(fs, bucket, key) if key else None
+        told = head_object(fs, bucket, key) if key else None
         items = [{"Key": key, **told}] if told else list_objects(fs, bucket, key)
         return {f"s3://{bucket}/{i['Key']}": i["ETag"] for i in items if not i["Key"].endswith("/")}
 
@@ -198,7 +198,7 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
     found = {name.removeprefix(f"s3://{bucket}/"): etag for name, etag in etags(uri).items()}
     if not found:
         raise MissingError(f"{uri}: no such object or prefix")
-    folder = root / sha256_hex(repr((endpoint(), uri, sorted(found.items()))).encode())[:32]
+    folder = root / sha256_hex(repr((get_endpoint(), uri, sorted(found.items()))).encode())[:32]
     name = key.rstrip("/").rsplit("/", 1)[-1] or bucket
     if not (folder / name).exists():
         _download({n: n.removeprefix(key).strip("/") for n in found}, bucket=bucket, name=name, folder=folder)

@@ -97,12 +97,12 @@ def best_on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[st
     def measured(precision: str) -> None:
         import json
 
-        from infra.device import cpu_speed, cpu_speed_file
+        from infra.device import get_cpu_speed, locate_cpu_speed
 
         monkeypatch.setenv("BEELINE_CACHE", str(tmp_path / f"cache of a CPU for {precision}"))
-        cpu_speed_file().parent.mkdir(parents=True, exist_ok=True)
-        cpu_speed_file().write_text(json.dumps({"fp32": 60.0, "bf16": {"fp32": 0.6, "bf16": 600.0}[precision]}))
-        assert cpu_speed().bf16_pays is (precision == "bf16")
+        locate_cpu_speed().parent.mkdir(parents=True, exist_ok=True)
+        locate_cpu_speed().write_text(json.dumps({"fp32": 60.0, "bf16": {"fp32": 0.6, "bf16": 600.0}[precision]}))
+        assert get_cpu_speed().bf16_pays is (precision == "bf16")
 
     return measured
 

@@ -88,7 +88,7 @@ import pyarrow as pa
 from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from data_pipeline.formats.parquet_io import write_tables
 from infra.errors import UserError
-from infra.scratch import Spool, scratch
+from infra.scratch import Spool, allocate
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 todo, map_, table = WorkList(), ScratchDatabase().new_map("name"), pa.table({"a": list(range(9999))})
 for n in range(300):
@@ -102,7 +102,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("write", [
-    "todo.add({'id': 'x' * 9999})", "list(todo)", "write_tables('.', 't-', [table])", "scratch(9999, int)",
+    "todo.add({'id': 'x' * 9999})", "list(todo)", "write_tables('.', 't-', [table])", "allocate(9999, int)",
     "map_['a',] = bytes(99_999_999)", "Spool(int).append(range(9999))",
 ])  # fmt: skip
 def test_a_full_scratch_disk_is_one_line(tmp_path, write):

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from infra import device
-from infra.device import choose_device, cpu_speed, cpu_speed_file, num_threads, resolve_device, resolve_precision
+from infra.device import (
+    choose_device,
+    choose_num_threads,
+    get_cpu_speed,
+    locate_cpu_speed,
+    resolve_device,
+    resolve_precision,
+)
 from infra.errors import UserError
 
 
@@ -56,52 +63,50 @@ def test_gpus_compute_in_bf16_from_compute_capability_8_on(monkeypatch):
 def test_a_cpu_is_measured_once_and_the_answer_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("BEELINE_CACHE", str(tmp_path))
     device._measure_cpu.cache_clear()
-    found = cpu_speed()
+    found = get_cpu_speed()
     assert found.fp32 > 0
     assert found.bf16 > 0
-    told = json.loads(cpu_speed_file().read_text())
+    told = json.loads(locate_cpu_speed().read_text())
     assert device.CpuSpeed(told["fp32"], told["bf16"]) == found
     assert (told["torch"], told["threads"]) == (torch.__version__, 1)
     told["bf16"] = 1234.0
-    cpu_speed_file().write_text(json.dumps(told))
-    assert cpu_speed().bf16 == 1234.0, "what is kept counts"
-    cpu_speed_file().write_text("half a fi")
-    assert cpu_speed() == found, "a damaged answer is replaced"
-    assert json.loads(cpu_speed_file().read_text())["bf16"] == found.bf16
+    locate_cpu_speed().write_text(json.dumps(told))
+    assert get_cpu_speed().bf16 == 1234.0, "what is kept counts"
+    locate_cpu_speed().write_text("half a fi")
+    assert get_cpu_speed() == found, "a damaged answer is replaced"
+    assert json.loads(locate_cpu_speed().read_text())["bf16"] == found.bf16
 
 
 def test_the_first_of_two_measurements_decides(monkeypatch, tmp_path, best_on_cpu):
     """Ranks of one machine may measure at the same time, and must not end with two answers."""
     best_on_cpu("bf16")
-    kept = cpu_speed_file().read_bytes()
-    cpu_speed_file().unlink()
+    kept = locate_cpu_speed().read_bytes()
+    locate_cpu_speed().unlink()
 
     def measure_late():
-        cpu_speed_file().write_bytes(kept)
+        locate_cpu_speed().write_bytes(kept)
         return device.CpuSpeed(60.0, 0.6)
 
     monkeypatch.setattr(device, "_measure_cpu", measure_late)
-    assert cpu_speed().bf16_pays
+    assert get_cpu_speed().bf16_pays
 
 
 def test_without_a_writable_cache_the_answer_holds_for_the_process(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BEELINE_CACHE", str(tmp_path / "file"))
-    assert cpu_speed() == cpu_speed()
+    assert get_cpu_speed() == get_cpu_speed()
 
 
 def test_limits_of_what_torch_may_use_are_another_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("BEELINE_CACHE", str(tmp_path))
-    free = cpu_speed_file()
+    free = locate_cpu_speed()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert cpu_speed_file() != free
+    assert locate_cpu_speed() != free
 
 
 def test_emulated_bf16_is_found_slow_by_measuring(tmp_path):
     """ONEDNN_MAX_CPU_ISA=AVX2 takes the bf16 units from a CPU that has some; one without any is slow by itself."""
-    program = (
-        "from infra.device import cpu_speed, resolve_precision as r; print(cpu_speed().bf16_pays, r('auto', 'cpu'))"
-    )
+    program = "from infra.device import *; print(get_cpu_speed().bf16_pays, resolve_precision('auto', 'cpu'))"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "BEELINE_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "fp32"], done.stderr
@@ -127,5 +132,5 @@ def test_threads_are_the_first_number_of_omp_num_threads(monkeypatch, caplog, gi
     monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
     said = []
     monkeypatch.setattr(device.log, "warning", lambda text, *values: said.append(text % values))
-    assert num_threads(7) == expected
+    assert choose_num_threads(7) == expected
     assert bool(said) == (expected == 7 and bool((given or "").strip()))

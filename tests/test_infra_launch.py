@@ -37,6 +37,10 @@ def job(target: str, command: tuple[str, ...], nodes: int) -> Job:
     )
 
 
+def sky(**options: str) -> str:
+    return TARGETS["skypilot"].render(Job(name="x", command=("x",), options=options))
+
+
 def check_shell(text: str) -> None:
     done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -118,7 +122,10 @@ def test_a_ray_that_does_not_answer_is_named(free_port, monkeypatch):
         (lambda: TARGETS["local"].submit(Job(name="x", command=("true",), working_dir="/no/such")), "no such folder"),
         (lambda: TARGETS["kubernetes"].render(Job(name="x", command=("x",))), "needs --image"),
         (lambda: TARGETS["skypilot"].render(Job(name="x", command=("x",), gpus_per_node=1)), "accelerator=H100"),
-        (lambda: TARGETS["ray"].render(Job(name="x", command=("x",), options={"adress": "y"})), "knows address"),
+        (lambda: TARGETS["ray"].refuse_unknown("ray", {"adress": "y"}), "'adress' .*'address'.*: it knows address"),
+        (lambda: TARGETS["local"].refuse_unknown("local", {"a": "y"}), "it takes none"),
+        (lambda: sky(disk_size="much"), "--option disk_size=much: expected a whole number of GB"),
+        (lambda: sky(use_spot="maybe"), "--option use_spot=maybe: expected true or false"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(wrong, message):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from infra import log
-from infra.log import Progress, clock, get_logger
+from infra.log import Progress, format_duration, get_logger
 from infra.version import code_version
 
 
@@ -85,7 +85,7 @@ def test_a_terminal_gets_a_bar():
 
 
 def test_clock():
-    assert [clock(s) for s in (0.4, 59.4, 59.6, 3599.7, 7500)] == ["0s", "59s", "1m00s", "1h00m", "2h05m"]
+    assert [format_duration(s) for s in (0.4, 59.4, 59.6, 3599.7, 7500)] == ["0s", "59s", "1m00s", "1h00m", "2h05m"]
 
 
 def test_code_version_names_a_commit():

@@ -9,7 +9,7 @@ import pytest
 
 from infra import storage
 from infra.errors import MissingError, UserError
-from infra.s3 import filesystem, list_objects, make_bucket
+from infra.s3 import get_filesystem, list_objects, make_bucket
 
 WRITER = """
 import sys
@@ -103,7 +103,7 @@ def test_listing(root):
 def test_more_objects_than_one_page(s3, monkeypatch):
     for number in range(12):
         storage.write_bytes(f"{s3}/{number:02d}", b"")
-    fs, bucket, key = filesystem(), *s3.removeprefix("s3://").split("/")
+    fs, bucket, key = get_filesystem(), *s3.removeprefix("s3://").split("/")
     pages = list_objects(fs, bucket, key, page_size=5)
     assert [item["Key"][-2:] for item in pages] == [f"{number:02d}" for number in range(12)]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from infra.device import Precision, ResolvedPrecision, choose_device, cpu_speed, resolve_precision
+from infra.device import Precision, ResolvedPrecision, choose_device, get_cpu_speed, resolve_precision
 from infra.errors import UserError, nearest
 
 
@@ -87,8 +87,8 @@ def this_machine(precision: Precision) -> Machine:
     import torch
 
     if choose_device("auto") == "cpu":
-        matrix_units = resolve_precision(precision, "cpu") == "bf16" and cpu_speed().bf16 > AMX * cpu_speed().fp32
-        return MACHINES["cpu-amx" if matrix_units else "cpu"]
+        speed, bf16 = get_cpu_speed(), resolve_precision(precision, "cpu") == "bf16"
+        return MACHINES["cpu-amx" if bf16 and speed.bf16 > AMX * speed.fp32 else "cpu"]
     name, memory = torch.cuda.get_device_name().lower(), torch.cuda.get_device_properties(0).total_memory
     fitting = [m for m in MACHINES.values() if m.name.split("-")[0] in name]
     return min(fitting, key=lambda m: abs(m.memory - memory)) if fitting else MACHINES["a100-80"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_pipeline.captions.answers import NoCaption
 from infra.errors import UserError
-from infra.s3 import shown_address
+from infra.s3 import hide_password
 
 # The nearest public text to what SD3's captions were made with: LAION-POP's instruction, in our words. The fixed
 # opening makes the model start with the picture itself; stage.py cuts it off.
@@ -81,7 +81,7 @@ class CaptionerSpec:
 
     def address(self) -> str:
         """`url`, checked; it is printed and stored in plan.yaml, so that it must not hold a secret."""
-        shown = shown_address(self.url).partition("?")[0]
+        shown = hide_password(self.url).partition("?")[0]
         if "@" in self.url or "?" in self.url:
             raise UserError(
                 f"--captioner.url {shown}: it must not hold a user, a password or a query, as it is printed and stored "

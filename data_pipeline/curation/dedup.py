@@ -15,7 +15,7 @@ from data_pipeline.curation.hash_matching import find_first_equal, find_first_ne
 from data_pipeline.curation.semantic import Load, SemanticDedup
 from data_pipeline.images import ImageError
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
-from infra.scratch import Spool, blocks, concatenated, gathered, scratch
+from infra.scratch import Spool, allocate, blocks, concatenate, gather
 
 VERSION = 1
 KINDS = ("equal", "perceptual", "semantic")
@@ -87,9 +87,9 @@ class Dedup:
         Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
         """
         seen = Duplicates(signatures, preferred)
-        seen.merge("equal", find_first_equal(gathered(seen.exact_NK, seen.number_R)))
+        seen.merge("equal", find_first_equal(gather(seen.exact_NK, seen.number_R)))
         if self.distance is not None:
-            seen.merge("perceptual", find_first_near(gathered(seen.hash_N, seen.number_R), self.distance))
+            seen.merge("perceptual", find_first_near(gather(seen.hash_N, seen.number_R), self.distance))
         if self.semantic is not None and load is not None:
             seen.merge("semantic", self.semantic.find_firsts(seen, len(seen), load))
         return seen
@@ -120,11 +120,11 @@ class Duplicates:
         self.row_N, self.exact_NK, self.hash_N = row.array(), exact.array(), near.array()
         self._names, self._name_ends, self._ends = names.array(), name_ends.array(), ends.array()
         self._preferred = len(given.array())
-        self.number_R = concatenated([given.array(), others.array()])
-        self._rank_N = scratch(count, np.int64)
+        self.number_R = concatenate([given.array(), others.array()])
+        self._rank_N = allocate(count, np.int64)
         for block in blocks(count):
             self._rank_N[self.number_R[block]] = np.arange(block.start, block.stop)
-        self.first_R, self._kind_R = scratch(count, np.int64, -1), scratch(count, np.uint8)
+        self.first_R, self._kind_R = allocate(count, np.int64, -1), allocate(count, np.uint8)
 
     def __len__(self) -> int:
         return len(self.row_N)

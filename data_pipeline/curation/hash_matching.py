@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from infra.scratch import BLOCK, Spool, blocks, scratch
+from infra.scratch import BLOCK, Spool, allocate, blocks
 
 HASH_BITS = 64
 _NEAR_BLOCK = 2**16  # hashes that are compared one by one
@@ -20,12 +20,12 @@ def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
     into memory, and compared there.
     """
     count, width = key_NK.shape
-    first_N = scratch(count, np.int64, -1)
+    first_N = allocate(count, np.int64, -1)
     shift = np.uint64(64 - max(1, (count // block_rows).bit_length()))
     size_P = sum((_deal(key_NK[block], shift)[1] for block in blocks(count, block_rows)), np.zeros(1, np.int64))
     end_P = np.cumsum(size_P)
     start_P, filled_P = end_P - size_P, end_P - size_P
-    dealt_NK = scratch((count, width + 1), np.uint64)  # keys and their numbers, part after part
+    dealt_NK = allocate((count, width + 1), np.uint64)  # keys and their numbers, part after part
     for block in blocks(count, block_rows):
         number_B = np.arange(block.start, block.stop)
         first_N[block] = first_B = _find_first_in_memory(key_NK[block], number_B)
@@ -70,7 +70,7 @@ def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_B
 
     Block by block: first against what earlier blocks kept, then one hash after the other.
     """
-    first_N = scratch(len(hash_N), np.int64, -1)
+    first_N = allocate(len(hash_N), np.int64, -1)
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
     kept = _KeptHashes(edges)
     for block in blocks(len(hash_N), block_rows):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.curation.embed import THUMB
-from infra.scratch import Spool, scratch
+from infra.scratch import Spool, allocate
 
 MAX_BYTES = 2**30  # of embeddings and thumbnails held at a time
 MAX_SAMPLE_BYTES = 2**29  # of embeddings that the centroids are made from
@@ -45,7 +45,7 @@ class SemanticDedup:
         `places` (shard, rows, their numbers) may be walked several times; numbers ascend in order of precedence, within
         a shard too. `load(shard)` gives the embedding column's table.
         """
-        first_N = scratch(count, np.int64, -1)
+        first_N = allocate(count, np.int64, -1)
         found = self._assign(count, places, load)
         if found is None:
             return first_N
@@ -81,7 +81,7 @@ class SemanticDedup:
             max_points_per_centroid=_SAMPLES_PER_CLUSTER,
         )  # fmt: skip
         kmeans.train(sample)
-        cluster_N, size_K = scratch(count, np.int32, -1), np.zeros(clusters, np.int64)
+        cluster_N, size_K = allocate(count, np.int32, -1), np.zeros(clusters, np.int64)
         for shard, rows, numbers in places:
             cluster_N[numbers] = found = kmeans.index.search(_take_vectors(load(shard), rows), 1)[1][:, 0]
             size_K += np.bincount(found, minlength=clusters)

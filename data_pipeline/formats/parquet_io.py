@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from infra import storage
 from infra.errors import UserError
-from infra.scratch import on_scratch
+from infra.scratch import refuse_full_disk
 
 _GROUP_BYTES = 16 * 2**20
 _HELD = 256  # tables
@@ -34,7 +34,7 @@ def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
 
     Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `encode_table`.
     """
-    with on_scratch(), tempfile.NamedTemporaryFile() as file:
+    with refuse_full_disk(), tempfile.NamedTemporaryFile() as file:
         writer, held, size = None, [], 0
         for table in chain(tables, [None]):
             if table is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from infra.errors import UserError
-from infra.scratch import on_scratch
+from infra.scratch import refuse_full_disk
 
 CACHE_MIB = 8
 _PAGE = 256  # entries that an iteration holds
@@ -120,7 +120,7 @@ class WorkList:
 
     def add(self, unit: Mapping[str, Any], rows: int = 0) -> None:
         """`unit` comes back as JSON gives it back."""
-        with on_scratch():
+        with refuse_full_disk():
             self._file.write(json.dumps(unit) + "\n")
         self._count += 1
         if self.rows is not None:
@@ -131,7 +131,7 @@ class WorkList:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """One at a time; a second iteration at the same time would move the first."""
-        with on_scratch():
+        with refuse_full_disk():
             self._file.flush()
         self._file.seek(0)
         return map(json.loads, self._file)

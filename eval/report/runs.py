@@ -11,7 +11,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import UserError
-from infra.results import ResultRow, ResultStore, newest
+from infra.results import ResultRow, ResultStore, keep_newest
 
 MARKS = ("recipe.json", "plan.json")
 PIECES = (*MARKS, "results", "samples", "weights", "checkpoints")
@@ -142,7 +142,7 @@ def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore |
     store_files = sum(path.startswith("results/") for path in inside)
     if store_files:
         written = (store or ResultStore(storage.join(uri, "results"))).rows(latest=False)
-    rows = newest(written)
+    rows = keep_newest(written)
     if UNSTABLE in inside:
         missing.append(f"stable end ({_read_json(uri, UNSTABLE, inside, missing).get('problem', 'unstable')})")
     if not rows:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from infra import storage
 from infra.errors import MissingError, UserError
-from infra.results import now
+from infra.results import format_now
 
 EvaluationState = Literal["new", "running", "done", "failed"]
 _FILE = re.compile(r"evaluations/(?P<settings>[^/]+)/step_(?P<step>\d+)/(?P<attempt>\d+)\.(?P<kind>\w+)\.json$")
@@ -93,14 +93,14 @@ class Claim:
             self._last = time.monotonic()
 
     def end(self, state: Literal["done", "failed", "released"], *, reason: str = "", seconds: float = 0.0) -> None:
-        told = {"reason": reason, "seconds": round(seconds, 1), "at": now()}
+        told = {"reason": reason, "seconds": round(seconds, 1), "at": format_now()}
         storage.write_bytes(_locate(self.folder, self.attempt, state), json.dumps(told).encode())
 
 
 def claim(run_uri: str, settings: str, step: int, *, after: int = 0) -> Claim | None:
     """The next attempt after number `after`, or None where somebody else was first."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-    told = {"owner": asdict(ClaimOwner.here()), "at": now()}
+    told = {"owner": asdict(ClaimOwner.here()), "at": format_now()}
     if storage.write_bytes_if_absent(_locate(folder, after + 1, "claim"), json.dumps(told).encode()):
         return Claim(folder, after + 1)
     return None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from infra import storage
 from infra.errors import MissingError, UserError, nearest
 from infra.log import get_logger
-from infra.results import now
+from infra.results import format_now
 
 log = get_logger("human")
 
@@ -137,7 +137,7 @@ class HumanStudies:
                 raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
         if a == b:
             raise UserError("both sides are the same checkpoint: choose two different ones")
-        study = HumanStudy(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), now())
+        study = HumanStudy(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), format_now())
         if not study.order(""):
             raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
         data = json.dumps(asdict(study), indent=1).encode()
@@ -156,7 +156,7 @@ class HumanStudies:
         left = study.left(rater, item)
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
         record = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
-        data = json.dumps({**record, "study": study.name, "created": now()}).encode()
+        data = json.dumps({**record, "study": study.name, "created": format_now()}).encode()
         return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
 
     def votes(self, study: HumanStudy) -> list[Vote]:

@@ -1,24 +1,16 @@
-"""Where a job can run. A target is a module with `render(job) -> str` and `submit(job) -> int`, listed here."""
-
-from types import MappingProxyType
-from typing import Protocol
+"""Where a job can run: `python -m infra launch TARGET`."""
 
 from infra.errors import UserError, nearest
 from infra.launch import kubernetes, local, ray_job, skypilot, slurm
-from infra.launch.job import Job
+from infra.launch.target import Target
 
-
-class Target(Protocol):
-    """`render` gives the text that would be used (script or manifest), `submit` uses it and returns an exit code."""
-
-    def render(self, job: Job, /) -> str: ...
-
-    def submit(self, job: Job, /) -> int: ...
-
-
-TARGETS: MappingProxyType[str, Target] = MappingProxyType(
-    {"local": local, "slurm": slurm, "ray": ray_job, "kubernetes": kubernetes, "skypilot": skypilot}
-)
+TARGETS: dict[str, Target] = {
+    "local": local.TARGET,
+    "slurm": slurm.TARGET,
+    "ray": ray_job.TARGET,
+    "kubernetes": kubernetes.TARGET,
+    "skypilot": skypilot.TARGET,
+}
 
 
 def get_target(name: str) -> Target:
@@ -26,3 +18,13 @@ def get_target(name: str) -> Target:
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}{nearest(name, TARGETS)}: one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def describe_targets() -> str:
+    """A paragraph for each target: what it is, and what --option may set."""
+    lines = []
+    for name, target in TARGETS.items():
+        options = {"any option of the scheduler": ""} if target.options is None else target.options
+        told = [f"{key} ({text})" if text else key for key, text in options.items()]
+        lines.append(f"{name}: {target.about}." + (f" --option: {', '.join(told)}." if told else ""))
+    return "\n\n".join(lines)

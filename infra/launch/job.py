@@ -47,15 +47,8 @@ class Job:
         """DeepSpeed starts on every node; anything else runs once and reaches the other nodes through Ray."""
         return self.command[0].rsplit("/", 1)[-1] == "deepspeed"
 
-    def no_options(self, target: str, *, known: Sequence[str] = ()) -> None:
-        """Refuse what the target would have to ignore."""
-        unknown = sorted(set(self.options) - set(known))
-        if unknown:
-            expected = f"it knows {', '.join(known)}" if known else "it takes none"
-            raise UserError(f"target {target} does not know option {unknown[0]!r}: {expected}")
 
-
-def shell_command(job: Job) -> str:
+def write_command(job: Job) -> str:
     """The command as one shell line; over several nodes `deepspeed` is told who its peers are."""
     if not job.on_every_node or job.nodes == 1:
         return shlex.join(job.command)
@@ -63,7 +56,7 @@ def shell_command(job: Job) -> str:
     return f"{shlex.quote(job.command[0])} {peers} {shlex.join(job.command[1:])}"
 
 
-def exports(job: Job) -> list[str]:
+def write_exports(job: Job) -> list[str]:
     """Shell lines that set the job's environment."""
     return [f"export {name}={shlex.quote(value)}" for name, value in job.env.items()]
 
@@ -75,7 +68,7 @@ def write_hostfile(job: Job) -> list[str]:
     return [f"export {HOSTFILE}=$(mktemp)", f'{hosts} > "${HOSTFILE}"']
 
 
-def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
+def write_ray_cluster(job: Job, *, rank: str, port: str) -> list[str]:
     """Shell lines for every node: together they are one Ray cluster of this job's own, the first node runs the command.
 
     Only processes started here are ended: `ray stop` would end those of every other job on the machine as well.
@@ -94,7 +87,7 @@ def ray_driver(job: Job, *, rank: str, port: str) -> list[str]:
         f'export RAY_ADDRESS="${MASTER_ADDR}:{port}"',
         # The port answers before the node has registered itself: only a driver that connects proves the cluster.
         f"for try in $(seq 150); do python -c {shlex.quote(CONNECT)} 2> /dev/null && break; sleep 2; done",
-        shell_command(job),
+        write_command(job),
         "else",
         # A worker serves, and comes back if it breaks, as long as the head answers.
         wait,

@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
-from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, shell_command, write_hostfile
+from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, write_command, write_hostfile
+from infra.launch.target import Target
 
-KNOWN = ("namespace", "cpu", "memory", "shm")
+CPU, MEMORY, SHM = "8", "64Gi", "16Gi"  # of a node, where no --option says otherwise
 
 
 def render(job: Job) -> str:
     """YAML for `kubectl apply -f -`."""
-    job.no_options("kubernetes", known=KNOWN)
     if not job.image:
         raise UserError("target kubernetes needs --image: a container image with this repository installed")
     documents = _indexed_job(job) if job.on_every_node or job.nodes == 1 else [_ray_job(job)]
@@ -31,7 +31,7 @@ def submit(job: Job) -> int:
 
 
 def _container(job: Job, name: str) -> dict[str, Any]:
-    limits = {"cpu": job.options.get("cpu", "8"), "memory": job.options.get("memory", "64Gi")}
+    limits = {"cpu": job.options.get("cpu", CPU), "memory": job.options.get("memory", MEMORY)}
     if job.gpus_per_node:
         limits["nvidia.com/gpu"] = str(job.gpus_per_node)
     return {
@@ -46,7 +46,7 @@ def _container(job: Job, name: str) -> dict[str, Any]:
 
 
 def _volumes(job: Job) -> list[dict[str, Any]]:
-    return [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.options.get("shm", "16Gi")}}]
+    return [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.options.get("shm", SHM)}}]
 
 
 def _folder(job: Job) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _folder(job: Job) -> dict[str, str]:
 
 def _indexed_job(job: Job) -> list[dict[str, Any]]:
     labels = {"app": job.name}
-    script = shell_command(job)
+    script = write_command(job)
     container = {**_container(job, "main"), **_folder(job)}
     if job.nodes > 1:
         first = f"export {MASTER_ADDR}={job.name}-0.{job.name} {NODE_RANK}=$JOB_COMPLETION_INDEX"
@@ -118,9 +118,18 @@ def _ray_job(job: Job) -> dict[str, Any]:
         "kind": "RayJob",
         "metadata": {"name": job.name},
         "spec": {
-            "entrypoint": shell_command(job),
+            "entrypoint": write_command(job),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": cluster,
         },
     }
+
+
+TARGET = Target(
+    "a Job, or a RayJob of KubeRay, for kubectl; needs --image", render, submit, client="kubectl",
+    options={
+        "namespace": "of all that is made", "cpu": f"of each node, {CPU}", "memory": f"of each node, {MEMORY}",
+        "shm": f"shared memory, {SHM}",
+    },
+)  # fmt: skip

@@ -6,14 +6,15 @@ import subprocess
 from pathlib import Path
 
 from infra.errors import UserError
-from infra.launch.job import Job, exports, shell_command
+from infra.launch.job import Job, write_command, write_exports
+from infra.launch.target import Target
 
 
 def render(job: Job) -> str:
     """The same as a shell script."""
     _check(job)
-    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(job.working_dir)}", *exports(job)]
-    return "\n".join([*lines, f"exec {shell_command(job)}"]) + "\n"
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(job.working_dir)}", *write_exports(job)]
+    return "\n".join([*lines, f"exec {write_command(job)}"]) + "\n"
 
 
 def submit(job: Job) -> int:
@@ -33,6 +34,8 @@ def submit(job: Job) -> int:
 
 
 def _check(job: Job) -> None:
-    job.no_options("local")
     if job.nodes > 1 or job.image:
         raise UserError("target local is this machine alone: nodes must be 1 and image unset; use another target")
+
+
+TARGET = Target("this machine, now", render, submit)

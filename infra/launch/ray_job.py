@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.errors import UserError
-from infra.launch.job import Job, shell_command
+from infra.launch.job import Job, write_command
+from infra.launch.target import Target
 
 EXCLUDES = [".git", ".venv", "work-demo", "runs", "build", "**/__pycache__", "**/.mypy_cache", "**/.ruff_cache"]
 
@@ -33,7 +34,6 @@ def submit(job: Job) -> int:
 
 
 def _arguments(job: Job) -> list[str]:
-    job.no_options("ray", known=("address",))
     if job.image or (job.nodes > 1 and job.on_every_node):
         raise UserError(
             "target ray uses the cluster as it is: image must be unset, and deepspeed over nodes needs slurm"
@@ -44,7 +44,7 @@ def _arguments(job: Job) -> list[str]:
     address = ["--address", job.options["address"]] if "address" in job.options else []
     gpus = ["--entrypoint-num-gpus", str(job.gpus_per_node)] if job.on_every_node and job.gpus_per_node else []
     where = ["--working-dir", job.working_dir, "--runtime-env-json", json.dumps(environment)]
-    return ["job", "submit", *address, *where, *gpus, "--", *shlex.split(shell_command(job))]
+    return ["job", "submit", *address, *where, *gpus, "--", *shlex.split(write_command(job))]
 
 
 def _need_answer(address: str | None) -> None:
@@ -72,3 +72,9 @@ def _need_token() -> None:
             "Ray asks for a token and there is none: set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
             "(or RAY_AUTH_MODE=disabled where the cluster has none)"
         )
+
+
+TARGET = Target(
+    "`ray job submit` to a running Ray cluster", render, submit,
+    options={"address": "http://HEAD:8265, of the cluster's dashboard"},
+)  # fmt: skip

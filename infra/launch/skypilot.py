@@ -3,20 +3,19 @@
 import os
 import secrets
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from infra.errors import UserError
-from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, ray_driver, shell_command, write_hostfile
-
-KNOWN = ("accelerator", "infra", "use_spot", "disk_size")
+from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, write_command, write_hostfile, write_ray_cluster
+from infra.launch.target import Target
 
 
 def render(job: Job) -> str:
     """YAML for `sky launch` or, with recovery of spot machines, `sky jobs launch`."""
-    job.no_options("skypilot", known=KNOWN)
     resources: dict[str, Any] = {}
     if job.gpus_per_node:
         if "accelerator" not in job.options:
@@ -27,9 +26,9 @@ def render(job: Job) -> str:
     if "infra" in job.options:
         resources["infra"] = job.options["infra"]
     if "disk_size" in job.options:
-        resources["disk_size"] = int(job.options["disk_size"])
+        resources["disk_size"] = _read(job, "disk_size", "a whole number of GB", int)
     if "use_spot" in job.options:
-        resources["use_spot"] = job.options["use_spot"].lower() in ("1", "true", "yes")
+        resources["use_spot"] = _read(job, "use_spot", "true or false", {"true": True, "false": False}.__getitem__)
     task: dict[str, Any] = {"name": job.name, "num_nodes": job.nodes, "workdir": job.working_dir}
     task["resources"] = resources
     if job.nodes > 1 and not job.on_every_node:
@@ -52,6 +51,13 @@ def submit(job: Job) -> int:
         return hand_over("sky", ["launch", "--cluster", job.name, *token, str(path)], "")
 
 
+def _read(job: Job, name: str, wanted: str, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(job.options[name])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--option {name}={job.options[name]}: expected {wanted}") from error
+
+
 class _Readable(yaml.SafeDumper):
     """Scripts as literal blocks."""
 
@@ -65,9 +71,18 @@ _Readable.add_representer(
 def _run(job: Job) -> list[str]:
     lines = ['export PATH="$PWD/.venv/bin:$PATH"']
     if job.nodes == 1:
-        return [*lines, shell_command(job)]
+        return [*lines, write_command(job)]
     lines += [f'export {MASTER_ADDR}=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) {NODE_RANK}=$SKYPILOT_NODE_RANK']
     if job.on_every_node:
-        return [*lines, *write_hostfile(job), shell_command(job)]
+        return [*lines, *write_hostfile(job), write_command(job)]
     # SkyPilot runs a Ray of its own on 6380; ours takes another port.
-    return [*lines, "export RAY_AUTH_MODE=token", *ray_driver(job, rank=NODE_RANK, port="6479")]
+    return [*lines, "export RAY_AUTH_MODE=token", *write_ray_cluster(job, rank=NODE_RANK, port="6479")]
+
+
+TARGET = Target(
+    "a task for sky: any cloud, spot machines included", render, submit, client="sky",
+    options={
+        "accelerator": "which GPU, as H100", "infra": "which cloud, as aws", "use_spot": "true or false",
+        "disk_size": "GB",
+    },
+)  # fmt: skip

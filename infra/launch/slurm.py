@@ -2,7 +2,17 @@
 
 import shlex
 
-from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, exports, hand_over, ray_driver, shell_command, write_hostfile
+from infra.launch.job import (
+    MASTER_ADDR,
+    NODE_RANK,
+    Job,
+    hand_over,
+    write_command,
+    write_exports,
+    write_hostfile,
+    write_ray_cluster,
+)
+from infra.launch.target import Target
 
 
 def render(job: Job) -> str:
@@ -23,7 +33,7 @@ def render(job: Job) -> str:
     settings.update(job.options)
     header = [f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in settings.items()]
     body = _one_node(job) if job.nodes == 1 else _every_node(job) if job.on_every_node else _ray(job)
-    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", *exports(job), *body]) + "\n"
+    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", *write_exports(job), *body]) + "\n"
 
 
 def submit(job: Job) -> int:
@@ -37,14 +47,14 @@ def _srun(job: Job, *arguments: str) -> str:
 
 
 def _one_node(job: Job) -> list[str]:
-    return [f"{_srun(job)} {shlex.quote('exec ' + shell_command(job))}"]
+    return [f"{_srun(job)} {shlex.quote('exec ' + write_command(job))}"]
 
 
 HEAD = f'export {MASTER_ADDR}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 
 
 def _every_node(job: Job) -> list[str]:
-    node = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {shell_command(job)}"]
+    node = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {write_command(job)}"]
     return [HEAD, f"{_srun(job)} {shlex.quote(chr(10).join(node))}"]
 
 
@@ -54,6 +64,9 @@ def _ray(job: Job) -> list[str]:
     token = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n')"
     # Two jobs may share a machine: each takes a port of its own.
     port = "export BEELINE_RAY_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))"
-    node = ray_driver(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
+    node = write_ray_cluster(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
     # The head's end is the job's end: --wait ends workers that do not notice.
     return [HEAD, address, token, port, f"{_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]
+
+
+TARGET = Target("a batch script for sbatch", render, submit, options=None, client="sbatch")

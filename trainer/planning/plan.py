@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from infra.device import resolve_precision
-from infra.log import clock
+from infra.log import format_duration
 from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count
 from trainer.machines import Machine, this_machine, transfer_seconds
@@ -334,7 +334,7 @@ def describe(plan: dict[str, Any]) -> str:
     lines += [
         plan["advice"],
         f"a step takes {time['step_seconds']:.3g} s ({_parts_of_a_step(plan)}); the run "
-        + clock(3600 * time["hours"])
+        + format_duration(3600 * time["hours"])
         + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
         f"{plan['storage_bytes'] / 2**30:.3f} GiB",

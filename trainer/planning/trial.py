@@ -24,7 +24,7 @@ import torch
 from data_pipeline.loading.batch import LatentBatch
 from infra.errors import UserError
 from infra.log import get_logger
-from infra.stolen import own_seconds, stolen_seconds
+from infra.steal import read_stolen_seconds, subtract_stolen
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
@@ -176,7 +176,7 @@ class Timer:
     def _now(self) -> tuple[float, float, float]:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
-        return time.perf_counter(), time.process_time(), stolen_seconds()
+        return time.perf_counter(), time.process_time(), read_stolen_seconds()
 
     def start(self) -> None:
         self._since = self._now()
@@ -185,7 +185,7 @@ class Timer:
         seconds, work, stolen = (now - then for now, then in zip(self._now(), self._since))
         if self._group.device.type == "cuda":
             return seconds, work
-        return own_seconds(seconds, stolen=stolen, work=work, ranks=self._group.world), work
+        return subtract_stolen(seconds, stolen=stolen, work=work, ranks=self._group.world), work
 
 
 def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:

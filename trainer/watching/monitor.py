@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.log import get_logger
-from infra.stolen import stolen_seconds
+from infra.steal import read_stolen_seconds
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
 from trainer.objective import Losses, train_flops_per_sample
@@ -60,7 +60,7 @@ class Monitor:
         self._seconds: dict[str, float] = defaultdict(float)  # by phase
         self._step_losses: list[float] = []
         self._seen: list[BinnedLosses] = []
-        self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), stolen_seconds()
+        self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), read_stolen_seconds()
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -149,7 +149,7 @@ class Monitor:
             "data_wait": self._seconds["reading data"] / seconds,
             "ema_share": self._seconds["averaging"] / seconds,
             "cpu_cores": (time.process_time() - self._cpu) / seconds,
-            "stolen_cores": (stolen_seconds() - self._stolen) / seconds,
+            "stolen_cores": (read_stolen_seconds() - self._stolen) / seconds,
             "memory": float(memory_bytes(self.group.device)),
             "max_logit": max((seen.max_logit for seen in self._attention), default=0.0),
         }

@@ -11,7 +11,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import Progress
 from infra.results import ResultRow, ResultStore
-from infra.stolen import own_seconds
+from infra.steal import subtract_stolen
 from infra.values import PromptValues, keep_values, tabulate_samples
 from infra.version import code_version
 from model.diffusion.validation import half_interval
@@ -84,7 +84,7 @@ class RunLog:
             seconds, ranks = self._seconds[-1], int(os.environ.get("LOCAL_SIZE", "1"))
             self._cpu.append(seconds * figures["cpu_cores"])
             stolen = seconds * figures["stolen_cores"]
-            self._own.append(own_seconds(seconds, stolen=stolen, work=self._cpu[-1], ranks=ranks))
+            self._own.append(subtract_stolen(seconds, stolen=stolen, work=self._cpu[-1], ranks=ranks))
         told = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
         self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)

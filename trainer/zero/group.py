@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra.device import choose_device, num_threads, resolve_device
+from infra.device import choose_device, choose_num_threads, resolve_device
 from infra.errors import UserError
 
 PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
@@ -82,7 +82,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     gpu = choose_accelerator()
     if not gpu:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(num_threads(max(1, cores // local_size)))
+        torch.set_num_threads(choose_num_threads(max(1, cores // local_size)))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
