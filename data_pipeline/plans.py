@@ -20,7 +20,7 @@ from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import SemanticDedup
 from data_pipeline.formats.schema import VaeMeta, canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
-from data_pipeline.stages.buckets import BucketStage, bucket_table
+from data_pipeline.stages.buckets import BucketStage, list_buckets
 from data_pipeline.stages.columns import Column
 from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import Stage, stage_fingerprint
@@ -276,7 +276,7 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
         light.append(column(EmbedStage(plan.dedup_embedding, weights, plan.batch, device)))
     light.append(column(FilterStage(plan.gate.thresholds(plan.strict))))
     light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
-    buckets = bucket_table(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
+    buckets = list_buckets(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
     light.append(column(BucketStage(buckets)))
     semantic = SemanticDedup(plan.dedup_similarity, plan.dedup_verify, plan.dedup_clusters)
     dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.captions.cogvlm import code_hash, pad_left
+from data_pipeline.captions.cogvlm import hash_code, pad_left
 from data_pipeline.captions.registry import identify_weights, open_captioner
 from data_pipeline.captions.spec import CaptionerSpec
 from data_pipeline.captions.stage import CaptionStage, caption_images, judge_caption
@@ -71,7 +71,7 @@ def cogvlm(tmp_path_factory) -> CaptionerSpec:
     code = {"AutoConfig": "TinyCogVLMConfig", "AutoModelForCausalLM": "TinyCogVLMForCausalLM"}
     stated["auto_map"] = {auto: f"modeling_cogvlm.{name}" for auto, name in code.items()}
     (folder / "config.json").write_text(json.dumps(stated))
-    pinned = code_hash(folder)
+    pinned = hash_code(folder)
     return CaptionerSpec("cogvlm", str(folder), max_new_tokens=6, trust_remote_code=True, revision=pinned)
 
 
@@ -161,7 +161,7 @@ def test_the_captioners_workers_get_an_environment_of_their_own(cogvlm, tmp_path
     folder = Path(shutil.copytree(cogvlm.checkpoint, tmp_path / "wants_more"))
     code = folder / "modeling_cogvlm.py"
     code.write_text(code.read_text().replace("import torch\n", "import beeline_probe\nimport torch\n", 1))
-    given = {"name": "cogvlm", "checkpoint": folder, "revision": code_hash(folder), "max-new-tokens": 6}
+    given = {"name": "cogvlm", "checkpoint": folder, "revision": hash_code(folder), "max-new-tokens": 6}
     words = [word for key, value in given.items() for word in (f"--captioner.{key}", str(value))]
     out = tmp_path / "data"
     command = [sys.executable, "-m", "data_pipeline", "run", "world", "--out", str(out), "--images", "6"]

@@ -19,7 +19,7 @@ from PIL import Image
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.plans import world
 from data_pipeline.sources.cc12m import Cc12mSource
-from data_pipeline.sources.fetch import FetchError, FetchLimits, _public, fetch
+from data_pipeline.sources.fetch import FetchError, FetchLimits, _is_public, fetch
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.registry import open_source
 from data_pipeline.sources.source import Source, SourceOptions, fetch_rows
@@ -171,7 +171,7 @@ def test_private_and_odd_addresses_are_refused(url):
 def test_addresses_are_judged_by_what_they_embed():
     public = {"93.184.216.34": True, "2606:2800:220:1::": True, "fd00::1": False, "100.64.0.1": False}
     hidden = {"64:ff9b::a00:1": False, "2002:0a00:0001::": False, "224.0.0.1": False, "fe80::1%eth0": False}
-    assert {address: _public(address) for address in public | hidden} == public | hidden
+    assert {address: _is_public(address) for address in public | hidden} == public | hidden
 
 
 def rows_of(source: Source, root: Path) -> list[dict]:

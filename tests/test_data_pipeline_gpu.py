@@ -31,7 +31,7 @@ from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from data_pipeline.plans import WORLD_TEXT, read_vae_meta, world
 from data_pipeline.sources.registry import open_source
-from data_pipeline.stages.buckets import BucketStage, bucket_table
+from data_pipeline.stages.buckets import BucketStage, list_buckets
 from data_pipeline.stages.encode import LatentStage, TextStage
 from data_pipeline.stages.stage import ShardView, Stage
 from data_pipeline.world.write import write_world
@@ -59,7 +59,7 @@ def exact(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def shard() -> ShardView:
     found = measured([(encoded(image), f"a photo of {n} red dogs") for n, image in enumerate(images(10))])
-    found.tables["bucket"] = BucketStage(bucket_table(64, step=8)).open()(found)
+    found.tables["bucket"] = BucketStage(list_buckets(64, step=8)).open()(found)
     found.tables["caption"] = pa.table({"row": range(10), "caption": [f"a dog {n % 3}" for n in range(9)] + [""]})
     return found
 

@@ -22,7 +22,7 @@ from data_pipeline.packing.generations import keep_published
 from data_pipeline.packing.pack import PlannedShard, make_plan_table, plan_shards, read_planned_shards
 from data_pipeline.packing.publish import assign_splits, draw_split_number
 from data_pipeline.packing.selections import RowSelection, RowSelections
-from data_pipeline.stages.buckets import BucketStage, bucket_table, nearest_bucket
+from data_pipeline.stages.buckets import BucketStage, find_nearest_bucket, list_buckets
 from data_pipeline.stages.row_status import count_by_status, ok_rows, override_statuses, select_rejected, status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import ShardView
@@ -170,22 +170,22 @@ def test_cover_crop_keeps_the_center_and_the_scale():
 
 
 def test_bucket_tables_are_symmetric_multiples_within_bounds():
-    assert bucket_table(64, step=8) == ("64x64",)
-    table = bucket_table(1024, step=64, max_aspect=4)
+    assert list_buckets(64, step=8) == ("64x64",)
+    table = list_buckets(1024, step=64, max_aspect=4)
     shapes = [tuple(map(int, name.split("x"))) for name in table]
     assert {(w, h) for h, w in shapes} == set(shapes)
     assert all(h % 64 == 0 and w % 64 == 0 and max(h / w, w / h) <= 4 for h, w in shapes)
     assert all(abs(h * w / 1024**2 - 1) < 0.13 for h, w in shapes)
-    assert nearest_bucket(1000, 1000, table) == "1024x1024"
-    wide, tall = nearest_bucket(3000, 1000, table), nearest_bucket(1000, 3000, table)
+    assert find_nearest_bucket(1000, 1000, table) == "1024x1024"
+    wide, tall = find_nearest_bucket(3000, 1000, table), find_nearest_bucket(1000, 3000, table)
     assert tuple(map(int, wide.split("x"))) == tuple(map(int, tall.split("x")))[::-1]
     with pytest.raises(UserError, match="no multiple of 16"):
-        bucket_table(100, step=16)
+        list_buckets(100, step=16)
 
 
 def test_the_bucket_stage_goes_by_the_measured_sizes():
     shard = measured([(encoded(gradient(120, 60)), "a b"), (encoded(gradient(60, 60)), "c"), (b"", "d")])
-    table = BucketStage(bucket_table(64, step=8, max_aspect=2)).open()(shard)
+    table = BucketStage(list_buckets(64, step=8, max_aspect=2)).open()(shard)
     assert table["bucket"].to_pylist() == ["48x88", "64x64", ""]
 
 

@@ -54,6 +54,7 @@ class ColorCaptioner:
 
 def run(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["data_pipeline", "run", "world", "--workers", "0", *words])
+    monkeypatch.delitem(sys.modules, "data_pipeline.__main__", raising=False)  # another test may have imported it
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("data_pipeline", run_name="__main__", alter_sys=True)
     assert not ended.value.code

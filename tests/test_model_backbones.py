@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from data_pipeline.stages.buckets import bucket_table
+from data_pipeline.stages.buckets import list_buckets
 from infra.errors import UserError
 from model.backbone import BACKBONES, config_from_json
 from model.backbones.norms import apex_available, layer_norm, rms_norm
@@ -140,7 +140,7 @@ def test_blocks_compile_without_graph_breaks(name: str) -> None:
             kept.append(type(block).__name__)
             model.blocks[index] = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
     # The aspect buckets of 128 px, up to 1:4: nine shapes, some with equally many tokens, which share a graph.
-    table = [tuple(int(side) // 8 for side in name.split("x")) for name in bucket_table(128, step=16, max_aspect=4.0)]
+    table = [tuple(int(side) // 8 for side in name.split("x")) for name in list_buckets(128, step=16, max_aspect=4.0)]
     tokens = {height * width // 4 for height, width in table}
     assert (len(table), len(tokens)) == (9, 4)
     for height, width in table + table[::-1]:
@@ -154,7 +154,7 @@ def test_a_real_bucket_table_stays_within_the_trainers_limit(monkeypatch: pytest
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    table = [tuple(int(side) // 8 for side in name.split("x")) for name in bucket_table(512, step=16, max_aspect=2.0)]
+    table = [tuple(int(side) // 8 for side in name.split("x")) for name in list_buckets(512, step=16, max_aspect=2.0)]
     by_tokens = {height * width: (height, width) for height, width in table}
     assert (len(table), len(by_tokens)) == (19, 10)
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # puts the old ones back

@@ -82,7 +82,7 @@ def pad_left(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
     }
 
 
-def code_hash(path: Path) -> str:
+def hash_code(path: Path) -> str:
     """Sixteen hex digits over the Python files of a checkpoint: the revision that a plan pins."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*.py")):
@@ -93,7 +93,7 @@ def code_hash(path: Path) -> str:
 def _check_code(spec: CaptionerSpec, path: Path) -> None:
     if not (path / "config.json").is_file() or not list(path.glob("*.py")):
         raise UserError(f"{path}: no CogVLM checkpoint: expected config.json, weights and the model's own *.py files")
-    found = code_hash(path)
+    found = hash_code(path)
     if not spec.trust_remote_code:
         raise UserError(
             f"captioner cogvlm runs the Python files in {path}: read them, then add --captioner.trust-remote-code "

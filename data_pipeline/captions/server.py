@@ -43,7 +43,7 @@ class ServerCaptioner:
         return f"served:{spec.checkpoint}"
 
     def caption(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:
-        answers = asyncio.run(self._all(images))
+        answers = asyncio.run(self._caption_all(images))
         silent = [answer for answer in answers if isinstance(answer, NoCaption) and answer.status == "no_answer"]
         if len(silent) == len(answers) >= _MANY:
             raise UserError(
@@ -52,7 +52,7 @@ class ServerCaptioner:
             )
         return answers
 
-    async def _all(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:
+    async def _caption_all(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:
         import httpx
 
         key = os.environ.get("BEELINE_CAPTION_KEY", "")
@@ -63,7 +63,7 @@ class ServerCaptioner:
 
             async def one(image: Image.Image) -> str | NoCaption:
                 async with places:
-                    return await self._ask(client, image)
+                    return await self._caption_one(client, image)
 
             tasks = [asyncio.create_task(one(image)) for image in images]
             try:
@@ -72,10 +72,10 @@ class ServerCaptioner:
                 for task in tasks:  # after the first failure nothing more is asked for
                     task.cancel()
 
-    async def _ask(self, client: Any, image: Image.Image) -> str | NoCaption:
+    async def _caption_one(self, client: Any, image: Image.Image) -> str | NoCaption:
         import httpx
 
-        body, problem = self._body(image), ""
+        body, problem = self._make_body(image), ""
         said: str | NoCaption = NoCaption("no_answer", "")
         for attempt in range(self._spec.attempts):
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
@@ -104,7 +104,7 @@ class ServerCaptioner:
                     if answer.status_code not in _WORTH_ANOTHER_TRY:
                         log.warning("caption server: a picture was rejected with %s", problem)
                         return ""
-                    wait = max(wait, _retry_after(answer))
+                    wait = max(wait, _parse_retry_after(answer))
             await asyncio.sleep(min(wait, _LONGEST_WAIT_S))
         if not problem:  # it answers, but never with a caption: this picture alone is set aside
             return said
@@ -113,7 +113,7 @@ class ServerCaptioner:
             "start it again and run the same command; captions made so far are kept"
         )
 
-    def _body(self, image: Image.Image) -> dict[str, Any]:
+    def _make_body(self, image: Image.Image) -> dict[str, Any]:
         out = io.BytesIO()
         image.save(out, "PNG")
         picture = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
@@ -136,7 +136,7 @@ class ServerCaptioner:
             return NoCaption("no_answer", f"no JSON: {answer.text[:60]!r}", final=False)
 
 
-def _retry_after(answer: Any) -> float:
+def _parse_retry_after(answer: Any) -> float:
     try:
         return float(answer.headers.get("retry-after", 0))
     except ValueError:  # it may also be a date

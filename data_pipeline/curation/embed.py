@@ -67,9 +67,9 @@ def load_embedder(path: Path, device: str) -> Embedder:
     import torch
 
     if path.is_dir() and (path / "open_clip_config.json").is_file():
-        forward = _open_clip(path, device)
+        forward = _load_open_clip(path, device)
     elif path.is_file() and path.suffix in (".pt", ".ts", ".torchscript"):
-        forward = _torchscript(path, device)
+        forward = _load_torchscript(path, device)
     else:
         raise UserError(f"{path}: no embedding model: expected an open_clip folder or a TorchScript file (.pt, .ts)")
 
@@ -81,7 +81,7 @@ def load_embedder(path: Path, device: str) -> Embedder:
     return embed
 
 
-def _open_clip(path: Path, device: str) -> Callable:
+def _load_open_clip(path: Path, device: str) -> Callable:
     import torch
     from open_clip import create_model_from_pretrained
 
@@ -90,7 +90,7 @@ def _open_clip(path: Path, device: str) -> Callable:
     return lambda images: model.encode_image(torch.stack([prepare(image) for image in images]).to(device))
 
 
-def _torchscript(path: Path, device: str) -> Callable:
+def _load_torchscript(path: Path, device: str) -> Callable:
     import torch
 
     try:

@@ -39,7 +39,7 @@ def count_kept(root: str, columns: Mapping[str, str]) -> list[KeptCount]:
     asked = {name: limits for name, limits in LIMITS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scorers}
     kept = {(name, limit): 0 for name, limits in asked.items() for limit in limits}
     total = 0
-    for values in _shards(root, columns, scorers):
+    for values in _iterate_shards(root, columns, scorers):
         total += len(values["min_side"])
         for name, limit in kept:
             value = values[name]
@@ -47,7 +47,7 @@ def count_kept(root: str, columns: Mapping[str, str]) -> list[KeptCount]:
     return [KeptCount(name, limit, rows, total) for (name, limit), rows in kept.items()]
 
 
-def _shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
+def _iterate_shards(root: str, columns: Mapping[str, str], scorers: list[str]) -> Iterator[dict[str, np.ndarray]]:
     state = ColumnState(root)
     for stage in ("measure", *scorers):
         if stage not in columns:

@@ -46,7 +46,7 @@ class JobRunner:
                     continue
                 done += 1
                 rows += result["rows"]
-                bad += _not_ok(result)
+                bad += _count_not_ok(result)
                 if todo.rows is None:
                     progress.total = round(rows / done * len(todo))
                 extra: dict[str, object] = {"failed_units": len(failed)} if failed else {}
@@ -54,9 +54,9 @@ class JobRunner:
                 yield result
         self.computed[title] = rows
         if failed:
-            self._handle(title, failed, len(todo))
+            self._report_failures(title, failed, len(todo))
 
-    def _handle(self, title: str, failed: dict[str, str], total: int) -> None:
+    def _report_failures(self, title: str, failed: dict[str, str], total: int) -> None:
         self.failed |= failed
         name, reason = next(iter(failed.items()))
         line = f"{title}: {len(failed)} of {total} units failed, first {name}: {reason}"
@@ -65,7 +65,7 @@ class JobRunner:
         log.error("%s; going on without them", line)
 
 
-def _not_ok(result: UnitResult) -> Counter[str]:
+def _count_not_ok(result: UnitResult) -> Counter[str]:
     """Rows by status, as the last stage that judges them says."""
     judging = {stage: counts for stage, counts in result["counts"].items() if stage not in ("ingest", "measure")}
     return Counter({name: n for counts in judging.values() for name, n in counts.items() if name != OK})

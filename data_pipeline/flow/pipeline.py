@@ -1,6 +1,6 @@
 """The whole flow for one plan, source and root: ingest, dedup, columns, pack. Each step does only what is missing.
 
-The driver keeps the parts of each shard, the verdict and the hash of each row on scratch disk (`stages/scratch_db.py`,
+The driver keeps the parts of each shard, the status and the hash of each row on scratch disk (`stages/scratch_db.py`,
 `infra/scratch.py`): its memory does not grow with rows or shards, but for a list of the source's files and one of the
 training shards.
 """
@@ -65,7 +65,7 @@ class PipelineResult:
 
 
 class Pipeline:
-    """One run. `run()` reads top to bottom."""
+    """One run over a source. `run()` reads top to bottom; `run_gate()` stops before what is expensive."""
 
     def __init__(
         self,
@@ -89,32 +89,31 @@ class Pipeline:
         self.strict = RowStatuses(self.state.database)
 
     def run_gate(self) -> RowStatuses:
-        """Everything that is cheap: the verdict on every row before captions and latents are made."""
+        """All cheap work: the status of every row before captions and latents are made."""
         self._ingest()
-        self.strict = self._strict()
+        self.strict = self._judge_strict()
         self._dedup()
-        return self._gate()
+        return self._judge_gate()
 
     def run(self) -> PipelineResult:
-        if stands := read_published(self.root):
-            check_rebuild(self.root, stands, self._described(), self.rebuild)
-        verdicts = self.run_gate()
-        self.encode(verdicts)
-        runs = self._accepted(verdicts)
-        info, entries = self._pack(runs)
-        name = write_rejected(self.root, self._dead(verdicts))
-        info = publish(self.root, info, entries, count_by_status(verdicts), rejected=name)
+        if published := read_published(self.root):
+            check_rebuild(self.root, published, self._describe_dataset(), self.rebuild)
+        statuses = self.run_gate()
+        self.encode(statuses)
+        info, entries = self._pack(self._select_accepted(statuses))
+        name = write_rejected(self.root, self._list_rejected(statuses))
+        info = publish(self.root, info, entries, count_by_status(statuses), rejected=name)
         rejected = storage.join(self.root, name)
         return PipelineResult(info, self.state.counts, rejected, self.jobs.failed, self.jobs.computed)
 
-    def _dead(self, verdicts: RowStatuses) -> Iterator[pa.Table]:
+    def _list_rejected(self, statuses: RowStatuses) -> Iterator[pa.Table]:
         """Rows that are set aside, shard by shard."""
         found = self.state.map_shards(
-            lambda shard: make_rejected_table(shard, verdicts[shard], self.state.field("measure", shard, "source"))
+            lambda shard: make_rejected_table(shard, statuses[shard], self.state.field("measure", shard, "source"))
         )
         return (table for _, table in found)
 
-    # --- ingest, filter, signature, bucket: one pass over the source
+    # ingest, filter, signature, bucket: one pass over the source
 
     def _ingest(self) -> None:
         units = [unit for unit in self.source.list_units() if self.only_split in (None, unit.split)]
@@ -124,7 +123,7 @@ class Pipeline:
         split_of, shards_of = {unit.id: unit.split for unit in units}, self.state.database.new_map("unit")
         for unit, (manifest, *_) in groupby(self.state.manifests(column), lambda manifest: manifest.unit):
             if unit in split_of:
-                self._take(manifest, split_of[unit])
+                self._record(manifest, split_of[unit])
                 shards_of[unit,] = json.dumps([part.shard for part in manifest.parts]).encode()
         for _, light in self.columns.light:
             self.state.record_column(light, first=True)
@@ -132,42 +131,42 @@ class Pipeline:
         for unit in units:
             known = (unit.id,) in shards_of
             shards = json.loads(shards_of[unit.id,]) if known else []
-            if not known or not self._complete(shards):
+            if not known or not self._is_complete(shards):
                 todo.add({**to_json(unit), "known": {shard: self.state.describe_parts(shard) for shard in shards}})
         task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
         for result in self.jobs.run_pass("ingest + measure + filter", task, todo):
             for manifest in from_json(list[Manifest], result["manifests"], where=result["id"]):
-                self._take(manifest, result["split"])
+                self._record(manifest, result["split"])
         for shard in self.state.shards() if self.jobs.failed else ():
-            if not self._complete([shard]):  # ingested by an earlier run, and its unit failed again
+            if not self._is_complete([shard]):  # ingested by an earlier run, and its unit failed again
                 self.state.remove_shard(shard)
         if not len(self.state):
             raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
 
-    def _take(self, manifest: Manifest, split: str) -> None:
+    def _record(self, manifest: Manifest, split: str) -> None:
         self.state.record(manifest)
         for part in manifest.parts if manifest.stage == "ingest" else ():
             self.state.add_shard(part.shard, split)
 
-    def _complete(self, shards: Sequence[str]) -> bool:
+    def _is_complete(self, shards: Sequence[str]) -> bool:
         """Have these shards all their light columns?"""
         return all(self.state.has(column.stage, shard) for _, column in self.columns.light for shard in shards)
 
-    # --- dedup: one pass over all signatures
+    # dedup: one pass over all signatures
 
     def _dedup(self) -> None:
         stage, column = self.columns.dedup
-        found: Iterable[object] = (
+        read: Iterable[object] = (
             [part.sha256 for name in stage.inputs for part in self.state.parts(name, shard)]
-            for shard in self._in_precedence()
+            for shard in self._iterate_by_precedence()
         )
         # of equal images one that will pass the strict thresholds stays, not one that only passed the gate
         preferring = len(self.strict) > 0
-        unit = fingerprint_all(chain(found, [self.plan.strict.identity()]) if preferring else found)
-        if self._known_dedup(column, unit):
+        unit = fingerprint_all(chain(read, [self.plan.strict.identity()]) if preferring else read)
+        if self._reuse_dedup(column, unit):
             return
         made = stage.run(
-            self.state.map_shards(self._signatures, self._in_precedence()),
+            self.state.map_shards(self._read_signatures, self._iterate_by_precedence()),
             load=partial(self.state.read, "embed"),
             preferred=(lambda shard: ok_rows(self.strict[shard])) if preferring else None,
         )
@@ -179,14 +178,14 @@ class Pipeline:
             self.state.record(column.write(name, islice(tables, _DEDUP_SHARDS)))
         self.jobs.computed["dedup"] = len(made)
 
-    def _in_precedence(self) -> Iterator[str]:
+    def _iterate_by_precedence(self) -> Iterator[str]:
         """Validation first: of two equal images the one that must not be trained on stays."""
         for val in (True, False):
             for shard in self.state.shards():
                 if (self.state.split(shard) == "val") == val and self.state.has("signature", shard):
                     yield shard
 
-    def _known_dedup(self, column: Column, unit: str) -> bool:
+    def _reuse_dedup(self, column: Column, unit: str) -> bool:
         """Takes what was found among the same signatures: one manifest, or a series that is whole."""
         series = Counter(manifest.unit.rpartition("-")[0] for manifest in self.state.manifests(column, prefix=unit))
         for name, count in sorted(series.items()):
@@ -195,12 +194,12 @@ class Pipeline:
                 return True
         return False
 
-    def _signatures(self, shard: str) -> pa.Table:
+    def _read_signatures(self, shard: str) -> pa.Table:
         """Of rows that passed the filter."""
         table = self.state.read("signature", shard, ["row", "exact", "perceptual"])
         return select_ok(table, self.state.status("filter", shard))
 
-    def _strict(self) -> RowStatuses:
+    def _judge_strict(self) -> RowStatuses:
         """What the strict thresholds say, where the gate is looser."""
         strict, found = self.plan.strict, RowStatuses(self.state.database)
         if self.plan.gate.thresholds(strict) == strict:
@@ -213,27 +212,27 @@ class Pipeline:
         found.update(self.state.map_shards(judge))
         return found
 
-    def _gate(self) -> RowStatuses:
+    def _judge_gate(self) -> RowStatuses:
         """What filter and dedup say."""
         found, of = RowStatuses(self.state.database), self.state.status
         found.update(self.state.map_shards(lambda shard: override_statuses(of("filter", shard), of("dedup", shard))))
         return found
 
-    # --- captions, latents, text features: only rows that passed
+    # captions, latents, text features: only rows that passed
 
-    def encode(self, verdicts: RowStatuses) -> None:
+    def encode(self, statuses: RowStatuses) -> None:
         """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
         if self.caption_workers is None and environment is None:
-            self._encode(heavy, verdicts, self.jobs.workers)
+            self._encode(heavy, statuses, self.jobs.workers)
             return
-        self._encode(heavy[:1], verdicts, self.caption_workers or self.jobs.workers, environment)
-        self._encode(heavy[1:], verdicts, self.jobs.workers)
+        self._encode(heavy[:1], statuses, self.caption_workers or self.jobs.workers, environment)
+        self._encode(heavy[1:], statuses, self.jobs.workers)
 
     def _encode(
         self,
         pairs: tuple[tuple[Stage, Column], ...],
-        verdicts: RowStatuses,
+        statuses: RowStatuses,
         workers: WorkerPool,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
@@ -241,8 +240,8 @@ class Pipeline:
         for _, column in pairs:
             self.state.record_column(column)
         todo = WorkList()
-        for shard, verdict in verdicts.items():
-            rows = ok_rows(verdict)
+        for shard, judged in statuses.items():
+            rows = ok_rows(judged)
             lacking = {stage: np.setdiff1d(rows, self.state.rows_done(stage, shard)) for stage in stages}
             missing = {stage: to_ranges(found.tolist()) for stage, found in lacking.items() if len(found)}
             if missing:
@@ -253,44 +252,46 @@ class Pipeline:
             for manifest in from_json(list[Manifest], result["manifests"], where=result["id"]):
                 self.state.record(manifest)
 
-    def _accepted(self, verdicts: RowStatuses) -> RowSelections:
-        """Rows that go into training shards, in a fixed order; `verdicts` learn why others do not."""
-        undecided, runs = RowSelections(self.state.database), RowSelections(self.state.database)
-        for shard, (changed, mine) in self.state.map_shards(lambda shard: self._judged(shard, verdicts[shard])):
+    def _select_accepted(self, statuses: RowStatuses) -> RowSelections:
+        """Rows that go into training shards, in a fixed order; `statuses` learn why others do not."""
+        undecided, accepted = RowSelections(self.state.database), RowSelections(self.state.database)
+        judged = self.state.map_shards(lambda shard: self._judge_shard(shard, statuses[shard]))
+        for shard, (changed, selections) in judged:
             if changed is not None:
-                verdicts[shard] = changed
-            for run in mine:
-                undecided.put(run)
+                statuses[shard] = changed
+            for selection in selections:
+                undecided.put(selection)
         if not undecided:
             bad = {name: n for counts in self.state.counts.values() for name, n in counts.items() if name != OK}
-            first = next(row for table in self._dead(verdicts) for row in table.slice(0, 1).to_pylist())
-            listed = storage.join(self.root, write_rejected(self.root, self._dead(verdicts)))
+            first = next(row for table in self._list_rejected(statuses) for row in table.slice(0, 1).to_pylist())
+            listed = storage.join(self.root, write_rejected(self.root, self._list_rejected(statuses)))
+            total = sum(map(len, statuses.values()))
             raise UserError(
-                f"no usable row among {sum(map(len, verdicts.values()))}: {_words(bad)}, e.g. {first['source']} "
+                f"no usable row among {total}: {_format_counts(bad)}, e.g. {first['source']} "
                 f"({first['reason']}); all are listed in {listed}: mend them or add a --source"
             )
-        for run in assign_splits(undecided, self.plan.val_fraction):
-            runs.put(run)
-        return runs
+        for selection in assign_splits(undecided, self.plan.val_fraction):
+            accepted.put(selection)
+        return accepted
 
-    def _judged(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowSelection]]:
-        """The final verdict on a shard's rows (None: as before), and the runs of rows that pass it."""
-        verdict = override_statuses(before, self.strict[shard]) if shard in self.strict else before
+    def _judge_shard(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowSelection]]:
+        """The final status of a shard's rows (None: as before), and the rows that are ok, by bucket."""
+        judged = override_statuses(before, self.strict[shard]) if shard in self.strict else before
         for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
-            verdict = override_statuses(verdict, self._shortcomings(stage, shard, verdict))
-        return verdict if verdict is not before else None, self._runs(shard, ok_rows(verdict))
+            judged = override_statuses(judged, self._find_failures(stage, shard, judged))
+        return judged if judged is not before else None, self._group_rows(shard, ok_rows(judged))
 
-    def _shortcomings(self, stage: str, shard: str, verdict: pa.Table) -> pa.Table:
+    def _find_failures(self, stage: str, shard: str, judged: pa.Table) -> pa.Table:
         """Rows that were ok until an encoder gave nothing for them, or nonsense."""
-        lost = np.setdiff1d(ok_rows(verdict), self.state.rows_done(stage, shard)).tolist()
-        said = [(row, "failed", f"{stage}: {self.jobs.failed.get(shard, 'no result')}") for row in lost]
+        lost = np.setdiff1d(ok_rows(judged), self.state.rows_done(stage, shard)).tolist()
+        failures = [(row, "failed", f"{stage}: {self.jobs.failed.get(shard, 'no result')}") for row in lost]
         if self.state.has_bad_rows(stage, shard):
             table = self.state.read(stage, shard)
             rows = zip(table["row"].to_pylist(), table["status"].to_pylist())
-            said += [(row, word, f"{stage} gave values that are no numbers") for row, word in rows if word != OK]
-        return status_table(*zip(*said)) if said else status_table([], [], [])
+            failures += [(row, word, f"{stage} gave values that are no numbers") for row, word in rows if word != OK]
+        return status_table(*zip(*failures)) if failures else status_table([], [], [])
 
-    def _runs(self, shard: str, rows: np.ndarray) -> list[RowSelection]:
+    def _group_rows(self, shard: str, rows: np.ndarray) -> list[RowSelection]:
         """A shard's rows by bucket, each with the number that decides its split where the source has none."""
         if not len(rows):
             return []
@@ -299,12 +300,12 @@ class Pipeline:
         exact = {} if split else self.state.field("signature", shard, "exact")
         name_R = np.array([bucket_of[row] for row in rows.tolist()])
         draw_R = np.array([draw_split_number(exact[row]) if exact else 0 for row in rows.tolist()], np.uint32)
-        run = RowSelection(shard, split, "", rows, draw_R)
-        return [replace(run.subset(name_R == name), bucket=str(name)) for name in np.unique(name_R)]
+        everything = RowSelection(shard, split, "", rows, draw_R)
+        return [replace(everything.subset(name_R == name), bucket=str(name)) for name in np.unique(name_R)]
 
-    # --- pack and publish
+    # pack and publish
 
-    def _described(self) -> DatasetInfo:
+    def _describe_dataset(self) -> DatasetInfo:
         """dataset.json as far as the plan decides it."""
         return DatasetInfo(
             text_spec=self.plan.text_spec,
@@ -313,33 +314,33 @@ class Pipeline:
             captions=CAPTIONS,
             columns=self.columns.fingerprints,
             splits={},
-            counts=_totals(self.state.counts),
+            counts=_flatten_counts(self.state.counts),
             code_version=code_version(),
             int8_seats=self.plan.int8_seats,
             settings=self.columns.settings,
         )
 
-    def _pack(self, runs: RowSelections) -> tuple[DatasetInfo, list[ShardEntry]]:
-        info = self._described()
+    def _pack(self, accepted: RowSelections) -> tuple[DatasetInfo, list[ShardEntry]]:
+        info = self._describe_dataset()
         proofs = read_proofs(self.root, info.encoding)
         lost = find_lost_shards(self.root, proofs)
-        full = {bucket: self._shard_rows(info.layout(bucket)) for bucket in runs.buckets}
-        stands, outputs, todo = PublishedShards(self.root, info), PackPlan(self.state.database), WorkList()
-        kept = keep_published(runs, stands.full_shards(proofs, shard_rows=full))
-        # what is kept leaves the runs before the rest is cut
-        for output in chain(kept, plan_shards(runs, {"encoding": info.encoding}, shard_rows=full)):
-            outputs.add(output)
+        full = {bucket: self._limit_rows(info.layout(bucket)) for bucket in accepted.buckets}
+        published, plan, todo = PublishedShards(self.root, info), PackPlan(self.state.database), WorkList()
+        kept = keep_published(accepted, published.full_shards(proofs, shard_rows=full))
+        # lazy, so in this order: what is kept leaves `accepted` before the rest is cut into new shards
+        for output in chain(kept, plan_shards(accepted, {"encoding": info.encoding}, shard_rows=full)):
+            plan.add(output)
             if output.id not in proofs or output.id in lost:
                 todo.add(self._pack_unit(output), output.num_rows)
-        # In one order, whichever of them are published already: the same plan has the same name.
-        write_pack_plan(self.root, outputs)
+        # sorted by id, whichever of them are published already: the same plan has the same name
+        write_pack_plan(self.root, plan)
         for result in self.jobs.run_pass("pack", PackTask(self.root, info), todo):
             proofs[result["id"]] = from_json(ShardEntry, result["entry"], where=result["id"])
-        entries = [stands.numbered(proofs[name]) for name in outputs.ids() if name in proofs]
+        entries = [published.numbered(proofs[name]) for name in plan.ids() if name in proofs]
         self.state.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
 
-    def _shard_rows(self, layout: SampleLayout) -> int:
+    def _limit_rows(self, layout: SampleLayout) -> int:
         """So many samples that no shard can grow beyond its bytes, however long texts and captions are."""
         largest = bound_sample_bytes(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
         return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
@@ -352,9 +353,9 @@ class Pipeline:
         return {"id": output.id, "split": output.split, "bucket": output.bucket, "rows": rows, "parts": parts}
 
 
-def _totals(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+def _flatten_counts(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {f"{stage}.{status}": n for stage, found in counts.items() for status, n in found.items()}
 
 
-def _words(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda item: -item[1])) or "none"

@@ -28,19 +28,19 @@ def read_plan_file(uri: str) -> tuple[str, list[str]]:
     if not isinstance(data, dict) or not isinstance(data.get("plan"), str):
         raise UserError(f"{uri}: expected options by name, among them 'plan: world' (the plan that they change)")
     options = {key: value for key, value in data.items() if key != "plan"}
-    return data["plan"], [word for pair in _flat(options, "") for word in _words(*pair)]
+    return data["plan"], [word for pair in _flatten(options, "") for word in _to_words(*pair)]
 
 
-def _flat(options: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(options: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
         name = f"{prefix}{key}".replace("_", "-")
         if isinstance(value, dict):
-            yield from _flat(value, f"{name}.")
+            yield from _flatten(value, f"{name}.")
         else:
             yield name, value
 
 
-def _words(name: str, value: Any) -> list[str]:
+def _to_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         head, _, last = name.rpartition(".")
         off = f"{head}.no-{last}" if head else f"no-{last}"
@@ -56,18 +56,18 @@ def encode_plan_file(name: str, run: Any, plan: Any, defaults: tuple[Any, Any]) 
 
     changed: dict[str, Any] = {"plan": name}
     for given, default in zip((run, plan), defaults):
-        changed |= _changes(given, default)
+        changed |= _list_changes(given, default)
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
-def _changes(given: Any, default: Any) -> dict[str, Any]:
+def _list_changes(given: Any, default: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(given):
         value, usual = getattr(given, field.name), getattr(default, field.name)
         if value == usual or field.name in _NOT_OPTIONS:
             continue
         if dataclasses.is_dataclass(value):
-            found[field.name] = _changes(value, usual)
+            found[field.name] = _list_changes(value, usual)
         else:
             found[field.name] = list(value) if isinstance(value, tuple) else value
     return found

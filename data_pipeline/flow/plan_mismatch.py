@@ -19,20 +19,20 @@ def find_mismatches(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
     if not changed:
         return {}
     names = sorted({*stands.settings, *wanted.settings})
-    changes = {name: list(_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
+    changes = {name: list(_list_changes(stands.settings.get(name), wanted.settings.get(name))) for name in names}
     found = {name: ", ".join(lines) for name, lines in changes.items() if lines}
     return found or dict.fromkeys(sorted(changed), "made by other settings")  # made-up data name no settings
 
 
-def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def _list_changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
-            yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from _list_changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path + ': ' if path else ''}{_short(old)} -> {_short(new)}"
+        yield f"{path + ': ' if path else ''}{_shorten(old)} -> {_shorten(new)}"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     """An absent setting is none; a table of buckets would fill the line."""
     text = "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -24,7 +24,7 @@ def parts_by_shard(manifest: Manifest) -> dict[str, ColumnPart]:
     return {part.shard: part for part in manifest.parts}
 
 
-def _counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
+def _sum_counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for manifest in manifests:
         mine = counts.setdefault(manifest.stage, {})
@@ -34,7 +34,7 @@ def _counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
 
 
 def _result(rows: int, manifests: Sequence[Manifest]) -> UnitResult:
-    return {"rows": rows, "counts": _counts(manifests), "manifests": [to_json(m) for m in manifests]}
+    return {"rows": rows, "counts": _sum_counts(manifests), "manifests": [to_json(m) for m in manifests]}
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class IngestTask:
                 view = ShardView(self.root, shard, parts)
                 if shard in tables:
                     view.tables["ingest"] = tables.pop(shard)
-                made += self._columns(view, workers)
+                made += self._compute_columns(view, workers)
             rows = sum(part.num_rows for parts in known.values() for part in parts["ingest"])
             return _result(rows, made) | {"split": unit["split"]}
 
         return run
 
-    def _columns(self, view: ShardView, workers: Sequence[tuple[StageFunction, Column]]) -> list[Manifest]:
+    def _compute_columns(self, view: ShardView, workers: Sequence[tuple[StageFunction, Column]]) -> list[Manifest]:
         made = []
         view.rows = range(view.parts["ingest"][0].num_rows)
         parts = dict(view.parts)

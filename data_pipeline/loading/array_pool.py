@@ -17,12 +17,12 @@ class ArrayPool:
     def lend(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         """Zeros, or what the last borrower of as much left. It comes back when this very array dies, not its views:
         hand it to torch, whose tensors and their slices keep it."""
-        array = self._fitting(shape, dtype)
+        array = self._find_fitting(shape, dtype)
         lent = array.view()
         weakref.finalize(lent, self._free.append, array).atexit = False
         return lent
 
-    def _fitting(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    def _find_fitting(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         for _ in range(len(self._free)):
             try:
                 array = self._free.popleft()

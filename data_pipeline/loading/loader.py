@@ -225,7 +225,7 @@ class Batches(Iterator[LatentBatch]):
             raise StopIteration
         if not self._ready:
             while len(self._pending) < self._prefetch:
-                self._pending.append(self._pool.submit(self._lane_of, self._step))
+                self._pending.append(self._pool.submit(self._load_lane, self._step))
                 self._step += 1
             batch = self._pending.popleft().result()
             self._ready.extend(_split_lane(batch, self._micro_batch))
@@ -236,11 +236,11 @@ class Batches(Iterator[LatentBatch]):
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _lane_of(self, step: int) -> LatentBatch:
+    def _load_lane(self, step: int) -> LatentBatch:
         plan = self._order.batch(step)
         positions = np.arange(step * self._order.global_batch, (step + 1) * self._order.global_batch)[self._lane]
         while True:
-            places = self._places(plan, positions)
+            places = self._find_places(plan, positions)
             try:
                 batch = self._dataset._load(positions, places, plan.bucket, self._draws)
             except ShardError as error:
@@ -250,7 +250,7 @@ class Batches(Iterator[LatentBatch]):
                 return batch
             return batch._replace(rejected_BCHW=self._read_rejected(batch, self._draws))
 
-    def _places(self, plan: BatchLocations, positions: np.ndarray) -> list[tuple[int, int]]:
+    def _find_places(self, plan: BatchLocations, positions: np.ndarray) -> list[tuple[int, int]]:
         places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
         skipped = self.exceptions.positions
         if not self._banned and not skipped:

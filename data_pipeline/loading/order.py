@@ -66,14 +66,14 @@ class BucketOrder:
         for number in np.unique(passes):
             chosen = np.flatnonzero(passes == number)
             within = virtual[chosen] - number * self.num_samples
-            permuted, starts = self._pass(int(number))
+            permuted, starts = self._permute_pass(int(number))
             block_starts = starts[:: self._block_shards]
             blocks = np.searchsorted(block_starts, within, side="right") - 1
             for block in np.unique(blocks):
                 rows = np.flatnonzero(blocks == block)
                 first = block * self._block_shards
                 last = min(first + self._block_shards, len(permuted))
-                shuffled = self._block(int(number), int(block), int(starts[last] - starts[first]))
+                shuffled = self._shuffle_block(int(number), int(block), int(starts[last] - starts[first]))
                 sample = starts[first] + shuffled[within[rows] - starts[first]]
                 at = np.searchsorted(starts, sample, side="right") - 1
                 shard[chosen[rows]] = self.shards[permuted[at]]
@@ -94,7 +94,7 @@ class BucketOrder:
             f"{self._uri}`, which names what is damaged"
         )
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._passes:
             permuted = keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
             starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
@@ -103,7 +103,7 @@ class BucketOrder:
                 self._passes.popitem(last=False)
         return self._passes[number]
 
-    def _block(self, number: int, block: int, size: int) -> np.ndarray:
+    def _shuffle_block(self, number: int, block: int, size: int) -> np.ndarray:
         key = number, block
         if key not in self._blocks:
             self._blocks[key] = keyed_rng(self._seed, "samples", self.bucket, number, block).permutation(size)

@@ -68,7 +68,7 @@ class SampleReader:
         """
         table = self.table(shard)
         offset, size = int(table.offset_R[row]), int(table.size_R[row])
-        data = self._scratch_of(size)
+        data = self._borrow_scratch(size)
         pieces = _split_pieces(data, elsewhere)
         try:
             got, total = (self._fetch if self._remote else self._pread)(shard, offset, pieces)
@@ -105,7 +105,7 @@ class SampleReader:
         with self._lock:
             self._files.clear()
 
-    def _scratch_of(self, size: int) -> np.ndarray:
+    def _borrow_scratch(self, size: int) -> np.ndarray:
         data = getattr(self._scratch, "data", None)
         if data is None or len(data) < size:
             data = self._scratch.data = np.empty(size, np.uint8)

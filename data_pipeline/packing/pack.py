@@ -1,7 +1,7 @@
-"""Packing: a hashed plan first (output shard -> list of rows), then its output shards, each restartable on its own.
+"""Packing: first a pack plan (training shard -> list of rows), then its shards, each restartable on its own.
 
-An output shard's id depends only on the rows in it and on what made their columns: data that is appended later leaves
-earlier shards untouched.
+A shard's id depends only on the rows in it and on what made their columns: data that is appended later leaves earlier
+shards untouched.
 """
 
 import json
@@ -27,12 +27,12 @@ from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 CAPTIONS = ("original", "synthetic")
-_PLANNED = 64  # output shards that are written down at a time
+_PLANNED = 64  # planned shards that are written down at a time
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One planned training shard: rows of input shards, in order."""
+    """A training shard before it is written: rows of canonical shards, in order. `id` is a hash of them."""
 
     id: str
     split: str
@@ -73,18 +73,18 @@ def _cut_rows(selections: Iterable[RowSelection], size: int) -> Iterator[tuple[t
 
 
 class PackPlan:
-    """A plan's output shards on scratch disk, by id."""
+    """The planned shards of a run on scratch disk, by id."""
 
     def __init__(self, database: ScratchDatabase) -> None:
         self._map = database.new_map("id")
 
     def add(self, output: PlannedShard) -> None:
-        """An id stands for its rows: the same output again changes nothing."""
+        """An id stands for its rows: the same shard again changes nothing."""
         rows = [(shard, rows.tolist()) for shard, rows in output.rows]
         self._map[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
 
     def ids(self) -> Iterator[str]:
-        """Ascending, as the outputs come."""
+        """Ascending, as iteration gives the shards."""
         return (str(name) for (name,) in self._map)
 
     def __iter__(self) -> Iterator[PlannedShard]:
@@ -95,13 +95,13 @@ class PackPlan:
 
 
 def write_pack_plan(root: str, outputs: Iterable[PlannedShard]) -> None:
-    """The plan as it is written down before any output shard: a table named by its hash below pack/."""
+    """The plan as it is written down before any of its shards: a table named by its hash below pack/."""
     left = iter(outputs)
     write_tables(root, "pack/plan-", map(make_plan_table, iter(lambda: list(islice(left, _PLANNED)), [])))
 
 
 def make_plan_table(outputs: Sequence[PlannedShard]) -> pa.Table:
-    """A line for each input shard of each output shard."""
+    """A line for each canonical shard of each planned shard."""
     flat = [(output, shard, rows) for output in outputs for shard, rows in output.rows]
     return pa.table(
         {
@@ -115,7 +115,7 @@ def make_plan_table(outputs: Sequence[PlannedShard]) -> pa.Table:
 
 
 def read_planned_shards(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[str]) -> Iterator[PlannedShard]:
-    """Some of a plan's output shards, as its table comes."""
+    """Some of a plan's shards, as its table comes; lines of one shard follow each other."""
     chosen = pa.array(sorted(wanted), pa.string())
     lines = (line for batch in batches for line in batch.filter(pc.is_in(batch["output"], chosen)).to_pylist())
     for name, group in groupby(lines, lambda line: line["output"]):
@@ -125,12 +125,12 @@ def read_planned_shards(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[s
 
 
 def proof_name(encoding: str, output: str) -> str:
-    """The object that proves an output shard, relative to the root."""
+    """The object that proves a training shard, relative to the root."""
     return f"pack/{encoding}/{output}.json"
 
 
 def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
-    """Output shards already made, by id."""
+    """Training shards already made, by id."""
     proofs = {}
     for uri in storage.list_files(storage.join(root, f"pack/{encoding}"), suffix=".json"):
         entry = from_json(ShardEntry, storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
@@ -139,7 +139,7 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
 
 
 def find_lost_shards(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
-    """Proven output shards of which an object is gone (one listing per folder): these are to be packed again."""
+    """Proven shards of which an object is gone (one listing per folder): these are to be packed again."""
     folders = {entry.tar.rpartition("/")[0] for entry in proofs.values()}
     there = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
     return {
@@ -152,7 +152,7 @@ def find_lost_shards(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
 def pack_shard(
     root: str, info: DatasetInfo, output: PlannedShard, parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]]
 ) -> ShardEntry:
-    """Write one output shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
+    """Write one training shard, its table of rows, then its proof. `parts[stage][shard]` are the columns' objects."""
     layout = info.layout(output.bucket)
     samples = (s for shard, rows in output.rows for s in _read_samples(root, layout, shard, rows.tolist(), parts))
     entry = write_shard(

@@ -37,9 +37,9 @@ def assign_splits(selections: Iterable[RowSelection], val_fraction: float) -> It
         yield from (part for part in parts if len(part.row_R))
 
 
-def make_rejected_table(shard: str, verdict: pa.Table, sources: Mapping[int, str]) -> pa.Table:
+def make_rejected_table(shard: str, judged: pa.Table, sources: Mapping[int, str]) -> pa.Table:
     """A shard's dead letters: rows that did not make it, why, and where they came from."""
-    bad = select_rejected(verdict)
+    bad = select_rejected(judged)
     columns = {
         "status": bad["status"].cast(pa.string()),
         "reason": bad["reason"],

@@ -49,25 +49,25 @@ def fetch(url: str, bounds: FetchLimits) -> bytes:
     """The body behind a URL; FetchError otherwise."""
     until = time.monotonic() + bounds.timeout_s
     for _ in range(bounds.redirects + 1):
-        parts = _checked(url)
+        parts = _check_url(url)
         connection = _connect(parts, bounds, until)
-        clock = threading.Timer(_left(until), connection.cut)
+        clock = threading.Timer(_count_seconds_left(until), connection.cut)
         clock.daemon = True
         clock.start()
         try:
-            answer = _ask(connection, parts)
+            answer = _send_request(connection, parts)
             if answer.status in _REDIRECTS:
                 url = urljoin(url, answer.getheader("location") or "")
                 continue
             if answer.status != 200:
                 raise FetchError("fetch_failed", f"status {answer.status}")
-            data, stated = _body(answer, bounds)
-            _left(until)  # a connection that the clock has cut looks like one that came to its end
+            data, stated = _read_body(answer, bounds)
+            _count_seconds_left(until)  # a connection that the clock has cut looks like one that came to its end
             if stated is not None and len(data) < stated:
                 raise FetchError("fetch_failed", f"cut short: {len(data):,} of {stated:,} bytes")
             return data
         except (OSError, http.client.HTTPException, ValueError) as error:
-            _left(until)
+            _count_seconds_left(until)
             silent = isinstance(error, OSError)
             raise FetchError("fetch_failed", f"{type(error).__name__} from {parts.hostname}", network=silent) from error
         finally:
@@ -76,7 +76,7 @@ def fetch(url: str, bounds: FetchLimits) -> bytes:
     raise FetchError("fetch_refused", f"more than {bounds.redirects} redirects")
 
 
-def _checked(url: str) -> SplitResult:
+def _check_url(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises for a port that is no number
@@ -96,14 +96,14 @@ def _connect(parts: SplitResult, bounds: FetchLimits, until: float) -> "_Pinned"
         raise FetchError("fetch_failed", f"no such host {host}", network=True) from error
     addresses = [str(item[4][0]) for item in found]
     if host not in bounds.allow_private:
-        inside = [address for address in addresses if not _public(address)]
+        inside = [address for address in addresses if not _is_public(address)]
         if inside:
             raise FetchError("fetch_refused", f"{host} lies in a private network ({inside[0]})")
     kind = _PinnedHTTPS if secure else _PinnedHTTP
     return kind(host, port, addresses, until)
 
 
-def _public(address: str) -> bool:
+def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.split("%", 1)[0])
     if isinstance(ip, ipaddress.IPv6Address):
         # an IPv4 address in disguise counts as what it is
@@ -124,7 +124,7 @@ class _Pinned(http.client.HTTPConnection):
     wire: socket.socket | None = None
 
     def __init__(self, host: str, port: int, addresses: Sequence[str], until: float) -> None:
-        super().__init__(host, port, timeout=_left(until))
+        super().__init__(host, port, timeout=_count_seconds_left(until))
         self._addresses, self._until = addresses, until
 
     def reach(self) -> socket.socket:
@@ -132,7 +132,7 @@ class _Pinned(http.client.HTTPConnection):
         problem: OSError = OSError("no address")
         for address in dict.fromkeys(self._addresses):
             try:
-                self.wire = socket.create_connection((address, self.port), timeout=_left(self._until))
+                self.wire = socket.create_connection((address, self.port), timeout=_count_seconds_left(self._until))
                 return self.wire
             except OSError as error:
                 problem = error
@@ -155,14 +155,14 @@ class _PinnedHTTPS(_Pinned, http.client.HTTPSConnection):
         self.wire = self.sock = ssl.create_default_context().wrap_socket(self.reach(), server_hostname=self.host)
 
 
-def _ask(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse:
+def _send_request(connection: http.client.HTTPConnection, parts: SplitResult) -> http.client.HTTPResponse:
     path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE + '?')}" if parts.query else "")
     headers = {"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
     connection.request("GET", path, headers=headers)
     return connection.getresponse()
 
 
-def _body(answer: http.client.HTTPResponse, bounds: FetchLimits) -> tuple[bytes, int | None]:
+def _read_body(answer: http.client.HTTPResponse, bounds: FetchLimits) -> tuple[bytes, int | None]:
     """All bytes that came, and how many were promised."""
     length = answer.getheader("content-length") or ""
     stated = int(length) if length.isdecimal() else None
@@ -179,7 +179,7 @@ def _body(answer: http.client.HTTPResponse, bounds: FetchLimits) -> tuple[bytes,
     return bytes(data), stated
 
 
-def _left(until: float) -> float:
+def _count_seconds_left(until: float) -> float:
     left = until - time.monotonic()
     if left <= 0:
         raise FetchError("fetch_failed", "took too long")

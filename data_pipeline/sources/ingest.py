@@ -41,7 +41,7 @@ class Ingest:
         def tables() -> Iterator[tuple[str, pa.Table]]:
             room = keep_bytes
             for number, rows in enumerate(self._chunks(source.read_rows(unit))):
-                shard, table = f"{unit.id}-{number:03d}", _table(rows)
+                shard, table = f"{unit.id}-{number:03d}", _make_table(rows)
                 rows.clear()
                 room -= table.nbytes
                 if room >= 0:
@@ -67,7 +67,7 @@ class Ingest:
             yield chunk
 
 
-def _table(rows: list[RawRow]) -> pa.Table:
+def _make_table(rows: list[RawRow]) -> pa.Table:
     captions = [read_caption(row.caption, row.key) for row in rows]
     problems = [("bad_caption", said.problem) if said.problem else ("ok", "") for said in captions]
     judged = [problem if row.status == "ok" else (row.status, row.reason) for row, problem in zip(rows, problems)]
@@ -75,20 +75,20 @@ def _table(rows: list[RawRow]) -> pa.Table:
         {
             "row": pa.array(range(len(rows)), pa.int32()),
             "status": pa.array([status for status, _ in judged], pa.string()),
-            "reason": pa.array([_plain(reason) for _, reason in judged], pa.string()),
+            "reason": pa.array([_encode_plain(reason) for _, reason in judged], pa.string()),
             "key": pa.array([make_plain_key(row.key) for row in rows], pa.string()),
-            "source": pa.array([_plain(row.key) for row in rows], pa.string()),
+            "source": pa.array([_encode_plain(row.key) for row in rows], pa.string()),
             "image": pa.array([row.image for row in rows], pa.large_binary()),
             "caption": pa.array([said.text for said in captions], pa.string()),
-            "info": pa.array([_info(row, said) for row, said in zip(rows, captions)], pa.string()),
+            "info": pa.array([_encode_info(row, said) for row, said in zip(rows, captions)], pa.string()),
         }
     )
 
 
-def _plain(text: str) -> str:
+def _encode_plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:500]
 
 
-def _info(row: RawRow, said: Caption) -> str:
+def _encode_info(row: RawRow, said: Caption) -> str:
     more = {"captions": said.all} if len(said.all) > 1 else {}
     return json.dumps({key: row.info[key] for key in _INFO_KEYS if key in row.info} | more)

@@ -12,7 +12,7 @@ from infra.errors import UserError
 VERSION = 1
 
 
-def bucket_table(resolution: int, *, step: int, max_aspect: float = 1.0) -> tuple[str, ...]:
+def list_buckets(resolution: int, *, step: int, max_aspect: float = 1.0) -> tuple[str, ...]:
     """Shapes with sides in multiples of `step`, area near resolution**2, aspect within bounds; each also turned."""
     if resolution % step:
         raise UserError(f"resolution {resolution} is no multiple of {step} (autoencoder factor times patch size)")
@@ -24,7 +24,7 @@ def bucket_table(resolution: int, *, step: int, max_aspect: float = 1.0) -> tupl
     return tuple(f"{height}x{width}" for height, width in sorted(shapes))
 
 
-def nearest_bucket(width: int, height: int, table: Sequence[str]) -> str:
+def find_nearest_bucket(width: int, height: int, table: Sequence[str]) -> str:
     """The shape whose aspect is nearest on the logarithmic scale; the first of equals."""
 
     def distance(name: str) -> float:
@@ -49,7 +49,7 @@ class BucketStage:
         def run(shard: ShardView) -> pa.Table:
             widths, heights = shard.values("measure", "width"), shard.values("measure", "height")
             names = [
-                nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
+                find_nearest_bucket(widths[row], heights[row], self.table) if widths[row] and heights[row] else ""  # type: ignore[arg-type]
                 for row in shard.rows
             ]
             return stage_table(shard.rows, [OK] * len(names), bucket=pa.array(names, pa.string()))

@@ -59,7 +59,7 @@ class Column:
             if storage.write_bytes_if_absent(uri, manifest.to_bytes()):
                 return manifest
             standing = Manifest.from_bytes(storage.read_bytes(uri), uri)
-            if _rows(standing) == _rows(manifest):
+            if _list_rows(standing) == _list_rows(manifest):
                 return standing
             number += 1  # a manifest with a lower number was deleted, and this one is of other rows
 
@@ -70,7 +70,7 @@ class Column:
         """
         listed = storage.iter_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
         uris = (uri for uri in listed if uri.rpartition("/")[2].startswith(prefix))
-        for uri, data in in_order(storage.read_bytes, uris, threads=readers(self.root, _READERS)):
+        for uri, data in in_order(storage.read_bytes, uris, threads=count_readers(self.root, _READERS)):
             unit, _, number = uri.rpartition("/")[2].removesuffix(".json").rpartition(".")
             yield unit, int(number), data
 
@@ -110,12 +110,12 @@ class Column:
         return ColumnPart(shard, name, sha, len(data), len(table), to_ranges(table["row"].to_pylist()))
 
 
-def readers(root: str, remote: int) -> int:
+def count_readers(root: str, remote: int) -> int:
     """Threads that read ahead: a remote answer takes tens of milliseconds, a local one less than changing threads."""
     return remote if storage.is_remote(root) else 2
 
 
-def _rows(manifest: Manifest) -> list[tuple[str, object]]:
+def _list_rows(manifest: Manifest) -> list[tuple[str, object]]:
     return [(part.shard, part.rows) for part in manifest.parts]
 
 

@@ -54,12 +54,12 @@ class LatentStage:
                     crops = [np.asarray(cover_crop(shard.image(row), width, height)) for row in chosen]
                     image_BCHW = stack_pixels(crops).to(self.device, memory_format=torch.channels_last)
                     moments |= dict(zip(chosen, latents.encode(vae, image_BCHW).cpu().contiguous().numpy()))
-            return _moments_table(shard, moments, buckets)
+            return _make_moments_table(shard, moments, buckets)
 
         return run
 
 
-def _moments_table(shard: ShardView, moments: Mapping[int, np.ndarray], buckets: Mapping[int, str]) -> pa.Table:
+def _make_moments_table(shard: ShardView, moments: Mapping[int, np.ndarray], buckets: Mapping[int, str]) -> pa.Table:
     finite = [bool(np.isfinite(moments[row]).all()) for row in shard.rows]
     return stage_table(
         shard.rows,
@@ -120,7 +120,7 @@ class TextStage:
             }
             wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}
             states = self._encode(encoders, sorted(wanted, key=lambda text: (len(text), text)))
-            return _text_table(shard, captions, states, self.int8)
+            return _make_text_table(shard, captions, states, self.int8)
 
         return run
 
@@ -136,7 +136,7 @@ class TextStage:
         return states
 
 
-def _text_table(
+def _make_text_table(
     shard: ShardView,
     captions: Mapping[str, Mapping[int, object]],
     states: Mapping[str, tuple[np.ndarray, np.ndarray]],

@@ -32,13 +32,13 @@ _CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "be
 _OPENINGS = ("a photo of ", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "")
 
 
-class Draws(Protocol):
+class RandomSource(Protocol):
     """The only thing drawn from is `random()`: its stream is the same on every Python version."""
 
     def random(self) -> float: ...
 
 
-def pick(rng: Draws, items: Sequence[Item]) -> Item:
+def pick(rng: RandomSource, items: Sequence[Item]) -> Item:
     return items[int(rng.random() * len(items))]
 
 
@@ -80,7 +80,7 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith("s") else "s")
 
 
-def draw_include(rng: Draws, tag: str) -> list[dict[str, Any]]:
+def draw_include(rng: RandomSource, tag: str) -> list[dict[str, Any]]:
     """One composition of a task, seen or not."""
     first = pick(rng, CLASSES)
     if tag == "single_object":
@@ -122,7 +122,7 @@ def official_prompt(tag: str, include: Sequence[dict[str, Any]]) -> str:
     return "a photo of " + " and ".join(_phrase(item) for item in include)
 
 
-def paraphrase(rng: Draws, tag: str, include: Sequence[dict[str, Any]]) -> str:
+def paraphrase(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) -> str:
     """The same composition in other light words; objects without order may change places."""
     opening = pick(rng, _OPENINGS)
     if tag == "counting":

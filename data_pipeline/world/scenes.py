@@ -69,7 +69,7 @@ def _stream(seed: int, split: str, index: int) -> random.Random:
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
-def _draw_tag(rng: grammar.Draws, seen: bool | None) -> str:
+def _draw_tag(rng: grammar.RandomSource, seen: bool | None) -> str:
     first = 1 if seen is False else 0
     u = rng.random() * sum(grammar.TAG_SHARES[first:])
     for tag, share in zip(grammar.TAGS[first:], grammar.TAG_SHARES[first:]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline.world import grammar
 from data_pipeline.world.classes import CLASSES, COLORS, DRAWINGS
-from data_pipeline.world.grammar import Draws, article, pick, plural
+from data_pipeline.world.grammar import RandomSource, article, pick, plural
 from data_pipeline.world.scenes import Scene, SceneObject
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def contents(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     return tuple(sorted(Counter({item["class"]: item["count"] for item in include}).items()))
 
 
-def nearly_true(rng: Draws, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The composition with one thing wrong: a class, a count, a color, two colors swapped, a relation turned."""
     wrong = [dict(item) for item in include]
     names = [item["class"] for item in wrong]
@@ -97,19 +97,19 @@ def nearly_true(rng: Draws, tag: str, include: Sequence[dict[str, Any]]) -> list
     return wrong
 
 
-def crop_prompt(rng: Draws, name: str, color: str) -> tuple[str, bool]:
+def crop_prompt(rng: RandomSource, name: str, color: str) -> tuple[str, bool]:
     """One of GenEval's color prompts, now and then in fewer words; whether it names the class."""
     thing = pick(rng, (f"{color} {name}", f"{color}-colored {name}", f"{color} object"))
     opening = "a photo of " if rng.random() < 0.8 else ""
     return opening + (article(thing) if rng.random() < 0.3 else f"a {thing}"), name in thing
 
 
-def _said(rng: Draws, thing: str) -> str:
+def _said(rng: RandomSource, thing: str) -> str:
     u = rng.random()
     return article(thing) if u < 0.8 else f"a {thing}" if u < 0.87 else f"the {thing}" if u < 0.95 else f"one {thing}"
 
 
-def _class_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question:
+def _class_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
     present = {o.name for o in objects}
     name = pick(rng, sorted(present)) if wanted else pick(rng, [c for c in CLASSES if c not in present])
     counted = sum(o.name == name for o in objects)
@@ -117,7 +117,7 @@ def _class_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) ->
     return Question(f"{said}?", wanted, "class")
 
 
-def _count_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question:
+def _count_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
     counts = Counter(o.name for o in objects)
     name = pick(rng, sorted(counts))
     count = counts[name]
@@ -130,7 +130,7 @@ def _count_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) ->
     return Question(text, wanted, "count")
 
 
-def _color_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
+def _color_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
     """Wrong ones, hardest first: the other object's color, another color, the right color on another class."""
     obj = pick(rng, objects)
     if wanted:
@@ -148,7 +148,7 @@ def _color_question(rng: Draws, objects: Sequence[SceneObject], wanted: bool) ->
     return Question(f"{_said(rng, f'{obj.color} {name}')}?", False, "wrong class in that color")
 
 
-def questions(rng: Draws, scene: Scene, num: int) -> list[Question]:
+def questions(rng: RandomSource, scene: Scene, num: int) -> list[Question]:
     """`num` questions about a scene, yes and no in equal shares, hard wrong ones included."""
     asked: list[Question] = []
     colored = any(o.color for o in scene.objects)
@@ -166,7 +166,7 @@ def questions(rng: Draws, scene: Scene, num: int) -> list[Question]:
     return asked
 
 
-def absent_questions(rng: Draws, num: int) -> list[Question]:
+def absent_questions(rng: RandomSource, num: int) -> list[Question]:
     """Questions about an image that shows nothing: all answers are no."""
     asked = []
     for _ in range(num):

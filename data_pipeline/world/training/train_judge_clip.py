@@ -175,7 +175,7 @@ def crop_loss(similarity_BT: Tensor, batch: CropBatch) -> Tensor:
     return (similarity_BT.logsumexp(1) - chosen.logsumexp(1)).mean()
 
 
-class _Module(nn.Module):
+class _ClipModule(nn.Module):
     """What is optimised: the CLIP model and a linear reading of plain facts that helps its image tower early on."""
 
     def __init__(self, clip: nn.Module) -> None:
@@ -205,7 +205,7 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
     clip, tokens = build(out)
     if start_from:
         clip.load_state_dict(load(start_from)[0].state_dict())
-    module = _Module(clip)
+    module = _ClipModule(clip)
     scenes, colored = endless_scenes(seed), endless_scenes(seed, tags=("colors", "color_attr"))
 
     def loss_of_step(step: int) -> Tensor:

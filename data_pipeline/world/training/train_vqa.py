@@ -61,7 +61,7 @@ def build(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-class _Module(nn.Module):
+class _VqaModule(nn.Module):
     """What is optimised: the model and the patch heads, which are thrown away afterwards."""
 
     def __init__(self, vqa: nn.Module, width: int = 128) -> None:
@@ -89,7 +89,7 @@ def patch_truth(objects: tuple[SceneObject, ...]) -> tuple[np.ndarray, np.ndarra
     return labels.ravel(), colors.ravel(), np.minimum(centres, 1).ravel()
 
 
-class Batch:
+class QuestionBatch:
     """Images, patch truth and questions of a list of scenes; 5 % of the images show nothing."""
 
     def __init__(self, scenes: list[Scene], rng: np.random.Generator, words: random.Random) -> None:
@@ -123,7 +123,7 @@ def first_logits(vqa: Any, image_QPD: Tensor, tokens: Any, answers: Tensor) -> T
     return decoded.logits
 
 
-def patch_loss(module: _Module, patches_BPD: Tensor, batch: Batch) -> Tensor:
+def patch_loss(module: _VqaModule, patches_BPD: Tensor, batch: QuestionBatch) -> Tensor:
     """Cross entropies of the patch heads; empty patches are three quarters of a scene and count a quarter."""
     weight = torch.ones(len(CLASSES) + 1)
     weight[-1] = 0.25
@@ -142,13 +142,13 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
     vqa, tokenizer = build(out)
     if start_from:
         vqa.load_state_dict(load(start_from)[0].state_dict())
-    module = _Module(vqa)
+    module = _VqaModule(vqa)
     # every fourth scene has two colors: telling whose is whose is learned last
     scenes, paired = endless_scenes(seed), endless_scenes(seed, tags=("color_attr",))
     yes, no, stop = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "[SEP]"))
 
     def loss_of_step(step: int) -> Tensor:
-        batch = Batch([next(scenes if i % 4 else paired) for i in range(NUM_SCENES)], rng, words)
+        batch = QuestionBatch([next(scenes if i % 4 else paired) for i in range(NUM_SCENES)], rng, words)
         image_BPD = vqa.vision_model(batch.pixels_B3HW).last_hidden_state
         tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
         answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
