@@ -10,7 +10,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -90,7 +90,9 @@ def _read_parts(stream: "_Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
         at, archive = following.header, archive + 1
 
 
-def _read_archive(stream: "_Unpacked", start: int, number: int, *, max_bytes: int) -> Iterator[Any]:
+def _read_archive(
+    stream: "_Unpacked", start: int, number: int, *, max_bytes: int
+) -> Generator[Member, None, int]:
     """Members of the archive that begins at `start`; returns the offset behind the last whole one."""
     end = start
     stream.seek(start)
