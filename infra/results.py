@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -27,6 +30,13 @@ def format_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _read_number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+_Float = Annotated[float, BeforeValidator(_read_number)]
+
+
 @dataclass(frozen=True)
 class ResultRow:
     """One number. `metric` is a slash path such as `val_loss/sd3/t0.125`; `details` is JSON text."""
@@ -36,12 +46,12 @@ class ResultRow:
     code_version: str
     images_seen: int
     metric: str
-    value: float
+    value: _Float
     higher_is_better: bool
     sample_count: int
     protocol_hash: str
-    low: float | None = None
-    high: float | None = None
+    low: _Float | None = None
+    high: _Float | None = None
     details: str = ""
     created: str = field(default_factory=format_now)
 
@@ -51,36 +61,21 @@ class ResultRow:
         return self.run, self.recipe_hash, self.metric, self.images_seen, self.protocol_hash
 
 
-_FLOATS = ("value", "low", "high")
-_TYPES: dict[str, type] = {
-    "run": str, "recipe_hash": str, "code_version": str, "images_seen": int, "metric": str, "higher_is_better": bool,
-    "sample_count": int, "protocol_hash": str, "details": str, "created": str,
-}  # fmt: skip
-
-
-def _encode(row: ResultRow) -> str:
+def _to_line(row: ResultRow) -> str:
     """One JSON line. JSON has no nan or inf, so those travel as the strings float() reads."""
-    record = dataclasses.asdict(row)
-    for name in _FLOATS:
+    record = to_json(row)
+    for name in ("value", "low", "high"):
         number = record[name]
         record[name] = number if number is None or math.isfinite(number) else str(float(number))
     return json.dumps(record, ensure_ascii=True, sort_keys=True, allow_nan=False)
 
 
-def _decode(line: str) -> ResultRow:
+def _from_line(line: str, uri: str) -> ResultRow:
     """Fields of a later version are ignored; a missing or wrongly typed one raises."""
-    record: dict[str, Any] = json.loads(line)
-    known = {f.name: record[f.name] for f in dataclasses.fields(ResultRow) if f.name in record}
-    for name in _FLOATS:
-        if known.get(name) is not None:
-            known[name] = float(known[name])
-    row = ResultRow(**known)
-    for name, kind in _TYPES.items():
-        if not isinstance(getattr(row, name), kind):
-            raise TypeError(f"{name} is {getattr(row, name)!r}")
+    row = from_json(ResultRow, line, where=uri, extra="ignore")
     for count in (row.images_seen, row.sample_count):
-        if isinstance(count, bool) or abs(count) >= 2**63:
-            raise TypeError(f"{count!r} is no number of images")
+        if abs(count) >= 2**63:
+            raise UserError(f"{uri}: {count} is no number of images")
     return row
 
 
@@ -98,7 +93,7 @@ class ResultStore:
 
     def append(self, rows: Iterable[ResultRow]) -> None:
         """Write the rows as one new object; the same rows again change nothing."""
-        lines = [_encode(self._plain(row)) for row in rows]
+        lines = [_to_line(self._plain(row)) for row in rows]
         if not lines:
             return
         data = ("\n".join(lines) + "\n").encode()
@@ -143,10 +138,9 @@ class ResultStore:
         """All latest rows as an Arrow table with a fixed schema, empty or not."""
         import pyarrow as pa
 
-        kinds = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
-        names = [f.name for f in dataclasses.fields(ResultRow)]
-        schema = pa.schema([(n, pa.float64() if n in _FLOATS else kinds[_TYPES[n]]) for n in names])
-        return pa.Table.from_pylist([dataclasses.asdict(row) for row in self.rows()], schema=schema)
+        kinds: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
+        schema = pa.schema([(f.name, kinds.get(f.type, pa.float64())) for f in dataclasses.fields(ResultRow)])
+        return pa.Table.from_pylist([to_json(row) for row in self.rows()], schema=schema)
 
     def _plain(self, row: ResultRow) -> ResultRow:
         """Numpy and torch scalars become plain numbers; anything else of a wrong type is refused."""
@@ -179,7 +173,7 @@ class ResultStore:
             log.warning("skipped %s: its content does not match its name (torn or edited); delete it", uri)
             return []
         try:
-            return [_decode(line) for line in data.decode().splitlines()]
-        except (ValueError, TypeError, AttributeError) as error:
-            log.warning("skipped %s: not result rows (%s)", uri, error)
+            return [_from_line(line, uri) for line in data.decode().splitlines()]
+        except ValueError as error:
+            log.warning("skipped a file that holds no result rows: %s", error)
             return []

@@ -209,7 +209,6 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     [
         (None, 0, ""),
         (UserError("found 3,\n expected 4: add one"), 2, "error: found 3, expected 4: add one\n"),
-        (KeyError("gone"), 2, "error: 'gone'\n"),
         (UserErrors(["one\n of them", "another"]), 2, "error: one of them\nerror: another\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
         (OSError(DISK_FULL[0], "No space left", "/x/y"), 2, "error: disk full while writing /x/y: "),
@@ -222,7 +221,7 @@ def test_run_cli_ends_with_one_line(error, code, line, capsys):
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        run_cli(main, also=(KeyError,))
+        run_cli(main)
     assert caught.value.code == code
     printed = capsys.readouterr().err
     assert printed.startswith(line)

@@ -1,10 +1,10 @@
 """What weights say about themselves: the metadata in their file and the model card beside it."""
 
-import dataclasses
 from typing import Any
 
 from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
+from infra.codec import to_json
 from infra.results import ResultStore
 from infra.version import code_version
 from trainer.recipe import Recipe
@@ -17,11 +17,11 @@ def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: i
     return {
         "kind": kind,
         "backbone": recipe.model.name,
-        "config": recipe.model.to_json(),
+        "config": to_json(recipe.model),
         "formulation": recipe.formulation,
         "shift": recipe.shift,
-        "text_spec": info.text_spec.to_json(),
-        "vae": dataclasses.asdict(info.vae),
+        "text_spec": to_json(info.text_spec),
+        "vae": to_json(info.vae),
         "resolution": info.resolution,
         "recipe": recipe.name,
         "recipe_hash": recipe.hash,
