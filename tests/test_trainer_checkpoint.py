@@ -28,11 +28,11 @@ def full(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def partition(rank: int, world: int, values: dict[str, torch.Tensor]) -> tuple[tuple[Segment, ...], torch.Tensor]:
+def partition(rank: int, world_size: int, values: dict[str, torch.Tensor]) -> tuple[tuple[Segment, ...], torch.Tensor]:
     """What ZeRO-3 gives a rank: equal ranges of each parameter, padded (here with nan, which must never be saved)."""
     found, pieces, offset = [], [], 0
     for name, value in values.items():
-        share = -(-value.numel() // world)
+        share = -(-value.numel() // world_size)
         start = min(rank * share, value.numel())
         numel = min(share, value.numel() - start)
         pieces.append(torch.full((share,), float("nan")))
@@ -43,10 +43,10 @@ def partition(rank: int, world: int, values: dict[str, torch.Tensor]) -> tuple[t
     return tuple(found), torch.cat(pieces)
 
 
-def write_all(folder: str, world: int) -> None:
-    for rank in range(world):
-        segments, master = partition(rank, world, full(1))
-        _, moment = partition(rank, world, full(2))
+def write_all(folder: str, world_size: int) -> None:
+    for rank in range(world_size):
+        segments, master = partition(rank, world_size, full(1))
+        _, moment = partition(rank, world_size, full(2))
         write_rank_file(folder, rank, [segments], {"master": [master], "exp_avg": [moment]}, {"rank": rank})
 
 
@@ -70,12 +70,12 @@ def test_rank_files_are_plain_safetensors_without_padding(tmp_path):
     assert torch.isfinite(found["master"]).all()
 
 
-def share(seed: int, numel: int = 1000) -> checkpoint.Share:
+def share(seed: int, numel: int = 1000) -> checkpoint.RankShare:
     value = torch.full((numel,), float(seed))
-    return checkpoint.Share([(Segment("w", (numel,), 0, numel, 0),)], {"master": [value]}, {"seed": seed})
+    return checkpoint.RankShare([(Segment("w", (numel,), 0, numel, 0),)], {"master": [value]}, {"seed": seed})
 
 
-def loaded(found: checkpoint.Found) -> float:
+def loaded(found: checkpoint.StoredCheckpoint) -> float:
     target = share(-1)
     checkpoint.load(found, target, SOLO)
     assert (target.tensors["master"][0] == target.tensors["master"][0][0]).all()
@@ -88,7 +88,7 @@ def test_retention_and_latest(tmp_path):
         assert checkpoint.save(root, share(step), SOLO, step=step, state={"n": step}, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000030", "step_0000040"]
     assert (tmp_path / "latest").read_text() == "step_0000040\n"
-    found = checkpoint.find(root, SOLO)
+    found = checkpoint.find_newest(root, SOLO)
     assert (found.step, found.state, found.extras) == (40, {"n": 40}, [{"seed": 40}])
     assert loaded(found) == 40
 
@@ -114,28 +114,28 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_line(tmp_path, capsys, da
     for step in (1, 2):
         checkpoint.save(str(tmp_path), share(step), SOLO, step=step, state={}, keep=3)
     damage(tmp_path / "step_0000002")
-    found = checkpoint.find(str(tmp_path), SOLO)
+    found = checkpoint.find_newest(str(tmp_path), SOLO)
     assert found.step == 1
     told = capsys.readouterr().err
     assert "step_0000002 is damaged" in told
     assert "falling back" in told
     # The run passes step 2 again: the damaged one is replaced.
     assert checkpoint.save(str(tmp_path), share(5), SOLO, step=2, state={}, keep=3)
-    assert loaded(checkpoint.find(str(tmp_path), SOLO)) == 5
+    assert loaded(checkpoint.find_newest(str(tmp_path), SOLO)) == 5
 
 
 def test_nothing_good_left_is_said_and_nothing_there_is_none(tmp_path):
-    assert checkpoint.find(str(tmp_path / "none"), SOLO) is None
+    assert checkpoint.find_newest(str(tmp_path / "none"), SOLO) is None
     checkpoint.save(str(tmp_path), share(1), SOLO, step=1, state={}, keep=3)
     flip(tmp_path / "step_0000001" / "rank_00000.safetensors")
     with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
-        checkpoint.find(str(tmp_path), SOLO)
+        checkpoint.find_newest(str(tmp_path), SOLO)
 
 
 def test_another_architecture_is_refused_by_name(tmp_path):
     checkpoint.save(str(tmp_path), share(1), SOLO, step=1, state={}, keep=3)
     with pytest.raises(UserError, match=r"parameter w has shape \(1000,\).*\(900,\).*another architecture"):
-        checkpoint.load(checkpoint.find(str(tmp_path), SOLO), share(0, 900), SOLO)
+        checkpoint.load(checkpoint.find_newest(str(tmp_path), SOLO), share(0, 900), SOLO)
 
 
 CHILD = """
@@ -175,7 +175,7 @@ def test_sigkill_in_the_middle_of_a_save_leaves_the_last_good_one(tmp_path, wher
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert (tmp_path / "step_0000002").exists()
-    found = checkpoint.find(str(tmp_path), SOLO)
+    found = checkpoint.find_newest(str(tmp_path), SOLO)
     assert (found.step, loaded(found)) == (1, 1)
     checkpoint.save(str(tmp_path), share(3), SOLO, step=3, state={}, keep=3)
     assert not (tmp_path / "step_0000002").exists()  # what the killed save left is gone
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_run_alive(tmp_path):
     assert process.communicate(timeout=120)[0] == "saved False\n"
     assert process.returncode == 0
     assert not (tmp_path / "step_0000002").exists()
-    assert loaded(checkpoint.find(str(tmp_path), SOLO)) == 1
+    assert loaded(checkpoint.find_newest(str(tmp_path), SOLO)) == 1
 
 
 def test_checkpoints_live_on_s3_too(s3):
@@ -200,7 +200,7 @@ def test_checkpoints_live_on_s3_too(s3):
         "/checkpoints/step_0000002/rank_00000.json",
         "/checkpoints/step_0000002/rank_00000.safetensors",
     ]
-    assert loaded(checkpoint.find(f"{s3}/checkpoints", SOLO)) == 2
+    assert loaded(checkpoint.find_newest(f"{s3}/checkpoints", SOLO)) == 2
 
 
 def test_the_manifest_is_written_last_and_latest_follows(tmp_path):

@@ -26,11 +26,11 @@ from model.files.weights import load_weights, read_meta, save_weights
 from model.lora import add_adapters, is_adapter, merge_files, switched_off
 from model.seeding import keyed_normal, keyed_uniform
 from trainer.__main__ import main
-from trainer.checks.preflight import with_init
+from trainer.checks.preflight import set_init_weights
 from trainer.exports.adapter import DIFFUSERS_ADAPTER
 from trainer.feed import draw_noise
 from trainer.objective import check_objective, prefer
-from trainer.planning.plan import make_plan
+from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import DPO, LoRA, Recipe, check
 from trainer.recipes import get_recipe
 
@@ -189,7 +189,7 @@ def test_the_paper_s_recipe_and_its_plan():
     """Rank 128 on all linears: 4,000 steps for 2B, 2,000 for 8B. Adapters alone have masters and moments."""
     two, eight = get_recipe("dpo-d24"), get_recipe("dpo-d38")
     assert (two.steps, eight.steps, two.lora.rank) == (4000, 2000, 128)
-    plan = make_plan(two, world=8)
+    plan = make_hardware_plan(two, world_size=8)
     with torch.device("meta"):
         model = two.model.build()
         add_adapters(model, rank=128, alpha=128)
@@ -202,7 +202,7 @@ def test_the_paper_s_recipe_and_its_plan():
 
 def test_adapters_need_weights_to_stand_on():
     with pytest.raises(UserError, match="give --init-from"):
-        with_init(get_recipe("world-dpo-d2"), None)
+        set_init_weights(get_recipe("world-dpo-d2"), None)
 
 
 # --- real ranks

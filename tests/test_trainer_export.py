@@ -60,7 +60,7 @@ def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "world-d2"
     recipe = dataclasses.replace(get_recipe("world-d2"), model=CONFIG)
     (segments, master), (_, average) = flat(weights_of(1)), flat(weights_of(2))
-    share = checkpoint.Share([segments], {"master": [master], f"ema/{recipe.ema.profiles[0]}": [average]})
+    share = checkpoint.RankShare([segments], {"master": [master], f"ema/{recipe.ema.profiles[0]}": [average]})
     state = {"recipe": recipe.to_json(), "images_seen": 64}
     assert checkpoint.save(
         str(out / "checkpoints"), share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1

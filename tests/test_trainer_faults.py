@@ -16,7 +16,7 @@ from trainer_launch import TINY, finish, run_ranks, start_ranks, until
 
 from data_pipeline.packing import synthetic
 from infra import storage
-from trainer.guard import ENOUGH, problem_of, suspects_of
+from trainer.guard import ENOUGH, find_problem, find_suspects
 from trainer.recipe import Guard
 from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
@@ -76,7 +76,7 @@ def data(tmp_path_factory) -> Path:
     ],
 )
 def test_which_losses_are_refused(loss, recent, spike, says):
-    problem = problem_of(loss, recent, Guard(spike=spike), batch=256)
+    problem = find_problem(loss, recent, Guard(spike=spike), batch=256)
     assert says in problem
     assert bool(problem) is bool(says)
 
@@ -84,19 +84,19 @@ def test_which_losses_are_refused(loss, recent, spike, says):
 def test_the_long_tail_of_small_batches_is_no_spike():
     recent = [0.4, 0.42, 0.44] * 20 + [0.6]  # a sound run in batches of 16 had these, and then
     for loss in (0.91, 2.654):
-        assert problem_of(loss, recent, Guard(), batch=16) == ""
-        assert bool(problem_of(loss, recent, Guard(), batch=4096)) is (loss > 1.2)
-    assert "jumped" in problem_of(5.0, recent, Guard(), batch=16)
+        assert find_problem(loss, recent, Guard(), batch=16) == ""
+        assert bool(find_problem(loss, recent, Guard(), batch=4096)) is (loss > 1.2)
+    assert "jumped" in find_problem(5.0, recent, Guard(), batch=16)
 
 
 def test_a_batch_that_is_bad_again_takes_those_before_it_along():
     left_out: frozenset[int] = frozenset()
     for before in (0, 8, 72):
-        suspects = suspects_of(1000 * 32, 32, left_out)
+        suspects = find_suspects(1000 * 32, 32, left_out)
         assert suspects == range((1000 - before) * 32, 1001 * 32)
         left_out |= frozenset(suspects)
-    assert suspects_of(3 * 32, 32, frozenset(range(3 * 32, 4 * 32))) == range(4 * 32)  # a run has a beginning
-    assert suspects_of(1000 * 32, 32, frozenset(range(900 * 32, 901 * 32))) == range(1000 * 32, 1001 * 32)
+    assert find_suspects(3 * 32, 32, frozenset(range(3 * 32, 4 * 32))) == range(4 * 32)  # a run has a beginning
+    assert find_suspects(1000 * 32, 32, frozenset(range(900 * 32, 901 * 32))) == range(1000 * 32, 1001 * 32)
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from trainer_launch import ROOT, TINY, finish, start_ranks
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
 from model.files.weights import load_weights
-from trainer.ladders.verify import cut, losses
+from trainer.ladders.verify import cut_back, read_losses
 from trainer.machines import this_machine
-from trainer.planning.reality import graded, trial
+from trainer.planning.reality import grade_run, run_trial
 from trainer.recipes import world
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist]
@@ -73,7 +73,7 @@ def validation(run: Path) -> list[float]:
 
 def assert_same(run: Path, other: Path) -> None:
     """Two runs computed the same, but for the order of sums."""
-    mine, theirs = losses(run), losses(other)
+    mine, theirs = read_losses(run), read_losses(other)
     assert list(mine) == list(theirs) == [BATCH * step for step in range(1, STEPS + 1)]
     assert list(mine.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
     for kind in ("raw", "ema"):
@@ -94,7 +94,9 @@ def test_with_what_is_compiled_or_lies_in_memory_it_computes_the_same(folder, na
 
 
 def test_in_bf16_it_computes_nearly_what_a_cpu_does(folder):
-    assert list(losses(folder / "bf16").values()) == pytest.approx(list(losses(folder / "cpu_bf16").values()), rel=0.03)
+    assert list(read_losses(folder / "bf16").values()) == pytest.approx(
+        list(read_losses(folder / "cpu_bf16").values()), rel=0.03
+    )
 
 
 def test_validation_is_the_same_number_on_both(folder):
@@ -106,9 +108,9 @@ def test_validation_is_the_same_number_on_both(folder):
 @pytest.mark.parametrize("name", ["stage3", "stage2", "bf16"])
 def test_a_run_that_was_cut_ends_bit_by_bit_as_if_it_had_not_been(folder, name):
     copy = f"{name}_cut"
-    cut(folder / name, folder / copy, step=6)
+    cut_back(folder / name, folder / copy, step=6)
     train(folder, (copy, {**EXACT, "bf16": BF16}[name]), gpu=True)
-    assert losses(folder / copy) == losses(folder / name)
+    assert read_losses(folder / copy) == read_losses(folder / name)
     for kind in ("raw", "ema"):
         mine, theirs = (load_weights(folder / run / "weights" / f"{kind}.safetensors")[0] for run in (copy, name))
         assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
@@ -117,9 +119,11 @@ def test_a_run_that_was_cut_ends_bit_by_bit_as_if_it_had_not_been(folder, name):
 @pytest.mark.parametrize(("begun", "gpu"), [("stage3", False), ("cpu", True)])
 def test_checkpoints_go_from_one_kind_of_device_to_the_other(folder, begun, gpu):
     copy = f"{begun}_elsewhere"
-    cut(folder / begun, folder / copy, step=6)
+    cut_back(folder / begun, folder / copy, step=6)
     train(folder, (copy, []), gpu=gpu)
-    assert list(losses(folder / copy).values()) == pytest.approx(list(losses(folder / "cpu").values()), rel=1e-3)
+    assert list(read_losses(folder / copy).values()) == pytest.approx(
+        list(read_losses(folder / "cpu").values()), rel=1e-3
+    )
 
 
 def test_the_log_tells_speed_and_memory(folder):
@@ -132,7 +136,7 @@ def test_the_log_tells_speed_and_memory(folder):
 
 @pytest.mark.parametrize("name", ["stage3", "stage2", "bf16"])
 def test_the_plan_is_right_about_bytes_there(folder, name):
-    rows = graded(str(folder / name))
+    rows = grade_run(str(folder / name))
     for part in ("weights", "masters", "moments", "gradients", "ema", "activations"):
         planned, measured = rows[f"bytes_per_rank/{part}"]
         assert planned == pytest.approx(measured, rel=0.05), part
@@ -143,7 +147,7 @@ def test_the_launcher_takes_the_gpu(folder):
     words = ["world-d2", "--data", str(folder / "data"), "--out", str(folder / "launched"), *COMMON]
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(folder / "launched") == losses(folder / "stage3")
+    assert read_losses(folder / "launched") == read_losses(folder / "stage3")
 
 
 def test_a_trial_tells_how_near_the_device_comes_to_its_peak():
@@ -151,4 +155,4 @@ def test_a_trial_tells_how_near_the_device_comes_to_its_peak():
     recipe = dataclasses.replace(base, global_batch=64, precision="bf16")
     machine = this_machine("bf16")
     assert machine.overlap
-    assert 0 < trial(recipe, machine, world=1)["efficiency"] < 1
+    assert 0 < run_trial(recipe, machine, world_size=1)["efficiency"] < 1

@@ -14,7 +14,7 @@ from trainer_launch import ROOT, TINY, until
 
 from data_pipeline.packing.synthetic import write_synthetic
 from trainer.ladders.ladder import is_done
-from trainer.launchers import gone, is_launcher
+from trainer.launchers import has_ended, is_launcher
 
 BIN = Path(sys.executable).parent
 LONG = ["--images", "80000", "--validation.every", "None", "--logging.log-every", "8", "--logging.save-every", "80000"]
@@ -49,23 +49,24 @@ def data(tmp_path_factory) -> Path:
 
 def test_a_process_knows_what_started_it_and_that_it_is_gone():
     code = "import time; from trainer.launchers import *\n"
-    code += "found = launchers_above(); print(len(found), flush=True)\n"
-    code += "while not gone(found): time.sleep(0.1)\nprint('gone', flush=True)"
+    code += "found = find_launchers(); print(len(found), flush=True)\n"
+    code += "while not has_ended(found): time.sleep(0.1)\nprint('gone', flush=True)"
     words = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[2]]); time.sleep(60)"
     launcher = start(["-c", words, "torchrun", code])
     assert launcher.stdout.readline() == "1\n"
     assert is_launcher(psutil.Process(launcher.pid))
     launcher.kill()  # not reaped: nobody waits for it
     assert launcher.stdout.readline() == "gone\n"
-    assert not gone([])
+    assert not has_ended([])
     launcher.communicate()
 
 
-def test_a_process_knows_that_its_launcher_ended_before_it_looked():
+def test_a_process_knows_that_its_launcher_launcher_has_ended_it_looked():
     code = "import os, time; from trainer.launchers import *\n"
-    code += "first = launchers_above(); print(ended_before(first))\n"
+    code += "first = find_launchers(); print(launcher_has_ended(first))\n"
     code += "print(os.getppid(), flush=True)\nwhile os.getppid() == int(os.environ['ABOVE']): time.sleep(0.1)\n"
-    code += "print(launchers_above(), ended_before([])); os.environ.pop('TORCHELASTIC_RUN_ID'); print(ended_before([]))"
+    code += "print(find_launchers(), launcher_has_ended([])); os.environ.pop('TORCHELASTIC_RUN_ID')\n"
+    code += "print(launcher_has_ended([]))"
     words = "import os, subprocess, sys, time; more = {'ABOVE': str(os.getpid()), 'TORCHELASTIC_RUN_ID': 'none'}\n"
     words += "subprocess.Popen([sys.executable, '-c', sys.argv[2]], env=os.environ | more); time.sleep(60)"
     launcher = start(["-c", words, "torchrun", code])

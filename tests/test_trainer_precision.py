@@ -12,11 +12,11 @@ from trainer_launch import TINY, halted, run_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
 from trainer.checks.preflight import settle_precision
-from trainer.ladders.ladder import climb, iso_flop
+from trainer.ladders.ladder import train_isoflop, train_ladder
 from trainer.ladders.sweep import sweep_rates
 from trainer.machines import MACHINES, this_machine
-from trainer.planning.plan import make_plan
-from trainer.recipe import Recipe, differences
+from trainer.planning.hardware_plan import make_hardware_plan
+from trainer.recipe import Recipe, find_differences
 from trainer.recipes import RECIPES, get_recipe
 
 commands = test_trainer_sweep.commands
@@ -55,26 +55,26 @@ def test_a_run_keeps_what_it_was_started_in(data, tmp_path, best_on_cpu, first, 
     assert settle_precision(auto, str(tmp_path / "new"), "latest").precision == second
     assert settle_precision(auto, str(tmp_path / "branch"), str(saved)) == begun, "a branch goes on in the same numbers"
     asked = settle_precision(dataclasses.replace(auto, precision=second), str(run), "latest")
-    assert differences(begun, asked) == [f"precision: {first} -> {second}"], "which is refused as another recipe"
+    assert find_differences(begun, asked) == [f"precision: {first} -> {second}"], "which is refused as another recipe"
 
 
 @pytest.mark.parametrize("best", ["bf16", "fp32"])
 def test_all_runs_of_a_ladder_or_sweep_compute_in_the_same(commands, tmp_path, best_on_cpu, best):
     best_on_cpu(best)
-    climb("world", [2], launch(tmp_path, 160))
+    train_ladder("world", [2], launch(tmp_path, 160))
     assert option(commands[-1], "precision") == best
     run = tmp_path / "world-d2"
     run.mkdir()
     (run / "recipe.json").write_text(json.dumps({"precision": best}))
     best_on_cpu({"bf16": "fp32", "fp32": "bf16"}[best])
-    climb("world", [2, 3, 4], launch(tmp_path, 320))
+    train_ladder("world", [2, 3, 4], launch(tmp_path, 320))
     assert [option(command, "precision") for command in commands[-3:]] == [best] * 3
     best_on_cpu(best)
     sweep_rates("world", [2], [1e-3, 2e-3], launch(tmp_path / "sweep", 160))
-    iso_flop("world", [2], [3e13], launch(tmp_path / "flops"))
+    train_isoflop("world", [2], [3e13], launch(tmp_path / "flops"))
     assert [option(command, "precision") for command in commands[-4:]] == [best] * 4
     asked = dataclasses.replace(launch(tmp_path / "asked"), overrides=("--precision", "fp32"))
-    climb("world", [2], asked)
+    train_ladder("world", [2], asked)
     assert commands[-1].count("--precision") == 1
     assert option(commands[-1], "precision") == "fp32"
 
@@ -86,8 +86,10 @@ def test_plans_are_for_the_precision_of_their_machine(best_on_cpu, best):
     for name, machine in MACHINES.items():
         expected = "fp32" if name == "cpu" else "bf16"
         stated = dataclasses.replace(auto, precision=expected)
-        assert make_plan(auto, world=2, machine=machine) == make_plan(stated, world=2, machine=machine)
-    here = make_plan(auto, world=2)
+        assert make_hardware_plan(auto, world_size=2, machine=machine) == make_hardware_plan(
+            stated, world_size=2, machine=machine
+        )
+    here = make_hardware_plan(auto, world_size=2)
     assert here["recipe_hash"] == dataclasses.replace(auto, precision=best).hash
     assert here["machine"] == this_machine("auto").name == {"bf16": "cpu-amx", "fp32": "cpu"}[best]
     assert this_machine("fp32").name == "cpu"

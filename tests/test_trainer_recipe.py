@@ -18,8 +18,8 @@ from model.flops import parameter_count
 from trainer import recipes
 from trainer.__main__ import main
 from trainer.commands import TrainArgs, parse_options
-from trainer.machines import get_machine, transfer_seconds
-from trainer.planning.plan import bytes_per_rank, describe, make_plan
+from trainer.machines import estimate_transfer, get_machine
+from trainer.planning.hardware_plan import describe, estimate_bytes_per_rank, make_hardware_plan
 from trainer.recipe import (
     Data,
     Guard,
@@ -31,7 +31,7 @@ from trainer.recipe import (
     Validation,
     check,
     count_micro_batches,
-    differences,
+    find_differences,
 )  # fmt: skip
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
@@ -80,7 +80,7 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
     assert Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
     with torch.device("meta"):
         model = r.model.build()
-    plan = make_plan(r, world=8)
+    plan = make_hardware_plan(r, world_size=8)
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
     if r.lora.rank is None:
         assert plan["train_flops_per_image"] == 3 * plan["forward_flops_per_image"]
@@ -119,7 +119,7 @@ def test_the_paper_s_recipes_say_what_the_paper_says():
 
 def test_plan_bytes_by_stage():
     r = recipe(precision="bf16")
-    total = [bytes_per_rank(r, 800, stage=stage, world=8)["total"] for stage in range(4)]
+    total = [estimate_bytes_per_rank(r, 800, stage=stage, world_size=8)["total"] for stage in range(4)]
     assert total[3] == 100 * (2 + 4 + 8 + 4 + 4)
     assert total[1] == 800 * (2 + 4) + 100 * (4 + 8 + 4)
     assert total[0] > total[1] > total[2] > total[3]
@@ -129,7 +129,7 @@ def test_plan_against_arithmetic():
     """64 H100 in 8 nodes, bf16, stage 3, recomputing: every figure by hand."""
     r = dataclasses.replace(get_recipe("d15"), parallel=Parallel(zero_stage=3, micro_batch=16), images=4096 * 1000)
     h100, p = get_machine("h100-80"), 496_070_464
-    plan = make_plan(r, world=64, machine=h100, dataset_images=10**6)
+    plan = make_hardware_plan(r, world_size=64, machine=h100, dataset_images=10**6)
     compute = plan["train_flops_per_image"] * 64 / (989e12 * 0.4)
     gathered = 2 * p * (7 / 8) / (8 * 50e9)  # between nodes; inside a node 2 p (63/64) / 450e9 is less
     reduced = 4 * p * (7 / 8) / (8 * 50e9)
@@ -139,7 +139,7 @@ def test_plan_against_arithmetic():
     assert plan["time"]["inside_node_seconds"] == pytest.approx(4 * 6 * p * (63 / 64) / 450e9)
     assert plan["bytes_per_rank"]["stage3"]["gathered"] == 2 * p
     parallel = dataclasses.replace(r.parallel, max_live=0)
-    tight = make_plan(dataclasses.replace(r, parallel=parallel), world=64, machine=h100)
+    tight = make_hardware_plan(dataclasses.replace(r, parallel=parallel), world_size=64, machine=h100)
     assert tight["time"]["communication_seconds"] == pytest.approx(4 * (2 * gathered + reduced))
     assert tight["bytes_per_rank"]["stage3"]["gathered"] == math.ceil(2 * 2 * r.model.block_parameters() / 15)
     # Gathered parts are put together; gradients: bucket and widening 6 bytes, laid out by rank and divided 20.
@@ -155,12 +155,12 @@ def test_plan_against_arithmetic():
     assert plan["precompute"]["passes"] == pytest.approx(4.096)
     # 3.1 million images encoded again cost 6.3 hours, $16; a month of storing 1.02 TB costs $23.
     assert not plan["precompute"]["pays"]
-    assert make_plan(r, world=64, machine=h100, dataset_images=10**5)["precompute"]["pays"]
+    assert make_hardware_plan(r, world_size=64, machine=h100, dataset_images=10**5)["precompute"]["pays"]
     assert "stage 2 is enough" in plan["advice"]
     # Of an image, whatever machine the plan is made on: no matrix of tokens by tokens.
     assert plan["activation_bytes_per_image"]["kept"] == pytest.approx(16.22 / 64 * 2**30, rel=0.02)
     parallel = dataclasses.replace(r.parallel, hpz=8, max_live=0)
-    hpz = make_plan(dataclasses.replace(r, parallel=parallel), world=64, machine=h100)
+    hpz = make_hardware_plan(dataclasses.replace(r, parallel=parallel), world_size=64, machine=h100)
     assert hpz["time"]["communication_seconds"] < tight["time"]["communication_seconds"]
     assert hpz["time"]["communication_seconds"] == pytest.approx(
         hpz["time"]["between_nodes_seconds"] + 4 * 2 * p * (7 / 8) / 450e9  # the backward pass stays inside
@@ -170,25 +170,27 @@ def test_plan_against_arithmetic():
 
 def test_offload_moves_bytes_to_the_host():
     r = recipe(precision="bf16", parallel=Parallel(offload_optimizer=True))
-    sizes = bytes_per_rank(r, 800, stage=3, world=8)
+    sizes = estimate_bytes_per_rank(r, 800, stage=3, world_size=8)
     assert (sizes["masters"], sizes["moments"], sizes["ema"]) == (0, 0, 0)
     assert sizes["host"] == 100 * (4 + 8 + 4 + 4)
 
 
 def test_what_does_not_fit_is_said():
     r = get_recipe("d15")
-    assert "no stage fits" in make_plan(r, world=1, machine=get_machine("a100-40"))["advice"]
+    assert "no stage fits" in make_hardware_plan(r, world_size=1, machine=get_machine("a100-40"))["advice"]
     with pytest.raises(UserError, match=r"unknown machine 'h100'.*did you mean 'h100-80'"):
         get_machine("h100")
 
 
 def test_link_times():
     h100 = get_machine("h100-80")
-    assert max(transfer_seconds(h100, 450e9, 8)) == pytest.approx(7 / 8)
-    assert max(transfer_seconds(h100, 450e9, 16)) == pytest.approx(15 / 16)  # inside the node is slower
+    assert max(estimate_transfer(h100, 450e9, 8)) == pytest.approx(7 / 8)
+    assert max(estimate_transfer(h100, 450e9, 16)) == pytest.approx(15 / 16)  # inside the node is slower
     a100 = get_machine("a100-80")
-    assert max(transfer_seconds(a100, 200e9, 64)) == pytest.approx(200e9 * 7 / 8 / 200e9)  # between nodes: 25 GB/s each
-    assert max(transfer_seconds(h100, 1e9, 1)) == 0
+    assert max(estimate_transfer(a100, 200e9, 64)) == pytest.approx(
+        200e9 * 7 / 8 / 200e9
+    )  # between nodes: 25 GB/s each
+    assert max(estimate_transfer(h100, 1e9, 1)) == 0
 
 
 def test_json_refuses_what_it_does_not_know():
@@ -271,8 +273,8 @@ def test_batches_must_divide():
 
 
 def test_differences_name_the_field():
-    assert differences(recipe(), recipe(optimizer=Optimizer(lr=0.5))) == ["optimizer.lr: 0.0001 -> 0.5"]
-    assert differences(recipe(), recipe(name="z", parallel=Parallel(zero_stage=0))) == []
+    assert find_differences(recipe(), recipe(optimizer=Optimizer(lr=0.5))) == ["optimizer.lr: 0.0001 -> 0.5"]
+    assert find_differences(recipe(), recipe(name="z", parallel=Parallel(zero_stage=0))) == []
 
 
 def test_names_are_refused_with_the_nearest():

@@ -22,7 +22,7 @@ from model.encoders.text import TextCond
 from model.files.weights import load_model, load_weights, read_meta, save_weights
 from trainer.__main__ import main
 from trainer.feed import draw_noise
-from trainer.ladders.verify import cut, describe, drift, gaps, losses
+from trainer.ladders.verify import compare_drift, cut_back, describe, measure_loss_gaps, read_losses
 from trainer.objective import pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -112,7 +112,7 @@ def two(folder) -> Path:
 @pytest.fixture(scope="module")
 def one(two) -> Path:
     """The same on one rank, and the bf16 run continued from its sixth step."""
-    cut(two / "bf16", two / "bf16_one", step=6)
+    cut_back(two / "bf16", two / "bf16_one", step=6)
     run_all(two, 1, mixed(two, "one"), second_stage(two, "second_one"), job(two, "bf16_one", *BF16))
     return two
 
@@ -120,8 +120,8 @@ def one(two) -> Path:
 @pytest.fixture(scope="module")
 def again(one) -> Path:
     """New processes on two ranks: back from one rank, with exchanged shares, and branches by path."""
-    cut(one / "bf16_one", one / "bf16_back", step=12)
-    cut(one / "bf16", one / "bf16_exchanged", step=6)
+    cut_back(one / "bf16_one", one / "bf16_back", step=12)
+    cut_back(one / "bf16", one / "bf16_exchanged", step=6)
     middle = ["--resume", str(one / "two" / "checkpoints" / "step_0000008")]
     branch = mixed(one, "branch")
     cooled = job(one, "cooled", "--images", "96", "--schedule.cooldown", "0.3", *middle)
@@ -143,7 +143,7 @@ def test_mixed_buckets_train_as_on_one_rank(one):
     alone = seen(one / "one", 0)
     assert [a["positions"] + b["positions"] for a, b in zip(*ranks)] == [step["positions"] for step in alone]
     assert [step["positions"] for step in alone] == [list(range(8 * n, 8 * n + 8)) for n in range(16)]
-    found, wanted = losses(one / "two"), losses(one / "one")
+    found, wanted = read_losses(one / "two"), read_losses(one / "one")
     assert list(found) == list(wanted) == list(range(8, 129, 8))
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-5)
 
@@ -180,7 +180,7 @@ def test_a_second_stage_starts_from_the_first_ones_weights(one):
 
 def test_a_second_stage_computes_with_the_extended_grid_and_goes_on(one):
     """Its first loss is that of one plain process whose positions are the paper's for the larger grid."""
-    found, wanted = losses(one / "second_two"), losses(one / "second_one")
+    found, wanted = read_losses(one / "second_two"), read_losses(one / "second_one")
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-5)
     assert list(found)[-1] == 64
     recipe = json.loads((one / "second_two" / "recipe.json").read_text())
@@ -202,7 +202,7 @@ def test_a_second_stage_computes_with_the_extended_grid_and_goes_on(one):
 
 @pytest.mark.parametrize(("run", "within"), [("compiled", 1e-5), ("cpu_adam", 1e-5), ("parameters", 1e-5)])
 def test_compiled_and_offloaded_steps_are_the_plain_ones(two, run, within):
-    plain, found = losses(two / "two"), losses(two / run)
+    plain, found = read_losses(two / "two"), read_losses(two / run)
     assert list(found) == list(range(8, 49, 8))
     assert list(found.values()) == pytest.approx([plain[images] for images in found], rel=within)
 
@@ -216,25 +216,29 @@ def test_compiling_costs_a_graph_per_block_and_number_of_tokens(two):
 
 def test_bf16_goes_from_two_ranks_to_one_and_back(again):
     straight, alone, back, exchanged = (again / name for name in ("bf16", "bf16_one", "bf16_back", "bf16_exchanged"))
-    assert gaps(straight, alone)[8 * 7] <= 1e-5  # the first step on one rank
-    assert gaps(alone, back)[8 * 13] <= 1e-5  # and the first one on two again
-    assert max(gaps(straight, exchanged).values()) > 1e-6, "the exchange changes nothing, so it measures nothing"
-    verdicts = drift(straight, back, exchanged, "2 -> 1 -> 2", first=7)
+    assert measure_loss_gaps(straight, alone)[8 * 7] <= 1e-5  # the first step on one rank
+    assert measure_loss_gaps(alone, back)[8 * 13] <= 1e-5  # and the first one on two again
+    assert max(measure_loss_gaps(straight, exchanged).values()) > 1e-6, (
+        "the exchange changes nothing, so it measures nothing"
+    )
+    verdicts = compare_drift(straight, back, exchanged, "2 -> 1 -> 2", first=7)
     assert [v.kept for v in verdicts] == [True, True, True], describe(verdicts)
 
 
 def test_a_branch_by_path_continues_bit_by_bit(again):
-    trunk, branch = losses(again / "two"), losses(again / "branch")
+    trunk, branch = read_losses(again / "two"), read_losses(again / "branch")
     assert branch == {images: loss for images, loss in trunk.items() if images > 64}
     for kind in ("raw", "ema"):
         a, b = (load_weights(again / run / "weights" / f"{kind}.safetensors")[0] for run in ("two", "branch"))
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert (again / "branch" / "checkpoints" / "latest").read_text() == "step_0000016\n"
-    assert losses(again / "cpu_adam_branch") == {n: v for n, v in losses(again / "cpu_adam").items() if n > 24}
+    assert read_losses(again / "cpu_adam_branch") == {
+        n: v for n, v in read_losses(again / "cpu_adam").items() if n > 24
+    }
 
 
 def test_a_branch_may_end_earlier_under_another_schedule(again):
-    trunk, cooled = losses(again / "two"), losses(again / "cooled")
+    trunk, cooled = read_losses(again / "two"), read_losses(again / "cooled")
     assert list(cooled) == [72, 80, 88, 96]
     assert cooled[72] == trunk[72]  # the rate has not changed before it
     assert cooled[96] != trunk[96]
@@ -254,7 +258,7 @@ def test_an_infinite_gradient_under_a_finite_loss_is_never_stepped(two):
     for rank in range(2):
         firsts = [step["positions"][0] - 4 * rank for step in seen(run, rank)[::2]]
         assert firsts == [*range(0, 8 * POISONED + 1, 8), *range(64, 128, 8)]
-    found, plain = losses(run), losses(two / "two")
+    found, plain = read_losses(run), read_losses(two / "two")
     assert list(found) == list(range(8, 129, 8))
     before = [images for images in plain if images <= 8 * POISONED]
     assert [found[n] for n in before] == pytest.approx([plain[n] for n in before], rel=1e-5)
@@ -272,7 +276,7 @@ def test_a_rank_that_stands_still_is_told_with_all_stacks(two):
     stacks = [(logs / f"stall_rank_{rank:05d}_step_0000002.txt").read_text() for rank in range(2)]
     assert "trainer_many_runs.py" in stacks[1].split("Thread")[-1].splitlines()[1]  # there it sleeps
     assert "fetch_sub_module" in stacks[0]  # while the other wants its share of the weights
-    assert list(losses(two / "held")) == [8, 16, 24, 32]
+    assert list(read_losses(two / "held")) == [8, 16, 24, 32]
 
 
 def test_whole_weights_go_to_diffusers(two, tmp_path, monkeypatch):

@@ -12,10 +12,17 @@ from infra.results import ResultRow, ResultStore
 from model.diffusion.flow import STUDY
 from model.flops import train_flops_per_image
 from trainer.ladders import ladder, sweep
-from trainer.ladders.isoflop import tell
-from trainer.ladders.ladder import branch_point, images_for, iso_flop
+from trainer.ladders.isoflop import write_summary
+from trainer.ladders.ladder import count_images, find_branch_point, train_isoflop
 from trainer.ladders.launch import ManyRuns
-from trainer.ladders.sweep import Point, best_rate, folder_name, sweep_formulations, sweep_rates, transfer_law
+from trainer.ladders.sweep import (
+    RateResult,
+    fit_best_rate,
+    fit_transfer_law,
+    name_folder,
+    sweep_formulations,
+    sweep_rates,
+)
 from trainer.ladders.workers import on_my_gpus
 from trainer.recipes import get_recipe
 from trainer.runfolder import UNSTABLE
@@ -37,7 +44,7 @@ def commands(monkeypatch):
         trained[run] = int(command[at + 1]) if at else 10**9
 
     monkeypatch.setattr(ladder, "run_command", record)
-    monkeypatch.setattr(ladder, "images_trained", trained.get)
+    monkeypatch.setattr(ladder, "count_trained_images", trained.get)
     monkeypatch.setattr(sweep, "open_dataset", lambda uri: None)
     return asked
 
@@ -48,7 +55,7 @@ def option(command: list[str], name: str) -> str:
 
 def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
     budgets = (3e13, 1e14)
-    runs = iso_flop("world", [2, 3], budgets, launch(tmp_path))
+    runs = train_isoflop("world", [2, 3], budgets, launch(tmp_path))
     assert [run.rsplit("/", 1)[-1] for run in runs] == [
         "world-d2-3e13",
         "world-d2-1e14",
@@ -58,8 +65,8 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
     assert len(commands) == 2 * (1 + 2)
     recipe = get_recipe("world-d2")
     trunk, _, short, long = commands[:4]  # all trunks first: workers share what does not wait for another run
-    horizons = [images_for(recipe, budget) for budget in budgets]
-    starts = [branch_point(recipe, images, 0.2) for images in horizons]
+    horizons = [count_images(recipe, budget) for budget in budgets]
+    starts = [find_branch_point(recipe, images, 0.2) for images in horizons]
     assert option(trunk, "images") == str(starts[1])
     assert trunk[trunk.index("--logging.save-at") + 1 :][:2] == [str(start) for start in starts]
     assert option(trunk, "schedule.cooldown") == "0"
@@ -69,9 +76,9 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
         assert option(command, "schedule.cooldown") == "0.2"
         flops = images * train_flops_per_image(recipe.model, 16, 16, 32)
         assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
-    iso_flop("world", [2, 3], budgets, launch(tmp_path))
+    train_isoflop("world", [2, 3], budgets, launch(tmp_path))
     assert len(commands) == 6  # all is there
-    runs = iso_flop("world", [2], (1.5e13, 2e13), launch(tmp_path / "near"))
+    runs = train_isoflop("world", [2], (1.5e13, 2e13), launch(tmp_path / "near"))
     assert [run.rsplit("/", 1)[-1] for run in runs] == ["world-d2-1.5e13", "world-d2-2e13"]
 
 
@@ -80,7 +87,7 @@ def test_budgets_find_their_depth(tmp_path):
     runs, losses = [], {(1, 1e12): 1.0, (2, 1e12): 0.9, (3, 1e12): 1.1, (1, 2e12): 0.9, (2, 2e12): 0.8, (3, 2e12): 0.7}
     for (depth, budget), loss in losses.items():
         recipe = get_recipe(f"world-d{depth}")
-        recipe = dataclasses.replace(recipe, images=images_for(recipe, budget))
+        recipe = dataclasses.replace(recipe, images=count_images(recipe, budget))
         runs.append(str(tmp_path / f"{recipe.name}-{budget:g}".replace("+", "")))
         (tmp_path / runs[-1]).mkdir()
         (tmp_path / runs[-1] / "recipe.json").write_text(json.dumps(recipe.to_json()))
@@ -88,7 +95,7 @@ def test_budgets_find_their_depth(tmp_path):
                         value=loss, higher_is_better=False, sample_count=8, protocol_hash="p", low=loss - 0.01,
                         high=loss + 0.01)  # fmt: skip
         ResultStore(f"{runs[-1]}/results").append([row])
-    marks = [line.split("|")[-2].strip() for line in tell(runs, out=str(tmp_path)).splitlines()[2:]]
+    marks = [line.split("|")[-2].strip() for line in write_summary(runs, out=str(tmp_path)).splitlines()[2:]]
     assert marks == ["", "best", "", "", "", "best, at the edge"]
     found = json.loads((tmp_path / "isoflop.json").read_text())
     assert found["best_depth"] == {"1e+12": 2, "2e+12": 3}
@@ -101,21 +108,21 @@ def test_budgets_find_their_depth(tmp_path):
 
 def test_a_budget_too_small_or_with_images_is_refused(commands, tmp_path):
     with pytest.raises(UserError, match="1e\\+10 FLOPs pay for 3 steps of world-d2"):
-        iso_flop("world", [2], [1e10], launch(tmp_path))
+        train_isoflop("world", [2], [1e10], launch(tmp_path))
     with pytest.raises(UserError, match="omit --images"):
-        iso_flop("world", [2], [3e13], launch(tmp_path, 160))
+        train_isoflop("world", [2], [3e13], launch(tmp_path, 160))
     with pytest.raises(UserError, match=r"--depths decides it: omit --model.depth"):
-        iso_flop("world", [2], [3e13], ManyRuns("D", str(tmp_path), overrides=("--model.depth=3",)))
+        train_isoflop("world", [2], [3e13], ManyRuns("D", str(tmp_path), overrides=("--model.depth=3",)))
     assert not commands
 
 
 def test_a_horizon_counts_in_the_batches_that_were_asked_for(commands, tmp_path):
     wide = dataclasses.replace(launch(tmp_path), overrides=("--global-batch", "32"))
-    iso_flop("world", [2], [3e13], wide)
+    train_isoflop("world", [2], [3e13], wide)
     recipe = dataclasses.replace(get_recipe("world-d2"), global_batch=32)
-    images = images_for(recipe, 3e13)
+    images = count_images(recipe, 3e13)
     assert option(commands[1], "images") == str(images)
-    start = branch_point(recipe, images, 0.2)
+    start = find_branch_point(recipe, images, 0.2)
     assert option(commands[1], "resume").endswith(f"world-d2-trunk/checkpoints/step_{start // 32:07d}")
 
 
@@ -128,15 +135,15 @@ def test_all_61_formulations_or_any_of_them(commands, tmp_path):
     assert len(commands) == 61  # nothing is missing
     sweep_formulations("world-d2", ("rf", "v/cos"), launch(tmp_path, 320))
     assert len(commands) == 63
-    assert folder_name("rf/lognorm(0.00,1.00)") == "rf-lognorm_0.00_1.00"
+    assert name_folder("rf/lognorm(0.00,1.00)") == "rf-lognorm_0.00_1.00"
     with pytest.raises(UserError, match=r"unknown formulation 'v/coz'.*'v/cos'"):
         sweep_formulations("world-d2", ("v/coz",), launch(tmp_path, 160))
 
 
 def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
     """deepspeed's launcher would delete CUDA_VISIBLE_DEVICES and take the first two, as every other run of the node."""
-    two = ladder.train_command("world-d2", [], data="D", run="R", ranks=2)
-    one = ladder.train_command("world-d2", [], data="D", run="R", ranks=1)
+    two = ladder.build_train_command("world-d2", [], data="D", run="R", ranks=2)
+    one = ladder.build_train_command("world-d2", [], data="D", run="R", ranks=1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert on_my_gpus(two) == two
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -175,9 +182,9 @@ def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):
 
 
 def test_no_best_rate_at_the_edge():
-    points = [Point(2, 128, rate, loss) for rate, loss in ((1e-4, 1.0), (1e-3, 0.9), (1e-2, 0.8))]
-    assert best_rate(points) is None
-    assert best_rate([*points, Point(2, 128, 1e-1, 0.85)]) == pytest.approx(1.468e-2, rel=1e-3)
-    assert best_rate(points[:2]) is None
-    assert transfer_law(points)["exponent"] is None
-    assert sweep.final_loss("/no/run", get_recipe("world-d2")) != 0
+    points = [RateResult(2, 128, rate, loss) for rate, loss in ((1e-4, 1.0), (1e-3, 0.9), (1e-2, 0.8))]
+    assert fit_best_rate(points) is None
+    assert fit_best_rate([*points, RateResult(2, 128, 1e-1, 0.85)]) == pytest.approx(1.468e-2, rel=1e-3)
+    assert fit_best_rate(points[:2]) is None
+    assert fit_transfer_law(points)["exponent"] is None
+    assert sweep.read_final_loss("/no/run", get_recipe("world-d2")) != 0

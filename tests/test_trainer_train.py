@@ -24,8 +24,8 @@ from infra.values import read_values
 from model.files.convert import convert
 from model.files.weights import load_weights, read_meta
 from trainer.__main__ import main
-from trainer.checks.preflight import own_first
-from trainer.ladders.ladder import climb, images_trained
+from trainer.checks.preflight import prefer_own_checkpoint
+from trainer.ladders.ladder import count_trained_images, train_ladder
 from trainer.ladders.launch import ManyRuns
 
 pytestmark = pytest.mark.dist
@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 def straight(data, tmp_path_factory) -> Path:
     """One uninterrupted run on two ranks, through the ladder and the deepspeed launcher."""
     out = tmp_path_factory.mktemp("runs")
-    assert climb("world", [2], ManyRuns(str(data), str(out), num_ranks=2, overrides=OVERRIDES))
+    assert train_ladder("world", [2], ManyRuns(str(data), str(out), num_ranks=2, overrides=OVERRIDES))
     return out / "world-d2"
 
 
@@ -181,9 +181,9 @@ def test_a_resume_keeps_the_same_samples(straight, resumed):
 
 
 def test_the_ladder_skips_what_is_trained(straight, data, capfd):
-    assert images_trained(str(straight)) == IMAGES
+    assert count_trained_images(str(straight)) == IMAGES
     out = str(straight.parent)
-    climb("world", [2], ManyRuns(str(data), out, num_ranks=2, overrides=OVERRIDES))
+    train_ladder("world", [2], ManyRuns(str(data), out, num_ranks=2, overrides=OVERRIDES))
     told = capfd.readouterr()
     assert "deepspeed" not in told.out
     assert "is trained (240 images)" in told.err
@@ -241,7 +241,7 @@ def test_a_run_folder_may_be_on_s3(data, s3, tmp_path):
     assert "is trained already" in said
     names = {uri.removeprefix(f"{s3}/run/") for uri in storage.list_files(f"{s3}/run")}
     assert names >= {"recipe.json", "plan.json", "checkpoints/latest", "weights/ema.safetensors"}
-    assert images_trained(f"{s3}/run") == 16
+    assert count_trained_images(f"{s3}/run") == 16
     assert ResultStore(f"{s3}/run/results").rows(metric="val_loss/sd3")
     for start in ("logs/train-", "logs/tensorboard/events"):
         assert any(name.startswith(start) for name in names)
@@ -358,8 +358,8 @@ def test_dry_run_refuses_a_checkpoint_of_another_architecture(data, straight, tm
     with pytest.raises(UserError, match=r"another architecture \(model.depth: 2 -> 1\)"):
         dry_run(monkeypatch, data, tmp_path / "new", *other)
     # With checkpoints of its own a branch is continued, not begun again.
-    assert own_first(str(straight), other[1]) == "latest"
-    assert own_first(str(tmp_path / "new"), other[1]) == other[1]
+    assert prefer_own_checkpoint(str(straight), other[1]) == "latest"
+    assert prefer_own_checkpoint(str(tmp_path / "new"), other[1]) == other[1]
 
 
 def test_dry_run_finds_a_port_in_use(data, tmp_path, monkeypatch):

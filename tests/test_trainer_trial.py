@@ -11,11 +11,11 @@ from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from trainer.machines import get_machine
-from trainer.objective import train_flops_per_sample
+from trainer.objective import count_train_flops
 from trainer.planning import trial as trying
-from trainer.planning.plan import Cost, StepCost
-from trainer.planning.reality import trial
-from trainer.planning.trial import flops_here, shallow, step_here
+from trainer.planning.hardware_plan import Cost, StepCost
+from trainer.planning.reality import run_trial
+from trainer.planning.trial import make_shallow, measure_flops, time_step
 from trainer.recipe import Optimizer, Parallel, Recipe
 
 NARROW = {"context_width": 64, "pooled_width": 64}
@@ -32,7 +32,7 @@ def recipe(**changes) -> Recipe:
 def test_further_blocks_of_one_width_count_alike(name, depth, latent):
     """The premise of a trial: FLOPs and parameters grow by the same with every block, whatever the backbone."""
     config = BACKBONES[name](depth=depth, **({"clip_tokens": 77} if name == "mmdit3" else {}))
-    two, four = shallow(config, 2), shallow(config, 4)
+    two, four = make_shallow(config, 2), make_shallow(config, 4)
     assert two.width == four.width == config.width
     steps = (depth - 2) / 2
     for count in (lambda c: c.parameter_count(), lambda c: c.forward_flops(latent, latent, 154)):
@@ -43,8 +43,8 @@ def test_further_blocks_of_one_width_count_alike(name, depth, latent):
 def test_a_shallow_model_is_one_of_its_kind(name):
     config = BACKBONES[name](depth=7, **({"clip_tokens": 77} if name == "mmdit3" else {}))
     with torch.device("meta"):
-        whole, model = config.build(), shallow(config, 3).build()
-    assert sum(p.numel() for p in model.parameters()) == shallow(config, 3).parameter_count()
+        whole, model = config.build(), make_shallow(config, 3).build()
+    assert sum(p.numel() for p in model.parameters()) == make_shallow(config, 3).parameter_count()
     assert len(model.blocks) == 3
     mine = {n: p.shape for n, p in model.named_parameters() if not n.startswith("blocks")}
     assert mine == {n: p.shape for n, p in whole.named_parameters() if not n.startswith("blocks")}
@@ -55,37 +55,37 @@ def test_a_shallow_model_is_one_of_its_kind(name):
 
 def test_blocks_with_two_attentions_stay_where_there_is_room():
     config = MMDiTConfig(depth=6, dual_attention=(0, 1, 3, 4))
-    assert shallow(config, 3).dual_attention == (0, 1)
-    assert shallow(MMDiTConfig(depth=6), 3).dual_attention == ()
+    assert make_shallow(config, 3).dual_attention == (0, 1)
+    assert make_shallow(MMDiTConfig(depth=6), 3).dual_attention == ()
 
 
 def stand_in(monkeypatch, cost_of) -> None:
     """Trials that take what a function of their blocks says."""
-    monkeypatch.setattr(trying, "_launch", lambda recipe, blocks, **more: cost_of(blocks))
+    monkeypatch.setattr(trying, "_try_model", lambda recipe, blocks, **more: cost_of(blocks))
 
 
 def test_what_further_blocks_take_is_on_the_line_through_two_trials(monkeypatch):
     """Where a block takes 2 seconds of 1.5 seconds' work, and its update 1 of 0.5, beside 3 seconds of each."""
     stand_in(monkeypatch, lambda n: StepCost(Cost(3 + 2 * n, 3 + 1.5 * n), Cost(3 + n, 3 + 0.5 * n)))
-    found = step_here(recipe(model=MMDiTConfig(30, **NARROW)), micro_batch=2, ranks=2)
+    found = time_step(recipe(model=MMDiTConfig(30, **NARROW)), micro_batch=2, ranks=2)
     assert found.micro_batch == pytest.approx((63, 48))
     assert found.update == pytest.approx((33, 18))
-    shallow_one = step_here(recipe(model=MMDiTConfig(3, **NARROW)), micro_batch=2, ranks=2)
+    shallow_one = time_step(recipe(model=MMDiTConfig(3, **NARROW)), micro_batch=2, ranks=2)
     assert shallow_one == StepCost(Cost(9, 7.5), Cost(6, 4.5))
     deep = recipe(model=MMDiTConfig(30, **NARROW))
-    more = [train_flops_per_sample(dataclasses.replace(deep, model=shallow(deep.model, n))) for n in (2, 4)]
-    assert flops_here(deep, micro_batch=2) == pytest.approx(2 * (more[1] - more[0]) / 4)
+    more = [count_train_flops(dataclasses.replace(deep, model=make_shallow(deep.model, n))) for n in (2, 4)]
+    assert measure_flops(deep, micro_batch=2) == pytest.approx(2 * (more[1] - more[0]) / 4)
 
 
 def test_noise_gives_no_plan(monkeypatch):
     asked = []
     stand_in(monkeypatch, lambda n: asked.append(n) or StepCost(Cost(1.0, 1.0), Cost(1.0, 1.0)))
     with pytest.raises(UserError, match="4 blocks took no longer than 2: something else works on this machine"):
-        step_here(recipe(), micro_batch=2, ranks=2)
+        time_step(recipe(), micro_batch=2, ranks=2)
     assert asked == [2, 4] * 3
     # less work and a shorter update of the deeper one are noise as well
     stand_in(monkeypatch, lambda n: StepCost(Cost(n, 5 - n), Cost(5 - n, 5 - n)))
-    found = step_here(recipe(), micro_batch=2, ranks=2)
+    found = time_step(recipe(), micro_batch=2, ranks=2)
     assert found.micro_batch == (pytest.approx(6), 1)
     assert found.update == (1, 1)
 
@@ -97,7 +97,7 @@ def test_costs_lie_on_a_line():
 
 @pytest.mark.dist
 def test_two_ranks_try_a_step():
-    found = step_here(recipe(), micro_batch=2, ranks=2)
+    found = time_step(recipe(), micro_batch=2, ranks=2)
     assert found.micro_batch.work > 0
     assert 0 < found.micro_batch.seconds < 60
     assert found.update.work > 0
@@ -107,12 +107,12 @@ def test_two_ranks_try_a_step():
 @pytest.mark.dist
 def test_another_backbone_tells_how_fast_one_device_computes():
     crossing = recipe(model=BACKBONES["cross_dit"](depth=2, **NARROW))
-    assert 1e6 < flops_here(crossing, micro_batch=2) < 1e16
+    assert 1e6 < measure_flops(crossing, micro_batch=2) < 1e16
     with pytest.raises(UserError, match="of the devices that are here, cpu, not of h100-80"):
-        trial(crossing, get_machine("h100-80"), world=1)
+        run_trial(crossing, get_machine("h100-80"), world_size=1)
 
 
 @pytest.mark.dist
 def test_a_trial_that_cannot_start_says_why():
     with pytest.raises(UserError, match=r"the trial of 2 blocks on 1 rank.s. did not end well: .*apex"):
-        step_here(recipe(optimizer=Optimizer(kernel="apex")), micro_batch=2, ranks=1)
+        time_step(recipe(optimizer=Optimizer(kernel="apex")), micro_batch=2, ranks=1)

@@ -13,7 +13,7 @@ from trainer_launch import TINY
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import save_weights
-from trainer.ladders.verify import close, cut, describe, drift, same, verify_resume
+from trainer.ladders.verify import compare_bits, compare_closely, compare_drift, cut_back, describe, verify_resume
 from trainer.overrides import without_options
 from trainer.recipes import get_recipe
 
@@ -34,8 +34,8 @@ def make(path: Path, losses: list[float], weight: float = 0.5) -> Path:
 
 def test_equal_runs_are_equal_and_others_are_not(tmp_path):
     one = make(tmp_path / "one", [2.0, 1.5, 1.0, 0.5])
-    assert all(v.kept for v in same(one, make(tmp_path / "two", [2.0, 1.5, 1.0, 0.5]), "x"))
-    found = same(one, make(tmp_path / "three", [2.0, 1.5, 1.0 + 1e-15, 0.5], 0.5 + 1e-7), "x")
+    assert all(v.kept for v in compare_bits(one, make(tmp_path / "two", [2.0, 1.5, 1.0, 0.5]), "x"))
+    found = compare_bits(one, make(tmp_path / "three", [2.0, 1.5, 1.0 + 1e-15, 0.5], 0.5 + 1e-7), "x")
     assert [v.kept for v in found] == [False, False, False]
     assert "first difference at 24 images" in found[0].found
     assert describe(found).startswith("BROKEN  x: losses bit-equal")
@@ -49,27 +49,27 @@ def test_fp32_may_differ_by_rounding_only(tmp_path):
         ("three", 0.5 * (1 + 2e-5), near, [False, True]),
         ("five", 0.5, far, [True, False]),
     ):
-        assert [v.kept for v in close(one, make(tmp_path / name, [2.0, 1.5, 1.0, loss], weight), "x")] == kept
+        assert [v.kept for v in compare_closely(one, make(tmp_path / name, [2.0, 1.5, 1.0, loss], weight), "x")] == kept
     with pytest.raises(UserError, match="logged other steps"):
-        close(one, make(tmp_path / "four", [2.0, 1.5]), "x")
+        compare_closely(one, make(tmp_path / "four", [2.0, 1.5]), "x")
 
 
 def test_bf16_may_drift_as_far_as_exchanging_the_ranks_makes_it(tmp_path):
     one = make(tmp_path / "one", [2.0, 1.5, 1.0, 0.5])
     other = make(tmp_path / "other", [2.0, 1.5, 1.0 + 5e-6, 0.5 * 1.002])
     wide, narrow = (make(tmp_path / n, [2.0, 1.5, 1.0, 0.5 * (1 + e)]) for n, e in (("wide", 0.003), ("narrow", 1e-4)))
-    assert [v.kept for v in drift(one, other, wide, "x", first=3)] == [True, True, True]
-    assert [v.kept for v in drift(one, other, narrow, "x", first=3)] == [True, False, True]
+    assert [v.kept for v in compare_drift(one, other, wide, "x", first=3)] == [True, True, True]
+    assert [v.kept for v in compare_drift(one, other, narrow, "x", first=3)] == [True, False, True]
     astray = make(tmp_path / "astray", [2.0, 1.5, 1.0, 0.5], 0.6)
-    assert [v.kept for v in drift(one, astray, wide, "x", first=3)] == [True, True, False]
-    assert not drift(one, make(tmp_path / "off", [2.0, 1.5, 1.1, 0.5]), wide, "x", first=3)[0].kept
+    assert [v.kept for v in compare_drift(one, astray, wide, "x", first=3)] == [True, True, False]
+    assert not compare_drift(one, make(tmp_path / "off", [2.0, 1.5, 1.1, 0.5]), wide, "x", first=3)[0].kept
 
 
 def test_a_cut_run_is_what_a_kill_would_have_left(tmp_path):
     one = make(tmp_path / "one", [2.0, 1.5])
     for step in (1, 2):
         (one / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
-    cut(one, tmp_path / "two", step=1)
+    cut_back(one, tmp_path / "two", step=1)
     assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step_0000001"]
     assert list((tmp_path / "two" / "weights").iterdir()) == []
 

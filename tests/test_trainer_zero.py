@@ -19,7 +19,7 @@ from model.flops import parameter_count
 from trainer.exports.export import Weights, write
 from trainer.recipe import check
 from trainer.validate import Validator
-from trainer.zero.engine import deepspeed_config
+from trainer.zero.engine import make_deepspeed_config
 from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
@@ -200,7 +200,7 @@ def test_deepspeed_takes_the_switches_of_many_nodes(changes, says):
 
     recipe = dataclasses.replace(RECIPE, parallel=dataclasses.replace(RECIPE.parallel, **changes))
     check(recipe)
-    config = deepspeed_config(recipe, Group(0, 1, torch.device("cpu")), accumulation=1)["zero_optimization"]
+    config = make_deepspeed_config(recipe, Group(0, 1, torch.device("cpu")), accumulation=1)["zero_optimization"]
     taken = DeepSpeedZeroConfig(**config)
     for name, value in says.items():
         found = getattr(taken, name)
@@ -210,7 +210,7 @@ def test_deepspeed_takes_the_switches_of_many_nodes(changes, says):
 def test_a_block_s_tensors_all_have_a_buffer_on_their_way_from_nvme():
     recipe = dataclasses.replace(RECIPE, parallel=dataclasses.replace(
         RECIPE.parallel, offload_optimizer=True, offload_parameters="nvme", nvme_path="/nvme"))  # fmt: skip
-    config = deepspeed_config(recipe, Group(0, 4, torch.device("cpu")), accumulation=1)["zero_optimization"]
+    config = make_deepspeed_config(recipe, Group(0, 4, torch.device("cpu")), accumulation=1)["zero_optimization"]
     model = RECIPE.model.build()
     largest = max(model.parameters(), key=torch.Tensor.numel).numel()
     around = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]

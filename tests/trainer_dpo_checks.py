@@ -14,7 +14,7 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import load_model
 from trainer.feed import draw_noise
-from trainer.objective import loss_function
+from trainer.objective import bind_objective
 from trainer.recipe import DPO, Data, LoRA, Optimizer, Parallel, Recipe
 from trainer.state import load_init
 from trainer.zero.engine import ZeroEngine
@@ -41,9 +41,9 @@ def recipe_of(model, parallel: Parallel) -> Recipe:
 
 def steps(engine: ZeroEngine, group: Group, data: str, count: int) -> list[float]:
     dataset, form = open_dataset(data), get_formulation(engine.recipe.formulation)
-    compute = loss_function(engine.recipe)
+    compute = bind_objective(engine.recipe)
     batches = dataset.batches(
-        seed=0, global_batch=8, rank=group.rank, world_size=group.world, read_rejected=RejectedLatents(dataset)
+        seed=0, global_batch=8, rank=group.rank, world_size=group.world_size, read_rejected=RejectedLatents(dataset)
     )
     losses = []
     for _ in range(count):

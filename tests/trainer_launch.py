@@ -31,7 +31,7 @@ def halted(recipe: Recipe, data: str, run: Path) -> Path:
     recipe = Recipe.from_json(recipe.to_json())
     told, dataset = recipe.to_json(), open_dataset(data)
     told["data"]["fingerprint"] = dataset.fingerprint
-    share = checkpoint.Share([(Segment("a", (2,), 0, 2, 0),)], {"master": [torch.ones(2)]}, {})
+    share = checkpoint.RankShare([(Segment("a", (2,), 0, 2, 0),)], {"master": [torch.ones(2)]}, {})
     state = {"recipe": told, "images_seen": 8}
     assert checkpoint.save(f"{run}/checkpoints", share, Group(0, 1, torch.device("cpu")), step=1, state=state, keep=1)
     (run / "recipe.json").write_text(json.dumps(told))

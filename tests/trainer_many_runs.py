@@ -32,18 +32,18 @@ class Observed:
         self.job, self.group = job, group
         self.run = Path(job["words"][job["words"].index("--out") + 1])
         self.seen: list[dict[str, Any]] = []
-        self._loss_function, self._restore, self._to = loop.loss_function, loop.restore, MicroBatch.to
+        self._bind_objective, self._restore, self._to = loop.bind_objective, loop.restore, MicroBatch.to
         self.keys: list[str] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        loop.loss_function, loop.restore, MicroBatch.to = self.loss_function, self.restore, self.to()
+        loop.bind_objective, loop.restore, MicroBatch.to = self.bind_objective, self.restore, self.to()
         torch.compiler.reset()
         counters.clear()
         try:
             yield
         finally:
-            loop.loss_function, loop.restore, MicroBatch.to = self._loss_function, self._restore, self._to
+            loop.bind_objective, loop.restore, MicroBatch.to = self._bind_objective, self._restore, self._to
         told = {"seen": self.seen, "graphs": counters["stats"]["unique_graphs"]}
         (self.run / f"seen_{self.group.rank}.json").write_text(json.dumps(told))
 
@@ -58,11 +58,11 @@ class Observed:
 
         return to
 
-    def loss_function(self, recipe):
-        plain = self._loss_function(recipe)
+    def bind_objective(self, recipe):
+        plain = self._bind_objective(recipe)
 
         def compute(engine, batch):
-            if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world - 1:
+            if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world_size - 1:
                 time.sleep(self.job["hold"])
             found = plain(engine, batch)
             if self.job.get("poison") in self.keys:

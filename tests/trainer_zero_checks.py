@@ -16,7 +16,7 @@ from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.weights import save_weights
-from trainer.exports.card import weights_meta
+from trainer.exports.card import describe_weights
 from trainer.exports.export import export
 from trainer.feed import draw_noise
 from trainer.objective import pretrain
@@ -93,7 +93,7 @@ class Gathers:
 def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedEMA | None = None, micro: int = 1):
     """(losses, masters in float64 after each step): `count` steps on the data set."""
     batches = open_dataset(data).batches(
-        seed=0, global_batch=8, rank=group.rank, world_size=group.world, micro_batch=8 // group.world // micro
+        seed=0, global_batch=8, rank=group.rank, world_size=group.world_size, micro_batch=8 // group.world_size // micro
     )
     losses, seen = [], []
     for number in range(count):
@@ -210,7 +210,7 @@ def export_all(engine: ZeroEngine, group: Group, data: str, out: str, ema: Shard
     import deepspeed
 
     info = open_dataset(data).info
-    meta = {kind: weights_meta(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
+    meta = {kind: describe_weights(RECIPE, info, kind=kind, images_seen=32, run="t") for kind in ("ema", "raw")}
     found: dict[str, Any] = {"exported": export(engine, ema.first, [f"{out}/ema.safetensors"], meta["ema"], group)}
     found["exported"] &= export(engine, engine.masters, [f"{out}/raw.safetensors"], meta["raw"], group)
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
@@ -275,7 +275,7 @@ def count_gathers(group: Group, data: str) -> dict[str, Any]:
     gathers = Gathers(engine)
     with gathers.watching():
         steps(engine, group, data, 1)
-    whole = sum(engine.partition.flats[0].master.numel() for _ in range(group.world))
+    whole = sum(engine.partition.flats[0].master.numel() for _ in range(group.world_size))
     return {"sizes": sizes, "blocks": gathers.blocks[0], "reduced": gathers.reduced[0], "whole": whole}
 
 

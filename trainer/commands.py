@@ -159,14 +159,14 @@ def ladder(words: list[str]) -> None:
     family, rest = take_name(words, list(FAMILIES), prog="python -m trainer ladder", what="ladder")
     args = _parse_many(LadderArgs, rest, f"ladder {family}", get_family(family)(SHOWN_DEPTH))
     _positive(args, "depths", "budgets")
-    from trainer.ladders.ladder import climb, iso_flop
+    from trainer.ladders.ladder import train_isoflop, train_ladder
 
     if args.budgets:
-        from trainer.ladders.isoflop import tell
+        from trainer.ladders.isoflop import write_summary
 
-        print(tell(iso_flop(family, args.depths, args.budgets, args), out=args.out), end="")
+        print(write_summary(train_isoflop(family, args.depths, args.budgets, args), out=args.out), end="")
         return
-    climb(family, args.depths, args)
+    train_ladder(family, args.depths, args)
 
 
 def sweep_rates(words: list[str]) -> None:
@@ -198,13 +198,13 @@ def _parse_many(kind: type, words: list[str], prog: str, recipe: Recipe) -> Any:
 def plan(words: list[str]) -> None:
     import json
 
-    from trainer.planning.plan import describe, make_plan
+    from trainer.planning.hardware_plan import describe, make_hardware_plan
 
     recipe, rest = _named_recipe(words, "plan")
     args = parse_options(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
     _check_plan(args)
     from trainer.machines import get_machine, this_machine
-    from trainer.planning.reality import calibrate, trial
+    from trainer.planning.reality import calibrate, run_trial
 
     more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
     calibration = calibrate(args.calibrate) if args.calibrate else None
@@ -215,10 +215,10 @@ def plan(words: list[str]) -> None:
                 f"--calibrate plans for {calibration.machine.name} by what {args.calibrate} measured: omit --trial, "
                 "--efficiency and any other --gpu"
             )
-        plan = calibration.plan(args.recipe, world=args.gpus, **more)
+        plan = calibration.plan(args.recipe, world_size=args.gpus, **more)
     else:
-        given = trial(args.recipe, machine, world=args.gpus) if args.trial else {"efficiency": args.efficiency}
-        plan = make_plan(args.recipe, world=args.gpus, machine=machine, **given, **more)
+        given = run_trial(args.recipe, machine, world_size=args.gpus) if args.trial else {"efficiency": args.efficiency}
+        plan = make_hardware_plan(args.recipe, world_size=args.gpus, machine=machine, **given, **more)
     if args.json:
         print(json.dumps(plan, indent=1))
         return
@@ -227,7 +227,7 @@ def plan(words: list[str]) -> None:
 
 def _check_plan(args: PlanArgs) -> None:
     """What `train` refuses whatever the data, and numbers that no plan can be made of."""
-    from trainer.checks.preflight import Findings, check_ranks
+    from trainer.checks.preflight import Mistakes, check_ranks
     from trainer.objective import check_objective
     from trainer.recipe import count_micro_batches
 
@@ -237,13 +237,13 @@ def _check_plan(args: PlanArgs) -> None:
     price = args.dollars_per_gpu_hour
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
-    found = Findings()
-    found.ask(check, args.recipe)
-    found.ask(check_objective, args.recipe)
-    found.tell()
+    found = Mistakes()
+    found.collect(check, args.recipe)
+    found.collect(check_objective, args.recipe)
+    found.raise_any()
     for question in (count_micro_batches, check_ranks):
-        found.ask(question, args.recipe, args.gpus)
-    found.tell()
+        found.collect(question, args.recipe, args.gpus)
+    found.raise_any()
 
 
 def _positive(args: Any, *names: str) -> None:
@@ -264,14 +264,14 @@ def grade(words: list[str]) -> None:
     args = parse_options(GradeArgs, words, "grade")
     import json
 
-    from trainer.planning.reality import calibrate, compare, graded, missed
+    from trainer.planning.reality import calibrate, compare, find_missed, grade_run
 
     calibration = calibrate(args.calibrate) if args.calibrate else None
     if not args.json:
         print(compare(args.run, calibration))
         return
-    rows = graded(args.run, calibration)
-    print(json.dumps({"rows": rows, "missed": missed(rows)}, indent=1))
+    rows = grade_run(args.run, calibration)
+    print(json.dumps({"rows": rows, "missed": find_missed(rows)}, indent=1))
 
 
 def export(words: list[str]) -> None:
@@ -279,12 +279,12 @@ def export(words: list[str]) -> None:
     from data_pipeline.loading.loader import open_dataset
     from trainer.exports.adapter import export_adapter, export_diffusers_adapter
     from trainer.exports.export import export_as
-    from trainer.runfolder import checkpoints_of, step_name
-    from trainer.zero.checkpoint import candidates
+    from trainer.runfolder import checkpoints_folder, step_name
+    from trainer.zero.checkpoint import list_checkpoints
 
     if args.kind not in ("ema", "raw"):
         raise UserError(f"--kind {args.kind!r}, expected ema or raw")
-    folders = candidates(checkpoints_of(args.run))
+    folders = list_checkpoints(checkpoints_folder(args.run))
     if args.step is not None:
         folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
     if not folders:

@@ -72,7 +72,7 @@ def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
 
 
-def caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+def choose_caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """How often each caption is taken, of those that the recipe wants and the data has."""
     wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
     return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}

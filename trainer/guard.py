@@ -26,11 +26,11 @@ LEAST = 2.0  # a spike is at least this many times the largest recent loss ...
 LARGE = 256  # ... in batches of this many; 8 times in batches of 16, where one t near 1 gave 6 medians in a sound run
 
 
-class Unstable(UserError):
+class UnstableRun(UserError):
     """The run met more bad batches than it may skip."""
 
 
-def problem_of(loss: float, recent: Sequence[float], guard: Guard, *, batch: int) -> str:
+def find_problem(loss: float, recent: Sequence[float], guard: Guard, *, batch: int) -> str:
     """Why a step with this loss must not be taken; "" when it may. `recent` are the losses of the steps before it,
     each a mean over `batch` images."""
     if not math.isfinite(loss):
@@ -55,22 +55,23 @@ def roll_back(
     *,
     out: str,
 ) -> TrainingState:
-    """The state to go on from, with the bad batch among its exceptions; Unstable when it was one too many. Collective.
+    """The state to go on from, with the bad batch among its exceptions. UnstableRun when it was one too many.
+    Collective.
 
     Without a checkpoint the run goes on from where it is: the bad step was not taken.
     """
     group, batch = engine.group, recipe.global_batch
     first = state.step * batch
     where = f"images {first:,} to {first + batch - 1:,}"
-    _tell(problem, keys, state, group, out=out)
-    suspects = suspects_of(first, batch, state.exceptions.positions)
+    _write_skipped_keys(problem, keys, state, group, out=out)
+    suspects = find_suspects(first, batch, state.exceptions.positions)
     before = len(suspects) // batch - 1
-    exceptions = _of_all_ranks(state.exceptions, group) | DataExceptions(positions=frozenset(suspects))
+    exceptions = _gather_exceptions(state.exceptions, group) | DataExceptions(positions=frozenset(suspects))
     skips = state.skips + 1  # a batch that fails again, with substitutes for its images, counts again
     if skips > recipe.guard.max_skips:
         if group.rank == 0:
             storage.write_bytes(storage.join(out, UNSTABLE), json.dumps({"problem": problem, "images": first}).encode())
-        raise Unstable(
+        raise UnstableRun(
             f"{problem} at {where} (keys {keys[0]} ...), and {skips - 1} batches were left out already "
             f"(--guard.max-skips {recipe.guard.max_skips}): the step was not taken; look at these images, or start "
             "from the last checkpoint with a lower --optimizer.lr"
@@ -88,7 +89,7 @@ def roll_back(
     return back
 
 
-def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
+def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:
     """Positions to leave out when the batch that begins at `first` was bad: itself; where it is bad again although
     other images stand in, the harm was done by the steps before it, so eight times as many batches as were left out
     in vain. (PaLM left out 200 to 500 batches before and during a spike: arXiv 2204.02311, section 5.1.)"""
@@ -98,7 +99,7 @@ def suspects_of(first: int, batch: int, left_out: Set[int]) -> range:
     return range(max(0, first - 8 * in_vain * batch), first + batch)
 
 
-def _tell(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
+def _write_skipped_keys(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
     """RUN/skipped/: which images these were, one file per rank."""
     uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
@@ -108,9 +109,9 @@ def _tell(problem: str, keys: list[str], state: TrainingState, group: Group, *, 
         log.warning("the keys of the bad batch are not written: %s", error)
 
 
-def _of_all_ranks(mine: DataExceptions, group: Group) -> DataExceptions:
+def _gather_exceptions(mine: DataExceptions, group: Group) -> DataExceptions:
     """Shards that any rank quarantined: after going back all ranks must leave out the same."""
-    if group.world == 1:
+    if group.world_size == 1:
         return mine
     found = DataExceptions()
     for told in group.gather(json.dumps(to_json(mine))):

@@ -29,7 +29,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def start_training(
     command: list[str], *, environment: Mapping[str, str | None] = {}, output: IO[str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """The command in a session of its own, which `trainers_of` finds. `environment`: what differs here; None: unset."""
+    """The command in a session of its own, by which `find_trainers` knows it. `environment`: what differs from this
+    process's; None: unset."""
     folder = Path(sys.executable).parent
     ours = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
     ours.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
@@ -41,10 +42,10 @@ def start_training(
     )  # fmt: skip
 
 
-def await_end(process: subprocess.Popen[bytes]) -> int:
+def wait_for_end(process: subprocess.Popen[bytes]) -> int:
     """Exit code of a started training. A launcher that was killed itself leaves ranks behind, which save. Never blocks
     for long, as `ray.cancel` interrupts no blocking call."""
-    while process.poll() is None or trainers_of(process.pid):
+    while process.poll() is None or find_trainers(process.pid):
         time.sleep(0.2 if process.returncode is None else 0.5)
     return process.returncode
 
@@ -66,12 +67,12 @@ def on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def launchers_above() -> list[psutil.Process]:
+def find_launchers() -> list[psutil.Process]:
     """What this process was started by and must not outlive. No shells: those end at a logout, under nohup too."""
     return [parent for parent in psutil.Process().parents() if is_launcher(parent)]
 
 
-def ended_before(launchers: list[psutil.Process]) -> bool:
+def launcher_has_ended(launchers: list[psutil.Process]) -> bool:
     """Was this rank started by a launcher that ended before the rank could find it among `launchers`?
 
     Only where nothing else explains it: ranks of torchrun and deepspeed have a Python program above them, and on one
@@ -102,12 +103,12 @@ def is_launcher(process: psutil.Process | None) -> bool:
     return bool(words & {*COMMANDS, RAY_WORKER} or ("trainer" in words and words & MANY_RUNS))
 
 
-def gone(launchers: list[psutil.Process]) -> bool:
+def has_ended(launchers: list[psutil.Process]) -> bool:
     """Has one of them ended? A process whose parent ends gets another at once, even if the dead one is never reaped."""
     return bool(launchers) and not set(launchers) <= set(psutil.Process().parents())
 
 
-def trainers_of(session: int) -> list[psutil.Process]:
+def find_trainers(session: int) -> list[psutil.Process]:
     """Launchers and ranks of a session that live, whatever became of those that started them."""
     found = []
     for process in psutil.process_iter():
@@ -119,7 +120,7 @@ def trainers_of(session: int) -> list[psutil.Process]:
 
 def ask_to_stop(session: int) -> None:
     """SIGTERM to the ranks alone, who then end their launchers with their own code; before there are any, to all."""
-    processes = trainers_of(session)
+    processes = find_trainers(session)
     for process in [p for p in processes if not is_launcher(p)] or processes:
         with contextlib.suppress(psutil.Error):
             process.terminate()

@@ -94,7 +94,7 @@ def this_machine(precision: Precision) -> Machine:
     return min(fitting, key=lambda m: abs(m.memory - memory)) if fitting else MACHINES["a100-80"]
 
 
-def transfer_seconds(machine: Machine, nbytes: float, ranks: int) -> tuple[float, float]:
+def estimate_transfer(machine: Machine, nbytes: float, ranks: int) -> tuple[float, float]:
     """(inside a node, between nodes) to all-gather or reduce-scatter a tensor of `nbytes` over all ranks.
 
     Each device takes in the whole over its link inside the node; each node takes in what other nodes hold over all of

@@ -137,13 +137,13 @@ def check_objective(recipe: Recipe) -> None:
         )
 
 
-def loss_function(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:
+def bind_objective(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:
     """The recipe's objective with its formulation and options bound."""
     objective = get_objective(recipe.objective)
     return partial(objective.compute, formulation=get_formulation(recipe.formulation), **objective.options(recipe))
 
 
-def train_flops_per_sample(recipe: Recipe) -> int:
+def count_train_flops(recipe: Recipe) -> int:
     """To train on one image, or on one pair."""
     _, height, width = recipe.data.latent_shape
     shape = height, width, recipe.data.text_tokens

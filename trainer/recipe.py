@@ -229,7 +229,7 @@ class Recipe:
         before its precision is resolved."""
         if self.precision == "auto":
             raise ValueError(f"recipe {self.name} has no identity yet: its precision is not resolved")
-        return hashlib.sha256(json.dumps(_hashed(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_collect_hashed(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def steps(self) -> int:
@@ -301,25 +301,26 @@ def _half_cosine(left: float) -> float:
 
 def check(recipe: Recipe) -> None:
     """Refuse values that cannot work, all at once, before anything is built."""
-    wrong = [*_wrong_numbers(recipe), *_wrong_parallel(recipe), *_wrong_adapters(recipe)]
+    wrong = [*_check_numbers(recipe), *_check_parallel(recipe), *_check_adapters(recipe)]
     if wrong:
         raise UserErrors(f"recipe {recipe.name}: {line}" for line in wrong)
 
 
-def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
+def _check_numbers(recipe: Recipe) -> Iterator[str]:
     o, v, told, p = recipe.optimizer, recipe.validation, recipe.logging, recipe.parallel
     positive = {
         "images": recipe.images, "global_batch": recipe.global_batch, "shift": recipe.shift,
-        "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _set(o.clip_norm),
+        "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _or_one(o.clip_norm),
         "validation.samples": v.samples, "validation.batch": v.batch,
-        "validation.every": _set(recipe.cadence("validate")),
+        "validation.every": _or_one(recipe.cadence("validate")),
         "logging.log_every": recipe.cadence("log"), "logging.save_every": recipe.cadence("save"),
         "logging.keep": told.keep, "logging.stall_s": told.stall_s, "logging.save_at": min(told.save_at, default=1),
-        "guard.spike": _set(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
-        "parallel.micro_batch": _set(p.micro_batch), "parallel.hpz": p.hpz, "parallel.reduce_bucket": p.reduce_bucket,
-        "data.resolution": recipe.data.resolution, "data.text_tokens": recipe.data.text_tokens,
+        "guard.spike": _or_one(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
+        "parallel.micro_batch": _or_one(p.micro_batch), "parallel.hpz": p.hpz,
+        "parallel.reduce_bucket": p.reduce_bucket, "data.resolution": recipe.data.resolution,
+        "data.text_tokens": recipe.data.text_tokens,
         "data.latent_shape": min(recipe.data.latent_shape), "dpo.beta": recipe.dpo.beta,
-        "lora.rank": _set(recipe.lora.rank), "lora.alpha": _set(recipe.lora.alpha),
+        "lora.rank": _or_one(recipe.lora.rank), "lora.alpha": _or_one(recipe.lora.alpha),
     }  # fmt: skip
     for name, value in positive.items():
         if value is None or not (math.isfinite(value) and value > 0):
@@ -346,12 +347,12 @@ def _wrong_numbers(recipe: Recipe) -> Iterator[str]:
         yield f"ema.profiles {recipe.ema.profiles}: expected at least one, all different"
 
 
-def _set(value: float | None) -> float:
+def _or_one(value: float | None) -> float:
     """A number that may be left out (None), for the check of those that are given."""
     return 1 if value is None else value
 
 
-def _wrong_parallel(recipe: Recipe) -> list[str]:
+def _check_parallel(recipe: Recipe) -> list[str]:
     p = recipe.parallel
     wrong = [
         (p.zero_stage == 0 and recipe.precision == "bf16",
@@ -370,7 +371,7 @@ def _wrong_parallel(recipe: Recipe) -> list[str]:
     return [says for found, says in wrong if found]
 
 
-def _wrong_adapters(recipe: Recipe) -> list[str]:
+def _check_adapters(recipe: Recipe) -> list[str]:
     p, lora = recipe.parallel, recipe.lora
     wrong = [
         (lora.rank is not None and (p.hpz > 1 or p.quantized_weights or p.offload_parameters != "no" or p.compile),
@@ -397,7 +398,7 @@ def count_micro_batches(recipe: Recipe, world_size: int) -> int:
     return share // micro
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
+def find_differences(old: Recipe, new: Recipe) -> list[str]:
     """Dotted names of hashed fields that differ: `['optimizer.lr: 0.0001 -> 0.001']`."""
     found: list[str] = []
 
@@ -408,11 +409,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         elif a != b:
             found.append(f"{path}: {a} -> {b}")
 
-    walk(_hashed(old), _hashed(new), "")
+    walk(_collect_hashed(old), _collect_hashed(new), "")
     return found
 
 
-def _hashed(recipe: Recipe) -> dict[str, Any]:
+def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
     """What the identity of a run is made of."""
     told = recipe.to_json()
     with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used

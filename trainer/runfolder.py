@@ -33,7 +33,7 @@ def rank_name(rank: int) -> str:
     return f"rank_{rank:05d}"
 
 
-def checkpoints_of(run: str) -> str:
+def checkpoints_folder(run: str) -> str:
     """URI of the folder of checkpoints."""
     return storage.join(run, "checkpoints")
 
@@ -54,7 +54,7 @@ def kept_precision(run: str) -> ResolvedPrecision | None:
     return cast(ResolvedPrecision, found) if found in ("fp32", "bf16") else None
 
 
-def last_val_loss(run: str, recipe: Recipe) -> ResultRow | None:
+def read_last_val_loss(run: str, recipe: Recipe) -> ResultRow | None:
     """The last validation loss of a run's EMA weights; None where it was never measured."""
     rows = ResultStore(storage.join(run, "results")).rows(metric=f"val_loss/{recipe.validation.protocol}")
     return rows[-1] if rows else None

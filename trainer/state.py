@@ -13,12 +13,12 @@ from infra import storage
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.exports.card import weights_meta
-from trainer.exports.export import export, weights_reader
-from trainer.feed import Prefetcher, caption_weights
+from trainer.exports.card import describe_weights
+from trainer.exports.export import export, open_weights
+from trainer.feed import Prefetcher, choose_caption_weights
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
-from trainer.runfolder import checkpoints_of, step_name
+from trainer.runfolder import checkpoints_folder, step_name
 from trainer.watching.progress import RunLog
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
@@ -66,17 +66,19 @@ class StopSignal:
         self.asked = True
 
 
-def share_of(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> checkpoint.Share:
+def collect_share(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> checkpoint.RankShare:
     """This rank's part of everything that a checkpoint holds."""
     moments = {name: engine.moments(name) for name in MOMENTS}
     averages = {f"ema/{name}": shards for name, shards in ema.shards.items()}
     segments = [flat.segments for flat in engine.partition.flats]
     if engine.partition.replicated and engine.group.rank > 0:
         segments = [() for _ in segments]  # rank 0 saves for all
-    return checkpoint.Share(segments, {"master": engine.masters, **moments, **averages}, extra)
+    return checkpoint.RankShare(segments, {"master": engine.masters, **moments, **averages}, extra)
 
 
-def measured(engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.Share, activations: int | None) -> dict[str, float]:
+def measure_sizes(
+    engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.RankShare, activations: int | None
+) -> dict[str, float]:
     """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
     group, sizes = engine.group, engine.bytes_by_category()
     if activations is not None:
@@ -117,8 +119,8 @@ class Saver:
                 log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
             return True
         exported = self._export(state)
-        share = share_of(self.engine, self.ema, {"exceptions": to_json(state.exceptions)})
-        self.run_log.add_costs(**measured(self.engine, self.ema, share, activations))
+        share = collect_share(self.engine, self.ema, {"exceptions": to_json(state.exceptions)})
+        self.run_log.add_costs(**measure_sizes(self.engine, self.ema, share, activations))
         if not self.uploads.remote:
             return self._write(share, state) and exported
         if not self._upload(share, state):
@@ -135,33 +137,33 @@ class Saver:
         raw_uris = [storage.join(folder, "raw.safetensors")]
         exported = True
         for kind, tensors, uris in (("ema", self.ema.first, ema_uris), ("raw", engine.masters, raw_uris)):
-            meta = weights_meta(
+            meta = describe_weights(
                 engine.recipe, self.info, kind=kind, images_seen=state.images_seen, run=self.run_log.run
             )
             exported &= export(engine, tensors, uris, meta, engine.group, base=self.init_from)
         return exported
 
-    def _write(self, share: checkpoint.Share, state: TrainingState) -> bool:
+    def _write(self, share: checkpoint.RankShare, state: TrainingState) -> bool:
         """Result rows and a checkpoint straight into the run folder. Collective."""
         group, keep = self.engine.group, self.engine.recipe.logging.keep
         flushed = self._flush()
-        root, kept = checkpoints_of(self.uploads.out), self._kept(state)
+        root, kept = checkpoints_folder(self.uploads.out), self._kept(state)
         if not checkpoint.save(root, share, group, step=state.step, state=kept, keep=keep):
             self._warn_not_saved(state)
             return False
         if group.rank == 0:
-            log.info("%s", _saved(state))
+            log.info("%s", _describe_save(state))
         return not group.any(not flushed)
 
-    def _upload(self, share: checkpoint.Share, state: TrainingState) -> bool:
+    def _upload(self, share: checkpoint.RankShare, state: TrainingState) -> bool:
         """Stage a checkpoint on a local disk and start sending it; False when it could not be staged. Collective."""
-        root, keep = checkpoints_of(self.uploads.out), self.engine.recipe.logging.keep
-        staged = checkpoints_of(self.uploads.place)
+        root, keep = checkpoints_folder(self.uploads.out), self.engine.recipe.logging.keep
+        staged = checkpoints_folder(self.uploads.place)
         manifest = checkpoint.write(staged, share, self.engine.group, step=state.step, state=self._kept(state))
         if manifest is None:
             self._warn_not_saved(state)
             return False
-        step, saved = state.step, _saved(state)  # as of now: the state moves on while files travel
+        step, saved = state.step, _describe_save(state)  # as of now: the state moves on while files travel
 
         def publish() -> None:
             checkpoint.publish(root, manifest, keep=keep)
@@ -197,7 +199,7 @@ class Saver:
             log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
 
 
-def _saved(state: TrainingState) -> str:
+def _describe_save(state: TrainingState) -> str:
     return f"saved {step_name(state.step)} at {state.images_seen:,} images"
 
 
@@ -207,14 +209,14 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     if resume == "none":
         return TrainingState()
     if resume == "latest":
-        found = checkpoint.find(checkpoints_of(out), group)
+        found = checkpoint.find_newest(checkpoints_folder(out), group)
         if found is None:
             return TrainingState()
     else:
-        found = checkpoint.whole(resume, group)
+        found = checkpoint.require_whole(resume, group)
     kept = found.state
     checkpoint.check_same_recipe(found.uri, kept, recipe, resume=resume)
-    target = share_of(engine, ema, {})
+    target = collect_share(engine, ema, {})
     target.segments = [flat.segments for flat in engine.partition.flats]
     checkpoint.load(found, target, group)
     engine.set_moments({name: target.tensors[name] for name in MOMENTS}, steps=int(kept["adam_steps"]))
@@ -231,7 +233,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
 
 def load_init(engine: ZeroEngine, uri: str) -> None:
     """Start from exported weights; Adam and the EMA start anew. QK-norms that they lack begin as ones. Collective."""
-    engine.load_whole(weights_reader(uri, engine.shapes))
+    engine.load_whole(open_weights(uri, engine.shapes))
 
 
 def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingState) -> Prefetcher:
@@ -241,8 +243,8 @@ def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingSta
         start=state.step * recipe.global_batch,
         global_batch=recipe.global_batch,
         rank=group.rank,
-        world_size=group.world,
-        caption_weights=caption_weights(recipe, dataset),
+        world_size=group.world_size,
+        caption_weights=choose_caption_weights(recipe, dataset),
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,

@@ -16,11 +16,11 @@ from infra.errors import UserError
 from infra.log import get_logger
 from trainer.checks.preflight import PreparedRun, agree_on_precision, prepare, report_once
 from trainer.feed import DeviceBatch, Prefetcher
-from trainer.guard import problem_of, roll_back
-from trainer.launchers import PREEMPTED, ended_before, launchers_above
+from trainer.guard import find_problem, roll_back
+from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
 from trainer.machines import this_machine
-from trainer.objective import Losses, Network, loss_function
-from trainer.planning.plan import describe, make_plan
+from trainer.objective import Losses, Network, bind_objective
+from trainer.planning.hardware_plan import describe, make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
 from trainer.runfolder import DATA, PLAN, RECIPE, step_name
 from trainer.state import Saver, StopSignal, TrainingState, load_init, open_feed, restore
@@ -41,19 +41,19 @@ def train(
     recipe: Recipe, *, data: str, out: str, resume: str = "latest", init_from: str | None = None, dry_run: bool = False
 ) -> None:
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
-    world, launchers = int(os.environ.get("WORLD_SIZE", "1")), launchers_above()
-    if ended_before(launchers):
+    world_size, launchers = int(os.environ.get("WORLD_SIZE", "1")), find_launchers()
+    if launcher_has_ended(launchers):
         if os.environ.get("RANK", "0") == "0":
             log.warning("the launcher ended while its ranks were starting: nothing was begun, the same command does it")
         raise SystemExit(PREEMPTED)
     with report_once():
         prepared = prepare(
-            recipe, data=data, out=out, resume=resume, init_from=init_from, world=world, thorough=dry_run
+            recipe, data=data, out=out, resume=resume, init_from=init_from, world_size=world_size, thorough=dry_run
         )
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             end = "dry run: the data fits the recipe; nothing was written"
-            plan = describe(make_plan(prepared.recipe, world=world))
+            plan = describe(make_hardware_plan(prepared.recipe, world_size=world_size))
             print("\n".join(filter(None, [plan, prepared.continues_at, end])))
         return
 
@@ -92,8 +92,8 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     """The model on all ranks, everything as the checkpoint had it, and what the loop reads, watches and writes with.
     Collective."""
     recipe, dataset, val, out = prepared.recipe, prepared.dataset, prepared.val, prepared.out
-    stop, plan = StopSignal(), make_plan(recipe, world=group.world)
-    engine = ZeroEngine(recipe, group, accumulation=count_micro_batches(recipe, group.world))
+    stop, plan = StopSignal(), make_hardware_plan(recipe, world_size=group.world_size)
+    engine = ZeroEngine(recipe, group, accumulation=count_micro_batches(recipe, group.world_size))
     if prepared.init_from is not None:
         load_init(engine, prepared.init_from)  # under adapters these weights stay, and no checkpoint holds them
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
@@ -108,7 +108,7 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     return Training(
         recipe, dataset, out, group, engine, ema, state,
         micro_batches=open_feed(recipe, dataset, group, state),
-        compute_losses=loss_function(recipe),
+        compute_losses=bind_objective(recipe),
         stop=stop,
         monitor=Monitor(recipe, group, this_machine(recipe.precision), watchdog),
         run_log=run_log,
@@ -145,7 +145,7 @@ def run(training: Training) -> bool:
                 # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
                 total, stop_votes = group.sum([loss_sum.item(), float(t.stop.asked)])
                 loss, lr = total / batch, recipe.lr_at(seen_then)
-                problem = problem_of(loss, state.recent, recipe.guard, batch=batch)
+                problem = find_problem(loss, state.recent, recipe.guard, batch=batch)
                 result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 state = go_back(t, problem or "the gradient is not finite", keys)

@@ -21,7 +21,7 @@ from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol, validation_losses
 from trainer.feed import draw_noise
-from trainer.objective import get_objective, loss_function
+from trainer.objective import bind_objective, get_objective
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
@@ -50,7 +50,7 @@ class Validator:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset = recipe, dataset
-        self.batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.formulation = get_formulation(recipe.formulation)
         self.protocol = get_protocol(recipe.validation.protocol, self.formulation)
         self.pairs = HeldOutPairs(recipe, dataset) if get_objective(recipe.objective).pairs else None
@@ -81,7 +81,7 @@ class Validator:
         for batch in self.batches:
             starts.append(starts[-1] + len(batch))
         with engine.inference():
-            for number, mine in turns(len(self.batches), group):
+            for number, mine in take_turns(len(self.batches), group):
                 read = self.dataset.read(self.batches[number], seed=v.seed)
                 read = read._replace(latent_BCHW=read.latent_BCHW.to(group.device), text=read.text.to(group.device))
                 found = validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
@@ -110,14 +110,14 @@ class HeldOutPairs:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset, self._partners = recipe, dataset, RejectedLatents(dataset)
-        self._batches = fixed_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self._batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.pair_count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
         """Mean figures with the weights that the engine now shows. Collective."""
         sums: dict[str, float] = {}
         with engine.inference():
-            for number, mine in turns(len(self._batches), group):
+            for number, mine in take_turns(len(self._batches), group):
                 for name, value in self._sum_figures(engine, self._batches[number], group.device).items():
                     sums[name] = sums.get(name, 0.0) + value * mine
         totals = group.sum(list(sums.values()))  # the same names on all ranks
@@ -128,7 +128,7 @@ class HeldOutPairs:
         recipe, seed = self.recipe, self.recipe.validation.seed
         batch = self.dataset.read(numbers, seed=seed)
         pairs = batch._replace(rejected_BCHW=self._partners(batch, DrawSettings(seed, {CAPTION: 1.0}, 0.0)))
-        formulation, compute = get_formulation(recipe.formulation), loss_function(recipe)
+        formulation, compute = get_formulation(recipe.formulation), bind_objective(recipe)
         sums: dict[str, float] = {}
         for number in range(DRAWS):
             micro = draw_noise(pairs, formulation, seed=seed + number, shift=recipe.shift)
@@ -138,15 +138,15 @@ class HeldOutPairs:
         return sums
 
 
-def turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
+def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
     """Which of `count` batches this rank runs, and whether it counts. A rank without a batch of its own runs the first
     one again: under ZeRO-3 each pass is a collective."""
-    for first in range(0, count, group.world):
+    for first in range(0, count, group.world_size):
         number = first + group.rank
         yield (number, True) if number < count else (0, False)
 
 
-def fixed_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
+def cut_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
     """Sample numbers of each micro-batch: the first samples, evenly from the buckets, never two buckets in one."""
     found: list[range] = []
     wanted = min(samples, dataset.num_samples)

@@ -42,10 +42,10 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.ladders.verify import same
+from trainer.ladders.verify import compare_bits
 
 out, folder, depth, files, size, stopped = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
-verdicts = same(out / "memory", out / "swapped", "in memory, and swapped, pre-empted and resumed")
+verdicts = compare_bits(out / "memory", out / "swapped", "in memory, and swapped, pre-empted and resumed")
 
 
 parameters = json.loads((out / "memory" / "plan.json").read_text())["parameters"]

@@ -36,8 +36,8 @@ import sys
 from pathlib import Path
 
 from trainer.machines import Machine
-from trainer.planning.plan import Cost
-from trainer.planning.reality import Calibration, calibrate, graded, missed, read_recipe
+from trainer.planning.hardware_plan import Cost
+from trainer.planning.reality import Calibration, calibrate, find_missed, grade_run, read_recipe
 
 depth, out, when, *load = sys.argv[1:]
 run, before, path = (Path(out, name) for name in (f"straight-d{depth}", f"before-d{depth}.json", "calibration.json"))
@@ -50,17 +50,17 @@ calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extr
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))
-    before.write_text(json.dumps(calibration.plan(recipe, world=2)["predicted"]))
+    before.write_text(json.dumps(calibration.plan(recipe, world_size=2)["predicted"]))
     sys.exit()
 
-rows, planned = graded(str(run), calibration), {}
+rows, planned = grade_run(str(run), calibration), {}
 if before.exists():
     first = json.loads(before.read_text())
     for name in [name for name in rows if name.startswith("step_")]:
         now, found = rows[name]
         planned[name] = (first[f"cost/{name}"], now)
         rows[name] = (sum(planned[name]) / 2, found)
-told = {"rows": rows, "missed": missed(rows), "planned": planned, "calibration": calibration.describe(), "load": load}
+told = {"rows": rows, "missed": find_missed(rows), "planned": planned, "calibration": calibration.describe(), "load": load}
 (run / "graded.json").write_text(json.dumps(told))
 PY
 
@@ -104,8 +104,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.planning.reality import goal_of
-from trainer.ladders.verify import same
+from trainer.planning.reality import find_goal
+from trainer.ladders.verify import compare_bits
 
 out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
 
@@ -137,7 +137,7 @@ def head(*cells: str) -> list[str]:
 
 runs = [look(depth) for depth in depths]
 first, largest = runs[0], runs[-1]
-verdicts = same(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
+verdicts = compare_bits(out / f"straight-d{depths[-1]}", out / f"killed-d{depths[-1]}", "killed, resumed and straight through")
 
 text = [
     f"# Depth {depths[-1]} on SD3's true token counts, two CPU ranks", "",
@@ -167,7 +167,7 @@ for r in runs:
             continue
         step = name.startswith("step_")
         error = "calibrated on it" if step and r is first else f"{planned / found - 1:+.2%}"
-        goal = f"{goal_of(name):.0%}" + (", missed" if name in r["missed"] else "")
+        goal = f"{find_goal(name):.0%}" + (", missed" if name in r["missed"] else "")
         text.append(row(name, *(f"{value:,.{3 if step else 0}f}" for value in (planned, found)), error, goal))
     text += [""]
 for r in runs:

@@ -29,8 +29,8 @@ from model.encoders.text import TextCond
 from model.files.names import diffusers_config, to_diffusers
 from trainer.feed import MicroBatch
 from trainer.machines import this_machine
-from trainer.objective import pretrain, train_flops_per_sample
-from trainer.planning.trial import make_up_batch, shallow, take_steps
+from trainer.objective import count_train_flops, pretrain
+from trainer.planning.trial import make_shallow, make_up_batch, take_steps
 from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
 from trainer.zero.engine import compile_blocks
@@ -46,7 +46,7 @@ def case(text: str) -> tuple[Recipe, int]:
     name, micro = head.split(":")
     name, _, blocks = name.partition("/")
     recipe = get_recipe(name)
-    config = shallow(recipe.model, int(blocks)) if blocks else recipe.model
+    config = make_shallow(recipe.model, int(blocks)) if blocks else recipe.model
     parallel = replace(recipe.parallel, zero_stage=3, checkpoint_blocks=False, **dict.fromkeys(switches, True))
     return replace(recipe, name=text, model=config, parallel=parallel), int(micro)
 
@@ -108,7 +108,7 @@ def profile(run: Callable[[], None]) -> None:
 
 def measure(text: str, group: Group, *, profiled: bool) -> str:
     recipe, micro = case(text)
-    flops = train_flops_per_sample(recipe) * micro
+    flops = count_train_flops(recipe) * micro
     peak = this_machine("bf16").flops
     torch.cuda.reset_peak_memory_stats()
     cost = take_steps(recipe, group, blocks=recipe.model.depth, micro_batch=micro)

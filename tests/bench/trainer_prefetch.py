@@ -31,7 +31,7 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
     from data_pipeline.loading.pairs import RejectedLatents
     from model.diffusion.flow import get_formulation
     from trainer.feed import draw_noise
-    from trainer.objective import loss_function
+    from trainer.objective import bind_objective
     from trainer.recipes import world, world_dpo
     from trainer.zero.engine import ZeroEngine
     from trainer.zero.group import leave, start
@@ -43,10 +43,10 @@ def measure(depth: int, steps: int, data: str) -> list[dict[str, object]]:
         parallel = replace(recipe.parallel, max_live=LIVE, prefetch=prefetch)
         engine = ZeroEngine(replace(recipe, model=model, parallel=parallel, global_batch=8), group)
         batches = dataset.batches(
-            seed=0, global_batch=8, rank=group.rank, world_size=group.world,
+            seed=0, global_batch=8, rank=group.rank, world_size=group.world_size,
             read_rejected=RejectedLatents(dataset) if what == "dpo" else None,
         )  # fmt: skip
-        form, compute = get_formulation(recipe.formulation), loss_function(recipe)
+        form, compute = get_formulation(recipe.formulation), bind_objective(recipe)
         cpu = []
         gathers = Gathers(engine)
         for _ in range(steps):

@@ -73,7 +73,7 @@ def zero(depth: int, batch: int, count: int, options: dict[str, int]) -> dict[st
     recipe = replace(recipe, parallel=replace(recipe.parallel, **options))
     engine = ZeroEngine(recipe, group)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
-    share = batch // group.world
+    share = batch // group.world_size
     x, t, text = inputs(batch)
     mine = slice(group.rank * share, (group.rank + 1) * share)
     x, t, text = x[mine], t[mine], text[mine]

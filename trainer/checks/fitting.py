@@ -8,7 +8,7 @@ from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError, UserErrors
-from trainer.feed import caption_weights
+from trainer.feed import choose_caption_weights
 from trainer.recipe import Recipe
 from trainer.runfolder import DATA
 
@@ -17,7 +17,7 @@ ROOM = 2.0  # times a data set's resolution squared; data_pipeline/stages/bucket
 
 def check_data(recipe: Recipe, dataset: Dataset) -> None:
     """Latents, text and captions of the data against what the model reads, all mismatches at once."""
-    wrong = [*_of_shapes(recipe, dataset), *_of_buckets(recipe, dataset), *_of_captions(recipe, dataset)]
+    wrong = [*_compare_shapes(recipe, dataset), *_check_buckets(recipe, dataset), *_check_captions(recipe, dataset)]
     wanted, found = recipe.data.fingerprint, dataset.fingerprint
     if wanted not in (None, found):
         told = f"fingerprint {found}, recipe {recipe.name} was made for {wanted}: use the data it was made for"
@@ -26,7 +26,7 @@ def check_data(recipe: Recipe, dataset: Dataset) -> None:
         raise UserErrors(wrong)
 
 
-def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+def _compare_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     model, spec, vae = recipe.model, dataset.text_spec, dataset.vae
     side = dataset.resolution // vae.factor
     pairs: tuple[tuple[str, Any, Any, str], ...] = (
@@ -48,7 +48,7 @@ def _of_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
         )
 
 
-def _of_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+def _check_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Latents that patches and positions cannot cover, and those that memory was not planned for."""
     model, uri = recipe.model, dataset.uri
     if dataset.num_samples == 0:
@@ -68,8 +68,8 @@ def _of_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
             )
 
 
-def _of_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    if not caption_weights(recipe, dataset):
+def _check_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    if not choose_caption_weights(recipe, dataset):
         yield f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
 
 

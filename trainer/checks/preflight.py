@@ -27,8 +27,8 @@ from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.objective import OBJECTIVES, check_objective
-from trainer.recipe import Recipe, check, count_micro_batches, differences
-from trainer.runfolder import RECIPE, checkpoints_of, kept_precision, read_recipe
+from trainer.recipe import Recipe, check, count_micro_batches, find_differences
+from trainer.runfolder import RECIPE, checkpoints_folder, kept_precision, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
@@ -48,22 +48,22 @@ class Refusal(UserErrors):
         self.here = here
 
 
-class Findings:
+class Mistakes:
     """Mistakes so far."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._here: list[str] = []
 
-    def ask(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def collect(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The answer; None when it is a refusal, which is kept."""
-        return self._ask(self._lines, question, *args, **kwargs)
+        return self._collect(self._lines, question, *args, **kwargs)
 
-    def ask_here(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def collect_here(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The same of what this machine alone may lack."""
-        return self._ask(self._here, question, *args, **kwargs)
+        return self._collect(self._here, question, *args, **kwargs)
 
-    def _ask(self, lines: list[str], question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def _collect(self, lines: list[str], question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
             return question(*args, **kwargs)
         except UserErrors as error:
@@ -72,7 +72,7 @@ class Findings:
             lines.append(str(error))
         return None
 
-    def tell(self) -> None:
+    def raise_any(self) -> None:
         """Raise a Refusal if there were any."""
         if self._lines or self._here:
             raise Refusal(self._lines, self._here)
@@ -136,79 +136,79 @@ def agree_on_precision(prepared: PreparedRun, group: Group) -> PreparedRun:
 
 
 def prepare(
-    recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world: int, thorough: bool
+    recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world_size: int, thorough: bool
 ) -> PreparedRun:
     """Every check that needs no other rank and no network's weights. `thorough` (--dry-run) also reads every byte of
     the checkpoint that would be continued and tries the port, as the run itself does when it comes to them."""
-    found = Findings()
-    recipe = found.ask(settle_precision, recipe, out, resume) or dataclasses.replace(recipe, precision="fp32")
-    found.ask_here(check_hostfile)
-    _check_recipe(found, recipe, world)
+    found = Mistakes()
+    recipe = found.collect(settle_precision, recipe, out, resume) or dataclasses.replace(recipe, precision="fp32")
+    found.collect_here(check_hostfile)
+    _check_recipe(found, recipe, world_size)
     for question in (check_gpu, check_compiler, check_kernel, check_swapping):
-        found.ask_here(question, recipe)
-    found.ask_here(check_out, out)
-    resume = found.ask(own_first, out, resume) or resume
-    started, dataset = found.ask(with_init, recipe, init_from), found.ask(open_dataset, data)
+        found.collect_here(question, recipe)
+    found.collect_here(check_out, out)
+    resume = found.collect(prefer_own_checkpoint, out, resume) or resume
+    started, dataset = found.collect(set_init_weights, recipe, init_from), found.collect(open_dataset, data)
     val = None
     if dataset is not None:
         val = _check_splits(found, recipe, data, dataset)
         begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
-        if checkpoint.candidates(checkpoints_of(begun)):
-            found.ask(check_made_alike, dataset, begun)
-    complete = _with_fingerprint(started or recipe, dataset)
+        if checkpoint.list_checkpoints(checkpoints_folder(begun)):
+            found.collect(check_made_alike, dataset, begun)
+    complete = _set_fingerprint(started or recipe, dataset)
     unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
-    continues_at = found.ask(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
+    continues_at = found.collect(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
     if thorough:
-        found.ask_here(check_port)
-    found.tell()
+        found.collect_here(check_port)
+    found.raise_any()
     assert dataset is not None
     assert continues_at is not None
     return PreparedRun(complete, dataset, val, out, resume, init_from, continues_at)
 
 
-def _check_recipe(found: Findings, recipe: Recipe, world: int) -> None:
-    found.ask(check, recipe)
-    found.ask(check_objective, recipe)
-    found.ask(check_trackers, recipe)
-    formulation = found.ask(get_formulation, recipe.formulation)
+def _check_recipe(found: Mistakes, recipe: Recipe, world_size: int) -> None:
+    found.collect(check, recipe)
+    found.collect(check_objective, recipe)
+    found.collect(check_trackers, recipe)
+    formulation = found.collect(get_formulation, recipe.formulation)
     if formulation is not None:
-        found.ask(get_protocol, recipe.validation.protocol, formulation)
+        found.collect(get_protocol, recipe.validation.protocol, formulation)
     for profile in recipe.ema.profiles:
-        found.ask(parse_profile, profile)
+        found.collect(parse_profile, profile)
     if recipe.global_batch > 0 and (recipe.parallel.micro_batch or 1) > 0:
-        found.ask(count_micro_batches, recipe, world)
-    found.ask(check_ranks, recipe, world)
+        found.collect(count_micro_batches, recipe, world_size)
+    found.collect(check_ranks, recipe, world_size)
 
 
-def check_ranks(recipe: Recipe, world: int) -> None:
+def check_ranks(recipe: Recipe, world_size: int) -> None:
     hpz = recipe.parallel.hpz
-    if hpz > 1 and world % hpz:
+    if hpz > 1 and world_size % hpz:
         raise UserError(
-            f"recipe {recipe.name}: parallel.hpz {hpz} does not divide the {world} ranks: use the ranks of a node"
+            f"recipe {recipe.name}: parallel.hpz {hpz} does not divide the {world_size} ranks: use the ranks of a node"
         )
 
 
-def _check_splits(found: Findings, recipe: Recipe, data: str, dataset: Dataset) -> Dataset | None:
+def _check_splits(found: Mistakes, recipe: Recipe, data: str, dataset: Dataset) -> Dataset | None:
     """The val split, opened, where the recipe wants it."""
-    found.ask(check_data, recipe, dataset)
-    val = found.ask(open_dataset, data, split="val") if recipe.validation.every is not None else None
+    found.collect(check_data, recipe, dataset)
+    val = found.collect(open_dataset, data, split="val") if recipe.validation.every is not None else None
     if val is not None:
-        found.ask(check_val, recipe, val)
+        found.collect(check_val, recipe, val)
     objective = OBJECTIVES.get(recipe.objective)
     if objective is not None and objective.pairs:
         for split in (dataset, val):
             if split is not None:
-                found.ask(RejectedLatents, split)  # refuses what are no pairs
+                found.collect(RejectedLatents, split)  # refuses what are no pairs
     return val
 
 
-def _with_fingerprint(recipe: Recipe, dataset: Dataset | None) -> Recipe:
+def _set_fingerprint(recipe: Recipe, dataset: Dataset | None) -> Recipe:
     if dataset is None:
         return recipe
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fingerprint=dataset.fingerprint))
 
 
-def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
+def set_init_weights(recipe: Recipe, init_from: str | None) -> Recipe:
     """The recipe that starts from a weights file; refused when that file is for another model."""
     if init_from is None:
         if recipe.lora.rank is not None:
@@ -232,9 +232,9 @@ def with_init(recipe: Recipe, init_from: str | None) -> Recipe:
     return dataclasses.replace(recipe, init_weights=file_hash(str(path)))
 
 
-def own_first(out: str, resume: str) -> str:
+def prefer_own_checkpoint(out: str, resume: str) -> str:
     """The same command continues a run: once it has checkpoints of its own they count, not the one it branched from."""
-    if resume in ("latest", "none") or not checkpoint.candidates(checkpoints_of(out)):
+    if resume in ("latest", "none") or not checkpoint.list_checkpoints(checkpoints_folder(out)):
         return resume
     return "latest"
 
@@ -245,21 +245,21 @@ def check_run_folder(
     """An existing run continues only with the recipe that it was started with. Where it would continue, in words;
     `thorough` reads every byte of that checkpoint, as the run itself does before its first step. `unknown` fields of
     the recipe, which other mistakes left open, are not compared."""
-    root, found = checkpoints_of(out), Findings()
-    folders = checkpoint.candidates(root)
+    root, found = checkpoints_folder(out), Mistakes()
+    folders = checkpoint.list_checkpoints(root)
     if resume == "none" and folders:
         raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")
     if folders:
-        found.ask(_check_started, recipe, out, unknown)
+        found.collect(_check_started, recipe, out, unknown)
     elif resume == "latest":
-        found.ask(_check_copy, root)
+        found.collect(_check_copy, root)
     there = bool(folders)
     if resume not in ("latest", "none"):
-        there = found.ask(_check_copied, resume) is not None
+        there = found.collect(_check_copied, resume) is not None
         if there:
-            found.ask(_check_branch, recipe, resume, unknown)
-    continues_at = found.ask(_look_through, root, resume) if thorough and there else ""
-    found.tell()
+            found.collect(_check_branch, recipe, resume, unknown)
+    continues_at = found.collect(_look_through, root, resume) if thorough and there else ""
+    found.raise_any()
     return continues_at or ""
 
 
@@ -271,7 +271,7 @@ def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:
         old = read_recipe(out)
     except ValueError as error:
         raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
-    changed = [line for line in differences(old, recipe) if not line.startswith(unknown)]
+    changed = [line for line in find_differences(old, recipe) if not line.startswith(unknown)]
     if changed:
         what = "; ".join(changed)
         raise UserError(f"{out} was started with another recipe ({what}): choose another --out or the same options")
@@ -308,8 +308,8 @@ def _check_branch(recipe: Recipe, folder: str, unknown: tuple[str, ...]) -> None
 def _look_through(root: str, resume: str) -> str:
     alone = Group(0, 1, torch.device("cpu"))
     if resume == "latest":
-        found = checkpoint.find(root, alone)
+        found = checkpoint.find_newest(root, alone)
         assert found is not None
     else:
-        found = checkpoint.whole(resume, alone)
+        found = checkpoint.require_whole(resume, alone)
     return f"{found.uri} is whole: the run continues at {found.state['images_seen']:,} images"

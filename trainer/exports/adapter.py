@@ -14,10 +14,10 @@ from model.backbones.mmdit import MMDiTConfig
 from model.files.names import adapter_to_diffusers
 from model.files.weights import expected_tensors
 from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
-from trainer.exports.card import model_card, weights_meta
-from trainer.exports.export import StoredWeights, Weights, stream
+from trainer.exports.card import describe_weights, format_model_card
+from trainer.exports.export import StoredWeights, Weights, stream_file
 from trainer.runfolder import run_name
-from trainer.zero.rankfile import put
+from trainer.zero.rankfile import put_hashed
 
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -32,10 +32,10 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
     ours = {peft_name(name): name for name in stored.shapes}
     weights = Weights(shapes, lambda name: stored(ours[name]), meta)
-    put(storage.join(out, WEIGHTS_FILE), stream(shapes, weights.items(), meta))
+    put_hashed(storage.join(out, WEIGHTS_FILE), stream_file(shapes, weights.items(), meta))
     config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
     storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
-    storage.write_bytes(storage.join(out, "README.md"), model_card(run, meta, file=WEIGHTS_FILE).encode())
+    storage.write_bytes(storage.join(out, "README.md"), format_model_card(run, meta, file=WEIGHTS_FILE).encode())
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
@@ -58,12 +58,14 @@ def export_diffusers_adapter(
 
     likes = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
     shapes = {name: tuple(like.shape) for name, like in theirs(likes)}
-    put(storage.join(out, DIFFUSERS_ADAPTER), stream(shapes, theirs(Weights(stored.shapes, stored, meta)), meta))
-    card = model_card(run, meta, file=DIFFUSERS_ADAPTER)
+    put_hashed(
+        storage.join(out, DIFFUSERS_ADAPTER), stream_file(shapes, theirs(Weights(stored.shapes, stored, meta)), meta)
+    )
+    card = format_model_card(run, meta, file=DIFFUSERS_ADAPTER)
     storage.write_bytes(storage.join(out, "README.md"), card.encode())
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
-    meta = weights_meta(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=run_name(run))
+    meta = describe_weights(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=run_name(run))
     return meta | {"init_weights": stored.recipe.init_weights}

@@ -12,7 +12,7 @@ from trainer.recipe import Recipe
 Meta = dict[str, Any]
 
 
-def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: int, run: str) -> dict[str, Any]:
+def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: int, run: str) -> dict[str, Any]:
     """What a weights file says about itself: enough to sample from it and to trace it."""
     return {
         "kind": kind,
@@ -33,15 +33,15 @@ def weights_meta(recipe: Recipe, info: DatasetInfo, *, kind: str, images_seen: i
     }
 
 
-def model_card(run: str, meta: Meta, *, file: str) -> str:
+def format_model_card(run: str, meta: Meta, *, file: str) -> str:
     """What the weights are, where they come from, what they reached."""
     facts = [f"- {key}: {value}" for key, value in meta.items() if key not in ("config", "text_spec", "vae")]
     config = ", ".join(f"{key} {value}" for key, value in meta["config"].items())
     head = ["---", "tags: [text-to-image, rectified-flow]", "---", f"# {meta['run']}: {file}", ""]
-    return "\n".join([*head, *facts, f"- model: {config}", "", figures(run)])
+    return "\n".join([*head, *facts, f"- model: {config}", "", format_figures(run)])
 
 
-def figures(run: str) -> str:
+def format_figures(run: str) -> str:
     """The last value of every figure in the run's results, as a table."""
     rows = {row.metric: row for row in ResultStore(storage.join(run, "results")).rows()}
     kept = [row for name, row in sorted(rows.items()) if not name.startswith("cost/bytes") and "/t" not in name]

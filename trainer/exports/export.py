@@ -23,19 +23,19 @@ from model.files.names import POSITIONS, position_table, to_sd3
 from model.files.pipeline import TRANSFORMER, write_pipeline
 from model.files.weights import META_KEY, expected_tensors
 from model.lora import merging
-from trainer.exports.card import Meta, figures, model_card, weights_meta
+from trainer.exports.card import Meta, describe_weights, format_figures, format_model_card
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put
+from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put_hashed
 
 log = get_logger("export")
 
 
-def weights_reader(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+def open_weights(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
     """Tensors of a weights file by name; QK-norms that it lacks are ones."""
     from safetensors import safe_open
 
@@ -79,7 +79,7 @@ def export(
             if recipe.lora.rank is not None:
                 assert base is not None, "a run with adapters keeps the file of its frozen weights"
                 scale = recipe.lora_alpha / recipe.lora.rank
-                whole = merging(weights_reader(base, engine.shapes), trained, engine.trained, scale=scale)
+                whole = merging(open_weights(base, engine.shapes), trained, engine.trained, scale=scale)
             write(uris, Weights(shapes, read, meta))
         except (UserError, OSError) as error:
             problem = str(error)
@@ -124,12 +124,12 @@ class Weights(Mapping[str, Tensor]):
 def write(uris: list[str], weights: Weights) -> None:
     """One safetensors file at every URI, the tensors asked for in their order."""
     weights.check_names()
-    put(uris[0], stream(weights.shapes, weights.items(), weights.meta))
+    put_hashed(uris[0], stream_file(weights.shapes, weights.items(), weights.meta))
     for uri in uris[1:]:
         _copy(uris[0], uri)
 
 
-def stream(
+def stream_file(
     shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any]
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, each tensor taken when the one before it is written."""
@@ -151,7 +151,7 @@ def _copy(source: str, target: str) -> None:
     """A second name for the same content: a hard link where the file system has them."""
     if storage.is_remote(target):
         with storage.open_read(source) as file:
-            put(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
+            put_hashed(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
     here, there = storage.local_path(source), storage.local_path(target)
     with storage.temp_beside(there) as temp:
@@ -184,7 +184,7 @@ class StoredWeights:
         return flat.view(shape)
 
 
-def stored_weights(
+def read_stored_weights(
     folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, base: str | None = None
 ) -> Weights:
     """The whole weights of a checkpoint, adapters merged into `base`."""
@@ -195,11 +195,11 @@ def stored_weights(
     whole: Callable[[str], Tensor] = stored
     if recipe.lora.rank is not None:
         scale = recipe.lora_alpha / recipe.lora.rank
-        whole = merging(weights_reader(base_of(recipe, base), shapes), stored, stored.shapes, scale=scale)
+        whole = merging(open_weights(check_base(recipe, base), shapes), stored, stored.shapes, scale=scale)
     elif base is not None:
         raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: omit --base")
     buffers = {POSITIONS: position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
-    meta = weights_meta(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
+    meta = describe_weights(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
         meta["ema_profile"] = profile
     return Weights(
@@ -209,7 +209,7 @@ def stored_weights(
     )
 
 
-def base_of(recipe: Recipe, base: str | None) -> str:
+def check_base(recipe: Recipe, base: str | None) -> str:
     """The file of the frozen weights; UserError when it is not the one that the run started from."""
     if base is None:
         raise UserError("this run trained adapters: give --base, the weights it started from, or --lora adapter")
@@ -223,7 +223,7 @@ def export_as(
     base: str | None = None,
 ) -> int:  # fmt: skip
     """A checkpoint in one of the formats; the number of parameters."""
-    weights = stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
+    weights = read_stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
     return write_as(to, out, weights, info=info, run=run)
 
 
@@ -238,13 +238,13 @@ def write_as(to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str
             raise UserError(f"{run}: trained a {model.name}; only mmdit has other formats: omit --format")
         _write_sd3(out, model, weights) if to == "sd3" else _write_diffusers(out, model, weights, info, run)
     if to != "diffusers":
-        storage.write_bytes(f"{out}.md", model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
+        storage.write_bytes(f"{out}.md", format_model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
     return model.parameter_count()
 
 
 def _write_sd3(out: str, model: MMDiTConfig, weights: Weights) -> None:
     shapes = {name: tuple(like.shape) for name, like in to_sd3(model, weights.check_names())}
-    put(out, stream(shapes, to_sd3(model, weights), weights.meta))
+    put_hashed(out, stream_file(shapes, to_sd3(model, weights), weights.meta))
 
 
 def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: DatasetInfo, run: str) -> None:
@@ -255,12 +255,14 @@ def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: Datas
 
         def save(path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Any) -> None:
             written.append(storage.join(out, *path.relative_to(temp).parts))
-            put(written[-1], stream({name: tuple(like.shape) for name, like in layout.items()}, tensors, meta))
+            put_hashed(
+                written[-1], stream_file({name: tuple(like.shape) for name, like in layout.items()}, tensors, meta)
+            )
 
         vae = resolve(info.vae.checkpoint)
         write_pipeline(Path(temp), model, weights, weights.meta, vae=vae, encoders={}, save=save)
         with (Path(temp) / "README.md").open("a") as card:
-            card.write("\n" + figures(run))
+            card.write("\n" + format_figures(run))
         for path in sorted(file for file in Path(temp).rglob("*") if file.is_file()):
             written.append(storage.join(out, *path.relative_to(temp).parts))
             storage.upload(path, written[-1])

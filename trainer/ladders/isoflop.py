@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from infra import storage
 from infra.errors import UserError
 from model.flops import train_flops_per_image
-from trainer.ladders.picture import loss_curves
-from trainer.runfolder import last_val_loss, read_recipe
+from trainer.ladders.picture import draw_loss_curves
+from trainer.runfolder import read_last_val_loss, read_recipe
 
 
 @dataclass(frozen=True)
-class Cell:
+class IsoFlopRun:
     """One run: the EMA validation loss that a budget bought at a depth, with its 95 % interval where it has one."""
 
     budget: float
@@ -26,41 +26,41 @@ class Cell:
     high: float | None
 
 
-def tell(runs: Sequence[str], *, out: str) -> str:
+def write_summary(runs: Sequence[str], *, out: str) -> str:
     """Write OUT/isoflop.json, .md and .png from the finished runs OUT/<recipe>-<budget>; the table."""
-    cells = sorted((cell_of(run) for run in runs), key=lambda cell: (cell.budget, cell.depth))
-    best = {f"{cell.budget:g}": cell.depth for cell in best_of(cells)}
+    cells = sorted((read_isoflop_run(run) for run in runs), key=lambda cell: (cell.budget, cell.depth))
+    best = {f"{cell.budget:g}": cell.depth for cell in choose_best(cells)}
     found = {"cells": [asdict(cell) for cell in cells], "best_depth": best}
-    text = table(cells)
+    text = format_table(cells)
     storage.write_bytes(storage.join(out, "isoflop.json"), json.dumps(found, indent=1).encode())
     storage.write_bytes(storage.join(out, "isoflop.md"), f"# Compute budgets\n\n{text}".encode())
-    storage.write_bytes(storage.join(out, "isoflop.png"), picture(cells))
+    storage.write_bytes(storage.join(out, "isoflop.png"), draw_picture(cells))
     return text
 
 
-def cell_of(run: str) -> Cell:
+def read_isoflop_run(run: str) -> IsoFlopRun:
     """By the run's own files; its budget is in its name."""
     recipe = read_recipe(run)
-    loss = last_val_loss(run, recipe)
+    loss = read_last_val_loss(run, recipe)
     if loss is None:
         raise UserError(f"{run}: no validation loss: omit --validation.every None")
     _, height, width = recipe.data.latent_shape
     flops = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
-    return Cell(
+    return IsoFlopRun(
         float(run.rsplit("-", 1)[-1]), recipe.images * flops, recipe.model.depth, recipe.model.parameter_count(),
         recipe.images, loss.value, loss.low, loss.high,
     )  # fmt: skip
 
 
-def best_of(cells: Sequence[Cell]) -> list[Cell]:
+def choose_best(cells: Sequence[IsoFlopRun]) -> list[IsoFlopRun]:
     """The cell of least loss for each budget."""
     budgets = sorted({cell.budget for cell in cells})
     return [min((cell for cell in cells if cell.budget == b), key=lambda cell: cell.loss) for b in budgets]
 
 
-def table(cells: Sequence[Cell]) -> str:
+def format_table(cells: Sequence[IsoFlopRun]) -> str:
     """As Markdown; a best depth at either end says that the optimum lies there or beyond."""
-    depths, best = sorted({cell.depth for cell in cells}), best_of(cells)
+    depths, best = sorted({cell.depth for cell in cells}), choose_best(cells)
     lines = ["| budget FLOPs | depth | parameters | images | validation loss (EMA) | |", "|---|---|---|---|---|---|"]
     for cell in cells:
         interval = f" ({cell.low:.5f} to {cell.high:.5f})" if cell.low is not None and cell.high is not None else ""
@@ -74,11 +74,11 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(cells: Sequence[Cell]) -> bytes:
+def draw_picture(cells: Sequence[IsoFlopRun]) -> bytes:
     """Loss against parameters, a curve per budget, as PNG."""
     curves = {
         f"{budget:g} FLOPs": [(cell.parameters, cell.loss) for cell in cells if cell.budget == budget]
         for budget in sorted({cell.budget for cell in cells})
     }
     ticks = {cell.parameters: f"{cell.parameters / 1e6:.3g} M\ndepth {cell.depth}" for cell in cells}
-    return loss_curves(curves, xlabel="parameters", ticks=ticks)
+    return draw_loss_curves(curves, xlabel="parameters", ticks=ticks)

@@ -17,12 +17,12 @@ from infra.log import get_logger
 from model.files.weights import META_KEY
 from model.flops import train_flops_per_image
 from trainer.ladders.launch import ManyRuns
-from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.launchers import PREEMPTED, ask_to_stop, on_stop, start_training, wait_for_end
 from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
-from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_of, kept_precision, step_name
-from trainer.zero.group import free_port
+from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_folder, kept_precision, step_name
+from trainer.zero.group import find_free_port
 
 log = get_logger("ladder")
 
@@ -37,7 +37,7 @@ class TrainingTask:
     words: tuple[str, ...] = ()
 
 
-def climb(family: str, depths: Sequence[int], launch: ManyRuns) -> list[str]:
+def train_ladder(family: str, depths: Sequence[int], launch: ManyRuns) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
     recipes = rungs(family, depths, launch)
     return train_missing(
@@ -45,7 +45,7 @@ def climb(family: str, depths: Sequence[int], launch: ManyRuns) -> list[str]:
     )
 
 
-def iso_flop(
+def train_isoflop(
     family: str, depths: Sequence[int], budgets: Sequence[float], launch: ManyRuns, *, cooldown: float = 0.2
 ) -> list[str]:
     """Train every depth for every budget of training FLOPs; the run folders.
@@ -57,8 +57,8 @@ def iso_flop(
     trunks: list[TrainingTask] = []
     branches: list[TrainingTask] = []
     for recipe in rungs(family, depths, launch):
-        horizons = {budget: images_for(recipe, budget) for budget in sorted(set(budgets))}
-        starts = {budget: branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
+        horizons = {budget: count_images(recipe, budget) for budget in sorted(set(budgets))}
+        starts = {budget: find_branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
         trunk, longest = storage.join(launch.out, f"{recipe.name}-trunk"), max(starts.values())
         saves = [str(start) for start in sorted(set(starts.values()))]
         constant = [
@@ -67,7 +67,7 @@ def iso_flop(
         ]  # fmt: skip
         trunks.append(TrainingTask(recipe, trunk, longest, (*launch.overrides, *constant)))
         for budget, images in horizons.items():
-            source = storage.join(checkpoints_of(trunk), step_name(starts[budget] // recipe.global_batch))
+            source = storage.join(checkpoints_folder(trunk), step_name(starts[budget] // recipe.global_batch))
             branch = ("--images", str(images), "--resume", source, "--schedule.cooldown", str(cooldown))
             run = storage.join(launch.out, f"{recipe.name}-{budget:g}".replace("+", ""))
             branches.append(TrainingTask(recipe, run, images, (*launch.overrides, *branch)))
@@ -77,7 +77,7 @@ def iso_flop(
     return train_missing(branches, launch)
 
 
-def images_for(recipe: Recipe, budget: float) -> int:
+def count_images(recipe: Recipe, budget: float) -> int:
     """Images that a budget of training FLOPs pays for, in whole batches."""
     _, height, width = recipe.data.latent_shape
     images = budget / train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
@@ -87,7 +87,7 @@ def images_for(recipe: Recipe, budget: float) -> int:
     return steps * recipe.global_batch
 
 
-def branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
+def find_branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
     """Where the cooldown of a run of so many images begins, in whole batches."""
     return int(images * (1 - cooldown)) // recipe.global_batch * recipe.global_batch
 
@@ -107,17 +107,17 @@ def train_missing(tasks: Sequence[TrainingTask], launch: ManyRuns, *, unstable_i
 
     `unstable_is_a_result`: a run that its guard ended is reported and passed over, as sweeps want.
     """
-    ranks, precision = launch.num_ranks or default_ranks(), settle_precision(tasks, launch)
+    ranks, precision = launch.num_ranks or count_default_ranks(), settle_precision(tasks, launch)
     tasks = [_with_precision(task, precision) for task in tasks]
     missing: list[tuple[str, list[str], str]] = []  # run, command, the line that is printed
     for number, task in enumerate(tasks, start=1):
-        done = images_trained(task.run)
+        done = count_trained_images(task.run)
         if done is not None and done >= task.images:
             log.info("%d/%d: %s is trained (%s images)", number, len(tasks), task.run, f"{done:,}")
         elif unstable_is_a_result and _is_unstable(task.run):
             log.info("%d/%d: %s was unstable", number, len(tasks), task.run)
         else:
-            command = train_command(task.recipe.name, task.words, data=launch.data, run=task.run, ranks=ranks)
+            command = build_train_command(task.recipe.name, task.words, data=launch.data, run=task.run, ranks=ranks)
             missing.append((task.run, command, f"{number}/{len(tasks)}: {shlex.join(command)}"))
     if launch.workers and missing:
         _train_on_ray(missing, workers=launch.workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
@@ -138,7 +138,9 @@ def settle_precision(tasks: Sequence[TrainingTask], launch: ManyRuns) -> Resolve
     if kept is None and launch.workers:
         from trainer.ladders.workers import device_of_workers
 
-        return resolve_precision("auto", device_of_workers(launch.workers, ranks=launch.num_ranks or default_ranks()))
+        return resolve_precision(
+            "auto", device_of_workers(launch.workers, ranks=launch.num_ranks or count_default_ranks())
+        )
     return kept or resolve_precision("auto", "auto")
 
 
@@ -164,7 +166,7 @@ def _train_on_ray(
         run = missing[index][0]
         try:
             with _passing_over(run, unstable_is_a_result):
-                judge(run, code)
+                check_finished(run, code)
                 log.info("%s is trained", run)
         except (UserError, SystemExit) as error:
             print(said, end="", file=sys.stderr, flush=True)
@@ -191,38 +193,38 @@ def _is_unstable(run: str) -> bool:
     return storage.exists(storage.join(run, UNSTABLE))
 
 
-def default_ranks() -> int:
+def count_default_ranks() -> int:
     """One rank per GPU; on the CPU one per core, two at most."""
     import torch
 
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def train_command(recipe: str, words: Sequence[str], *, data: str, run: str, ranks: int) -> list[str]:
+def build_train_command(recipe: str, words: Sequence[str], *, data: str, run: str, ranks: int) -> list[str]:
     """`deepspeed --num_gpus N --module trainer train ...`, or `python -m trainer train ...` for one rank."""
     arguments = ["train", recipe, "--data", data, "--out", run, *words]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
     # Not the launcher's own 29500: two trainings that start at once would both find it free, seconds before they meet.
-    port = ["--master_port", str(free_port())]
+    port = ["--master_port", str(find_free_port())]
     return ["deepspeed", "--num_gpus", str(ranks), *port, "--module", "trainer", *arguments]
 
 
-def images_trained(run: str) -> int | None:
+def count_trained_images(run: str) -> int | None:
     """Images behind the final weights of a finished run, else None."""
     uris = [storage.join(run, "weights", f"{kind}.safetensors") for kind in ("ema", "raw")]
     if not all(storage.exists(uri) for uri in uris):
         return None
-    return min(int(_metadata(uri)["images_seen"]) for uri in uris)
+    return min(int(_read_metadata(uri)["images_seen"]) for uri in uris)
 
 
 def is_done(run: str) -> bool:
     """By its folder: `deepspeed` ends with 0 when its second process is killed."""
     uri = storage.join(run, RECIPE)
-    return storage.exists(uri) and (images_trained(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
+    return storage.exists(uri) and (count_trained_images(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
 
 
-def _metadata(uri: str) -> dict[str, Any]:
+def _read_metadata(uri: str) -> dict[str, Any]:
     """The metadata of a weights file, reading its header only (s3:// too)."""
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     header = json.loads(storage.read_bytes(uri, 8, length))
@@ -239,11 +241,11 @@ def run_command(command: list[str], run: str) -> None:
         ask_to_stop(process.pid)
 
     with on_stop(forward) as stopped:
-        code = await_end(process)
-    judge(run, PREEMPTED if stopped else code)
+        code = wait_for_end(process)
+    check_finished(run, PREEMPTED if stopped else code)
 
 
-def judge(run: str, code: int) -> None:
+def check_finished(run: str, code: int) -> None:
     """Leave with the code of a training that was stopped; a mistake where it did not finish."""
     if code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)

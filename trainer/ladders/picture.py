@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 
-def loss_curves(
+def draw_loss_curves(
     curves: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ticks: Mapping[int, str] | None = None
 ) -> bytes:
     """Curves of (x, EMA validation loss) by their label, x logarithmic, as PNG; `ticks`: labels of x, else matplotlib's

@@ -12,17 +12,17 @@ from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
 from trainer.ladders.ladder import TrainingTask, rungs, train_missing
 from trainer.ladders.launch import ManyRuns
-from trainer.ladders.picture import loss_curves
+from trainer.ladders.picture import draw_loss_curves
 from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
-from trainer.runfolder import last_val_loss
+from trainer.runfolder import read_last_val_loss
 
 SAFE = {"/": "-", "(": "_", ")": "", ",": "_"}  # a formulation's name as a folder's
 
 
 @dataclass(frozen=True)
-class Point:
+class RateResult:
     """One run of a sweep: its learning rate and the EMA validation loss at its end (nan: diverged)."""
 
     depth: int
@@ -45,12 +45,12 @@ def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], laun
             tasks.append(TrainingTask(recipe, run, recipe.images, words))
             places.append((recipe, rate, run))
     train_missing(tasks, launch, unstable_is_a_result=True)
-    points = [Point(r.model.depth, r.model.width, rate, final_loss(run, r)) for r, rate, run in places]
-    law = transfer_law(points)
+    points = [RateResult(r.model.depth, r.model.width, rate, read_final_loss(run, r)) for r, rate, run in places]
+    law = fit_transfer_law(points)
     told = {"points": [vars(point) for point in points], "law": law}
     storage.write_bytes(storage.join(launch.out, "sweep.json"), json.dumps(told, indent=1).encode())
-    storage.write_bytes(storage.join(launch.out, "sweep.png"), curves(points))
-    return table(points, law)
+    storage.write_bytes(storage.join(launch.out, "sweep.png"), draw_curves(points))
+    return format_table(points, law)
 
 
 def sweep_formulations(name: str, formulations: Sequence[str], launch: ManyRuns) -> list[str]:
@@ -66,7 +66,7 @@ def sweep_formulations(name: str, formulations: Sequence[str], launch: ManyRuns)
     open_dataset(launch.data)
     tasks = [
         TrainingTask(
-            recipe, storage.join(launch.out, f"{name}-{folder_name(one)}"), recipe.images,
+            recipe, storage.join(launch.out, f"{name}-{name_folder(one)}"), recipe.images,
             (*launch.overrides, "--formulation", one),
         )
         for one in chosen
@@ -74,19 +74,19 @@ def sweep_formulations(name: str, formulations: Sequence[str], launch: ManyRuns)
     return train_missing(tasks, launch, unstable_is_a_result=True)
 
 
-def folder_name(formulation: str) -> str:
+def name_folder(formulation: str) -> str:
     for found, instead in SAFE.items():
         formulation = formulation.replace(found, instead)
     return formulation
 
 
-def final_loss(run: str, recipe: Recipe) -> float:
+def read_final_loss(run: str, recipe: Recipe) -> float:
     """EMA validation loss at the end of a run; nan when it has none."""
-    row = last_val_loss(run, recipe)
+    row = read_last_val_loss(run, recipe)
     return math.nan if row is None else row.value
 
 
-def best_rate(points: Sequence[Point]) -> float | None:
+def fit_best_rate(points: Sequence[RateResult]) -> float | None:
     """Minimum of a parabola in log(rate) through the best point and its neighbours; None at the edge of the sweep."""
     finite = sorted((p for p in points if math.isfinite(p.loss)), key=lambda p: p.rate)
     if len(finite) < 3:
@@ -101,10 +101,10 @@ def best_rate(points: Sequence[Point]) -> float | None:
     return math.exp((x[0] + x[1]) / 2 - left / (2 * curvature))
 
 
-def transfer_law(points: Sequence[Point]) -> dict[str, Any]:
+def fit_transfer_law(points: Sequence[RateResult]) -> dict[str, Any]:
     """rate = scale * width^exponent through the best rates of the rungs. muP's hidden layers want -1; the recipes take
     -1/2. With two rungs the line is exact; with more it is least squares."""
-    best = {p.width: best_rate([q for q in points if q.width == p.width]) for p in points}
+    best = {p.width: fit_best_rate([q for q in points if q.width == p.width]) for p in points}
     known = {width: rate for width, rate in best.items() if rate is not None}
     law: dict[str, Any] = {"best": best, "exponent": None, "scale": None}
     if len(known) >= 2:
@@ -115,7 +115,7 @@ def transfer_law(points: Sequence[Point]) -> dict[str, Any]:
     return law
 
 
-def table(points: Sequence[Point], law: dict[str, Any]) -> str:
+def format_table(points: Sequence[RateResult], law: dict[str, Any]) -> str:
     """The sweep as people read it."""
     lines = ["depth      rate  validation loss"]
     lines += [f"{p.depth:5}  {p.rate:8.2g}  {p.loss:.5f}" for p in points]
@@ -127,8 +127,8 @@ def table(points: Sequence[Point], law: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def curves(points: Sequence[Point]) -> bytes:
+def draw_curves(points: Sequence[RateResult]) -> bytes:
     """Loss against rate, a line per depth, as PNG."""
     depths = sorted({p.depth for p in points})
     lines = {f"depth {depth}": sorted((p.rate, p.loss) for p in points if p.depth == depth) for depth in depths}
-    return loss_curves(lines, xlabel="learning rate")
+    return draw_loss_curves(lines, xlabel="learning rate")

@@ -18,7 +18,7 @@ from infra.device import resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import load_weights
-from trainer.ladders.ladder import run_command, train_command
+from trainer.ladders.ladder import build_train_command, run_command
 from trainer.recipe import Recipe
 
 log = get_logger("verify")
@@ -28,7 +28,7 @@ TWICE = 2.0  # the two drifts are one draw each of the same rounding errors
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckedPromise:
     """One line of the answer."""
 
     promise: str
@@ -45,7 +45,7 @@ def verify_resume(
     steps: int,
     ranks: int,
     other_ranks: int,
-) -> list[Verdict]:
+) -> list[CheckedPromise]:
     """Run and compare; `arguments` made the recipe, or name weights to begin with: each run gets them."""
     if steps < 4 or steps % 4:
         raise UserError(f"--steps {steps}: expected a multiple of 4: runs resume after half and three quarters of them")
@@ -62,29 +62,29 @@ def verify_resume(
 
     def run(name: str, num_ranks: int, *more: str) -> Path:
         words = [*arguments, *cadence, *more]
-        command = train_command(recipe.name, words, data=data, run=str(out / name), ranks=num_ranks)
+        command = build_train_command(recipe.name, words, data=data, run=str(out / name), ranks=num_ranks)
         log.info("%s: %d rank(s)", name, num_ranks)
         run_command(command, str(out / name))
         return out / name
 
     straight = run("straight", ranks)
-    cut(straight, out / "resumed", step=half)
+    cut_back(straight, out / "resumed", step=half)
     resumed = run("resumed", ranks)
-    verdicts = [*same(straight, resumed, f"{ranks} -> {ranks} ranks")]
+    verdicts = [*compare_bits(straight, resumed, f"{ranks} -> {ranks} ranks")]
     if other_ranks != ranks:
-        cut(straight, out / "other", step=half)
-        cut(run("other", other_ranks), out / "back", step=half + half // 2)
+        cut_back(straight, out / "other", step=half)
+        cut_back(run("other", other_ranks), out / "back", step=half + half // 2)
         back, what = run("back", ranks), f"{ranks} -> {other_ranks} -> {ranks} ranks, {precision}"
         if precision == "fp32":
-            verdicts += close(straight, back, what)
+            verdicts += compare_closely(straight, back, what)
         else:
-            cut(straight, out / "exchanged", step=half)
+            cut_back(straight, out / "exchanged", step=half)
             exchanged = run("exchanged", ranks, "--parallel.reverse-lanes") if ranks > 1 else None
-            verdicts += drift(straight, back, exchanged, what, first=half + 1)
+            verdicts += compare_drift(straight, back, exchanged, what, first=half + 1)
     return verdicts
 
 
-def cut(run: Path, copy: Path, *, step: int) -> None:
+def cut_back(run: Path, copy: Path, *, step: int) -> None:
     """A copy of a run as a kill right after the checkpoint of `step` would have left it."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("tensorboard"))
     for folder in (copy / "checkpoints").glob("step_*"):
@@ -94,35 +94,35 @@ def cut(run: Path, copy: Path, *, step: int) -> None:
         (copy / "weights" / f"{name}.safetensors").unlink()
 
 
-def losses(run: Path) -> dict[int, float]:
+def read_losses(run: Path) -> dict[int, float]:
     """Images seen -> training loss of each step."""
     lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
     return {line["images_seen"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-def same(one: Path, two: Path, what: str) -> list[Verdict]:
+def compare_bits(one: Path, two: Path, what: str) -> list[CheckedPromise]:
     """Losses and weights bit by bit."""
-    a, b = losses(one), losses(two)
+    a, b = read_losses(one), read_losses(two)
     differing = [images for images in a.keys() | b.keys() if a.get(images) != b.get(images)]
     where = f"{len(a)} steps, first difference at {min(differing):,} images" if differing else f"{len(a)} steps, equal"
-    found = [Verdict(f"{what}: losses bit-equal", not differing, where)]
+    found = [CheckedPromise(f"{what}: losses bit-equal", not differing, where)]
     for kind in ("raw", "ema"):
         pair = [load_weights(run / "weights" / f"{kind}.safetensors")[0] for run in (one, two)]
         wrong = [name for name in pair[0] if not torch.equal(pair[0][name], pair[1][name])]
         told = f"{len(wrong)} of {len(pair[0])} tensors differ ({wrong[0]} ...)" if wrong else f"{len(pair[0])} tensors"
-        found.append(Verdict(f"{what}: {kind} weights bit-equal", not wrong, told))
+        found.append(CheckedPromise(f"{what}: {kind} weights bit-equal", not wrong, told))
     return found
 
 
-def gaps(one: Path, two: Path) -> dict[int, float]:
+def measure_loss_gaps(one: Path, two: Path) -> dict[int, float]:
     """Relative difference of the losses at each step."""
-    a, b = losses(one), losses(two)
+    a, b = read_losses(one), read_losses(two)
     if a.keys() != b.keys():
         raise UserError(f"{two} logged other steps than {one}: was it run with the same options?")
     return {images: abs(b[images] - a[images]) / max(abs(a[images]), 1e-12) for images in a}
 
 
-def apart(one: Path, two: Path) -> float:
+def measure_weight_distance(one: Path, two: Path) -> float:
     """How far the EMA weights of two runs are apart, over their own size (Euclidean norms)."""
     a, b = (load_weights(run / "weights" / "ema.safetensors")[0] for run in (one, two))
     pairs = [(a[name].double(), b[name].double()) for name in a]
@@ -130,33 +130,35 @@ def apart(one: Path, two: Path) -> float:
     return math.sqrt(between / max(size, 1e-300))
 
 
-def close(one: Path, two: Path, what: str) -> list[Verdict]:
+def compare_closely(one: Path, two: Path, what: str) -> list[CheckedPromise]:
     """The same run up to the order of float sums."""
-    largest, weights = max(gaps(one, two).values()), apart(one, two)
+    largest, weights = max(measure_loss_gaps(one, two).values()), measure_weight_distance(one, two)
     near = weights <= CLOSE_WEIGHTS
     return [
-        Verdict(f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}"),
-        Verdict(f"{what}: ema weights within {CLOSE_WEIGHTS:g}", near, f"{weights:.2g} of their size"),
+        CheckedPromise(
+            f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}"
+        ),
+        CheckedPromise(f"{what}: ema weights within {CLOSE_WEIGHTS:g}", near, f"{weights:.2g} of their size"),
     ]
 
 
-def drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int) -> list[Verdict]:
+def compare_drift(one: Path, two: Path, exchanged: Path | None, what: str, *, first: int) -> list[CheckedPromise]:
     """bf16: the first step after the resume agrees; then rounding alone may part the runs."""
-    found = gaps(one, two)
+    found = measure_loss_gaps(one, two)
     after = list(found.values())[first - 1 :]
-    verdicts = [Verdict(f"{what}: first step within {CLOSE:g}", after[0] <= CLOSE, f"{after[0]:.2g}")]
+    verdicts = [CheckedPromise(f"{what}: first step within {CLOSE:g}", after[0] <= CLOSE, f"{after[0]:.2g}")]
     if exchanged is not None:
-        allowed = max(list(gaps(one, exchanged).values())[first - 1 :])
+        allowed = max(list(measure_loss_gaps(one, exchanged).values())[first - 1 :])
         told = f"{max(after):.2g}, rounding alone {allowed:.2g}"
         kept = max(after) <= max(TWICE * allowed, CLOSE)
-        verdicts.append(Verdict(f"{what}: drift at most twice that of rounding", kept, told))
-        weights, allowed = apart(one, two), apart(one, exchanged)
+        verdicts.append(CheckedPromise(f"{what}: drift at most twice that of rounding", kept, told))
+        weights, allowed = measure_weight_distance(one, two), measure_weight_distance(one, exchanged)
         kept = weights <= max(TWICE * allowed, CLOSE_WEIGHTS)
         told = f"{weights:.2g} of their size, rounding alone {allowed:.2g}"
-        verdicts.append(Verdict(f"{what}: ema weights no further than that either", kept, told))
+        verdicts.append(CheckedPromise(f"{what}: ema weights no further than that either", kept, told))
     return verdicts
 
 
-def describe(verdicts: Sequence[Verdict]) -> str:
+def describe(verdicts: Sequence[CheckedPromise]) -> str:
     """As people read it."""
     return "\n".join(f"{'kept  ' if v.kept else 'BROKEN'}  {v.promise}: {v.found}" for v in verdicts)

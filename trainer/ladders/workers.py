@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from infra.log import get_logger
 from infra.runner import CallLost, RemoteCalls, WorkerPool, connect
-from trainer.launchers import PREEMPTED, ask_to_stop, await_end, on_stop, start_training
+from trainer.launchers import PREEMPTED, ask_to_stop, on_stop, start_training, wait_for_end
 
 log = get_logger("ladder")
 LAST_LINES = 20  # of what a training said
@@ -65,7 +65,7 @@ def _await_end(process: subprocess.Popen[bytes]) -> int:
     asked = False
     while True:
         try:
-            return await_end(process)
+            return wait_for_end(process)
         except KeyboardInterrupt:  # this is how ray.cancel comes; a second one must not cut the saving off
             if not asked:
                 ask_to_stop(process.pid)

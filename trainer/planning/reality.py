@@ -16,14 +16,14 @@ from infra import storage
 from infra.errors import UserError
 from infra.results import ResultStore
 from trainer.machines import Machine, get_machine, this_machine
-from trainer.planning.plan import NOTHING, Cost, make_plan, passes_of, plan_precision
-from trainer.planning.trial import flops_here, step_here
+from trainer.planning.hardware_plan import NOTHING, Cost, count_passes, make_hardware_plan, plan_precision
+from trainer.planning.trial import measure_flops, time_step
 from trainer.recipe import Recipe
 from trainer.runfolder import PLAN, read_recipe
 
 # Of the planned value, by how the names begin; what has no goal is shown alone.
 GOALS = {"parameters": 0.0, "bytes_per_rank/": 0.05, "checkpoint_bytes": 0.02, "storage_bytes": 0.02, "step_": 0.15}
-Graded = dict[str, tuple[float, float]]
+Grades = dict[str, tuple[float, float]]
 
 
 def read_plan(run: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_plan(run: str) -> dict[str, Any]:
     return json.loads(storage.read_bytes(uri))
 
 
-def measured(run: str) -> dict[str, float]:
+def read_costs(run: str) -> dict[str, float]:
     """The last measured value of each cost."""
     found = {row.metric: row.value for row in ResultStore(storage.join(run, "results")).rows(prefix="cost")}
     if not found:
@@ -54,10 +54,14 @@ class Calibration:
     extra: Cost = NOTHING
     by_trial: bool = False
 
-    def plan(self, recipe: Recipe, *, world: int, **more: Any) -> dict[str, Any]:
-        """A plan for a recipe on the same kind of machine, as `make_plan` gives it."""
-        given = trial(recipe, self.machine, world=world) if self.by_trial else {"efficiency": self.efficiency}
-        found = make_plan(recipe, world=world, machine=self.machine, extra=self.extra, **given, **more)
+    def plan(self, recipe: Recipe, *, world_size: int, **more: Any) -> dict[str, Any]:
+        """A plan for a recipe on the same kind of machine, as `make_hardware_plan` gives it."""
+        given = (
+            run_trial(recipe, self.machine, world_size=world_size) if self.by_trial else {"efficiency": self.efficiency}
+        )
+        found = make_hardware_plan(
+            recipe, world_size=world_size, machine=self.machine, extra=self.extra, **given, **more
+        )
         return found | {"calibration": {"run": self.run, "extra": self.extra._asdict(), "by_trial": self.by_trial}}
 
     def describe(self) -> str:
@@ -71,37 +75,39 @@ class Calibration:
 
 def calibrate(run: str) -> Calibration:
     """From a finished run: on a device of its kind by a trial of it, elsewhere by its speed as a whole."""
-    plan, costs, recipe = read_plan(run), measured(run), read_recipe(run)
+    plan, costs, recipe = read_plan(run), read_costs(run), read_recipe(run)
     if "device_peak_flops" not in plan or "cost/step_seconds" not in costs:
         raise UserError(f"{run}: made by an older version, which measured no steps: run one rung again")
-    machine, world = get_machine(plan["machine"]), int(plan["world_size"])
+    machine, world_size = get_machine(plan["machine"]), int(plan["world_size"])
     whole = costs["cost/images_per_second"] * plan["train_flops_per_image"] / plan["device_peak_flops"]
     if this_machine(recipe.precision) != machine:
         return Calibration(run, machine, whole)
-    time = make_plan(recipe, world=world, machine=machine, **trial(recipe, machine, world=world))["time"]
+    time = make_hardware_plan(
+        recipe, world_size=world_size, machine=machine, **run_trial(recipe, machine, world_size=world_size)
+    )["time"]
     seconds = costs["cost/step_seconds"]
     beyond = seconds - time["step_seconds"], costs.get("cost/step_cpu_seconds", seconds) - time["work_seconds"]
-    extra = Cost(*(max(0.0, value) / passes_of(recipe, world) for value in beyond))
+    extra = Cost(*(max(0.0, value) / count_passes(recipe, world_size) for value in beyond))
     return Calibration(run, machine, whole, extra, by_trial=True)
 
 
-def trial(recipe: Recipe, machine: Machine, *, world: int) -> dict[str, Any]:
-    """What `make_plan` is to know of a recipe's steps on this device, in micro-batches as `world` ranks run them: on a
-    CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
+def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str, Any]:
+    """What `make_hardware_plan` is to know of a recipe's steps on this device, in micro-batches as `world_size` ranks
+    run them: on a CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
     recipe = plan_precision(recipe, machine)
     here = this_machine(recipe.precision)
     if here != machine:
         raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")
-    micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world)
+    micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world_size)
     if not machine.overlap:
-        ranks = min(world, len(os.sched_getaffinity(0)))
-        return {"tried": step_here(recipe, micro_batch=micro, ranks=ranks)}
-    return {"efficiency": flops_here(recipe, micro_batch=micro) / machine.flops}
+        ranks = min(world_size, len(os.sched_getaffinity(0)))
+        return {"tried": time_step(recipe, micro_batch=micro, ranks=ranks)}
+    return {"efficiency": measure_flops(recipe, micro_batch=micro) / machine.flops}
 
 
-def graded(run: str, calibration: Calibration | None = None) -> Graded:
+def grade_run(run: str, calibration: Calibration | None = None) -> Grades:
     """(planned, measured) by name; by a calibration, the steps are planned anew."""
-    plan, costs = read_plan(run), measured(run)
+    plan, costs = read_plan(run), read_costs(run)
     predicted = dict(plan.get("predicted", {}))
     if calibration is not None:
         if plan["machine"] != calibration.machine.name:
@@ -109,31 +115,31 @@ def graded(run: str, calibration: Calibration | None = None) -> Graded:
                 f"{run} ran on {plan['machine']}, {calibration.run} on {calibration.machine.name}: "
                 "calibrate by a run on the same kind of device"
             )
-        again = calibration.plan(read_recipe(run), world=int(plan["world_size"]))["predicted"]
+        again = calibration.plan(read_recipe(run), world_size=int(plan["world_size"]))["predicted"]
         predicted |= {name: value for name, value in again.items() if name in predicted or "step" in name}
     return {name.removeprefix("cost/"): (planned, costs[name])
             for name, planned in sorted(predicted.items()) if name in costs}  # fmt: skip
 
 
-def goal_of(name: str) -> float | None:
+def find_goal(name: str) -> float | None:
     """The largest relative error that a plan may have."""
     return next((goal for start, goal in GOALS.items() if name.startswith(start)), None)
 
 
-def missed(rows: Graded) -> list[str]:
+def find_missed(rows: Grades) -> list[str]:
     """Names whose error is beyond their goal."""
     return [name for name, (planned, found) in rows.items()
-            if (goal := goal_of(name)) is not None and abs(planned - found) > goal * abs(found)]  # fmt: skip
+            if (goal := find_goal(name)) is not None and abs(planned - found) > goal * abs(found)]  # fmt: skip
 
 
 def compare(run: str, calibration: Calibration | None = None) -> str:
     """Prediction, measurement, error and goal, line by line."""
-    rows = graded(run, calibration)
-    beyond = missed(rows)
+    rows = grade_run(run, calibration)
+    beyond = find_missed(rows)
     lines = [f"{'':30}{'planned':>16}{'measured':>16}{'error':>9}{'goal':>9}"]
     for name, (planned, found) in rows.items():
         error = f"{planned / found - 1:+9.1%}" if found else f"{'':9}"
-        goal = goal_of(name)
+        goal = find_goal(name)
         told = "" if goal is None else f"{goal:9.0%}" + ("  MISSED" if name in beyond else "")
         lines.append(f"{name:30}{planned:16,.6g}{found:16,.6g}{error}{told}".rstrip())
     if calibration is not None:

@@ -31,12 +31,12 @@ from model.encoders.text import TextCond
 from model.flops import parameter_count
 from trainer.feed import MicroBatch, draw_noise
 from trainer.launchers import start_training
-from trainer.objective import get_objective, loss_function, train_flops_per_sample
-from trainer.planning.plan import Cost, StepCost
+from trainer.objective import bind_objective, count_train_flops, get_objective
+from trainer.planning.hardware_plan import Cost, StepCost
 from trainer.recipe import Recipe
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
-from trainer.zero.group import Group, free_port, leave, start
+from trainer.zero.group import Group, find_free_port, leave, start
 
 log = get_logger("plan")
 BLOCKS = (2, 4)  # of the two shallow models
@@ -47,7 +47,7 @@ PASSES = 2  # micro-batches of a step: passes that only add up gradients and tho
 
 
 @dataclass(frozen=True)
-class Sized:
+class MeasuredModel:
     """What a model took, and how large it is."""
 
     cost: StepCost
@@ -55,29 +55,29 @@ class Sized:
     parameters: int
 
 
-def step_here(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
+def time_step(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
     """What a micro-batch and an update take on `ranks` processes of this machine."""
-    *smaller, larger = _measured(recipe, micro_batch=micro_batch, ranks=ranks)
+    *smaller, larger = _measure_models(recipe, micro_batch=micro_batch, ranks=ranks)
     micro, update = larger.cost
     for one in smaller:
-        flops = _place(train_flops_per_sample(recipe), one.flops, larger.flops)
-        parameters = _place(parameter_count(recipe.model), one.parameters, larger.parameters)
+        flops = _find_place(count_train_flops(recipe), one.flops, larger.flops)
+        parameters = _find_place(parameter_count(recipe.model), one.parameters, larger.parameters)
         # what is small is noise, too: never less than the larger one's
         micro = Cost(*map(max, micro, one.cost.micro_batch.towards(micro, flops)))
         update = Cost(*map(max, update, one.cost.update.towards(update, parameters)))
     return StepCost(micro, update)
 
 
-def flops_here(recipe: Recipe, *, micro_batch: int) -> float:
+def measure_flops(recipe: Recipe, *, micro_batch: int) -> float:
     """FLOP/s that the recipe's blocks reach on one device."""
-    *smaller, larger = _measured(recipe, micro_batch=micro_batch, ranks=1)
+    *smaller, larger = _measure_models(recipe, micro_batch=micro_batch, ranks=1)
     flops, seconds = larger.flops, larger.cost.micro_batch.seconds
     for one in smaller:
         flops, seconds = flops - one.flops, seconds - one.cost.micro_batch.seconds
     return flops * micro_batch / seconds
 
 
-def shallow(config: TokenConfig, blocks: int) -> TokenConfig:
+def make_shallow(config: TokenConfig, blocks: int) -> TokenConfig:
     """A model as wide as `config`, of fewer blocks."""
     kind = type(config)
     as_wide = type(kind.__name__, (kind,), {"width": config.width, "heads": config.heads})
@@ -87,15 +87,15 @@ def shallow(config: TokenConfig, blocks: int) -> TokenConfig:
     return as_wide(**fields | {"depth": blocks})
 
 
-def _place(value: int, smaller: int, larger: int) -> float:
+def _find_place(value: int, smaller: int, larger: int) -> float:
     """0 at the smaller one, 1 at the larger one."""
     return (value - smaller) / (larger - smaller)
 
 
-def _measured(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
+def _measure_models(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[MeasuredModel]:
     """The shallow models, smallest first; of a model that is as shallow itself, that one alone."""
     for _ in range(TRIES):
-        found = _tried(recipe, micro_batch=micro_batch, ranks=ranks)
+        found = _try_models(recipe, micro_batch=micro_batch, ranks=ranks)
         seconds = [one.cost.micro_batch.seconds for one in found]
         if all(less < more for less, more in pairwise(seconds)):
             return found
@@ -103,21 +103,21 @@ def _measured(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
     raise UserError(f"{many} blocks took no longer than {few}: something else works on this machine, plan again later")
 
 
-def _tried(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Sized]:
+def _try_models(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[MeasuredModel]:
     counts = BLOCKS if recipe.model.depth > BLOCKS[-1] else (recipe.model.depth,)
     found = []
     for blocks in counts:
         log.info("trying %d blocks of width %d on %d rank(s)", blocks, recipe.model.width, ranks)
-        one = replace(recipe, model=shallow(recipe.model, blocks))
-        cost = _launch(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
-        found.append(Sized(cost, train_flops_per_sample(one), parameter_count(one.model)))
+        one = replace(recipe, model=make_shallow(recipe.model, blocks))
+        cost = _try_model(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
+        found.append(MeasuredModel(cost, count_train_flops(one), parameter_count(one.model)))
     return found
 
 
-def _launch(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> StepCost:
+def _try_model(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> StepCost:
     """This module on `ranks` processes."""
     words = [Path(sys.executable).name, "-W", "ignore", "-m", "trainer.planning.trial", str(blocks), str(micro_batch)]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "TRIAL_RECIPE": json.dumps(recipe.to_json())}
     with tempfile.TemporaryFile("w+") as said:
         processes = [
@@ -141,12 +141,12 @@ def _launch(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> Ste
 
 def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -> StepCost:
     """What each rank of a trial does: the busier one's medians, the same on all. Collective."""
-    parallel = replace(recipe.parallel, micro_batch=micro_batch, hpz=min(recipe.parallel.hpz, group.world))
-    batch = micro_batch * PASSES * group.world
-    recipe = replace(recipe, model=shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
+    parallel = replace(recipe.parallel, micro_batch=micro_batch, hpz=min(recipe.parallel.hpz, group.world_size))
+    batch = micro_batch * PASSES * group.world_size
+    recipe = replace(recipe, model=make_shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
     engine = ZeroEngine(recipe, group, accumulation=PASSES)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
-    compute, micro = loss_function(recipe), make_up_batch(recipe, micro_batch)
+    compute, micro = bind_objective(recipe), make_up_batch(recipe, micro_batch)
     if group.device.type == "cuda":
         micro = micro.pin_memory()
     timer = Timer(group)
@@ -185,7 +185,7 @@ class Timer:
         seconds, work, stolen = (now - then for now, then in zip(self._now(), self._since))
         if self._group.device.type == "cuda":
             return seconds, work
-        return subtract_stolen(seconds, stolen=stolen, work=work, ranks=self._group.world), work
+        return subtract_stolen(seconds, stolen=stolen, work=work, ranks=self._group.world_size), work
 
 
 def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:

@@ -18,7 +18,7 @@ from infra.log import get_logger
 from infra.steal import read_stolen_seconds
 from model.probe import AttentionProbe, AttentionSeen
 from trainer.machines import Machine
-from trainer.objective import Losses, train_flops_per_sample
+from trainer.objective import Losses, count_train_flops
 from trainer.recipe import Recipe
 from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
@@ -45,7 +45,7 @@ class Monitor:
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
         exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
-        self._flops = exact if recipe.lora.rank is None else train_flops_per_sample(recipe)
+        self._flops = exact if recipe.lora.rank is None else count_train_flops(recipe)
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
@@ -150,7 +150,7 @@ class Monitor:
             "ema_share": self._seconds["averaging"] / seconds,
             "cpu_cores": (time.process_time() - self._cpu) / seconds,
             "stolen_cores": (read_stolen_seconds() - self._stolen) / seconds,
-            "memory": float(memory_bytes(self.group.device)),
+            "memory": float(measure_peak_memory(self.group.device)),
             "max_logit": max((seen.max_logit for seen in self._attention), default=0.0),
         }
         sums = dict(zip(sums, self.group.sum(list(sums.values()))))
@@ -164,7 +164,7 @@ class Monitor:
             figures["loss"] = math.fsum(self._step_losses) / len(self._step_losses)
         figures |= {
             "data_wait": largest["data_wait"],
-            "mfu": self._flops * (sums["images"] / seconds) / (self._machine.flops * self.group.world),
+            "mfu": self._flops * (sums["images"] / seconds) / (self._machine.flops * self.group.world_size),
             "memory_gib": largest["memory"] / 2**30,
         }
         if self.group.device.type == "cpu":
@@ -172,7 +172,7 @@ class Monitor:
             # A GPU has not done the EMA's update yet when its phase ends, so its share is told on a CPU only.
             figures |= {name: largest[name] for name in ("ema_share", "cpu_cores", "stolen_cores")}
         if self._attention:
-            entropy = sums["entropy"] / self.group.world
+            entropy = sums["entropy"] / self.group.world_size
             figures |= {"attention/max_logit": largest["max_logit"], "attention/entropy": entropy}
         figures |= {name: sums[name] / sums["images"] for name in self._names}
         self._attention.clear()
@@ -180,7 +180,7 @@ class Monitor:
         return figures
 
 
-def memory_bytes(device: torch.device) -> int:
+def measure_peak_memory(device: torch.device) -> int:
     """The most that this rank has held: of the GPU's memory, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

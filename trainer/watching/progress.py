@@ -19,10 +19,10 @@ from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
 from trainer.validate import ValidationLoss
-from trainer.watching.board import Board
+from trainer.watching.curves import CurveWriter
 from trainer.watching.trackers import Trackers
 from trainer.zero.group import Group
-from trainer.zero.uploads import staging
+from trainer.zero.uploads import staging_folder
 
 
 class RunLog:
@@ -43,16 +43,16 @@ class RunLog:
         self._talks = group.rank == 0
         self._progress = Progress(recipe.images, "images", desc=self.run, initial=min(images_seen, recipe.images))
         self._store = ResultStore(storage.join(out, "results"))
-        self._board: Board | None = None
+        self._board: CurveWriter | None = None
         self._trackers = Trackers(recipe, self.run, out) if self._talks else None
         if self._talks:
             if storage.is_remote(out):
-                self._events = staging(out, group.rank).parent / "tensorboard"
+                self._events = staging_folder(out, group.rank).parent / "tensorboard"
                 shutil.rmtree(self._events, ignore_errors=True)  # of a session before, which sent them
             else:
                 self._events = storage.local_path(out) / "logs" / "tensorboard"
                 self._forget_after(images_seen)
-            self._board = Board(self._events, images_seen)
+            self._board = CurveWriter(self._events, images_seen)
 
     @property
     def seconds(self) -> float:
@@ -117,13 +117,13 @@ class RunLog:
 
     def add_costs(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""
-        details = json.dumps({"ranks": self.group.world, "device": self.group.device.type})
+        details = json.dumps({"ranks": self.group.world_size, "device": self.group.device.type})
         speed = {}
         if self._seconds:
-            rate = self.recipe.global_batch / max(_settled(self._seconds), 1e-9)
-            speed = {"images_per_second": rate, "step_seconds": _settled(self._own or self._seconds)}
+            rate = self.recipe.global_batch / max(_median_after_warm_up(self._seconds), 1e-9)
+            speed = {"images_per_second": rate, "step_seconds": _median_after_warm_up(self._own or self._seconds)}
         if self._cpu:
-            speed["step_cpu_seconds"] = _settled(self._cpu)
+            speed["step_cpu_seconds"] = _median_after_warm_up(self._cpu)
         for name, value in {"seconds": self.seconds, **speed, **figures}.items():
             self._row(f"cost/{name}", value, self.images_seen, details=details)
 
@@ -221,6 +221,6 @@ class RunLog:
             self._rows.append(row)
 
 
-def _settled(values: list[float]) -> float:
+def _median_after_warm_up(values: list[float]) -> float:
     """The median without the first stretch, which warms up; some others hold a validation or a save."""
     return statistics.median(values[1:] or values)

@@ -30,7 +30,7 @@ class Sampler:
         self.recipe, self.dataset, self.group = recipe, dataset, group
         bucket = next(iter(dataset.bucket_ranges.values()))
         self.batch = dataset.read(bucket[: recipe.logging.samples])
-        self.share = math.ceil(len(self.batch.keys) / group.world)
+        self.share = math.ceil(len(self.batch.keys) / group.world_size)
 
     def draw(self, engine: ZeroEngine, uri: str) -> None:
         """With the weights that the engine now shows, into a PNG at `uri`. Collective."""
@@ -50,7 +50,7 @@ class Sampler:
                 shift=self.recipe.shift,
                 formulation=self.recipe.formulation,
             )
-        all_BCHW = torch.zeros(group.world * self.share, *mine_BCHW.shape[1:], device=group.device)
+        all_BCHW = torch.zeros(group.world_size * self.share, *mine_BCHW.shape[1:], device=group.device)
         all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = mine_BCHW
         latents_BCHW = group.sum_(all_BCHW).cpu()[: len(batch.keys)]
         if group.rank == 0:
@@ -61,14 +61,14 @@ class Sampler:
         try:
             vae = load_vae(resolve(self.dataset.vae.checkpoint))
             images = self.dataset.vae.latents.decode(vae, latents_BCHW)
-            storage.write_bytes(uri, grid_png(images))
+            storage.write_bytes(uri, draw_grid(images))
             captions = "\n".join(self.batch.captions) + "\n"
             storage.write_bytes(uri.rsplit("/", 1)[0] + "/captions.txt", captions.encode())
         except (UserError, OSError) as error:
             log.warning("no sample grid: %s", error)
 
 
-def grid_png(images_BCHW: Tensor, *, columns: int = 4) -> bytes:
+def draw_grid(images_BCHW: Tensor, *, columns: int = 4) -> bytes:
     """Images in [-1, 1], row by row."""
     from PIL import Image
     from torchvision.utils import make_grid

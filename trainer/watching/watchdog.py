@@ -25,9 +25,9 @@ import psutil
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.launchers import gone
+from trainer.launchers import has_ended
 from trainer.runfolder import rank_name, step_name
-from trainer.zero.group import Group, lost_peer, rendezvous_store, settle
+from trainer.zero.group import Group, is_lost_peer, rendezvous_store, settle
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
@@ -63,7 +63,7 @@ class Watchdog:
         self._state = RUNNING
         self._seen: dict[int, RankStatus] = {}
         self._stop = threading.Event()
-        self._store: Any = store or (rendezvous_store() if group.world > 1 else None)
+        self._store: Any = store or (rendezvous_store() if group.world_size > 1 else None)
         self._contact = time.monotonic()
         # Talking to the store may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
@@ -102,7 +102,7 @@ class Watchdog:
 
     def _judge(self) -> None:
         while not self._stop.wait(min(BEAT_S, self.stall_s / 4)):
-            if gone(self._launchers):
+            if has_ended(self._launchers):
                 self._launchers = []
                 log.warning("the launcher is gone: that counts as a SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -118,7 +118,7 @@ class Watchdog:
 
     def _listen(self) -> None:
         now = time.monotonic()
-        ranks = [r for r in range(self.group.world) if self._store.check([f"beeline/beat/{r}"])]
+        ranks = [r for r in range(self.group.world_size) if self._store.check([f"beeline/beat/{r}"])]
         for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
             count, step, doing, done, state, waits = json.loads(text)
             old = self._seen.get(rank)
@@ -154,7 +154,7 @@ class Watchdog:
     def end(self, dead: list[int]) -> None:
         """The main thread may sit in a collective for ever: leave without it."""
         failed = [rank for rank in dead if rank in self._seen and self._seen[rank].state == FAILED]
-        tell_lost(dead, self.group, self._step, failed=bool(failed))
+        report_lost(dead, self.group, self._step, failed=bool(failed))
         sys.stderr.flush()
         os._exit(LOST)
 
@@ -167,7 +167,7 @@ class Watchdog:
         name = f"stall_{rank_name(self.group.rank)}_{step_name(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
-            storage.write_bytes(uri, stacks().encode())
+            storage.write_bytes(uri, dump_stacks().encode())
         if self.group.rank == self._speaker():
             log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._who(), uri)
 
@@ -199,7 +199,7 @@ def waits_for_others() -> bool:
     return "/torch/distributed/" in where or "/deepspeed/" in where
 
 
-def stacks() -> str:
+def dump_stacks() -> str:
     """What every thread of this process is doing."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
@@ -207,9 +207,9 @@ def stacks() -> str:
         return file.read()
 
 
-def tell_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None:
+def report_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None:
     """One line from the lowest rank that lives."""
-    alive = [rank for rank in range(group.world) if rank not in dead]
+    alive = [rank for rank in range(group.world_size) if rank not in dead]
     if alive and group.rank == alive[0]:
         who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
         how = "stopped with an error of its own" if failed else "ended without a word (killed, stopped or out of reach)"
@@ -224,7 +224,7 @@ def end_together(watch: Watchdog) -> Iterator[Watchdog]:
         yield watch
     except BaseException as error:
         settle()
-        if not lost_peer(error):
+        if not is_lost_peer(error):
             watch.close(FAILED)
             if isinstance(error, UserError) and watch.rank_0_failed_too():
                 raise SystemExit(2) from None

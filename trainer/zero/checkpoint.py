@@ -18,7 +18,7 @@ from torch import Tensor
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.recipe import Recipe, differences
+from trainer.recipe import Recipe, find_differences
 from trainer.runfolder import rank_name, step_name
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
@@ -32,7 +32,7 @@ MAY_CHANGE = ("images", "schedule.", "optimizer.")
 
 
 @dataclass
-class Share:
+class RankShare:
     """What one rank saves or loads: for each tensor name one flat tensor per group of segments."""
 
     segments: list[tuple[Segment, ...]]
@@ -42,7 +42,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredCheckpoint:
     """A complete checkpoint: where it is and what its manifest says."""
 
     uri: str
@@ -62,7 +62,7 @@ class Found:
         return [read_index(self.uri, rank)["extra"] for rank in range(len(self.manifest["files"]))]
 
 
-def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, Any], keep: int) -> bool:
+def save(root: str, share: RankShare, group: Group, *, step: int, state: dict[str, Any], keep: int) -> bool:
     """Publish one checkpoint under `root` or none; False when some rank could not write. Collective.
 
     No rank waits for a failed one: success is summed over the ranks before anything is published.
@@ -80,7 +80,7 @@ def save(root: str, share: Share, group: Group, *, step: int, state: dict[str, A
     return not group.any(bool(problem))
 
 
-def write(root: str, share: Share, group: Group, *, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
+def write(root: str, share: RankShare, group: Group, *, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
     """Every rank's files under `root`, and the manifest to publish them with; None when a rank failed. Collective."""
     folder = storage.join(root, step_name(step))
     problem = ""
@@ -97,7 +97,7 @@ def write(root: str, share: Share, group: Group, *, step: int, state: dict[str, 
         if group.rank == 0:
             _remove(folder)
         return None
-    return {"format": FORMAT, "step": step, "world_size": group.world, "state": state, "files": entries}
+    return {"format": FORMAT, "step": step, "world_size": group.world_size, "state": state, "files": entries}
 
 
 def withdraw(root: str, step: int) -> None:
@@ -114,7 +114,7 @@ def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
     _retain(root, keep, step)
 
 
-def candidates(root: str) -> list[str]:
+def list_checkpoints(root: str) -> list[str]:
     """Folders of published checkpoints, newest first."""
     suffix = f"/{MANIFEST}"
     if not storage.exists(root):
@@ -123,11 +123,11 @@ def candidates(root: str) -> list[str]:
     return sorted((uri for uri in found if re.search(r"/step_\d+$", uri)), reverse=True)
 
 
-def find(root: str, group: Group) -> Found | None:
+def find_newest(root: str, group: Group) -> StoredCheckpoint | None:
     """The newest checkpoint that is whole, saying so when newer ones are damaged; None when there never was one."""
-    folders = candidates(root)
+    folders = list_checkpoints(root)
     if group.rank == 0:
-        _tell_half_copied(root, folders)
+        _warn_half_copied(root, folders)
     for index, folder in enumerate(folders):
         found, reason = inspect(folder, group)
         if found is not None:
@@ -140,7 +140,7 @@ def find(root: str, group: Group) -> Found | None:
     return None
 
 
-def _tell_half_copied(root: str, folders: list[str]) -> None:
+def _warn_half_copied(root: str, folders: list[str]) -> None:
     """`latest` follows the manifest of what it names: where that is missing, a copy was cut off or taken away."""
     uri = storage.join(root, LATEST)
     if folders and storage.exists(uri):
@@ -150,7 +150,7 @@ def _tell_half_copied(root: str, folders: list[str]) -> None:
             log.warning("checkpoint %s is damaged (no %s: half copied), %s", named, MANIFEST, then)
 
 
-def whole(folder: str, group: Group) -> Found:
+def require_whole(folder: str, group: Group) -> StoredCheckpoint:
     """The checkpoint in this very folder; UserError when it is not whole. Collective."""
     found, reason = inspect(folder, group)
     if found is None:
@@ -158,18 +158,18 @@ def whole(folder: str, group: Group) -> Found:
     return found
 
 
-def inspect(folder: str, group: Group) -> tuple[Found | None, str]:
+def inspect(folder: str, group: Group) -> tuple[StoredCheckpoint | None, str]:
     """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective."""
     reason, found = "", None
     try:
         manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
         if manifest["format"] != FORMAT:
             raise UserError(f"format {manifest['format']}, this version reads {FORMAT}")
-        for number in range(group.rank, len(manifest["files"]), group.world):
+        for number in range(group.rank, len(manifest["files"]), group.world_size):
             for name, wanted in manifest["files"][number].items():
                 if file_hash(storage.join(folder, name)) != wanted:
                     raise UserError(f"{name} does not have the content that was saved")
-        found = Found(folder, manifest)
+        found = StoredCheckpoint(folder, manifest)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     if group.any(bool(reason)):
@@ -182,7 +182,7 @@ def check_same_recipe(
 ) -> None:
     """Refuse a checkpoint of another recipe, by its manifest's state; what --resume PATH may change is left aside, and
     so are `unknown` fields of the recipe."""
-    changed = differences(Recipe.from_json(kept["recipe"]), recipe)
+    changed = find_differences(Recipe.from_json(kept["recipe"]), recipe)
     changed = [line for line in changed if not line.startswith(unknown)]
     if resume != "latest":
         changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
@@ -192,7 +192,7 @@ def check_same_recipe(
         raise UserError(f"{uri} belongs to another recipe ({'; '.join(changed)}): use the options it was saved with")
 
 
-def load(found: Found, share: Share, group: Group) -> None:
+def load(found: StoredCheckpoint, share: RankShare, group: Group) -> None:
     """Fill the tensors of `share` in place, whatever number of ranks wrote them. Collective only in its verdict."""
     problem = ""
     try:
@@ -205,7 +205,7 @@ def load(found: Found, share: Share, group: Group) -> None:
 
 def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
     """Every rank's two file hashes (as 16 words of 32 bits, exact in float64), in rank order, on all ranks."""
-    words = torch.zeros(group.world, 16, dtype=torch.float64, device=group.device)
+    words = torch.zeros(group.world_size, 16, dtype=torch.float64, device=group.device)
     if len(entry) == 16:
         words[group.rank] = torch.tensor(entry, dtype=torch.float64)
     rows = group.sum_(words).long().tolist()
@@ -220,7 +220,7 @@ def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
 
 def _retain(root: str, keep: int, step: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what killed saves left behind."""
-    good = {uri.rsplit("/", 1)[-1] for uri in candidates(root)[:keep]}
+    good = {uri.rsplit("/", 1)[-1] for uri in list_checkpoints(root)[:keep]}
     for name in sorted(set(_step_folders(root)) - good):
         if int(name.removeprefix("step_")) != step:
             _remove(storage.join(root, name))

@@ -18,7 +18,7 @@ FORMS = "power:WIDTH (0 < WIDTH < 0.28), decay:FACTOR or decay:FACTOR@IMAGES (0 
 
 
 @dataclass(frozen=True)
-class Profile:
+class EMAProfile:
     """How much of the old average survives an update."""
 
     name: str
@@ -45,7 +45,7 @@ def gamma_of_width(width: float) -> float:
     return float(roots.real.max())
 
 
-def parse_profile(text: str) -> Profile:
+def parse_profile(text: str) -> EMAProfile:
     """`power:0.10`, `decay:0.999`, `decay:0.99@102400`."""
     found = re.fullmatch(r"(power|decay):([0-9.]+)(?:@([0-9]+))?", text)
     try:
@@ -55,9 +55,9 @@ def parse_profile(text: str) -> Profile:
     except ValueError:
         raise UserError(f"EMA profile {text!r} is not understood, expected {FORMS}") from None
     if found[1] == "power" and 0 < value < 0.28 and every is None:
-        return Profile(text, gamma=gamma_of_width(value))
+        return EMAProfile(text, gamma=gamma_of_width(value))
     if found[1] == "decay" and 0 < value < 1 and every != 0:
-        return Profile(text, factor=value, every=every)
+        return EMAProfile(text, factor=value, every=every)
     raise UserError(f"EMA profile {text!r} is out of range, expected {FORMS}")
 
 

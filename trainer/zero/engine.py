@@ -19,7 +19,7 @@ from model.lora import add_adapters, is_adapter, switched_off
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw
-from trainer.zero.partition import partition_of
+from trainer.zero.partition import view_partition
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,7 +44,7 @@ class ZeroEngine:
         self.recipe, self.group, self.stage = recipe, group, recipe.parallel.zero_stage
         self.accumulation = accumulation
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        config = deepspeed_config(recipe, group, accumulation=accumulation)
+        config = make_deepspeed_config(recipe, group, accumulation=accumulation)
         make = build or (lambda: recipe.model.build(seed=recipe.seed))
         # Parameters are sharded as each layer is made: the whole model never lies on one rank.
         sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else contextlib.nullcontext()
@@ -72,7 +72,7 @@ class ZeroEngine:
             # In bf16 it looks for infinities in each gradient by a dozen small kernels, called from Python: on a GPU 95
             # of 115 ms of a step at depth 15. The norm tells the same, and DeepSpeed skips the step by it as well.
             self._engine.optimizer.check_overflow = lambda **how: None
-        self.partition = partition_of(self._engine, model, stage=self.stage)
+        self.partition = view_partition(self._engine, model, stage=self.stage)
         self._gradient_bytes = 0
         self._adam: torch.optim.Optimizer = self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
 
@@ -146,7 +146,7 @@ class ZeroEngine:
         belongs to the same step."""
         with self.inference(), switched_off(self.model):
             yield
-        self.partition.same_step()
+        self.partition.continue_step()
 
     # --- this rank's share
 
@@ -243,7 +243,7 @@ class ZeroEngine:
         return {"local": sum(s.numel for f in self.partition.flats for s in f.segments), "parameters": total}
 
 
-def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict[str, Any]:
+def make_deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON for a recipe. What is not named here keeps DeepSpeed's default."""
     p = recipe.parallel
     # Gloo has no streams: overlapping would only add copies.
@@ -279,7 +279,7 @@ def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict
             pin = group.device.type == "cuda"
             where: dict[str, Any] = {"device": p.offload_parameters, "nvme_path": p.nvme_path, "pin_memory": pin}
             if p.offload_parameters == "nvme":
-                where |= {"max_in_cpu": 0, **swap_buffers(recipe, group.world)}
+                where |= {"max_in_cpu": 0, **size_swap_buffers(recipe, group.world_size)}
             config["zero_optimization"]["offload_param"] = {k: v for k, v in where.items() if v is not None}
     if p.offload_optimizer:
         # The optimizer states stay in the host's memory: checkpoints and EMA read them there.
@@ -293,7 +293,7 @@ def deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict
     return config
 
 
-def swap_buffers(recipe: Recipe, world: int) -> dict[str, int]:
+def size_swap_buffers(recipe: Recipe, world_size: int) -> dict[str, int]:
     """Buffers between NVMe and the weights that compute, one per tensor: DeepSpeed asks for all of a block's at once,
     and for the next block's while that one computes. Its default of five is enough for no block."""
     with torch.device("meta"):
@@ -301,7 +301,7 @@ def swap_buffers(recipe: Recipe, world: int) -> dict[str, int]:
     sizes = [parameter.numel() for parameter in model.parameters()]
     blocks = [len(list(block.parameters())) for block in model.blocks]
     count = len(sizes) - sum(blocks) + 2 * max(blocks)
-    return {"buffer_count": count, "buffer_size": -(-max(sizes) // world)}
+    return {"buffer_count": count, "buffer_size": -(-max(sizes) // world_size)}
 
 
 def compile_blocks(model: nn.Module) -> None:

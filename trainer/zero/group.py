@@ -28,20 +28,20 @@ class Group:
     """All ranks of the run. Every method here is a collective: all ranks must call it."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values.tolist()
 
     def max(self, numbers: Sequence[float]) -> list[float]:
         """Element-wise maximum over the ranks."""
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values.tolist()
 
@@ -51,19 +51,19 @@ class Group:
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, in rank order, on all ranks."""
-        found = [text] * self.world
-        if self.world > 1:
+        found = [text] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(found, text)
         return found
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 
@@ -86,8 +86,8 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        os.environ["MASTER_PORT"] = str(find_free_port())
+    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device(resolve_device(f"cuda:{local}" if gpu else "cpu"))
     if gpu:
         torch.cuda.set_device(device)
@@ -104,7 +104,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
             raise UserError(PORT_IN_USE.format(port=os.environ["MASTER_PORT"])) from error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"ranks could not meet at {where}: {error}; is --master_addr right?") from error
-    return Group(rank, world, device)
+    return Group(rank, world_size, device)
 
 
 def rendezvous_store() -> Any:
@@ -112,7 +112,7 @@ def rendezvous_store() -> Any:
     return dist.distributed_c10d._get_default_store().clone()
 
 
-def lost_peer(error: BaseException | None) -> bool:
+def is_lost_peer(error: BaseException | None) -> bool:
     """Does this error, or what led to it, say that another rank is gone?"""
     while error is not None:
         text = str(error)
@@ -139,10 +139,10 @@ def settle(*, limit_s: float = 10.0) -> None:
     end, idle = time.monotonic() + limit_s, 0
     while idle < LOOKS and time.monotonic() < end:
         time.sleep(0.005)  # without the lock: who waits for it can run, and no longer counts as asleep
-        idle = idle + 1 if all(state == "S" for state in _states("pt_gloo_runloop")) else 0
+        idle = idle + 1 if all(state == "S" for state in _thread_states("pt_gloo_runloop")) else 0
 
 
-def _states(name: str) -> list[str]:
+def _thread_states(name: str) -> list[str]:
     """State (S: sleeping, R: running or waiting for a core) of this process's threads of a name; Linux only."""
     found = []
     for path in Path("/proc/self/task").glob("*/stat"):
@@ -153,7 +153,7 @@ def _states(name: str) -> list[str]:
     return found
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

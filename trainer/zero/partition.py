@@ -54,12 +54,12 @@ class Partition(Protocol):
     def show_master(self) -> None:
         """Back to the masters, bit by bit. Collective."""
 
-    def same_step(self) -> None:
+    def continue_step(self) -> None:
         """The next forward pass continues the step that the last one began."""
 
 
 class Stage3Partition:
-    """Parameters, gradients and states sharded: each parameter is cut into `world` equal ranges."""
+    """Parameters, gradients and states sharded: each parameter is cut into `world_size` equal ranges."""
 
     replicated = False
 
@@ -123,7 +123,7 @@ class Stage3Partition:
     def show_master(self) -> None:
         self.show([flat.master for flat in self.flats])
 
-    def same_step(self) -> None:
+    def continue_step(self) -> None:
         # DeepSpeed prefetches by a trace of modules, which it begins anew at each forward pass: with two of them a step
         # no trace was ever whole, and nothing was prefetched.
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
@@ -131,7 +131,7 @@ class Stage3Partition:
 
 
 class Stage12Partition:
-    """Gradients and states sharded, parameters whole: all parameters in one flat range, cut into `world` pieces."""
+    """Gradients and states sharded, parameters whole: one flat range of all of them, in `world_size` pieces."""
 
     replicated = False
 
@@ -152,7 +152,7 @@ class Stage12Partition:
         return tuple(sorted(found, key=lambda s: s.offset))
 
     def frozen(self) -> list[Flat]:
-        return whole_flats(self._model, training=False)
+        return list_whole_flats(self._model, training=False)
 
     def weight_bytes(self) -> int:
         weights = [*self._optimizer.bit16_groups_flat, *(flat.master for flat in self.frozen())]
@@ -180,7 +180,7 @@ class Stage12Partition:
     def show_master(self) -> None:
         self.show([flat.master for flat in self.flats])
 
-    def same_step(self) -> None:
+    def continue_step(self) -> None:
         pass
 
 
@@ -190,12 +190,12 @@ class Stage0Partition:
     replicated = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.flats = whole_flats(model, training=True)
+        self.flats = list_whole_flats(model, training=True)
         self._displaced: list[Tensor] | None = None
         self._model = model
 
     def frozen(self) -> list[Flat]:
-        return whole_flats(self._model, training=False)
+        return list_whole_flats(self._model, training=False)
 
     def weight_bytes(self) -> int:
         return sum(flat.master.numel() * flat.master.element_size() for flat in (*self.flats, *self.frozen()))
@@ -215,11 +215,11 @@ class Stage0Partition:
                 flat.master.copy_(source)
             self._displaced = None
 
-    def same_step(self) -> None:
+    def continue_step(self) -> None:
         pass
 
 
-def whole_flats(model: nn.Module, *, training: bool) -> list[Flat]:
+def list_whole_flats(model: nn.Module, *, training: bool) -> list[Flat]:
     """Parameters that are not sharded, each by itself: those that train or those that do not."""
     return [
         Flat(param.data.view(-1), (Segment(name, tuple(param.shape), 0, param.numel(), 0),))
@@ -227,7 +227,7 @@ def whole_flats(model: nn.Module, *, training: bool) -> list[Flat]:
     ]  # fmt: skip
 
 
-def partition_of(engine: Any, model: nn.Module, *, stage: int) -> Partition:
+def view_partition(engine: Any, model: nn.Module, *, stage: int) -> Partition:
     """The partition view of a DeepSpeed engine."""
     names = {id(param): name for name, param in model.named_parameters()}
     if stage == 3:

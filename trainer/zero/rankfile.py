@@ -27,7 +27,7 @@ CHUNK = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Copy:
+class RangeCopy:
     """`numel` elements from position `source` of rank file `rank` to position `target` of flat tensor `flat`."""
 
     rank: int
@@ -61,11 +61,11 @@ def write_rank_file(
         for flats in tensors.values():
             for flat, parts in zip(flats, segments, strict=True):
                 host = flat.detach().to("cpu", torch.float32).contiguous().numpy()
-                for start, stop in _runs(parts):
+                for start, stop in _join_segments(parts):
                     yield host[start:stop].data.cast("B")
 
-    written = put(storage.join(folder, f"{rank_name(rank)}.safetensors"), data())
-    described = put(storage.join(folder, f"{rank_name(rank)}.json"), iter([json.dumps(index).encode()]))
+    written = put_hashed(storage.join(folder, f"{rank_name(rank)}.safetensors"), data())
+    described = put_hashed(storage.join(folder, f"{rank_name(rank)}.json"), iter([json.dumps(index).encode()]))
     return tuple(int.from_bytes(digest[i : i + 4], "big") for digest in (written, described) for i in range(0, 32, 4))
 
 
@@ -104,10 +104,10 @@ class Ranges:
 def copy_ranges(ranges: Ranges, segments: Sequence[Sequence[Segment]], tensors: dict[str, list[Tensor]]) -> None:
     """Fill `tensors` in place from the rank files that hold the ranges, reading those ranges only."""
     folder = ranges.folder
-    copies = _plan(ranges, segments)
-    headers = {rank: _header(folder, rank) for rank in sorted({copy.rank for copy in copies})}
+    copies = _choose_copies(ranges, segments)
+    headers = {rank: _read_header(folder, rank) for rank in sorted({copy.rank for copy in copies})}
 
-    def fill(job: tuple[str, Copy]) -> None:
+    def fill(job: tuple[str, RangeCopy]) -> None:
         name, copy = job
         begin, entries = headers[copy.rank]
         if name not in entries:
@@ -125,10 +125,10 @@ def copy_ranges(ranges: Ranges, segments: Sequence[Sequence[Segment]], tensors: 
         list(pool.map(fill, jobs))
 
 
-def _plan(ranges: Ranges, segments: Sequence[Sequence[Segment]]) -> list[Copy]:
+def _choose_copies(ranges: Ranges, segments: Sequence[Sequence[Segment]]) -> list[RangeCopy]:
     """Which ranges to fetch, neighbours joined: with the same number of ranks that is one read per tensor."""
     folder, sources, shapes = ranges.folder, ranges.sources, ranges.shapes
-    found: list[Copy] = []
+    found: list[RangeCopy] = []
     for flat, parts in enumerate(segments):
         for s in parts:
             if shapes.get(s.name) != s.shape:
@@ -140,15 +140,15 @@ def _plan(ranges: Ranges, segments: Sequence[Sequence[Segment]]) -> list[Copy]:
             for start, numel, rank, at in sources[s.name]:
                 first, last = max(start, s.start), min(start + numel, s.start + s.numel)
                 if first < last:
-                    found.append(Copy(rank, at + first - start, flat, s.offset + first - s.start, last - first))
+                    found.append(RangeCopy(rank, at + first - start, flat, s.offset + first - s.start, last - first))
                     covered += last - first
             if covered != s.numel:
                 raise UserError(f"{folder}: {covered} of {s.numel} elements of {s.name} are there; it is damaged")
-    return _joined(found)
+    return _join_neighbours(found)
 
 
-def _joined(copies: list[Copy]) -> list[Copy]:
-    joined: list[Copy] = []
+def _join_neighbours(copies: list[RangeCopy]) -> list[RangeCopy]:
+    joined: list[RangeCopy] = []
     for copy in sorted(copies, key=lambda c: (c.flat, c.rank, c.target)):
         last = joined[-1] if joined else None
         if (
@@ -157,20 +157,20 @@ def _joined(copies: list[Copy]) -> list[Copy]:
             and last.source + last.numel == copy.source
             and last.target + last.numel == copy.target
         ):
-            joined[-1] = Copy(last.rank, last.source, last.flat, last.target, last.numel + copy.numel)
+            joined[-1] = RangeCopy(last.rank, last.source, last.flat, last.target, last.numel + copy.numel)
         else:
             joined.append(copy)
     return joined
 
 
-def _header(folder: str, rank: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
+def _read_header(folder: str, rank: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """(position of the data, entries) of a safetensors file."""
     uri = storage.join(folder, f"{rank_name(rank)}.safetensors")
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     return 8 + length, json.loads(storage.read_bytes(uri, 8, length))
 
 
-def _runs(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+def _join_segments(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
     """Neighbouring segments of a flat tensor as (start, stop): padding lies between."""
     start = stop = None
     for s in parts:
@@ -184,13 +184,13 @@ def _runs(parts: Sequence[Segment]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def put(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
+def put_hashed(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
     """Write a whole object atomically and give its sha256."""
     if storage.is_remote(uri):  # by way of a disk: an object of unknown size would have to be collected in memory
         storage.cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=storage.cache_folder(), suffix=storage.TEMP_SUFFIX) as folder:
             staged = Path(folder) / "object"
-            written = put(str(staged), pieces)
+            written = put_hashed(str(staged), pieces)
             storage.upload(staged, uri)
         return written
     digest = hashlib.sha256()

@@ -32,9 +32,9 @@ class Uploads:
         self._thread: threading.Thread | None = None
         self._number, self._arrived = 0, True
         if self.remote:
-            self.place = str(staging(out, group.rank))
+            self.place = str(staging_folder(out, group.rank))
             self._clear()  # what a killed run left
-            self._store = store or (rendezvous_store() if group.world > 1 else None)
+            self._store = store or (rendezvous_store() if group.world_size > 1 else None)
 
     @property
     def busy(self) -> bool:
@@ -94,7 +94,7 @@ class Uploads:
                 self._store.set(mine, json.dumps(problem))
             if self.group.rank > 0:
                 return not self._hear(verdict)
-            told = [problem] + [self._hear(f"beeline/upload/{number}/{r}") for r in range(1, self.group.world)]
+            told = [problem] + [self._hear(f"beeline/upload/{number}/{r}") for r in range(1, self.group.world_size)]
             problem = next(filter(None, told), "")
             if not problem:
                 try:
@@ -115,6 +115,6 @@ class Uploads:
         return json.loads(self._store.get(key))
 
 
-def staging(out: str, rank: int) -> Path:
+def staging_folder(out: str, rank: int) -> Path:
     """Where a rank keeps what is still to be uploaded."""
     return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / rank_name(rank)

@@ -11,7 +11,7 @@ from infra.log import get_logger
 log = get_logger("train")
 
 
-class Board:
+class CurveWriter:
     """Curves in FOLDER. What cannot be written is reported once and dropped; `flush` begins a new file where it can."""
 
     def __init__(self, folder: Path, images_seen: int) -> None:

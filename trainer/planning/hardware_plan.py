@@ -10,8 +10,8 @@ from infra.device import resolve_precision
 from infra.log import format_duration
 from model.activations import activations_per_image
 from model.flops import forward_flops_per_image, parameter_count
-from trainer.machines import Machine, this_machine, transfer_seconds
-from trainer.objective import get_objective, train_flops_per_sample
+from trainer.machines import Machine, estimate_transfer, this_machine
+from trainer.objective import count_train_flops, get_objective
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
@@ -49,10 +49,10 @@ def plan_precision(recipe: Recipe, machine: Machine | None) -> Recipe:
     return replace(recipe, precision=machine.precision if machine else resolve_precision("auto", "auto"))
 
 
-def make_plan(
+def make_hardware_plan(
     recipe: Recipe,
     *,
-    world: int,
+    world_size: int,
     machine: Machine | None = None,
     efficiency: float | None = None,
     dollars_per_hour: float | None = None,
@@ -68,18 +68,22 @@ def make_plan(
     _, height, width = recipe.data.latent_shape
     tokens = recipe.data.text_tokens
     parameters = parameter_count(recipe.model)
-    train_flops = train_flops_per_sample(recipe)
-    micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world)
+    train_flops = count_train_flops(recipe)
+    micro = recipe.parallel.micro_batch or math.ceil(recipe.global_batch / world_size)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     kept = activations_per_image(recipe.model, recipe.data.latent_shape, tokens, dtype)
     pictures = micro * get_objective(recipe.objective).images_per_sample
     activation = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
     per_stage = {
-        f"stage{stage}": bytes_per_rank(recipe, parameters, stage=stage, world=world, activations=activation)
+        f"stage{stage}": estimate_bytes_per_rank(
+            recipe, parameters, stage=stage, world_size=world_size, activations=activation
+        )
         for stage in range(4)
     }
     stage = recipe.parallel.zero_stage
-    time = step_time(recipe, parameters, machine, world=world, efficiency=efficiency, tried=tried, extra=extra)
+    time = estimate_step_time(
+        recipe, parameters, machine, world_size=world_size, efficiency=efficiency, tried=tried, extra=extra
+    )
     hours = time["step_seconds"] * recipe.steps / 3600
     price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
@@ -87,7 +91,7 @@ def make_plan(
         "recipe_hash": recipe.hash,
         "depth": recipe.model.depth,
         "parameters": parameters,
-        "trained_parameters": trained_parameters(recipe, parameters),
+        "trained_parameters": count_trained_parameters(recipe, parameters),
         "image_tokens": (height // recipe.model.patch) * (width // recipe.model.patch),
         "text_tokens": tokens,
         "forward_flops_per_image": forward_flops_per_image(recipe.model, height, width, tokens),
@@ -95,36 +99,36 @@ def make_plan(
         "images": recipe.images,
         "steps": recipe.steps,
         "train_flops": train_flops * recipe.steps * recipe.global_batch,
-        "world_size": world,
+        "world_size": world_size,
         "zero_stage": stage,
         "micro_batch": micro,
         "machine": machine.name,
-        "device_peak_flops": machine.flops * world,
+        "device_peak_flops": machine.flops * world_size,
         "efficiency": efficiency,
         "bytes_per_rank": per_stage,
         "activation_bytes_per_image": {
             "kept": kept.kept(recompute=False), "recomputed": kept.kept(recompute=True),
         },
-        "advice": advice(recipe, per_stage, machine),
-        "checkpoint_bytes": checkpoint_bytes(recipe, parameters),
-        "storage_bytes": storage_bytes(recipe, parameters),
-        "time": time | {"hours": hours, "device_hours": hours * world},
+        "advice": advise(recipe, per_stage, machine),
+        "checkpoint_bytes": count_checkpoint_bytes(recipe, parameters),
+        "storage_bytes": count_storage_bytes(recipe, parameters),
+        "time": time | {"hours": hours, "device_hours": hours * world_size},
         "tried": tried and {name: cost._asdict() for name, cost in tried._asdict().items()},
-        "dollars": hours * world * price,
-        "precompute": precompute(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
-        "predicted": _predicted(recipe, machine, parameters, time, per_stage[f"stage{stage}"]),
+        "dollars": hours * world_size * price,
+        "precompute": compare_precomputing(recipe, machine, price=price, hours=hours, dataset_images=dataset_images),
+        "predicted": _list_predictions(recipe, machine, parameters, time, per_stage[f"stage{stage}"]),
     }  # fmt: skip
 
 
-def _predicted(
+def _list_predictions(
     recipe: Recipe, machine: Machine, parameters: int, time: dict[str, float], per_rank: dict[str, int]
 ) -> dict[str, float]:
     """What a run measures, under the names of its result rows."""
     measured = ("weights", "masters", "moments", "gradients", "ema", "activations")
     return {
         "cost/parameters": parameters,
-        "cost/checkpoint_bytes": checkpoint_bytes(recipe, parameters),
-        "cost/storage_bytes": storage_bytes(recipe, parameters),
+        "cost/checkpoint_bytes": count_checkpoint_bytes(recipe, parameters),
+        "cost/storage_bytes": count_storage_bytes(recipe, parameters),
         "cost/images_per_second": recipe.global_batch / time["step_seconds"],
         "cost/step_seconds": time["step_seconds"],
         **({} if machine.overlap else {"cost/step_cpu_seconds": time["work_seconds"]}),
@@ -132,22 +136,24 @@ def _predicted(
     }
 
 
-def trained_parameters(recipe: Recipe, parameters: int) -> int:
+def count_trained_parameters(recipe: Recipe, parameters: int) -> int:
     """Those with masters, moments, gradients and EMA: all of a network's `parameters`, or the adapters alone."""
     return parameters if recipe.lora.rank is None else recipe.trained_parameters
 
 
-def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, activations: int = 0) -> dict[str, int]:
+def estimate_bytes_per_rank(
+    recipe: Recipe, parameters: int, *, stage: int, world_size: int, activations: int = 0
+) -> dict[str, int]:
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
     except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
     what may stay for its next use."""
     p = recipe.parallel
-    compute, gradient = widths(recipe)
-    trained = trained_parameters(recipe, parameters)
+    compute, gradient = count_element_bytes(recipe)
+    trained = count_trained_parameters(recipe, parameters)
     frozen = 0 if recipe.lora.rank is None else parameters
 
     def share(sharded: bool) -> float:
-        return 1 / world if sharded else 1.0
+        return 1 / world_size if sharded else 1.0
 
     found: dict[str, float] = {
         "weights": (trained + frozen) * compute * share(stage >= 3),
@@ -165,7 +171,7 @@ def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, a
         found["weights"] = 0
     if stage == 3:
         two_blocks = 2 * recipe.model.block_parameters() / recipe.model.depth
-        found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world > 1 else 0
+        found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world_size > 1 else 0
         found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
     found["activations"] = activations
     whole = {name: math.ceil(value) for name, value in found.items()}
@@ -177,7 +183,7 @@ def bytes_per_rank(recipe: Recipe, parameters: int, *, stage: int, world: int, a
     }
 
 
-def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machine) -> str:
+def advise(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machine) -> str:
     """The cheapest stage that fits: each higher one communicates more or earlier."""
     room = USABLE * machine.memory
     fitting = [stage for stage in range(recipe.lowest_stage, 4) if per_stage[f"stage{stage}"]["device"] <= room]
@@ -194,23 +200,23 @@ def advice(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machin
     return f"stage {fitting[0]} is enough: {used:.1f} of {room / 2**30:.0f} GiB"
 
 
-def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+def count_checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
     """Masters, moments and EMA profiles, in fp32."""
-    return 4 * trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
+    return 4 * count_trained_parameters(recipe, parameters) * (1 + ADAM_MOMENTS + len(recipe.ema.profiles))
 
 
-def storage_bytes(recipe: Recipe, parameters: int) -> int:
+def count_storage_bytes(recipe: Recipe, parameters: int) -> int:
     """A run's folder at its end: checkpoints that are kept, EMA weights of every save, final EMA and raw weights."""
     kept = min(recipe.logging.keep, recipe.num_saves)
-    return kept * checkpoint_bytes(recipe, parameters) + (recipe.num_saves + 2) * 4 * parameters
+    return kept * count_checkpoint_bytes(recipe, parameters) + (recipe.num_saves + 2) * 4 * parameters
 
 
-def step_time(
+def estimate_step_time(
     recipe: Recipe,
     parameters: int,
     machine: Machine,
     *,
-    world: int,
+    world_size: int,
     efficiency: float,
     tried: StepCost | None = None,
     extra: Cost = NOTHING,
@@ -219,23 +225,23 @@ def step_time(
     around it, the optimizer and the EMA from bytes and memory. `work` is what that comes to; on CPUs ranks also wait
     for each other, by the bytes that they exchange. What was `tried` stands for all of it."""
     p, (_, height, width) = recipe.parallel, recipe.data.latent_shape
-    per_image = train_flops_per_sample(recipe)
+    per_image = count_train_flops(recipe)
     if p.checkpoint_blocks:
         per_image += forward_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
-    compute = per_image * recipe.global_batch / world / (machine.flops * efficiency)
-    moved = bytes_moved(recipe, parameters, world=world)
-    inside = min(world, machine.per_node, p.hpz) if p.hpz > 1 else 0
-    over = {name: inside or world if name == "backward" else world for name in moved}
-    parts = [transfer_seconds(machine, nbytes, over[name]) for name, nbytes in moved.items()]
+    compute = per_image * recipe.global_batch / world_size / (machine.flops * efficiency)
+    moved = count_bytes_moved(recipe, parameters, world_size=world_size)
+    inside = min(world_size, machine.per_node, p.hpz) if p.hpz > 1 else 0
+    over = {name: inside or world_size if name == "backward" else world_size for name in moved}
+    parts = [estimate_transfer(machine, nbytes, over[name]) for name, nbytes in moved.items()]
     communication = sum(max(part) for part in parts)
-    copying = bytes_copied(recipe, parameters, world=world) / machine.bandwidth
-    mine = trained_parameters(recipe, parameters) / (world if p.zero_stage else 1)
+    copying = count_bytes_copied(recipe, parameters, world_size=world_size) / machine.bandwidth
+    mine = count_trained_parameters(recipe, parameters) / (world_size if p.zero_stage else 1)
     # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
     updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
     exchange = communication + copying
     work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
     step = Cost(work + machine.waiting * communication, work)
-    passes = passes_of(recipe, world)
+    passes = count_passes(recipe, world_size)
     if tried is not None:
         step = Cost(*(passes * one + update for one, update in zip(tried.micro_batch, tried.update)))
     step = Cost(*(known + passes * more for known, more in zip(step, extra)))
@@ -253,17 +259,17 @@ def step_time(
     }
 
 
-def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, float]:
+def count_bytes_moved(recipe: Recipe, parameters: int, *, world_size: int) -> dict[str, float]:
     """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch; in
     one of them where all may stay gathered), gradients (stages 2 and 3: each micro-batch), and masters back into the
     weights (stages 1 and 2)."""
-    p, (compute, gradient) = recipe.parallel, widths(recipe)
-    passes = passes_of(recipe, world)
+    p, (compute, gradient) = recipe.parallel, count_element_bytes(recipe)
+    passes = count_passes(recipe, world_size)
     if p.quantized_gradients:
         gradient = 0.5
     weights = 1 if p.quantized_weights else compute
     reductions = passes if p.zero_stage >= 2 else 1
-    trained, looks = trained_parameters(recipe, parameters), 2 if get_objective(recipe.objective).reference else 1
+    trained, looks = count_trained_parameters(recipe, parameters), 2 if get_objective(recipe.objective).reference else 1
     stay = parameters <= p.max_live
     return {
         "forward": parameters * weights * passes * (1 if stay else looks) if p.zero_stage == 3 else 0,
@@ -274,29 +280,32 @@ def bytes_moved(recipe: Recipe, parameters: int, *, world: int) -> dict[str, flo
     }
 
 
-def bytes_copied(recipe: Recipe, parameters: int, *, world: int) -> float:
+def count_bytes_copied(recipe: Recipe, parameters: int, *, world_size: int) -> float:
     """Bytes that DeepSpeed reads and writes around the collectives of a step: gathered parts are put together;
     gradients go into a bucket, are widened, laid out by rank and divided (its stage3.py, coalesced_collectives.py)."""
-    if world == 1 or recipe.parallel.zero_stage < 2:
+    if world_size == 1 or recipe.parallel.zero_stage < 2:
         return 0.0
-    moved, (compute, gradient) = bytes_moved(recipe, parameters, world=world), widths(recipe)
-    reduced = trained_parameters(recipe, parameters) * passes_of(recipe, world)
+    moved, (compute, gradient) = (
+        count_bytes_moved(recipe, parameters, world_size=world_size),
+        count_element_bytes(recipe),
+    )
+    reduced = count_trained_parameters(recipe, parameters) * count_passes(recipe, world_size)
     return 2 * (moved["forward"] + moved["backward"]) + reduced * (3 * compute + 5 * gradient)
 
 
-def widths(recipe: Recipe) -> tuple[float, float]:
+def count_element_bytes(recipe: Recipe) -> tuple[float, float]:
     """Bytes of a weight that computes and of a gradient that is reduced."""
     full = recipe.precision == "fp32"
     return (4.0 if full else 2.0), (4.0 if full or recipe.parallel.fp32_reduce else 2.0)
 
 
-def passes_of(recipe: Recipe, world: int) -> int:
+def count_passes(recipe: Recipe, world_size: int) -> int:
     """Micro-batches of a rank in a step."""
-    share = math.ceil(recipe.global_batch / world)
+    share = math.ceil(recipe.global_batch / world_size)
     return math.ceil(share / (recipe.parallel.micro_batch or share))
 
 
-def precompute(
+def compare_precomputing(
     recipe: Recipe, machine: Machine, *, price: float, hours: float, dataset_images: int | None
 ) -> dict[str, Any]:
     """Encode once and store, or encode at every pass? Storage counts for as long as the run lasts, a month at least."""
@@ -333,7 +342,7 @@ def describe(plan: dict[str, Any]) -> str:
     time, pre = plan["time"], plan["precompute"]
     lines += [
         plan["advice"],
-        f"a step takes {time['step_seconds']:.3g} s ({_parts_of_a_step(plan)}); the run "
+        f"a step takes {time['step_seconds']:.3g} s ({_describe_step(plan)}); the run "
         + format_duration(3600 * time["hours"])
         + (f", {time['device_hours']:,.0f} device-hours, ${plan['dollars']:,.0f}" if plan["dollars"] >= 1 else ""),
         f"a checkpoint takes {plan['checkpoint_bytes'] / 2**30:.3f} GiB, the run folder "
@@ -349,7 +358,7 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parts_of_a_step(plan: dict[str, Any]) -> str:
+def _describe_step(plan: dict[str, Any]) -> str:
     time, tried = plan["time"], plan["tried"]
     if tried:
         each, update = (tried[name]["seconds"] for name in ("micro_batch", "update"))
