@@ -8,13 +8,14 @@ become floats where floats are asked for. A check in `__post_init__` runs as in 
 import dataclasses
 import functools
 import json
+import math
 import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
 from infra.errors import UserError, nearest
@@ -28,14 +29,28 @@ EXPECTED = {  # pydantic's type of error -> what would have been right
 }  # fmt: skip
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses as objects, tuples as lists, sets as sorted lists; everything else as it is."""
+# A float that may be nan or infinite, which JSON has no number for: `to_json(..., finite=True)` writes null, and null
+# is read back as nan.
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
+]
+
+
+def to_json(value: Any, *, finite: bool = False) -> Any:
+    """Dataclasses as objects, tuples as lists, sets as sorted lists; everything else as it is.
+
+    `finite`: a number that is nan or infinite becomes null.
+    """
+    if finite and isinstance(value, float):
+        return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name), finite=finite) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: to_json(inner) for key, inner in value.items()}
+        return {key: to_json(inner, finite=finite) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json(inner) for inner in value]
+        return [to_json(inner, finite=finite) for inner in value]
     return sorted(value) if isinstance(value, set | frozenset) else value
 
 

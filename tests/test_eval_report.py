@@ -11,7 +11,7 @@ from eval_runs import LAW, grid, write_calibration, write_ladder, write_run
 
 from eval.report.analysis import analyse, label_runs
 from eval.report.build import make_page_context, render_files, render_page, write_report
-from eval.report.document import compose_report, encode_json, encode_report, read_report
+from eval.report.document import compose_report, encode_report, read_report
 from eval.report.figures import draw_figures
 from eval.report.findings import describe_scores
 from eval.report.headline import HeadlineNumber, choose_headlines
@@ -22,6 +22,7 @@ from eval.report.series import Comparison, MetricPoint, ScoreTask
 from eval.report.style import choose_log_ticks, mix_ramp
 from eval.report.text import format_count, format_duration, format_markdown, format_power
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError
 from infra.results import ResultStore
 
@@ -91,7 +92,7 @@ def test_a_report_that_is_none_is_refused_with_the_place(ladder, tmp_path):
     told = json.loads((ladder.parent / "report.json").read_text())
     told["runs"][0]["cost"]["images"] = "many"
     (tmp_path / "report.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"runs\.0\.cost\.images"):
+    with pytest.raises(UserError, match=r"runs\.0\.cost\.images is 'many', expected an integer: .*write it again"):
         read_report(str(tmp_path / "report.json"))
 
 
@@ -114,7 +115,7 @@ def test_a_missing_correlation_names_its_metric(tmp_path):
     for depth in (2, 3, 4):
         write_run(str(tmp_path), depth, samples=False, checkpoints=1)
     report = analyse(read_runs(str(tmp_path)))
-    told = encode_json(compose_report(report))["correlations"]
+    told = to_json(compose_report(report))["correlations"]
     reason = told[0]["within_runs"]["reason"]
     names = ", ".join(line["metric"] for line in told if line["within_runs"]["reason"] == reason)
     markdown = render_files(report, [])["report.md"].decode()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.codec import from_json, to_json
+from infra.codec import Number, from_json, to_json
 from infra.errors import UserError
 
 
@@ -122,3 +122,21 @@ def test_a_mistake_is_one_line_with_the_path_of_the_field(data, line):
 def test_fields_of_a_later_version_may_be_ignored():
     found = from_json(Shard, {"name": "a", "new": 1}, where="f", extra="ignore")
     assert found == Shard("a")
+
+
+@dataclass(frozen=True)
+class Measured:
+    value: Number
+    low: float | None = None
+    others: tuple[Number, ...] = ()
+
+
+def test_numbers_that_are_not_finite_become_null_and_come_back_as_nan():
+    told = to_json(Measured(math.inf, math.nan, (1.0, -math.inf)), finite=True)
+    assert told == {"value": None, "low": None, "others": [1.0, None]}
+    found = from_json(Measured, json.dumps(told, allow_nan=False), where="f")
+    assert math.isnan(found.value)
+    assert math.isnan(found.others[1])
+    assert found.low is None
+    with pytest.raises(UserError, match="value is 'x', expected a number"):
+        from_json(Measured, {"value": "x"}, where="f")

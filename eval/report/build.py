@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.report import tables
 from eval.report.analysis import Analysis, analyse
-from eval.report.document import Report, compose_report, encode_json, encode_report
+from eval.report.document import Report, compose_report, encode_report
 from eval.report.figures import draw_figures, name_score_figure
 from eval.report.headline import choose_headlines
 from eval.report.pictures import choose_progress_pictures, choose_rung_pictures
@@ -21,6 +21,7 @@ from eval.report.runs import read_runs
 from eval.report.style import make_themes, wrap_svg
 from eval.report.text import format_count, format_duration, format_markdown, format_power, format_significant
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -63,15 +64,16 @@ def make_page_context(analysis: Analysis, report: Report, drawn: Sequence[Render
     with_samples = [run for run in analysis.runs if run.samples]
     strip, strip_notes = choose_progress_pictures(with_samples[-1]) if with_samples else ([], [])
     light, dark = make_themes(max(len(analysis.runs), 1))
+    told = to_json(report, finite=True)
     return {
-        **encode_json(report),
+        **told,
         "created": report.created[:16].replace("T", " ") + " UTC",
         "missing": [*report.missing, *picture_notes, *strip_notes],
         "figures": {figure.name: figure for figure in drawn},
         "pictures": pictures,
         "strip": strip,
         "cooldown": any(run.recipe_field("schedule", "cooldown") for run in analysis.runs),
-        "single_scores": [lines[0] for lines in encode_json(report.scores).values() if len(lines) == 1],
+        "single_scores": [lines[0] for lines in told["scores"].values() if len(lines) == 1],
         "figure_names": {family: name_score_figure(family) for family in report.scores},
         "n_is_counted": N_IS_COUNTED,
         "worldly": any(family.startswith("world_") for family in report.scores),

@@ -1,14 +1,9 @@
 """report.json: every number of a report, without its drawings. The types here are what it holds and how it is read."""
 
-import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from eval.report import tables
 from eval.report.analysis import Analysis, LossCorrelation
@@ -19,7 +14,7 @@ from eval.report.runs import RunFolder
 from eval.report.series import LeftOut, MetricPoint
 from eval.scaling.coverage import Coverage, read_coverage
 from infra import storage
-from infra.errors import UserError
+from infra.codec import from_json, to_json
 from infra.version import code_version
 
 
@@ -112,32 +107,12 @@ def _describe_run(run: RunFolder, analysis: Analysis) -> ReportedRun:
     )
 
 
-def encode_json(value: Any) -> Any:
-    """Dataclasses as JSON has them; a number that is not finite becomes null.
-
-    Not pydantic's own: that refuses half a surrogate pair, which JSON can escape and which odd names do hold.
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if dataclasses.is_dataclass(value):
-        return {field.name: encode_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): encode_json(inner) for key, inner in value.items()}
-    return [encode_json(inner) for inner in value]
-
-
 def encode_report(report: Report) -> bytes:
-    """The bytes of report.json."""
-    return (json.dumps(encode_json(report), indent=1, allow_nan=False) + "\n").encode()
+    """The bytes of report.json; a number that is not finite is null."""
+    return (json.dumps(to_json(report, finite=True), indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_report(uri: str) -> Report:
     """A report.json, local or s3://; UserError where it is not one of this version."""
-    try:
-        return TypeAdapter(Report).validate_json(storage.read_bytes(uri))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{uri}: not a report.json of this version: {place}: {first['msg']}") from error
+    advice = "not a report of this version; write it again from its runs (python -m eval report)"
+    return from_json(Report, storage.read_bytes(uri), where=uri, advice=advice)

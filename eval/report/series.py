@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eval.report.runs import LOSS, RunFolder
-from eval.scaling.intervals import Number
+from infra.codec import Number
 from infra.results import ResultRow
 
 # First parts of metric names that are not scores of the model.

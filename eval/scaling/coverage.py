@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from eval.scaling.frontier import derive_compute_laws, fit_flops_law
 from eval.scaling.intervals import Bootstrap, bootstrap_law, derive_compute_bootstrap
@@ -27,6 +26,7 @@ from eval.scaling.laws import (
     refit,
     uncenter,
 )
+from infra.codec import from_json
 
 TRUTH = {"floor": 0.25, "a": 3.0, "alpha": 0.30, "b": 20.0, "beta": 0.45}  # near the world's own losses
 COVERAGE = Path(__file__).parent / "coverage.json"
@@ -71,7 +71,7 @@ class Coverage:
 
 def read_coverage() -> Coverage | None:
     """The published simulation, or None before there is one."""
-    return TypeAdapter(Coverage).validate_json(COVERAGE.read_bytes()) if COVERAGE.exists() else None
+    return from_json(Coverage, COVERAGE.read_bytes(), where=str(COVERAGE)) if COVERAGE.exists() else None
 
 
 def simulate_coverage(

@@ -8,12 +8,9 @@ is left, and the interval is wide. coverage.py measures how often these interval
 
 # Shapes: B replicates, P points, R runs, Q parameters.
 
-import math
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
-from pydantic import BeforeValidator, WithJsonSchema
 
 from eval.scaling.frontier import derive_compute_laws
 from eval.scaling.laws import (
@@ -26,17 +23,10 @@ from eval.scaling.laws import (
     refit,
     uncenter,
 )
+from infra.codec import Number
 
 REPLICATES = 1000
 LEAST_SQUARES = 1e3  # a Huber threshold that no residual reaches
-
-
-# A float that JSON writes as null where it is not finite, and reads back from there as nan.
-Number = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
-]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError
+from pydantic_core import to_json as to_json_bytes
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from eval.report.document import encode_json
 from eval.service.index import Index
 from eval.service.law import LawFitter
 from eval.service.snapshot import Snapshot
 from eval.service.watcher import Watcher
+from infra.codec import to_json
 from infra.errors import UserError
 
 T = TypeVar("T")
@@ -34,10 +35,10 @@ class JsonAnswer(JSONResponse):
         if isinstance(content, bytes):
             return content
         try:
-            return to_json(content, inf_nan_mode="null")
+            return to_json_bytes(content, inf_nan_mode="null")
         except (PydanticSerializationError, UnicodeEncodeError):
             # What was posted or stored may hold half a surrogate pair, which is no text: it travels as JSON's escape.
-            return json.dumps(encode_json(content), allow_nan=False).encode()
+            return json.dumps(to_json(content, finite=True), allow_nan=False).encode()
 
 
 class WebpAnswer(Response):

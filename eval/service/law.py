@@ -12,9 +12,9 @@ import numpy as np
 from eval.report.law import LadderFit, ScalingLaws, fit_ladder, refuse_fit
 from eval.report.predict import GradedPrediction, grade
 from eval.report.series import Comparison
-from eval.scaling.intervals import Number
 from eval.scaling.laws import interpolate_loss
 from eval.service.snapshot import MetricCurves, Snapshot, round_number, round_numbers
+from infra.codec import Number
 from infra.log import get_logger
 
 log = get_logger("law")

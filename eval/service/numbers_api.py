@@ -16,10 +16,10 @@ from eval.report.tables import (
     compose_score_line,
     tabulate_calibration,
 )
-from eval.scaling.intervals import Number
 from eval.service.answers import Answers, AtImages, JsonAnswer, RunNames, describe_refusals
 from eval.service.law import FittedLadder, FittingLadder
 from eval.service.snapshot import IndexedRun, MetricCurves, MetricSeries, Snapshot, round_numbers
+from infra.codec import Number
 
 
 @dataclass(frozen=True)
