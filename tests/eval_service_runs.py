@@ -10,7 +10,7 @@ from dataclasses import asdict
 from eval_runs import write_ladder
 from PIL import Image
 
-from eval.service.access import access_for
+from eval.service.access import choose_access
 from eval.service.app import build_app
 from eval.service.gallery import GallerySheet, GalleryTile, locate_description, locate_sheet
 from eval.service.index import Index
@@ -45,7 +45,7 @@ def app_on(root, *, host="127.0.0.1", token_file=None):
     """The application on a store that was read once."""
     index = Index(root)
     index.refresh()
-    return build_app(index, Watcher(index, None), access_for(host, token_file))
+    return build_app(index, Watcher(index, None), choose_access(host, token_file))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from eval_service_runs import app_on, small_ladder
 from openapi import CheckedClient, check
 
 from eval.report.predict import predict
-from eval.service.access import access_for
+from eval.service.access import choose_access
 from eval.service.app import PAGES, WEB
 from infra import storage
 from infra.errors import UserError
@@ -170,11 +170,11 @@ def test_a_local_service_answers_local_names_only(client):
 
 def test_other_addresses_need_a_token(root, tmp_path):
     with pytest.raises(UserError, match="needs --token-file"):
-        access_for("0.0.0.0", None)
+        choose_access("0.0.0.0", None)
     file = tmp_path / "token"
     file.write_text("short\n")
     with pytest.raises(UserError, match="at least 16"):
-        access_for("0.0.0.0", str(file))
+        choose_access("0.0.0.0", str(file))
     file.write_text("a-token-of-some-length\n")
     app = app_on(root, host="0.0.0.0", token_file=str(file))
     client = CheckedClient(app, base_url="http://eval.example", follow_redirects=False)
@@ -227,7 +227,7 @@ def test_failures_come_with_reasons(tmp_path):
     claim(uri, settings.hash, 10).end("failed", reason=f"{XSS} is not finite")
     index = Index(root)
     index.refresh()
-    app = build_app(index, Watcher(index, settings), access_for("127.0.0.1", None))
+    app = build_app(index, Watcher(index, settings), choose_access("127.0.0.1", None))
     client = CheckedClient(app, base_url="http://[::1]")
     told = client.get("/api/failures").json()
     assert told["evaluations"][0]["reason"] == f"{XSS} is not finite"

@@ -70,7 +70,7 @@ class Access:
         return hmac.compare_digest(given.encode(), (self.token or "").encode())
 
 
-def access_for(host: str, token_file: str | None) -> Access:
+def choose_access(host: str, token_file: str | None) -> Access:
     """Loopback needs no token; any other address is refused without one."""
     token = None
     if token_file is not None:

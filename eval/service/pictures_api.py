@@ -25,7 +25,7 @@ from infra.errors import UserError
 
 
 @dataclass(frozen=True)
-class PictureFile:
+class ListedPicture:
     """`file` is for /api/picture."""
 
     file: str
@@ -39,7 +39,7 @@ class RunPictures:
 
     name: str
     kind: Literal["gallery", "samples"]
-    files: list[PictureFile]
+    files: list[ListedPicture]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def list_pictures(run: IndexedRun) -> RunPictures:
     listed: list[tuple[str, int | None]] = [(str(step), step) for step in run.gallery]
     listed = listed or [(uri.rsplit("/", 1)[-1], _parse_step(uri)) for uri in run.run.samples]
     files = [
-        PictureFile(file, step, step * int(batch) if batch and step is not None else None) for file, step in listed
+        ListedPicture(file, step, step * int(batch) if batch and step is not None else None) for file, step in listed
     ]
     return RunPictures(run.name, "gallery" if run.gallery else "samples", files)
 

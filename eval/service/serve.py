@@ -6,7 +6,7 @@ from typing import Annotated
 
 from eval.judging.prompts import read_lines
 from eval.run import RunOptions, check_metrics, settle
-from eval.service.access import access_for
+from eval.service.access import choose_access
 from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
@@ -41,7 +41,7 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> None:
     """Runs until it is interrupted."""
-    access = access_for(options.host, options.token_file)
+    access = choose_access(options.host, options.token_file)
     index, watcher = prepare(options)
     listening = _listen(options.host, options.port)
     address = _address(listening)

@@ -24,7 +24,7 @@ from eval_runs import TASKS
 from eval_service_runs import serving
 from fastapi.testclient import TestClient
 
-from eval.service.access import access_for
+from eval.service.access import choose_access
 from eval.service.app import build_app
 from eval.service.index import Index
 from eval.service.watcher import Watcher
@@ -107,7 +107,7 @@ def main() -> None:
         (root / "run-003" / "results" / "torn.jsonl").write_text("{")
         with timed("a look that finds one run changed"):
             index.refresh()
-        app = build_app(index, Watcher(index, None), access_for("127.0.0.1", None))
+        app = build_app(index, Watcher(index, None), choose_access("127.0.0.1", None))
         client = TestClient(app, base_url="http://localhost")
         for path, parameters in APIS.items():
             with timed(f"/api/{path} (first)"):
