@@ -56,7 +56,10 @@ def read_foreign_adapter(path: Path, config: MMDiTConfig) -> dict[str, Tensor]:
 
 def _collect(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor, float | None]], list[str]]:
     """Modules with (down, up, alpha), and the names of tensors that are no part of one."""
-    downs, ups, alphas, strange = {}, {}, {}, []
+    downs: dict[str, Tensor] = {}
+    ups: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    strange: list[str] = []
     for name, tensor in tensors.items():
         for suffixes, found in ((_DOWN, downs), (_UP, ups), ((".alpha",), alphas)):
             suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
