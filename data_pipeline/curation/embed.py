@@ -100,6 +100,7 @@ def _load_torchscript(path: Path, device: str) -> Callable:
     mean, std = (np.array(values, np.float32) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
 
     def forward(images: Sequence[Image.Image]) -> "torch.Tensor":
+        # squares without keeping the aspect, so that any images make a batch; ImageNet's mean and deviation
         squares = [image.resize((SSCD_SIDE, SSCD_SIDE), Image.Resampling.BICUBIC) for image in images]
         pixels_BHWC = (np.stack([np.asarray(image, np.float32) for image in squares]) / 255 - mean) / std
         return model(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(device))

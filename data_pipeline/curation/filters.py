@@ -151,6 +151,7 @@ class FilterStage:
 
 def clean_caption(text: str) -> str:
     """NFC, no control characters or byte-order tricks, single spaces. Scripts, emoji and accents stay."""
+    # NFC: an accented letter is one code point, so that equal captions are equal texts to tokenizers and to hashes
     kept = []
     for character in unicodedata.normalize("NFC", text):
         category = unicodedata.category(character)

@@ -71,6 +71,7 @@ def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_B
     Block by block: first against what earlier blocks kept, then one hash after the other.
     """
     first_N = allocate(len(hash_N), np.int64, -1)
+    # pigeonhole: hashes at most d bits apart agree in at least one of d + 1 pieces
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
     kept = _KeptHashes(edges)
     for block in blocks(len(hash_N), block_rows):

@@ -79,7 +79,7 @@ class IngestTask:
 
     def _compute_columns(self, view: ShardView, workers: Sequence[tuple[StageFunction, Column]]) -> list[Manifest]:
         made = []
-        view.rows = range(view.parts["ingest"][0].num_rows)
+        view.rows = range(view.parts["ingest"][0].num_rows)  # light columns are cheap: they cover rows that failed, too
         parts = dict(view.parts)
         for worker, column in workers:
             if column.stage in parts:

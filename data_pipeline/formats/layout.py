@@ -32,6 +32,7 @@ Features = TextFeatures | tuple[np.ndarray, np.ndarray]
 
 def quantise_tokens(hidden_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 states, fp32 scale per token): the largest value of each token becomes 127."""
+    # absolute maximum per row, as in vector-wise quantisation (LLM.int8, Dettmers et al. 2022)
     values = hidden_LW.astype(np.float32)
     scale_L = np.abs(values).max(1, initial=0) / 127
     scale_L = np.where(scale_L > 0, scale_L, 1).astype(np.float32)
@@ -135,7 +136,7 @@ def pack_safetensors(arrays: Sequence[tuple[str, np.ndarray]]) -> tuple[bytes, b
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format allows spaces behind the header; so the data begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text, b"".join(np.ascontiguousarray(a).tobytes() for _, a in arrays)
 
 

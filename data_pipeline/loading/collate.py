@@ -150,6 +150,7 @@ class Collator:
     def _drop(self, position_B: Tensor, draws: DrawSettings) -> np.ndarray:
         """Which encoders are left out: each on its own, keyed by position."""
         seats = [encoder.seat for encoder in self._spec.encoders]
+        # the purpose strings are part of every run's result: another word would be another dropout
         u_EB = [keyed_uniform(draws.seed, position_B, f"drop/{seat}").numpy() for seat in seats]
         return np.stack(u_EB, 1) < draws.encoder_dropout
 
@@ -161,7 +162,7 @@ class Collator:
         weight = np.where(has, wanted, 0.0)
         # a sample that has none of the wanted captions takes whichever it has
         weight = np.where(weight.sum(1, keepdims=True) > 0, weight, has.astype(float))
-        edges = np.cumsum(weight, 1)
+        edges = np.cumsum(weight, 1)  # inverse of the cumulative distribution: the first edge above u decides
         u = keyed_uniform(draws.seed, torch.from_numpy(positions), "caption").numpy()
         return np.minimum((u[:, None] * edges[:, -1:] >= edges).sum(1), len(self._captions) - 1)
 

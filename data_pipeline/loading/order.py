@@ -23,6 +23,7 @@ _ATTEMPTS = 10_000  # draws for a substitute before all of a bucket counts as da
 def keyed_rng(seed: int, *purpose: object) -> np.random.Generator:
     """A generator that depends on nothing but the seed and the words of its purpose."""
     digest = hashlib.sha256(f"{seed}/order/{'/'.join(map(str, purpose))}".encode()).digest()
+    # Philox is counter-based (Salmon et al. 2011): any key gives an independent stream, none has to be skipped ahead
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
 
 
@@ -99,7 +100,7 @@ class BucketOrder:
             permuted = keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
             starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
             self._passes[number] = permuted, starts
-            if len(self._passes) > 2:
+            if len(self._passes) > 2:  # a batch may begin in one pass and end in the next
                 self._passes.popitem(last=False)
         return self._passes[number]
 
@@ -141,6 +142,7 @@ class SampleOrder:
         return sum(self._bucket_batches_before(size, epoch) for size in self._sizes)
 
     def _bucket_batches_before(self, size: int, epoch: int) -> int:
+        # floor of the samples seen over the batch: what is left over counts in the next epoch, so no sample is cut
         return epoch * size // self.global_batch
 
     def epoch_of(self, step: int) -> int:

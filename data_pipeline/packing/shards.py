@@ -16,7 +16,7 @@ from data_pipeline.formats.index import ShardEntry, ShardRows, encode_rows
 from data_pipeline.formats.layout import Features, SampleLayout, checksum
 from infra import storage
 
-_BLOCK = 512
+_BLOCK = 512  # POSIX tar: headers and data are padded to blocks, the file to records of 20 blocks
 _RECORD = 20 * _BLOCK
 _AROUND = 16 * 2**10  # headers of tar and safetensors, padding, the end of the tar, and where a sample comes from
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")

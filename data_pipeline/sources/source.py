@@ -85,6 +85,8 @@ def stamp_file(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     path = storage.local_path(uri)
     if path.is_symlink() and not path.exists():
         return ["a link to nothing"]  # reading it says so
+    # not the contents: a terabyte would have to be read to learn that nothing changed. Copying without times (cp
+    # without -p) makes other stamps, so other units
     state = path.stat()
     return [state.st_size, state.st_mtime_ns]
 

@@ -16,6 +16,7 @@ def list_buckets(resolution: int, *, step: int, max_aspect: float = 1.0) -> tupl
     """Shapes with sides in multiples of `step`, area near resolution**2, aspect within bounds; each also turned."""
     if resolution % step:
         raise UserError(f"resolution {resolution} is no multiple of {step} (autoencoder factor times patch size)")
+    # each height gets the width of nearly the same area, as in NovelAI's and SDXL's aspect buckets (SDXL, App. I)
     shapes = set()
     for height in range(step, resolution + 1, step):
         width = round(resolution**2 / height / step) * step
@@ -27,7 +28,7 @@ def list_buckets(resolution: int, *, step: int, max_aspect: float = 1.0) -> tupl
 def find_nearest_bucket(width: int, height: int, table: Sequence[str]) -> str:
     """The shape whose aspect is nearest on the logarithmic scale; the first of equals."""
 
-    def distance(name: str) -> float:
+    def distance(name: str) -> float:  # logarithms: 2:1 and 1:2 lie equally far from 1:1
         bucket_height, bucket_width = map(int, name.split("x"))
         return abs(math.log(width / height) - math.log(bucket_width / bucket_height))
 

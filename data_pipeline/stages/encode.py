@@ -118,6 +118,7 @@ class TextStage:
                 "original": shard.values("measure", "caption"),
                 "synthetic": shard.values("caption", "caption"),
             }
+            # many captions are equal (a class name, "a photo of a dog"): each is encoded once
             wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}
             states = self._encode(encoders, sorted(wanted, key=lambda text: (len(text), text)))
             return _make_text_table(shard, captions, states, self.int8)
