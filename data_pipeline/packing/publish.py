@@ -16,7 +16,6 @@ from infra import storage
 
 def draw_split_number(digest: str) -> int:
     """Where the pixels of a row without a split fall between train and val, of 2**32."""
-    # a hash of its own: the leading digits of `digest` also sort rows elsewhere
     return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
 
