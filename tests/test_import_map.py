@@ -129,6 +129,82 @@ def test_no_circle_of_imports():
         walk(name, ())
 
 
+def room_of(path: Path) -> str:
+    """A folder of a package is a room, with all that lies below it; a loose file is a room of its own."""
+    parts = path.relative_to(ROOT).parts
+    return "/".join(parts[:2])
+
+
+def test_no_circle_of_rooms():
+    """No folder imports a folder that imports it back, by any way round. Command lines, which know all, are left out."""
+    modules = {module_name(path): path for package in ALLOWED for path in sources(package)}
+    edges: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        if path.name == "__main__.py":
+            continue
+        known = [modules[target] for target in module_level_imports(path) if target in modules]
+        targets = {room_of(target) for target in known if target.name != "__init__.py"}
+        edges.setdefault(room_of(path), set()).update(targets - {room_of(path)})
+    done: set[str] = set()
+
+    def walk(room: str, trail: tuple[str, ...]) -> None:
+        assert room not in trail, " -> ".join((*trail[trail.index(room) :], room))
+        if room in done:
+            return
+        for target in sorted(edges.get(room, ())):
+            walk(target, (*trail, room))
+        done.add(room)
+
+    for room in sorted(edges):
+        walk(room, ())
+
+
+# DeepSpeed's attributes that are no public interface of it; each must occur in trainer/zero/partition.py.
+DEEPSPEED_PRIVATE = (
+    "_get_norm_groups", "_hp_mapping", "_partitioned_params_swap_out", "_PartitionedParameterCoordinator__prefetch_nvme",
+    "__compatible_ops__", "adam_update", "averaged_gradients", "bit16_groups", "bit16_groups_flat", "check_overflow",
+    "checkpoint_event_epilogue", "ds_numel", "ds_opt_adam", "ds_shape", "ds_tensor", "empty_partition_cache", "fp16_groups",
+    "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "get_param_coordinator",
+    "grad_partitions_flat_buffer", "parallel_partitioned_bit16_groups", "parameter_offload", "partition_numel",
+    "reset_step", "scaled_global_norm", "single_partition_of_fp32_groups",
+)  # fmt: skip
+DEEPSPEED_ENGINE = {  # its public methods and attributes
+    "backward", "eval", "get_global_grad_norm", "is_gradient_accumulation_boundary", "skipped_steps", "step", "train",
+    "training",
+}  # fmt: skip
+
+
+def test_one_file_touches_what_deepspeed_keeps_to_itself():
+    owner = ROOT / "trainer/zero/partition.py"
+    assert [name for name in DEEPSPEED_PRIVATE if name not in owner.read_text(encoding="utf-8")] == []
+    wrong = []
+    for package in ALLOWED:
+        for path in sources(package):
+            if path == owner:
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                named = (
+                    node.attr
+                    if isinstance(node, ast.Attribute)
+                    else node.value
+                    if isinstance(node, ast.Constant)
+                    else 0
+                )
+                if named in DEEPSPEED_PRIVATE:
+                    wrong.append(f"{path.relative_to(ROOT)}: {named}")
+    assert not wrong, wrong
+
+
+def test_the_engine_asks_deepspeed_for_public_things_alone():
+    tree = ast.parse((ROOT / "trainer/zero/engine.py").read_text(encoding="utf-8"))
+    asked = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "_engine"
+    }
+    assert asked <= DEEPSPEED_ENGINE, asked - DEEPSPEED_ENGINE
+
+
 def test_every_file_says_what_lives_in_it():
     silent = [
         str(path.relative_to(ROOT))

@@ -19,7 +19,14 @@ from model.lora import add_adapters, is_adapter, switched_off
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw
-from trainer.zero.partition import view_partition
+from trainer.zero.partition import (
+    adam_of,
+    discarding,
+    has_overflowed,
+    shape_of,
+    skip_overflow_scan,
+    view_partition,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,7 +60,7 @@ class ZeroEngine:
             if recipe.lora.rank is not None:
                 add_adapters(model, rank=recipe.lora.rank, alpha=recipe.lora_alpha, seed=recipe.seed)
         model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
-        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+        shapes = {n: shape_of(p) for n, p in model.named_parameters()}
         self.shapes = {n: shape for n, shape in shapes.items() if not is_adapter(n)}
         """Of the network's own parameters, without adapters."""
         self.trained = {n: shapes[n] for n, p in model.named_parameters() if p.requires_grad}
@@ -69,12 +76,10 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         if self.stage in (1, 2) and not recipe.parallel.offload_optimizer:
-            # In bf16 it looks for infinities in each gradient by a dozen small kernels, called from Python: on a GPU 95
-            # of 115 ms of a step at depth 15. The norm tells the same, and DeepSpeed skips the step by it as well.
-            self._engine.optimizer.check_overflow = lambda **how: None
+            skip_overflow_scan(self._engine)
         self.partition = view_partition(self._engine, model, stage=self.stage)
         self._gradient_bytes = 0
-        self._adam: torch.optim.Optimizer = self._engine.optimizer.optimizer if self.stage else self._engine.optimizer
+        self._adam = adam_of(self._engine, stage=self.stage)
 
     # --- training
 
@@ -107,26 +112,13 @@ class ZeroEngine:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         value = float(norm) if norm is not None else float("nan")
-        skipped = self._engine.skipped_steps > before or getattr(self._engine.optimizer, "overflow", False)
+        skipped = self._engine.skipped_steps > before or has_overflowed(self._engine)
         return StepResult(value, not skipped)
 
     def discard(self) -> StepResult:
         """Instead of `step`: throw this step's gradients away; weights and Adam stay as they are. Collective."""
-        optimizer = self._engine.optimizer
-        # DeepSpeed's ZeRO optimizers forget gradients whose norm is invalid: hand them such a norm. Without ZeRO the
-        # plain optimizer's step is left out.
-        bad = torch.tensor(-1.0, device=self.group.device)
-        name, stand_in = {
-            0: ("step", lambda: None),
-            1: ("scaled_global_norm", lambda: bad),
-            2: ("scaled_global_norm", lambda: bad),
-            3: ("_get_norm_groups", lambda: [bad]),
-        }[self.stage]
-        setattr(optimizer, name, stand_in)
-        try:
+        with discarding(self._engine, stage=self.stage, device=self.group.device):
             self._engine.step()
-        finally:
-            delattr(optimizer, name)  # the class's own again
         return StepResult(float("nan"), False)
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from infra.device import choose_device, choose_num_threads, resolve_device
 from infra.errors import UserError
+from trainer.zero.partition import leave_out_shared_memory
 
 PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
 LOOKS = 3  # at gloo's threads, all asleep in each, before they count as idle
@@ -93,8 +94,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
         torch.cuda.set_device(device)
     import deepspeed
 
-    # DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses.
-    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    leave_out_shared_memory(deepspeed)
     try:
         deepspeed.init_distributed(
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False

@@ -9,6 +9,7 @@ from torch import nn
 from infra.errors import UserError
 from trainer.recipe import Recipe
 from trainer.zero.group import choose_accelerator
+from trainer.zero.partition import restart_beta_powers
 
 OPS = {"deepspeed_cpu": "CPUAdamBuilder", "deepspeed_fused": "FusedAdamBuilder"}
 
@@ -27,7 +28,7 @@ def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opt
         kernel = deepspeed.ops.adam.DeepSpeedCPUAdam if cpu else deepspeed.ops.adam.FusedAdam
         adam = kernel(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         if cpu:
-            adam.register_step_pre_hook(_forget_steps)
+            adam.register_step_pre_hook(restart_beta_powers)
         return adam
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
@@ -71,11 +72,3 @@ def _compiled(name: str, asks: str, instead: str) -> None:
     except Exception as error:  # of compilers, linkers, loaders, DeepSpeed's own checks
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{asks}, which DeepSpeed cannot compile here ({said[0]}): use {instead}") from error
-
-
-def _forget_steps(adam: Any, args: Any, kwargs: Any) -> None:
-    """DeepSpeed's CPU kernel multiplies beta^n up step by step, where a resumed run begins with pow(beta, n): the last
-    bit differs. A step 0 of one number, thrown away, makes it take pow at every step (cpu_adam.h, IncrementStep)."""
-    nothing = [torch.zeros(1) for _ in range(4)]
-    beta_1, beta_2 = adam.param_groups[0]["betas"]
-    adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, beta_1, beta_2, 1.0, 0.0, False, *nothing)

@@ -1,10 +1,11 @@
 """What each rank owns: flat fp32 master tensors, and which range of which parameter lies where in them.
 
-The only file that reads DeepSpeed's private attributes (pinned: deepspeed>=0.19,<0.20), one class per family of
-stages. Padding (a parameter that does not divide by the number of ranks) belongs to no segment.
+The only file that touches DeepSpeed's private attributes (pinned: deepspeed>=0.19,<0.20; a test holds it), one class
+per family of stages. Padding (a parameter that does not divide by the number of ranks) belongs to no segment.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -233,3 +234,56 @@ def view_partition(engine: Any, model: nn.Module, *, stage: int) -> Partition:
     if stage == 3:
         return Stage3Partition(engine, names)
     return Stage12Partition(engine, names) if stage else Stage0Partition(model)
+
+
+def shape_of(param: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole parameter: under stage 3 `param.shape` is that of an empty tensor."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def adam_of(engine: Any, *, stage: int) -> torch.optim.Optimizer:
+    """The Adam that was handed to DeepSpeed, which wraps it where it shards states."""
+    return engine.optimizer.optimizer if stage else engine.optimizer
+
+
+def has_overflowed(engine: Any) -> bool:
+    """Did the last step find gradients that are not finite, and skip?"""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+def skip_overflow_scan(engine: Any) -> None:
+    """In bf16 stages 1 and 2 look for infinities in each gradient by a dozen small kernels, called from Python: on a
+    GPU 95 of 115 ms of a step at depth 15. The norm tells the same, and DeepSpeed skips the step by it as well."""
+    engine.optimizer.check_overflow = lambda **how: None
+
+
+@contextlib.contextmanager
+def discarding(engine: Any, *, stage: int, device: torch.device) -> Iterator[None]:
+    """A DeepSpeed step inside throws its gradients away: its ZeRO optimizers forget gradients whose norm is invalid, so
+    they are handed such a norm. Without ZeRO the plain optimizer's step is left out."""
+    bad = torch.tensor(-1.0, device=device)
+    name, stand_in = {
+        0: ("step", lambda: None),
+        1: ("scaled_global_norm", lambda: bad),
+        2: ("scaled_global_norm", lambda: bad),
+        3: ("_get_norm_groups", lambda: [bad]),
+    }[stage]
+    setattr(engine.optimizer, name, stand_in)
+    try:
+        yield
+    finally:
+        delattr(engine.optimizer, name)  # the class's own again
+
+
+def leave_out_shared_memory(deepspeed: Any) -> None:
+    """DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses."""
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+
+
+def restart_beta_powers(adam: Any, args: Any, kwargs: Any) -> None:
+    """A hook before each step of DeepSpeed's CPU Adam. Its kernel multiplies beta^n up step by step, where a resumed
+    run begins with pow(beta, n): the last bit differs. A step 0 of one number, thrown away, makes it take pow at every
+    step (cpu_adam.h, IncrementStep)."""
+    nothing = [torch.zeros(1) for _ in range(4)]
+    beta_1, beta_2 = adam.param_groups[0]["betas"]
+    adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, beta_1, beta_2, 1.0, 0.0, False, *nothing)
