@@ -40,7 +40,7 @@ class DatasetPlan:
             "caption_quality", "nsfw", "aesthetic",
         ),
         "duplicates: which images count as the same": (
-            "dedup_distance", "dedup_embedding", "dedup_similarity", "dedup_verify", "dedup_clusters",
+            "dedup_distance", "dedup_embedding", "dedup_similarity", "dedup_verify",
         ),
         "shards: how many rows stand together": ("ingest_rows", "pack_rows", "pack_mb"),
         "text: encoders and how their states are stored": (
@@ -86,8 +86,6 @@ class DatasetPlan:
     """Cosine similarity of embeddings from which on two images count as duplicates."""
     dedup_verify: float | None = None
     """Also ask that thumbnails, cut alike, differ by at most this (root mean square, 0 to 255)."""
-    dedup_clusters: int | None = None
-    """Clusters of embeddings, each searched on its own; one per 1,000 rows if left out."""
     val_fraction: float = 0.02
     """Share of rows for validation where the source has no train/ and val/ of its own."""
     ingest_rows: int = 1000
@@ -133,7 +131,7 @@ class DatasetPlan:
             if not good:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {wanted}")
 
-        for name in ("ingest_rows", "pack_rows", "pack_mb", "batch", "text_tokens", "dedup_clusters"):
+        for name in ("ingest_rows", "pack_rows", "pack_mb", "batch", "text_tokens"):
             ask(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         for name in ("min_side", "max_caption_chars", "dedup_distance", "dedup_verify"):
             ask(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
@@ -278,7 +276,7 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
     light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
     buckets = list_buckets(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
     light.append(column(BucketStage(buckets)))
-    semantic = SemanticDedup(plan.dedup_similarity, plan.dedup_verify, plan.dedup_clusters)
+    semantic = SemanticDedup(plan.dedup_similarity, plan.dedup_verify)
     dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))
     heavy = [
         column(CaptionStage(plan.captioner, caption_weights, plan.batch, caption_device)),

@@ -4,7 +4,6 @@ Reads RUNS/*/weights/step_*/ema.safetensors. A metric whose rows are there under
 again.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -69,8 +68,7 @@ def run(options: RunOptions) -> None:
     check_metrics(options.metrics)
     options.check()
     if options.workers == 0:  # else it is the workers' machine that counts
-        for device in (options.sampling.device, *([options.official.device] if options.judges == "official" else [])):
-            resolve_device(device)
+        resolve_device(options.sampling.device)
     checkpoints = find_checkpoints(options.runs, options.checkpoints)
     options = settle(options)
     prepare(options)
@@ -81,15 +79,14 @@ def run(options: RunOptions) -> None:
 
 
 def settle(options: RunOptions) -> RunOptions:
-    """The options with devices and a precision that mean the same to each worker, and to whoever goes on later."""
-    choose = functools.partial(choose_device, workers=options.workers, gpus_each=options.gpus_per_worker)
+    """The options with a device and a precision that mean the same to each worker, and to whoever goes on later."""
     given = options.sampling
-    device = choose(given.device)
+    device = choose_device(given.device, workers=options.workers, gpus_each=options.gpus_per_worker)
     precision = settle_precision(given.precision, device, results=storage.join(options.runs, "results"))
     return replace(
         options,
         sampling=replace(given, device=device, precision=precision),
-        official=replace(options.official, device=choose(options.official.device)),
+        official=replace(options.official, device=device),
     )
 
 

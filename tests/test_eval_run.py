@@ -254,7 +254,13 @@ def test_compbench_layout_carries_prompt_and_index(tmp_path):
 
 
 def options(runs, **changes):
-    given = {"metrics": "geneval,fid", "prompts_per_task": 1, "images_per_prompt": 1, "captions": 3, "sampling": QUICK}
+    given = {
+        "metrics": ("geneval", "fid"),
+        "prompts_per_task": 1,
+        "images_per_prompt": 1,
+        "captions": 3,
+        "sampling": QUICK,
+    }
     return RunOptions(runs=str(runs), **{**given, **changes})
 
 

@@ -364,9 +364,9 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 
 def test_the_switches_that_commands_hand_on_are_understood():
     """verify-resume and the documentation write switches without a value."""
-    words = ["--data", "D", "--out", "O", "--parallel.reverse-lanes", "--parallel.checkpoint-blocks", "--images", "2e9"]
+    words = ["--data", "D", "--out", "O", "--parallel.compile", "--parallel.checkpoint-blocks", "--images", "2e9"]
     args = parse_options(TrainArgs, words, "train", recipe=get_recipe("d15"))
-    assert args.recipe.parallel.reverse_lanes
+    assert args.recipe.parallel.compile
     assert args.recipe.parallel.checkpoint_blocks
     assert args.recipe.images == 2_000_000_000
     for name in ("world-uvit-d2", "world-mmdit3-d2"):  # fields of other networks are options too

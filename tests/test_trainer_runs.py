@@ -24,6 +24,7 @@ from trainer.__main__ import main
 from trainer.feed import draw_noise
 from trainer.ladders.verify import compare_drift, cut_back, describe, measure_loss_gaps, read_losses
 from trainer.objective import pretrain
+from trainer.state import DEAL_LANES
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 # Latents of 4x4, 3x5 and 5x3 tokens; and, at the higher resolution, 6x6 and 5x7.
@@ -128,7 +129,7 @@ def again(one) -> Path:
     run_all(
         one, 2,
         job(one, "bf16_back", *BF16),
-        job(one, "bf16_exchanged", *BF16, "--parallel.reverse-lanes"),
+        job(one, "bf16_exchanged", *BF16, environment={DEAL_LANES: "1"}),
         branch | {"words": [*branch["words"], *middle]},
         cooled,
         job(one, "cpu_adam_branch", *OFFLOAD, "--resume", str(one / "cpu_adam" / "checkpoints" / "step_0000003")),

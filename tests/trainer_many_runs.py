@@ -8,11 +8,13 @@ stands still in its third step).
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._dynamo.utils import counters
@@ -86,7 +88,7 @@ def main() -> None:
     group = start()
     loop.start, loop.leave = (lambda: group), (lambda: None)  # the ranks meet once for all runs
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        with Observed(job, group).watching():
+        with Observed(job, group).watching(), mock.patch.dict(os.environ, job.get("environment", {})):
             train(job["words"])
     leave()
 

@@ -69,7 +69,7 @@ class PlanArgs:
     """What a recipe needs: parameters, FLOPs, bytes per rank by ZeRO stage, seconds, hours, dollars, storage."""
 
     recipe: Annotated[Recipe, FLAT]
-    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 1
+    gpus: int = 1
     """Number of ranks to plan for."""
     gpu: str | None = None
     """Kind of device (a wrong name lists them); default: this machine's."""

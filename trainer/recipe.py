@@ -5,7 +5,6 @@ which is written to RUN/recipe.json.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import PlainValidator
 
 from infra.codec import from_json, to_json
@@ -26,10 +26,8 @@ from model.lora import count_adapter_parameters
 # What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
 HASHED = (
     "model", "formulation", "shift", "images", "global_batch", "seed", "precision", "optimizer", "schedule", "ema",
-    "data", "init_weights",
+    "data", "init_weights", "guard", "objective", "dpo", "lora",
 )  # fmt: skip
-# Came later: hashed where they differ from their default, so that older results keep their names.
-HASHED_IF_SET = ("guard", "objective", "dpo", "lora")
 
 
 def _read_model(fields: Mapping[str, Any]) -> TokenConfig:
@@ -89,7 +87,7 @@ class Data:
     """Share of original captions; the rest are synthetic ones."""
     encoder_dropout: float = 0.464
     """Each text encoder is zeroed independently with this probability (SD3, App. B.3)."""
-    fingerprint: str | None = None
+    fingerprint: Annotated[str | None, tyro.conf.Suppress] = None
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,6 @@ class Parallel:
     """Gather parameters as int8 (ZeRO++ qwZ, CUDA only); changes the numbers a little."""
     quantized_gradients: bool = False
     """Reduce gradients as int4 (ZeRO++ qgZ, CUDA only); changes the numbers."""
-    reverse_lanes: bool = False
-    """The ranks exchange images of each batch: the same batch, summed in another order. `verify-resume` measures with
-    it how far rounding alone makes two runs drift apart. (Whole shares exchanged change nothing on two ranks.)"""
 
 
 @dataclass(frozen=True)
@@ -196,7 +191,7 @@ class Logging:
 class Recipe:
     """Complete description of a run. `hash` is the identity of its results."""
 
-    name: str
+    name: Annotated[str, tyro.conf.Suppress]
     model: Annotated[TokenConfig, PlainValidator(_read_model)]
     images: int
     """Images to train on, counted with repetition."""
@@ -220,7 +215,7 @@ class Recipe:
     global_batch and micro_batch count pairs. Others: trainer/objective.py."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
-    init_weights: str | None = None
+    init_weights: Annotated[str | None, tyro.conf.Suppress] = None
     """sha256 of the weights the run started from (set by --init-from)."""
 
     @property
@@ -418,9 +413,4 @@ def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
     told = recipe.to_json()
     with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used
         told["formulation"] = get_formulation(recipe.formulation).name
-    fields = [f for f in dataclasses.fields(Recipe) if f.name in HASHED_IF_SET]
-    defaults: dict[str, Any] = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields
-    }
-    later = [name for name, value in defaults.items() if told[name] != to_json(value)]
-    return {name: told[name] for name in (*HASHED, *later)}
+    return {name: told[name] for name in HASHED}

@@ -1,5 +1,6 @@
 """What survives an interruption: saving, restoring, and stopping in time."""
 
+import os
 import signal
 from dataclasses import dataclass, field
 from types import FrameType
@@ -28,6 +29,9 @@ from trainer.zero.uploads import Uploads
 
 log = get_logger("train")
 RECENT = 128  # steps whose losses are remembered
+# Environment variable, "1": the ranks exchange images of each batch, the same batch summed in another order.
+# `verify-resume` measures with it how far rounding alone lets two runs drift. It is no option: a run needs it never.
+DEAL_LANES = "BEELINE_DEAL_LANES"
 
 
 @dataclass
@@ -249,6 +253,6 @@ def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingSta
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
         read_rejected=RejectedLatents(dataset) if get_objective(recipe.objective).pairs else None,
-        dealt=recipe.parallel.reverse_lanes,
+        dealt=os.environ.get(DEAL_LANES) == "1",
     )
     return Prefetcher(batches, recipe, group.device)

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from data_pipeline.checkpoints import resolve
@@ -42,8 +43,8 @@ class Sampling:
     unconditional: Literal["zeros", "empty_prompt"] = "zeros"
     """what guidance moves away from: dropped encoders (our training) or the empty caption (released SD3)"""
     seed: int = 0
-    without_t5: bool = False
-    """zeros in the T5 seat, as where that encoder is left out to save memory"""
+    without_t5: Annotated[bool, tyro.conf.Suppress] = False
+    """--t5 without: zeros in the T5 seat, as where that encoder is left out to save memory"""
     precision: Precision = "auto"
     """of the network: fp32, bf16 (two to four times as fast where hardware has it), or auto: what this machine does
     best"""
@@ -178,7 +179,7 @@ class Painter:
 def _without_t5(spec: TextSpec) -> TextSpec:
     """The spec whose T5 is never loaded: what leaving it out saves."""
     if spec.t5 is None:
-        raise UserError("these weights have no T5 seat, so there is nothing to leave out; drop --without-t5")
+        raise UserError("these weights have no T5 seat, so there is nothing to leave out; drop --t5 without")
     return replace(spec, encoders=tuple(encoder for encoder in spec.encoders if encoder.seat != "t5"))
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from eval.networks.inception import Convention
 from infra.device import resolve_device
@@ -45,8 +47,8 @@ class OfficialPaths:
     """Inception-v3 weights of pytorch-fid (fid_inception): pt_inception-2015-12-05-6726825d.pth"""
     inception_convention: Convention = "clean-fid"
     """how pictures are brought to 299 pixels: clean-fid or torch-fidelity"""
-    device: str = "auto"
-    """of the judges: auto (a GPU where there is one), cpu, cuda or cuda:N"""
+    device: Annotated[str, tyro.conf.Suppress] = "auto"
+    """where the judges compute: --device of the command says it"""
 
     def resolve_device(self) -> str:
         """Where the judges compute; asked in the process that loads them."""

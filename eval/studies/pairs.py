@@ -85,7 +85,7 @@ def make_pairs(options: PairOptions) -> None:
     if options.images_per_prompt < 2 or not 0 <= options.val_fraction < 1:
         raise UserError("--images-per-prompt must be 2 or more, --val-fraction at least 0 and below 1")
     texts = list(dict.fromkeys(read_lines(options.prompts) if options.prompts else world_prompts(options.num_prompts)))
-    judges = build_judges(options.judges, options.official)
+    judges = build_judges(options.judges, replace(options.official, device=options.sampling.device))
     painter = Painter(options.weights, device=options.sampling.device)
     options = replace(options, sampling=options.sampling.resolve())
     found = list(rank_pictures(painter, judges, texts, options))

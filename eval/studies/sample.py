@@ -41,6 +41,7 @@ def sample(
     scale: int | None = None,
     folders: str | None = None,
     layout: Layout = "geneval",
+    t5: Literal["with", "without"] = "with",
     sampling: Annotated[Sampling, GROUP] = Sampling(),  # noqa: B008 - frozen
 ) -> None:
     """Draw prompts with exported weights into one labelled grid, or into a benchmark's folders.
@@ -56,8 +57,11 @@ def sample(
         folders: write the single pictures here; those already there are not drawn again. FOLDERS.json beside them says
             of what they are, and other weights, settings or prompts are refused there
         layout: of the folders: GenEval's, or T2I-CompBench's `<prompt>_<6 digits>.png`
+        t5: draw with the text in the T5 seat, or with zeros there, as where that encoder is left out to save memory
         sampling: how pictures are drawn
     """
+    if t5 == "without":
+        sampling = replace(sampling, without_t5=True)
     if images_per_prompt < 1:
         raise UserError("--images-per-prompt must be 1 or more")
     if out is None and folders is None:

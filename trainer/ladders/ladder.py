@@ -5,7 +5,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -231,10 +231,10 @@ def _read_metadata(uri: str) -> dict[str, Any]:
     return json.loads(header["__metadata__"][META_KEY])
 
 
-def run_command(command: list[str], run: str) -> None:
+def run_command(command: list[str], run: str, *, environment: Mapping[str, str] = {}) -> None:
     """The command, here. A signal to the ladder goes to its ranks, which save and leave; so does the ladder then, with
     their exit code."""
-    process = start_training(command)
+    process = start_training(command, environment=environment)
 
     def forward() -> None:
         log.info("asking %s to save and stop", run)

@@ -20,6 +20,7 @@ from infra.log import get_logger
 from model.files.weights import load_weights
 from trainer.ladders.ladder import build_train_command, run_command
 from trainer.recipe import Recipe
+from trainer.state import DEAL_LANES
 
 log = get_logger("verify")
 CLOSE = 1e-5  # relative difference of two losses that differ by the order of fp32 sums
@@ -60,11 +61,11 @@ def verify_resume(
     if recipe.validation.every is not None:
         cadence += ["--validation.every", str(batch * steps)]
 
-    def run(name: str, num_ranks: int, *more: str) -> Path:
-        words = [*arguments, *cadence, *more]
+    def run(name: str, num_ranks: int, *, deal_lanes: bool = False) -> Path:
+        words = [*arguments, *cadence]
         command = build_train_command(recipe.name, words, data=data, run=str(out / name), ranks=num_ranks)
         log.info("%s: %d rank(s)", name, num_ranks)
-        run_command(command, str(out / name))
+        run_command(command, str(out / name), environment={DEAL_LANES: "1"} if deal_lanes else {})
         return out / name
 
     straight = run("straight", ranks)
@@ -79,7 +80,7 @@ def verify_resume(
             verdicts += compare_closely(straight, back, what)
         else:
             cut_back(straight, out / "exchanged", step=half)
-            exchanged = run("exchanged", ranks, "--parallel.reverse-lanes") if ranks > 1 else None
+            exchanged = run("exchanged", ranks, deal_lanes=True) if ranks > 1 else None
             verdicts += compare_drift(straight, back, exchanged, what, first=half + 1)
     return verdicts
 

@@ -83,6 +83,7 @@ def score(
     official: OfficialPaths = OfficialPaths(),  # noqa: B008 - frozen
     images_per_prompt: int = IMAGES_PER_PROMPT,
     allow_partial: bool = False,
+    device: str = "auto",
 ) -> None:
     """Judge a folder of samples in the official layout, one category at a time.
 
@@ -94,9 +95,10 @@ def score(
         official: local checkpoints
         images_per_prompt: images that every prompt must have
         allow_partial: score an incomplete or partly unreadable set and say how many images are missing
+        device: where the judges compute: auto (a GPU where there is one), cpu, cuda or cuda:N
     """
     files = read_samples(samples)
-    chosen = build_judges(judges, official)
+    chosen = build_judges(judges, replace(official, device=device))
     kinds = read_complex_kinds(Path(official.compbench)) if category == "complex" and official.compbench else None
     if category == "complex" and kinds is None:
         raise UserError("complex prompts need --official.compbench DIR, whose lists tell their kinds")

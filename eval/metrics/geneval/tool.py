@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def score(
     metadata: Path | None = None,
     images_per_prompt: int = IMAGES_PER_PROMPT,
     allow_partial: bool = False,
+    device: str = "auto",
 ) -> None:
     """Detect and score a folder of images in GenEval's layout.
 
@@ -101,11 +103,12 @@ def score(
         metadata: the prompt set that must be complete (default: the official 553)
         images_per_prompt: images that every prompt must have
         allow_partial: score an incomplete or partly unreadable set and say how many images are missing
+        device: where the judges compute: auto (a GPU where there is one), cpu, cuda or cuda:N
     """
     files = read_folders(images)
     expected = draw_official_metadata() if metadata is None else read_metadata(metadata)
     _check([file.metadata for file in files], expected, images_per_prompt, allow_partial)
-    chosen = build_judges(judges, official)
+    chosen = build_judges(judges, replace(official, device=device))
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
     asked = [(str(file.path.parent.parent / "metadata.jsonl"), file.metadata) for file in files]
     _known_words(asked, detector.classes, COLORS, knows="the detector")
