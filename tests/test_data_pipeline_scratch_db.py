@@ -21,10 +21,10 @@ from data_pipeline.flow import pipeline
 from data_pipeline.formats import parquet_io
 from data_pipeline.formats.parquet_io import encode_table, read_batches, write_tables
 from data_pipeline.formats.schema import fingerprint, fingerprint_all
-from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.row_status import RowStatuses, status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from infra import storage
+from infra.ahead import map_ahead
 from infra.errors import UserError
 
 KEYS = st.tuples(st.sampled_from(["", "a", "b", "\u00e9", "\U0001f525"]), st.integers(-3, 300))
@@ -60,12 +60,12 @@ def test_what_reads_ahead_keeps_the_order_and_a_bounded_number_of_items():
             taken.append(number)
             yield number
 
-    found = in_order(lambda number: number * 2, items(), threads=3)
+    found = map_ahead(lambda number: number * 2, items(), threads=3)
     assert next(found) == (0, 0)
     assert len(taken) <= 12
     assert list(found) == [(n, 2 * n) for n in range(1, 100)]
     with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda number: 1 // number, [1, 0], threads=2))
+        list(map_ahead(lambda number: 1 // number, [1, 0], threads=2))
 
 
 def test_units_and_verdicts_come_back_as_they_went():

@@ -1,9 +1,9 @@
 """Micro-batches as passes take them: with times and noise drawn; for a GPU ahead of the loop, in page-locked memory."""
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
-from collections import deque
+import itertools
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.loader import Batches, Dataset
 from data_pipeline.loading.order import DataExceptions
+from infra.ahead import ReadAhead
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
@@ -85,35 +86,28 @@ class Prefetcher(Iterator[MicroBatch]):
     def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
         self._batches, self._recipe = batches, recipe
         self._formulation = get_formulation(recipe.formulation)
-        self._pending: deque[Future[MicroBatch]] = deque()
-        self._pool = _thread_for(device) if device.type == "cuda" else None
-        self._closed = False
+        self._pinned = device.type == "cuda"
+        # One thread, so that micro-batches stay in order.
+        self._made = ReadAhead(
+            self._make, itertools.repeat(None), ahead=AHEAD + 1, threads=int(self._pinned), name="feed",
+            start_thread=partial(_choose_gpu, device),
+        )  # fmt: skip
 
     def __next__(self) -> MicroBatch:
-        if self._closed:
-            raise StopIteration
-        return self._make() if self._pool is None else self._take_made(self._pool)
+        return next(self._made)
 
-    def _take_made(self, pool: ThreadPoolExecutor) -> MicroBatch:
-        while len(self._pending) <= AHEAD:
-            self._pending.append(pool.submit(self._make))
-        return self._pending.popleft().result()
-
-    def _make(self) -> MicroBatch:
+    def _make(self, _: None) -> MicroBatch:
         micro = draw_noise(next(self._batches), self._formulation, seed=self._recipe.seed, shift=self._recipe.shift)
         micro = micro._replace(exceptions=self._batches.exceptions)
-        return micro.pin_memory() if self._pool is not None else micro
+        return micro.pin_memory() if self._pinned else micro
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._made.close(wait=False)
         self._batches.close()
 
 
-def _thread_for(gpu: torch.device) -> ThreadPoolExecutor:
-    """One, so that micro-batches stay in order; what it asks of CUDA concerns this rank's GPU."""
+def _choose_gpu(gpu: torch.device) -> None:
+    """In a new thread: what it asks of CUDA concerns this rank's GPU."""
     if torch.cuda.is_available():
-        return ThreadPoolExecutor(1, "feed", torch.cuda.set_device, (gpu,))
-    return ThreadPoolExecutor(1, "feed")
+        torch.cuda.set_device(gpu)

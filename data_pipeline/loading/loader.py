@@ -5,10 +5,9 @@ Every rank computes the same plan and reads its own lane of it; a background thr
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +19,7 @@ from data_pipeline.loading.collate import Collator, DrawSettings, Posterior
 from data_pipeline.loading.index import SplitIndex
 from data_pipeline.loading.order import BLOCK_SHARDS, BatchLocations, DataExceptions, SampleOrder
 from data_pipeline.loading.reader import SampleReader, ShardError
+from infra.ahead import ReadAhead
 from infra.errors import UserError, nearest
 from infra.log import get_logger
 from model.encoders.text import TextSpec
@@ -212,29 +212,21 @@ class Batches(Iterator[LatentBatch]):
         self._numbers = {name: number for number, name in enumerate(dataset.index.tars)}
         self.exceptions = exceptions
         self._banned = frozenset(self._numbers[name] for name in exceptions.shards if name in self._numbers)
-        self._step = start // order.global_batch
         self._ready: deque[LatentBatch] = deque()
-        self._pending: deque[Future[LatentBatch]] = deque()
-        self._prefetch = max(1, prefetch)
-        # One worker: batches are made in order, so what is quarantined at a step never depends on timing.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._closed = threading.Event()
+        # One thread: batches are made in order, so what is quarantined at a step never depends on timing.
+        steps = itertools.count(start // order.global_batch)
+        self._lanes = ReadAhead(self._load_lane, steps, ahead=max(1, prefetch), name="batches")
 
     def __next__(self) -> LatentBatch:
-        if self._closed.is_set():
+        if self._lanes.closed:
             raise StopIteration
         if not self._ready:
-            while len(self._pending) < self._prefetch:
-                self._pending.append(self._pool.submit(self._load_lane, self._step))
-                self._step += 1
-            batch = self._pending.popleft().result()
-            self._ready.extend(_split_lane(batch, self._micro_batch))
+            self._ready.extend(_split_lane(next(self._lanes), self._micro_batch))
         return self._ready.popleft()
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        """Stop reading ahead and give no more."""
+        self._lanes.close()
 
     def _load_lane(self, step: int) -> LatentBatch:
         plan = self._order.batch(step)

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.formats.schema import ColumnPart, Manifest
-from data_pipeline.stages.ahead import in_order
 from data_pipeline.stages.columns import Column, count_readers, read_parts
 from data_pipeline.stages.row_status import status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from data_pipeline.stages.stage import OK
 from infra import storage
+from infra.ahead import map_ahead
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
@@ -129,7 +129,7 @@ class ColumnState:
 
     def map_shards(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
         """What `work` gives for each shard, in order; what is read for one is gone when it is done."""
-        return in_order(work, self.shards() if shards is None else shards, threads=count_readers(self.root, _READERS))
+        return map_ahead(work, self.shards() if shards is None else shards, threads=count_readers(self.root, _READERS))
 
     def read(self, stage: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's table of a stage, by row."""

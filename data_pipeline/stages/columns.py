@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import ColumnPart, Manifest, to_ranges
-from data_pipeline.stages.ahead import in_order
 from infra import storage
+from infra.ahead import map_ahead
 from infra.errors import UserError
 from infra.version import code_version
 
@@ -70,7 +70,7 @@ class Column:
         """
         listed = storage.iter_files(storage.join(self.root, self.folder), suffix=".json", recursive=False)
         uris = (uri for uri in listed if uri.rpartition("/")[2].startswith(prefix))
-        for uri, data in in_order(storage.read_bytes, uris, threads=count_readers(self.root, _READERS)):
+        for uri, data in map_ahead(storage.read_bytes, uris, threads=count_readers(self.root, _READERS)):
             unit, _, number = uri.rpartition("/")[2].removesuffix(".json").rpartition(".")
             yield unit, int(number), data
 
