@@ -41,7 +41,7 @@ def checkpoint(root, step=10, **meta):
 
 
 def settings(root, **options):
-    options = {"metrics": "none", "calibration": False, **options}
+    options = {"metrics": (), "calibration": False, **options}
     return EvaluationSettings(
         RunOptions(runs=str(root), sampling=replace(QUICK, precision="fp32"), **options),
         gallery=("a red dog", "a cat", "a red dog"),
@@ -88,7 +88,7 @@ def test_weights_that_are_no_weights_are_a_failure_with_words(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "told"), [
     ({"captions": 0}, "--captions 0: expected 1 or more"), ({"workers": -1}, "--workers -1: expected 0 or more"),
-    ({"checkpoints": "3"}, "all, or the last of each run"), ({"metrics": "genevall"}, "did you mean 'geneval'"),
+    ({"checkpoints": "3"}, "all, or the last of each run"), ({"metrics": ("genevall",)}, "did you mean 'geneval'"),
 ])  # fmt: skip
 def test_a_service_that_could_not_evaluate_does_not_start(tmp_path, wrong, told):
     with pytest.raises(UserError, match=told):
