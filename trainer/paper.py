@@ -140,7 +140,7 @@ def study(backbone: str = "mmdit") -> Recipe:
     return replace(
         base,
         name=f"study-{backbone}",
-        model=BACKBONES[backbone](depth=15),
+        model=BACKBONES[backbone].for_text(base.data.text_tokens, depth=15),
         images=100_000 * batch,
         global_batch=batch,
         schedule=Schedule(warmup_images=1000 * batch),

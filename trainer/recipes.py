@@ -1,15 +1,16 @@
 """The recipes by name. One dial, depth, makes a ladder: width 64*depth, heads = depth, everything else follows."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from infra.errors import UserError, nearest
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from trainer.paper import DEPTHS, captions, dpo, high_resolution, pretrain_256, study
 from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Parallel, Recipe, Schedule, Validation
+
+WORLD_DEPTHS = (1, 2, 3, 4, 5, 6)
 
 
 def world(depth: int) -> Recipe:
@@ -50,9 +51,11 @@ def world_backbone(backbone: str, depth: int) -> Recipe:
     Expected: validation loss in the paper's order, dit > uvit > cross_dit > mmdit >= mmdit3; at depth 2 after 6,400
     images another one (infra/docs/runs/world_ablations).
     """
-    more: dict[str, Any] = {"clip_tokens": 16} if backbone == "mmdit3" else {}
-    model = BACKBONES[backbone](depth=depth, in_channels=8, context_width=384, pooled_width=128, **more)
-    return replace(world(depth), name=f"world-{backbone}-d{depth}", model=model)
+    base = world(depth)
+    model = BACKBONES[backbone].for_text(
+        base.data.text_tokens, depth=depth, in_channels=8, context_width=384, pooled_width=128
+    )
+    return replace(base, name=f"world-{backbone}-d{depth}", model=model)
 
 
 def world_captions(original: float, depth: int) -> Recipe:
@@ -98,31 +101,37 @@ def world_dpo(depth: int) -> Recipe:
     )
 
 
-FAMILIES: dict[str, Callable[[int], Recipe]] = {
-    "world": world,
-    "pretrain-256": pretrain_256,
-    **{f"world-{name}": partial(world_backbone, name) for name in BACKBONES if name != "mmdit"},
-    "world-captions-original": partial(world_captions, 1.0),
-    "world-captions-mixed": partial(world_captions, 0.5),
-}
+@dataclass(frozen=True)
+class Family:
+    """Recipes that differ in depth alone. The function gives each its name, which stands nowhere else."""
 
-WORLD_DEPTHS = (1, 2, 3, 4, 5, 6)
+    make: Callable[[int], Recipe]
+    depths: tuple[int, ...]
+
+    def recipes(self) -> dict[str, Callable[[], Recipe]]:
+        return {self.make(depth).name: partial(self.make, depth) for depth in self.depths}
+
+
+# Families that are trained from the start, and therefore as a ladder, by the ladder's name.
+FAMILIES: dict[str, Family] = {
+    "world": Family(world, WORLD_DEPTHS),
+    "pretrain-256": Family(pretrain_256, DEPTHS),
+    **{f"world-{name}": Family(partial(world_backbone, name), (2, 3, 4)) for name in BACKBONES if name != "mmdit"},
+    "world-captions-original": Family(partial(world_captions, 1.0), (2, 3, 4)),
+    "world-captions-mixed": Family(partial(world_captions, 0.5), (2, 3, 4)),
+}
+# Families that start from the weights of a stage before.
+LATER_STAGES = (
+    Family(partial(high_resolution, resolution=512), DEPTHS),
+    Family(partial(high_resolution, resolution=1024), DEPTHS),
+    Family(dpo, (24, 38)),
+    Family(world_dpo, WORLD_DEPTHS),
+)
+SINGLE = (partial(captions, 1.0), partial(captions, 0.5), *(partial(study, name) for name in BACKBONES))
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    **{f"world-d{depth}": partial(world, depth) for depth in WORLD_DEPTHS},
-    **{f"d{depth}": partial(pretrain_256, depth) for depth in DEPTHS},
-    **{f"d{depth}-{size}": partial(high_resolution, depth, size) for size in (512, 1024) for depth in DEPTHS},
-    **{f"dpo-d{depth}": partial(dpo, depth) for depth in (24, 38)},
-    **{f"world-dpo-d{depth}": partial(world_dpo, depth) for depth in WORLD_DEPTHS},
-    "captions-original": partial(captions, 1.0),
-    "captions-mixed": partial(captions, 0.5),
-    **{f"study-{name}": partial(study, name) for name in BACKBONES},
-    **{
-        f"world-{name}-d{depth}": partial(world_backbone, name, depth)
-        for name in BACKBONES if name != "mmdit" for depth in (2, 3, 4)
-    },
-    **{f"world-captions-original-d{depth}": partial(world_captions, 1.0, depth) for depth in (2, 3, 4)},
-    **{f"world-captions-mixed-d{depth}": partial(world_captions, 0.5, depth) for depth in (2, 3, 4)},
-}  # fmt: skip
+    **{name: make for family in (*FAMILIES.values(), *LATER_STAGES) for name, make in family.recipes().items()},
+    **{make().name: make for make in SINGLE},
+}
 
 
 def get_recipe(name: str) -> Recipe:
@@ -136,4 +145,4 @@ def get_family(name: str) -> Callable[[int], Recipe]:
     """A ladder's function of depth by name."""
     if name not in FAMILIES:
         raise UserError(f"unknown ladder {name!r}{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    return FAMILIES[name].make

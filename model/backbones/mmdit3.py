@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ class MMDiT3Config(TokenConfig):
     @property
     def name(self) -> str:
         return "mmdit3"
+
+    @classmethod
+    def for_text(cls, text_tokens: int, **fields: Any) -> Self:
+        """CLIP and T5 have equal shares of the context: 77 and 77 of SD3's, 16 and 16 of the world's."""
+        return cls(**{"clip_tokens": text_tokens // 2, **fields})
 
     def module(self) -> MMDiT3:
         return MMDiT3(self)

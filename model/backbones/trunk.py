@@ -93,6 +93,11 @@ class TokenConfig(ABC):
         with seeded(seed):
             return self.module()
 
+    @classmethod
+    def for_text(cls, text_tokens: int, **fields: Any) -> Self:
+        """A config for contexts of so many tokens; a backbone whose fields depend on that number sets them here."""
+        return cls(**fields)
+
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
 
@@ -138,7 +143,11 @@ class Embedded(NamedTuple):
 
 
 class TokenBackbone(nn.Module):
-    """Embedding and output; a child adds `blocks` and its forward. `checkpoint_blocks` recomputes them in backward."""
+    """Embedding and output; a child adds `blocks` and its forward. `checkpoint_blocks` recomputes them in backward.
+
+    `blocks` is a ModuleList of modules of a class of their own: ZeRO-3 gathers the parameters of all modules of that
+    class at once, so a bare nn.Linear there would drag every other linear layer along, and its backward pass fails.
+    """
 
     def __init__(self, config: TokenConfig, *, patch_channels: int | None = None):
         super().__init__()
