@@ -41,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Group:
+class HelpGroup:
     """A heading and the flags below it: those named, or all that begin with `--prefix.`."""
 
     title: str
@@ -85,20 +85,20 @@ def read_entries(kind: Callable[..., Any], prog: str, options: Mapping[str, Any]
     return head.partition("\n\n")[2].strip(), [entry for entry in entries if entry.flag != "-h"]
 
 
-def find_groups(kind: Any, prefix: str = "") -> Iterator[Group]:
+def find_groups(kind: Any, prefix: str = "") -> Iterator[HelpGroup]:
     """A command's HELP_GROUPS and the dataclasses among its options; those that are FLAT are looked into."""
     for title, fields in getattr(kind, "HELP_GROUPS", {}).items():
-        yield Group(title, _flags(prefix, fields))
+        yield HelpGroup(title, _flags(prefix, fields))
     for name, (inner, marks) in _annotations(kind).items():
         if not dataclasses.is_dataclass(inner):
             continue
         if FLAT in marks:
             yield from find_groups(inner, prefix)
         elif GROUP in marks:
-            yield Group(_title(name, inner), _flags(prefix, [field.name for field in dataclasses.fields(inner)]))
+            yield HelpGroup(_title(name, inner), _flags(prefix, [field.name for field in dataclasses.fields(inner)]))
             yield from find_groups(inner, prefix)
         else:
-            yield Group(_title(name, inner), frozenset(), f"{prefix}{name.replace('_', '-')}")
+            yield HelpGroup(_title(name, inner), frozenset(), f"{prefix}{name.replace('_', '-')}")
 
 
 def _flags(prefix: str, fields: Iterable[str]) -> frozenset[str]:
@@ -122,7 +122,7 @@ def _title(name: str, kind: Any) -> str:
     return f"{name.replace('_', ' ')}: {first[:1].lower()}{first[1:]}" if first[1:2].islower() else f"{name}: {first}"
 
 
-def _set(prog: str, description: str, entries: Sequence[Entry], groups: Sequence[Group], *, brief: bool) -> str:
+def _set(prog: str, description: str, entries: Sequence[Entry], groups: Sequence[HelpGroup], *, brief: bool) -> str:
     positional = [entry for entry in entries if not entry.flag.startswith("-")]
     found = {group: [entry for entry in entries if group.holds(entry.flag)] for group in groups}
     grouped = {entry for held in found.values() for entry in held}
@@ -177,7 +177,7 @@ def _wrap_entry(entry: Entry) -> list[str]:
     return [f"{head:<{INDENT}}{wrapped[0]}".rstrip(), *(" " * INDENT + line for line in wrapped[1:])]
 
 
-def _wrap_names(group: Group, held: Sequence[Entry]) -> list[str]:
+def _wrap_names(group: HelpGroup, held: Sequence[Entry]) -> list[str]:
     """`model  --model.depth .patch .qk-norm`: the prefix once."""
     flags = [entry.flag for entry in held]
     if group.prefix:

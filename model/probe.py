@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class AttentionSeen(NamedTuple):
+class AttentionStatistics(NamedTuple):
     """Of one attention over a batch, in float32: largest |q.k|/sqrt(K), and the entropy in nats over queries."""
 
     max_logit: float
@@ -32,7 +32,7 @@ class AttentionSeen(NamedTuple):
 
 
 @torch.no_grad()
-def attention_seen(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -> AttentionSeen:
+def measure_attention(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -> AttentionStatistics:
     """Statistics of softmax(q k^T / sqrt(K) + bias); masked keys count in neither figure."""
     largest, entropies = 0.0, []
     for head in range(q_BHNK.shape[1]):  # one at a time: at 1024 px a matrix has 18 million entries
@@ -45,7 +45,7 @@ def attention_seen(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -
             largest = max(largest, float(logits_BNS.abs().max()))
         entropies.append(torch.special.entr(logits_BNS.softmax(-1)).sum(-1))
     entropy_HBN = torch.stack(entropies)
-    return AttentionSeen(largest, float(entropy_HBN.mean()), float(entropy_HBN.min()), k_BHSK.shape[2])
+    return AttentionStatistics(largest, float(entropy_HBN.mean()), float(entropy_HBN.min()), k_BHSK.shape[2])
 
 
 class AttentionProbe(TorchFunctionMode):
@@ -56,7 +56,7 @@ class AttentionProbe(TorchFunctionMode):
 
     def __init__(self, *, samples: int | None = None) -> None:
         super().__init__()
-        self.seen: list[AttentionSeen] = []
+        self.seen: list[AttentionStatistics] = []
         self._samples = slice(samples)
 
     def __torch_function__(
@@ -70,5 +70,5 @@ class AttentionProbe(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             bias = kwargs.get("attn_mask")
             few = None if bias is None else bias[self._samples]
-            self.seen.append(attention_seen(args[0][self._samples], args[1][self._samples], few))
+            self.seen.append(measure_attention(args[0][self._samples], args[1][self._samples], few))
         return func(*args, **kwargs)

@@ -39,7 +39,7 @@ from model.diffusion.flow import FORMULATIONS, Formulation
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.timesteps import uniform
 
-# The rectified path, of which the network predicts the noise: squared error of noise, so w = -1 / (d lambda / dt).
+# The rectified path, of which the network predicts the noise: squared error of noise, so w = -2 / (d lambda / dt).
 FORMULATIONS["eps/rf"] = Formulation(
     "eps/rf", RectifiedFlow(), "eps", uniform(), lambda t: t * (1 - t), "t(1-t)", 1.0
 )

@@ -9,7 +9,7 @@ import torch
 
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
-from model.probe import AttentionProbe, attention_seen
+from model.probe import AttentionProbe, measure_attention
 
 CONFIG = MMDiTConfig(depth=3, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 
@@ -22,12 +22,12 @@ def _one_thread() -> None:
 def test_figures_of_known_attention() -> None:
     """One query on two keys with logits 0 and log 3: shares 1/4 and 3/4."""
     q, k = torch.tensor([2.0]).view(1, 1, 1, 1), torch.tensor([0.0, math.log(3) / 2]).view(1, 1, 2, 1)
-    seen = attention_seen(q, k)
+    seen = measure_attention(q, k)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert seen.max_logit == pytest.approx(math.log(3))
     assert seen.mean_entropy == pytest.approx(entropy)
     assert seen.entropy_share == pytest.approx(entropy / math.log(2))
-    nothing = attention_seen(torch.zeros(2, 3, 5, 64), torch.zeros(2, 3, 7, 64))
+    nothing = measure_attention(torch.zeros(2, 3, 5, 64), torch.zeros(2, 3, 7, 64))
     assert (nothing.max_logit, nothing.keys) == (0, 7)
     assert nothing.entropy_share == pytest.approx(1)
 
@@ -38,7 +38,7 @@ def test_masked_keys_do_not_count() -> None:
     bias = torch.zeros(2, 1, 1, 7)
     bias[..., 4:] = -torch.inf
     k[:, :, 4:] *= 100
-    masked, cut = attention_seen(q, k, bias), attention_seen(q, k[:, :, :4])
+    masked, cut = measure_attention(q, k, bias), measure_attention(q, k[:, :, :4])
     assert masked[:3] == pytest.approx(cut[:3], rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
 
 
-class OfDiTBlocks(TokenConfig):
+class DiTBlockCounts(TokenConfig):
     """The counts of `depth` DiT blocks."""
 
     def block_parameters(self) -> int:
@@ -28,7 +28,7 @@ class OfDiTBlocks(TokenConfig):
 
 
 @dataclass(frozen=True)
-class DiTConfig(OfDiTBlocks):
+class DiTConfig(DiTBlockCounts):
     """MM-DiT with a single stream."""
 
     @property

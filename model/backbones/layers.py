@@ -126,6 +126,7 @@ class Modulate(nn.Module):
 
 
 def scale_shift(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    # 1 + scale, as in DiT: the modulation starts at zero, so that a fresh block leaves its norm as it is.
     return torch.addcmul(shift, x_BND, 1 + scale)
 
 

@@ -104,6 +104,8 @@ class MMDiTBlock(nn.Module):
         self.text = Stream(config)
 
     def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # Six vectors per stream, in the order of the reference (names.py relies on it): shift, scale and gate of the
+        # attention, then of the MLP.
         x_shift, x_scale, x_gate, *x_mlp = self.image.modulate(c_BD)
         y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_BD)
         x_qkv = self.image.qkv(scale_shift(self.image.norm(x_BND), x_shift, x_scale))

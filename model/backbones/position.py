@@ -26,6 +26,7 @@ def paper_positions(count: int, target: int, base: int) -> np.ndarray:
 
 def sincos_1d(positions_P: np.ndarray, width: int) -> np.ndarray:
     """width/2 sines, then width/2 cosines, of frequencies MAX_PERIOD**(-k/(width/2)), in float64."""
+    # Sines first, cosines second: the time features (layers.py) have the opposite order, both as in the reference.
     half = width // 2
     angle = np.outer(positions_P, MAX_PERIOD ** (-np.arange(half, dtype=np.float64) / half))
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)

@@ -108,8 +108,10 @@ class TokenConfig(ABC):
     def parameter_count(self) -> int:
         """In closed form; test_model_flops.py holds it against the module's own parameters."""
         h = self.width
+        # Patches, time features and pooled text (each Linear, SiLU, Linear: hence 2 (h*h + h)), then the context.
         embed = (self.pixels + 1) * h + (TIME_CHANNELS + 1 + self.pooled_width + 1) * h + 2 * (h * h + h)
         embed += (self.context_width + 1) * h
+        # Shift and scale from c (2 h vectors), then the projection to pixels.
         final = 2 * h * h + 2 * h + self.pixels * h + self.pixels
         return embed + self.block_parameters() + final
 

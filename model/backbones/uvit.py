@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from model.backbones.dit import DiTBlock, OfDiTBlocks
+from model.backbones.dit import DiTBlock, DiTBlockCounts
 from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, unpatchify
 from model.backbones.norms import layer_norm
 from model.backbones.trunk import MultiplyAdds, TokenBackbone
@@ -24,7 +24,7 @@ GROUPS = 32
 
 
 @dataclass(frozen=True)
-class UViTConfig(OfDiTBlocks):
+class UViTConfig(DiTBlockCounts):
     """`res_blocks` residual blocks on each side of the transformer."""
 
     res_blocks: int = 2

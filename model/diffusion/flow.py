@@ -80,6 +80,7 @@ class Formulation:
 
     def timesteps(self, u_B: Tensor, shift: float = 1.0) -> Tensor:
         """Uniform draws to training times, float64; `shift` moves them for another resolution."""
+        # The quantiles of the normal laws are infinite at u = 0 and 1, and a uniform draw can be exactly 0.
         t = self.density.draw(u_B.double().clamp(1e-12, 1 - 1e-12))
         if isinstance(self.path, Linear):
             t = (t * self.path.num_levels).floor() / self.path.num_levels
@@ -107,6 +108,8 @@ class Formulation:
     def split(self, prediction: Tensor, z: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """(x0, noise) that a prediction at z implies."""
         alpha, beta = TARGETS[self.target](level)
+        # Two equations, z = a x0 + b e and p = alpha x0 + beta e, by Cramer's rule. Its determinant is 0 nowhere on the
+        # sampling grids of the 61; for eps it is a, which is why eps/cos does not start at t = 1 (grids.py).
         a, b = level.a, level.b
         determinant = a * beta - b * alpha
         x0 = like(beta / determinant, z) * z - like(b / determinant, z) * prediction
@@ -152,6 +155,7 @@ def _rf(name: str, density: Density) -> Formulation:
 
 def _edm(name: str, path: EDM) -> Formulation:
     def weight(t: Tensor) -> Tensor:
+        # pdf(lambda) = -1/lambda' = sigma / (2 dsigma/dt), as lambda = -2 ln sigma; exp(-lambda) = sigma^2.
         level, rate = path.level(t), path.slope(t)[1]
         return level.b / (2 * rate) * (level.b**2 + SIGMA_DATA**2)
 
@@ -172,6 +176,7 @@ def _linear(target: Target) -> Formulation:
 
     def weight(t: Tensor) -> Tensor:
         level, (da, db) = path.level(t), path.slope(t)
+        # Under uniform t the density of lambda is -1/lambda'(t); this discrete schedule has no closed form of it.
         pdf_of_log_snr = -1 / (2 * (da / level.a - db / level.b))
         return pdf_of_log_snr if target == "eps" else pdf_of_log_snr / level.a**2
 

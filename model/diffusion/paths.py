@@ -106,6 +106,7 @@ class Linear:
     @cached_property
     def log_ratio_T(self) -> Tensor:
         root = torch.linspace(self.beta_first**0.5, self.beta_last**0.5, self.num_levels, dtype=torch.float64)
+        # ln a^2, as a sum of logs: 1 - a^2 of the first levels, next to 0, keeps its digits through expm1.
         log_signal = torch.log1p(-(root**2)).cumsum(0)
         return 0.5 * (torch.log(-torch.expm1(log_signal)) - log_signal)
 
@@ -174,6 +175,7 @@ class EDM:
 
     def slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.law == "normal":
+            # dsigma/dt = sigma * std / pdf of the standard normal at its quantile.
             quantile = torch.special.ndtri(t.double())
             rate = self._sigma(t) * self.std * math.sqrt(2 * math.pi) * torch.exp(0.5 * quantile**2)
         else:
@@ -186,5 +188,6 @@ class EDM:
         return ratio / (1 + ratio) if self.law == "rf" else 2 / math.pi * torch.atan(ratio)
 
     def level_of_ratio(self, ratio: Tensor) -> Level:
+        # c_in and c_noise of EDM (arXiv 2206.00364, table 1).
         scale = (ratio**2 + SIGMA_DATA**2) ** -0.5
         return Level(torch.ones_like(ratio), ratio, torch.log(ratio) / 4, scale)

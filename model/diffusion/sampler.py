@@ -126,6 +126,7 @@ def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance:
     both = TextCond.cat([text, uncond])
 
     def predict(x: Tensor, t_B: Tensor) -> Tensor:
+        # Classifier-free guidance (arXiv 2207.12598), in the form without + g (with - without): g = 1 is no guidance.
         with_text, without = model_fn(torch.cat([x, x]), torch.cat([t_B, t_B]), both).chunk(2)
         return without + guidance * (with_text - without)
 
@@ -195,6 +196,7 @@ def _trajectory(states: list[Tensor], points: Tensor, evaluations: int) -> Traje
     moves = torch.stack([(b - a).flatten(1) for a, b in itertools.pairwise(states)]).double()
     steps = points.diff().abs()[:, None].to(moves.device)
     squared = moves.square().sum(2)
+    # Integral of |slope|^2 less |mean slope|^2 times the length: what is left is the variance along the path.
     displacement = moves.sum(0).norm(dim=1)
     straightness = (squared / steps).sum(0) - displacement**2 / steps.sum()
     return Trajectory(states[-1], evaluations, squared.sqrt().sum(0), displacement, straightness.clamp(min=0))

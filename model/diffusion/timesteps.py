@@ -42,6 +42,8 @@ def uniform() -> Density:
     return Density("uniform", lambda u: u, torch.ones_like)
 
 
+# The three densities below: SD3 section 3.1. Drawing t from pdf(t) is the loss weight t/(1-t) * pdf(t) (eq. 18), so it
+# must not be applied a second time as a factor on the loss.
 def lognorm(mean: float, std: float) -> Density:
     """Logit-normal: logit(t) ~ N(mean, std**2); mean < 0 favours data, > 0 noise."""
     require_finite(f"lognorm({mean},{std})", mean, std)
@@ -57,6 +59,7 @@ def lognorm(mean: float, std: float) -> Density:
 
 
 def _mode_map(u: Tensor, scale: float) -> Tensor:
+    # f(u; s) of SD3 section 3.1. It falls: u = 0 is noise, u = 1 is data.
     return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
@@ -76,6 +79,7 @@ def mode(scale: float) -> Density:
         raise UserError(f"mode scale is {scale}, expected -1 <= s <= 2/(pi-2) = {MODE_LIMIT:.4f}")
 
     def pdf(t: Tensor) -> Tensor:
+        # 1/|f'(u)| at u = f^-1(t): the density of a transformed uniform variable.
         slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * mode_inverse(t, scale))
         return 1 / slope
 

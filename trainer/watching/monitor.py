@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from infra.log import get_logger
 from infra.steal import read_stolen_seconds
-from model.probe import AttentionProbe, AttentionSeen
+from model.probe import AttentionProbe, AttentionStatistics
 from trainer.machines import Machine
 from trainer.objective import Losses, count_train_flops
 from trainer.recipe import Recipe
@@ -54,7 +54,7 @@ class Monitor:
         if not self._eager and group.rank == 0:
             log.info("no attention/max_logit, attention/entropy: the probe cannot see into compiled blocks")
         self._counts = self._eager and not recipe.parallel.checkpoint_blocks
-        self._attention: list[AttentionSeen] = []
+        self._attention: list[AttentionStatistics] = []
 
     def _start(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)  # by phase
