@@ -58,7 +58,7 @@ def info(tmp_path_factory) -> DatasetInfo:
 def run(tmp_path_factory) -> Path:
     """A run folder with a checkpoint: raw weights of seed 1, EMA weights of seed 2."""
     out = tmp_path_factory.mktemp("runs") / "world-d2"
-    recipe = dataclasses.replace(get_recipe("world-d2"), model=CONFIG)
+    recipe = dataclasses.replace(get_recipe("world-d2"), model=CONFIG, precision="fp32")
     (segments, master), (_, average) = flat(weights_of(1)), flat(weights_of(2))
     share = checkpoint.RankShare([segments], {"master": [master], f"ema/{recipe.ema.profiles[0]}": [average]})
     state = {"recipe": recipe.to_json(), "images_seen": 64}
