@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -432,8 +431,7 @@ def test_an_exclamation_mark_is_a_word_and_padding_stands_behind_the_end_alone(t
     assert ids.tolist() == expected.tolist()
 
 
-def test_a_caption_beyond_the_limit_is_told_once_with_what_is_cut(sd3_folder: Path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(logging.getLogger("beeline"), "propagate", True)
+def test_a_caption_beyond_the_limit_is_told_once_with_what_is_cut(sd3_folder: Path, caplog) -> None:
     encoders = load_text_encoders(sd3_spec("padded", "sd3-ref"), lambda name: sd3_folder / name)
     long = "a red dog a red dog a red dog and a cat"
     with caplog.at_level("WARNING", logger="beeline.text"):
@@ -443,4 +441,4 @@ def test_a_caption_beyond_the_limit_is_told_once_with_what_is_cut(sd3_folder: Pa
         encoders.encode([long])
     told = [record.getMessage() for record in caplog.records if record.name == "beeline.text"]
     assert [text.split()[0] for text in told] == ["clip_l", "clip_g", "t5"]
-    assert "reads 8 tokens: of a caption of 13 it does not see 'a red dog and a cat'" in told[0]
+    assert "reads 8 tokens: of a caption of 14 it does not see 'a red dog and a cat'" in told[0]

@@ -43,7 +43,8 @@ def end_run(): tell("end")
 
 
 def recipe(**logging) -> Recipe:
-    return Recipe(name="r", model=MMDiTConfig(depth=2), images=64, global_batch=8, logging=Logging(**logging))
+    model, precision = MMDiTConfig(depth=2), "fp32"  # a run has settled it
+    return Recipe("r", model, images=64, global_batch=8, precision=precision, logging=Logging(**logging))
 
 
 @pytest.fixture
