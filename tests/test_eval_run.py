@@ -437,7 +437,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
             return painter.model(*given)
 
     class Alone:
-        rank, world, device = 0, 1, torch.device("cpu")
+        rank, world_size, device = 0, 1, torch.device("cpu")
 
         def sum_(self, x):
             return x
