@@ -1,5 +1,6 @@
 """Whole runs by real ranks: the plain command, bit-equal and elastic resume, damage, SIGTERM, nan, the ladder."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,18 +16,21 @@ import pytest
 import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
+from data_pipeline.loading.loader import Dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from eval.studies.compare import compare_runs, read_run
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UserError, UserErrors
 from infra.results import ResultStore
 from infra.values import read_values
 from model.files.convert import convert
 from model.files.weights import load_weights, read_meta
 from trainer.__main__ import main
+from trainer.checks.fitting import check_data
 from trainer.checks.preflight import prefer_own_checkpoint
 from trainer.ladders.ladder import count_trained_images, train_ladder
 from trainer.ladders.launch import ManyRuns
+from trainer.runfolder import read_recipe
 
 pytestmark = pytest.mark.dist
 IMAGES, EVERY = 240, 80  # 30 steps of 8 images; a checkpoint every 10 steps
@@ -293,11 +297,18 @@ def test_export_with_sd3_names_comes_back_as_it_was(data, straight, tmp_path, mo
     assert all(torch.equal(trained[name], found[name]) for name in trained)
 
 
+def test_a_recipe_that_was_made_for_other_data_is_refused(data, straight):
+    recipe = read_recipe(str(straight))
+    check_data(recipe, Dataset(str(data)))
+    elsewhere = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fingerprint="feedfacefeedface"))
+    with pytest.raises(UserErrors, match="was made for feedfacefeedface"):
+        check_data(elsewhere, Dataset(str(data)))
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--model.in-channels", "8"], "latent channels: data 4, recipe 8 (--model.in-channels 4)"),
-        (["--data.fingerprint", "feedfacefeedface"], "was made for feedfacefeedface"),
         (["--formulation", "rf/lognrom(0.00,1.00)"], "lognorm"),
         (["--validation.protocol", "sd33"], "sd3"),
         (["--ema.profiles", "power:0.9"], "out of range"),
