@@ -16,7 +16,7 @@ import pytest
 import torch
 from trainer_launch import TINY, finish, run_ranks, start_ranks
 
-from data_pipeline.loading.loader import Dataset
+from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from eval.studies.compare import compare_runs, read_run
 from infra import storage
@@ -299,10 +299,10 @@ def test_export_with_sd3_names_comes_back_as_it_was(data, straight, tmp_path, mo
 
 def test_a_recipe_that_was_made_for_other_data_is_refused(data, straight):
     recipe = read_recipe(str(straight))
-    check_data(recipe, Dataset(str(data)))
+    check_data(recipe, open_dataset(str(data)))
     elsewhere = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fingerprint="feedfacefeedface"))
     with pytest.raises(UserErrors, match="was made for feedfacefeedface"):
-        check_data(elsewhere, Dataset(str(data)))
+        check_data(elsewhere, open_dataset(str(data)))
 
 
 @pytest.mark.parametrize(
