@@ -1,6 +1,6 @@
-"""Looks into every attention of a forward pass without touching the model: the largest logit, the smallest entropy.
+"""Records logits and entropies of every attention in a forward pass, without a change to the model.
 
-Growing logits and an entropy that falls to 0 are what QK-RMSNorm is there to prevent (SD3 section 5.3.2, Figure 5).
+QK-RMSNorm prevents that logits grow and that the entropy falls to 0 (SD3 section 5.3.2, Figure 5).
     with AttentionProbe() as probe: model(x, t, text)     # then probe.seen: one entry per attention, in order of call
 """
 # Shapes: B batch, H heads, N queries, S keys, K head width.
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class AttentionStatistics(NamedTuple):
-    """Of one attention over a batch, in float32: largest |q.k|/sqrt(K), and the entropy in nats over queries."""
+    """One attention over a batch, in float32: the largest |q.k|/sqrt(K), the mean and the least entropy of a query's
+    softmax in nats, and the number of keys S."""
 
     max_logit: float
     mean_entropy: float
@@ -27,13 +28,13 @@ class AttentionStatistics(NamedTuple):
 
     @property
     def entropy_share(self) -> float:
-        """Mean entropy over that of uniform attention to all keys: 1 looks everywhere, 0 at a single token."""
+        """Mean entropy over log(keys), the entropy of uniform attention: 1 attends to all keys alike, 0 to one."""
         return self.mean_entropy / math.log(self.keys)
 
 
 @torch.no_grad()
 def measure_attention(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None) -> AttentionStatistics:
-    """Statistics of softmax(q k^T / sqrt(K) + bias); masked keys count in neither figure."""
+    """Statistics of softmax(q k^T / sqrt(K) + bias); masked keys count neither as logits nor in the entropy."""
     largest, entropies = 0.0, []
     for head in range(q_BHNK.shape[1]):  # one at a time: at 1024 px a matrix has 18 million entries
         logits_BNS = q_BHNK[:, head].float() @ k_BHSK[:, head].float().mT / math.sqrt(q_BHNK.shape[-1])
@@ -49,9 +50,10 @@ def measure_attention(q_BHNK: Tensor, k_BHSK: Tensor, bias: Tensor | None = None
 
 
 class AttentionProbe(TorchFunctionMode):
-    """Records every scaled_dot_product_attention called inside the `with`; what it returns is unchanged.
+    """Records every scaled_dot_product_attention that is called inside the `with`; its results stay the same.
 
-    `samples`: look only at so many of a batch. Blocks must not be compiled: they would be traced anew.
+    `samples`: measure only so many samples of a batch, the first. Blocks must not be compiled: they would be traced
+    anew.
     """
 
     def __init__(self, *, samples: int | None = None) -> None:
