@@ -1,4 +1,4 @@
-"""Micro-batches as passes take them: with times and noise drawn; for a GPU ahead of the loop, in page-locked memory."""
+"""Micro-batches with their times and noise. For a GPU a thread makes them ahead of the loop, in page-locked memory."""
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
 import itertools
@@ -29,12 +29,12 @@ class MicroBatch(NamedTuple):
     """Training times, float64 on the CPU."""
     noise_BCHW: Tensor
     exceptions: DataExceptions = DataExceptions()
-    """What had been left out of the data when it was read: a checkpoint keeps it."""
+    """Shards and positions that were left out of the data when this micro-batch was read; a checkpoint keeps them."""
     pinned: bool = False
     """All of it lies in page-locked memory."""
 
     def pin_memory(self) -> "MicroBatch":
-        """In page-locked memory, from which a GPU copies by itself."""
+        """A copy in page-locked (pinned) memory, from which a GPU copies while the CPU goes on."""
         latent_BCHW, text, rejected = self.batch.latent_BCHW, self.batch.text, self.batch.rejected_BCHW
         batch = self.batch._replace(
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
@@ -43,9 +43,8 @@ class MicroBatch(NamedTuple):
         return MicroBatch(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
 
     def to(self, device: torch.device) -> "DeviceBatch":
-        """What a pass computes with, on the device. Nothing waits where all is in page-locked memory. From other memory
-        a copy that nobody waits for may read what was overwritten meanwhile, at least where a GPU reads the host's
-        memory by itself."""
+        """The micro-batch on the device. From page-locked memory the copies are asynchronous. From ordinary memory they
+        are not: the CPU could overwrite that memory before the GPU has read it."""
 
         def send(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=self.pinned)
@@ -61,27 +60,29 @@ class DeviceBatch(NamedTuple):
     """A micro-batch on its device."""
 
     x0_BCHW: Tensor
-    """Latents; of pairs the preferred ones, then the rejected ones."""
+    """Clean latents. For pairs (2B of them): first the B preferred ones, then the B rejected ones."""
     noise_BCHW: Tensor
     t_B: Tensor
     text: TextCond
 
 
 def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> MicroBatch:
-    """A batch with its times and noise."""
+    """The batch with a time and noise for each sample, keyed by (seed, position)."""
     t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
 
 
 def choose_caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
-    """How often each caption is taken, of those that the recipe wants and the data has."""
+    """The probability of each caption kind (original, synthetic), for those kinds that the dataset has. Not
+    normalised."""
     wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
     return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
 
 
 class Prefetcher(Iterator[MicroBatch]):
-    """The micro-batches of `batches`, drawn by a recipe. Where the device is a GPU a thread makes them ahead: of
-    148 ms of a pass of 64 images (d15 on an H200) copies from ordinary memory took 13, and 28 more were the host's."""
+    """Iterates over the micro-batches of `batches`, with times and noise. On a GPU a thread makes them ahead of the
+    loop. Without it a pass of 64 images (d15 on an H200) took 148 ms, of which copies from ordinary memory took 13 ms
+    and other work of the CPU 28 ms."""
 
     def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
         self._batches, self._recipe = batches, recipe
@@ -108,6 +109,6 @@ class Prefetcher(Iterator[MicroBatch]):
 
 
 def _choose_gpu(gpu: torch.device) -> None:
-    """In a new thread: what it asks of CUDA concerns this rank's GPU."""
+    """Called first in a new thread: select this rank's GPU, as CUDA's current device is set per thread."""
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)

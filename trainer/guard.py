@@ -1,6 +1,7 @@
-"""A loss or gradient that cannot be right never reaches the optimizer: its batch is reported and skipped, and the run
-goes back to its last good checkpoint. If a batch is bad again, those before it are skipped too. After a few skips the
-run stops.
+"""Bad batches: a loss or gradient that is not finite, or far too large, never reaches the optimizer.
+
+The batch is reported and skipped, and the run goes back to its last good checkpoint. If the batch is bad again with
+other images in its place, the batches before it are skipped too. After a few skips the run stops.
 """
 
 import json
@@ -55,10 +56,10 @@ def roll_back(
     *,
     out: str,
 ) -> TrainingState:
-    """The state to go on from, with the bad batch among its exceptions. UnstableRun when it was one too many.
-    Collective.
+    """Go back to the last checkpoint; the state to continue from, which leaves the bad batch out of the data.
+    UnstableRun when more batches were bad than the recipe allows. Collective.
 
-    Without a checkpoint the run goes on from where it is: the bad step was not taken.
+    Without a checkpoint the run continues where it is: the bad step was not taken.
     """
     group, batch = engine.group, recipe.global_batch
     first = state.step * batch
@@ -90,9 +91,11 @@ def roll_back(
 
 
 def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:
-    """Positions to leave out when the batch that begins at `first` was bad: itself; where it is bad again although
-    other images stand in, the harm was done by the steps before it, so eight times as many batches as were left out
-    in vain. (PaLM left out 200 to 500 batches before and during a spike: arXiv 2204.02311, section 5.1.)"""
+    """Sample positions to leave out when the batch that begins at `first` was bad.
+
+    The first time that is the batch itself. If it is bad again with other images in its place, the steps before it
+    have done the harm: then eight times as many batches as were left out without success. (PaLM left out 200 to 500
+    batches before and during a spike: arXiv 2204.02311, section 5.1.)"""
     in_vain = 0
     while first - in_vain * batch in left_out:
         in_vain += 1
@@ -100,7 +103,7 @@ def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:
 
 
 def _write_skipped_keys(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
-    """RUN/skipped/: which images these were, one file per rank."""
+    """Write the keys of the bad batch's images to RUN/skipped/, one file per rank."""
     uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
     try:
@@ -110,7 +113,7 @@ def _write_skipped_keys(problem: str, keys: list[str], state: TrainingState, gro
 
 
 def _gather_exceptions(mine: DataExceptions, group: Group) -> DataExceptions:
-    """Shards that any rank quarantined: after going back all ranks must leave out the same."""
+    """What any rank leaves out (quarantined shards): after going back all ranks must leave out the same."""
     if group.world_size == 1:
         return mine
     found = DataExceptions()

@@ -1,7 +1,8 @@
-"""The processes that start ranks. Each handles SIGTERM differently: ranks watch them, the ladder signals ranks itself.
+"""The processes that start ranks, and how SIGTERM reaches the ranks below them.
 
-`deepspeed` dies of it and leaves its second process and the ranks running; that second one and torchrun pass it on to
-their ranks and kill those still there after 30 s.
+`deepspeed` dies of SIGTERM and leaves its second process and the ranks running. That second process and torchrun pass
+the signal on to their ranks, and kill ranks that still run after 30 s. So ranks watch their launchers, and a ladder
+signals the ranks itself.
 """
 
 import contextlib
@@ -43,8 +44,8 @@ def start_training(
 
 
 def wait_for_end(process: subprocess.Popen[bytes]) -> int:
-    """Exit code of a started training. A launcher that was killed itself leaves ranks behind, which save. Never blocks
-    for long, as `ray.cancel` interrupts no blocking call."""
+    """Wait until the training and all its ranks have ended; its exit code. A launcher that is killed leaves ranks
+    behind, which still save. Waits in short sleeps, because `ray.cancel` cannot interrupt a blocking call."""
     while process.poll() is None or find_trainers(process.pid):
         time.sleep(0.2 if process.returncode is None else 0.5)
     return process.returncode
@@ -68,15 +69,17 @@ def on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
 
 
 def find_launchers() -> list[psutil.Process]:
-    """What this process was started by and must not outlive. No shells: those end at a logout, under nohup too."""
+    """The launchers above this process, which it must not outlive, nearest first. Shells do not count: a shell ends at
+    a logout, also when its training runs under nohup."""
     return [parent for parent in psutil.Process().parents() if is_launcher(parent)]
 
 
 def launcher_has_ended(launchers: list[psutil.Process]) -> bool:
     """Was this rank started by a launcher that ended before the rank could find it among `launchers`?
 
-    Only where nothing else explains it: ranks of torchrun and deepspeed have a Python program above them, and on one
-    host deepspeed's second process has the first as its parent (elsewhere ssh or a scheduler starts it).
+    True in two cases. The environment says that a launcher started this rank, but no Python program is above it. Or
+    deepspeed's second process, on one host, has lost the first one, its parent (on several hosts ssh or a scheduler
+    starts the second process).
     """
     if not launchers:
         above = psutil.Process().parents()
@@ -96,7 +99,7 @@ def _runs_python(process: psutil.Process) -> bool:
 
 
 def is_launcher(process: psutil.Process | None) -> bool:
-    """By its words; a trainer that starts other trainers counts."""
+    """Does this process start ranks? Its command line decides; `ladder`, `sweep` and `verify-resume` count too."""
     words: set[str] = set()
     with contextlib.suppress(psutil.Error):
         words = {Path(word).name for word in process.cmdline()[:6]} if process is not None else words
@@ -109,7 +112,7 @@ def has_ended(launchers: list[psutil.Process]) -> bool:
 
 
 def find_trainers(session: int) -> list[psutil.Process]:
-    """Launchers and ranks of a session that live, whatever became of those that started them."""
+    """Launchers and ranks of a session that are alive, also those whose parents have ended."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -119,7 +122,8 @@ def find_trainers(session: int) -> list[psutil.Process]:
 
 
 def ask_to_stop(session: int) -> None:
-    """SIGTERM to the ranks alone, who then end their launchers with their own code; before there are any, to all."""
+    """Send SIGTERM to the ranks of a session alone; launchers then exit with the ranks' code. Before there are ranks,
+    send it to all processes."""
     processes = find_trainers(session)
     for process in [p for p in processes if not is_launcher(p)] or processes:
         with contextlib.suppress(psutil.Error):

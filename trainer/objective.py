@@ -1,7 +1,7 @@
-"""What is minimised: an objective turns a micro-batch into one loss per sample.
+"""Objectives: functions that turn a micro-batch into one loss per sample.
 
-To add one, write a function `(network, batch, *, formulation, **options) -> Losses` and a line in OBJECTIVES; a recipe
-names it (`--objective NAME`). The loop, the engine, validation and the planner ask the registry.
+To add one, write a function `(network, batch, *, formulation, **options) -> Losses` and a line in OBJECTIVES. A recipe
+selects it by name (`--objective NAME`). Loop, engine, validation and planner look it up in OBJECTIVES.
 """
 # Shapes: B batch, P pairs, C latent channels, H and W latent height and width.
 
@@ -25,25 +25,25 @@ from trainer.recipe import Recipe
 
 
 class Network(Protocol):
-    """What is trained, as an objective sees it: in a run the ZeroEngine, in a test any network."""
+    """The network as an objective calls it: in a run the ZeroEngine, in a test any network."""
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Passes inside the block are those of the frozen weights, without adapters and without gradients."""
+        """Inside the block forward passes use the frozen weights alone, without adapters and without gradients."""
 
 
 class Losses(NamedTuple):
-    """Loss of each sample (or pair) in fp32."""
+    """The losses of a micro-batch: `loss_B` in fp32, one for each sample (for each pair, where samples are pairs)."""
 
     loss_B: Tensor
     figures: Mapping[str, Tensor] = MappingProxyType({})
-    """Further figures of each sample, whose means are logged."""
+    """Other values for each sample, shape (B), by name; their means are logged."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss function and what others must know of it."""
+    """A loss function and its properties."""
 
     compute: Callable[..., Losses]
     """Called with (network, batch, formulation=..., **options)."""
@@ -52,9 +52,10 @@ class Objective:
     pairs: bool = False
     """A sample is a preferred and a rejected image; `images`, `global_batch` and `micro_batch` then count pairs."""
     reference: bool = False
-    """Each pass is made by the reference too, so the run needs adapters."""
+    """True if each forward pass is repeated with the reference (the weights without adapters): the run needs
+    adapters."""
     higher_is_better: frozenset[str] = frozenset()
-    """Those of its figures that should rise."""
+    """Names of those `figures` for which higher is better."""
 
     @property
     def images_per_sample(self) -> int:
@@ -77,7 +78,8 @@ class PairErrors(NamedTuple):
     ref_rejected_P: Tensor
 
     def reward_P(self, beta: float) -> Tensor:
-        """Implicit reward of the preferred over the rejected: the logit that the policy puts on being right."""
+        """Reward margin of each pair: the logit of the probability that the policy ranks the pair correctly (the
+        argument of log sigmoid in eq. 14)."""
         policy_P, reference_P = self.preferred_P - self.rejected_P, self.ref_preferred_P - self.ref_rejected_P
         return -beta / 2 * (policy_P - reference_P)
 
@@ -144,7 +146,7 @@ def bind_objective(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:
 
 
 def count_train_flops(recipe: Recipe) -> int:
-    """To train on one image, or on one pair."""
+    """FLOPs of training on one image (on one pair, where samples are pairs): forward and backward."""
     _, height, width = recipe.data.latent_shape
     shape = height, width, recipe.data.text_tokens
     if recipe.lora.rank is None:

@@ -1,6 +1,6 @@
-"""Fields of a recipe as words of a command line: `--optimizer.lr 1e-4 --precision fp32`, the same in every command.
+"""Fields of a recipe on the command line, `--optimizer.lr 1e-4 --precision fp32`, in the same way for every command.
 
-A command that trains many runs hands the words on to the command of each run, as a person would type them there.
+A command that trains many runs passes these words on, unchanged, to the command of each run.
 """
 
 import re
@@ -12,12 +12,13 @@ from trainer.recipe import Recipe
 
 
 def override_recipe(recipe: Recipe, words: Sequence[str]) -> Recipe:
-    """The recipe with the fields that the words name; UsageError for what is no field or no value of it."""
+    """The recipe with the fields changed that the words name; UsageError for an unknown field or an impossible
+    value."""
     return parse(Recipe, whole_numbers(words), prog=f"recipe {recipe.name}", default=recipe)
 
 
 def without_options(words: Sequence[str], names: Collection[str]) -> list[str]:
-    """The words less the options of these names (`num_ranks`) and their values."""
+    """The words without the options of these names (such as `num_ranks`) and without their values."""
     kept, skip = [], False
     for word in words:
         if word.startswith("--"):
@@ -28,7 +29,7 @@ def without_options(words: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def refuse_decided(words: Sequence[str], decided: dict[str, str]) -> None:
-    """UsageError for a field that the command itself decides: {"model.depth": "--depths"}."""
+    """UsageError for a field that another option of the command sets: `decided` is {"model.depth": "--depths"}."""
     for word in words:
         field = word.removeprefix("--").partition("=")[0].replace("_", "-")
         if word.startswith("--") and field in decided:
@@ -36,7 +37,8 @@ def refuse_decided(words: Sequence[str], decided: dict[str, str]) -> None:
 
 
 def whole_numbers(words: Sequence[str]) -> list[str]:
-    """`--images 2e9` as people write it."""
+    """The words with whole numbers written out: `--images 2e9` becomes `--images 2000000000`, which an int field
+    takes."""
 
     def whole(found: re.Match[str]) -> str:
         return f"{float(found[0]):.0f}" if float(found[0]).is_integer() else found[0]
@@ -45,5 +47,5 @@ def whole_numbers(words: Sequence[str]) -> list[str]:
 
 
 def option_names(kind: Any, *, of_recipe: str = "recipe") -> set[str]:
-    """The options of a command that are not its recipe's."""
+    """Names of the options of the command `kind` (a dataclass) other than the fields of its recipe."""
     return set(kind.__dataclass_fields__) - {of_recipe}

@@ -272,7 +272,8 @@ class Recipe:
 
     @staticmethod
     def from_json(data: Any, *, where: str = "recipe") -> "Recipe":
-        """From JSON text or what was read of it; UserError for a field that is missing, unknown or of another type."""
+        """The recipe in JSON text, or in what `json.loads` made of it. UserError for a field that is missing, unknown
+        or of another type."""
         return from_json(Recipe, data, where=where)
 
     def lr_at(self, images_seen: int) -> float:

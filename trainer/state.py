@@ -208,7 +208,8 @@ def _describe_save(state: TrainingState) -> str:
 
 
 def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> TrainingState:
-    """Put everything back as the checkpoint had it, on any number of ranks. Collective."""
+    """Load a checkpoint into `engine` and `ema`, on any number of ranks; the run's state. `resume` is latest, none, or
+    the folder of a checkpoint. Collective."""
     group = engine.group
     if resume == "none":
         return TrainingState()

@@ -89,7 +89,7 @@ class Training:
 
 
 def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Training:
-    """The model on all ranks, everything as the checkpoint had it, and what the loop reads, watches and writes with.
+    """Build the parts of a run on this rank (model, EMA, data, monitor, writers), with the state of its checkpoint.
     Collective."""
     recipe, dataset, val, out = prepared.recipe, prepared.dataset, prepared.val, prepared.out
     stop, plan = StopSignal(), make_hardware_plan(recipe, world_size=group.world_size)
@@ -120,7 +120,7 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
 
 
 def run(training: Training) -> bool:
-    """What each rank does from the first step to the last; False when it was asked to stop before."""
+    """The training loop on each rank; False when it was asked to stop before the last image."""
     t, recipe, group, engine, ema = training, training.recipe, training.group, training.engine, training.ema
     state, monitor, run_log, batch = t.state, t.monitor, t.run_log, recipe.global_batch
     if state.images_seen >= recipe.images:
@@ -182,7 +182,7 @@ def run(training: Training) -> bool:
 
 
 def go_back(training: Training, problem: str, keys: list[str]) -> TrainingState:
-    """Instead of a step: back to the last checkpoint, without the batch that held `keys`. Collective."""
+    """Go back to the last checkpoint instead of a step, and leave out the batch with these `keys`. Collective."""
     t = training
     t.uploads.wait()  # it may be the checkpoint to go back to
     t.state = roll_back(problem, keys, t.recipe, t.engine, t.ema, t.state, out=t.out)

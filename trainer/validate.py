@@ -61,7 +61,8 @@ class Validator:
 
     @property
     def protocol_hash(self) -> str:
-        """Names everything the figure depends on besides the weights."""
+        """Hash of all that the loss depends on besides the weights: protocol, levels, samples, seed, formulation,
+        data."""
         v = self.recipe.validation
         told = [
             v.protocol,
@@ -74,7 +75,8 @@ class Validator:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def run(self, engine: ZeroEngine, group: Group) -> ValidationLoss:
-        """With the weights that the engine now shows. Collective: every rank makes the same number of passes."""
+        """Validation loss of the weights that the engine's forward passes use now. Collective: every rank makes the
+        same number of passes."""
         v, levels = self.recipe.validation, self.protocol.levels
         losses = torch.zeros(self.sample_count, len(levels), dtype=torch.float64, device=group.device)
         starts = [0]
@@ -114,7 +116,7 @@ class HeldOutPairs:
         self.pair_count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
-        """Mean figures with the weights that the engine now shows. Collective."""
+        """Mean figures of the weights that the engine's forward passes use now. Collective."""
         sums: dict[str, float] = {}
         with engine.inference():
             for number, mine in take_turns(len(self._batches), group):
@@ -124,7 +126,7 @@ class HeldOutPairs:
         return {name: total / (self.pair_count * DRAWS) for name, total in zip(sums, totals)}
 
     def _sum_figures(self, engine: ZeroEngine, numbers: range, device: torch.device) -> dict[str, float]:
-        """Over the pairs and draws of one batch."""
+        """Sums of the figures over the pairs of one batch and all DRAWS of times and noise."""
         recipe, seed = self.recipe, self.recipe.validation.seed
         batch = self.dataset.read(numbers, seed=seed)
         pairs = batch._replace(rejected_BCHW=self._partners(batch, DrawSettings(seed, {CAPTION: 1.0}, 0.0)))
@@ -139,8 +141,9 @@ class HeldOutPairs:
 
 
 def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
-    """Which of `count` batches this rank runs, and whether it counts. A rank without a batch of its own runs the first
-    one again: under ZeRO-3 each pass is a collective."""
+    """Yields the batch numbers (of `count`) that this rank runs, each with True if the result counts. When fewer
+    batches than ranks are left, the other ranks run batch 0 again without counting it: under ZeRO-3 each pass is a
+    collective."""
     for first in range(0, count, group.world_size):
         number = first + group.rank
         yield (number, True) if number < count else (0, False)

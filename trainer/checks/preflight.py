@@ -60,7 +60,7 @@ class Mistakes:
         return self._collect(self._lines, question, *args, **kwargs)
 
     def collect_here(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """The same of what this machine alone may lack."""
+        """As `collect`, for mistakes that concern this machine alone, such as a missing library."""
         return self._collect(self._here, question, *args, **kwargs)
 
     def _collect(self, lines: list[str], question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -233,7 +233,8 @@ def set_init_weights(recipe: Recipe, init_from: str | None) -> Recipe:
 
 
 def prefer_own_checkpoint(out: str, resume: str) -> str:
-    """The same command continues a run: once it has checkpoints of its own they count, not the one it branched from."""
+    """Where to resume: from the run's own newest checkpoint if it has one, else from `resume` (a checkpoint of another
+    run to branch from). So the command that began a branch also continues it."""
     if resume in ("latest", "none") or not checkpoint.list_checkpoints(checkpoints_folder(out)):
         return resume
     return "latest"

@@ -39,7 +39,7 @@ def write_summary(runs: Sequence[str], *, out: str) -> str:
 
 
 def read_isoflop_run(run: str) -> IsoFlopRun:
-    """By the run's own files; its budget is in its name."""
+    """One point of the table, read from the run's own files. Its budget is read from its name."""
     recipe = read_recipe(run)
     loss = read_last_val_loss(run, recipe)
     if loss is None:
@@ -59,7 +59,8 @@ def choose_best(cells: Sequence[IsoFlopRun]) -> list[IsoFlopRun]:
 
 
 def format_table(cells: Sequence[IsoFlopRun]) -> str:
-    """As Markdown; a best depth at either end says that the optimum lies there or beyond."""
+    """The table in Markdown. If the best depth is the least or the greatest one, the table says that the optimum may
+    lie beyond it."""
     depths, best = sorted({cell.depth for cell in cells}), choose_best(cells)
     lines = ["| budget FLOPs | depth | parameters | images | validation loss (EMA) | |", "|---|---|---|---|---|---|"]
     for cell in cells:

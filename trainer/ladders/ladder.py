@@ -154,7 +154,8 @@ def _with_precision(task: TrainingTask, precision: ResolvedPrecision | None) -> 
 def _train_on_ray(
     missing: Sequence[tuple[str, list[str], str]], *, workers: int, ranks: int, unstable_is_a_result: bool
 ) -> None:
-    """After a mistake no other training begins, and those that run go on to their ends; then it is raised."""
+    """Train the missing runs on Ray, `workers` at a time. After an error no other run begins; those in progress finish,
+    then the error is raised."""
     from trainer.ladders.workers import train_on_ray
 
     wrong: list[BaseException] = []
@@ -219,7 +220,8 @@ def count_trained_images(run: str) -> int | None:
 
 
 def is_done(run: str) -> bool:
-    """By its folder: `deepspeed` ends with 0 when its second process is killed."""
+    """Has this run seen all its images? The run folder decides, as `deepspeed` exits with 0 even when its second
+    process is killed."""
     uri = storage.join(run, RECIPE)
     return storage.exists(uri) and (count_trained_images(run) or 0) >= json.loads(storage.read_bytes(uri))["images"]
 

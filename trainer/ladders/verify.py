@@ -132,7 +132,7 @@ def measure_weight_distance(one: Path, two: Path) -> float:
 
 
 def compare_closely(one: Path, two: Path, what: str) -> list[CheckedPromise]:
-    """The same run up to the order of float sums."""
+    """Promises for two runs that may differ only by the order in which floats are added."""
     largest, weights = max(measure_loss_gaps(one, two).values()), measure_weight_distance(one, two)
     near = weights <= CLOSE_WEIGHTS
     return [
@@ -161,5 +161,5 @@ def compare_drift(one: Path, two: Path, exchanged: Path | None, what: str, *, fi
 
 
 def describe(verdicts: Sequence[CheckedPromise]) -> str:
-    """As people read it."""
+    """One line of text for each promise."""
     return "\n".join(f"{'kept  ' if v.kept else 'BROKEN'}  {v.promise}: {v.found}" for v in verdicts)

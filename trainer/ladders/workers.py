@@ -53,7 +53,8 @@ def device_of_workers(workers: int, *, ranks: int) -> str:
 
 
 def train_here(command: list[str], threads: str | None) -> tuple[int, str]:
-    """On a worker: exit code and last words. When cancelled it asks the ranks to save, and waits until they have."""
+    """On a Ray worker: run the command; its exit code and the last lines of its output. When the task is cancelled it
+    asks the ranks to save and waits until they have."""
     with tempfile.TemporaryFile("w+", errors="replace") as words:
         process = start_training(on_my_gpus(command), environment={"OMP_NUM_THREADS": threads}, output=words)
         code = _await_end(process)

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     work: float = 0.0
 
     def towards(self, other: "Cost", place: float) -> "Cost":
-        """On the line from this one (at 0) to the other one (at 1)."""
+        """The cost on the line between this one (`place` 0) and the other one (`place` 1); `place` may lie beyond."""
         return Cost(*(a + place * (b - a) for a, b in zip(self, other)))
 
 
@@ -36,7 +36,7 @@ NOTHING = Cost()
 
 
 class StepCost(NamedTuple):
-    """Of a micro-batch, forward and backward, and of the update that ends a step."""
+    """What a step costs: a micro-batch (forward and backward), and the update at the end of the step."""
 
     micro_batch: Cost
     update: Cost
@@ -137,7 +137,7 @@ def _list_predictions(
 
 
 def count_trained_parameters(recipe: Recipe, parameters: int) -> int:
-    """Those with masters, moments, gradients and EMA: all of a network's `parameters`, or the adapters alone."""
+    """Number of parameters with masters, moments, gradients and EMA: all `parameters` of a network, or its adapters."""
     return parameters if recipe.lora.rank is None else recipe.trained_parameters
 
 

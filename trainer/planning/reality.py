@@ -74,7 +74,8 @@ class Calibration:
 
 
 def calibrate(run: str) -> Calibration:
-    """From a finished run: on a device of its kind by a trial of it, elsewhere by its speed as a whole."""
+    """What a finished run teaches the planner: on a device of its kind by a trial of its recipe, on another device by
+    its overall speed."""
     plan, costs, recipe = read_plan(run), read_costs(run), read_recipe(run)
     if "device_peak_flops" not in plan or "cost/step_seconds" not in costs:
         raise UserError(f"{run}: made by an older version, which measured no steps: run one rung again")

@@ -1,6 +1,6 @@
-"""What the training loop watches: the loss, also by time, attention, waiting for data, efficiency, memory.
+"""Figures of the training loop: loss (also by t), attention, time spent waiting for data, efficiency, memory.
 
-Everything is local until `take`, which adds up over the ranks when a line is due.
+Each rank keeps its own numbers until `take` combines them over the ranks, when a line of the log is due.
 """
 # Shapes: B batch.
 
@@ -29,7 +29,8 @@ LAST = 5  # attentions: the SD3 paper averages the last five blocks of its depth
 
 
 class BinnedLosses(NamedTuple):
-    """Of a micro-batch: the bins of its times, its losses and their further figures."""
+    """A micro-batch: for each sample the bin of its time (0 to BINS - 1), its loss, and the objective's other
+    figures."""
 
     bin_B: Tensor
     loss_B: Tensor
@@ -64,8 +65,8 @@ class Monitor:
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """Around a part of the loop: the watchdog learns what this rank does, and the time it takes is counted. On a
-        GPU that is the time until the work is handed over, not until it is done."""
+        """Put around a part of the loop: tells the watchdog what this rank does, and measures the seconds. On a GPU
+        these end when the work is queued, not when it is done."""
         if self._watchdog is not None:
             self._watchdog.at(name, step)
         start = time.monotonic()
@@ -74,13 +75,13 @@ class Monitor:
 
     @contextlib.contextmanager
     def forward_pass(self, model: nn.Module, *, attention: bool) -> Iterator[None]:
-        """Around a forward pass. With `attention` that of one sample is recorded."""
+        """Put around a forward pass. With `attention`, the attention of one sample is recorded."""
         with self._probing(attention), self._counting(model):
             yield
 
     @contextlib.contextmanager
     def _counting(self, model: nn.Module) -> Iterator[None]:
-        """Activations of the first pass are counted as the plan counts them: each storage once, without the
+        """Count the bytes that the first pass keeps for its backward pass, as the plan does: each storage once, without
         parameters."""
         if self.activations is not None or not self._counts:
             yield
@@ -110,8 +111,8 @@ class Monitor:
         self._attention += probe.seen[-LAST:]
 
     def add(self, t_B: Tensor, losses: Losses) -> None:
-        """Times (on the CPU) and losses of one micro-batch. Losses are not looked at before `take`: nothing waits for
-        the GPU here."""
+        """Add the times (on the CPU) and losses of one micro-batch. The losses are read in `take` only, so that nothing
+        waits for the GPU here."""
         # Times lie in page-locked memory beside a GPU, which is needed again: their bins are copies.
         bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
         self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures))
@@ -122,11 +123,11 @@ class Monitor:
 
     @property
     def _names(self) -> Iterable[str]:
-        """Of the further figures."""
+        """Names of the objective's other figures."""
         return self._seen[0].figures if self._seen else ()
 
     def _summed(self) -> dict[str, float]:
-        """This rank's sums over the losses so far: by bins of their times, and of their further figures."""
+        """This rank's sums so far: losses and their number by bin of t, and the objective's other figures."""
         loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
         for one in self._seen:
             loss_B = one.loss_B.double().cpu()
@@ -138,7 +139,7 @@ class Monitor:
         }
 
     def take(self) -> dict[str, float]:
-        """Figures of all ranks; starts anew. Collective."""
+        """Figures of all ranks since the last call, by name as the log has them. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         sums = {
             **self._summed(),  # the same names on all ranks
@@ -181,7 +182,7 @@ class Monitor:
 
 
 def measure_peak_memory(device: torch.device) -> int:
-    """The most that this rank has held: of the GPU's memory, or of the process on a CPU."""
+    """The most bytes that this rank has held: in the GPU's memory, or in the process where it computes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -60,7 +60,7 @@ class RunLog:
         return self._earlier + time.monotonic() - self._start
 
     def advance(self, images_seen: int, loss: float, lr: float) -> None:
-        """After each step."""
+        """Move the progress bar to `images_seen`. Call it after each step."""
         self._progress.update(
             min(images_seen, self.recipe.images) - min(self.images_seen, self.recipe.images), loss=loss, lr=lr
         )

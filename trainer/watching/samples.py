@@ -33,7 +33,8 @@ class Sampler:
         self.share = math.ceil(len(self.batch.keys) / group.world_size)
 
     def draw(self, engine: ZeroEngine, uri: str) -> None:
-        """With the weights that the engine now shows, into a PNG at `uri`. Collective."""
+        """Draw the grid with the weights that the engine's forward passes use now, and write it as PNG to `uri`.
+        Collective."""
         group, batch = self.group, self.batch
         # The last rank may have fewer captions of its own; it repeats some, as every pass is a collective.
         rows = torch.arange(group.rank * self.share, (group.rank + 1) * self.share) % len(batch.keys)

@@ -68,7 +68,7 @@ TRACKERS: dict[str, Callable[[Recipe, str, str], Tracker]] = {"wandb": Wandb, "m
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Before any work: what a recipe asks for must be installed."""
+    """UserError for a tracker that the recipe asks for and that is not installed."""
     for name in TRACKERS:
         if getattr(recipe.logging, name) is not None and importlib.util.find_spec(name) is None:
             asked = f"recipe {recipe.name} asks for --logging.{name}, but {name} is not installed"

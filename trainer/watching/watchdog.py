@@ -1,8 +1,9 @@
-"""Who is alive and who is stuck: every rank writes heartbeats to the rendezvous store, and a thread reads them all.
+"""The watchdog: each rank writes heartbeats to the rendezvous store, and a thread of each rank reads those of all.
 
-When a rank's process is gone the others exit within a minute, with one line that names it, whatever the backend does
-(NCCL would wait for its own timeout). A rank that is alive but stuck is reported with stack traces. When the launcher
-is gone its ranks save and stop: DeepSpeed's dies of a SIGTERM without telling them.
+When the process of a rank is gone, the others exit within a minute with one line that names it. They do not wait for
+the backend (NCCL would wait for its own timeout). When a rank is alive but makes no progress, stack traces of all ranks
+are written. When the launcher is gone, its ranks save and stop: DeepSpeed's launcher dies of a SIGTERM without a word
+to its ranks.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ RUNNING, LEFT, FAILED = range(3)
 
 @dataclass
 class RankStatus:
-    """The last beat of a rank, and when this rank saw it change."""
+    """The last heartbeat of a rank, and the time (`at`, monotonic seconds) at which this rank saw it change."""
 
     count: int
     at: float
@@ -50,7 +51,7 @@ class RankStatus:
 
 
 class Watchdog:
-    """`at` notes what the main thread does; threads behind it send heartbeats, read those of others, and report."""
+    """The main thread calls `at` with what it does. Two threads send heartbeats, read those of others, and report."""
 
     def __init__(
         self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
@@ -72,12 +73,12 @@ class Watchdog:
         self._judge_thread.start()
 
     def at(self, doing: str, step: int) -> None:
-        """The main thread begins this; also proof that it moves."""
+        """The main thread begins `doing` at this step; this also counts as progress."""
         self._step, self._doing, self._moved = step, doing, time.monotonic()
         self._done += 1
 
     def close(self, state: int = LEFT) -> None:
-        """An orderly end, which the others must not take for a death; FAILED: they must end too."""
+        """End in order, so that the other ranks do not take this one for dead. With FAILED they end, too."""
         self._state = state
         self._stop.set()
         self._talker.join(timeout=10)
@@ -133,7 +134,7 @@ class Watchdog:
         return [r for r, s in others if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
 
     def wait_for_verdict(self) -> list[int]:
-        """Ranks that are gone, as soon as the beats say so; [] when none is after all."""
+        """After a collective failed: wait until heartbeats show which ranks are gone; [] if none is (24 s)."""
         deadline = time.monotonic() + SURE_S + 4 * BEAT_S
         while time.monotonic() < deadline:
             if dead := self._dead(SURE_S):
@@ -142,7 +143,7 @@ class Watchdog:
         return []
 
     def rank_0_failed_too(self) -> bool:
-        """After closing as FAILED: a mistake that all ranks found is reported by rank 0 alone."""
+        """After closing as FAILED: did rank 0 fail as well? Then a user's mistake is reported by rank 0 alone."""
         if self.group.rank == 0:
             return False
         try:
@@ -152,7 +153,7 @@ class Watchdog:
         return self._seen[0].state == FAILED
 
     def end(self, dead: list[int]) -> None:
-        """The main thread may sit in a collective for ever: leave without it."""
+        """Report the dead ranks and end this process at once: the main thread may wait in a collective for ever."""
         failed = [rank for rank in dead if rank in self._seen and self._seen[rank].state == FAILED]
         report_lost(dead, self.group, self._step, failed=bool(failed))
         sys.stderr.flush()
@@ -175,13 +176,13 @@ class Watchdog:
         return [rank for rank in self._dead(SURE_S) if rank in self._seen]
 
     def _speaker(self) -> int:
-        """The lowest rank that beats: one that is stopped has no voice."""
+        """The lowest rank with heartbeats, which writes the report: a stopped rank cannot."""
         silent = self._silent()
         return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
 
     def _who(self) -> str:
-        """The ranks that hold the others up: in a collective all wait for the one that has done least and is not in it
-        yet, and for those that do not even beat, as they are stopped."""
+        """Text that names the ranks for which the others wait. These are ranks without heartbeats (stopped); else those
+        that have begun the fewest phases and are not inside a collective; else all with the fewest phases."""
         if not self._seen:
             return f"this rank is at step {self._step}: {self._doing}"
         silent = self._silent()
@@ -200,7 +201,7 @@ def waits_for_others() -> bool:
 
 
 def dump_stacks() -> str:
-    """What every thread of this process is doing."""
+    """Stack traces of all threads of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0, io.SEEK_SET)
@@ -208,7 +209,7 @@ def dump_stacks() -> str:
 
 
 def report_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> None:
-    """One line from the lowest rank that lives."""
+    """Print one line that names the dead ranks, on the lowest rank that is alive."""
     alive = [rank for rank in range(group.world_size) if rank not in dead]
     if alive and group.rank == alive[0]:
         who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
@@ -219,7 +220,8 @@ def report_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> No
 
 @contextlib.contextmanager
 def end_together(watch: Watchdog) -> Iterator[Watchdog]:
-    """When a collective fails because another rank is gone, all that are left say so in one line and end."""
+    """Inside the block: when a collective fails because another rank is gone, the rest report that in one line and
+    exit with code LOST."""
     try:
         yield watch
     except BaseException as error:

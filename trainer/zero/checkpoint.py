@@ -106,7 +106,8 @@ def withdraw(root: str, step: int) -> None:
 
 
 def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
-    """Make the files of all ranks, which are there, a checkpoint; then remove what is too old. Rank 0 alone."""
+    """Write the manifest and `latest`, which make the files of all ranks a checkpoint; then remove old checkpoints, but
+    the newest `keep`. Rank 0 calls it, when the files of all ranks are there."""
     step = int(manifest["step"])
     name = step_name(step)
     storage.write_bytes(storage.join(root, name, MANIFEST), json.dumps(manifest, indent=1).encode())

@@ -1,7 +1,8 @@
-"""Exponential moving averages on each rank's own fp32 partition: no collective, no full copy.
+"""Exponential moving averages of the weights. Each rank averages its own share of the fp32 masters, without
+collectives.
 
-4 bytes per parameter, profile and rank's share. Power-function profiles follow EDM2 (arXiv 2312.02696, section 3.1 and
-appendix C); `decay:0.99@102400` is the classic average, updated every so many images.
+A profile costs 4 bytes per parameter, divided by the number of ranks. Power-function profiles follow EDM2 (arXiv
+2312.02696, section 3.1 and appendix C). `decay:0.99@102400` is the classic average, here updated every 102,400 images.
 """
 
 import re
@@ -19,7 +20,8 @@ FORMS = "power:WIDTH (0 < WIDTH < 0.28), decay:FACTOR or decay:FACTOR@IMAGES (0 
 
 @dataclass(frozen=True)
 class EMAProfile:
-    """How much of the old average survives an update."""
+    """How fast an average forgets: a power function (`gamma`), or a constant `factor`, used once `every` so many
+    images."""
 
     name: str
     gamma: float | None = None
@@ -27,7 +29,9 @@ class EMAProfile:
     every: int | None = None
 
     def beta(self, images_seen: int, batch: int) -> float:
-        """Weight of the old average when `images_seen` images are behind, `batch` of them new; 1 means no update."""
+        """Weight of the old average after a step, 0 to 1, when training has seen `images_seen` images, `batch` of them
+        in this step. 1 means no update. Power profile: (1 - batch/images_seen)^(gamma + 1), the update of EDM2's
+        section 3.1."""
         if self.gamma is not None:
             return (1 - min(batch / images_seen, 1.0)) ** (self.gamma + 1)
         assert self.factor is not None
@@ -46,7 +50,8 @@ def gamma_of_width(width: float) -> float:
 
 
 def parse_profile(text: str) -> EMAProfile:
-    """`power:0.10`, `decay:0.999`, `decay:0.99@102400`."""
+    """The profile that a text such as `power:0.10`, `decay:0.999` or `decay:0.99@102400` names; UserError for
+    others."""
     found = re.fullmatch(r"(power|decay):([0-9.]+)(?:@([0-9]+))?", text)
     try:
         if not found:
@@ -62,7 +67,7 @@ def parse_profile(text: str) -> EMAProfile:
 
 
 class ShardedEMA:
-    """One list of shards per profile, laid out as the masters are."""
+    """For each profile one flat tensor per master of this rank, in the same layout (`shards[profile name]`)."""
 
     def __init__(self, profiles: Sequence[str], masters: Sequence[Tensor]) -> None:
         self.profiles = [parse_profile(text) for text in profiles]
@@ -70,7 +75,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self, masters: Sequence[Tensor], images_seen: int, batch: int) -> None:
-        """After each step."""
+        """Take the masters into all averages. Call it after each step; `images_seen` and `batch` as in `beta`."""
         for profile in self.profiles:
             beta = profile.beta(images_seen, batch)
             if beta < 1:
@@ -78,5 +83,5 @@ class ShardedEMA:
 
     @property
     def first(self) -> list[Tensor]:
-        """The profile that is validated and exported."""
+        """The average under the recipe's first profile: the one that is validated and exported."""
         return self.shards[self.profiles[0].name]

@@ -1,6 +1,7 @@
 """A thin wrapper around DeepSpeed: forward, backward, step, and each rank's share of parameters and Adam states.
 
-Stages 0 to 3 by recipe. Under stage 3 every block of the backbone is a leaf module: one all-gather per block.
+The recipe sets the ZeRO stage, 0 to 3. Under stage 3 every block of the backbone is a leaf module (DeepSpeed's word):
+all parameters of a block are gathered at once.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ class ZeroEngine:
         model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
         shapes = {n: shape_of(p) for n, p in model.named_parameters()}
         self.shapes = {n: shape for n, shape in shapes.items() if not is_adapter(n)}
-        """Of the network's own parameters, without adapters."""
+        """Shapes of the network's own parameters by name, without adapters."""
         self.trained = {n: shapes[n] for n, p in model.named_parameters() if p.requires_grad}
         if recipe.parallel.compile:
             compile_blocks(model)
@@ -84,17 +85,18 @@ class ZeroEngine:
     # --- training
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        """Prediction in fp32, whatever the model computes in."""
+        """The network's prediction, shaped as `x_BCHW`, in fp32 whatever precision the model computes in."""
         return self._engine(x_BCHW.to(self.dtype), t_B, text.to(dtype=self.dtype)).float()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this micro-batch; DeepSpeed divides by the number of micro-batches and averages over ranks."""
+        """Add the gradients of this micro-batch. DeepSpeed divides by the number of micro-batches and averages over
+        ranks."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # takes no step: this is how DeepSpeed counts micro-batches
 
     def step(self, lr: float) -> StepResult:
-        """Clip and step, after the backward passes of all `accumulation` micro-batches."""
+        """Clip the gradients and step, after the backward passes of all `accumulation` micro-batches. Collective."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         before = self._engine.skipped_steps
@@ -116,14 +118,14 @@ class ZeroEngine:
         return StepResult(value, not skipped)
 
     def discard(self) -> StepResult:
-        """Instead of `step`: throw this step's gradients away; weights and Adam stay as they are. Collective."""
+        """Throw away this step's gradients, instead of `step`. Weights and Adam's state do not change. Collective."""
         with discarding(self._engine, stage=self.stage, device=self.group.device):
             self._engine.step()
         return StepResult(float("nan"), False)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Forward passes without gradients; may be nested."""
+        """Inside the block forward passes keep no gradients; blocks may be nested."""
         training = self._engine.training
         self._engine.eval()
         try:
@@ -134,8 +136,8 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """A forward pass of the frozen weights alone, without gradients: what the run started from. The next pass
-        belongs to the same step."""
+        """Inside the block a forward pass uses the frozen weights alone, without adapters or gradients: the reference
+        of DPO. The next forward pass belongs to the same training step."""
         with self.inference(), switched_off(self.model):
             yield
         self.partition.continue_step()
@@ -144,16 +146,17 @@ class ZeroEngine:
 
     @property
     def masters(self) -> list[Tensor]:
-        """Flat fp32 tensors that the optimizer steps on; writing to them needs `publish` afterwards."""
+        """This rank's flat fp32 tensors, which the optimizer changes. After writing to them call `publish`."""
         return [flat.master.data for flat in self.partition.flats]
 
     def publish(self) -> None:
-        """Bring changed masters into the weights that forward passes use. Collective."""
+        """Copy changed masters into the weights that forward passes use. Collective."""
         self.partition.show_master()
 
     @contextlib.contextmanager
     def weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Compute with other values (the EMA's, say), one per master; the masters are untouched. Collective."""
+        """Inside the block forward passes use other values, such as the EMA's: one flat tensor per master. The masters
+        do not change. Collective."""
         self.partition.show(tensors)
         try:
             yield
@@ -167,7 +170,7 @@ class ZeroEngine:
         return int(state["step"]) if "step" in state else int(self._adam.param_groups[0].get("step", 0))
 
     def moments(self, name: str) -> list[Tensor]:
-        """exp_avg or exp_avg_sq, one per master; zeros before the first step."""
+        """Adam's average `name` (exp_avg or exp_avg_sq), one flat tensor per master; zeros before the first step."""
         found = []
         for index, master in enumerate(self.masters):
             state = self._adam.state.get(self._key(index), {})
@@ -175,7 +178,7 @@ class ZeroEngine:
         return found
 
     def set_moments(self, values: dict[str, list[Tensor]], *, steps: int) -> None:
-        """Put Adam's state in place, as a checkpoint had it."""
+        """Set Adam's averages (as `moments` gives them) and its number of steps, to continue from a checkpoint."""
         for index in range(len(self.masters)):
             key = self._key(index)
             state: dict[str, Any] = {name: values[name][index].view(key.shape) for name in MOMENTS}
@@ -219,7 +222,8 @@ class ZeroEngine:
         self.publish()
 
     def bytes_by_category(self) -> dict[str, int]:
-        """What lies on this rank, in tensors that exist (gradients as of the last step): graded against the plan."""
+        """Bytes of this rank's tensors, measured, by the categories of the plan (gradients: those of the first
+        step)."""
         moments = sum(m.numel() * m.element_size() for name in MOMENTS for m in self.moments(name))
         masters = sum(m.numel() * m.element_size() for m in self.masters) if self.stage else 0
         return {
@@ -230,7 +234,7 @@ class ZeroEngine:
         }
 
     def describe(self) -> dict[str, int]:
-        """Elements on this rank: of the masters, and of all parameters of the network together."""
+        """Numbers of elements: `local`, in this rank's masters; `parameters`, in the whole network."""
         total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         return {"local": sum(s.numel for f in self.partition.flats for s in f.segments), "parameters": total}
 
@@ -286,8 +290,9 @@ def make_deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) ->
 
 
 def size_swap_buffers(recipe: Recipe, world_size: int) -> dict[str, int]:
-    """Buffers between NVMe and the weights that compute, one per tensor: DeepSpeed asks for all of a block's at once,
-    and for the next block's while that one computes. Its default of five is enough for no block."""
+    """Number and size (in elements) of the buffers through which DeepSpeed reads parameters from NVMe, one per tensor.
+    It asks for all tensors of a block at once, and for those of the next block while the first one computes. Its
+    default of five buffers is too few for any block."""
     with torch.device("meta"):
         model: Any = recipe.model.build()
     sizes = [parameter.numel() for parameter in model.parameters()]
@@ -308,7 +313,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _quieten(deepspeed: Any) -> None:
-    """DeepSpeed logs each of its settings at start; people want the loss."""
+    """Silence DeepSpeed's log, which prints every setting at start and hides the loss."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # torch 2.14 renamed the collectives that DeepSpeed 0.19 calls.
     warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning)

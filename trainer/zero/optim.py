@@ -1,4 +1,4 @@
-"""The optimizer kernels, and what DeepSpeed compiles at first use. The trainer's only file that knows apex exists."""
+"""The AdamW kernels, and the checks that DeepSpeed can compile its own. In the trainer only this file imports apex."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -34,8 +34,8 @@ def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opt
 
 
 def check_kernel(recipe: Recipe) -> None:
-    """Refuse a kernel that is not installed or that DeepSpeed cannot compile here: it is compiled now (a minute, once
-    per machine) rather than when the ranks have met."""
+    """UserError for a kernel that is not installed or that DeepSpeed cannot compile here. It is compiled now (a minute,
+    once per machine), so that a failure shows before any rank starts."""
     kernel = recipe.optimizer.kernel
     if kernel == "apex":
         _apex_adam(recipe)
@@ -44,7 +44,7 @@ def check_kernel(recipe: Recipe) -> None:
 
 
 def check_aio(recipe: Recipe) -> None:
-    """Parameters travel to NVMe through an operation that DeepSpeed compiles against libaio."""
+    """UserError where DeepSpeed cannot compile its NVMe reader and writer, which need libaio."""
     asks = f"recipe {recipe.name} asks for parallel.offload_parameters nvme"
     _compiled("AsyncIOBuilder", asks, "--parallel.offload-parameters cpu, or install libaio-dev")
 

@@ -1,4 +1,4 @@
-"""What each rank owns: flat fp32 master tensors, and which range of which parameter lies where in them.
+"""Each rank's share of the parameters: flat fp32 master tensors, and which range of which parameter lies where in them.
 
 The only file that touches DeepSpeed's private attributes (pinned: deepspeed>=0.19,<0.20; a test holds it), one class
 per family of stages. Padding (a parameter that does not divide by the number of ranks) belongs to no segment.
@@ -37,26 +37,26 @@ class Partition(Protocol):
 
     flats: list[Flat]
     replicated: bool
-    """Every rank holds everything: only rank 0's share counts when collecting."""
+    """True where every rank holds all parameters: whole tensors are then read from rank 0 alone."""
 
     def frozen(self) -> list[Flat]:
-        """What does not train, as this rank holds it: the weights that compute, without master or moments. Writing to
-        it needs `show_master` afterwards."""
+        """This rank's share of the parameters that do not train, in the precision of the forward pass; they have
+        neither master nor moments. After writing to it call `show_master`."""
 
     def weight_bytes(self) -> int:
-        """Of the weights that compute, as they lie on this rank between steps."""
+        """Bytes of the weights of the forward pass that this rank holds between two steps."""
 
     def gradients(self) -> list[Tensor]:
-        """Whatever holds gradients between the last backward pass of a step and the step."""
+        """The tensors that hold this rank's gradients between the last backward pass and the step."""
 
     def show(self, tensors: Sequence[Tensor]) -> None:
-        """Make forward passes compute with these values (one per flat). The masters stay as they are. Collective."""
+        """Make forward passes use these values, one flat tensor per master. The masters do not change. Collective."""
 
     def show_master(self) -> None:
-        """Back to the masters, bit by bit. Collective."""
+        """Make forward passes use the masters again, with the same bits as before. Collective."""
 
     def continue_step(self) -> None:
-        """The next forward pass continues the step that the last one began."""
+        """Say that the next forward pass belongs to the same step as the last one (DPO makes two in a step)."""
 
 
 class Stage3Partition:
@@ -113,7 +113,7 @@ class Stage3Partition:
         self._optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
 
     def _swap_out(self, number: int, source: Tensor) -> None:
-        """To NVMe, as DeepSpeed itself does after a step, with other values than the master's."""
+        """Write values other than the master's to NVMe, in the way in which DeepSpeed does it after a step."""
         masters = self._optimizer.fp32_partitioned_groups_flat
         kept, masters[number] = masters[number], source
         try:
@@ -237,7 +237,7 @@ def view_partition(engine: Any, model: nn.Module, *, stage: int) -> Partition:
 
 
 def shape_of(param: nn.Parameter) -> tuple[int, ...]:
-    """Of the whole parameter: under stage 3 `param.shape` is that of an empty tensor."""
+    """Shape of the whole parameter. Under stage 3 `param.shape` would be that of an empty tensor."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
@@ -252,15 +252,16 @@ def has_overflowed(engine: Any) -> bool:
 
 
 def skip_overflow_scan(engine: Any) -> None:
-    """In bf16 stages 1 and 2 look for infinities in each gradient by a dozen small kernels, called from Python: on a
-    GPU 95 of 115 ms of a step at depth 15. The norm tells the same, and DeepSpeed skips the step by it as well."""
+    """Leave out DeepSpeed's search for infinite gradients, which stages 1 and 2 make under bf16. It calls a dozen small
+    kernels for each gradient: on a GPU 95 of 115 ms of a step at depth 15. The gradient norm shows the same, and
+    DeepSpeed skips a step whose norm is not finite."""
     engine.optimizer.check_overflow = lambda **how: None
 
 
 @contextlib.contextmanager
 def discarding(engine: Any, *, stage: int, device: torch.device) -> Iterator[None]:
-    """A DeepSpeed step inside throws its gradients away: its ZeRO optimizers forget gradients whose norm is invalid, so
-    they are handed such a norm. Without ZeRO the plain optimizer's step is left out."""
+    """Inside the block a DeepSpeed step throws its gradients away. ZeRO optimizers drop gradients whose norm is
+    invalid, so they are given an invalid norm. Without ZeRO (stage 0) the optimizer's step is replaced by nothing."""
     bad = torch.tensor(-1.0, device=device)
     name, stand_in = {
         0: ("step", lambda: None),
@@ -276,14 +277,14 @@ def discarding(engine: Any, *, stage: int, device: torch.device) -> Iterator[Non
 
 
 def leave_out_shared_memory(deepspeed: Any) -> None:
-    """DeepSpeed would compile a shared-memory extension with g++ (a minute, once) that only its inference uses."""
+    """Stop DeepSpeed from compiling its shared-memory extension (a minute, once), which only inference uses."""
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 
 def restart_beta_powers(adam: Any, args: Any, kwargs: Any) -> None:
-    """A hook before each step of DeepSpeed's CPU Adam. Its kernel multiplies beta^n up step by step, where a resumed
-    run begins with pow(beta, n): the last bit differs. A step 0 of one number, thrown away, makes it take pow at every
-    step (cpu_adam.h, IncrementStep)."""
+    """Hook before each step of DeepSpeed's CPU Adam, so that a resumed run has the same bits. The kernel gets beta^n by
+    one multiplication per step, but a resumed run begins with pow(beta, n), whose last bit can differ. A step number 0
+    on one unused number makes the kernel call pow at every step (cpu_adam.h, IncrementStep)."""
     nothing = [torch.zeros(1) for _ in range(4)]
     beta_1, beta_2 = adam.param_groups[0]["betas"]
     adam.ds_opt_adam.adam_update(adam.opt_id, 0, 0.0, beta_1, beta_2, 1.0, 0.0, False, *nothing)

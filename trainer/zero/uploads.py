@@ -1,7 +1,8 @@
-"""Run folders on S3: what a save writes is staged on a local disk and uploaded while training continues.
+"""Run folders on S3: a save writes to a local disk, and a thread uploads its files while training continues.
 
-Each rank uploads its own files from a thread and reports the outcome in the rendezvous store; rank 0 publishes (the
-manifest, then `latest`) when all files are there, and reports the verdict. One upload at a time: the loop asks `busy`.
+Each rank uploads its own files and reports the outcome in the rendezvous store. When all files are there, rank 0
+publishes the checkpoint (the manifest, then `latest`) and reports whether that worked. There is one upload at a time:
+the loop asks `busy` first.
 """
 
 import json
@@ -42,8 +43,8 @@ class Uploads:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, first: list[Callable[[], None]], publish: Callable[[], None]) -> None:
-        """Upload what lies in `place` now. Rank 0 runs `first` before, and `publish` when every rank's files are there.
-        All ranks must call it; none waits."""
+        """Begin to upload all files in `place`. Rank 0 first runs the tasks in `first`, and runs `publish` when the
+        files of all ranks are there. All ranks must call it; it returns at once."""
         assert not self.busy, "one upload at a time"
         self._number, self._arrived = self._number + 1, False
         files = sorted(path for path in Path(self.place).rglob("*") if path.is_file())
@@ -52,7 +53,7 @@ class Uploads:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Until no upload runs; did the last one succeed? The same answer on all ranks."""
+        """Wait until no upload runs. True if the last one succeeded; the answer is the same on all ranks."""
         if self._thread is not None:
             self._thread.join()
         return self._arrived
@@ -87,7 +88,8 @@ class Uploads:
         self._arrived = self._agree(number, problem, publish)
 
     def _agree(self, number: int, problem: str, publish: Callable[[], None]) -> bool:
-        """Whether the checkpoint stands, once every rank has said how its files fared."""
+        """Report how this rank's upload ended, wait for the reports of the others, publish (rank 0); True if the
+        checkpoint is published."""
         mine, verdict = f"beeline/upload/{number}/{self.group.rank}", f"beeline/upload/{number}/verdict"
         try:
             if self._store is not None:
