@@ -19,6 +19,10 @@ COMMANDS = {
         "data_pipeline.commands:pairs",
         "people's preference pairs (JSON lines of caption and two pictures) as training shards: `pairs PLAN FILE`",
     ),
+    "lint": Command(
+        "data_pipeline.commands:lint",
+        "read a foreign source before any work: what it holds, what a run would make of it: `lint KIND:URI`",
+    ),
     "verify": Command(
         "data_pipeline.commands:verify", "read a dataset back and check every hash and count: `verify URI`"
     ),

@@ -278,6 +278,55 @@ def verify(uri: Annotated[str, tyro.conf.Positional], *, columns: bool = True) -
     print("everything is as its manifests say")
 
 
+def lint(
+    uri: Annotated[str, tyro.conf.Positional],
+    *,
+    sample: int = 1000,
+    all: bool = False,
+    json: str | None = None,
+    bucket_aspect: float = 1.0,
+    image_column: str = "",
+    caption_column: str = "",
+    fetch_urls: bool = False,
+) -> None:
+    """What a source holds and what a run would make of it, by the run's own readers. Nothing is written to it.
+
+    Args:
+        uri: KIND:URI as for `run --source`; the kind may be left out where the names that lie there show it.
+        sample: rows to read, from at most 20 tars, row groups or lists of files that are spread over the source.
+        all: read everything.
+        json: a file or URI to write all findings to.
+        bucket_aspect: most elongated bucket; 1 crops everything square.
+        image_column: tables: the column with image bytes or a path; found by name if left out.
+        caption_column: tables: the column with the caption; found by name if left out.
+        fetch_urls: parquet: fetch the images that a url column names.
+    """
+    from data_pipeline.formats.schema import canonical_json
+    from data_pipeline.inspection.lint import lint_source, list_fields
+    from data_pipeline.inspection.lint_text import format_fields, format_findings
+    from data_pipeline.sources.registry import guess_kind, open_source
+    from data_pipeline.sources.source import SourceOptions
+    from infra import storage
+    from infra.codec import to_json
+
+    if sample < 1:
+        raise UserError(f"--sample {sample}: expected 1 or more rows, or --all")
+    kind, colon, place = uri.partition(":")
+    if not colon or place.startswith("//"):
+        kind, place = guess_kind(uri), uri
+    source = open_source(f"{kind}:{place}", SourceOptions(image_column, caption_column, fetch_urls))
+    try:
+        found = lint_source(source, f"{kind}:{place}", place, rows=None if all else sample, aspect=bucket_aspect)
+    except UserError:
+        # a table whose columns are not understood: which ones there are helps to name them
+        if kind in ("parquet", "hf") and storage.exists(place) and (fields := list_fields(source)):
+            print(format_fields(fields))
+        raise
+    print(format_findings(found))
+    if json:
+        storage.write_bytes(json, canonical_json(to_json(found, finite=True)) + b"\n")
+
+
 def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     """How many rows each single threshold would keep, from what was measured; computes nothing anew.
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,24 @@ def decode(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, MemoryError) as error:
         # what Pillow's decoders raise on damaged files is not one family
         raise ImageError("corrupt", f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def describe_picture(file: BinaryIO) -> tuple[str, list[str]]:
+    """("JPEG RGB", traits that `decode` settles) as the header says; unknown formats are "no picture"."""
+    _register_plugins()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            traits = {
+                "turned by EXIF": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+                "transparent": image.has_transparency_data,
+                "animated": getattr(image, "n_frames", 1) > 1,
+                "with a profile": bool(image.info.get("icc_profile")),
+            }
+            return f"{image.format} {image.mode}", [name for name, true in traits.items() if true]
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError):
+        return "no picture", []
 
 
 def count_hole(data: bytes) -> int:

@@ -38,6 +38,7 @@ from data_pipeline.packing.publish import assign_splits, draw_split_number, make
 from data_pipeline.packing.selections import RowSelection, RowSelections
 from data_pipeline.packing.shards import bound_sample_bytes
 from data_pipeline.plans import DatasetPlan, build_columns, read_vae_meta
+from data_pipeline.sources.seen import Seen, format_seen
 from data_pipeline.sources.source import Source
 from data_pipeline.stages.column_state import ColumnState
 from data_pipeline.stages.columns import Column
@@ -45,10 +46,13 @@ from data_pipeline.stages.row_status import RowStatuses, count_by_status, ok_row
 from data_pipeline.stages.scratch_db import WorkList
 from data_pipeline.stages.stage import OK, Stage
 from infra import storage
-from infra.codec import from_json, to_json
+from infra.codec import from_json
 from infra.errors import UserError
+from infra.log import get_logger
 from infra.runner import WorkerPool, WorkUnit
 from infra.version import code_version
+
+log = get_logger("pipeline")
 
 _DEDUP_SHARDS = 100  # that a manifest of the dedup column names
 
@@ -62,6 +66,7 @@ class PipelineResult:
     rejected: str
     failed: dict[str, str] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    seen: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -86,6 +91,7 @@ class Pipeline:
         self.plan = plan
         self.columns = build_columns(plan, root, device=devices[0], caption_device=devices[1])
         self.state = ColumnState(root)
+        self.seen = Seen()
         self.strict = RowStatuses(self.state.database)
 
     def run_gate(self) -> RowStatuses:
@@ -104,7 +110,7 @@ class Pipeline:
         name = write_rejected(self.root, self._list_rejected(statuses))
         info = publish(self.root, info, entries, count_by_status(statuses), rejected=name)
         rejected = storage.join(self.root, name)
-        return PipelineResult(info, self.state.counts, rejected, self.jobs.failed, self.jobs.computed)
+        return PipelineResult(info, self.state.counts, rejected, self.jobs.failed, self.jobs.computed, self.seen)
 
     def _list_rejected(self, statuses: RowStatuses) -> Iterator[pa.Table]:
         """Rows that are set aside, shard by shard."""
@@ -132,7 +138,8 @@ class Pipeline:
             known = (unit.id,) in shards_of
             shards = json.loads(shards_of[unit.id,]) if known else []
             if not known or not self._is_complete(shards):
-                todo.add({**to_json(unit), "known": {shard: self.state.describe_parts(shard) for shard in shards}})
+                parts = {shard: self.state.describe_parts(shard) for shard in shards}
+                todo.add({"id": unit.id, "split": unit.split, "where": unit.where, "known": parts})
         task = IngestTask(self.root, self.source, ingest, column, self.columns.light)
         for result in self.jobs.run_pass("ingest + measure + filter", task, todo):
             for manifest in from_json(list[Manifest], result["manifests"], where=result["id"]):
@@ -142,9 +149,11 @@ class Pipeline:
                 self.state.remove_shard(shard)
         if not len(self.state):
             raise UserError(f"the source gave no rows in {len(units)} files: nothing to do")
+        log.info("source: %s", "; ".join(format_seen(self.seen, self.state.counts["ingest"])))
 
     def _record(self, manifest: Manifest, split: str) -> None:
         self.state.record(manifest)
+        self.seen.update(manifest.seen)
         for part in manifest.parts if manifest.stage == "ingest" else ():
             self.state.add_shard(part.shard, split)
 

@@ -1,6 +1,7 @@
 """The final table of a run: rows by stage and status, what came out, what was set aside and where it is listed."""
 
 from data_pipeline.flow.pipeline import PipelineResult
+from data_pipeline.sources.seen import format_seen
 from data_pipeline.stages.stage import OK
 
 _ORDER = ("ingest", "measure", "filter", "signature", "bucket", "dedup", "caption", "latents")
@@ -16,6 +17,8 @@ def format_summary(root: str, outcome: PipelineResult) -> str:
         others = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if name != OK)
         lines.append(f"{stage:<14}{sum(counts.values()):>10,}{counts.get(OK, 0):>10,}   {others}".rstrip())
     lines.append("-" * 72)
+    told = format_seen(outcome.seen, outcome.counts.get("ingest", {}))
+    lines += [f"{'source' if number == 0 else '':<14}{line}" for number, line in enumerate(told)]
     for name, split in outcome.info.splits.items():
         shapes = ", ".join(f"{bucket} {count:,}" for bucket, count in sorted(split.buckets.items()))
         shards = "shard" if split.num_shards == 1 else "shards"

@@ -69,7 +69,10 @@ def expand_ranges(ranges: Iterable[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Written last and only if absent: what it names is complete. `counts` are rows by status."""
+    """Written last and only if absent: what it names is complete. `counts` are rows by status.
+
+    `seen`: of ingest, what the source was seen to hold below its rows (`sources/seen.py`).
+    """
 
     stage: str
     fingerprint: str
@@ -78,9 +81,13 @@ class Manifest:
     counts: Mapping[str, int]
     code_version: str = ""
     created: str = ""
+    seen: Mapping[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        return json.dumps(to_json(self), indent=1).encode() + b"\n"
+        raw = to_json(self)
+        if not self.seen:
+            del raw["seen"]
+        return json.dumps(raw, indent=1).encode() + b"\n"
 
     @staticmethod
     def from_bytes(data: bytes, uri: str) -> "Manifest":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.seen import BLANK
 from data_pipeline.sources.source import (
     RawRow,
     SourceOptions,
@@ -49,9 +50,11 @@ class Cc12mSource:
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         where = unit.where
         text = storage.read_bytes(where["file"], where["start"], where["length"]).decode("utf-8", "replace")
-        items, bad = [], []
-        for number, line in enumerate(text.split("\n")):
+        items, bad, seen = [], [], unit.seen
+        for number, line in enumerate(text.removesuffix("\n").split("\n")):
+            seen["record"] += 1
             if not line.strip():
+                seen[BLANK] += 1
                 continue
             url, tab, caption = line.rstrip("\r").partition("\t")
             key = f"{where['number']:06d}-{number:06d}"

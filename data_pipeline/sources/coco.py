@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     ROWS_PER_UNIT,
     SPLITS,
@@ -60,5 +61,7 @@ class CocoSource:
             raise UserError(f"{uri}: not COCO's captions ({type(error).__name__}: {error})") from error
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        seen = unit.seen
         for relative, caption in unit.where["rows"]:
+            count_file(seen, relative)
             yield read_row(relative, storage.join(self.uri, relative), caption)

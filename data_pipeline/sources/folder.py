@@ -5,7 +5,7 @@ import io
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,19 @@ from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, find_caption
 from data_pipeline.sources.samples import is_dropping
+from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     ROWS_PER_UNIT,
+    FoundField,
     RawRow,
     SourceOptions,
     SourceUnit,
+    find_examples,
     list_etags,
     list_existing,
     split_from_path,
-    stamp_file,
+    stamp_files,
 )
 from infra import storage
 from infra.errors import UnavailableError, UserError
@@ -48,7 +51,10 @@ class FolderSource:
 
     def list_units(self) -> list[SourceUnit]:
         root, etags = self.uri.rstrip("/") + "/", list_etags(self.uri)
-        files = [name for name in storage.list_files(self.uri, links=True) if not is_dropping(name)]
+        listed = storage.list_files(self.uri, links=True)
+        files = [name for name in listed if not is_dropping(name)]
+        if len(listed) > len(files):
+            log.info("%s: %d files of desktop systems passed over", self.uri, len(listed) - len(files))
         names = [name for name in files if name.lower().endswith(_dotted(IMAGE_SUFFIXES))]
         names = names or list_existing(self.uri, _dotted(IMAGE_SUFFIXES), "images")  # which says what is wrong
         sidecars = {name.lower(): name for name in files if name.lower().endswith(_dotted(SIDECARS))}
@@ -56,6 +62,10 @@ class FolderSource:
         by_split: dict[str, list[list[object]]] = {}
         for name in names:
             row = self._row(name, root, sidecars, tables, etags)
+            by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
+        # what a table names and nobody finds is a row that says so
+        for name, said in tables.find_missing(files):
+            row = [name.removeprefix(root), None, None, {"caption": said}]
             by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
         self._tell_rest(files, names, by_split)
         units = []
@@ -66,6 +76,19 @@ class FolderSource:
                 units.append(SourceUnit(label, split, {"rows": [_where(row) for row in rows]}))
         return units
 
+    def list_fields(self) -> list[FoundField]:
+        """Columns of the tables, each under the name of its first table."""
+        found: dict[str, FoundField] = {}
+        for uri in storage.list_files(self.uri, links=True):
+            name = posixpath.basename(uri)
+            if name in TABLES:
+                rows = _read_lines(uri)
+                examples = find_examples(rows)
+                for column in dict.fromkeys(column for row in rows for column in row):
+                    kind = str(_infer_type([row.get(column) for row in rows]))
+                    found.setdefault(column, FoundField(f"{name}: {column}", kind, examples.get(column, ""), len(rows)))
+        return list(found.values())
+
     def _row(
         self, name: str, root: str, sidecars: Mapping[str, str], tables: "Tables", etags: Mapping[str, str]
     ) -> list[object]:
@@ -73,7 +96,7 @@ class FolderSource:
         stem = name.rsplit(".", 1)[0]
         wanted = (f"{base}.{suffix}".lower() for base in (stem, name) for suffix in SIDECARS)
         text = next((sidecars[low] for low in wanted if low in sidecars), None)
-        stamps = [stamp_file(uri, etags) for uri in (name, text) if uri]
+        stamps = stamp_files([uri for uri in (name, text) if uri], etags)
         said = None if text else tables.find(name)
         more = [] if said is None else [{"caption": said}]
         return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
@@ -82,13 +105,19 @@ class FolderSource:
         return Tables({uri: _read_table(uri, self.options.caption_column) for uri in uris})
 
     def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
-        """One line for files that are passed over, and one where images have no caption."""
+        """One line for files that are passed over, one for captions without an image, one for images without one."""
         read = {*names, *(name for name in files if posixpath.basename(name) in TABLES)}
         rest = [name for name in files if name not in read and not name.lower().endswith(_dotted(SIDECARS))]
         counts = Counter(posixpath.splitext(name)[1].lower() or "no suffix" for name in rest)
         beside = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8))
         if rest:
             log.info("%s: %d files were not looked at: %s", self.uri, len(rest), beside)
+        used = {row[1] for rows in by_split.values() for row in rows}
+        root = self.uri.rstrip("/") + "/"
+        texts = [name for name in files if name not in read and name.lower().endswith(_dotted(SIDECARS))]
+        alone = [name for name in texts if name.removeprefix(root) not in used]
+        if alone:
+            log.info("%s: %d caption files belong to no image, e.g. %s", self.uri, len(alone), alone[0])
         silent = sum(row[1] is None and not isinstance(row[-1], dict) for rows in by_split.values() for row in rows)
         if silent:
             log.warning(
@@ -97,7 +126,10 @@ class FolderSource:
             )  # fmt: skip
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        seen = unit.seen
         for name, text, *table in unit.where["rows"]:
+            for file in filter(None, (name, text)):
+                count_file(seen, file)
             try:
                 caption = _read_sidecar(storage.join(self.uri, text)) if text else (table[0] if table else None)
                 image = storage.read_bytes(storage.join(self.uri, name))
@@ -128,6 +160,12 @@ class Tables:
             above = posixpath.dirname(folder)
             folder = above if above != folder else ""
         return None
+
+    def find_missing(self, files: Iterable[str]) -> list[tuple[str, object]]:
+        """Names and captions of the images that a table lists and that are not there."""
+        there = set(files) if self._by_folder else set()
+        listed = {f"{folder}/{name}": said for folder, known in self._by_folder.items() for name, said in known.items()}
+        return [(name, said) for name, said in listed.items() if name not in there]
 
 
 def _read_table(uri: str, caption_column: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, is_text
 from data_pipeline.sources.source import (
+    FoundField,
     RawRow,
     SourceOptions,
     SourceUnit,
@@ -49,6 +50,13 @@ class HuggingFaceSource:
             raise UserError(f"{self.uri}: no dataset_info.json beside its Arrow files: expected save_to_disk's output")
         return units
 
+    def list_fields(self) -> list[FoundField]:
+        """Features of the first folder that has them."""
+        found = [name for name in storage.list_files(self.uri) if posixpath.basename(name) == "dataset_info.json"]
+        features = json.loads(storage.read_bytes(found[0])).get("features") or {} if found else {}
+        kinds = {name: kind if isinstance(kind, Mapping) else {} for name, kind in features.items()}
+        return [FoundField(name, str(kind.get("dtype") or kind.get("_type") or "list")) for name, kind in kinds.items()]
+
     def _columns(self, folder: str) -> tuple[str, str, list[str]]:
         """(image column, caption column, class names where the caption is a label)."""
         uri = storage.join(folder, "dataset_info.json")
@@ -69,17 +77,22 @@ class HuggingFaceSource:
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         where, names = unit.where, unit.where["names"]
-        number = 0
+        number = end = 0
+        seen = unit.seen
         try:
             with storage.open_read(where["file"]) as stream, pa.ipc.open_stream(stream) as reader:
                 for batch in reader:
+                    end = stream.tell()
                     columns = (batch.column(where[name]).to_pylist() for name in ("image", "caption"))
                     for image, said in zip(*columns):
                         caption = f"a photo of a {names[said]}" if names and said is not None else said
                         yield self._row(f"{unit.id}-{number:06d}", image, caption, where["file"])
                         number += 1
+                        seen["record"] += 1
         except pa.ArrowInvalid as error:
-            reason = f"readable up to row {number}, then: {str(error).splitlines()[0][:120]}"
+            rest = storage.size(where["file"]) - end
+            reason = f"readable up to row {number} at byte {end:,}, then: {str(error).splitlines()[0][:120]}"
+            seen.update({"unreadable ranges": 1, "unreadable bytes": rest})
             yield RawRow(posixpath.basename(where["file"]), None, None, "truncated_arrow", reason)
 
     @staticmethod

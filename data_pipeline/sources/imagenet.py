@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.formats.schema import fingerprint
+from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     ROWS_PER_UNIT,
@@ -74,5 +75,7 @@ class ImageNetSource:
         return {line["ImageId"]: line["PredictionString"].split()[0] for line in lines}
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
+        seen = unit.seen
         for relative, caption in unit.where["rows"]:
+            count_file(seen, relative)
             yield read_row(relative, storage.join(self.uri, relative), caption)

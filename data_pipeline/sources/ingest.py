@@ -40,15 +40,21 @@ class Ingest:
 
         def tables() -> Iterator[tuple[str, pa.Table]]:
             room = keep_bytes
-            for number, rows in enumerate(self._chunks(source.read_rows(unit))):
-                shard, table = f"{unit.id}-{number:03d}", _make_table(rows)
-                rows.clear()
+            for number, table in enumerate(self.make_tables(source.read_rows(unit))):
+                shard = f"{unit.id}-{number:03d}"
                 room -= table.nbytes
                 if room >= 0:
                     kept[shard] = table
                 yield shard, table
 
-        return column.write(unit.id, tables()), kept
+        return column.write(unit.id, tables(), seen=unit.seen), kept
+
+    def make_tables(self, rows: Iterator[RawRow]) -> Iterator[pa.Table]:
+        """Canonical shards of rows as they were found."""
+        for chunk in self._chunks(rows):
+            table = _make_table(chunk)
+            chunk.clear()
+            yield table
 
     def _chunks(self, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
         chunk: list[RawRow] = []

@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, is_text
 from data_pipeline.sources.source import (
+    FoundField,
     RawRow,
     SourceOptions,
     SourceUnit,
     fetch_rows,
+    find_examples,
     list_etags,
     list_existing,
     parse_split,
@@ -52,6 +54,16 @@ class ParquetSource:
                     units.append(SourceUnit(label.replace(".", "_"), split, where))
         return units
 
+    def list_fields(self) -> list[FoundField]:
+        """Columns of the first file, with the first value of each that is no picture."""
+        file = list_existing(self.uri, (".parquet",), "parquet files")[0]
+        with storage.open_read(file) as stream:
+            parquet = _open_parquet(stream, file)
+            shown = [column.name for column in parquet.schema_arrow if not _may_hold_bytes(column.type)]
+            first = next(parquet.iter_batches(IMAGES_AT_ONCE, columns=shown, use_threads=False), None)
+            examples = find_examples(first.to_pylist() if first is not None else [])
+            return [FoundField(one.name, str(one.type), examples.get(one.name, "")) for one in parquet.schema_arrow]
+
     def _columns(self, schema: pa.Schema, file: str) -> tuple[str, str]:
         """Names of the image and the caption column."""
         types = {field.name: field.type for field in schema}
@@ -88,12 +100,23 @@ class ParquetSource:
                 URLS_AT_ONCE if urls else IMAGES_AT_ONCE, row_groups=[where["group"]], columns=wanted,
                 use_threads=False,  # as in parquet_io.py
             )  # fmt: skip
-            for batch in batches:
-                rows = batch.to_pylist()
-                own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
-                keys = [_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
-                number += len(rows)
-                yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
+            total, reason = parquet.metadata.row_group(where["group"]).num_rows, "fewer rows than its footer says"
+            try:
+                for batch in batches:
+                    rows = batch.to_pylist()
+                    unit.seen["record"] += len(rows)
+                    own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
+                    keys = [_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
+                    number += len(rows)
+                    yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, UserError):
+                    raise
+                reason = str(error).splitlines()[0][:120]
+            for lost in range(number, total):
+                unit.seen["record"] += 1
+                said = f"{where['file']}: row group {where['group']} is readable up to row {number}, then: {reason}"
+                yield RawRow(f"{where['group']:04d}-{lost:06d}", None, None, "unreadable", said)
 
     def _fetched(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
@@ -135,6 +158,10 @@ def _key(value: object, made: str) -> str:
     """The key that a row brings, or the one made for it where its cell is null, NaN or empty."""
     given = value is not None and value == value and str(value).strip() != ""
     return str(value) if given else made
+
+
+def _may_hold_bytes(kind: pa.DataType) -> bool:
+    return "binary" in str(kind) or "uint8" in str(kind)
 
 
 def _may_hold_images(kind: pa.DataType) -> bool:

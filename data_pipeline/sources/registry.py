@@ -9,9 +9,10 @@ from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.huggingface import HuggingFaceSource
 from data_pipeline.sources.imagenet import ImageNetSource
 from data_pipeline.sources.parquet import ParquetSource
-from data_pipeline.sources.source import RawRow, Source, SourceOptions, SourceUnit
-from data_pipeline.sources.webdataset import WebDatasetSource
-from infra.errors import UserError, nearest
+from data_pipeline.sources.source import IMAGE_SUFFIXES, RawRow, Source, SourceOptions, SourceUnit
+from data_pipeline.sources.webdataset import TAR_SUFFIXES, WebDatasetSource
+from infra import storage
+from infra.errors import MissingError, UserError, nearest
 from infra.log import get_logger
 
 log = get_logger("sources")
@@ -39,6 +40,26 @@ def open_source(text: str, options: SourceOptions = SourceOptions()) -> Source: 
     return SOURCES[kind](uri, options)
 
 
+def guess_kind(uri: str) -> str:
+    """The layout of a place by the names that lie there; UserError where there is nothing."""
+    names = [uri] if "{" in uri else storage.list_files(uri, links=True)
+    if not names:
+        raise MissingError(f"{uri}: no such file or folder, or nothing in it")
+    relative = {name.removeprefix(uri.rstrip("/") + "/") for name in names}
+    marks = {"LOC_synset_mapping.txt": "imagenet", "synset_words.txt": "imagenet",
+             "annotations/captions_train2014.json": "coco", "annotations/captions_val2014.json": "coco"}  # fmt: skip
+    for name, kind in marks.items():
+        if name in relative:
+            return kind
+    if any(name.rsplit("/", 1)[-1] == "dataset_info.json" for name in relative):
+        return "hf"
+    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    for suffixes, kind in ((TAR_SUFFIXES, "wds"), (images, "folder"), ((".parquet",), "parquet"), ((".tsv",), "cc12m")):
+        if any(name.lower().endswith(suffixes) for name in names):
+            return kind
+    return "folder"
+
+
 def open_sources(texts: Sequence[str], options: SourceOptions = SourceOptions()) -> Source:  # noqa: B008 - frozen
     """One source, or several as one; a text that is given twice counts once."""
     found = tuple(open_source(text, options) for text in dict.fromkeys(texts))
@@ -63,4 +84,5 @@ class CombinedSource:
         return list(found.values())
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
-        return self.sources[unit.where["source"]].read_rows(SourceUnit(unit.id, unit.split, unit.where["where"]))
+        inner = SourceUnit(unit.id, unit.split, unit.where["where"], unit.seen)
+        return self.sources[unit.where["source"]].read_rows(inner)

@@ -122,7 +122,10 @@ def _split_last(suffix: str) -> tuple[str, str]:
 
 
 def _make_sample(key: str, archive: int, parts: list[tuple[str, Member]], *, cut: bool) -> Sample:
-    found = {suffix: member.data or b"" for suffix, member in parts}
+    found: dict[str, bytes] = {}
+    for suffix, member in parts:  # a.txt and a.jpg.txt are both texts of a
+        free = (suffix, *(f"{suffix}#{number}" for number in range(2, 2 + len(parts))))
+        found[next(name for name in free if name not in found)] = member.data or b""
     doubtful = next((f"{member.info.name}: {member.doubtful}" for _, member in parts if member.doubtful), "")
     if cut and not doubtful and not found.keys() & {*TEXT_SUFFIXES, "json"}:
         doubtful = "the file breaks off before a caption"

@@ -6,10 +6,11 @@ A unit's id names what it holds (path, size, time): a changed file is a new unit
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from data_pipeline.sources.fetch import FetchError, FetchLimits, fetch
+from data_pipeline.sources.seen import Seen
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError
 
@@ -46,6 +47,20 @@ class SourceUnit:
     id: str
     split: str
     where: Mapping[str, Any]
+    seen: Seen = field(default_factory=Seen, compare=False)
+    """What `read_rows` has seen so far."""
+
+
+@dataclass(frozen=True)
+class FoundField:
+    """A column of a table, or a field of the JSON beside a picture, as `lint` shows it. A source with tables lists
+    its columns by a method `list_fields()`."""
+
+    name: str
+    type: str
+    example: str = ""
+    rows: int = 0
+    """Rows that have it, where rows were counted."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,10 @@ class Source(Protocol):
         ...
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
-        """The rows of one unit, in a worker. What cannot be read is a row with a status; a dead store raises."""
+        """The rows of one unit, in a worker. What cannot be read is a row with a status; a dead store raises.
+
+        What it sees below the rows it may count in `unit.seen`: ingest states it.
+        """
         ...
 
 
@@ -131,6 +149,16 @@ def read_row(key: str, uri: str, caption: object) -> RawRow:
         raise
     except UserError as error:
         return RawRow(key, None, caption, "unreadable", str(error))
+
+
+def find_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The first value of each column that is there, as text."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and name not in found:
+                found[name] = str(value)[:80]
+    return found
 
 
 def draw_one(seed: str, choices: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import find_caption
 from data_pipeline.sources.samples import Dropping, Sample, group_members
+from data_pipeline.sources.seen import DROPPING, FOLDER, Seen, check_members, count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -72,43 +73,61 @@ class WebDatasetSource:
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         uri = unit.where["tar"]
-        seen: set[str] = set()
-        whole = True
-        for row in _read_tar_rows(uri, seen):
+        keys: set[str] = set()
+        seen, whole = unit.seen, True
+        for row in _read_tar_rows(uri, keys, seen):
             whole = whole and row.status != "truncated_tar"
             yield row
         # of a tar that breaks off nobody knows which rows would have followed
         if whole and "table" in unit.where:
-            yield from _read_failed_downloads(unit.where["table"], seen)
+            yield from _read_failed_downloads(unit.where["table"], keys)
 
 
-def _read_tar_rows(uri: str, seen: set[str]) -> Iterator[RawRow]:
-    """The rows of a tar and one for each range of its bytes that is none; `seen` collects the keys of the rows."""
-    told = droppings = 0
+def _count_members(items: Iterator[Member | Gap], seen: Seen) -> Iterator[Member | Gap]:
+    """As they come out of the tar, before anything is made of them."""
+    for item in items:
+        if isinstance(item, Gap):
+            seen["unreadable ranges"] += 1
+            seen["unreadable bytes"] += item.length
+        elif item.info.isdir():
+            seen["member folder"] += 1
+            seen[FOLDER] += 1
+        else:
+            count_file(seen, item.info.name)
+        yield item
+
+
+def _read_tar_rows(uri: str, keys: set[str], seen: Seen) -> Iterator[RawRow]:
+    """The rows of a tar and one for each range of its bytes that is none; `keys` collects the keys of the rows."""
+    told = used = 0
     try:
         stream = storage.open_read(uri)
     except MissingError as error:  # a link to nothing
         yield RawRow(posixpath.basename(uri), None, None, "unreadable", str(error))
         return
     with stream as file:
-        for item in group_members(read_tar(file, max_bytes=MAX_IMAGE_BYTES)):
+        for item in group_members(_count_members(read_tar(file, max_bytes=MAX_IMAGE_BYTES), seen)):
             if isinstance(item, Gap):
                 told += 1
                 name = posixpath.basename(uri) + (f"#{item.offset}" if told > 1 else "")
                 status = "truncated_tar" if item.cut else "unreadable_bytes"
                 yield RawRow(name, None, None, status, f"{uri}: {item.reason}")
             elif isinstance(item, Dropping):
-                droppings += 1
+                seen[DROPPING] += 1
             elif isinstance(item, Member):
+                used += 1
                 status, reason = _judge_member(item)
                 yield RawRow(item.info.name[:200], None, None, status, f"{reason} in {uri}")
             else:
                 # archives that were joined often count from zero each: the later one's rows get names of their own
-                key = item.key if item.key not in seen or not item.archive else f"{item.key}#{item.archive}"
-                seen.add(key)
+                key = item.key if item.key not in keys or not item.archive else f"{item.key}#{item.archive}"
+                keys.add(key)
+                used += len(item.parts)
+                seen.update(f"unread .{suffix}" for suffix in item.parts.keys() - _list_read(item.parts))
                 yield _make_row(key, item)
-    if droppings:
-        log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, droppings)
+    check_members(seen, used, uri)
+    if seen[DROPPING]:
+        log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, seen[DROPPING])
 
 
 def _list_tables(folder: str) -> list[str]:
@@ -116,13 +135,13 @@ def _list_tables(folder: str) -> list[str]:
     return [posixpath.join(folder, posixpath.basename(uri)) for uri in found]
 
 
-def _read_failed_downloads(uri: str, seen: AbstractSet[str]) -> Iterator[RawRow]:
+def _read_failed_downloads(uri: str, keys: AbstractSet[str]) -> Iterator[RawRow]:
     """Rows of img2dataset's table that its tar lacks; another table that lies beside a tar has none."""
     table = decode_table(storage.read_bytes(uri), uri)
     if not {"key", "status"} <= set(table.column_names):
         return
     for row in table.to_pylist():
-        if str(row["key"]) not in seen:
+        if str(row["key"]) not in keys:
             reason = str(row.get("error_message") or row["status"] or "in the table, not in the tar")
             info = {"url": row["url"]} if row.get("url") else {}
             yield RawRow(str(row["key"]), None, row.get("caption"), "no_image", reason, info)
@@ -143,11 +162,20 @@ def _make_row(key: str, sample: Sample) -> RawRow:
         with contextlib.suppress(ValueError):
             loaded = json.loads(parts["json"])
             info = loaded if isinstance(loaded, dict) else {}
-    image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
-    text: Any = next((parts[s] for s in TEXT_SUFFIXES if s in parts), find_caption(info))
+    image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
+    text: Any = parts[written] if written else find_caption(info)
     if sample.doubtful:
         return RawRow(key, None, text, "truncated_tar", sample.doubtful, info)
-    if image is None:
+    if not image:
         reason = str(info.get("error_message") or f"only {', '.join(sorted(parts)) or 'nothing'}")
         return RawRow(key, None, text, "no_image", reason, info)
-    return RawRow(key, image, text, info=info)
+    return RawRow(key, parts[image], text, info=info)
+
+
+def _find_part(parts: Mapping[str, bytes], suffixes: tuple[str, ...]) -> str:
+    return next((suffix for suffix in suffixes if suffix in parts), "")
+
+
+def _list_read(parts: Mapping[str, bytes]) -> set[str]:
+    """Suffixes of what a row is made of: the first image, the first text, the fields."""
+    return {_find_part(parts, IMAGE_SUFFIXES), _find_part(parts, TEXT_SUFFIXES), "json"}

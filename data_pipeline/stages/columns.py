@@ -6,7 +6,7 @@ zombie writer and its retry cannot mix. A shard may have several manifests, each
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -36,10 +36,17 @@ class Column:
     def folder(self) -> str:
         return f"columns/{self.stage}/{self.fingerprint[:12]}"
 
-    def write(self, unit: str, tables: Iterable[tuple[str, pa.Table]], *, number: int = 0) -> Manifest:
+    def write(
+        self,
+        unit: str,
+        tables: Iterable[tuple[str, pa.Table]],
+        *,
+        number: int = 0,
+        seen: Mapping[str, int] = {},
+    ) -> Manifest:
         """Put one object per shard, then the manifest. When another writer was first, its manifest is returned.
 
-        `tables` (shard, rows) are taken one by one, so that not all of them need be in memory.
+        `tables` (shard, rows) are taken one by one, so that not all of them need be in memory; `seen` is read after.
         """
         parts, counts = [], Counter[str]()
         for shard, table in tables:
@@ -53,6 +60,7 @@ class Column:
             counts=dict(counts),
             code_version=code_version(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seen=dict(seen),
         )
         while True:
             uri = self.uri(unit, number)
