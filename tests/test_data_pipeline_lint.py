@@ -48,7 +48,7 @@ def test_the_screen_and_the_json_of_each_layout(tmp_path, lint, kind):
     before = list_tree(source)
     code, out, _ = lint(source, "--json", tmp_path / "found.json")
     assert code == 0
-    assert out.startswith(f"{kind}:{source}: ")
+    assert out.startswith(f"{kind}:{source}\n")
     assert len(out.splitlines()) <= 40
     assert max(map(len, out.splitlines())) <= WIDTH
     assert list_tree(source) == before
@@ -103,7 +103,7 @@ def test_modes_profiles_and_captions_of_every_type_are_shown(tmp_path, lint):
     code, out, _ = lint(found)
     assert code == 0
     for words in ("1 PNG RGBA", "1 PNG L", "1 PNG P", "1 PNG I;16", "1 TIFF CMYK", "1 JPEG RGB", "1 turned by EXIF",
-                  "1 transparent", "2 text, 2 nothing, 1 number, 1 struct", "height 64 to 90",
+                  "1 transparent", "2 nothing, 2 text, 1 number, 1 struct", "height 64 to 90",
                   "1 rows have a caption that an earlier one has"):  # fmt: skip
         assert words in out, words
 

@@ -27,7 +27,7 @@ def format_findings(found: LintFindings) -> str:
         *((f"run {name}", _wrap(_format_outcome(found, name))) for name in found.outcomes),
         ("", ["`run` also makes scores (nsfw, aesthetic) and near duplicates where its plan says so"]),
     ]
-    lines = [_cut(f"{found.source}: {found.rows:,} rows, {part}"), "-" * LABEL]
+    lines = [_cut(found.source), f"{found.rows:,} rows, {part}", "-" * LABEL]
     for label, texts in blocks:
         lines += [_cut(f"{label if number == 0 else '':<{LABEL}}{text}") for number, text in enumerate(texts)]
     return "\n".join(lines)
