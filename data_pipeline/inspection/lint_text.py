@@ -73,7 +73,7 @@ def _format_captions(found: LintFindings) -> list[str]:
         smallest, median, largest = found.caption_chars
         lines[0] += f"; {smallest:,} to {largest:,} characters, median {median:,}"
     if found.caption_copies:
-        lines[0] += f"; {found.caption_copies:,} rows have a caption that an earlier one has"
+        lines.append(f"{found.caption_copies:,} rows have a caption that an earlier one has")
     return lines + [_quote(caption) for caption in found.captions]
 
 
