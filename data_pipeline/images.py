@@ -1,4 +1,4 @@
-"""Images as they come in: decoding with guards, upright and RGB, the one crop rule, and what networks read."""
+"""Decoding of images: size limits, rotation, sRGB, the one crop rule, and pixels as networks read them."""
 # Shapes: B batch, H and W height and width in pixels.
 
 import importlib.util
@@ -29,7 +29,7 @@ _NUM_MAGIC = 16
 
 
 class ImageError(Exception):
-    """Why an image is not taken; `status` is the word that gets counted."""
+    """An image that cannot be used; `status` is the row's status."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -97,7 +97,7 @@ def count_hole(data: bytes) -> int:
 
 
 def _refuse_hole(file: BinaryIO) -> None:
-    """libjpeg decodes zeros as a grey area without a word."""
+    """ImageError for a file that ends in zeros: libjpeg would decode them to a grey area and report nothing."""
     file.seek(0, io.SEEK_END)
     size = file.tell()
     file.seek(max(0, size - 4096))
@@ -111,7 +111,7 @@ def _refuse_hole(file: BinaryIO) -> None:
 
 @lru_cache(maxsize=1)
 def _register_plugins() -> None:
-    """Formats that somebody chose to install."""
+    """Register the decoders of formats whose plugins are installed (HEIC, JPEG XL)."""
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
     if importlib.util.find_spec("pillow_jxl"):
@@ -119,7 +119,7 @@ def _register_plugins() -> None:
 
 
 def _name_format(start: bytes) -> ImageError:
-    """What an image is that Pillow does not open, and what would open it."""
+    """The error for an image that Pillow does not open; names the plugin that would open it, if one is known."""
     for name, plugin, marks in _PLUGINS:
         if any(start[at : at + len(mark)] == mark for at, mark in marks):
             return ImageError("no_decoder", f"{name}: `pip install {plugin}` lets Pillow read it")
@@ -193,7 +193,8 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Do colors all over the cube stay within one level? A profile's name proves nothing."""
+    """Does the transform change no color of a grid over all colors by more than one level (of 255)? The name of a
+    profile proves nothing."""
     levels = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
     colors = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
@@ -202,7 +203,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def cover_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled so that it covers width x height, then cut around the center. The identity when the size is right."""
+    """The image scaled to cover width x height, then cropped around the center; unchanged if it has that size."""
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)

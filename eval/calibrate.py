@@ -45,7 +45,7 @@ def calibrate(store_uri: str, judges: Judges, measurements: Sequence[Measurement
 def score_control(
     name: str, control: str, *, prompts: Sequence[Prompt], judges: Judges, protocol: str, row: str
 ) -> list[ResultRow]:
-    """What the metric gives to one control, as rows `row/path`."""
+    """The metric's scores of one control (such as true or shuffled scenes), as rows `row/path`."""
     metric = build_picture_metric(name, judges)
     for start in range(0, len(prompts), BATCH):
         part = range(start, min(start + BATCH, len(prompts)))

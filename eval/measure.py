@@ -84,7 +84,7 @@ class Subject:
         self.store.append(to_rows(name, scores, origin=origin, protocol=protocol, higher_is_better=better))
 
     def find_missing(self, measurements: Sequence[Measurement]) -> list[Measurement]:
-        """Those without rows of their protocol at this checkpoint."""
+        """The measurements that have no rows under their protocol at this checkpoint."""
         done = {
             (row.metric, row.protocol_hash)
             for row in self.store.rows(recipe_hash=self.recipe_hash)

@@ -14,11 +14,11 @@ R = TypeVar("R")
 
 
 class ReadAhead(Iterator[R], Generic[T, R]):
-    """`work(item)` for each item, in order. What `work` raises is raised where its result would be given.
+    """Iterates over `work(item)` for each item, in order. An error of `work` is raised in place of its result.
 
-    `ahead` results are in work or ready before one is taken, made by `threads` (0: each when it is asked for, by the
-    caller's thread). Items are taken by the caller's thread, and may be endless. `start_thread` runs first in each
-    thread.
+    Up to `ahead` results are computed before they are asked for, by `threads` threads. With 0 threads the caller's
+    thread computes each result when it is asked for. `items` may be endless; the caller's thread takes from it.
+    `start_thread` runs first in each new thread.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ReadAhead(Iterator[R], Generic[T, R]):
         return self._pending.popleft().result()
 
     def close(self, *, wait: bool = True) -> None:
-        """Give no more and begin no more; `wait` for what is in work."""
+        """Stop: begin no more work and give no more results. `wait`: return when the work in progress is done."""
         self.closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=wait, cancel_futures=True)

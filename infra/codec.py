@@ -1,8 +1,8 @@
-"""Typed dataclasses as JSON and back: what a file holds is checked against the class, and a mistake is one line.
+"""Typed dataclasses to JSON and back. Data that do not fit the class are refused with one line.
 
-`from_json` takes what the annotations say and nothing else: no field that the class lacks, no text for a number, none
-left out that has no default. The rules of pydantic's strict mode for JSON hold: lists become tuples, whole numbers
-become floats where floats are asked for. A check in `__post_init__` runs as in the constructor.
+`from_json` is strict: an unknown field, a value of another type and a missing field without a default are errors. The
+rules are those of pydantic's strict mode for JSON: lists become tuples, and whole numbers become floats where a float
+is expected. A check in `__post_init__` runs as in the constructor.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from infra.errors import UserError, nearest
 
 T = TypeVar("T")
-EXPECTED = {  # pydantic's type of error -> what would have been right
+EXPECTED = {  # pydantic's type of error -> the words for what was expected
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a text", "tuple_type": "a list", "list_type": "a list", "set_type": "a list",
     "frozen_set_type": "a list", "dict_type": "an object", "mapping_type": "an object",
@@ -57,9 +57,9 @@ def to_json(value: Any, *, finite: bool = False) -> Any:
 def from_json(
     kind: type[T], data: Any, *, where: str, advice: str = "", extra: Literal["forbid", "ignore"] = "forbid"
 ) -> T:
-    """The dataclass that `data` holds: JSON text (bytes or str), or what `json.loads` made of it.
+    """A value of type `kind` from `data`: JSON text (bytes or str), or the result of `json.loads`.
 
-    Raises UserError with `where`, the path of the field, what is there, what was expected, and `advice` for the user.
+    UserError names `where`, the path of the field, the value found, what was expected, and `advice` for the user.
     """
     text = data if isinstance(data, bytes | str) else json.dumps(data)
     try:
@@ -75,7 +75,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
-    """The first mistake; a misspelt field comes before the one that is missing because of it."""
+    """One line for the first mistake. A misspelt field is told before the missing field that it causes."""
     error = min(errors, key=lambda each: each["type"] != "unexpected_keyword_argument")
     if error["type"] == "json_invalid":
         return f"{where} is not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
@@ -102,7 +102,7 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def _path(kind: Any, error: ErrorDetails) -> tuple[list[str], list[str]]:
-    """(the fields that lead to the mistake, all fields of the class that the last of them is in)."""
+    """(the names of the fields that lead to the mistake, all field names of the class of the last one)."""
     path: list[str] = []
     known: list[str] = []
     for step in error["loc"]:

@@ -47,7 +47,7 @@ LAUNCH_HELP = """Run a command somewhere: python -m infra launch TARGET [options
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What to run a command on."""
+    """Where a command is to run."""
 
     target: tyro.conf.Positional[str]
     """Where: one of those above."""
@@ -70,7 +70,7 @@ class LaunchOptions:
 
 
 def launch(words: list[str]) -> None:
-    """What follows the first `--` is the job's own command and is not parsed."""
+    """The command `launch`. All words after the first `--` are the command of the job and are not parsed."""
     from infra.launch import describe_targets, get_target
     from infra.launch.job import Job
 

@@ -36,7 +36,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """What one core reaches in matrix products, in GFLOP/s."""
+    """Speed of one core in matrix products, in GFLOP/s."""
 
     fp32: float
     bf16: float
@@ -113,7 +113,8 @@ def warn_if_slow(precision: ResolvedPrecision, device: str) -> None:
 
 
 def get_cpu_speed() -> CpuSpeed:
-    """What a core of this machine reaches: from `cpu_speed_file`, or measured now (0.3 s at most) and kept there."""
+    """The speed of a core of this machine, from the file of `locate_cpu_speed`, or measured now (at most 0.3 s) and
+    stored there."""
     file = locate_cpu_speed()
     try:
         kept = json.loads(file.read_bytes())
@@ -135,7 +136,8 @@ def get_cpu_speed() -> CpuSpeed:
 
 
 def locate_cpu_speed() -> Path:
-    """Where `cpu_speed` keeps its answer for this CPU, torch and number of threads; remove it to measure again."""
+    """The file in which `get_cpu_speed` stores its result for this CPU, torch and number of threads. Remove it to
+    measure again."""
     key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
     return storage.cache_folder() / "cpu_speed" / f"{key}.json"
 
@@ -187,7 +189,7 @@ def _cpu() -> dict[str, str]:
 
 
 def _machine() -> dict[str, object]:
-    """What an answer depends on."""
+    """All that a measurement of the CPU depends on."""
     import torch
 
     limits = {name: os.environ[name] for name in LIMITS if name in os.environ}

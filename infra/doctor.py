@@ -35,7 +35,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class CheckedPlaces:
-    """What the checks look at."""
+    """The folder and the URI that the checks look at."""
 
     folder: str = "."
     uri: str | None = None
@@ -60,7 +60,8 @@ def check_python(_: CheckedPlaces) -> Iterator[Diagnosis]:
 
 
 def check_libraries(_: CheckedPlaces) -> Iterator[Diagnosis]:
-    """The big four by version; Apex by what is in it, since PyPI's `apex` is another project."""
+    """The versions of torch, DeepSpeed, Ray and diffusers; and whether `apex` is NVIDIA's: PyPI's is another
+    project."""
     for package in ("torch", "deepspeed", "ray", "diffusers"):
         version = _version(package)
         if version:
@@ -103,7 +104,8 @@ def check_gpus(_: CheckedPlaces) -> Iterator[Diagnosis]:
 
 
 def _check_cpu_precision() -> Diagnosis:
-    """As `--precision auto` decides here: by measured products, since CPU flags do not reveal speed."""
+    """The precision that `--precision auto` chooses here, from measured matrix products: CPU flags do not show
+    speed."""
     from infra.device import get_cpu_speed, locate_cpu_speed
 
     speed = get_cpu_speed()
@@ -192,7 +194,7 @@ def check_checkpoints(_: CheckedPlaces) -> Iterator[Diagnosis]:
 
 
 def check_launchers(_: CheckedPlaces) -> Iterator[Diagnosis]:
-    """Which targets of `python -m infra launch` can be reached from here."""
+    """The targets of `python -m infra launch` that can be reached from here."""
     from infra.launch import TARGETS
 
     here = [name for name, target in TARGETS.items() if target.is_reachable]

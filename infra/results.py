@@ -57,7 +57,7 @@ class ResultRow:
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
-        """What the number is about: a later row of the same key replaces the earlier one when reading."""
+        """Identifies what was measured: when rows are read, a later row replaces an earlier one with the same key."""
         return self.run, self.recipe_hash, self.metric, self.images_seen, self.protocol_hash
 
 

@@ -41,7 +41,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """How many workers, and what each may use. `count` None: as many as this machine or a growing cluster has room for.
+    """The number of workers and the resources of each. `count` None: as many as fit this machine or a growing cluster.
 
     A cluster of RAY_ADDRESS may start small, even without a CPU: the pool grows with it up to one worker per unit.
     """
@@ -131,7 +131,7 @@ class _OpenTask:
 
 
 class _Actor:
-    """What Ray Data calls with blocks of unit descriptions."""
+    """The actor that Ray Data calls with blocks of unit descriptions."""
 
     def __init__(self, task: Task, cpus: float) -> None:
         self._task = _OpenTask(task, cpus)
@@ -265,7 +265,7 @@ class RemoteCalls:
         self._running: dict[Any, Any] = {}
 
     def __len__(self) -> int:
-        """How many calls run or wait for a worker."""
+        """Number of calls that run or wait for a worker."""
         return len(self._running)
 
     def start(self, key: Any, *arguments: Any) -> None:

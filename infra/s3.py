@@ -86,7 +86,7 @@ def _probe(bucket: str) -> None:
 
 
 def head_object(fs: "S3FileSystem", bucket: str, key: str) -> dict[str, Any] | None:
-    """What S3 tells of an object; None where there is none."""
+    """S3's description of an object (HEAD); None if there is none."""
     try:
         return fs.call_s3("head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:

@@ -33,7 +33,7 @@ class Spool:
         self._dtype, self._width, self._count = np.dtype(dtype), width, 0
 
     def append(self, values: npt.ArrayLike) -> None:
-        """Any number of values, row after row; UserError where the disk is full."""
+        """Append any number of values, row after row; UserError if the disk is full."""
         data = np.ascontiguousarray(values, self._dtype)
         with refuse_full_disk():
             self._file.write(data.tobytes())

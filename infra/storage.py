@@ -1,7 +1,7 @@
-"""Files by URI: a local path or s3://bucket/key, behaving alike. How S3 is reached is in s3.py.
+"""Reads and writes files by URI, in the same way for a local path and for s3://bucket/key (through s3.py).
 
-Writes are atomic (a reader sees a whole object or none). Failures of disk or network become a UserError of one line
-with the URI.
+Writes are atomic: a reader sees a whole object or none. Failures of disk or network become a UserError of one line
+that names the URI.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from infra.s3 import find_error_code, get_endpoint, head_object, list_objects, o
 
 TEMP_SUFFIX = ".beeline-tmp"  # unfinished local writes; listings never show them
 READ_AHEAD = 8 * 2**20
-UPLOAD_PART = 32 * 2**20  # S3 takes 10,000 parts of an object
+UPLOAD_PART = 32 * 2**20  # bytes; S3 allows 10,000 parts in an object, so objects of up to 320 GiB
 
 
 def is_remote(uri: str) -> bool:
@@ -39,7 +39,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def sha256_hex(data: bytes) -> str:
-    """The hash that names content everywhere."""
+    """SHA-256 in hex: the hash by which content is named everywhere."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -89,7 +89,7 @@ def read_bytes(uri: str, start: int | None = None, length: int | None = None) ->
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Put the whole object; replaces what was there, at once."""
+    """Write the whole object, and replace an earlier one atomically."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
             fs.pipe_file(f"{bucket}/{key}", data)
@@ -99,7 +99,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def upload(path: str | Path, uri: str) -> None:
-    """Put a local file as a whole object, reading it in pieces; replaces what was there, at once."""
+    """Copy a local file to an object, read in pieces, and replace an earlier one atomically."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
             fs.put_file(str(path), f"{bucket}/{key}", chunksize=UPLOAD_PART, max_concurrency=4)
@@ -109,7 +109,8 @@ def upload(path: str | Path, uri: str) -> None:
 
 
 def write_bytes_if_absent(uri: str, data: bytes) -> bool:
-    """Put the object unless one is there, else return False. Of several writers exactly one wins."""
+    """Write the object if none is there, and return True; else return False. Of several writers exactly one gets
+    True."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
             for _ in range(10):
@@ -136,15 +137,15 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
 
 
 def list_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: bool = False) -> list[str]:
-    """Full URIs of the files in a folder, sorted; [] when there is no such folder. A file's URI gives itself.
+    """Full URIs of the files in a folder, sorted; [] if there is no such folder. For the URI of a file: this URI.
 
-    `links`: local links to folders are followed (loops are not), and links to nothing are listed too.
+    `links`: follow local symbolic links to folders (but no loops), and list broken links too.
     """
     return sorted(iter_files(prefix, suffix=suffix, recursive=recursive, links=links))
 
 
 def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: bool = False) -> Iterator[str]:
-    """The same, unsorted and one by one: of a million names only one page is in memory."""
+    """As `list_files`, unsorted and one by one: of a million names only one page is in memory."""
     if not is_remote(prefix):
         with _local(prefix):
             walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive, links=links)
@@ -161,7 +162,7 @@ def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: 
 
 
 def etags(uri: str) -> dict[str, str]:
-    """What names the content of an s3:// object, or of every object below a prefix, by full URI."""
+    """ETags (content hashes by S3) of an s3:// object, or of all objects below a prefix, by full URI."""
     with on_s3(uri) as (fs, bucket, key):
         told = head_object(fs, bucket, key) if key else None
         items = [{"Key": key, **told}] if told else list_objects(fs, bucket, key)
@@ -206,12 +207,13 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files stay and what travels to S3 waits: on a disk with room for a checkpoint's share."""
+    """The folder for copies of remote files and for uploads that wait. A rank's share of a checkpoint must fit on its
+    disk."""
     return Path(os.environ.get("BEELINE_CACHE") or Path.home() / ".cache" / "beeline")
 
 
 def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) -> None:
-    """Objects (key to path below `name`) into a temporary folder that becomes `folder` by one rename."""
+    """Download objects (`names`: key to path below `name`) to a temporary folder, then rename it to `folder`."""
     with _local(str(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(suffix=TEMP_SUFFIX, dir=folder.parent))
@@ -238,14 +240,14 @@ def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) ->
 
 
 def local_path(uri: str) -> Path:
-    """The path a local URI means (file:// and ~ allowed)."""
+    """The path of a local URI, which may begin with file:// or ~."""
     return Path(uri.removeprefix("file://")).expanduser()
 
 
 @contextlib.contextmanager
 def temp_beside(path: Path) -> Iterator[Path]:
-    """A free name in the folder of `path`, which is made where it is missing; a file of that name is removed at the
-    end."""
+    """A free temporary name in the folder of `path`. The folder is made if it is missing. A file of that name is
+    removed at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.parent / f".{uuid.uuid4().hex}{TEMP_SUFFIX}"
     try:
@@ -256,9 +258,9 @@ def temp_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to; it takes the place of `path` when the block ends, synced to disk, and never in part.
+    """A file to write to. When the block ends it is synced to disk and replaces `path` atomically.
 
-    OSError as the system raises it: `write_bytes` and `upload` make it a UserError."""
+    OSErrors are not converted: `write_bytes` and `upload` make them a UserError."""
     with temp_beside(path) as temp:
         with temp.open("wb") as file:
             yield file
@@ -273,7 +275,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Without it a rename may be lost in a power cut."""
+    """Sync a folder to disk: without it a rename may be lost in a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -282,7 +284,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _walk(path: Path, uri: str, *, recursive: bool, links: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """`links`: follow links to folders, but none back to one of those `above`, and tell links to nothing, too."""
+    """URIs of the files below `path`. `links`: follow links to folders, but not back to one of the folders `above`, and
+    yield broken links too."""
     if path.is_file():
         yield uri
         return
@@ -299,7 +302,7 @@ def _walk(path: Path, uri: str, *, recursive: bool, links: bool, above: tuple[st
 
 @contextlib.contextmanager
 def _local(uri: str, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn what the operating system says into one line."""
+    """Inside the block OSErrors become a UserError of one line."""
     try:
         yield
     except UserError:

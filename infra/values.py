@@ -49,7 +49,7 @@ def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_see
 
 
 def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int) -> PromptValues | None:
-    """None where nothing was kept (rows of an earlier version)."""
+    """The stored values of one checkpoint; None if none were stored."""
     uri = _uri(store_uri, protocol_hash, _name(recipe_hash, images_seen))
     if not storage.exists(uri):
         return None

@@ -1,7 +1,8 @@
 """Low-rank adapters on every Linear of a network: W x + (alpha/r) B A x, with B zero at the start (arXiv 2106.09685).
 
-The network's own parameters are frozen and keep their names; switched off, it computes bit for bit what it did without
-adapters, so one set of weights serves as policy and as reference. Files have peft's layout, under our module names.
+The network's own parameters are frozen and keep their names. With the adapters switched off it computes the same bits
+as without them. So one set of weights is both policy and reference in DPO. Files have peft's layout, with our names of
+modules.
 """
 # Shapes: I inputs, O outputs of a linear layer, R rank.
 
@@ -64,7 +65,7 @@ def _add(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The network without its adapters: the reference."""
+    """Inside the block the network computes without its adapters: the reference of DPO."""
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.on = False
@@ -149,7 +150,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _read_changes(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """What our own adapter adds to each weight, and what its file says of its training."""
+    """(the change of each weight by our own adapter, the metadata of its training)."""
     adapters, scale, trained = _read_adapter(folder)
     named = {name: adapter_of(name) for name in weights if adapter_of(name)[0] in adapters}
     strange = sorted(set(adapters) - {part for parts in named.values() for part in parts})
@@ -159,7 +160,7 @@ def _read_changes(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, Any]]:
-    """(tensors under our names, alpha/r, what the file says of its training)."""
+    """(tensors under our names, alpha/r, the metadata of its training)."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -185,7 +186,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
 def merging(
     read: Callable[[str], Tensor], adapter: Callable[[str], Tensor], names: Iterable[str], *, scale: float
 ) -> Callable[[str], Tensor]:
-    """A reader of merged weights, tensor by tensor: `read` gives the base's, `adapter` those named in `names`."""
+    """A function that gives merged weights, one tensor at a time. `read` gives a tensor of the base weights, `adapter`
+    a tensor of the adapter, which has those named in `names`."""
     known = set(names)
 
     def merged_weight(name: str) -> Tensor:

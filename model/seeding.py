@@ -53,7 +53,7 @@ class Normal(Keyed):
 
 
 class QuickNormal(Keyed):
-    """As `Normal` in a third of the time: other numbers, whose last bits may differ from one kind of CPU to another.
+    """As `Normal`, in a third of the time. The numbers are others, and their last bits may depend on the kind of CPU.
 
     Box and Muller (1958): sqrt(-2 ln u) times cos and sin of 2 pi v, with 32 random bits for each of u and v.
     """

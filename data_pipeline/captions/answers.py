@@ -14,7 +14,7 @@ _SENTENCE = re.compile(r"(.*[.!?\u3002])(?:[\"'\u201d)]*)\s", re.DOTALL)
 
 
 class NoCaption(NamedTuple):
-    """Why there is no caption: a status that is counted. `final` is False where asking again may help."""
+    """An answer without a caption: its status and reason. `final` is False if it may help to ask again."""
 
     status: str
     reason: str
@@ -64,7 +64,7 @@ def strip_thoughts(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without the quotes or the code fence that enclose the whole text."""
+    """The text without quotes or a code fence around the whole of it."""
     text = text.strip()
     fenced = _FENCE.match(text)
     text = fenced[1].strip() if fenced else text

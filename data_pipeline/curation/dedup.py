@@ -97,7 +97,8 @@ class Dedup:
 
 
 class Duplicates:
-    """Which row stands for which, on scratch disk. Numbers count rows as they came, ranks in order of precedence."""
+    """For each row the row that it is a duplicate of, on scratch disk. A row's number is its place in the order of
+    reading; its rank is its place in the order of precedence (of equal rows the one with the lowest rank is kept)."""
 
     def __init__(
         self, signatures: Iterable[tuple[str, pa.Table]], preferred: Callable[[str], np.ndarray] | None
@@ -136,7 +137,8 @@ class Duplicates:
         return len(self._ends)
 
     def merge(self, kind: str, first_R: np.ndarray) -> None:
-        """What a pass found (by rank: the rank of the row that stands for it, or -1), for rows that still stood."""
+        """Add the duplicates that a pass found, for rows that are kept so far. `first_R`: for each rank the rank of the
+        row that it duplicates, or -1."""
         for block in blocks(len(self)):
             new_B = (self.first_R[block] < 0) & (first_R[block] >= 0)
             self.first_R[block] = np.where(new_B, first_R[block], self.first_R[block])

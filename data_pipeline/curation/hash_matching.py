@@ -1,5 +1,9 @@
-"""Which of equal or similar hashes comes first: any number lies on scratch disk, memory holds blocks of them."""
-# Shapes: N hashes or keys, K words of a key, B of one block, M of one part, O of a block that earlier blocks left open.
+"""Finds duplicates among hashes: for each hash the first equal or similar one.
+
+All hashes lie on scratch disk; memory holds a block of them at a time, so their number is not limited by memory.
+"""
+# Shapes: N hashes or keys, K 64-bit words of a key, P parts (by leading bits), B rows of one block, M rows of one part,
+# O rows of a block without a match so far. In _KeptHashes and _find_near_kept K is the number of kept hashes.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -9,15 +13,15 @@ import numpy as np
 from infra.scratch import BLOCK, Spool, allocate, blocks
 
 HASH_BITS = 64
-_NEAR_BLOCK = 2**16  # hashes that are compared one by one
-_PAIRS = 2**19  # compared at once
+_NEAR_BLOCK = 2**16  # hashes of one block of find_first_near
+_PAIRS = 2**19  # pairs of hashes that are compared in one numpy call
 
 
 def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
-    """For each key the number of its first occurrence, -1 for the first itself.
+    """For each key (uint64 words) the row number of its first occurrence; -1 for the first occurrence itself.
 
-    A block's keys are compared with each other; its first ones are dealt out, by their leading bits, to parts that fit
-    into memory, and compared there.
+    First the keys of each block are compared with each other. The keys that are new in their block are then sorted by
+    their leading bits into parts that fit into memory, and the keys of each part are compared.
     """
     count, width = key_NK.shape
     first_N = allocate(count, np.int64, -1)
@@ -47,13 +51,13 @@ def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
 
 
 def _deal(key_NK: np.ndarray, shift: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    """(keys in the order of their parts, otherwise as they were; keys of each part)."""
+    """(indices that sort the keys by part and keep their order within a part; number of keys in each part)."""
     part_N = (key_NK[:, 0] >> shift).astype(np.int64)
     return np.argsort(part_N, kind="stable"), np.bincount(part_N, minlength=2 ** (64 - int(shift)))
 
 
 def _find_first_in_memory(key_NK: np.ndarray, number_N: np.ndarray) -> np.ndarray:
-    """Of keys with ascending numbers: the number of the first equal one, -1 for itself."""
+    """For each key the number of the first equal key, -1 for the first itself. `number_N` ascends."""
     key_NK = np.array(key_NK)
     order = np.lexsort(key_NK.T)  # stable
     sorted_NK = key_NK[order]
@@ -66,12 +70,13 @@ def _find_first_in_memory(key_NK: np.ndarray, number_N: np.ndarray) -> np.ndarra
 
 
 def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_BLOCK) -> np.ndarray:
-    """For each hash the earliest kept one within `distance` bits, -1 where it is itself kept.
+    """For each 64-bit hash the row number of the earliest kept hash within `distance` bits; -1 where it is kept itself.
 
-    Block by block: first against what earlier blocks kept, then one hash after the other.
+    Greedy, in row order: a hash is kept if no kept hash is near. Each block is first compared with the kept hashes of
+    earlier blocks; the rest of the block is then compared one hash after the other.
     """
     first_N = allocate(len(hash_N), np.int64, -1)
-    # pigeonhole: hashes at most d bits apart agree in at least one of d + 1 pieces
+    # Pigeonhole principle: cut into d + 1 pieces, two hashes that differ in at most d bits agree in at least one piece.
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
     kept = _KeptHashes(edges)
     for block in blocks(len(hash_N), block_rows):
@@ -89,14 +94,15 @@ def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_B
 
 
 class _KeptHashes:
-    """Hashes that stand and their numbers, on scratch disk: for each band by block, then by their piece of the band."""
+    """The kept hashes and their row numbers, on scratch disk. A band is one piece of all hashes (bits low to high);
+    each band has its own copy, block after block, and within a block sorted by the piece."""
 
     def __init__(self, edges: Sequence[int]) -> None:
         self._bands = [(low, high, Spool(np.uint64), Spool(np.int64)) for low, high in pairwise(edges)]
         self._ends = [0]
 
     def add(self, hash_K: np.ndarray, number_K: np.ndarray) -> None:
-        """Those of one more block."""
+        """Append the kept hashes of one more block."""
         for low, high, hashes, numbers in self._bands:
             order = np.argsort(_take_piece(hash_K, low, high), kind="stable")
             hashes.append(hash_K[order])
@@ -113,9 +119,9 @@ class _KeptHashes:
 def _find_near_kept(
     hash_N: np.ndarray, bands: Sequence[tuple[np.ndarray, np.ndarray]], edges: Sequence[int], distance: int
 ) -> np.ndarray:
-    """For each hash the least number among kept ones within `distance` bits, -1 without any.
+    """For each hash the least row number of a kept hash within `distance` bits; -1 if there is none.
 
-    Bands: hashes at most d bits apart agree in one of d + 1 pieces, so only rows that share a piece are compared.
+    Near hashes agree in one of d + 1 pieces (see find_first_near), so only hashes that share a piece are compared.
     """
     none = np.iinfo(np.int64).max
     near_N = np.full(len(hash_N), none)
@@ -137,7 +143,7 @@ def _find_near_kept(
 
 
 def _find_near_greedily(hash_N: np.ndarray, edges: Sequence[int], distance: int) -> np.ndarray:
-    """The same among hashes that are all in memory."""
+    """As find_first_near for hashes that are all in memory; the results are indices into `hash_N`."""
     tables: list[dict[int, list[int]]] = [{} for _ in pairwise(edges)]
     first_N = np.full(len(hash_N), -1, np.int64)
     values = hash_N.tolist()

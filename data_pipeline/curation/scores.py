@@ -129,7 +129,8 @@ class CaptionQualityScorer:
 
 
 def rate_caption(caption: str) -> float:
-    """How much a caption reads like words about a picture; scripts without spaces count characters as words."""
+    """A score from 0 to 1: how much a caption reads like words about a picture. In scripts without spaces each
+    character counts as a word."""
     words = caption.split()
     if len(words) < 3 and any(ord(character) > 0x2E7F for character in caption):
         words = [character for character in caption if character.isalnum()]

@@ -40,7 +40,7 @@ class SemanticDedup:
     seed: int = 0
 
     def find_firsts(self, places: Places, count: int, load: Load, max_bytes: int = MAX_BYTES) -> np.ndarray:
-        """For each of `count` numbers the number of the row that stands for it, -1 if itself or if it takes no part.
+        """For each of `count` rows the number of the row that it is a duplicate of; -1 if it is kept or takes no part.
 
         `places` (shard, rows, their numbers) may be walked several times; numbers ascend in order of precedence, within
         a shard too. `load(shard)` gives the embedding column's table.

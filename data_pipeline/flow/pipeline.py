@@ -59,7 +59,7 @@ _DEDUP_SHARDS = 100  # that a manifest of the dedup column names
 
 @dataclass
 class PipelineResult:
-    """What a run found and made, for the final table."""
+    """The result of a run, for the table at its end."""
 
     info: DatasetInfo
     counts: dict[str, dict[str, int]]
@@ -204,12 +204,12 @@ class Pipeline:
         return False
 
     def _read_signatures(self, shard: str) -> pa.Table:
-        """Of rows that passed the filter."""
+        """The signatures of those rows of a shard that passed the filter."""
         table = self.state.read("signature", shard, ["row", "exact", "perceptual"])
         return select_ok(table, self.state.status("filter", shard))
 
     def _judge_strict(self) -> RowStatuses:
-        """What the strict thresholds say, where the gate is looser."""
+        """Statuses of the rows by the strict thresholds; empty if the gate has the same thresholds."""
         strict, found = self.plan.strict, RowStatuses(self.state.database)
         if self.plan.gate.thresholds(strict) == strict:
             return found
@@ -222,7 +222,7 @@ class Pipeline:
         return found
 
     def _judge_gate(self) -> RowStatuses:
-        """What filter and dedup say."""
+        """Statuses of the rows by filter and dedup together."""
         found, of = RowStatuses(self.state.database), self.state.status
         found.update(self.state.map_shards(lambda shard: override_statuses(of("filter", shard), of("dedup", shard))))
         return found
@@ -230,7 +230,8 @@ class Pipeline:
     # captions, latents, text features: only rows that passed
 
     def encode(self, statuses: RowStatuses) -> None:
-        """In one pass, so that images are decoded once; a captioner with workers of its own goes first."""
+        """Compute captions, latents and text features of the rows that passed, in one pass, so that each image is
+        decoded once. A captioner with workers of its own has a pass of its own before."""
         heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
         if self.caption_workers is None and environment is None:
             self._encode(heavy, statuses, self.jobs.workers)

@@ -79,7 +79,7 @@ class SampleLayout:
         return [(caption, encoder) for caption in self.captions for encoder in self.encoders]
 
     def offsets(self, tokens_RS: np.ndarray) -> SampleOffsets:
-        """Where each array of each row lies, from the token counts alone."""
+        """Byte offsets of each array of each row; they follow from the token counts alone."""
         tokens_RS = tokens_RS.astype(np.int64)
         present_RS = tokens_RS > 0
         pooled_size_RS = present_RS * np.array([encoder.pooled * 4 for _, encoder in self.slots])

@@ -143,7 +143,7 @@ class DatasetInfo:
         )
 
     def layout(self, bucket: str) -> SampleLayout:
-        """How the samples of a bucket lie in bytes."""
+        """The byte layout of the samples of a bucket, which is named HEIGHTxWIDTH in pixels."""
         height, width = (int(side) // self.vae.factor for side in bucket.split("x"))
         shape = (2 * self.vae.channels, height, width)
         return SampleLayout(self.text_spec, self.captions, shape, self.int8_seats)

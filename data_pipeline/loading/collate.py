@@ -30,7 +30,8 @@ CACHED = 2**17  # numbers that are worked on at once: with what is made of them 
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How samples are made into inputs. `caption_weights` are renormalised over the captions a sample has."""
+    """Settings by which stored samples become training inputs. `caption_weights` are renormalised over the captions
+    that a sample has."""
 
     seed: int
     caption_weights: Mapping[str, float]
@@ -148,7 +149,7 @@ class Collator:
             self._vae.latents.sample_normalised_(latents, wide[: len(moments)].copy_(moments))
 
     def _drop(self, position_B: Tensor, draws: DrawSettings) -> np.ndarray:
-        """Which encoders are left out: each on its own, keyed by position."""
+        """(B, E) bool: the text encoders that are dropped for each sample, each independently, keyed by position."""
         seats = [encoder.seat for encoder in self._spec.encoders]
         # the purpose strings are part of every run's result: another word would be another dropout
         u_EB = [keyed_uniform(draws.seed, position_B, f"drop/{seat}").numpy() for seat in seats]

@@ -42,12 +42,12 @@ class PublishedShards:
                     yield output
 
     def numbered(self, entry: ShardEntry) -> ShardEntry:
-        """With its generation: shards that are not published yet make up the next one."""
+        """The entry with its generation. Shards that are not published yet form the next generation."""
         return replace(entry, generation=self._generation_of.get(entry.tar, self._next))
 
 
 def read_published(root: str) -> DatasetInfo | None:
-    """The description that is there; a damaged one must not stand in the way of the next."""
+    """The published dataset.json. A damaged one counts as absent, so that it can be written anew."""
     if not storage.exists(storage.join(root, DATASET_FILE)):
         return None
     try:
@@ -73,7 +73,8 @@ def _list_published(root: str, encoding: str) -> list[ShardEntry]:
 
 
 def keep_published(selections: RowSelections, outputs: Iterable[PlannedShard]) -> Iterator[PlannedShard]:
-    """Those whose rows all still go to the same split and bucket; these rows are taken out of `selections`."""
+    """The published shards whose rows all still belong to the same split and bucket. Their rows are removed from
+    `selections`."""
     for output in outputs:
         ways = [(selections.get(output.split, output.bucket, shard), rows) for shard, rows in output.rows]
         if all(selection is not None and np.isin(rows, selection.row_R).all() for selection, rows in ways):

@@ -15,7 +15,7 @@ from infra import storage
 
 
 def draw_split_number(digest: str) -> int:
-    """Where the pixels of a row without a split fall between train and val, of 2**32."""
+    """A number from 0 to 2**32 - 1 by which a row goes to train or val, from the hash (`digest`) of its pixels."""
     return int.from_bytes(hashlib.sha256(f"val/{digest}".encode()).digest()[:4], "big")
 
 

@@ -40,7 +40,7 @@ class RowSelections:
             del self._map[key]
 
     def get(self, split: str, bucket: str, shard: str) -> RowSelection | None:
-        """None where no row goes there."""
+        """The rows of a shard that go to this split and bucket; None if there are none."""
         key = (split, bucket, shard)
         return _decode_selection(*key, data=self._map[key]) if key in self._map else None
 

@@ -139,7 +139,8 @@ class _Pinned(http.client.HTTPConnection):
         raise problem
 
     def cut(self) -> None:
-        """From another thread: whoever reads sees an end. (TLS' own shutdown would talk to the other side.)"""
+        """End the connection; called from another thread. The reader sees an end of data. It shuts down the socket, not
+        TLS, as a TLS shutdown would wait for the other side."""
         if self.wire is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self.wire, socket.SHUT_RDWR)

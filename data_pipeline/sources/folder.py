@@ -213,7 +213,8 @@ def _read_lines(uri: str) -> list[dict[str, Any]]:
 
 
 def _infer_type(values: Sequence[object]) -> pa.DataType:
-    """Of mixed values texts decide: the others are set aside row by row."""
+    """Arrow type of a column. If values have several types and one is a text, the column counts as text; the other
+    values are then set aside row by row."""
     try:
         kind = pa.infer_type(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -237,7 +238,8 @@ def _read_sidecar(uri: str) -> object:
 
 
 def _where(row: Sequence[Any]) -> tuple[Any, ...]:
-    """Of a row what reading it needs: its image, its text file and, where a table has one, its caption."""
+    """The part of a listed row that is needed to read it: its image, its text file and, if a table has one, its
+    caption."""
     return (row[0], row[1], *(part["caption"] for part in row[2:] if isinstance(part, dict)))
 
 

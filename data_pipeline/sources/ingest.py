@@ -1,6 +1,6 @@
-"""Ingest: a source unit becomes canonical shards of bounded size, each row with key, image bytes and caption.
+"""Ingest: writes a source unit as canonical shards of bounded size, each row with key, image bytes and caption.
 
-Rows that a container could not give properly stay as rows with a status: from here on nothing is dropped silently.
+What a source could not read is a row too, with a status that says why. From here on no row is dropped silently.
 """
 
 import json
@@ -22,7 +22,7 @@ _INFO_KEYS = ("url", "sha256", "original_width", "original_height", "license")
 
 @dataclass(frozen=True)
 class Ingest:
-    """How rows are cut into canonical shards."""
+    """Writes canonical shards of at most `shard_rows` rows and about MAX_SHARD_BYTES of images."""
 
     shard_rows: int = 1000
 
@@ -32,9 +32,10 @@ class Ingest:
     def run(
         self, source: Source, unit: SourceUnit, column: Column, *, keep_bytes: int = 0
     ) -> tuple[Manifest, dict[str, pa.Table]]:
-        """Read the unit, put its shards one by one and the manifest that proves them.
+        """Read the unit, write its shards one by one, then the manifest that names them.
 
-        The first tables, as many as fit into `keep_bytes`, are given to the stages that follow; they read the others.
+        Also returns the first tables by shard name, as many as fit into `keep_bytes`: the next stages then need not
+        read them again.
         """
         kept: dict[str, pa.Table] = {}
 

@@ -42,7 +42,8 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What one ingest task reads: `where` is for the source that listed it. `split` is "" where pack decides."""
+    """The input of one ingest task. Only the source that listed it understands `where`. `split` is "" if pack
+    decides."""
 
     id: str
     split: str
@@ -65,7 +66,7 @@ class FoundField:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the command line says of all sources; each takes what concerns it."""
+    """Options for all sources from the command line; each source uses those that concern it."""
 
     image_column: str = ""
     """Tables: the column with image bytes or a path; "" finds it by name."""
@@ -80,7 +81,8 @@ class Source(Protocol):
     """A layout that raw images come in, made as `Class(uri, options)`. It is pickled: it must hold no open file."""
 
     def list_units(self) -> list[SourceUnit]:
-        """What the driver deals out. An id must change when the unit's content does, and name it without reading it."""
+        """The units of work, which the driver gives to workers. A unit's id must change when its content changes, but
+        it is made without reading the content."""
         ...
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
@@ -92,12 +94,12 @@ class Source(Protocol):
 
 
 def list_etags(uri: str) -> Mapping[str, str]:
-    """For `stamp_file`: what one listing says of all objects there; nothing for local files."""
+    """ETags of all objects below an s3:// prefix, from one listing, for `stamp_file`; empty for local files."""
     return storage.etags(uri) if storage.is_remote(uri) else {}
 
 
 def stamp_file(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
-    """What changes when a file changes, without reading it: equal names and stamps are equal contents."""
+    """A stamp that changes when a file changes, made without reading it: files of equal name and stamp are equal."""
     if storage.is_remote(uri):
         return [etags[uri] if uri in etags else storage.etags(uri)[uri]]
     path = storage.local_path(uri)

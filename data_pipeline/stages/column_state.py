@@ -60,7 +60,7 @@ class ColumnState:
         there.drop()
 
     def record(self, manifest: Manifest) -> None:
-        """What a manifest proves; parts of a shard keep the order in which they are taken."""
+        """Note the parts and counts of a manifest. The parts of a shard keep the order in which they are recorded."""
         mine = self.counts.setdefault(manifest.stage, {})
         for status, count in manifest.counts.items():
             mine[status] = mine.get(status, 0) + count
@@ -93,15 +93,15 @@ class ColumnState:
         return len(self._splits)
 
     def shards(self) -> Iterator[str]:
-        """Those of this run's source, in order."""
+        """Names of the shards of this run's sources, in order."""
         return (str(shard) for (shard,) in self._splits)
 
     def split(self, shard: str) -> str:
-        """What the source says of a shard; KeyError for one that is not of this run."""
+        """The split that the source gives a shard ("" if none); KeyError for a shard that is not part of this run."""
         return self._splits[shard,].decode()
 
     def parts(self, stage: str, shard: str) -> list[ColumnPart]:
-        """In the order in which they were taken; none where nothing is proven."""
+        """The parts of a shard's column, in the order in which they were recorded; [] if no manifest names one."""
         return [from_json(ColumnPart, data, where=f"{stage} of {shard}") for _, data in self._parts.items(shard, stage)]
 
     def has(self, stage: str, shard: str) -> bool:
@@ -128,7 +128,8 @@ class ColumnState:
         return np.unique(np.repeat(first_R - start_R, length_R) + np.arange(length_R.sum()))
 
     def map_shards(self, work: Callable[[str], R], shards: Iterable[str] | None = None) -> Iterator[tuple[str, R]]:
-        """What `work` gives for each shard, in order; what is read for one is gone when it is done."""
+        """(shard, work(shard)) for each shard, in order. Threads work ahead; tables of a shard are freed when it is
+        done."""
         return map_ahead(work, self.shards() if shards is None else shards, threads=count_readers(self.root, _READERS))
 
     def read(self, stage: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -144,7 +145,8 @@ class ColumnState:
         return dict(zip(table["row"].to_pylist(), table[name].to_pylist()))
 
     def status(self, stage: str, shard: str) -> pa.Table:
-        """What a stage says of a shard's rows; nothing where it says nothing."""
+        """Row, status and reason that a stage gave to a shard's rows; an empty table if the stage has no such
+        column."""
         if not self.has(stage, shard):
             return status_table([], [], [])
         table = self.read(stage, shard, ["row", "status", "reason"])

@@ -18,7 +18,7 @@ _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 class RowStatuses(MutableMapping[str, pa.Table]):
-    """By shard, in order: row, status, reason; rows ascending. A table is read when it is asked for."""
+    """A map from shard, in order, to a table of row (ascending), status and reason. Tables are read on demand."""
 
     def __init__(self, database: ScratchDatabase) -> None:
         self._map = database.new_map("shard")

@@ -82,12 +82,12 @@ class DiskMap:
         return self._pages(self._fields, ())
 
     def items(self, *prefix: str | int) -> Iterator[tuple[Key, bytes]]:
-        """Those whose keys begin with `prefix`, with their values; some hundred are held at a time."""
+        """(key, value) of all entries whose keys begin with `prefix`; some hundred are in memory at a time."""
         for *key, value in self._pages(f"{self._fields}, value", prefix):
             yield tuple(key), value
 
     def list_distinct(self, field: str) -> list[Any]:
-        """What one field of the keys holds, each once, in order: for fields of few values."""
+        """The distinct values of one field of the keys, in order. All are held in memory: for fields of few values."""
         return [value for (value,) in self._query(f"SELECT DISTINCT {field} FROM {self._name} ORDER BY {field}")]
 
     def drop(self) -> None:

@@ -32,7 +32,7 @@ DECODED = 16  # pictures that leave the autoencoder at once: more of them fall o
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is drawn; all of it but `batch` and `device` decides the result and enters the protocol hash."""
+    """How an image is generated. All fields but `batch` and `device` change the result and enter the protocol hash."""
 
     steps: int = 25
     guidance: float = 4.0
@@ -53,7 +53,7 @@ class Sampling:
     """auto (a GPU where there is one), cpu, cuda or cuda:N"""
 
     def resolve(self) -> "Sampling":
-        """With a precision that does not depend on the machine that reads it."""
+        """The settings with `auto` precision resolved for this machine, so that they mean the same on any other."""
         return replace(self, precision=resolve_precision(self.precision, self.device))
 
     def describe(self) -> dict[str, Any]:
@@ -83,7 +83,8 @@ class ImageRequest(NamedTuple):
 
     @property
     def purpose(self) -> str:
-        """What the noise is keyed by, beside seed and number: never to be changed, or all pictures would."""
+        """A part of the random key of the noise, beside seed and number. A change of this text would change all
+        pictures."""
         return f"eval image/{self.source}/{self.text}"
 
 
@@ -117,7 +118,7 @@ class Painter:
 
     @functools.cached_property
     def model(self) -> torch.nn.Module:
-        """In float32, brought to the device when something asks for it."""
+        """The network in float32; it is moved to the device at first use."""
         return self._loaded.to(self.device)
 
     @functools.cached_property

@@ -121,7 +121,7 @@ def _cell(
 
 
 def _wrap(label: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, most: int = 3) -> list[str]:
-    """At most `most` lines that fit; the last one is cut with an ellipsis."""
+    """The label in at most `most` lines of `width` pixels; the last one is cut with an ellipsis."""
     lines = [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -28,8 +28,8 @@ ROWS = 6144  # tokens that packed weights are laid out for; any other number wor
 
 
 def settle_precision(precision: Precision, device: str, *, results: str) -> ResolvedPrecision:
-    """What `auto` means for all evaluations of one folder of runs. Whoever evaluates it first decides, by what his
-    machine does best; the answer is kept in `results`. So later ones, on any kind of machine, continue the same rows.
+    """The precision of all evaluations of one folder of runs. `auto` is resolved by the first evaluation, for its
+    machine; the answer is stored in `results`. So later evaluations, on any kind of machine, continue the same rows.
     """
     if precision != "auto":
         found = resolve_precision(precision, device)

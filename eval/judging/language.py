@@ -23,7 +23,7 @@ Pair = tuple[str | None, str | None]
 
 
 class PromptReader(Protocol):
-    """What T2I-CompBench must know of a prompt. `version` names the grammar or the model: it enters protocol hashes."""
+    """Reads a prompt for T2I-CompBench. `version` names the grammar or the model, and enters protocol hashes."""
 
     version: str
 

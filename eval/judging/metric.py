@@ -73,7 +73,8 @@ class PictureMetric(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What fixes the number besides prompts and pictures: it enters the protocol hash."""
+        """All that decides the score besides prompts and pictures (networks, rules, versions), for the protocol
+        hash."""
 
     @abstractmethod
     def update(self, images: Sequence[JudgedImage]) -> None:
@@ -81,11 +82,11 @@ class PictureMetric(ABC):
 
     @abstractmethod
     def compute(self) -> list[Score]:
-        """Of all pictures that were judged; empty where there were none."""
+        """The scores of all pictures that were judged; [] if there were none."""
 
     @abstractmethod
     def values_per_prompt(self) -> PromptValues:
-        """What a paired comparison with another checkpoint needs (infra/values.py keeps it beside the rows)."""
+        """Arrays for a paired comparison with another checkpoint, in the form that infra/values.py stores."""
 
 
 class WeightsMetric(ABC):
@@ -122,11 +123,11 @@ class Clusters:
 
     @property
     def strata(self) -> list[str]:
-        """In the order in which they were met."""
+        """Names of the strata, in the order in which they were added."""
         return list(self._values)
 
     def count(self, strata: Iterable[str] | None = None) -> int:
-        """How many values (images) these strata hold; None: all of them, here and below."""
+        """Number of values (images) in these strata. None, here and below, means all strata."""
         return sum(len(v) for name in self._pick(strata) for v in self._values[name].values())
 
     def mean(self, strata: Iterable[str] | None = None) -> float:

@@ -51,7 +51,7 @@ class OfficialPaths:
     """where the judges compute: --device of the command says it"""
 
     def resolve_device(self) -> str:
-        """Where the judges compute; asked in the process that loads them."""
+        """The device of the judges, resolved on the machine of the process that loads them."""
         return resolve_device(self.device)
 
     def need(self, field: str) -> str:

@@ -1,4 +1,5 @@
-"""FID: Frechet distance on CLIP image features (SD3 section 5.1, after Sauer et al. 2021) or Inception's.
+"""FID: Frechet distance between features of generated and real images, by CLIP (SD3 section
+5.1, after Sauer et al. 2021) or by Inception.
 
 CLIP features are the projected image embeddings, not normalised (clean-fid's CLIP convention).
 Shapes: N images, E width.
@@ -33,7 +34,12 @@ CHUNK = 256
 
 
 class FeatureDistance(PictureMetric):
-    """A Frechet distance as a metric: `features` gives (N, E) of pictures; the reference pictures are the judges'."""
+    """A Frechet distance as a metric, lower is better. `network` computes features (N, E); `judges` give the real
+    pictures.
+
+    The interval comes from bootstrap samples of prompts: their deviations from the bootstrap mean are added to the
+    value.
+    """
 
     higher_is_better = False
     draws_captions = True
@@ -59,7 +65,7 @@ class FeatureDistance(PictureMetric):
         self._prompts += [item.prompt_index for item in images]
 
     def compute(self) -> list[Score]:
-        """The distance, with a 95 % interval from the spread of resampled distances around it (see above)."""
+        """The distance with its 95 % interval; [] if no picture was judged."""
         if not self._features:
             return []
         features_NE, reference = np.concatenate(self._features), reference_moments(self._judges, self._network())
@@ -108,7 +114,7 @@ def inception_fid(judges: Judges) -> FeatureDistance:
 
 @functools.cache
 def load_inception(paths: OfficialPaths) -> InceptionFeatures:
-    """The same for every judge: Inception knows neither world nor benchmark."""
+    """The Inception network, which is the same for the world's and the official judges."""
     if paths.inception is None:
         raise UserError("fid_inception needs --official.inception FILE, the weights of its network")
     return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.resolve_device())
@@ -120,7 +126,7 @@ def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarr
 
 @functools.lru_cache(maxsize=4)
 def reference_moments(judges: Judges, network: FeatureNetwork) -> Moments:
-    """Features of the real images, computed once for all checkpoints."""
+    """Mean and covariance of the features of the real images, computed once for all checkpoints."""
     moments: Moments | None = None
     images = reference_images(judges, REFERENCES)
     while chunk := list(itertools.islice(images, CHUNK)):
@@ -141,7 +147,8 @@ def reference_images(judges: Judges, count: int) -> Iterator[np.ndarray]:
 
 @functools.cache
 def reference_version(judges: Judges, count: int) -> str | None:
-    """Of the pictures' bytes in their order, whatever they are called; None where the code alone decides (a world)."""
+    """A hash of the real pictures' bytes in their order, for the protocol; None for the world, whose code draws
+    them."""
     if judges.of_world:
         return None
     files = _reference_files(judges.paths, count)
@@ -150,6 +157,6 @@ def reference_version(judges: Judges, count: int) -> str | None:
 
 
 def _reference_files(paths: OfficialPaths, count: int) -> list[Path]:
-    """Real pictures; those of the caption prompts where their file names them (COCO)."""
+    """Files of real pictures. If the captions file names pictures (COCO), the pictures of the caption prompts."""
     prompts = read_prompts(paths.captions) if paths.captions else []
     return find_reference_files(paths.need("references"), prompts)[:count]

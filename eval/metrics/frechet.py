@@ -107,7 +107,7 @@ def resample_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 0
 
 
 def _factor(rows_NE: np.ndarray) -> np.ndarray:
-    """The same product A'A from at most E rows."""
+    """At most E rows with the same product A'A as the rows given (the R of a QR decomposition)."""
     return rows_NE if len(rows_NE) <= rows_NE.shape[1] else np.asarray(np.linalg.qr(rows_NE, mode="r"))
 
 

@@ -30,7 +30,8 @@ class ValidationLoss(WeightsMetric):
         """No judge is asked: the loss is the network's own."""
 
     def measure(self, painter: Painter, data: str) -> tuple[list[Score], str, PromptValues]:
-        """On the first SAMPLES of the dataset's val split; UserError where the weights were trained on another one."""
+        """The validation loss on the first SAMPLES of the dataset's val split, its protocol's hash, and values per
+        sample. UserError if the weights were trained on another dataset."""
         dataset = _open_validation(painter, data)
         formulation = get_formulation(painter.meta["formulation"])
         chosen = get_protocol(PROTOCOL, formulation)

@@ -25,7 +25,7 @@ class Depth(Protocol):
     version: str
 
     def of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Per image its depth (H, W) in 0..1, larger is nearer, in UniDet's frame."""
+        """For each image its depth map (H, W) from 0 to 1; larger is nearer; pixels of UniDet's frame (see above)."""
         ...
 
 

@@ -50,7 +50,7 @@ class Detector(Protocol):
     classes: tuple[str, ...]
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Of each picture."""
+        """The objects found in each picture."""
         ...
 
 

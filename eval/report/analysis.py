@@ -24,7 +24,8 @@ from eval.scaling.correlation import Correlation, correlate_across_runs, correla
 
 @dataclass(frozen=True)
 class LossCorrelation:
-    """Of validation loss and one score. `images`: where the runs are compared; None where they share no checkpoint."""
+    """Correlation of validation loss with one score. `images`: the number of images seen at which runs are compared;
+    None if they share no checkpoint."""
 
     metric: str
     images: int | None

@@ -68,7 +68,7 @@ def label_line_ends(ax: "Axes", lines: Sequence[PlotLine], theme: Theme) -> None
 
 
 def pick_evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly chosen, with the first and the last."""
+    """At most `most` items, evenly spaced, with the first and the last one."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]

@@ -1,4 +1,7 @@
-"""The scaling part of a report: laws fitted to the ladder's validation losses, or the reason why there are none."""
+"""The scaling part of a report: laws fitted to the ladder's validation losses, or the reason why there are none.
+
+N is the number of parameters, D of training images, C the training FLOPs, L the validation loss.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,14 +26,16 @@ from eval.scaling.laws import (
     thin_curve,
 )
 
-# Recipe fields that make two runs of one size no more unlike than two seeds do; `images` has a caution of its own.
+# Recipe fields in which runs of one size may differ without a note: the effect is that of another seed, or none. For
+# `images` there is a note of its own.
 LIKE_SEEDS = {"seed", "images", "data.fingerprint"}
 LIKE_SEEDS_UNDER = ("logging.", "parallel.", "validation.", "guard.")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the law says of a model that it has not seen, at `images`; `actual`: what that model then had."""
+    """The law's prediction of the loss of a model that it was not fitted to, after `images`; `actual` is the measured
+    loss, `inside` whether it lies in the interval (None before the model is trained)."""
 
     depth: int | None
     parameters: int
@@ -63,7 +68,7 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class ComputeOptimum:
-    """The best parameters and images for a compute in training FLOPs."""
+    """The numbers of parameters and images that the law finds best for `compute` training FLOPs."""
 
     compute: float
     parameters: float
@@ -72,10 +77,10 @@ class ComputeOptimum:
 
 @dataclass(frozen=True)
 class ScalingLaws:
-    """The laws of a ladder: "L(N)" at `images`, "L(N,D)" and "L(C)". `reason` says why there are none.
+    """The laws of a ladder: "L(N)" at `images`, "L(N,D)" and "L(C)". `reason` says why there are none, if so.
 
-    `notes`: what a reader of the law must know of the runs under it, a sentence each. `equal_ends`: all runs end at
-    the same images, so that L(N) compares ends with ends. `optimum` is for the costliest run's compute.
+    `notes`: sentences about the runs that a reader of the law must know. `equal_ends`: all runs end at the same number
+    of images, so that L(N) compares final losses. `optimum` is for the compute of the costliest run.
     """
 
     reason: str | None
@@ -154,7 +159,8 @@ def fit_ladder(runs: Sequence[RunFolder], losses: Comparison | None) -> LadderFi
 
 
 def _estimate_frontier_exponents(joint: Bootstrap, kappa: float) -> tuple[Interval, Interval]:
-    """Of size and images against compute: beta / (alpha + kappa beta) and alpha / (alpha + kappa beta)."""
+    """Exponents of the best N and the best D as powers of compute: beta / (alpha + kappa beta) and alpha / (alpha +
+    kappa beta). They follow from minimising A/N^alpha + B/D^beta at fixed C, which is proportional to N^kappa D."""
     alpha, beta = joint.law.exponents
     alpha_B, beta_B = joint.theta_BQ[:, 2], joint.theta_BQ[:, 4]
     total, total_B = alpha + kappa * beta, alpha_B + kappa * beta_B
@@ -162,7 +168,8 @@ def _estimate_frontier_exponents(joint: Bootstrap, kappa: float) -> tuple[Interv
 
 
 def _choose_backbone(runs: Sequence[RunFolder], curves: Sequence[LossCurve]) -> tuple[list[LossCurve], tuple[str, ...]]:
-    """The curves of the backbone that has most sizes (then most runs), and who is left out: a law is of one family."""
+    """The curves of one backbone, as a law holds for one family: the backbone with most sizes, then most runs. Also a
+    note that names the runs left out."""
     kinds = {run.name: run.backbone for run in runs}
     groups: dict[str, list[LossCurve]] = {}
     for curve in curves:
@@ -174,7 +181,7 @@ def _choose_backbone(runs: Sequence[RunFolder], curves: Sequence[LossCurve]) -> 
 
 
 def _describe_unlike_runs(runs: Sequence[RunFolder], curves: Sequence[LossCurve], images: float) -> Iterator[str]:
-    """What makes runs of one law less alike than it takes them for."""
+    """Notes on differences between the runs that the law takes for noise."""
     fields: set[str] = set()
     for size in {curve.parameters for curve in curves}:
         names = {curve.run for curve in curves if curve.parameters == size}
@@ -192,7 +199,8 @@ def _describe_unlike_runs(runs: Sequence[RunFolder], curves: Sequence[LossCurve]
 
 
 def collect_curves(runs: Sequence[RunFolder], losses: Comparison | None) -> list[LossCurve]:
-    """The runs of which size, FLOPs and a curve are known. Runs that only differ in seed are separate curves."""
+    """Loss curves of the runs whose size and FLOPs are known. Runs that differ only in their seed are separate
+    curves."""
     curves = []
     for run in runs:
         points = [p for p in losses.points.get(run.name, []) if p.images > 0 and p.value > 0] if losses else []
@@ -209,7 +217,8 @@ def _fit(points: FitPoints) -> Bootstrap:
 def _predict_next_rung(
     runs: Sequence[RunFolder], curves: Sequence[LossCurve], boot: Bootstrap, images: float
 ) -> Prediction | None:
-    """One more step of the ladder: the same difference in depth, exact parameters from the recipe's model."""
+    """The prediction for the next depth, as far from the largest one as that is from the one before. The number of
+    parameters is that of the recipe's model, or a power law of depth if the model is not known."""
     known = [run for run in runs if run.depth and run.name in {curve.run for curve in curves}]
     depths = sorted({run.depth for run in known if run.depth})
     if len(depths) < 2:
@@ -224,7 +233,7 @@ def _predict_next_rung(
 
 
 def _predict_largest(runs: Sequence[RunFolder], curves: Sequence[LossCurve], images: float) -> Prediction | None:
-    """The law of all smaller models, asked about the largest one that was really trained."""
+    """The prediction for the largest trained model by a law fitted to all smaller models."""
     largest = max(c.parameters for c in curves)
     smaller = [c for c in curves if c.parameters < largest]
     if find_shortage(smaller) is not None:

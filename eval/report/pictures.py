@@ -89,7 +89,8 @@ def encode_webp(image: Image.Image, *, lossless: bool = False) -> bytes:
 
 
 def read_prompts(uri: str) -> tuple[str, ...]:
-    """From a JSON beside the image (`prompts`: list of texts), or the lines of captions.txt, as the trainer writes."""
+    """The prompts of a picture grid: from a JSON file beside it (`prompts`: list of texts), or from the lines of
+    captions.txt, which the trainer writes."""
     beside, captions = uri.rsplit(".", 1)[0] + ".json", uri.rsplit("/", 1)[0] + "/captions.txt"
     try:
         if storage.exists(beside):

@@ -101,13 +101,13 @@ def _choose_rung(runs: Sequence[RunFolder], fit: LadderFit, depth: int | None) -
 
 
 def _hash_curves(curves: Sequence[LossCurve]) -> str:
-    """Of the curves that the law was fitted to: a second prediction from the same data has the same key."""
+    """A hash of the curves that the law was fitted to: predictions from the same data have the same hash."""
     told = [[c.run, c.parameters, c.images.tolist(), c.loss.tolist()] for c in curves]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def read_prediction(row: ResultRow) -> GradedPrediction | None:
-    """From a stored row, or None where it is not one that can be read."""
+    """The prediction in a stored row; None if the row cannot be read as one."""
     try:
         told: dict[str, Any] = json.loads(row.details)
         if row.low is None or row.high is None:

@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def flops_per_image(self) -> float | None:
-        """Of training: forward and backward."""
+        """FLOPs of training on one image, forward and backward, from plan.json."""
         return parse_positive(self.plan.get("train_flops_per_image"))
 
     @property
@@ -188,7 +188,7 @@ def parse_finite(value: Any) -> int | float | None:
 
 
 def parse_positive(value: Any) -> int | float | None:
-    """As `parse_finite`, where zero and less mean nothing."""
+    """As `parse_finite`, but None for zero and less."""
     found = parse_finite(value)
     return found if found is not None and found > 0 else None
 

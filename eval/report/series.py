@@ -108,7 +108,8 @@ def is_number(row: ResultRow) -> bool:
 
 
 def pick_protocol(measured: Sequence[tuple[str, str, int, int]]) -> str:
-    """From (run, protocol, points, sample count): the protocol of most runs, then most points, then most samples."""
+    """The protocol that most runs have; of several, the one with most points, then most samples. `measured` holds (run,
+    protocol, points, sample count)."""
     runs: dict[str, set[str]] = {}
     points: dict[str, int] = {}
     samples: dict[str, int] = {}

@@ -91,7 +91,7 @@ def render_svg(figure: "Figure", theme: Theme, prefix: str) -> str:
 
 
 def wrap_svg(svg: str, light: Theme, dark: Theme) -> str:
-    """The same as a file of its own that follows the reader's setting."""
+    """The SVG as a standalone file, which is light or dark as the reader's system asks."""
 
     def rules(theme: Theme) -> str:
         return ";".join(f"--{name}:{color}" for name, color in theme.variables().items())

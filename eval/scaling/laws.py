@@ -100,7 +100,7 @@ def interpolate_loss(curve: LossCurve, images: float) -> float:
 
 
 def thin_curve(curve: LossCurve, *, points: int = 16, from_fraction: float = 0.1) -> LossCurve:
-    """At most `points` checkpoints, evenly spaced in log images, without the warm-up (its first 10 %)."""
+    """The curve at no more than `points` checkpoints, evenly spaced in log images, without its first 10 % (warm-up)."""
     keep = np.flatnonzero((curve.images >= from_fraction * curve.images[-1]) & np.isfinite(curve.loss))
     if len(keep) > points:
         targets = np.geomspace(curve.images[keep[0]], curve.images[keep[-1]], points)
@@ -222,7 +222,7 @@ def huber_loss(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELT
 
 
 def uncenter(theta_BQ: Array, center_K: Array) -> Array:
-    """From parameters on centred logs to parameters on plain ones.
+    """Converts parameters of a fit on centred logs to parameters of the fit on plain logs.
 
     Fits run on centred logs: there coefficient and exponent are nearly independent, so steps are well conditioned.
     """

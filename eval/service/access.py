@@ -36,7 +36,8 @@ class Access:
     token: str | None
 
     async def __call__(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """As a middleware: refuses, or lets through and adds the headers that keep data from becoming markup."""
+        """The middleware: refuses a request, or passes it on and adds headers to the answer, so that browsers do not
+        run data as script."""
         refused = self._refusal(request)
         response = refused if refused is not None else await call_next(request)
         for name, value in HEADERS.items():

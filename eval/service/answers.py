@@ -90,7 +90,7 @@ def or_404(value: T | None, reason: str) -> T:
 
 
 def describe_refusals(**words: str) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: `describe_refusals(_404="no such run")`."""
+    """The argument `responses=` of a route that can refuse: `describe_refusals(_404="no such run")`."""
     shape = {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}
     content = {"application/json": {"schema": shape}}
     return {int(code[1:]): {"description": text, "content": content} for code, text in words.items()}

@@ -128,7 +128,7 @@ def fit_laws(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> 
 
 
 def compose_comparison(curves: MetricCurves, names: Sequence[str]) -> Comparison:
-    """The same as the report has it."""
+    """The curves of these runs as the report's `Comparison`."""
     points = {name: curves.by_run[name].points() for name in names}
     return Comparison(curves.metric, curves.protocol, curves.higher_is_better, points)
 
@@ -156,7 +156,7 @@ def _draw_frontier(fit: LadderFit) -> FrontierCurve | None:
 
 
 def _hash_inputs(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> str:
-    """Of everything that the answer is made of."""
+    """A hash of all data that the fit uses."""
     told = [f"{curves.metric} {curves.protocol} {len(snapshot.shared)}"]
     digest = hashlib.sha256()
     for name in names:

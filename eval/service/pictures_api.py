@@ -1,4 +1,5 @@
-"""Routes about pictures: only files that the index lists, decoded and encoded anew, never larger than asked for."""
+"""Routes for pictures. They serve only files that the index lists, and encode each picture anew, at the size asked
+for."""
 
 import functools
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from infra.errors import UserError
 
 @dataclass(frozen=True)
 class ListedPicture:
-    """`file` is for /api/picture."""
+    """A sample picture: `file` is the name that /api/picture takes; `images` were seen by training, None if unknown."""
 
     file: str
     step: int | None
@@ -97,7 +98,7 @@ def _parse_step(uri: str) -> int | None:
 
 
 def _find_picture(now: Snapshot, run: str, file: str) -> str:
-    """Only what the index listed: a name in a request never becomes part of a path."""
+    """The URI of a picture that the index lists, else 404. A name from a request never becomes part of a path."""
     found = or_404(now.by_name.get(run), f"no run named {run!r}")
     listed = {str(step): uri for step, uri in found.gallery.items()}
     listed |= {uri.rsplit("/", 1)[-1]: uri for uri in found.run.samples}

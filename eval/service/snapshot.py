@@ -1,6 +1,6 @@
-"""What the pages are made of: all runs under one URI as they were at one moment, in a compact form.
+"""The data behind the pages: all runs under one URI as they were at one moment, in a compact form.
 
-600,000 result rows as Python objects would be half a gigabyte; here each series is five arrays.
+600,000 result rows as Python objects would take half a gigabyte. Here each series is five arrays.
 """
 
 # Shapes: P points of one series, ordered by images seen.
@@ -19,7 +19,7 @@ from eval.report.tables import PlannedQuantity, TrainingCost
 from eval.service.claims import EvaluationOutcome, EvaluationState, read_outcomes
 from infra.results import ResultRow
 
-TRAINERS_ROWS = ("val_loss", "train_loss", "cost/")  # written while training: no sign of a judge
+TRAINERS_ROWS = ("val_loss", "train_loss", "cost/")  # the trainer writes these: they do not show that a judge has run
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MetricCurves:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that was known at one moment. Never changes, so what is derived from it can be kept."""
+    """All that was known at one moment. It never changes, so results computed from it can be cached."""
 
     uri: str
     generation: int = 0
@@ -167,7 +167,7 @@ class Snapshot:
 
 
 def round_number(value: float) -> float:
-    """Six digits are more than any of these numbers has."""
+    """The value in six digits; no stored number is exact to more."""
     return float(f"{value:.6g}")
 
 

@@ -101,7 +101,8 @@ class Watcher:
 
     @contextlib.contextmanager
     def _note_problems(self) -> Iterator[None]:
-        """Whatever goes wrong inside is for the status line and the log: the store may come back."""
+        """Inside the block errors are written to the status line and the log, and not raised: the store may come
+        back."""
         try:
             yield
             self.problem = ""
@@ -210,7 +211,7 @@ class Watcher:
         return True
 
     def describe(self) -> EvaluationStatus:
-        """For the status line."""
+        """The state of the evaluation, for the status line of the pages."""
         runs, working = self.index.snapshot.runs, self.working
         settings = self.settings.hash if self.settings is not None else ""
         states = [(run.name, step, state) for run in runs for step, state in run.states(settings).items()]

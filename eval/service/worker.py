@@ -38,7 +38,7 @@ class EvaluationSettings:
 
     @property
     def hash(self) -> str:
-        """Of everything that decides the numbers; not of where runs are, nor of batch sizes and devices."""
+        """A hash of all settings that change the scores. Places of runs, batch sizes and devices are not part of it."""
         told = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
         del told["official"]["device"]
         told["metrics"] = ",".join(self.options.metrics)

@@ -135,7 +135,7 @@ def _same_protocol(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[Resu
 
 
 def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> str:
-    """In what two protocols differ, as far as both were kept."""
+    """A sentence that names the settings in which two protocols differ, if both were stored."""
     protocols = [_flatten(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
     if not all(protocols):
         return f"measured under different protocols ({row_a.protocol_hash} and {row_b.protocol_hash})"

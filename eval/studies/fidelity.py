@@ -23,7 +23,7 @@ Backbone = Literal["alex", "vgg", "squeeze"]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of 8-bit pictures, in dB; equal ones give infinity."""
+    """Peak signal-to-noise ratio of two 8-bit pictures in dB: 10 log10(255^2 / MSE); infinity for equal ones."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 

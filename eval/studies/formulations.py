@@ -68,7 +68,8 @@ class StudyOptions:
         )  # fmt: skip
 
     def settle(self) -> "StudyOptions":
-        """As `settle` of eval/run.py: devices and a precision that mean the same to each worker."""
+        """The options with device and precision resolved, as `settle` of eval/run.py does it, the same for all
+        workers."""
         found = settle(self.as_run())
         sampling = found.sampling
         return replace(self, device=sampling.device, precision=sampling.precision, official=found.official)

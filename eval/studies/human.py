@@ -104,7 +104,7 @@ class HumanStudies:
         self._votes: dict[str, Vote | None] = {}  # objects never change, so each is read once
 
     def names(self) -> list[str]:
-        """Of all studies, sorted."""
+        """Names of all studies, sorted."""
         found = [uri.removeprefix(self.root + "/") for uri in storage.list_files(self.root, suffix="/study.json")]
         return sorted(path.split("/")[0].removeprefix("study-") for path in found if path.startswith("study-"))
 
@@ -239,7 +239,7 @@ def clean_rater(rater: str) -> str:
 
 
 def _read_vote(uri: str, study: HumanStudy) -> Vote | None:
-    """None, with a warning, for what is torn or was put there by hand."""
+    """A stored vote; None, with a warning, for a damaged file and for one that the service did not write."""
     try:
         read: dict[str, Any] = json.loads(storage.read_bytes(uri))
         vote = Vote(str(read["rater"]), int(read["item"]), dict(read["answers"]), str(read["created"]))

@@ -130,8 +130,9 @@ def estimate_seed_noise(rank_VS: np.ndarray) -> tuple[float, float]:
 
 
 def _grouped(rows: Sequence[Ranked], least: float) -> list[Ranked]:
-    """By rank, with the numbers of all largest sets of variants that noise explains: two share a number exactly when
-    they are at most `least` apart (tiers would part neighbours that are closer than that)."""
+    """The variants by rank, each with the numbers of its groups. A group is a largest set of variants whose differences
+    noise can explain: two variants share a group exactly when they are at most `least` apart. Groups may overlap; with
+    disjoint tiers, near neighbours could fall into different ones."""
     ordered = sorted(rows, key=lambda row: (row.overall, row.variant))
     ends = [
         max(j for j, row in enumerate(ordered) if not row.overall - first.overall > least) for first in ordered

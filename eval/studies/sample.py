@@ -127,7 +127,8 @@ def _describe_numbering(layout: Layout, images_per_prompt: int) -> dict[str, Any
 
 
 def _continue(sampling: Sampling, folders: str | None) -> Sampling:
-    """With a precision: `auto` is what the pictures that are there were drawn in, on whatever machine."""
+    """The settings with `auto` precision resolved: to that of the pictures that exist already, else for this
+    machine."""
     file = None if folders is None else Path(folders).with_name(f"{Path(folders).name}.json")
     if sampling.precision == "auto" and file is not None and file.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: another origin, which is refused later

@@ -18,7 +18,8 @@ NODE_RANK, MASTER_ADDR, HOSTFILE = "BEELINE_NODE_RANK", "MASTER_ADDR", "BEELINE_
 
 @dataclass(frozen=True)
 class Job:
-    """What to run and on what. `command` is argv; `env` is written into the rendered text: no secrets there."""
+    """A command and the machines to run it on. `command` is argv. Put no secrets into `env`: it is written to the
+    script."""
 
     name: str
     command: tuple[str, ...]

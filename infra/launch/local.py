@@ -11,7 +11,7 @@ from infra.launch.target import Target
 
 
 def render(job: Job) -> str:
-    """The same as a shell script."""
+    """The job as a shell script."""
     _check(job)
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(job.working_dir)}", *write_exports(job)]
     return "\n".join([*lines, f"exec {write_command(job)}"]) + "\n"

@@ -22,7 +22,7 @@ def render(job: Job) -> str:
 
 
 def submit(job: Job) -> int:
-    """Submit, follow the log, and end as the job ends."""
+    """Submit the job, follow its log, and return its exit code."""
     arguments = _arguments(job)
     _need_token()
     _need_answer(
@@ -48,7 +48,7 @@ def _arguments(job: Job) -> list[str]:
 
 
 def _need_answer(address: str | None) -> None:
-    """Without a cluster `ray job submit` ends in a trace as well."""
+    """UserError where no cluster answers: `ray job submit` itself would end with a traceback."""
     parts = urlsplit(address or "http://127.0.0.1:8265")
     if parts.scheme not in ("http", "https"):
         raise UserError(f"address {address}: jobs go to the dashboard: write --option address=http://HEAD:8265")
@@ -62,7 +62,7 @@ def _need_answer(address: str | None) -> None:
 
 
 def _need_token() -> None:
-    """Ray answers a missing token with a long trace about 401; say it in a line before."""
+    """UserError where a token is missing: Ray itself would end with a long traceback about code 401."""
     environment = os.environ
     if environment.get("RAY_AUTH_MODE", "token") != "token":
         return

@@ -1,4 +1,4 @@
-"""Attention pieces: fused qkv projection with optional QK-RMSNorm, and the softmax attention over joined streams."""
+"""Parts of attention: the qkv projection with optional QK-RMSNorm, and softmax attention over joined streams."""
 # Shapes: B batch, N tokens of one stream (queries), S keys, D width, H heads, X batch times heads, K head width.
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from model.backbones.layers import XavierLinear
 from model.backbones.norms import NormBackend, rms_norm
 
 HEAD_WIDTH = 64
-# Up to so many keys _ShortAttention is the faster one in bfloat16 on a CPU (tests/bench/model_kernels.py).
+# Up to this many keys _ShortAttention is faster than torch's kernel, in bfloat16 on a CPU
+# (tests/bench/model_kernels.py).
 SHORT = 256
 
 
@@ -55,7 +56,7 @@ def attend(q_BNHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_B11S: Tensor | N
 
 
 def _products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
-    """The same as `_ShortAttention` in operations that a compiler fuses; logits are rounded to bfloat16."""
+    """As `_ShortAttention`, but in plain operations, which torch.compile can fuse; logits are rounded to bfloat16."""
     batch, heads, queries, width = q_BHNK.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHSK, v_BHSK))
     logits = torch.bmm(q * width**-0.5, k.mT).view(batch, heads, queries, -1).float()
@@ -64,9 +65,9 @@ def _products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor 
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Torch's fused forward pass, and a backward pass of matrix products, with logits and softmax in float32.
+    """Torch's fused forward pass, and a backward pass made of matrix products, with logits and softmax in float32.
 
-    The backward pass of torch's fused CPU kernel in bfloat16 (2.14) takes ten times its forward pass.
+    Why: in bfloat16 on a CPU the backward pass of torch's fused kernel (2.14) takes ten times its forward pass.
     """
 
     @staticmethod
@@ -88,18 +89,18 @@ class _ShortAttention(torch.autograd.Function):
         (ds_XNS,) = torch.autograd.grad(p_XNS, logits_XNS, torch.bmm(g, v.mT).float())
         p_XNS, ds_XNS = p_XNS.detach().to(q.dtype), ds_XNS.to(q.dtype)
         out = torch.bmm(ds_XNS, k * scale), torch.bmm(ds_XNS.mT, q * scale), torch.bmm(p_XNS.mT, g)
-        # Laid out as the inputs are, tokens before heads, which makes the next steps faster.
+        # The gradients get the inputs' memory layout, tokens before heads, which makes the next steps faster.
         return *(x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous().transpose(1, 2) for x in out), None
 
 
 def join(first: QKV, second: QKV) -> QKV:
-    """Two streams along the sequence."""
+    """Both streams, one after the other along the tokens."""
     return QKV(*(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)))
 
 
 def separate(joined_BSD: Tensor, *tokens: int) -> tuple[Tensor, ...]:
-    """The streams apart again, each contiguous: given a slice, torch's linear layers on a CPU copy the weight once per
-    sample (2 to 6 % of a forward pass at depth 4)."""
+    """Split a joined sequence (B, S, D) into its streams of `tokens` tokens each. Each is contiguous: given a slice,
+    torch's linear layers on a CPU copy the weight once per sample (2 to 6 % of a forward pass at depth 4)."""
     return tuple(x.contiguous() for x in joined_BSD.split(tokens, dim=1))
 
 

@@ -19,7 +19,7 @@ from model.encoders.text import TextCond
 
 @dataclass(frozen=True)
 class MMDiT3Config(TokenConfig):
-    """`clip_tokens` says where in the context the T5 tokens begin."""
+    """`clip_tokens` is the number of CLIP tokens, which come first in the context; the T5 tokens follow."""
 
     clip_tokens: int = 77
 
@@ -29,7 +29,8 @@ class MMDiT3Config(TokenConfig):
 
     @classmethod
     def for_text(cls, text_tokens: int, **fields: Any) -> Self:
-        """CLIP and T5 have equal shares of the context: 77 and 77 of SD3's, 16 and 16 of the world's."""
+        """A config for a context of which CLIP and T5 have one half each: 77 and 77 tokens in SD3, 16 and 16 in the
+        world."""
         return cls(**{"clip_tokens": text_tokens // 2, **fields})
 
     def module(self) -> MMDiT3:
@@ -52,7 +53,7 @@ def _read(stream: Stream | FinalTextStream, x_BND: Tensor, shift: Tensor, scale:
 
 
 class MMDiT3Block(nn.Module):
-    """Joint attention over three streams, then one MLP per stream."""
+    """A block: joint attention over the three streams, then an MLP for each stream."""
 
     def __init__(self, config: MMDiT3Config):
         super().__init__()
@@ -73,7 +74,7 @@ class MMDiT3Block(nn.Module):
 
 
 class FinalMMDiT3Block(nn.Module):
-    """The last block: both text streams give keys and values only."""
+    """The last block: the two text streams give keys and values only, and have no output."""
 
     def __init__(self, config: MMDiT3Config):
         super().__init__()

@@ -24,7 +24,8 @@ from model.seeding import seeded
 
 
 class MultiplyAdds(NamedTuple):
-    """Of one forward pass for one image. `stem` are the layers that read data, whose inputs need no gradient."""
+    """Multiply-adds of one forward pass for one image. `stem`: the layers that read data, whose inputs need no
+    gradient; `inner`: all others."""
 
     stem: int
     inner: int
@@ -85,7 +86,7 @@ class TokenConfig(ABC):
 
     @property
     def qk_parameters(self) -> int:
-        """Of one pair of query and key norms."""
+        """Parameters of one pair of query and key norms; 0 without QK-norm."""
         return 2 * HEAD_WIDTH if self.qk_norm else 0
 
     def build(self, *, seed: int = 0) -> nn.Module:
@@ -106,7 +107,7 @@ class TokenConfig(ABC):
         return from_json(cls, data, where=cls.__name__)
 
     def parameter_count(self) -> int:
-        """In closed form; test_model_flops.py holds it against the module's own parameters."""
+        """Number of parameters by a formula; test_model_flops.py compares it with the module's own parameters."""
         h = self.width
         # Patches, time features and pooled text (each Linear, SiLU, Linear: hence 2 (h*h + h)), then the context.
         embed = (self.pixels + 1) * h + (TIME_CHANNELS + 1 + self.pooled_width + 1) * h + 2 * (h * h + h)
@@ -123,12 +124,14 @@ class TokenConfig(ABC):
         return MultiplyAdds(stem, ends + self.block_multiply_adds(tokens, text_tokens))
 
     def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
-        """As torch.utils.flop_counter counts one image's forward pass."""
+        """FLOPs of one image's forward pass, two per multiply-add, as torch.utils.flop_counter counts them. `height`
+        and `width` are those of the latent."""
         counts = self.multiply_adds(height, width, text_tokens)
         return 2 * (counts.stem + counts.inner)
 
     def backward_flops(self, height: int, width: int, text_tokens: int) -> int:
-        """Likewise for the backward pass: twice the inner layers, once those that read data."""
+        """FLOPs of one image's backward pass: twice those of the inner layers, once those of the layers that read
+        data."""
         counts = self.multiply_adds(height, width, text_tokens)
         return 2 * (counts.stem + 2 * counts.inner)
 

@@ -62,7 +62,8 @@ class FlowSample:
 
 
 def like(values_B: Tensor, x: Tensor) -> Tensor:
-    """Per-sample float64 values as a factor for x: cast only here, so coefficients are exact before."""
+    """Values (B) in x's dtype and on its device, with trailing axes of size 1 so that they multiply x. Coefficients
+    stay float64 until here."""
     return values_B.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 

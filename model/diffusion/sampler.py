@@ -27,7 +27,7 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a solve leaves behind, in the coordinate of integration; per sample where the name ends in _B.
+    """The result of a solver, in the coordinate of integration; names that end in _B have one value per sample.
 
     straightness_B is the integral of |mean slope - slope|^2 (0 for a straight path), as in InstaFlow.
     """

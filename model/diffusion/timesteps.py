@@ -28,7 +28,7 @@ class Density:
 
 
 def number(x: float) -> str:
-    """As names carry it: two decimals, more where two would not say it exactly."""
+    """A number as it stands in names of densities: two decimals, or more if two are not exact."""
     return f"{x:.2f}" if float(f"{x:.2f}") == x else repr(float(x))
 
 

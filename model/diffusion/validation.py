@@ -20,7 +20,7 @@ from model.seeding import keyed_normal
 
 
 class Batch(Protocol):
-    """What a validation batch must carry (data_pipeline's LatentBatch does)."""
+    """What a batch for validation must have; data_pipeline's LatentBatch is one."""
 
     @property
     def latent_BCHW(self) -> Tensor: ...
@@ -44,7 +44,8 @@ class ValProtocol:
         return losses_BV[:, : self.averaged].double().mean().item()
 
     def by_sample(self, name: str, losses_BV: Tensor) -> dict[str, Tensor]:
-        """What each sample adds to each figure: to the mean, under the protocol's name, then to each level (t0.125)."""
+        """The figures of each sample, shape (B): its mean over the levels, under the protocol's name, and its loss at
+        each level (t0.125)."""
         levels = {f"t{level:.3f}": losses_BV[:, k] for k, level in enumerate(self.levels)}
         return {name: losses_BV[:, : self.averaged].mean(1), **levels}
 
@@ -62,7 +63,8 @@ VAL_PROTOCOLS: dict[str, ValProtocol] = {
 
 
 def get_protocol(name: str, formulation: Formulation | None = None) -> ValProtocol:
-    """For a formulation: without the levels outside the mean that it does not have (EDM's sigma is infinite at t = 1).
+    """The protocol for a formulation. It leaves out levels at which the formulation has no finite loss and that do not
+    enter the mean (EDM's sigma is infinite at t = 1).
 
     A protocol whose mean needs such a level (`mlperf` has t = 0, where EDM's network time is -inf) is refused.
     """

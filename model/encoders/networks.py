@@ -94,7 +94,8 @@ def _checked(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length
 
 
 def load_tokenizer(path: Path) -> Any:
-    """From the model's own folder, or from diffusers' sibling (text_encoder_2 -> tokenizer_2)."""
+    """The tokenizer of a text encoder, from the encoder's folder, or from the folder beside it in a diffusers pipeline
+    (text_encoder_2 -> tokenizer_2)."""
     from transformers import AutoTokenizer
 
     if (path / "tokenizer_config.json").is_file() or (path / "vocab.json").is_file():

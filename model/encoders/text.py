@@ -120,7 +120,7 @@ def sd3_text_spec(convention: Convention, layout: Layout = "padded") -> TextSpec
 
 @dataclass(frozen=True)
 class TextCond:
-    """What a backbone reads. `mask_BL` is True on tokens that may be attended to; None means all of them."""
+    """The text input of a backbone. `mask_BL` is True on tokens that may be attended to; None means all of them."""
 
     context_BLD: Tensor
     pooled_BP: Tensor
@@ -141,7 +141,7 @@ class TextCond:
         return TextCond(context, pooled, mask)
 
     def pin_memory(self) -> TextCond:
-        """In page-locked memory, from which copies to a GPU go on beside other work."""
+        """A copy in page-locked (pinned) memory, from which copies to a GPU are asynchronous."""
         mask = None if self.mask_BL is None else self.mask_BL.pin_memory()
         return TextCond(self.context_BLD.pin_memory(), self.pooled_BP.pin_memory(), mask)
 
@@ -184,7 +184,7 @@ class EncodedText:
 
     @staticmethod
     def stack(hidden: Sequence[Tensor], pooled: Sequence[Tensor]) -> EncodedText:
-        """From per-caption hidden_LW (any lengths) and pooled_P."""
+        """One batch from hidden states (L, W) of any lengths L and pooled vectors (P), one of each per caption."""
         length = torch.tensor([h.shape[0] for h in hidden])
         padded = torch.nn.utils.rnn.pad_sequence([h.float() for h in hidden], batch_first=True)
         return EncodedText(padded, torch.stack([p.float() for p in pooled]), length)

@@ -1,9 +1,10 @@
-"""Image latents: moments of the autoencoder as stored, sampling them, normalising, decoding.
+"""Latents of images: moments as they are stored, sampling from them, normalising, decoding.
 
-Shards keep raw moments (mean then standard deviation, float16); shift and scale are applied on load, so changing them
-needs no new data. SD3: latent = (raw - 0.0609) * 1.5305.
+Shards keep the autoencoder's moments (mean, then standard deviation, in float16), not normalised. Shift and scale are
+applied on load, so changing them needs no new data. SD3: latent = (raw - 0.0609) * 1.5305.
 """
-# Shapes: B batch, C latent channels, H and W of the latent, M = 2C channels of moments.
+# Shapes: B batch, C latent channels, H and W height and width of the latent (in `images_BCHW`: 3 channels, pixels),
+# M = 2C channels of moments.
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class Latents:
         return from_json(Latents, data, where="vae", extra="ignore")  # whose checkpoint it is stands beside it
 
     def sample(self, moments_BMHW: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """A raw latent from stored moments."""
+        """A latent, not normalised, drawn from stored moments: mean + std * noise."""
         mean, std = moments_BMHW.float().chunk(2, dim=1)
         return mean + std * noise_BCHW
 
@@ -73,7 +74,7 @@ class Latents:
         return (raw_BCHW - self.shift) * self.scale
 
     def sample_normalised_(self, noise_BCHW: Tensor, moments_BMHW: Tensor) -> Tensor:
-        """`normalise(sample(moments, noise))`, the same numbers in the noise's own memory; moments are float32."""
+        """`normalise(sample(moments, noise))` with the same bits, written over the noise; moments are float32."""
         mean, std = moments_BMHW.chunk(2, dim=1)
         return noise_BCHW.mul_(std).add_(mean).sub_(self.shift).mul_(self.scale)
 

@@ -106,7 +106,7 @@ def is_swapped(ours: str, config: MMDiTConfig) -> bool:
 
 
 def swap_halves(x: Tensor) -> Tensor:
-    """From one order of shift and scale to the other."""
+    """Exchange the two halves along the first axis: one format has shift before scale, the other scale before shift."""
     return torch.cat(x.chunk(2)[::-1])
 
 
@@ -185,7 +185,7 @@ def _blocks(found: Mapping[str, Tensor], part: str = "") -> set[int]:
 
 
 def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
-    """Of SD3's width, 64 * depth; each of that many blocks must have tensors."""
+    """The depth, from the width (64 * depth in SD3). UserError unless exactly so many blocks have tensors."""
     blocks, depth = _blocks(found), width // HEAD_WIDTH
     missing, extra = sorted(set(range(depth)) - blocks), sorted(blocks - set(range(depth)))
     if width % HEAD_WIDTH or missing or extra:

@@ -1,4 +1,4 @@
-"""Exported weights: one safetensors file whose metadata says what it is (key "beeline", JSON). Nothing is unpickled.
+"""Exported weights: one safetensors file with metadata that describe it (key "beeline", JSON). Nothing is unpickled.
 
 meta: {"kind": "raw"|"ema", "backbone", "config", "formulation", "shift", "text_spec", "vae", "resolution",
 "recipe_hash", "data_fingerprint", "images_seen", "code_version", "run"}.
@@ -26,7 +26,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Refuse missing, extra, misshapen, empty and non-finite tensors and those in fp8 or integers, with their names."""
+    """UserError that names missing and extra tensors, and those of another shape, of fp8 or integers, or not finite."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     shapes = [
         f"{name}: {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
@@ -48,14 +48,15 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
 
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-    """Write atomically. The tensors must fit the backbone that `meta` describes (sharded, hence empty, ones do not)."""
+    """Write the file atomically. UserError unless the tensors fit the backbone that `meta` describes. (Under ZeRO-3 a
+    module's own tensors are empty and do not fit.)"""
     check_meta(meta, str(path))
     check_tensors(state_dict, expected_tensors(meta), str(path))
     return write_safetensors(Path(path), state_dict, meta)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-    """Any tensors with our metadata, atomically."""
+    """Write any tensors with our metadata, atomically."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
 
 
 def apply_umask(*paths: Path) -> None:
-    """Give files the mode that others get: safetensors' own writer leaves them to their owner alone (0600)."""
+    """Give files the usual permissions: safetensors' writer makes them readable for their owner alone (0600)."""
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:
@@ -103,7 +104,7 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def described(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of weights of this config."""
+    """`meta` with the backbone and config of these weights."""
     return {**meta, "backbone": config.name, "config": config.to_json()}
 
 
@@ -122,9 +123,9 @@ def expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:
 def add_qk_norm(
     backbone: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, weights) with RMS-normalised queries and keys, scales 1, for weights trained without (SD3 5.3.2).
+    """Add QK-norm with scales 1 to weights that were trained without it (SD3 section 5.3.2): (config, weights).
 
-    The function changes: logits are now bounded by 8. Training goes on from there, it does not start anew.
+    The network then computes something else, as logits are now bounded by 8. Training continues from these weights.
     """
     if config.get("qk_norm"):
         raise UserError(f"{source} has QK-norm already")

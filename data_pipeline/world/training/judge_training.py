@@ -110,7 +110,7 @@ def half(module: nn.Module) -> dict[str, Tensor]:
 
 
 def earlier_runs(start_from: Path | None) -> list[str]:
-    """For the card: data and training of the weights that a training went on from, as their own card tells it."""
+    """Lines for a model card about the weights that this training continued from, taken from their own card."""
     if start_from is None:
         return []
     told = (start_from / "README.md").read_text().splitlines()

@@ -1,6 +1,6 @@
-"""The words of the judges: their tokenizer, captions that are nearly true, yes/no questions about a scene.
+"""Text for training the judges: their tokenizer, captions with one mistake, yes/no questions about a scene.
 
-The vocabulary is closed but never fails: words that it lacks are spelled letter by letter (BERT's WordPiece).
+The vocabulary has the world's words only. Other words are spelled letter by letter (BERT's WordPiece).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _NEAR = {
     "pink": ("red", "purple"),
     "purple": ("pink", "blue"),
 }
-"""Colors that one might also say of a natural drawing: never asked about, they have no true answer."""
+"""Other colors that people might name for a drawing of this natural color. They have no certain answer, so no question
+asks about them."""
 
 
 class Question(NamedTuple):
@@ -43,7 +44,8 @@ class Question(NamedTuple):
 
 
 def vocabulary() -> list[str]:
-    """Specials, punctuation, letters and digits (whole and as continuation), then the world's words."""
+    """The tokens: special ones, punctuation, letters and digits (also as `##` continuations), then the world's
+    words."""
     signs = [*string.punctuation, *string.ascii_lowercase, *string.digits]
     names = [*CLASSES, *map(plural, CLASSES)]
     words = re.findall(r"\w+", " ".join([_OTHER_WORDS, *COLORS, *names]))
@@ -51,7 +53,7 @@ def vocabulary() -> list[str]:
 
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Writes a BERT tokenizer with the closed vocabulary and reads it back as everybody will."""
+    """Write a BERT tokenizer with this vocabulary, and read it back with AutoTokenizer, as its users will."""
     from transformers import AutoTokenizer, BertTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def composition(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
-    """What a caption claims, whatever the order of its words: equal for captions that mean the same."""
+    """A key for what a caption says: equal for captions that mean the same, in whatever order of words."""
     things = sorted((item["class"], item["count"], item.get("color", "")) for item in include)
     relation = next((item["position"][0] for item in include if "position" in item), None)
     if relation is None:
@@ -73,12 +75,12 @@ def composition(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def contents(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
-    """The multiset of class names: captions of scenes with equal contents may be true of each other."""
+    """A key made of class names and counts alone. A caption may be true of another scene with equal contents."""
     return tuple(sorted(Counter({item["class"]: item["count"] for item in include}).items()))
 
 
 def nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The composition with one thing wrong: a class, a count, a color, two colors swapped, a relation turned."""
+    """The composition with one mistake: another class, count, color or relation, or two colors swapped."""
     wrong = [dict(item) for item in include]
     names = [item["class"] for item in wrong]
     if rng.random() < 0.3 or tag in ("single_object", "two_object"):
@@ -98,7 +100,7 @@ def nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) 
 
 
 def crop_prompt(rng: RandomSource, name: str, color: str) -> tuple[str, bool]:
-    """One of GenEval's color prompts, now and then in fewer words; whether it names the class."""
+    """(one of GenEval's color prompts, sometimes without "a photo of"; whether it names the class)."""
     thing = pick(rng, (f"{color} {name}", f"{color}-colored {name}", f"{color} object"))
     opening = "a photo of " if rng.random() < 0.8 else ""
     return opening + (article(thing) if rng.random() < 0.3 else f"a {thing}"), name in thing
@@ -131,7 +133,8 @@ def _count_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: b
 
 
 def _color_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
-    """Wrong ones, hardest first: the other object's color, another color, the right color on another class."""
+    """A question about a color. Wrong ones use the other object's color, another color, or the right color with a class
+    that is not in the scene. None if there is no certain answer."""
     obj = pick(rng, objects)
     if wanted:
         return Question(f"{_said(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None

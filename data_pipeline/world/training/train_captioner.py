@@ -1,7 +1,7 @@
 """Trains the world's captioner: `python -m data_pipeline.world.training.train captioner --minutes 20 --seed 31`.
 
-A transformers `VisionEncoderDecoderModel`: a Swin of three stages looks at the pixels, a GPT-2 of two layers writes
-`detailed_caption`, which says more than the originals do (every color, every place). It shares no scene with others.
+It is a transformers `VisionEncoderDecoderModel`: a Swin of three stages reads the pixels, a GPT-2 of two layers writes
+the caption. It learns `detailed_caption`, which names every color and place. No other network trains on its scenes.
 Shapes: B scenes, C channels, H and W pixels, L tokens.
 """
 
@@ -29,7 +29,7 @@ _GROUP = re.compile(rf"(one|two) ({_PLACE})")
 
 
 def facets(caption: str) -> dict[str, list[tuple[str, ...]]]:
-    """What a detailed caption claims, each facet comparable on its own."""
+    """The objects, counts, colors and positions that a detailed caption names, as lists that can be compared."""
     things = [(match[1] or "one", match[2], _NAMES[match[3]], match[4] or "") for match in _THING.finditer(caption)]
     return {
         "objects": sorted((name,) for _, _, name, _ in things),
@@ -92,7 +92,8 @@ def write_captions(model: Any, tokenizer: Any, images: list[np.ndarray]) -> list
 
 
 def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600) -> dict[str, float]:
-    """Share of held-out scenes whose every object, count, color or place is said right, by seen and unseen."""
+    """Share of held-out scenes (0 to 1) in which all objects (or counts, colors, positions) are named correctly, by
+    `<facet>/<seen or unseen>`; half of `num_scenes` are of unseen compositions."""
     figures = {}
     for group, seen in (("seen", True), ("unseen", False)):
         scenes = [make_scene(seed, i, split=f"captioner_val_{group}", seen=seen) for i in range(num_scenes // 2)]
@@ -107,7 +108,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600)
 def train_captioner(
     out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 4e-3, batch: int = 48
 ) -> dict[str, float]:
-    """Train, measure, write the transformers folder with its model card; the held-out figures."""
+    """Train for `minutes`, write the transformers folder and its model card; the figures of `measure`."""
     from transformers import VisionEncoderDecoderModel, ViTImageProcessor
 
     torch.manual_seed(seed)

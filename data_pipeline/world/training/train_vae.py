@@ -93,7 +93,7 @@ def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
 
 
 def mse_of(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-    """Of each picture, on a scale of 0..1, in float64."""
+    """Mean squared error of each picture, shape (B) in float64; pixels from -1 to 1 are scaled to 0 to 1 before."""
     return (x_BCHW - y_BCHW).div(2).square().mean((1, 2, 3)).double()
 
 

@@ -24,7 +24,8 @@ COMPLEX_KINDS = ("spatial", "action", "both")
 
 @dataclass(frozen=True)
 class Evidence:
-    """Only what the category (and the kind of a complex prompt) asks for is filled in."""
+    """What the judges found in a picture. Only the fields that the category (or the kind of a complex prompt) needs are
+    set."""
 
     category: str
     seen: Sequence[LabelledBox] = ()

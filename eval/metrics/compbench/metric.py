@@ -1,4 +1,4 @@
-"""T2I-CompBench as a metric over generated images: evidence by the judges, each category by its official formula."""
+"""T2I-CompBench as a metric: the judges look at the pictures, and each category is scored by its official formula."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class CompBench(PictureMetric):
         self._by_split: dict[bool | None, Clusters] = {}
 
     def prompts(self, count: int | None) -> list[Prompt]:
-        """Of every category that these judges can answer: without a depth network no 3D-spatial."""
+        """The prompts of all categories that these judges can score: 3d_spatial needs a depth network."""
         if self._judges.of_world:
             return world_compbench_prompts(count or WORLD_PER_TASK)
         found = compbench_prompts(self._judges.paths.need("compbench"), count)
@@ -52,8 +52,8 @@ class CompBench(PictureMetric):
                 values.add(category, item.prompt_index, answer(evidence, self._judges.paths.compbench_rules))
 
     def compute(self) -> list[Score]:
-        """Per category as officially. `overall` is ours, the benchmark has none: the plain mean of the categories but
-        non_spatial, whose CLIP cosines never come near 1. The row of a category with boxes names its detector."""
+        """The score of each category by the official formula. `overall` is ours, the benchmark has none: the mean of
+        all categories but non_spatial, whose CLIP cosines never come near 1. Scores from boxes name their detector."""
         judged_by = {"detector": load_detector(self._judges).name, "rules": self._judges.paths.compbench_rules}
         return split_scores(
             self._by_split,

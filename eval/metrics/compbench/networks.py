@@ -1,6 +1,6 @@
-"""The networks that T2I-CompBench alone asks (UniDet's, CLIP ViT-B/32's, DPT's place), and the names that it counts.
+"""The networks that only T2I-CompBench needs, in place of UniDet, CLIP ViT-B/32 and DPT, and the names that it counts.
 
-The world's own detector and CLIP take the first two places there; its prompts have no 3D relations.
+For the world its own detector and CLIP are used. The world has no depth network, as its prompts have no 3D relations.
 """
 
 import functools
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @functools.cache
 def load_detector(judges: Judges) -> Detector:
-    """UniDet's place. UniDet has no maintained port: OWLv2 is asked for the benchmark's object names."""
+    """The detector. The benchmark uses UniDet, of which no maintained port exists; here OWLv2 looks for the benchmark's
+    object names."""
     if judges.of_world:
         return judges.detector()
     from eval.networks.open_vocabulary import OpenVocabularyDetector
@@ -31,7 +32,7 @@ def load_detector(judges: Judges) -> Detector:
 
 @functools.cache
 def load_clip(judges: Judges) -> "ClipModel":
-    """CLIP ViT-B/32's place; where no path of its own was given, the CLIP of the other metrics."""
+    """The CLIP network, officially ViT-B/32; without --official.compbench-clip, that of the other metrics."""
     if judges.of_world or judges.paths.compbench_clip is None:
         return judges.clip()
     from eval.networks.clip_model import ClipModel
@@ -41,7 +42,7 @@ def load_clip(judges: Judges) -> "ClipModel":
 
 @functools.cache
 def load_depth(judges: Judges) -> Depth | None:
-    """DPT's place; None without a path: 3D-spatial is then left out."""
+    """The depth network, officially DPT; None without --official.depth, and 3d_spatial is then left out."""
     if judges.of_world or judges.paths.depth is None:
         return None
     return DptDepth(judges.paths.depth, device=judges.paths.resolve_device())
@@ -49,7 +50,8 @@ def load_depth(judges: Judges) -> Depth | None:
 
 @functools.cache
 def object_names(judges: Judges) -> tuple[list[str], list[str]]:
-    """Singular and plural names that numeracy reads: the world's classes, or the benchmark's new_objects.txt."""
+    """(singular names, plural names) that the category numeracy knows: the world's classes, or those in the benchmark's
+    new_objects.txt."""
     if judges.of_world:
         from data_pipeline.world.classes import CLASSES
         from data_pipeline.world.grammar import plural

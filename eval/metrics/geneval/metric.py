@@ -54,7 +54,7 @@ class GenEval(PictureMetric):
             values.add(item.prompt.task, item.prompt_index, verdict.correct)
 
     def judge(self, image: np.ndarray, detections: Detections, metadata: Metadata) -> ImageVerdict:
-        """Of one picture, from what the detector found in it."""
+        """The verdict on one picture, from the detector's findings and the prompt's metadata."""
         kept = keep(detections, metadata["tag"], self._rules)
 
         def name_colors(label: str, found: Sequence[KeptDetection]) -> Sequence[str]:
