@@ -18,7 +18,7 @@ from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
 from data_pipeline.curation.gate import Gate
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import SemanticDedup
-from data_pipeline.formats.schema import VaeMeta, canonical_json, fingerprint
+from data_pipeline.formats.schema import canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.stages.buckets import BucketStage, list_buckets
 from data_pipeline.stages.columns import Column
@@ -288,14 +288,14 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
     return PlanColumns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 
-def read_vae_meta(checkpoint: str) -> VaeMeta:
+def read_vae_meta(checkpoint: str) -> Latents:
     """Shape and scaling of an autoencoder, from its config.json alone: the driver needs no network."""
     path = resolve(checkpoint) / "config.json"
     if not path.is_file():
         raise UserError(f"no autoencoder at {path.parent}: expected a diffusers folder with config.json and weights")
     defaults = {"shift_factor": None, "latent_channels": 4, "scaling_factor": 0.18215}  # those of AutoencoderKL
     config = SimpleNamespace(**(defaults | json.loads(path.read_text())))
-    return VaeMeta(**Latents.of(SimpleNamespace(config=config)).to_json(checkpoint))
+    return Latents.of(config, checkpoint)
 
 
 def _hash_checkpoint(checkpoint: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from infra.codec import from_json
 from infra.errors import UserError, nearest
 from model.activations import activations_per_image
 from model.backbone import BACKBONES, config_from_json
@@ -37,7 +38,7 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
         config = config_from_json(meta["backbone"], meta["config"])
         row: dict[str, Any] = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
         if meta.get("vae"):
-            factor = Latents.from_json(meta["vae"]).factor
+            factor = from_json(Latents, meta["vae"], where=f"{model}: vae").factor
         if meta.get("text_spec"):
             tokens = TextSpec.from_json(meta["text_spec"]).context_tokens
     else:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from infra.codec import from_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.adapters import read_foreign_adapter
@@ -32,6 +33,28 @@ PART = ".lora."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight"}
 _PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """adapter_config.json: the fields that peft asks for. Literals are the only values that we merge."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str | None = None
+    lora_dropout: float = 0.0
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] = False
+    use_rslora: Literal[False] = False
+    use_dora: Literal[False] = False
+    inference_mode: bool = True
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"r is {self.r}, expected 1 or more")
 
 
 class Adapter(nn.Module):
@@ -107,14 +130,10 @@ def peft_name(name: str) -> str:
     return f"{_PREFIX}{module}.{_PEFT[part]}"
 
 
-def peft_config(names: Iterable[str], *, rank: int, alpha: float) -> dict[str, Any]:
-    """adapter_config.json for adapters with these parameter names."""
+def make_peft_config(names: Iterable[str], *, rank: int, alpha: float) -> PeftConfig:
+    """For adapters with these parameter names."""
     modules = sorted({name.rsplit(PART, 1)[0] for name in names})
-    return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "inference_mode": True,
-        "base_model_name_or_path": None, "task_type": None,
-    }  # fmt: skip
+    return PeftConfig(r=rank, lora_alpha=alpha, target_modules=tuple(modules))
 
 
 def merge_files(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -164,12 +183,11 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
     from safetensors import SafetensorError, safe_open
 
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = from_json(PeftConfig, (folder / CONFIG_FILE).read_bytes(), where=CONFIG_FILE, extra="ignore")
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            told = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
-        scale = config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            told = from_json(dict[str, Any], (file.metadata() or {}).get(META_KEY, "{}"), where=f"{META_KEY} metadata")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: no adapter there, expected {CONFIG_FILE} and {WEIGHTS_FILE} ({' '.join(str(error).split())})"
         ) from None
@@ -180,7 +198,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
                 ours[name.removeprefix(_PREFIX).removesuffix(f".{suffix}") + PART + part] = tensor
     if len(ours) < len(found):
         raise UserError(f"{folder}: {len(found) - len(ours)} tensors are no LoRA of a linear layer")
-    return ours, scale, told
+    return ours, config.lora_alpha / config.r, told
 
 
 def merging(

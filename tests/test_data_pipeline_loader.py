@@ -202,7 +202,7 @@ def test_latents_are_the_stored_moments_sampled_and_normalised(root):
     shards, rows = val.index.locate(np.array(numbers))
     keys = [val._reader.table(shard).keys[row] for shard, row in zip(shards, rows)]
     stored = [_arrays(Path(root, val.index.tars[shard]), key)["moments"] for shard, key in zip(shards, keys)]
-    moments, latents = torch.from_numpy(np.stack(stored)), val.vae.latents
+    moments, latents = torch.from_numpy(np.stack(stored)), val.vae
     noise = keyed_normal(3, numbers, "posterior", SHAPE)
     assert torch.equal(batch.latent_BCHW, latents.normalise(latents.sample(moments, noise)))
     assert torch.equal(mean.latent_BCHW, latents.normalise(latents.sample(moments, torch.zeros_like(noise))))

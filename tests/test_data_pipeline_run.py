@@ -140,7 +140,7 @@ def test_stored_features_are_those_of_the_encoders_alone(made):
     torch.testing.assert_close(batch.text.context_BLD.float(), expected.context_BLD, atol=2e-2, rtol=2e-3)
     torch.testing.assert_close(batch.text.pooled_BP, expected.pooled_BP, atol=1e-3, rtol=1e-3)
     assert torch.equal(batch.text.mask_BL, expected.mask_BL)
-    images = dataset.vae.latents.decode(load_vae(resolve("world:vae")), batch.latent_BCHW)
+    images = dataset.vae.decode(load_vae(resolve("world:vae")), batch.latent_BCHW)
     scenes = {}
     from data_pipeline.world.scenes import make_scene
 

@@ -196,7 +196,8 @@ def test_samplers_end_where_they_do_on_the_cpu(name: str, solver: str) -> None:
 @pytest.mark.parametrize("which", ["world", "tiny"])
 def test_autoencoders_compute_what_they_do_on_the_cpu(which: str, layout: torch.memory_format, tmp_path: Path) -> None:
     vae = load_vae(WORLD / "vae" if which == "world" else write_vae(tmp_path / "vae"))
-    latents, x = Latents.of(vae), torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = Latents.of(vae.config, "vae")
+    x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     moments = latents.encode(vae, x)
     noise = keyed_normal(0, [0, 1], "", moments[0, : latents.channels].shape)
     z = latents.normalise(latents.sample(moments, noise))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from infra.codec import to_json
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
@@ -19,9 +20,9 @@ from model.lora import (
     add_adapters,
     count_adapter_parameters,
     is_adapter,
+    make_peft_config,
     merge_files,
     merged,
-    peft_config,
     peft_name,
     switched_off,
 )  # fmt: skip
@@ -108,7 +109,7 @@ def write(folder, model) -> None:
     adapters = {name: param.detach() for name, param in model.named_parameters() if is_adapter(name)}
     folder.mkdir()
     save_file({peft_name(n): x.contiguous() for n, x in adapters.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(peft_config(adapters, rank=RANK, alpha=ALPHA)))
+    (folder / CONFIG_FILE).write_text(json.dumps(to_json(make_peft_config(adapters, rank=RANK, alpha=ALPHA))))
 
 
 @pytest.fixture

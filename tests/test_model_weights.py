@@ -13,6 +13,7 @@ from model_files import CONFIG, DUAL, META, load_pipeline, saved, weights_of, wr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.sampler import sample
@@ -180,9 +181,9 @@ def test_vae_latents_are_scaled_as_diffusers_does(tmp_path: Path, channels: int)
     from model.encoders.vae import Latents, load_vae
 
     vae = load_vae(write_vae(tmp_path / "vae", channels))
-    latents = Latents.of(vae)
-    assert latents == Latents(channels=channels, factor=2, shift=0.1, scale=1.5)
-    assert Latents.from_json(json.loads(json.dumps(latents.to_json("world:vae")))) == latents
+    latents = Latents.of(vae.config, "world:vae")
+    assert latents == Latents("world:vae", channels=channels, factor=2, shift=0.1, scale=1.5)
+    assert from_json(Latents, json.dumps(to_json(latents)), where="vae") == latents
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     moments = latents.encode(vae, images)
     assert moments.dtype == torch.float16

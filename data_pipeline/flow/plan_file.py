@@ -4,11 +4,11 @@ The keys are the options' names, nested or with dots; `plan` names the plan that
 file win. Every run leaves its own as plan.yaml at the dataset's root.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -56,18 +56,13 @@ def encode_plan_file(name: str, run: Any, plan: Any, defaults: tuple[Any, Any]) 
 
     changed: dict[str, Any] = {"plan": name}
     for given, default in zip((run, plan), defaults):
-        changed |= _list_changes(given, default)
+        changed |= _list_changes(to_json(given), to_json(default))
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
-def _list_changes(given: Any, default: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(given):
-        value, usual = getattr(given, field.name), getattr(default, field.name)
-        if value == usual or field.name in _NOT_OPTIONS:
-            continue
-        if dataclasses.is_dataclass(value):
-            found[field.name] = _list_changes(value, usual)
-        else:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+def _list_changes(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {name: value for name, value in given.items() if value != default[name] and name not in _NOT_OPTIONS}
+    return {
+        name: _list_changes(value, default[name]) if isinstance(value, dict) else value
+        for name, value in changed.items()
+    }

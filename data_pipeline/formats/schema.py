@@ -95,21 +95,6 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class VaeMeta:
-    """How stored moments become network inputs: (latent - shift) * scale, at 1/factor of the pixels."""
-
-    checkpoint: str
-    channels: int
-    factor: int
-    shift: float
-    scale: float
-
-    @property
-    def latents(self) -> Latents:
-        return Latents(self.channels, self.factor, self.shift, self.scale)
-
-
-@dataclass(frozen=True)
 class SplitInfo:
     """One split: where its table of shards is, and how many samples each bucket holds."""
 
@@ -124,7 +109,7 @@ class DatasetInfo:
     """dataset.json. `columns` maps each stage to its fingerprint; `encoding` is what all shards must agree in."""
 
     text_spec: TextSpec
-    vae: VaeMeta
+    vae: Latents
     resolution: int
     captions: tuple[str, ...]
     columns: Mapping[str, str]
@@ -170,7 +155,7 @@ class DatasetInfo:
 
 def encoding_fingerprint(
     text_spec: TextSpec,
-    vae: VaeMeta,
+    vae: Latents,
     resolution: int,
     captions: tuple[str, ...],
     columns: Mapping[str, str],

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.formats.schema import VaeMeta, read_dataset_info
+from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.images import encode_png
 from data_pipeline.loading.loader import Dataset, open_dataset
 from infra import storage
 from infra.errors import UserError
-from model.encoders.vae import load_vae
+from model.encoders.vae import Latents, load_vae
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def pick_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[SampleP
     return shown[:count]
 
 
-def write_grid(vae: VaeMeta, shown: Sequence[SamplePreview], out: str) -> None:
+def write_grid(vae: Latents, shown: Sequence[SamplePreview], out: str) -> None:
     """Decoded by the dataset's own autoencoder. `out` ends in .png or .html."""
     if not shown:
         raise UserError(f"{out}: no samples to show; ask for at least one and look at what the split holds")
@@ -61,13 +61,13 @@ def write_grid(vae: VaeMeta, shown: Sequence[SamplePreview], out: str) -> None:
         raise UserError(f"{out}: a grid is written as .png or .html; choose one of the two endings")
 
 
-def _decode(meta: VaeMeta, shown: Sequence[SamplePreview]) -> list[Image.Image]:
+def _decode(meta: Latents, shown: Sequence[SamplePreview]) -> list[Image.Image]:
     import torch
 
     vae, images = load_vae(resolve(meta.checkpoint)), []
     with torch.inference_mode():
         for item in shown:
-            pixels_CHW = meta.latents.decode(vae, item.latent_CHW[None])[0]
+            pixels_CHW = meta.decode(vae, item.latent_CHW[None])[0]
             images.append(Image.fromarray(((pixels_CHW + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()))
     return images
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from data_pipeline.formats.index import ShardRows
 from data_pipeline.formats.layout import SampleLayout, SampleOffsets
-from data_pipeline.formats.schema import VaeMeta
 from data_pipeline.loading.array_pool import ArrayPool
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.reader import ReadTarget
 from infra.errors import UserError, nearest
 from model.encoders.text import TextCond, TextSpec
+from model.encoders.vae import Latents
 from model.seeding import Normal, QuickNormal, keyed_uniform
 
 Posterior = Literal["sample", "mean"]
@@ -81,7 +81,7 @@ class Collator:
     """Makes LatentBatch objects for one text spec, VAE and set of captions."""
 
     def __init__(
-        self, text_spec: TextSpec, vae: VaeMeta, captions: tuple[str, ...], int8_seats: tuple[str, ...] = ()
+        self, text_spec: TextSpec, vae: Latents, captions: tuple[str, ...], int8_seats: tuple[str, ...] = ()
     ) -> None:
         self._spec, self._vae, self._captions, self._int8 = text_spec, vae, captions, int8_seats
         self._seats, self._memory = _place_seats(text_spec), ArrayPool()
@@ -146,7 +146,7 @@ class Collator:
             else:
                 latent_BCHW[some] = 0
             moments, latents = torch.from_numpy(moments_BMHW[some]), torch.from_numpy(latent_BCHW[some])
-            self._vae.latents.sample_normalised_(latents, wide[: len(moments)].copy_(moments))
+            self._vae.sample_normalised_(latents, wide[: len(moments)].copy_(moments))
 
     def _drop(self, position_B: Tensor, draws: DrawSettings) -> np.ndarray:
         """(B, E) bool: the text encoders that are dropped for each sample, each independently, keyed by position."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from data_pipeline.formats.schema import DatasetInfo, VaeMeta, read_dataset_info
+from data_pipeline.formats.schema import DatasetInfo, read_dataset_info
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Collator, DrawSettings, Posterior
 from data_pipeline.loading.index import SplitIndex
@@ -23,6 +23,7 @@ from infra.ahead import ReadAhead
 from infra.errors import UserError, nearest
 from infra.log import get_logger
 from model.encoders.text import TextSpec
+from model.encoders.vae import Latents
 from model.seeding import QuickNormal
 
 log = get_logger("loader")
@@ -66,7 +67,7 @@ class Dataset:
         return self.info.text_spec
 
     @property
-    def vae(self) -> VaeMeta:
+    def vae(self) -> Latents:
         return self.info.vae
 
     @property

@@ -13,7 +13,7 @@ import torch
 from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import TextFeatures
-from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, VaeMeta, fingerprint, rejected_split
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, rejected_split
 from data_pipeline.images import ImageError, cover_crop, decode, stack_pixels
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import TrainingSample, write_shard
@@ -24,7 +24,7 @@ from infra.errors import UserError
 from infra.log import Progress
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import TextSpec
-from model.encoders.vae import load_vae
+from model.encoders.vae import Latents, load_vae
 
 CAPTION = "original"
 BATCH = 64
@@ -47,7 +47,7 @@ def write_pairs(
     splits: Mapping[str, Sequence[PreferencePair]],
     *,
     text_spec: TextSpec,
-    vae: VaeMeta,
+    vae: Latents,
     resolution: int,
     made_by: Mapping[str, Any],
     shard_rows: int = 500,
@@ -96,7 +96,7 @@ def _make_samples(
         yield TrainingSample(pair.key, moments_CHW, text[pair.caption], {CAPTION: pair.caption}, pair.info)
 
 
-def _describe_stages(text_spec: TextSpec, vae: VaeMeta) -> dict[str, Any]:
+def _describe_stages(text_spec: TextSpec, vae: Latents) -> dict[str, Any]:
     """What made the latents and texts, as the pipeline's stages tell it."""
     stages: list[LatentStage | TextStage] = [LatentStage(vae.checkpoint, hash_weights(resolve(vae.checkpoint)))]
     stages += [TextStage(text_spec, e.seat, hash_weights(resolve(e.checkpoint))) for e in text_spec.encoders]
@@ -106,8 +106,8 @@ def _describe_stages(text_spec: TextSpec, vae: VaeMeta) -> dict[str, Any]:
 class _PairEncoder:
     """The networks of one data set."""
 
-    def __init__(self, text_spec: TextSpec, vae: VaeMeta, resolution: int, device: str) -> None:
-        self._vae, self._latents, self._side = load_vae(resolve(vae.checkpoint)).to(device), vae.latents, resolution
+    def __init__(self, text_spec: TextSpec, vae: Latents, resolution: int, device: str) -> None:
+        self._vae, self._latents, self._side = load_vae(resolve(vae.checkpoint)).to(device), vae, resolution
         self._texts, self._spec, self._device = load_text_encoders(text_spec, resolve, device=device), text_spec, device
 
     def latents(self, images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -12,13 +12,13 @@ from data_pipeline.formats.schema import (
     DATASET_FILE,
     DatasetInfo,
     SplitInfo,
-    VaeMeta,
     encoding_fingerprint,
     rejected_split,
 )
 from data_pipeline.packing.shards import TrainingSample, write_shard
 from infra import storage
 from model.encoders.text import EncoderSpec, TextSpec
+from model.encoders.vae import Latents
 
 CAPTIONS = ("original", "synthetic")
 KINDS = ("apple", "boat", "cat", "dog", "kite", "lamp", "moon", "nest")
@@ -58,7 +58,7 @@ def write_synthetic(
     channels, latent_height, _ = latent_shape
     factor = int(buckets[0].split("x")[0]) // latent_height
     resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
-    vae = VaeMeta(autoencoder, channels, factor, shift=0.1, scale=0.9)
+    vae = Latents(autoencoder, channels, factor, shift=0.1, scale=0.9)
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
     encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}

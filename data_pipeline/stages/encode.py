@@ -41,7 +41,7 @@ class LatentStage:
         from model.encoders.vae import Latents, load_vae
 
         vae = load_vae(resolve(self.checkpoint)).to(self.device, memory_format=torch.channels_last)
-        latents = Latents.of(vae)
+        latents = Latents.of(vae.config, self.checkpoint)
 
         def run(shard: ShardView) -> pa.Table:
             buckets: dict[int, str] = shard.values("bucket", "bucket")  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 # Shapes: B images, C channels, H and W pixels, G grid cells per side, K classes, P prototypes, N objects.
@@ -155,7 +156,7 @@ class WorldDetector(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(to_json(self.config), indent=1) + "\n")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
 
@@ -167,9 +168,7 @@ class WorldDetector(nn.Module):
         file = Path(folder) / "config.json"
         if not file.is_file():
             raise UserError(f"no detector at {folder}: expected a folder with config.json and model.safetensors")
-        fields = json.loads(file.read_text())
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        detector = cls(DetectorConfig(**fields))
+        detector = cls(from_json(DetectorConfig, file.read_bytes(), where=str(file)))
         detector.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return detector.eval()
 

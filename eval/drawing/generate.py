@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipeline.checkpoints import resolve
 from eval.drawing.precision import in_bfloat16
 from infra import storage
+from infra.codec import from_json
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
 from model.diffusion.sampler import sample
@@ -112,7 +113,7 @@ class Painter:
             )
         self.device = device
         self.spec = TextSpec.from_json(self.meta["text_spec"])
-        self.latents = Latents.from_json(self.meta["vae"])
+        self.latents = from_json(Latents, self.meta["vae"], where=f"{weights}: vae")
         side = self.meta["resolution"] // self.latents.factor
         self.shape_CHW = (self.latents.channels, side, side)
 

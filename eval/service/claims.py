@@ -11,11 +11,12 @@ import re
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import MissingError, UserError
 from infra.results import format_now
 
@@ -44,6 +45,23 @@ class ClaimOwner:
         """True only where that can be known: same machine, and no such process (or another one of that number)."""
         here = (self.host, self.boot) == (socket.gethostname(), _identify_boot())
         return here and _find_process_start(self.pid) != self.started
+
+
+@dataclass(frozen=True)
+class ClaimRecord:
+    """N.claim.json."""
+
+    owner: ClaimOwner
+    at: str = ""
+
+
+@dataclass(frozen=True)
+class ClaimEnd:
+    """N.done.json, N.failed.json or N.released.json."""
+
+    reason: str = ""
+    seconds: float = 0.0
+    at: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,19 +107,19 @@ class Claim:
         """Cheap to call often: writes every BEAT_EVERY seconds."""
         if time.monotonic() - self._last >= BEAT_EVERY:
             self._beats += 1
-            storage.write_bytes(_locate(self.folder, self.attempt, "beat"), json.dumps({"beat": self._beats}).encode())
+            storage.write_bytes(_locate(self.folder, self.attempt, "beat"), _encode({"beat": self._beats}))
             self._last = time.monotonic()
 
     def end(self, state: Literal["done", "failed", "released"], *, reason: str = "", seconds: float = 0.0) -> None:
-        told = {"reason": reason, "seconds": round(seconds, 1), "at": format_now()}
-        storage.write_bytes(_locate(self.folder, self.attempt, state), json.dumps(told).encode())
+        end = ClaimEnd(reason, round(seconds, 1), format_now())
+        storage.write_bytes(_locate(self.folder, self.attempt, state), _encode(end))
 
 
 def claim(run_uri: str, settings: str, step: int, *, after: int = 0) -> Claim | None:
     """The next attempt after number `after`, or None where somebody else was first."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-    told = {"owner": asdict(ClaimOwner.here()), "at": format_now()}
-    if storage.write_bytes_if_absent(_locate(folder, after + 1, "claim"), json.dumps(told).encode()):
+    record = ClaimRecord(ClaimOwner.here(), format_now())
+    if storage.write_bytes_if_absent(_locate(folder, after + 1, "claim"), _encode(record)):
         return Claim(folder, after + 1)
     return None
 
@@ -114,8 +132,7 @@ class ClaimMonitor:
 
     def abandoned(self, run_uri: str, settings: str, step: int, attempt: int) -> bool:
         folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-        owner = _parse_owner(_read(_locate(folder, attempt, "claim")))
-        if owner is not None and owner.surely_gone:
+        if _is_surely_gone(_read(_locate(folder, attempt, "claim"))):
             return True
         beat, now = _read(_locate(folder, attempt, "beat")), time.monotonic()
         before = self._seen.get(_locate(folder, attempt, "beat"))
@@ -129,9 +146,9 @@ def read_reason(run_uri: str, settings: str, step: int, attempt: int) -> tuple[s
     """(reason, time) of a failed attempt."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
     try:
-        told = json.loads(_read(_locate(folder, attempt, "failed")))
-        return str(told.get("reason", "")), str(told.get("at", ""))
-    except (UserError, ValueError, AttributeError):
+        end = from_json(ClaimEnd, _read(_locate(folder, attempt, "failed")), where="the reason")
+        return end.reason, end.at
+    except UserError:
         return "failed, and its reason cannot be read", ""
 
 
@@ -146,11 +163,16 @@ def _read(uri: str) -> bytes:
         return b""
 
 
-def _parse_owner(data: bytes) -> ClaimOwner | None:
+def _encode(record: object) -> bytes:
+    return json.dumps(to_json(record)).encode()
+
+
+def _is_surely_gone(claim_file: bytes) -> bool:
+    """Of a claim that cannot be read nothing is sure."""
     try:
-        return ClaimOwner(**json.loads(data)["owner"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        return from_json(ClaimRecord, claim_file, where="the claim").owner.surely_gone
+    except UserError:
+        return False
 
 
 def _identify_boot() -> str:

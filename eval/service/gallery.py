@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 
 COLUMNS = 4
@@ -40,28 +41,18 @@ class GallerySheet:
     images_seen: int
     sampling: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if not self.tiles or min(self.layout) < 1:
+            raise UserError(f"{len(self.tiles)} tiles; columns, width and height {self.layout}: expected 1 or more")
+
     @property
     def layout(self) -> SheetLayout:
         return self.columns, self.tile_width, self.tile_height
 
     @property
     def key(self) -> str:
-        told = [[asdict(tile) for tile in self.tiles], self.sampling]
+        told = to_json([self.tiles, self.sampling])
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-
-    @staticmethod
-    def parse(data: bytes) -> "GallerySheet":
-        """Raises UserError for anything that is not such a description."""
-        try:
-            read = json.loads(data)
-            tiles = tuple(GalleryTile(str(t["prompt"]), int(t["seed"]), int(t["number"])) for t in read["tiles"])
-            columns, width, height = (int(read[name]) for name in ("columns", "tile_width", "tile_height"))
-            if not tiles or min(columns, width, height) < 1:
-                raise ValueError("sizes")
-            return GallerySheet(tiles, columns, width, height, int(read["images_seen"]), dict(read["sampling"]))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            told = f"not a gallery description ({error!r}); delete it and evaluate the checkpoint again"
-            raise UserError(told) from error
 
 
 def choose_world_prompts(count: int) -> list[str]:
@@ -90,7 +81,7 @@ def draw_gallery(run_uri: str, step: int, painter: Painter, prompts: Sequence[st
     sheet = GallerySheet(tiles, COLUMNS, width, height, int(painter.meta["images_seen"]), sampling.protocol())
     uri = locate_sheet(run_uri, step)
     storage.write_bytes(uri, _encode_sheet(images))
-    told = {**asdict(sheet), "key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
+    told = to_json(sheet) | {"key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
     storage.write_bytes(locate_description(uri), (json.dumps(told, indent=1) + "\n").encode())
 
 
@@ -103,8 +94,12 @@ def locate_description(uri: str) -> str:
 
 
 def read_sheet(uri: str) -> GallerySheet:
-    """The description beside a gallery picture."""
-    return GallerySheet.parse(storage.read_bytes(locate_description(uri)))
+    """The description beside a gallery picture, without its key, run and step; UserError where it is none."""
+    description = locate_description(uri)
+    return from_json(
+        GallerySheet, storage.read_bytes(description), where=description, extra="ignore",
+        advice="delete it and evaluate the checkpoint again",
+    )  # fmt: skip
 
 
 def _encode_sheet(images: Sequence[np.ndarray]) -> bytes:

@@ -110,7 +110,7 @@ def measure(
 ) -> AutoencoderScores:
     path = resolve(name)
     vae = load_vae(path).to(options.device)
-    latents = Latents.of(vae)
+    latents = Latents.of(vae.config, name)
     values, features = Clusters(), ([], [])  # type: tuple[Clusters, tuple[list[np.ndarray], list[np.ndarray]]]
     number = 0
     with Progress(options.count, "images", desc=name) as progress:

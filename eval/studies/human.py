@@ -11,10 +11,11 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import MissingError, UserError, nearest
 from infra.log import get_logger
 from infra.results import format_now
@@ -53,6 +54,16 @@ class HumanStudy:
     secret: str
     created: str
 
+    def __post_init__(self) -> None:
+        for question in self.questions:
+            if question not in QUESTIONS:
+                known = ", ".join(QUESTIONS)
+                raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
+        if self.a == self.b:
+            raise UserError("both sides are the same checkpoint: choose two different ones")
+        if not self.order(""):
+            raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
+
     def asked(self, item: int) -> tuple[str, ...]:
         """Typography is asked only where the prompt quotes words."""
         quoted = bool(_QUOTED.search(self.prompts[item]))
@@ -77,7 +88,9 @@ class Vote:
 
     rater: str
     item: int
-    answers: Mapping[str, str]
+    answers: Mapping[str, Literal["a", "b", "same"]]
+    left: Literal["a", "b"] | None = None  # what this rater saw there
+    study: str = ""
     created: str = ""
 
 
@@ -113,34 +126,18 @@ class HumanStudies:
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
         try:
-            read = json.loads(storage.read_bytes(self._uri(name, "study.json")))
-            a, b = (StudySide(str(read[side]["run"]), int(read[side]["step"])) for side in ("a", "b"))
-            prompts, questions = tuple(map(str, read["prompts"])), tuple(map(str, read["questions"]))
-            if unknown := set(questions) - set(QUESTIONS):
-                raise ValueError(f"unknown questions {sorted(unknown)}")
-            return HumanStudy(
-                name, a, b, prompts, questions, str(read["gallery"]), str(read["secret"]), str(read["created"])
-            )
+            data = storage.read_bytes(self._uri(name, "study.json"))
         except MissingError as error:
             raise UserError(f"no study named {name!r}{nearest(name, self.names())}") from error
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"{self._uri(name, 'study.json')}: not a study ({error!r})") from error
+        return replace(from_json(HumanStudy, data, where=self._uri(name, "study.json")), name=name)
 
     def create(self, name: str, a: StudySide, b: StudySide, *, prompts: Sequence[str], gallery: str,
                questions: Sequence[str] = tuple(QUESTIONS)) -> HumanStudy:  # fmt: skip
         """A new study; an existing name is refused, for its votes would mix with others."""
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
-        for question in questions:
-            if question not in QUESTIONS:
-                known = ", ".join(QUESTIONS)
-                raise UserError(f"unknown question {question!r}; known: {known}{nearest(question, QUESTIONS)}")
-        if a == b:
-            raise UserError("both sides are the same checkpoint: choose two different ones")
         study = HumanStudy(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), format_now())
-        if not study.order(""):
-            raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
-        data = json.dumps(asdict(study), indent=1).encode()
+        data = json.dumps(to_json(study), indent=1).encode()
         if not storage.write_bytes_if_absent(self._uri(name, "study.json"), data):
             raise UserError(f"a study named {name!r} is there already: choose another name")
         return study
@@ -154,10 +151,12 @@ class HumanStudies:
         if set(answers) != set(asked) or not set(answers.values()) <= {"left", "right", "same"}:
             raise UserError(f"expected left, right or same for each of: {', '.join(asked)}")
         left = study.left(rater, item)
+        sides: dict[str, Literal["a", "b", "same"]]
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
-        record = {"rater": rater, "item": item, "answers": {q: sides[c] for q, c in answers.items()}, "left": left}
-        data = json.dumps({**record, "study": study.name, "created": format_now()}).encode()
-        return storage.write_bytes_if_absent(self._uri(study.name, "votes", _vote_name(rater, item)), data)
+        meant = {question: sides[choice] for question, choice in answers.items()}
+        vote = Vote(rater, item, meant, left, study.name, format_now())
+        data = json.dumps(to_json(vote)).encode()
+        return storage.write_bytes_if_absent(self._uri(study.name, "votes", _name_vote(rater, item)), data)
 
     def votes(self, study: HumanStudy) -> list[Vote]:
         """All answers so far; torn ones are left out with a warning."""
@@ -241,16 +240,14 @@ def clean_rater(rater: str) -> str:
 def _read_vote(uri: str, study: HumanStudy) -> Vote | None:
     """A stored vote; None, with a warning, for a damaged file and for one that the service did not write."""
     try:
-        read: dict[str, Any] = json.loads(storage.read_bytes(uri))
-        vote = Vote(str(read["rater"]), int(read["item"]), dict(read["answers"]), str(read["created"]))
-        valid = set(vote.answers.values()) <= {"a", "b", "same"} and 0 <= vote.item < len(study.prompts)
-        if valid and uri.endswith("/" + _vote_name(vote.rater, vote.item)):
+        vote = from_json(Vote, storage.read_bytes(uri), where=uri)
+        if 0 <= vote.item < len(study.prompts) and uri.endswith("/" + _name_vote(vote.rater, vote.item)):
             return vote
-    except (ValueError, KeyError, TypeError):
+    except UserError:
         pass
     log.warning("skipped %s: not a vote of this study (torn or edited); delete it", uri)
     return None
 
 
-def _vote_name(rater: str, item: int) -> str:
+def _name_vote(rater: str, item: int) -> str:
     return hashlib.sha256(json.dumps([rater, item]).encode()).hexdigest()[:32] + ".json"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from data_pipeline.checkpoints import hash_weights
-from data_pipeline.formats.schema import VaeMeta, fingerprint
+from data_pipeline.formats.schema import fingerprint
 from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges, build_judges, describe_judge
@@ -98,7 +98,7 @@ def make_pairs(options: PairOptions) -> None:
     splits = {"train": found[num_val:], "val": found[:num_val]}
     info = write_pairs(
         options.out, {name: part for name, part in splits.items() if part}, text_spec=painter.spec,
-        vae=VaeMeta(**painter.meta["vae"]), resolution=painter.meta["resolution"],
+        vae=painter.latents, resolution=painter.meta["resolution"],
         made_by=_describe_origin(options, judges, texts), device=painter.device,
     )  # fmt: skip
     better, worse = (np.mean([pair.info[name] for pair in found]) for name in ("preferred_score", "rejected_score"))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infra.codec import from_json, to_json
+from infra.codec import from_json
 from infra.errors import UserError, list_some
 
 
@@ -39,31 +39,27 @@ def load_vae(path: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class Latents:
-    """How one autoencoder's latents are scaled; `factor` is pixels per latent pixel."""
+    """How one autoencoder's moments become network inputs: (raw - shift) * scale, at 1/factor of the pixels.
 
+    The "vae" entry of weights metadata and of dataset.json.
+    """
+
+    checkpoint: str
     channels: int
     factor: int
     shift: float
     scale: float
 
     @staticmethod
-    def of(vae: Any) -> Latents:
+    def of(config: Any, checkpoint: str) -> Latents:
         """From the autoencoder's own config."""
-        config = vae.config
         return Latents(
+            checkpoint=checkpoint,
             channels=config.latent_channels,
             factor=2 ** (len(config.block_out_channels) - 1),
             shift=config.shift_factor or 0.0,
             scale=config.scaling_factor,
         )
-
-    def to_json(self, checkpoint: str) -> dict[str, Any]:
-        """The "vae" entry of weights metadata and dataset.json."""
-        return {"checkpoint": checkpoint, **to_json(self)}
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Latents:
-        return from_json(Latents, data, where="vae", extra="ignore")  # whose checkpoint it is stands beside it
 
     def sample(self, moments_BMHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         """A latent, not normalised, drawn from stored moments: mean + std * noise."""

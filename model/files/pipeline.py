@@ -20,7 +20,7 @@ from torch import Tensor
 from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
-from model.encoders.vae import Latents, load_vae
+from model.encoders.vae import load_vae
 from model.files.names import diffusers_config, to_diffusers
 from model.files.weights import apply_umask, described, expected_tensors, write_safetensors
 
@@ -134,7 +134,7 @@ def _write_transformer(
 
 def _autoencoder(path: Path, config: MMDiTConfig) -> Any:
     vae = load_vae(path)
-    channels = Latents.of(vae).channels
+    channels = vae.config.latent_channels
     if channels != config.in_channels:
         raise UserError(f"{path}: an autoencoder of {channels} channels beside a model of {config.in_channels}")
     return vae

@@ -61,7 +61,7 @@ def bare(shards: Rows) -> float:
     torch.set_num_threads(1)
     captioner = open_captioner(PLAN.captioner, "cpu")
     vae = load_vae(resolve(PLAN.vae)).to(memory_format=torch.channels_last)
-    latents, spec = Latents.of(vae), PLAN.text_spec
+    latents, spec = Latents.of(vae.config, PLAN.vae), PLAN.text_spec
     alone = [TextSpec((e,), spec.layout, spec.context_width, spec.convention) for e in spec.encoders]
     encoders = [load_text_encoders(one, resolve, device="cpu") for one in alone]
     for pixels_BCHW, images, captions in shards:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.names import adapter_to_diffusers
 from model.files.weights import expected_tensors
-from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, peft_config, peft_name
+from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, make_peft_config, peft_name
 from trainer.exports.card import describe_weights, format_model_card
 from trainer.exports.export import StoredWeights, Weights, stream_file
 from trainer.runfolder import run_name
@@ -33,8 +34,8 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     ours = {peft_name(name): name for name in stored.shapes}
     weights = Weights(shapes, lambda name: stored(ours[name]), meta)
     put_hashed(storage.join(out, WEIGHTS_FILE), stream_file(shapes, weights.items(), meta))
-    config = peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
-    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(config, indent=1).encode())
+    config = make_peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
+    storage.write_bytes(storage.join(out, CONFIG_FILE), json.dumps(to_json(config), indent=1).encode())
     storage.write_bytes(storage.join(out, "README.md"), format_model_card(run, meta, file=WEIGHTS_FILE).encode())
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 

@@ -61,7 +61,7 @@ class Sampler:
         """Nothing here may end a training: errors are logged and passed over."""
         try:
             vae = load_vae(resolve(self.dataset.vae.checkpoint))
-            images = self.dataset.vae.latents.decode(vae, latents_BCHW)
+            images = self.dataset.vae.decode(vae, latents_BCHW)
             storage.write_bytes(uri, draw_grid(images))
             captions = "\n".join(self.batch.captions) + "\n"
             storage.write_bytes(uri.rsplit("/", 1)[0] + "/captions.txt", captions.encode())
