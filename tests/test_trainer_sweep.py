@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.selection.choice import DataChoice
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from model.diffusion.flow import STUDY
@@ -30,7 +31,7 @@ from trainer.runfolder import UNSTABLE
 
 def launch(out: Path, images: int | None = None) -> ManyRuns:
     words = () if images is None else ("--images", str(images))
-    return ManyRuns("D", str(out), num_ranks=1, overrides=(*words, "--logging.samples", "0"))
+    return ManyRuns(DataChoice(("D",)), str(out), num_ranks=1, overrides=(*words, "--logging.samples", "0"))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(ladder, "run_command", record)
     monkeypatch.setattr(ladder, "count_trained_images", trained.get)
-    monkeypatch.setattr(sweep, "open_dataset", lambda uri: None)
+    monkeypatch.setattr(DataChoice, "open", lambda choice: None)
     return asked
 
 
@@ -112,7 +113,7 @@ def test_a_budget_too_small_or_with_images_is_refused(commands, tmp_path):
     with pytest.raises(UserError, match="omit --images"):
         train_isoflop("world", [2], [3e13], launch(tmp_path, 160))
     with pytest.raises(UserError, match=r"--depths decides it: omit --model.depth"):
-        train_isoflop("world", [2], [3e13], ManyRuns("D", str(tmp_path), overrides=("--model.depth=3",)))
+        train_isoflop("world", [2], [3e13], ManyRuns(DataChoice(("D",)), str(tmp_path), overrides=("--model.depth=3",)))
     assert not commands
 
 
@@ -142,8 +143,8 @@ def test_all_61_formulations_or_any_of_them(commands, tmp_path):
 
 def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
     """deepspeed's launcher would delete CUDA_VISIBLE_DEVICES and take the first two, as every other run of the node."""
-    two = ladder.build_train_command("world-d2", [], data="D", run="R", ranks=2)
-    one = ladder.build_train_command("world-d2", [], data="D", run="R", ranks=1)
+    two = ladder.build_train_command("world-d2", [], data=DataChoice(("D",)), run="R", ranks=2)
+    one = ladder.build_train_command("world-d2", [], data=DataChoice(("D",)), run="R", ranks=1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert on_my_gpus(two) == two
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")

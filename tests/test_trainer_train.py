@@ -18,6 +18,7 @@ from trainer_launch import TINY, finish, run_ranks, start_ranks
 
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
+from data_pipeline.selection.choice import DataChoice
 from eval.studies.compare import compare_runs, read_run
 from infra import storage
 from infra.errors import UserError, UserErrors
@@ -66,7 +67,7 @@ def data(tmp_path_factory) -> Path:
 def straight(data, tmp_path_factory) -> Path:
     """One uninterrupted run on two ranks, through the ladder and the deepspeed launcher."""
     out = tmp_path_factory.mktemp("runs")
-    assert train_ladder("world", [2], ManyRuns(str(data), str(out), num_ranks=2, overrides=OVERRIDES))
+    assert train_ladder("world", [2], ManyRuns(DataChoice((str(data),)), str(out), num_ranks=2, overrides=OVERRIDES))
     return out / "world-d2"
 
 
@@ -187,7 +188,7 @@ def test_a_resume_keeps_the_same_samples(straight, resumed):
 def test_the_ladder_skips_what_is_trained(straight, data, capfd):
     assert count_trained_images(str(straight)) == IMAGES
     out = str(straight.parent)
-    train_ladder("world", [2], ManyRuns(str(data), out, num_ranks=2, overrides=OVERRIDES))
+    train_ladder("world", [2], ManyRuns(DataChoice((str(data),)), out, num_ranks=2, overrides=OVERRIDES))
     told = capfd.readouterr()
     assert "deepspeed" not in told.out
     assert "is trained (240 images)" in told.err

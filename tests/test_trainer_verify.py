@@ -11,6 +11,7 @@ import torch
 from trainer_launch import TINY
 
 from data_pipeline.packing.synthetic import write_synthetic
+from data_pipeline.selection.choice import DataChoice
 from infra.errors import UserError
 from model.files.weights import save_weights
 from trainer.ladders.verify import compare_bits, compare_closely, compare_drift, cut_back, describe, verify_resume
@@ -76,7 +77,7 @@ def test_a_cut_run_is_what_a_kill_would_have_left(tmp_path):
 
 def test_mistakes(tmp_path):
     (tmp_path / "x").touch()
-    more = {"data": "d", "ranks": 2, "other_ranks": 1}
+    more = {"data": DataChoice(("d",)), "ranks": 2, "other_ranks": 1}
     with pytest.raises(UserError, match="is not empty"):
         verify_resume(get_recipe("world-d2"), [], out=tmp_path, steps=4, **more)
     with pytest.raises(UserError, match="--steps 6: expected a multiple of 4"):

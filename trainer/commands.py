@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from data_pipeline.selection.choice import DataChoice
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
 from trainer.ladders.launch import ManyRuns
@@ -20,8 +21,7 @@ SHOWN_DEPTH = 2  # of the rung whose fields --help shows
 class TrainArgs:
     """Train a recipe. Every field of the recipe can be overridden."""
 
-    data: str
-    """Dataset made by `python -m data_pipeline run` (folder or s3://)."""
+    data: Annotated[DataChoice, FLAT]
     out: str
     """Run folder (or s3://): checkpoints, weights, results, logs."""
     recipe: Annotated[Recipe, FLAT]
@@ -104,8 +104,7 @@ class GradeArgs:
 class VerifyArgs:
     """Prove on this recipe, data and machine that resuming continues the same run, on as many and on other ranks."""
 
-    data: str
-    """Dataset made by `python -m data_pipeline run`."""
+    data: Annotated[DataChoice, FLAT]
     out: str
     """A new folder for the short runs; it can be removed afterwards."""
     recipe: Annotated[Recipe, FLAT]
@@ -331,5 +330,6 @@ def parse_options(kind: type, words: list[str], prog: str, **defaults: Any) -> A
 def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
     if not defaults:
         return {}
-    missing = {name: tyro.MISSING for name in ("data", "out") if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    return {"default": kind(**missing, **defaults)}
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    missing = {"data": DataChoice(tyro.MISSING), "out": tyro.MISSING}
+    return {"default": kind(**{name: value for name, value in missing.items() if name in fields}, **defaults)}

@@ -55,6 +55,7 @@ def roll_back(
     state: TrainingState,
     *,
     out: str,
+    free: tuple[str, ...] = (),
 ) -> TrainingState:
     """Go back to the last checkpoint; the state to continue from, which leaves the bad batch out of the data.
     UnstableRun when more batches were bad than the recipe allows. Collective.
@@ -77,7 +78,7 @@ def roll_back(
             f"(--guard.max-skips {recipe.guard.max_skips}): the step was not taken; look at these images, or start "
             "from the last checkpoint with a lower --optimizer.lr"
         )
-    found = restore(recipe, engine, ema, out=out, resume="latest")
+    found = restore(recipe, engine, ema, out=out, resume="latest", free=free)
     back = found if found.step else state
     back.exceptions, back.skips = back.exceptions | exceptions, skips
     if group.rank == 0:

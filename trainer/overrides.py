@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from data_pipeline.selection.choice import DataChoice
 from infra.cli import UsageError, parse
 from trainer.recipe import Recipe
 
@@ -48,4 +49,4 @@ def whole_numbers(words: Sequence[str]) -> list[str]:
 
 def option_names(kind: Any, *, of_recipe: str = "recipe") -> set[str]:
     """Names of the options of the command `kind` (a dataclass) other than the fields of its recipe."""
-    return set(kind.__dataclass_fields__) - {of_recipe}
+    return {*kind.__dataclass_fields__, *DataChoice.__dataclass_fields__} - {of_recipe}

@@ -1,6 +1,8 @@
 """What lies where in a run's folder, a local one or s3://; every name that more than one file needs is here.
 
 recipe.json, plan.json, data.json (dataset.json as it stood)    written when the run starts
+trained_on.json                                                 the filter or mix, where there is one
+takedowns.json                                                  images that the run was told to leave out, since when
 checkpoints/step_0000100/rank_00000.safetensors ...             see trainer/zero/checkpoint.py
 weights/ema.safetensors, raw.safetensors, step_0000100/         exported weights
 results/, logs/, samples/, skipped/                             rows, lines, pictures, keys of batches left out
@@ -10,7 +12,11 @@ unstable.json                                                   only where the g
 import json
 from typing import cast
 
+from data_pipeline.loading.loader import Dataset
+from data_pipeline.loading.taken_down import EFFECTIVE, note_takedowns
+from data_pipeline.selection.choice import TRAINED_ON, TrainedOn
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.device import ResolvedPrecision
 from infra.results import ResultRow, ResultStore
 from trainer.recipe import Recipe
@@ -52,6 +58,24 @@ def kept_precision(run: str) -> ResolvedPrecision | None:
     except (ValueError, KeyError, TypeError):
         return None  # damaged: refused with its reason before anything is trained
     return cast(ResolvedPrecision, found) if found in ("fp32", "bf16") else None
+
+
+def write_data(run: str, dataset: Dataset, trained_on: TrainedOn | None, *, images_seen: int) -> None:
+    """What the run trains on from now on, `images_seen` into it."""
+    storage.write_bytes(storage.join(run, DATA), dataset.info.to_bytes())
+    uri = storage.join(run, TRAINED_ON)
+    if trained_on is not None:
+        storage.write_bytes(uri, json.dumps(to_json(trained_on), indent=1).encode())
+    else:
+        storage.delete(uri)
+    if dataset.takedowns:
+        note_takedowns(storage.join(run, EFFECTIVE), dataset.takedowns, images_seen=images_seen)
+
+
+def read_trained_on(run: str) -> TrainedOn | None:
+    """The filter or mix that a run was started with; None where there is none."""
+    uri = storage.join(run, TRAINED_ON)
+    return from_json(TrainedOn, storage.read_bytes(uri), where=uri) if storage.exists(uri) else None
 
 
 def read_last_val_loss(run: str, recipe: Recipe) -> ResultRow | None:

@@ -207,9 +207,11 @@ def _describe_save(state: TrainingState) -> str:
     return f"saved {step_name(state.step)} at {state.images_seen:,} images"
 
 
-def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str) -> TrainingState:
+def restore(
+    recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, resume: str, free: tuple[str, ...] = ()
+) -> TrainingState:
     """Load a checkpoint into `engine` and `ema`, on any number of ranks; the run's state. `resume` is latest, none, or
-    the folder of a checkpoint. Collective."""
+    the folder of a checkpoint; `free` fields of the recipe may differ from the checkpoint's. Collective."""
     group = engine.group
     if resume == "none":
         return TrainingState()
@@ -220,7 +222,7 @@ def restore(recipe: Recipe, engine: ZeroEngine, ema: ShardedEMA, *, out: str, re
     else:
         found = checkpoint.require_whole(resume, group)
     kept = found.state
-    checkpoint.check_same_recipe(found.uri, kept, recipe, resume=resume)
+    checkpoint.check_same_recipe(found.uri, kept, recipe, resume=resume, unknown=free)
     target = collect_share(engine, ema, {})
     target.segments = [flat.segments for flat in engine.partition.flats]
     checkpoint.load(found, target, group)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.loading.loader import Dataset
+from data_pipeline.selection.choice import DataChoice
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
@@ -22,7 +23,7 @@ from trainer.machines import this_machine
 from trainer.objective import Losses, Network, bind_objective
 from trainer.planning.hardware_plan import describe, make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
-from trainer.runfolder import DATA, PLAN, RECIPE, step_name
+from trainer.runfolder import PLAN, RECIPE, step_name, write_data
 from trainer.state import Saver, StopSignal, TrainingState, load_init, open_feed, restore
 from trainer.validate import Validator
 from trainer.watching.monitor import Monitor
@@ -38,7 +39,13 @@ log = get_logger("train")
 
 
 def train(
-    recipe: Recipe, *, data: str, out: str, resume: str = "latest", init_from: str | None = None, dry_run: bool = False
+    recipe: Recipe,
+    *,
+    data: DataChoice,
+    out: str,
+    resume: str = "latest",
+    init_from: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
     world_size, launchers = int(os.environ.get("WORLD_SIZE", "1")), find_launchers()
@@ -86,6 +93,8 @@ class Training:
     sampler: Sampler | None
     uploads: Uploads
     saver: Saver
+    free: tuple[str, ...]
+    """Fields of the recipe in which an earlier checkpoint of the run may differ."""
 
 
 def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Training:
@@ -97,11 +106,11 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     if prepared.init_from is not None:
         load_init(engine, prepared.init_from)  # under adapters these weights stay, and no checkpoint holds them
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
-    state = restore(recipe, engine, ema, out=out, resume=prepared.resume)
+    state = restore(recipe, engine, ema, out=out, resume=prepared.resume, free=prepared.free)
     if group.rank == 0:
         log.info("%s", describe(plan))
         storage.write_bytes(storage.join(out, RECIPE), json.dumps(recipe.to_json(), indent=1).encode())
-        storage.write_bytes(storage.join(out, DATA), dataset.info.to_bytes())
+        write_data(out, dataset, prepared.trained_on, images_seen=state.images_seen)
         storage.write_bytes(storage.join(out, PLAN), json.dumps(plan, indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     uploads = Uploads(group, out)
@@ -110,12 +119,13 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
         micro_batches=open_feed(recipe, dataset, group, state),
         compute_losses=bind_objective(recipe),
         stop=stop,
-        monitor=Monitor(recipe, group, this_machine(recipe.precision), watchdog),
+        monitor=Monitor(recipe, group, this_machine(recipe.precision), watchdog, datasets=dataset.datasets),
         run_log=run_log,
         validator=Validator(recipe, val) if val is not None else None,
         sampler=Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None,
         uploads=uploads,
         saver=Saver(engine, ema, run_log, uploads, dataset.info, prepared.init_from),
+        free=prepared.free,
     )  # fmt: skip
 
 
@@ -140,7 +150,7 @@ def run(training: Training) -> bool:
                         losses = t.compute_losses(engine, micro.to(group.device))
                     engine.backward(losses.loss_B.mean())
                     loss_sum += losses.loss_B.detach().double().sum()
-                    monitor.add(micro.t_B, losses)
+                    monitor.add(micro.t_B, losses, dataset_B=micro.batch.dataset_B)
             with monitor.phase("stepping", state.step):
                 # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
                 total, stop_votes = group.sum([loss_sum.item(), float(t.stop.asked)])
@@ -185,7 +195,7 @@ def go_back(training: Training, problem: str, keys: list[str]) -> TrainingState:
     """Go back to the last checkpoint instead of a step, and leave out the batch with these `keys`. Collective."""
     t = training
     t.uploads.wait()  # it may be the checkpoint to go back to
-    t.state = roll_back(problem, keys, t.recipe, t.engine, t.ema, t.state, out=t.out)
+    t.state = roll_back(problem, keys, t.recipe, t.engine, t.ema, t.state, out=t.out, free=t.free)
     t.micro_batches.close()
     t.micro_batches = open_feed(t.recipe, t.dataset, t.group, t.state)
     t.run_log.rewind(t.state.images_seen)

@@ -62,6 +62,11 @@ def encode_rows(rows: ShardRows) -> bytes:
     return encode_table(pa.table(columns))
 
 
+def read_rows_table(uri: str) -> pa.Table:
+    """A shard's table of rows as it is stored."""
+    return decode_table(storage.read_bytes(uri), uri)
+
+
 def decode_rows(data: bytes, uri: str) -> ShardRows:
     table = decode_table(data, uri)
     try:

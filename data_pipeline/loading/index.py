@@ -30,6 +30,19 @@ class SplitIndex:
     def num_samples(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def remote(self) -> bool:
+        """Is any of it on S3?"""
+        return storage.is_remote(self.uri)
+
+    def tar_uri(self, shard: int) -> str:
+        """Where a shard lies."""
+        return storage.join(self.uri, self.tars[shard])
+
+    def rows_uri(self, shard: int) -> str:
+        """Where its table of rows lies."""
+        return storage.join(self.uri, self.rows[shard])
+
     def shards_of(self, bucket: str) -> np.ndarray:
         """Numbers of the shards that hold a bucket."""
         return np.flatnonzero(np.array(self.buckets, dtype=object) == bucket)
@@ -61,7 +74,7 @@ class RowTables:
             if shard in self._tables:
                 self._tables.move_to_end(shard)
                 return self._tables[shard]
-        path = storage.join(self._index.uri, self._index.rows[shard])
+        path = self._index.rows_uri(shard)
         rows = decode_rows(storage.read_bytes(path), path)
         if len(rows) != self._index.num_samples_per_shard[shard]:
             raise UserError(

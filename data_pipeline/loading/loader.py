@@ -5,10 +5,12 @@ Every rank computes the same plan and reads its own lane of it; a background thr
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -17,8 +19,10 @@ from data_pipeline.formats.schema import DatasetInfo, read_dataset_info
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import Collator, DrawSettings, Posterior
 from data_pipeline.loading.index import SplitIndex
+from data_pipeline.loading.kept import KeptRows
 from data_pipeline.loading.order import BLOCK_SHARDS, BatchLocations, DataExceptions, SampleOrder
 from data_pipeline.loading.reader import SampleReader, ShardError
+from data_pipeline.loading.taken_down import find_taken_down, list_takedowns
 from infra.ahead import ReadAhead
 from infra.errors import UserError, nearest
 from infra.log import get_logger
@@ -34,6 +38,19 @@ MAX_QUARANTINED = 0.05  # of the shards of a split; more than one, and more than
 ReadRejected = Callable[[LatentBatch, DrawSettings], Tensor]  # loading/pairs.py, for preference pairs
 
 
+class BatchOrder(Protocol):
+    """Which samples make each global batch: a pure function of seed and step."""
+
+    global_batch: int
+
+    def batch(self, step: int) -> BatchLocations: ...
+
+    def substitute(
+        self, bucket: str, position: int, place: tuple[int, int], *, banned: frozenset[int],
+        taken_down: Container[tuple[int, int]],
+    ) -> tuple[int, int]: ...  # fmt: skip
+
+
 def open_dataset(uri: str, *, split: str = "train") -> Dataset:
     """A finished dataset's split; UserError when it is not there or mixes encodings."""
     info = read_dataset_info(uri)
@@ -45,9 +62,17 @@ def open_dataset(uri: str, *, split: str = "train") -> Dataset:
 class Dataset:
     """One split of a dataset. Samples are numbered bucket by bucket."""
 
-    def __init__(self, uri: str, info: DatasetInfo, split: str) -> None:
+    datasets: tuple[str, ...] = ()
+    """Of a mix: the names of its datasets."""
+
+    def __init__(self, uri: str, info: DatasetInfo, split: str, *, index: SplitIndex | None = None) -> None:
+        """`index`: of other shards than those of the split at `uri`: a mix's."""
         self.uri, self.info, self.split = uri, info, split
-        self.index = SplitIndex(uri, info.splits[split].index)
+        self.index = index or SplitIndex(uri, info.splits[split].index)
+        self.kept: KeptRows | None = None
+        self._kept_fingerprint = ""
+        self.takedowns = [] if index else list_takedowns(uri)
+        self.taken_down = find_taken_down(self.takedowns, self.index)
         foreign = self.index.encodings - {info.encoding}
         if foreign:
             raise UserError(
@@ -57,10 +82,17 @@ class Dataset:
         self._reader = SampleReader(self.index)
         self._collator = Collator(info.text_spec, info.vae, info.captions, info.int8_seats)
 
+    def keep(self, kept: KeptRows, fingerprint: str) -> Dataset:
+        """The same split, of which only some rows are trained on; `fingerprint` names dataset and rows."""
+        chosen = copy.copy(self)
+        chosen.kept, chosen._kept_fingerprint = kept, fingerprint
+        vars(chosen).pop("buckets", None)
+        return chosen
+
     @property
     def fingerprint(self) -> str:
-        """Names the content: part of a recipe's hash."""
-        return self.info.fingerprint
+        """Names the content that is trained on: part of a recipe's hash."""
+        return self._kept_fingerprint or self.info.fingerprint
 
     @property
     def text_spec(self) -> TextSpec:
@@ -80,8 +112,11 @@ class Dataset:
 
     @cached_property
     def buckets(self) -> dict[str, int]:
-        """Samples per bucket; a bucket's name is its pixels, height x width."""
-        return {name: len(samples) for name, samples in self.bucket_ranges.items()}
+        """Samples per bucket, of the rows that are kept; a bucket's name is its pixels, height x width."""
+        if self.kept is None:
+            return {name: len(samples) for name, samples in self.bucket_ranges.items()}
+        counts = {name: int(self.kept.counts[self.index.shards_of(name)].sum()) for name in self.bucket_ranges}
+        return {name: count for name, count in counts.items() if count}
 
     @cached_property
     def bucket_ranges(self) -> dict[str, range]:
@@ -138,14 +173,20 @@ class Dataset:
             micro_batch=micro_batch or lane, exceptions=exceptions, prefetch=prefetch, read_rejected=read_rejected,
         )  # fmt: skip
 
-    def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> SampleOrder:
+    def order(self, *, seed: int, global_batch: int, block_shards: int = BLOCK_SHARDS) -> BatchOrder:
         """The plan of every global batch, for those who only want to look."""
-        sizes = self.index.num_samples_per_shard
-        shards = {name: self.index.shards_of(name) for name in self.buckets}
+        sizes = self.index.num_samples_per_shard if self.kept is None else self.kept.counts
+        shards = {name: self.index.shards_of(name) for name in self.bucket_ranges}
+        if self.kept is not None:
+            shards = {name: numbers[sizes[numbers] > 0] for name, numbers in shards.items()}
         return SampleOrder(
             {name: (numbers, sizes[numbers]) for name, numbers in shards.items()},
-            seed=seed, global_batch=global_batch, block_shards=block_shards, uri=self.uri,
+            seed=seed, global_batch=global_batch, block_shards=block_shards, uri=self.uri, kept=self.kept,
         )  # fmt: skip
+
+    def number_datasets(self, shards: Sequence[int]) -> Tensor | None:
+        """Of a mix: the number of the dataset that each of these shards is of."""
+        return None
 
     def read(
         self,
@@ -198,7 +239,7 @@ class Batches(Iterator[LatentBatch]):
     def __init__(
         self,
         dataset: Dataset,
-        order: SampleOrder,
+        order: BatchOrder,
         draws: DrawSettings,
         *,
         start: int,
@@ -239,18 +280,21 @@ class Batches(Iterator[LatentBatch]):
             except ShardError as error:
                 self._quarantine(error)
                 continue
+            if self._dataset.datasets:
+                batch = batch._replace(dataset_B=self._dataset.number_datasets([shard for shard, _ in places]))
             if self._read_rejected is None:
                 return batch
             return batch._replace(rejected_BCHW=self._read_rejected(batch, self._draws))
 
     def _find_places(self, plan: BatchLocations, positions: np.ndarray) -> list[tuple[int, int]]:
         places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
-        skipped = self.exceptions.positions
-        if not self._banned and not skipped:
+        banned, skipped, taken = self._banned, self.exceptions.positions, self._dataset.taken_down
+        if not banned and not skipped and not taken:
             return places
-        bucket = self._order.bucket(plan.bucket)
         return [
-            bucket.substitute(int(position), self._banned) if place[0] in self._banned or position in skipped else place
+            self._order.substitute(plan.bucket, int(position), place, banned=banned, taken_down=taken)
+            if place[0] in banned or position in skipped or place in taken
+            else place
             for position, place in zip(positions, places)
         ]
 
@@ -276,4 +320,5 @@ def _split_lane(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
         yield LatentBatch(
             batch.latent_BCHW[part], batch.text[part], batch.positions[part],  # type: ignore[arg-type]
             batch.keys[part], batch.captions[part], None if batch.rejected_BCHW is None else batch.rejected_BCHW[part],
+            None if batch.dataset_B is None else batch.dataset_B[part],  # type: ignore[arg-type]
         )  # fmt: skip

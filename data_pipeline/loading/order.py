@@ -8,12 +8,14 @@ whose size is no multiple of the batch carries its remainder into the next epoch
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.loading.kept import KeptRows
 from infra.errors import UserError
 
 BLOCK_SHARDS = 8  # shards whose samples are shuffled together
@@ -50,11 +52,19 @@ class BucketOrder:
     """The endless virtual sequence of one bucket."""
 
     def __init__(
-        self, bucket: str, shards: np.ndarray, sizes: np.ndarray, *, seed: int, block_shards: int, uri: str = "URI"
+        self,
+        bucket: str,
+        shards: np.ndarray,
+        sizes: np.ndarray,
+        *,
+        seed: int,
+        block_shards: int,
+        uri: str = "URI",
+        kept: KeptRows | None = None,
     ) -> None:
-        """`uri`: of the dataset, for messages."""
+        """`sizes`: of the rows that are `kept`, where not all are. `uri`: of the dataset, for messages."""
         self.bucket, self.shards, self.sizes = bucket, np.asarray(shards), np.asarray(sizes, np.int64)
-        self.num_samples = int(self.sizes.sum())
+        self.num_samples, self._kept = int(self.sizes.sum()), kept
         self._seed, self._block_shards, self._uri = seed, block_shards, uri
         self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -79,21 +89,40 @@ class BucketOrder:
                 at = np.searchsorted(starts, sample, side="right") - 1
                 shard[chosen[rows]] = self.shards[permuted[at]]
                 row[chosen[rows]] = sample - starts[at]
-        return shard, row
+        return shard, row if self._kept is None else self._kept.to_rows(shard, row)
 
-    def substitute(self, position: int, banned: frozenset[int]) -> tuple[int, int]:
-        """The sample that stands in for a position whose own cannot be used: drawn anew from the bucket."""
+    def substitute(
+        self, position: int, banned: frozenset[int], taken_down: Container[tuple[int, int]] = ()
+    ) -> tuple[int, int]:
+        """The sample that stands in for a position whose own cannot be used: drawn anew from the bucket, from no
+        `banned` shard and none of the rows (shard, row) that were taken down."""
         draws = keyed_rng(self._seed, "substitute", self.bucket, position)
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         for _ in range(_ATTEMPTS):
             sample = int(draws.integers(self.num_samples))
             at = int(np.searchsorted(starts, sample, side="right")) - 1
-            if int(self.shards[at]) not in banned:
-                return int(self.shards[at]), sample - int(starts[at])
+            shard, row = int(self.shards[at]), sample - int(starts[at])
+            if self._kept is not None:
+                row = int(self._kept.rows_of(shard)[row])
+            if shard not in banned and (shard, row) not in taken_down:
+                return shard, row
+        lost = "no shard of it can be read" if banned else "all of its images were taken down"
         raise UserError(
-            f"{self._uri}, bucket {self.bucket}: no shard of it can be read: run `python -m data_pipeline verify "
+            f"{self._uri}, bucket {self.bucket}: {lost}: run `python -m data_pipeline verify "
             f"{self._uri}`, which names what is damaged"
         )
+
+    def invert(self, shard: int, row: int, number: int) -> int:
+        """The virtual position of a sample in pass `number`: `locate` backwards. ValueError where it is not kept."""
+        if self._kept is not None:
+            row = self._kept.rows_of(shard).tolist().index(row)
+        permuted, starts = self._permute_pass(number)
+        at = int(np.flatnonzero(self.shards[permuted] == shard)[0])
+        block = at // self._block_shards
+        first, last = block * self._block_shards, min((block + 1) * self._block_shards, len(permuted))
+        shuffled = self._shuffle_block(number, block, int(starts[last] - starts[first]))
+        within = int(np.flatnonzero(shuffled == starts[at] + row - starts[first])[0])
+        return number * self.num_samples + int(starts[first]) + within
 
     def _permute_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._passes:
@@ -113,35 +142,21 @@ class BucketOrder:
         return self._blocks[key]
 
 
-class SampleOrder:
-    """Which samples make global batch number `step`."""
+class BucketDeal:
+    """In which order the buckets' batches come: an epoch is a shuffled list of them. `sizes`: samples in an epoch,
+    of a mix exact shares."""
 
-    def __init__(
-        self,
-        shards: Mapping[str, tuple[np.ndarray, np.ndarray]],
-        *,
-        seed: int,
-        global_batch: int,
-        block_shards: int = BLOCK_SHARDS,
-        uri: str = "URI",
-    ) -> None:
-        """`shards[bucket]` is (shard numbers, samples in each); `uri` is the dataset's, for messages."""
+    def __init__(self, sizes: Mapping[str, int] | Mapping[str, Fraction], *, seed: int, global_batch: int) -> None:
         self._seed, self.global_batch = seed, global_batch
-        self.buckets = [
-            BucketOrder(name, *shards[name], seed=seed, block_shards=block_shards, uri=uri)
-            for name in sorted(shards)
-            if shards[name][1].sum()
-        ]
-        if not self.buckets:
-            raise UserError(f"{uri}: the split holds no samples: nothing to iterate over; name another split or data")
-        self._sizes = [bucket.num_samples for bucket in self.buckets]
+        self.names: list[str] = list(sizes)
+        self._sizes: list[int | Fraction] = list(sizes.values())
         self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batches_before(self, epoch: int) -> int:
         """Global batches in all epochs before this one."""
         return sum(self._bucket_batches_before(size, epoch) for size in self._sizes)
 
-    def _bucket_batches_before(self, size: int, epoch: int) -> int:
+    def _bucket_batches_before(self, size: int | Fraction, epoch: int) -> int:
         # floor of the samples seen over the batch: what is left over counts in the next epoch, so no sample is cut
         return epoch * size // self.global_batch
 
@@ -155,18 +170,21 @@ class SampleOrder:
             low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
         return low
 
-    def batch(self, step: int) -> BatchLocations:
-        """Arithmetic on prefix sums and two permutations; nothing is replayed."""
+    def find(self, step: int) -> tuple[str, int]:
+        """(bucket of global batch `step`, its number among the batches of that bucket)."""
         epoch = self.epoch_of(step)
         labels, ranks = self._deal(epoch)
         entry = step - self.batches_before(epoch)
-        bucket = self.buckets[int(labels[entry])]
-        number = self._bucket_batches_before(bucket.num_samples, epoch) + int(ranks[entry])
-        virtual = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
-        return BatchLocations(bucket.bucket, *bucket.locate(virtual))
+        name = int(labels[entry])
+        return self.names[name], self._bucket_batches_before(self._sizes[name], epoch) + int(ranks[entry])
 
-    def bucket(self, name: str) -> BucketOrder:
-        return next(bucket for bucket in self.buckets if bucket.bucket == name)
+    def count_before(self, step: int) -> dict[str, int]:
+        """Batches of each bucket among the first `step` global batches."""
+        epoch = self.epoch_of(step)
+        labels, _ = self._deal(epoch)
+        dealt = np.bincount(labels[: step - self.batches_before(epoch)], minlength=len(self.names)).tolist()
+        before = [self._bucket_batches_before(size, epoch) for size in self._sizes]
+        return {name: before[number] + dealt[number] for number, name in enumerate(self.names)}
 
     def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(bucket of each entry of the epoch, how many batches of that bucket came before it in the epoch)."""
@@ -184,3 +202,49 @@ class SampleOrder:
                 ranks[mine] = np.arange(len(mine))
             self._dealt = epoch, labels, ranks
         return self._dealt[1], self._dealt[2]
+
+
+class SampleOrder(BucketDeal):
+    """Which samples make global batch number `step`."""
+
+    def __init__(
+        self,
+        shards: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        *,
+        seed: int,
+        global_batch: int,
+        block_shards: int = BLOCK_SHARDS,
+        uri: str = "URI",
+        kept: KeptRows | None = None,
+    ) -> None:
+        """`shards[bucket]` is (shard numbers, samples in each); `uri` is the dataset's, for messages. With `kept` the
+        samples are numbered among the kept rows of a shard."""
+        self.buckets = [
+            BucketOrder(name, *shards[name], seed=seed, block_shards=block_shards, uri=uri, kept=kept)
+            for name in sorted(shards)
+            if shards[name][1].sum()
+        ]
+        if not self.buckets:
+            raise UserError(f"{uri}: the split holds no samples: nothing to iterate over; name another split or data")
+        super().__init__({b.bucket: b.num_samples for b in self.buckets}, seed=seed, global_batch=global_batch)
+
+    def batch(self, step: int) -> BatchLocations:
+        """Arithmetic on prefix sums and two permutations; nothing is replayed."""
+        name, number = self.find(step)
+        virtual = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
+        return BatchLocations(name, *self.bucket(name).locate(virtual))
+
+    def bucket(self, name: str) -> BucketOrder:
+        return next(bucket for bucket in self.buckets if bucket.bucket == name)
+
+    def substitute(
+        self,
+        bucket: str,
+        position: int,
+        place: tuple[int, int],
+        *,
+        banned: frozenset[int],
+        taken_down: Container[tuple[int, int]],
+    ) -> tuple[int, int]:
+        """What stands in for the sample at `place`, at a position of a batch of `bucket`."""
+        return self.bucket(bucket).substitute(position, banned, taken_down)

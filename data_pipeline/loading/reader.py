@@ -44,7 +44,8 @@ class SampleReader:
     """Reads sample data regions. Thread-safe; a copy in another process opens its own files."""
 
     def __init__(self, index: SplitIndex, *, check: bool = True) -> None:
-        self._index, self._check, self._remote = index, check, storage.is_remote(index.uri)
+        self._index, self._check = index, check
+        self._remote = index.remote
         self.rows = RowTables(index)
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self._lock, self._scratch = threading.Lock(), threading.local()
@@ -71,16 +72,18 @@ class SampleReader:
         data = self._borrow_scratch(size)
         pieces = _split_pieces(data, elsewhere)
         try:
-            got, total = (self._fetch if self._remote else self._pread)(shard, offset, pieces)
+            far = self._remote and storage.is_remote(self._index.tar_uri(shard))  # a mix may hold both kinds
+            got, total = (self._fetch if far else self._pread)(shard, offset, pieces)
         except UnavailableError:
             raise
         except (UserError, OSError) as error:
             raise ShardError(shard, str(error)) from error
         if got != size:
-            raise ShardError(shard, f"{self._uri(shard)}: {got:,} bytes at {offset:,}, expected {size:,}: cut short")
+            cut = f"{got:,} bytes at {offset:,}, expected {size:,}: cut short"
+            raise ShardError(shard, f"{self._index.tar_uri(shard)}: {cut}")
         if self._check and total != int(table.checksum_R[row]):
             reason = f"the bytes of {table.keys[row]} at {offset:,} are not those written"
-            raise ShardError(shard, f"{self._uri(shard)}: {reason}")
+            raise ShardError(shard, f"{self._index.tar_uri(shard)}: {reason}")
         return data
 
     def spread(self, count: int, work: Callable[[range], object]) -> None:
@@ -111,20 +114,17 @@ class SampleReader:
             data = self._scratch.data = np.empty(size, np.uint8)
         return data[:size]
 
-    def _uri(self, shard: int) -> str:
-        return storage.join(self._index.uri, self._index.tars[shard])
-
     def _pread(self, shard: int, offset: int, pieces: Sequence[memoryview]) -> tuple[int, int]:
         # Not a memory map: a file that is cut while mapped ends the process with SIGBUS instead of an error.
         with self._lock:
-            file = self._files.pop(shard, None) or io.FileIO(storage.local_path(self._uri(shard)))
+            file = self._files.pop(shard, None) or io.FileIO(storage.local_path(self._index.tar_uri(shard)))
             self._files[shard] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)  # closed when the last thread that reads it lets go
         return os.preadv(file.fileno(), pieces, offset), checksum(*pieces)
 
     def _fetch(self, shard: int, offset: int, pieces: Sequence[memoryview]) -> tuple[int, int]:
-        at, body = 0, storage.read_bytes(self._uri(shard), offset, sum(map(len, pieces)))
+        at, body = 0, storage.read_bytes(self._index.tar_uri(shard), offset, sum(map(len, pieces)))
         for piece in pieces:
             part = body[at : at + len(piece)]
             piece[: len(part)] = part

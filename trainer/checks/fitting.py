@@ -6,11 +6,13 @@ from typing import Any
 from data_pipeline.flow.plan_mismatch import describe_mismatches, find_mismatches
 from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import Dataset
+from data_pipeline.selection.choice import TrainedOn, TrainedPart, list_changes
 from infra import storage
 from infra.errors import UserError, UserErrors
 from trainer.feed import choose_caption_weights
+from trainer.objective import get_objective
 from trainer.recipe import Recipe
-from trainer.runfolder import DATA
+from trainer.runfolder import DATA, read_trained_on
 
 ROOM = 2.0  # times a data set's resolution squared; data_pipeline/stages/buckets.py makes nearly equal areas
 
@@ -83,6 +85,34 @@ def check_made_alike(dataset: Dataset, run: str) -> None:
             f"{dataset.uri} does not fit the run {run}: {describe_mismatches(found)}: make these columns anew as "
             f"the run asks (`python -m data_pipeline run PLAN ... --rebuild {' '.join(found)}`), or begin another run"
         )
+
+
+def check_same_choice(chosen: TrainedOn, run: str, *, plain: bool) -> bool:
+    """UserError where a run was begun with another mix or filter: what changed. What a dataset itself became is told
+    by its fingerprint."""
+    begun = read_trained_on(run)
+    if begun is None and plain:
+        return True
+    if begun is None:  # all of one dataset
+        if not storage.exists(storage.join(run, DATA)):
+            return True
+        info = read_dataset_info(run, DATA)
+        begun = TrainedOn({next(iter(chosen.parts)): TrainedPart("", info, "1", "")}, (), (), None)
+    changed = list_changes(begun, chosen)
+    if changed:
+        raise UserError(
+            f"{run} was begun with other data ({'; '.join(changed)}): use what it was begun with, choose another "
+            "--out, or give --allow-other-data"
+        )
+    return True
+
+
+def check_mix(recipe: Recipe, dataset: Dataset) -> None:
+    """What a mix cannot do, and whether it lasts for the whole run."""
+    if get_objective(recipe.objective).pairs:
+        raise UserError(f"recipe {recipe.name}: preference pairs are not mixed: give --data one dataset of pairs")
+    if recipe.steps > 0 and recipe.global_batch > 0:
+        dataset.order(seed=recipe.seed, global_batch=recipe.global_batch).batch(recipe.steps - 1)
 
 
 def check_val(recipe: Recipe, val: Dataset) -> None:

@@ -16,15 +16,16 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 
-from data_pipeline.loading.loader import Dataset, open_dataset
+from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.pairs import RejectedLatents
+from data_pipeline.selection.choice import DataChoice, TrainedOn, describe_choice
 from infra import storage
 from infra.device import ResolvedPrecision, resolve_precision, warn_if_slow
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol
 from model.files.weights import read_meta
-from trainer.checks.fitting import check_data, check_made_alike, check_val
+from trainer.checks.fitting import check_data, check_made_alike, check_mix, check_same_choice, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.objective import OBJECTIVES, check_objective
 from trainer.recipe import Recipe, check, count_micro_batches, find_differences
@@ -91,6 +92,10 @@ class PreparedRun:
     init_from: str | None
     continues_at: str
     """In words; "" for a new run, and where nobody looked (`thorough`)."""
+    trained_on: TrainedOn | None = None
+    """What the run folder keeps of a filter or mix."""
+    free: tuple[str, ...] = ()
+    """Fields of the recipe in which the checkpoint may differ (--allow-other-data)."""
 
 
 @contextlib.contextmanager
@@ -136,7 +141,7 @@ def agree_on_precision(prepared: PreparedRun, group: Group) -> PreparedRun:
 
 
 def prepare(
-    recipe: Recipe, *, data: str, out: str, resume: str, init_from: str | None, world_size: int, thorough: bool
+    recipe: Recipe, *, data: DataChoice, out: str, resume: str, init_from: str | None, world_size: int, thorough: bool
 ) -> PreparedRun:
     """Every check that needs no other rank and no network's weights. `thorough` (--dry-run) also reads every byte of
     the checkpoint that would be continued and tries the port, as the run itself does when it comes to them."""
@@ -148,22 +153,29 @@ def prepare(
         found.collect_here(question, recipe)
     found.collect_here(check_out, out)
     resume = found.collect(prefer_own_checkpoint, out, resume) or resume
-    started, dataset = found.collect(set_init_weights, recipe, init_from), found.collect(open_dataset, data)
-    val = None
+    started, dataset = found.collect(set_init_weights, recipe, init_from), found.collect(data.open)
+    val, trained_on = None, None
+    known: object = dataset
     if dataset is not None:
         val = _check_splits(found, recipe, data, dataset)
+        trained_on = describe_choice(data, dataset)
         begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
-        if checkpoint.list_checkpoints(checkpoints_folder(begun)):
+        if data.allow_other_data:
+            known = None
+        elif checkpoint.list_checkpoints(checkpoints_folder(begun)):
             found.collect(check_made_alike, dataset, begun)
+            known = found.collect(check_same_choice, trained_on, begun, plain=data.plain)
     complete = _set_fingerprint(started or recipe, dataset)
-    unknown = [name for name, known in (("data.fingerprint", dataset), ("init_weights", started)) if known is None]
+    unknown = [name for name, there in (("data.fingerprint", known), ("init_weights", started)) if there is None]
     continues_at = found.collect(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))
     if thorough:
         found.collect_here(check_port)
     found.raise_any()
     assert dataset is not None
     assert continues_at is not None
-    return PreparedRun(complete, dataset, val, out, resume, init_from, continues_at)
+    free = ("data.fingerprint",) if data.allow_other_data else ()
+    kept = None if data.plain else trained_on
+    return PreparedRun(complete, dataset, val, out, resume, init_from, continues_at, kept, free)
 
 
 def _check_recipe(found: Mistakes, recipe: Recipe, world_size: int) -> None:
@@ -188,14 +200,16 @@ def check_ranks(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def _check_splits(found: Mistakes, recipe: Recipe, data: str, dataset: Dataset) -> Dataset | None:
+def _check_splits(found: Mistakes, recipe: Recipe, data: DataChoice, dataset: Dataset) -> Dataset | None:
     """The val split, opened, where the recipe wants it."""
     found.collect(check_data, recipe, dataset)
-    val = found.collect(open_dataset, data, split="val") if recipe.validation.every is not None else None
+    val = found.collect(data.open_val) if recipe.validation.every is not None else None
     if val is not None:
         found.collect(check_val, recipe, val)
     objective = OBJECTIVES.get(recipe.objective)
-    if objective is not None and objective.pairs:
+    if dataset.datasets:
+        found.collect(check_mix, recipe, dataset)
+    elif objective is not None and objective.pairs:
         for split in (dataset, val):
             if split is not None:
                 found.collect(RejectedLatents, split)  # refuses what are no pairs

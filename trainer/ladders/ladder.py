@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_pipeline.selection.choice import DataChoice
 from infra import storage
 from infra.device import ResolvedPrecision, resolve_precision
 from infra.errors import UserError
@@ -201,9 +202,9 @@ def count_default_ranks() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def build_train_command(recipe: str, words: Sequence[str], *, data: str, run: str, ranks: int) -> list[str]:
+def build_train_command(recipe: str, words: Sequence[str], *, data: DataChoice, run: str, ranks: int) -> list[str]:
     """`deepspeed --num_gpus N --module trainer train ...`, or `python -m trainer train ...` for one rank."""
-    arguments = ["train", recipe, "--data", data, "--out", run, *words]
+    arguments = ["train", recipe, *data.words(), "--out", run, *words]
     if ranks == 1:
         return ["python", "-m", "trainer", *arguments]
     # Not the launcher's own 29500: two trainings that start at once would both find it free, seconds before they meet.

@@ -1,16 +1,19 @@
 """What every command that trains many runs is told alike: the data, where the runs go, on what each is started."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
+
+from data_pipeline.selection.choice import DataChoice
+from infra.cli import FLAT
 
 
 @dataclass(frozen=True)
 class ManyRuns:
     """What `ladder` and `sweep` ask alike."""
 
-    data: str
-    """Dataset made by `python -m data_pipeline run`."""
+    data: Annotated[DataChoice, FLAT]
     out: str
     """Folder of run folders: RUNS/world-d2, RUNS/world-d3 ..."""
     num_ranks: int | None = None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.loading.loader import open_dataset
 from infra import storage
 from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
@@ -36,7 +35,7 @@ def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], laun
     refuse_decided(launch.overrides, {"optimizer.lr": "--rates"})
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
-    open_dataset(launch.data)  # refused here, in one line, rather than by the first run's ranks
+    launch.data.open()  # refused here, in one line, rather than by the first run's ranks
     tasks, places = [], []
     for recipe in rungs(family, depths, launch):
         for rate in sorted(set(rates)):
@@ -63,7 +62,7 @@ def sweep_formulations(name: str, formulations: Sequence[str], launch: ManyRuns)
             raise UserError(
                 f"unknown formulation {one!r}{nearest(one, FORMULATIONS)}; all: python -m model formulations"
             )
-    open_dataset(launch.data)
+    launch.data.open()
     tasks = [
         TrainingTask(
             recipe, storage.join(launch.out, f"{name}-{name_folder(one)}"), recipe.images,

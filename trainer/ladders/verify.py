@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.selection.choice import DataChoice
 from infra.device import resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
@@ -41,7 +42,7 @@ def verify_resume(
     recipe: Recipe,
     arguments: Sequence[str],
     *,
-    data: str,
+    data: DataChoice,
     out: Path,
     steps: int,
     ranks: int,

@@ -35,13 +35,18 @@ class BinnedLosses(NamedTuple):
     bin_B: Tensor
     loss_B: Tensor
     figures: Mapping[str, Tensor]
+    dataset_B: Tensor | None = None
 
 
 class Monitor:
     """Gathers figures of the steps since the last `take`. What the loop does is marked once, by `phase`."""
 
-    def __init__(self, recipe: Recipe, group: Group, machine: Machine, watchdog: Watchdog | None = None) -> None:
-        self.group, self._machine, self._watchdog = group, machine, watchdog
+    def __init__(
+        self, recipe: Recipe, group: Group, machine: Machine, watchdog: Watchdog | None = None, *,
+        datasets: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        """`datasets`: the names of a mix's, whose losses are told apart."""
+        self.group, self._machine, self._watchdog, self._datasets = group, machine, watchdog, datasets
         _, height, width = recipe.data.latent_shape
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
@@ -110,12 +115,12 @@ class Monitor:
             yield
         self._attention += probe.seen[-LAST:]
 
-    def add(self, t_B: Tensor, losses: Losses) -> None:
-        """Add the times (on the CPU) and losses of one micro-batch. The losses are read in `take` only, so that nothing
-        waits for the GPU here."""
+    def add(self, t_B: Tensor, losses: Losses, *, dataset_B: Tensor | None = None) -> None:
+        """Add the times (on the CPU) and losses of one micro-batch, and of a mix the datasets of its samples. The losses
+        are read in `take` only, so that nothing waits for the GPU here."""
         # Times lie in page-locked memory beside a GPU, which is needed again: their bins are copies.
         bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
-        self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures))
+        self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures, dataset_B))
 
     def end_step(self, loss: float) -> None:
         """A step was taken; `loss` is the mean over its whole batch."""
@@ -129,10 +134,16 @@ class Monitor:
     def _summed(self) -> dict[str, float]:
         """This rank's sums so far: losses and their number by bin of t, and the objective's other figures."""
         loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
+        by_dataset = torch.zeros(2, len(self._datasets), dtype=torch.float64)
         for one in self._seen:
             loss_B = one.loss_B.double().cpu()
-            loss_and_count.index_add_(1, one.bin_B, torch.stack([loss_B, torch.ones_like(loss_B)]))
+            pair = torch.stack([loss_B, torch.ones_like(loss_B)])
+            loss_and_count.index_add_(1, one.bin_B, pair)
+            if one.dataset_B is not None:
+                by_dataset.index_add_(1, one.dataset_B, pair)
         return {
+            **{f"data/{name}": total for name, total in zip(self._datasets, by_dataset[0].tolist())},
+            **{f"data/{name}/count": count for name, count in zip(self._datasets, by_dataset[1].tolist())},
             **{f"loss/{i}": total for i, total in enumerate(loss_and_count[0].tolist())},
             **{f"count/{i}": count for i, count in enumerate(loss_and_count[1].tolist())},
             **{name: sum(one.figures[name].double().sum().item() for one in self._seen) for name in self._names},
@@ -161,6 +172,10 @@ class Monitor:
             for i in range(BINS)
             if sums[f"count/{i}"]
         }
+        for name in self._datasets:
+            count = sums[f"data/{name}/count"]
+            figures |= {f"data/{name}/loss": sums[f"data/{name}"] / count} if count else {}
+            figures |= {f"data/{name}/share": count / sums["images"]} if sums["images"] else {}
         if self._step_losses:
             figures["loss"] = math.fsum(self._step_losses) / len(self._step_losses)
         figures |= {

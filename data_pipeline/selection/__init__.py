@@ -1,0 +1,1 @@
+"""Which rows are trained on: filters, columns that came later, takedowns, mixes of datasets."""
