@@ -26,6 +26,10 @@ COMMANDS = {
     "verify": Command(
         "data_pipeline.commands:verify", "read a dataset back and check every hash and count: `verify URI`"
     ),
+    "takedown": Command(
+        "data_pipeline.commands:takedown",
+        "take images out of every later training and pack, list the runs that saw them: `takedown URI --keys KEY`",
+    ),
     "report": Command("data_pipeline.commands:report", "what each threshold would keep of the rows: `report URI`"),
     "estimate": Command(
         "data_pipeline.commands:estimate",

@@ -327,6 +327,28 @@ def lint(
         storage.write_bytes(json, canonical_json(to_json(found, finite=True)) + b"\n")
 
 
+def takedown(
+    uri: Annotated[str, tyro.conf.Positional],
+    *,
+    keys: tuple[str, ...] = (),
+    hashes: tuple[str, ...] = (),
+    runs: tuple[str, ...] = (),
+) -> None:
+    """Take images out of every later training and pack, and list the runs that saw them.
+
+    Args:
+        uri: root of the dataset.
+        keys: keys of images.
+        hashes: hashes of pixels (column `exact`), or SHA-256 of files where the source gave them.
+        runs: folders below which runs are looked for.
+    """
+    from data_pipeline.selection.takedown import describe_takedown, find_runs, find_sightings, take_down
+
+    taken, new = take_down(uri, keys, hashes)
+    folders = find_runs(runs)
+    print(describe_takedown(uri, taken, new, find_sightings(uri, taken, folders), runs=len(folders)))
+
+
 def report(uri: Annotated[str, tyro.conf.Positional]) -> None:
     """How many rows each single threshold would keep, from what was measured; computes nothing anew.
 

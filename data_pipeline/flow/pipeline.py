@@ -24,6 +24,7 @@ from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.formats.schema import DatasetInfo, Manifest, fingerprint_all, to_ranges
+from data_pipeline.loading.taken_down import Takedown, list_takedowns
 from data_pipeline.packing.generations import PublishedShards, keep_published, read_published
 from data_pipeline.packing.pack import (
     CAPTIONS,
@@ -38,6 +39,7 @@ from data_pipeline.packing.publish import assign_splits, draw_split_number, make
 from data_pipeline.packing.selections import RowSelection, RowSelections
 from data_pipeline.packing.shards import bound_sample_bytes
 from data_pipeline.plans import DatasetPlan, build_columns, read_vae_meta
+from data_pipeline.selection.takedown import judge_taken_down
 from data_pipeline.sources.seen import Seen, format_seen
 from data_pipeline.sources.source import Source
 from data_pipeline.stages.column_state import ColumnState
@@ -222,10 +224,20 @@ class Pipeline:
         return found
 
     def _judge_gate(self) -> RowStatuses:
-        """Statuses of the rows by filter and dedup together."""
-        found, of = RowStatuses(self.state.database), self.state.status
-        found.update(self.state.map_shards(lambda shard: override_statuses(of("filter", shard), of("dedup", shard))))
+        """Statuses of the rows by filter, dedup and takedowns together."""
+        found, of, takedowns = RowStatuses(self.state.database), self.state.status, list_takedowns(self.root)
+
+        def judge(shard: str) -> pa.Table:
+            judged = override_statuses(of("filter", shard), of("dedup", shard))
+            return override_statuses(judged, self._find_taken_down(shard, takedowns)) if takedowns else judged
+
+        found.update(self.state.map_shards(judge))
         return found
+
+    def _find_taken_down(self, shard: str, takedowns: Sequence[Takedown]) -> pa.Table:
+        signatures = self.state.read("signature", shard) if self.state.has("signature", shard) else None
+        rows = judge_taken_down(takedowns, self.state.read("measure", shard), signatures)
+        return status_table(rows, ["taken_down"] * len(rows), ["its key or hash is listed below takedown/"] * len(rows))
 
     # captions, latents, text features: only rows that passed
 

@@ -107,8 +107,9 @@ class Condition:
                 values = [one.value for one in listed if isinstance(one, ast.Constant) and one.value is not None]
                 if values and len(values) == len(listed):
                     found = self._build(left).isin(_one_type(values, self.given))
-                    known = self._build(left).is_valid()  # a null is in no list, and not outside of one either
-                    return known & (found if isinstance(op, ast.In) else ~found)
+                    # a null is in no list, and not outside of one either; pyarrow calls it outside
+                    found = pc.if_else(self._build(left).is_valid(), found, pc.scalar(pa.scalar(None, pa.bool_())))
+                    return found if isinstance(op, ast.In) else ~found
             case _ if type(op) in _COMPARE:
                 return _COMPARE[type(op)](self._build(left), self._build(right))
         shown = ast.unparse(ast.Compare(left, [op], [right]))

@@ -1,0 +1,204 @@
+"""Taking images down: out of every later batch at once, out of the shards at the next pack; and which runs saw them.
+
+At once: an object below takedown/ lists the samples, and the order of samples puts others of the same bucket into their
+places; all other positions stay as they are. At the next pack the rows are set aside as `taken_down`.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, read_dataset_info
+from data_pipeline.loading.loader import Dataset, open_dataset
+from data_pipeline.loading.mix import MixedDataset, MixedOrder
+from data_pipeline.loading.order import SampleOrder
+from data_pipeline.loading.taken_down import EFFECTIVE, FOLDER, Takedown, list_takedowns, read_noted
+from data_pipeline.packing.shards import make_plain_key
+from data_pipeline.selection.choice import TRAINED_ON, TrainedOn
+from data_pipeline.selection.row_values import RowValues
+from infra import storage
+from infra.codec import from_json, to_json
+from infra.errors import UserError
+
+_RUN_FILES = ("recipe.json", "data.json")
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What one run has to do with the images that were taken down."""
+
+    run: str
+    times: dict[str, int]
+    """By key, how often a step of the run was computed with the image."""
+    unsure: bool
+    """The run has stand-ins (skipped batches, unreadable shards, earlier takedowns) that may show an image."""
+
+
+def take_down(uri: str, keys: Sequence[str], hashes: Sequence[str]) -> tuple[Takedown, bool]:
+    """Write down which samples are taken down. The object, and whether it is new: the same request again changes
+    nothing. `hashes`: of pixels (column `exact`), or SHA-256 of the source's file where the source gave one."""
+    if not keys and not hashes:
+        raise UserError("takedown: give --keys or --hashes of the images")
+    wanted = frozenset(make_plain_key(key) for key in keys)
+    digests = frozenset(text.lower() for text in hashes)
+    name = fingerprint([sorted(wanted), sorted(digests)])
+    for standing in list_takedowns(uri):
+        if standing.name == name:
+            return standing, False
+    rows: list[tuple[str, int, str]] = []
+    for split in read_dataset_info(uri).splits:
+        rows += _find_samples(open_dataset(uri, split=split), wanted, digests)
+    found = Takedown(tuple(sorted(wanted)), tuple(sorted(digests)), tuple(sorted(rows)), name)
+    stored = {key: value for key, value in to_json(found).items() if key != "name"}
+    new = storage.write_bytes_if_absent(
+        storage.join(uri, FOLDER, f"{name}.json"), json.dumps(stored, indent=1).encode()
+    )
+    return found, new
+
+
+def _find_samples(dataset: Dataset, keys: Collection[str], digests: Collection[str]) -> list[tuple[str, int, str]]:
+    values = RowValues(dataset)
+    if digests and not {"exact", "info"} <= values.names:
+        raise UserError(f"{dataset.uri}: no column `signature`, so no hashes of pixels: give --keys")
+    found = []
+    for shard, table in values.read(["exact", "info"] if digests else []):
+        for row, sample in enumerate(table.to_pylist()):
+            if sample["key"] in keys or (digests and _matches(sample, digests)):
+                found.append((dataset.index.tars[shard], row, sample["key"]))
+    return found
+
+
+def _matches(sample: dict, digests: Collection[str]) -> bool:
+    return sample["exact"] in digests or json.loads(sample["info"] or "{}").get("sha256") in digests
+
+
+def judge_taken_down(takedowns: Sequence[Takedown], measured: pa.Table, signatures: pa.Table | None) -> list[int]:
+    """Rows of a canonical shard that were taken down, for the pack."""
+    keys = {key for found in takedowns for key in found.keys}
+    digests = {text for found in takedowns for text in found.hashes}
+    exact = {} if signatures is None else dict(zip(signatures["row"].to_pylist(), signatures["exact"].to_pylist()))
+    rows = measured.select(["row", "key", "info"]).to_pylist()
+    return [
+        row["row"]
+        for row in rows
+        if row["key"] in keys or (digests and _matches({"exact": exact.get(row["row"]), **row}, digests))
+    ]
+
+
+def find_runs(places: Sequence[str]) -> list[str]:
+    """Run folders at or below these, by their recipe.json."""
+    listed = (uri for place in places for uri in storage.iter_files(place, suffix="/recipe.json"))
+    return sorted({uri.rpartition("/")[0] for uri in listed if storage.exists(f"{uri.rpartition('/')[0]}/data.json")})
+
+
+def find_sightings(uri: str, taken: Takedown, runs: Sequence[str]) -> list[Sighting]:
+    """Of the runs that trained on this dataset. From recipe, images seen and order alone: nothing is replayed."""
+    found = [_find_sighting(uri, taken, run) for run in runs]
+    return [sighting for sighting in found if sighting is not None]
+
+
+def _find_sighting(uri: str, taken: Takedown, run: str) -> Sighting | None:
+    dataset, part = _open_data_of(uri, run)
+    if dataset is None:
+        return None
+    recipe = json.loads(storage.read_bytes(storage.join(run, "recipe.json")))
+    seed, batch = int(recipe["seed"]), int(recipe["global_batch"])
+    images, exceptions = _read_progress(run)
+    since = read_noted(storage.join(run, EFFECTIVE))
+    steps = min(images, since.get(taken.name, images)) // batch
+    order = dataset.order(seed=seed, global_batch=batch)
+    own = dataset.parts[part] if isinstance(dataset, MixedDataset) else dataset
+    counts = _count_samples(dataset, order, part, steps)
+    times = {}
+    for shard, row, key in _locate(own, taken):
+        bucket_order = _order_of(dataset, order, part).bucket(own.index.buckets[shard])
+        given = counts.get(bucket_order.bucket, 0)
+        passes = range(-(-given // bucket_order.num_samples))
+        count = sum(bucket_order.invert(shard, row, number) < given for number in passes)
+        times |= {key: times.get(key, 0) + count} if count else {}
+    earlier = [name for name, images_then in since.items() if name != taken.name and images_then < steps * batch]
+    return Sighting(run, times, bool(exceptions or earlier))
+
+
+def _open_data_of(uri: str, run: str) -> tuple[Dataset | None, str]:
+    """(the data of a run, the name in them of the dataset at `uri`); (None, "") where the run has nothing to do with
+    it. A table of shards is named by its content and stays when a dataset grows: by it a dataset is recognised."""
+    told = storage.join(run, TRAINED_ON)
+    if storage.exists(told):
+        trained_on = from_json(TrainedOn, storage.read_bytes(told), where=told)
+        for name, part in trained_on.parts.items():
+            if storage.exists(storage.join(uri, part.info.splits["train"].index)):
+                return trained_on.open({name: uri}), name
+        return None, ""
+    path = storage.join(run, "data.json")
+    info = DatasetInfo.from_bytes(storage.read_bytes(path), path)
+    if "train" in info.splits and storage.exists(storage.join(uri, info.splits["train"].index)):
+        return Dataset(uri, info, "train"), ""
+    return None, ""
+
+
+def _locate(dataset: Dataset, taken: Takedown) -> list[tuple[int, int, str]]:
+    """(shard, row, key) in the shards that a run read, which may be those of an earlier pack; only kept rows."""
+    numbers = {tar: number for number, tar in enumerate(dataset.index.tars)}
+    known = [(numbers[tar], row, key) for tar, row, key in taken.rows if tar in numbers]
+    if not known:
+        places = _find_samples(dataset, taken.keys, taken.hashes)
+        known = [(numbers[tar], row, key) for tar, row, key in places]
+    return [place for place in known if dataset.kept is None or place[1] in dataset.kept.rows_of(place[0])]
+
+
+def _order_of(dataset: Dataset, order: object, part: str) -> SampleOrder:
+    if isinstance(order, MixedOrder):
+        return order.orders[dataset.datasets.index(part)]
+    assert isinstance(order, SampleOrder)
+    return order
+
+
+def _count_samples(dataset: Dataset, order: object, part: str, steps: int) -> dict[str, int]:
+    """Samples of each bucket that the dataset gave to the first steps."""
+    if isinstance(order, MixedOrder):
+        number = dataset.datasets.index(part)
+        return {bucket: count for (n, bucket), count in order.count_samples(steps).items() if n == number}
+    assert isinstance(order, SampleOrder)
+    return {bucket: count * order.global_batch for bucket, count in order.count_before(steps).items()}
+
+
+def _read_progress(run: str) -> tuple[int, bool]:
+    """(images behind the newest checkpoint, whether stand-ins were read)."""
+    manifests = storage.list_files(storage.join(run, "checkpoints"), suffix="/manifest.json")
+    if not manifests:
+        return 0, False
+    state = json.loads(storage.read_bytes(manifests[-1]))["state"]
+    folder, exceptions = manifests[-1].rpartition("/")[0], False
+    for uri in storage.list_files(folder, suffix=".json"):
+        if "/rank_" in uri:
+            told = json.loads(storage.read_bytes(uri))
+            left_out = told.get("extra", told).get("exceptions", {})
+            exceptions = exceptions or any(left_out.get(name) for name in ("shards", "positions"))
+    return int(state["images_seen"]), exceptions
+
+
+def describe_takedown(uri: str, taken: Takedown, new: bool, sightings: Sequence[Sighting], *, runs: int) -> str:
+    """What was done, for people."""
+    keys = sorted({key for _, _, key in taken.rows})
+    lines = [
+        f"{uri}: {len(taken.rows)} samples {'are taken down' if new else 'were taken down before'} "
+        f"({', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}): {FOLDER}/{taken.name}.json"
+    ]
+    lost = sorted(set(taken.keys) - set(keys))
+    if lost:
+        lines.append(f"no sample has the keys {', '.join(lost[:5])}: a later pack leaves them out")
+    lines.append(
+        "trainings that start from now on read other images in their places; the next run of the pipeline packs "
+        f"shards without them. Tars that {DATASET_FILE} no longer names, and columns/, keep the bytes: delete them"
+    )
+    if runs:
+        lines.append(f"of {runs} runs, {sum(bool(s.times) for s in sightings)} saw an image:")
+    for sighting in sightings:
+        shown = ", ".join(f"{key} {count} times" for key, count in sorted(sighting.times.items()))
+        more = "may have, by a stand-in" if sighting.unsure else ""
+        if shown or more:
+            lines.append(f"  {sighting.run}: {'; '.join(filter(None, [shown, more]))}")
+    return "\n".join(lines)
