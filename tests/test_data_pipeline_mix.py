@@ -161,7 +161,7 @@ def test_the_order_of_names_changes_nothing_but_the_validation_set(roots):
         ((), {}), (("a=1", "b=2"), {}), ((), {"max_repeats": 4}), ((), {"where": ("bucket == '32x32'",)}),
         ((), {"where": ("a: bucket == '32x32'",)}),
     )}  # fmt: skip
-    assert len(prints) == 4  # all rows of b lie in that bucket, but a condition was asked
+    assert len(prints) == 5  # all rows of b lie in that bucket, but a condition was asked
     assert DataChoice((roots["a"],)).open().fingerprint not in prints
 
 

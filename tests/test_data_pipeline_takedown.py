@@ -101,7 +101,7 @@ def test_runs_that_saw_an_image_are_those_of_a_replay(root, tmp_path, images):
         "plain": None,
         "filtered": DataChoice((root,), where=("key != 'train-32x32-000001'",)),
         "without": DataChoice((root,), where=(f"key != '{KEY}'",)),
-        "mixed": DataChoice((f"a={root}", f"b={other}"), mix=("a=2", "b=1"), max_repeats=3),
+        "mixed": DataChoice((f"a={root}", f"b={other}"), mix=("a=1", "b=2"), max_repeats=4),
     }
     expected: dict[str, int] = {}
     for name, choice in choices.items():
