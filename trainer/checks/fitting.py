@@ -97,7 +97,7 @@ def check_same_choice(chosen: TrainedOn, run: str, *, plain: bool) -> bool:
         if not storage.exists(storage.join(run, DATA)):
             return True
         info = read_dataset_info(run, DATA)
-        begun = TrainedOn({next(iter(chosen.parts)): TrainedPart("", info, "1", "")}, (), (), None)
+        begun = TrainedOn({next(iter(chosen.parts)): TrainedPart("", info, "1", "")}, (), (), max_repeats=None)
     changed = list_changes(begun, chosen)
     if changed:
         raise UserError(
