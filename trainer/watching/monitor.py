@@ -116,8 +116,8 @@ class Monitor:
         self._attention += probe.seen[-LAST:]
 
     def add(self, t_B: Tensor, losses: Losses, *, dataset_B: Tensor | None = None) -> None:
-        """Add the times (on the CPU) and losses of one micro-batch, and of a mix the datasets of its samples. The losses
-        are read in `take` only, so that nothing waits for the GPU here."""
+        """Add the times (on the CPU) and losses of one micro-batch, and of a mix the datasets of its samples. The
+        losses are read in `take` only, so that nothing waits for the GPU here."""
         # Times lie in page-locked memory beside a GPU, which is needed again: their bins are copies.
         bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
         self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures, dataset_B))
