@@ -8,7 +8,7 @@ from infra import storage
 from infra.errors import UserError, nearest
 
 WORLD = Path(__file__).parent / "world" / "checkpoints"
-WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa")
+WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa", "d4")
 _SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".onnx")
 
 
@@ -23,6 +23,19 @@ def resolve(name: str) -> Path:
         known = ", ".join(f"world:{word}" for word in WORLD_NAMES)
         raise UserError(f"no checkpoint at {name!r}: expected an existing path, an s3:// address or one of {known}")
     return path
+
+
+def find_weights(name: str | Path) -> Path:
+    """The local file of an MM-DiT's weights: `world:d4`, a path or an s3:// address.
+
+    MissingError when nothing is there, UserError when a name is unknown.
+    """
+    if str(name).startswith("world:"):
+        file = resolve(str(name)) / "model.safetensors"
+        if not file.is_file():
+            raise UserError(f"{name} is no text-to-image model: world:d4 is")
+        return file
+    return storage.localize(str(name))
 
 
 def _find_world(word: str) -> Path:

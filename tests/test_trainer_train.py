@@ -25,7 +25,7 @@ from infra.errors import UserError, UserErrors
 from infra.results import ResultStore
 from infra.values import read_values
 from model.files.convert import convert
-from model.files.weights import load_weights, read_meta
+from model.files.weights import load_model, load_weights, read_meta
 from trainer.__main__ import main
 from trainer.checks.fitting import check_data
 from trainer.checks.preflight import prefer_own_checkpoint
@@ -284,6 +284,22 @@ def test_export_from_a_checkpoint_equals_what_training_exported(data, straight, 
         assert all(torch.equal(trained[name], found[name]) for name in trained)
         assert again | {"code_version": ""} == meta | {"code_version": ""}
     assert "parameters from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["beeline", "sd3"])
+def test_bf16_exports_hold_the_rounded_weights_in_half_the_bytes(data, straight, tmp_path, monkeypatch, layout):
+    out, back = tmp_path / "half.safetensors", tmp_path / "back.safetensors"
+    words = ["export", str(straight), "--data", str(data), "--dtype", "bf16", "--format", layout, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["trainer", *words])
+    main()
+    if layout == "sd3":
+        convert(out, back, to="beeline")
+    trained, _ = load_weights(straight / "weights" / "ema.safetensors")
+    found, _ = load_weights(back if layout == "sd3" else out)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(trained[name].bfloat16(), found[name]) for name in trained)
+    assert out.stat().st_size < 0.6 * (straight / "weights" / "ema.safetensors").stat().st_size
+    assert next(load_model(out if layout == "beeline" else back)[0].parameters()).dtype == torch.float32
 
 
 def test_export_with_sd3_names_comes_back_as_it_was(data, straight, tmp_path, monkeypatch):

@@ -136,8 +136,10 @@ class ExportArgs:
     format: Literal["beeline", "sd3", "diffusers"] = "beeline"
     """beeline: our safetensors file; sd3: a single file with SD3's names; diffusers: a pipeline folder with model
     card."""
-    kind: str = "ema"
-    """ema or raw."""
+    kind: Literal["ema", "raw"] = "ema"
+    """The averaged weights or those that the optimizer holds."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 halves the file and rounds each weight to 8 significant bits."""
     profile: str | None = None
     """EMA profile; default: the recipe's first."""
     step: int | None = None
@@ -275,14 +277,14 @@ def grade(words: list[str]) -> None:
 
 def export(words: list[str]) -> None:
     args = parse_options(ExportArgs, words, "export")
+    import torch
+
     from data_pipeline.loading.loader import open_dataset
     from trainer.exports.adapter import export_adapter, export_diffusers_adapter
     from trainer.exports.export import export_as
     from trainer.runfolder import checkpoints_folder, step_name
     from trainer.zero.checkpoint import list_checkpoints
 
-    if args.kind not in ("ema", "raw"):
-        raise UserError(f"--kind {args.kind!r}, expected ema or raw")
     folders = list_checkpoints(checkpoints_folder(args.run))
     if args.step is not None:
         folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
@@ -295,7 +297,8 @@ def export(words: list[str]) -> None:
         write = export_diffusers_adapter if args.format == "diffusers" else export_adapter
         count = write(folders[0], out=args.out, **given)
     else:
-        count = export_as(args.format, folders[0], out=args.out, base=args.base, **given)
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        count = export_as(args.format, folders[0], out=args.out, base=args.base, dtype=dtype, **given)
     print(f"{args.out}: {count:,} parameters from {folders[0]}")
 
 

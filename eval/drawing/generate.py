@@ -14,9 +14,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from data_pipeline.checkpoints import resolve
+from data_pipeline.checkpoints import find_weights, resolve
 from eval.drawing.precision import in_bfloat16
-from infra import storage
 from infra.codec import from_json
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
@@ -99,7 +98,7 @@ class Painter:
             "python -m trainer export RUN --data URI --out FILE"
         )
         try:
-            local = storage.localize(str(weights))
+            local = find_weights(weights)
         except MissingError as error:
             raise MissingError(f"{error}; {advice}") from error
         try:

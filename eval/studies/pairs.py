@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from data_pipeline.checkpoints import hash_weights
+from data_pipeline.checkpoints import find_weights, hash_weights
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from eval.drawing.generate import ImageRequest, Painter, Sampling
@@ -17,7 +17,6 @@ from eval.judging.judges import Judges, build_judges, describe_judge
 from eval.judging.official import OfficialPaths
 from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
 from eval.metrics.compbench import rules as compbench
-from infra import storage
 from infra.cli import GROUP
 from infra.errors import UserError, nearest
 from infra.log import Progress
@@ -150,7 +149,7 @@ def rank_pictures(
 def _describe_origin(options: PairOptions, judges: Judges, texts: Sequence[str]) -> Mapping[str, Any]:
     """All that decides which picture is preferred."""
     return {
-        "weights": hash_weights(storage.localize(options.weights)),
+        "weights": hash_weights(find_weights(options.weights)),
         "judge": describe_judge(RANKERS[options.ranker][1](judges)),
         "sampling": options.sampling.protocol(),
         "images_per_prompt": options.images_per_prompt,

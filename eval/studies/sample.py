@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from data_pipeline.checkpoints import hash_weights
+from data_pipeline.checkpoints import find_weights, hash_weights
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.drawing.pictures import make_grid, read_picture, refuse_target, write_picture
 from eval.judging.geneval_prompts import split_json_lines
 from eval.judging.prompts import read_lines, refuse_broken
 from eval.metrics.compbench.files import name_sample
-from infra import storage
 from infra.cli import GROUP
 from infra.errors import UserError
 from infra.log import Progress
@@ -73,7 +72,7 @@ def sample(
     painter = Painter(weights, device=sampling.device)
     sampling = _continue(sampling, folders)
     if folders is not None:
-        origin = {"weights": hash_weights(storage.localize(weights)), "sampling": sampling.protocol()}
+        origin = {"weights": hash_weights(find_weights(weights)), "sampling": sampling.protocol()}
         origin |= {"prompts": [w.text for w in wanted]} | _describe_numbering(layout, images_per_prompt)
         _keep_origin(Path(folders), origin)
     rows = draw(painter, [w.text for w in wanted], images_per_prompt, sampling, files=files, keep=out is not None)

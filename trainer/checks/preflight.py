@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 
+from data_pipeline.checkpoints import find_weights
 from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.selection.choice import DataChoice, TrainedOn, describe_choice
@@ -230,7 +231,7 @@ def set_init_weights(recipe: Recipe, init_from: str | None) -> Recipe:
                 f"recipe {recipe.name} trains adapters on frozen weights: give --init-from RUN/weights/ema.safetensors"
             )
         return recipe
-    path = storage.localize(init_from)
+    path = find_weights(init_from)
     meta = read_meta(path)
     wanted = recipe.model.to_json()
     # Positions are a formula, and QK-norm may be added to weights without it (paper, section 5.3.2).

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.checkpoints import resolve
+from data_pipeline.checkpoints import find_weights, resolve
 from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
@@ -33,13 +33,14 @@ from trainer.zero.partition import Segment
 from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put_hashed
 
 log = get_logger("export")
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' own names
 
 
 def open_weights(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
     """Tensors of a weights file by name; QK-norms that it lacks are ones."""
     from safetensors import safe_open
 
-    file: Any = safe_open(str(storage.localize(uri)), framework="pt")
+    file: Any = safe_open(str(find_weights(uri)), framework="pt")
     names = set(file.keys())
 
     def read(name: str) -> Tensor:
@@ -121,30 +122,31 @@ class Weights(Mapping[str, Tensor]):
         return expected
 
 
-def write(uris: list[str], weights: Weights) -> None:
+def write(uris: list[str], weights: Weights, *, dtype: torch.dtype = torch.float32) -> None:
     """One safetensors file at every URI, the tensors asked for in their order."""
     weights.check_names()
-    put_hashed(uris[0], stream_file(weights.shapes, weights.items(), weights.meta))
+    put_hashed(uris[0], stream_file(weights.shapes, weights.items(), weights.meta, dtype=dtype))
     for uri in uris[1:]:
         _copy(uris[0], uri)
 
 
 def stream_file(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any], *,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, each tensor taken when the one before it is written."""
+    """The bytes of a safetensors file, each tensor rounded to `dtype` and taken when the one before it is written."""
     header: dict[str, Any] = {"__metadata__": {META_KEY: json.dumps(meta), "format": "pt"}}
     at = 0
     for name, shape in shapes.items():
-        nbytes = 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
         assert (found, tuple(tensor.shape), tensor.dtype) == (name, shape, torch.float32), name
-        yield tensor.contiguous().view(-1).numpy().data.cast("B")
+        yield tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _copy(source: str, target: str) -> None:
@@ -213,41 +215,48 @@ def check_base(recipe: Recipe, base: str | None) -> str:
     """The file of the frozen weights; UserError when it is not the one that the run started from."""
     if base is None:
         raise UserError("this run trained adapters: give --base, the weights it started from, or --lora adapter")
-    if file_hash(base) != recipe.init_weights:
+    if file_hash(str(find_weights(base))) != recipe.init_weights:
         raise UserError(f"{base} is not the file that the run started from (sha256 {recipe.init_weights})")
     return base
 
 
 def export_as(
     to: str, folder: str, *, kind: str, profile: str | None, info: DatasetInfo, run: str, out: str,
-    base: str | None = None,
+    base: str | None = None, dtype: torch.dtype = torch.float32,
 ) -> int:  # fmt: skip
     """A checkpoint in one of the formats; the number of parameters."""
     weights = read_stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
-    return write_as(to, out, weights, info=info, run=run)
+    return write_as(to, out, weights, info=info, run=run, dtype=dtype)
 
 
-def write_as(to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str) -> int:
+def write_as(
+    to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str, dtype: torch.dtype = torch.float32
+) -> int:
     """Our file, one file with SD3's names, or a diffusers folder, each with a model card; the number of parameters."""
     model = config_from_json(weights.meta["backbone"], weights.meta["config"])
     if to == "beeline":
-        write([out], weights)
+        write([out], weights, dtype=dtype)
     else:
         check_target(Path(out), to)
         if not isinstance(model, MMDiTConfig):
             raise UserError(f"{run}: trained a {model.name}; only mmdit has other formats: omit --format")
-        _write_sd3(out, model, weights) if to == "sd3" else _write_diffusers(out, model, weights, info, run)
+        if to == "sd3":
+            _write_sd3(out, model, weights, dtype)
+        else:
+            _write_diffusers(out, model, weights, info, run, dtype)
     if to != "diffusers":
         storage.write_bytes(f"{out}.md", format_model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
     return model.parameter_count()
 
 
-def _write_sd3(out: str, model: MMDiTConfig, weights: Weights) -> None:
+def _write_sd3(out: str, model: MMDiTConfig, weights: Weights, dtype: torch.dtype) -> None:
     shapes = {name: tuple(like.shape) for name, like in to_sd3(model, weights.check_names())}
-    put_hashed(out, stream_file(shapes, to_sd3(model, weights), weights.meta))
+    put_hashed(out, stream_file(shapes, to_sd3(model, weights), weights.meta, dtype=dtype))
 
 
-def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: DatasetInfo, run: str) -> None:
+def _write_diffusers(
+    out: str, model: MMDiTConfig, weights: Weights, info: DatasetInfo, run: str, dtype: torch.dtype
+) -> None:
     """The library writes the small parts into a folder here; the weights go straight to where they belong."""
     weights.check_names()
     written = []
@@ -255,9 +264,8 @@ def _write_diffusers(out: str, model: MMDiTConfig, weights: Weights, info: Datas
 
         def save(path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Any) -> None:
             written.append(storage.join(out, *path.relative_to(temp).parts))
-            put_hashed(
-                written[-1], stream_file({name: tuple(like.shape) for name, like in layout.items()}, tensors, meta)
-            )
+            shapes = {name: tuple(like.shape) for name, like in layout.items()}
+            put_hashed(written[-1], stream_file(shapes, tensors, meta, dtype=dtype))
 
         vae = resolve(info.vae.checkpoint)
         write_pipeline(Path(temp), model, weights, weights.meta, vae=vae, encoders={}, save=save)
