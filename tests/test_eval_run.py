@@ -167,7 +167,7 @@ def test_weights_that_cannot_be_drawn_with_say_what_they_lack(tmp_path):
         Painter(path)
 
 
-def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
+def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, monkeypatch, capsys):
     weights = export(tmp_path / "ema.safetensors")
     out, folders = tmp_path / "grid.png", tmp_path / "single"
     sample(
@@ -199,8 +199,9 @@ def test_sample_writes_a_grid_its_prompts_and_single_pictures(tmp_path, capsys):
     ]:
         with pytest.raises(UserError, match="holds pictures of other weights, settings or prompts"):
             sample(str(w), prompts, folders=str(folders), sampling=settings)
-    with pytest.raises(UserError, match="nowhere to write"):
-        sample(str(weights), ("a dog",))
+    monkeypatch.chdir(tmp_path)
+    sample(str(weights), ("a dog",), images_per_prompt=1, sampling=QUICK)
+    assert {"sample.png", "sample.json"} <= {path.name for path in tmp_path.iterdir()}, "without a word of where: here"
     with pytest.raises(UserError, match="--batch 0: expected 1 or more"):
         sample(str(weights), ("a dog",), folders=str(tmp_path / "new"), sampling=replace(QUICK, batch=0))
     sample(str(weights), ("a dog",), folders=str(tmp_path / "new"), images_per_prompt=1, sampling=QUICK)

@@ -298,7 +298,8 @@ def test_bf16_exports_hold_the_rounded_weights_in_half_the_bytes(data, straight,
     found, _ = load_weights(back if layout == "sd3" else out)
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert all(torch.equal(trained[name].bfloat16(), found[name]) for name in trained)
-    assert out.stat().st_size < 0.6 * (straight / "weights" / "ema.safetensors").stat().st_size
+    if layout == "beeline":  # SD3's files also hold the table of positions
+        assert out.stat().st_size < 0.6 * (straight / "weights" / "ema.safetensors").stat().st_size
     assert next(load_model(out if layout == "beeline" else back)[0].parameters()).dtype == torch.float32
 
 

@@ -48,13 +48,14 @@ def sample(
     `python -m eval geneval prompts > p.jsonl`, then `--prompts p.jsonl --folders DIR`, draws the official GenEval set.
 
     Args:
-        weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://)
+        weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://), or world:d4
         prompts: what to draw, one string each; or one .txt file (a prompt per line) or .jsonl file
-        out: the grid to write; its prompts and settings go into a .json beside it
+        out: the grid to write, sample.png by default; its prompts and settings go into a .json beside it
         images_per_prompt: pictures of each prompt, side by side
         scale: enlarge pixels by this factor; by default pictures smaller than 128 pixels are
-        folders: write the single pictures here; those already there are not drawn again. FOLDERS.json beside them says
-            of what they are, and other weights, settings or prompts are refused there
+        folders: write the single pictures here, without a grid unless --out is given; those already there are not
+            drawn again. FOLDERS.json beside them says of what they are, and other weights, settings or prompts are
+            refused there
         layout: of the folders: GenEval's, or T2I-CompBench's `<prompt>_<6 digits>.png`
         t5: draw with the text in the T5 seat, or with zeros there, as where that encoder is left out to save memory
         sampling: how pictures are drawn
@@ -64,7 +65,7 @@ def sample(
     if images_per_prompt < 1:
         raise UserError("--images-per-prompt must be 1 or more")
     if out is None and folders is None:
-        raise UserError("nowhere to write: give --out GRID.png, --folders DIR or both")
+        out = "sample.png"
     wanted = expand(prompts)
     if out is not None:
         refuse_target(out)
