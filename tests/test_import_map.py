@@ -1,6 +1,7 @@
 """The map of the house: which package may import which, and which file owns each heavy library."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,17 @@ OWNERS = {
 APEX_PACKAGES = {"model", "trainer"}
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    """Each file once: the tests below ask for the whole tree forty times."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every dotted module name that `path` imports, at any depth of the file."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -103,7 +111,7 @@ def module_name(path: Path) -> str:
 
 def module_level_imports(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parse(path).body:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -183,14 +191,14 @@ def test_one_file_touches_what_deepspeed_keeps_to_itself():
         for path in sources(package):
             if path == owner:
                 continue
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(parse(path)):
                 named = node.value if isinstance(node, ast.Constant) else getattr(node, "attr", None)
                 wrong += [f"{path.relative_to(ROOT)}: {name}" for name in DEEPSPEED_PRIVATE if name == named]
     assert not wrong, wrong
 
 
 def test_the_engine_asks_deepspeed_for_public_things_alone():
-    tree = ast.parse((ROOT / "trainer/zero/engine.py").read_text(encoding="utf-8"))
+    tree = parse(ROOT / "trainer/zero/engine.py")
     asked = {
         node.attr
         for node in ast.walk(tree)
@@ -204,7 +212,7 @@ def test_every_file_says_what_lives_in_it():
         str(path.relative_to(ROOT))
         for package in ALLOWED
         for path in sources(package)
-        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if not ast.get_docstring(parse(path))
     ]
     assert not silent, silent
 
