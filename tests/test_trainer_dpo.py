@@ -193,11 +193,11 @@ def test_the_paper_s_recipe_and_its_plan():
     with torch.device("meta"):
         model = two.model.build()
         add_adapters(model, rank=128, alpha=128)
-    assert plan["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert plan["parameters"] == sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n))
-    sizes = plan["bytes_per_rank"]["stage3"]
-    assert sizes["weights"] == math.ceil(2 * (plan["parameters"] + plan["trained_parameters"]) / 8)
-    assert sizes["moments"] == math.ceil(8 * plan["trained_parameters"] / 8)
+    assert plan.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.parameters == sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n))
+    sizes = plan.bytes_per_rank["stage3"]
+    assert sizes["weights"] == math.ceil(2 * (plan.parameters + plan.trained_parameters) / 8)
+    assert sizes["moments"] == math.ceil(8 * plan.trained_parameters / 8)
 
 
 def test_adapters_need_weights_to_stand_on():

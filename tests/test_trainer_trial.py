@@ -13,7 +13,7 @@ from model.backbones.mmdit import MMDiTConfig
 from trainer.machines import get_machine
 from trainer.objective import count_train_flops
 from trainer.planning import trial as trying
-from trainer.planning.hardware_plan import Cost, StepCost
+from trainer.planning.estimates import Cost, StepCost
 from trainer.planning.reality import run_trial
 from trainer.planning.trial import make_shallow, measure_flops, time_step
 from trainer.recipe import Optimizer, Parallel, Recipe
@@ -68,8 +68,8 @@ def test_what_further_blocks_take_is_on_the_line_through_two_trials(monkeypatch)
     """Where a block takes 2 seconds of 1.5 seconds' work, and its update 1 of 0.5, beside 3 seconds of each."""
     stand_in(monkeypatch, lambda n: StepCost(Cost(3 + 2 * n, 3 + 1.5 * n), Cost(3 + n, 3 + 0.5 * n)))
     found = time_step(recipe(model=MMDiTConfig(30, **NARROW)), micro_batch=2, ranks=2)
-    assert found.micro_batch == pytest.approx((63, 48))
-    assert found.update == pytest.approx((33, 18))
+    assert dataclasses.astuple(found.micro_batch) == pytest.approx((63, 48))
+    assert dataclasses.astuple(found.update) == pytest.approx((33, 18))
     shallow_one = time_step(recipe(model=MMDiTConfig(3, **NARROW)), micro_batch=2, ranks=2)
     assert shallow_one == StepCost(Cost(9, 7.5), Cost(6, 4.5))
     deep = recipe(model=MMDiTConfig(30, **NARROW))
@@ -86,13 +86,13 @@ def test_noise_gives_no_plan(monkeypatch):
     # less work and a shorter update of the deeper one are noise as well
     stand_in(monkeypatch, lambda n: StepCost(Cost(n, 5 - n), Cost(5 - n, 5 - n)))
     found = time_step(recipe(), micro_batch=2, ranks=2)
-    assert found.micro_batch == (pytest.approx(6), 1)
-    assert found.update == (1, 1)
+    assert dataclasses.astuple(found.micro_batch) == (pytest.approx(6), 1)
+    assert found.update == Cost(1, 1)
 
 
 def test_costs_lie_on_a_line():
-    assert Cost(1.0, 2.0).towards(Cost(3.0, 3.0), 0) == (1, 2)
-    assert Cost(1.0, 2.0).towards(Cost(3.0, 3.0), 2.5) == (6, 4.5)
+    assert Cost(1.0, 2.0).interpolate(Cost(3.0, 3.0), 0) == Cost(1, 2)
+    assert Cost(1.0, 2.0).interpolate(Cost(3.0, 3.0), 2.5) == Cost(6, 4.5)
 
 
 @pytest.mark.dist

@@ -199,7 +199,8 @@ def _parse_many(kind: type, words: list[str], prog: str, recipe: Recipe) -> Any:
 def plan(words: list[str]) -> None:
     import json
 
-    from trainer.planning.hardware_plan import describe, make_hardware_plan
+    from infra.codec import to_json
+    from trainer.planning.hardware_plan import make_hardware_plan
 
     recipe, rest = _named_recipe(words, "plan")
     args = parse_options(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
@@ -221,9 +222,9 @@ def plan(words: list[str]) -> None:
         given = run_trial(args.recipe, machine, world_size=args.gpus) if args.trial else {"efficiency": args.efficiency}
         plan = make_hardware_plan(args.recipe, world_size=args.gpus, machine=machine, **given, **more)
     if args.json:
-        print(json.dumps(plan, indent=1))
+        print(json.dumps(to_json(plan), indent=1))
         return
-    print("\n".join([describe(plan), *([calibration.describe()] if calibration else [])]))
+    print("\n".join([plan.describe(), *([calibration.describe()] if calibration else [])]))
 
 
 def _check_plan(args: PlanArgs) -> None:

@@ -89,6 +89,11 @@ class Data:
     """Each text encoder is zeroed independently with this probability (SD3, App. B.3)."""
     fingerprint: Annotated[str | None, tyro.conf.Suppress] = None
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Height and width of the latents, tokens of the text: what FLOPs are counted for."""
+        return (*self.latent_shape[1:], self.text_tokens)
+
 
 @dataclass(frozen=True)
 class Parallel:

@@ -13,6 +13,7 @@ import torch
 from data_pipeline.loading.loader import Dataset
 from data_pipeline.selection.choice import DataChoice
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.checks.preflight import PreparedRun, agree_on_precision, prepare, report_once
@@ -21,7 +22,7 @@ from trainer.guard import find_problem, roll_back
 from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
 from trainer.machines import this_machine
 from trainer.objective import Losses, Network, bind_objective
-from trainer.planning.hardware_plan import describe, make_hardware_plan
+from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
 from trainer.runfolder import PLAN, RECIPE, step_name, write_data
 from trainer.state import Saver, StopSignal, TrainingState, load_init, open_feed, restore
@@ -60,7 +61,7 @@ def train(
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             end = "dry run: the data fits the recipe; nothing was written"
-            plan = describe(make_hardware_plan(prepared.recipe, world_size=world_size))
+            plan = make_hardware_plan(prepared.recipe, world_size=world_size).describe()
             print("\n".join(filter(None, [plan, prepared.continues_at, end])))
         return
 
@@ -108,10 +109,10 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     state = restore(recipe, engine, ema, out=out, resume=prepared.resume, free=prepared.free)
     if group.rank == 0:
-        log.info("%s", describe(plan))
+        log.info("%s", plan.describe())
         storage.write_bytes(storage.join(out, RECIPE), json.dumps(recipe.to_json(), indent=1).encode())
         write_data(out, dataset, prepared.trained_on, images_seen=state.images_seen)
-        storage.write_bytes(storage.join(out, PLAN), json.dumps(plan, indent=1).encode())
+        storage.write_bytes(storage.join(out, PLAN), json.dumps(to_json(plan), indent=1).encode())
     run_log = RunLog(recipe, group, out, images_seen=state.images_seen, seconds=state.seconds)
     uploads = Uploads(group, out)
     return Training(

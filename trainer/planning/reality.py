@@ -7,16 +7,17 @@
 On the devices that are here, trials take steps as they go now (trial.py).
 """
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra import storage
+from infra.codec import from_json
 from infra.errors import UserError
 from infra.results import ResultStore
 from trainer.machines import Machine, get_machine, this_machine
-from trainer.planning.hardware_plan import NOTHING, Cost, count_passes, make_hardware_plan, plan_precision
+from trainer.planning.estimates import NOTHING, Cost, choose_micro_batch, count_passes
+from trainer.planning.hardware_plan import CalibratedBy, HardwarePlan, make_hardware_plan, plan_precision
 from trainer.planning.trial import measure_flops, time_step
 from trainer.recipe import Recipe
 from trainer.runfolder import PLAN, read_recipe
@@ -26,12 +27,13 @@ GOALS = {"parameters": 0.0, "bytes_per_rank/": 0.05, "checkpoint_bytes": 0.02, "
 Grades = dict[str, tuple[float, float]]
 
 
-def read_plan(run: str) -> dict[str, Any]:
+def read_plan(run: str) -> HardwarePlan:
     """RUN/plan.json."""
     uri = storage.join(run, PLAN)
     if not storage.exists(uri):
         raise UserError(f"{run}: no plan.json there: give a run folder, or the name of a recipe")
-    return json.loads(storage.read_bytes(uri))
+    advice = "made by an older version? run one rung again"
+    return from_json(HardwarePlan, storage.read_bytes(uri), where=uri, advice=advice)
 
 
 def read_costs(run: str) -> dict[str, float]:
@@ -54,7 +56,7 @@ class Calibration:
     extra: Cost = NOTHING
     by_trial: bool = False
 
-    def plan(self, recipe: Recipe, *, world_size: int, **more: Any) -> dict[str, Any]:
+    def plan(self, recipe: Recipe, *, world_size: int, **more: Any) -> HardwarePlan:
         """A plan for a recipe on the same kind of machine, as `make_hardware_plan` gives it."""
         given = (
             run_trial(recipe, self.machine, world_size=world_size) if self.by_trial else {"efficiency": self.efficiency}
@@ -62,7 +64,7 @@ class Calibration:
         found = make_hardware_plan(
             recipe, world_size=world_size, machine=self.machine, extra=self.extra, **given, **more
         )
-        return found | {"calibration": {"run": self.run, "extra": self.extra._asdict(), "by_trial": self.by_trial}}
+        return replace(found, calibration=CalibratedBy(self.run, self.extra, self.by_trial))
 
     def describe(self) -> str:
         if not self.by_trial:
@@ -77,17 +79,16 @@ def calibrate(run: str) -> Calibration:
     """What a finished run teaches the planner: on a device of its kind by a trial of its recipe, on another device by
     its overall speed."""
     plan, costs, recipe = read_plan(run), read_costs(run), read_recipe(run)
-    if "device_peak_flops" not in plan or "cost/step_seconds" not in costs:
-        raise UserError(f"{run}: made by an older version, which measured no steps: run one rung again")
-    machine, world_size = get_machine(plan["machine"]), int(plan["world_size"])
-    whole = costs["cost/images_per_second"] * plan["train_flops_per_image"] / plan["device_peak_flops"]
+    if "cost/step_seconds" not in costs:
+        raise UserError(f"{run}: no steps were measured there: run one rung again")
+    machine, world_size = get_machine(plan.machine), plan.world_size
+    whole = costs["cost/images_per_second"] * plan.train_flops_per_image / plan.device_peak_flops
     if this_machine(recipe.precision) != machine:
         return Calibration(run, machine, whole)
-    time = make_hardware_plan(
-        recipe, world_size=world_size, machine=machine, **run_trial(recipe, machine, world_size=world_size)
-    )["time"]
+    trial = run_trial(recipe, machine, world_size=world_size)
+    time = make_hardware_plan(recipe, world_size=world_size, machine=machine, **trial).time
     seconds = costs["cost/step_seconds"]
-    beyond = seconds - time["step_seconds"], costs.get("cost/step_cpu_seconds", seconds) - time["work_seconds"]
+    beyond = seconds - time.step_seconds, costs.get("cost/step_cpu_seconds", seconds) - time.work_seconds
     extra = Cost(*(max(0.0, value) / count_passes(recipe, world_size) for value in beyond))
     return Calibration(run, machine, whole, extra, by_trial=True)
 
@@ -99,7 +100,7 @@ def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str,
     here = this_machine(recipe.precision)
     if here != machine:
         raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")
-    micro = recipe.parallel.micro_batch or -(-recipe.global_batch // world_size)
+    micro = choose_micro_batch(recipe, world_size)
     if not machine.overlap:
         ranks = min(world_size, len(os.sched_getaffinity(0)))
         return {"tried": time_step(recipe, micro_batch=micro, ranks=ranks)}
@@ -109,14 +110,14 @@ def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str,
 def grade_run(run: str, calibration: Calibration | None = None) -> Grades:
     """(planned, measured) by name; by a calibration, the steps are planned anew."""
     plan, costs = read_plan(run), read_costs(run)
-    predicted = dict(plan.get("predicted", {}))
+    predicted = dict(plan.predicted)
     if calibration is not None:
-        if plan["machine"] != calibration.machine.name:
+        if plan.machine != calibration.machine.name:
             raise UserError(
-                f"{run} ran on {plan['machine']}, {calibration.run} on {calibration.machine.name}: "
+                f"{run} ran on {plan.machine}, {calibration.run} on {calibration.machine.name}: "
                 "calibrate by a run on the same kind of device"
             )
-        again = calibration.plan(read_recipe(run), world_size=int(plan["world_size"]))["predicted"]
+        again = calibration.plan(read_recipe(run), world_size=plan.world_size).predicted
         predicted |= {name: value for name, value in again.items() if name in predicted or "step" in name}
     return {name.removeprefix("cost/"): (planned, costs[name])
             for name, planned in sorted(predicted.items()) if name in costs}  # fmt: skip

@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loading.batch import LatentBatch
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 from infra.steal import read_stolen_seconds, subtract_stolen
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
-from model.flops import parameter_count
 from trainer.feed import MicroBatch, draw_noise
 from trainer.launchers import start_training
 from trainer.objective import bind_objective, count_train_flops, get_objective
-from trainer.planning.hardware_plan import Cost, StepCost
+from trainer.planning.estimates import Cost, StepCost
 from trainer.recipe import Recipe
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
@@ -58,13 +58,13 @@ class MeasuredModel:
 def time_step(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
     """What a micro-batch and an update take on `ranks` processes of this machine."""
     *smaller, larger = _measure_models(recipe, micro_batch=micro_batch, ranks=ranks)
-    micro, update = larger.cost
+    micro, update = larger.cost.micro_batch, larger.cost.update
     for one in smaller:
         flops = _find_place(count_train_flops(recipe), one.flops, larger.flops)
-        parameters = _find_place(parameter_count(recipe.model), one.parameters, larger.parameters)
-        # what is small is noise, too: never less than the larger one's
-        micro = Cost(*map(max, micro, one.cost.micro_batch.towards(micro, flops)))
-        update = Cost(*map(max, update, one.cost.update.towards(update, parameters)))
+        parameters = _find_place(recipe.model.parameter_count(), one.parameters, larger.parameters)
+        # What is small is noise, too: never less than the larger one's.
+        micro = one.cost.micro_batch.interpolate(micro, flops).at_least(micro)
+        update = one.cost.update.interpolate(update, parameters).at_least(update)
     return StepCost(micro, update)
 
 
@@ -110,7 +110,7 @@ def _try_models(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Measure
         log.info("trying %d blocks of width %d on %d rank(s)", blocks, recipe.model.width, ranks)
         one = replace(recipe, model=make_shallow(recipe.model, blocks))
         cost = _try_model(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
-        found.append(MeasuredModel(cost, count_train_flops(one), parameter_count(one.model)))
+        found.append(MeasuredModel(cost, count_train_flops(one), one.model.parameter_count()))
     return found
 
 
@@ -136,7 +136,7 @@ def _try_model(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> 
     if told is None or any(codes):
         why = lines[-1] if lines else f"exit codes {codes}"
         raise UserError(f"the trial of {blocks} blocks on {ranks} rank(s) did not end well: {why}")
-    return StepCost(*(Cost(*pair) for pair in json.loads(told)))
+    return from_json(StepCost, told, where="the answer of the trial")
 
 
 def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -> StepCost:
@@ -207,7 +207,7 @@ def main() -> None:
     found = take_steps(recipe, group, blocks=blocks, micro_batch=micro_batch)
     leave()
     if group.rank == 0:
-        print(f"{ANSWER}{json.dumps(found)}", flush=True)
+        print(f"{ANSWER}{json.dumps(to_json(found))}", flush=True)
 
 
 if __name__ == "__main__":
