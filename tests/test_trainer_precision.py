@@ -90,8 +90,8 @@ def test_plans_are_for_the_precision_of_their_machine(best_on_cpu, best):
             stated, world_size=2, machine=machine
         )
     here = make_hardware_plan(auto, world_size=2)
-    assert here["recipe_hash"] == dataclasses.replace(auto, precision=best).hash
-    assert here["machine"] == this_machine("auto").name == {"bf16": "cpu-amx", "fp32": "cpu"}[best]
+    assert here.recipe_hash == dataclasses.replace(auto, precision=best).hash
+    assert here.machine == this_machine("auto").name == {"bf16": "cpu-amx", "fp32": "cpu"}[best]
     assert this_machine("fp32").name == "cpu"
 
 

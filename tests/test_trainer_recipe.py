@@ -179,7 +179,7 @@ def test_offload_moves_bytes_to_the_host():
 
 def test_what_does_not_fit_is_said():
     r = get_recipe("d15")
-    assert "no stage fits" in make_hardware_plan(r, world_size=1, machine=get_machine("a100-40"))["advice"]
+    assert "no stage fits" in make_hardware_plan(r, world_size=1, machine=get_machine("a100-40")).advice
     with pytest.raises(UserError, match=r"unknown machine 'h100'.*did you mean 'h100-80'"):
         get_machine("h100")
 
