@@ -23,6 +23,10 @@ COMMANDS = {
         "data_pipeline.commands:lint",
         "read a foreign source before any work: what it holds, what a run would make of it: `lint KIND:URI`",
     ),
+    "couple": Command(
+        "data_pipeline.couplings.command:couple",
+        "what a teacher's solver makes of noise, for few-step students: `couple --teacher W --prompts URI --count N`",
+    ),
     "verify": Command(
         "data_pipeline.commands:verify", "read a dataset back and check every hash and count: `verify URI`"
     ),

@@ -23,7 +23,6 @@ from test_eval_run import JOBS, QUICK, export, options
 from data_pipeline.checkpoints import resolve
 from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
 from eval.drawing.generate import Painter, Sampling
-from eval.drawing.precision import in_bfloat16
 from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.tool import score
@@ -42,6 +41,7 @@ from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
+from model.bfloat16 import in_bfloat16
 from model.files.weights import read_meta, save_weights
 
 pytestmark = pytest.mark.gpu

@@ -9,13 +9,13 @@ from test_eval_run import export
 from torch import nn
 
 from eval.drawing.generate import ImageRequest, Painter, Sampling
-from eval.drawing.precision import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
 from eval.protocol import hash_protocol
 from eval.run import RunOptions, run, settle
 from eval.service.worker import EvaluationSettings
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
+from model.bfloat16 import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
 from model.encoders.text import TextCond
 
 PACKED = pytest.mark.skipif(

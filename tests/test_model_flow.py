@@ -18,8 +18,9 @@ from model.diffusion.timesteps import DENSITIES, MODE_LIMIT, Density, get_densit
 from model.seeding import keyed_uniform
 
 ALL = list(FORMULATIONS)
-DENSITY_NAMES = ["uniform", "cosmap", "lognorm(-1,0.2)", "lognorm(0,1)", "lognorm(1,2.2)"] + [
-    f"mode({s})" for s in (-1.0, -0.5, 0.0, 1.0, 1.29, 1.75)
+DENSITY_NAMES = [
+    *("uniform", "cosmap", "ushape(4)", "ushape(0.5)", "lognorm(-1,0.2)", "lognorm(0,1)", "lognorm(1,2.2)"),
+    *(f"mode({s})" for s in (-1.0, -0.5, 0.0, 1.0, 1.29, 1.75)),
 ]
 
 
@@ -201,6 +202,26 @@ def test_mode_density_at_the_papers_points() -> None:
         mode(MODE_LIMIT + 1e-3)
     with pytest.raises(UserError, match="-1 <="):
         get_formulation("rf/mode(-1.1)")
+
+
+def test_the_u_shape_is_that_of_the_code_of_2_rectified_flow() -> None:
+    """It draws u = ln(1 + x (e^a - 1)) / a and turns half of the draws around; the printed e^(au) + e^(-au) would give
+    0.147 at data and 4.0 at noise."""
+    density = get_density("ushape(4)")
+    ends = density.pdf(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist()
+    assert ends == pytest.approx([2.075, 0.551, 2.075], abs=1e-3)
+    x = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    one = torch.log(1 + x * (math.exp(4) - 1)) / 4
+    theirs = torch.cat([one, 1 - one]).sort().values
+    ours = density.draw((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    form = get_formulation("rf/ushape(4)")
+    assert form.name == "rf/ushape(4.00)"
+    t = form.timesteps(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert 0 < t[0] < 1e-11 < 1 - 1e-11 < t[1] < 1
+    for wrong, says in (("ushape(0)", "above 0"), ("ushape(nan)", "finite"), ("ushape(1e4)", "at most 100")):
+        with pytest.raises(UserError, match=says):
+            get_density(wrong)
 
 
 def test_resolution_shift_moves_the_log_snr_by_its_log() -> None:

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     latent_BCHW: Tensor
     text: TextCond
     positions: Tensor
+    noise_BCHW: Tensor | None = None
 
 
 def batch_of(positions: list[int]) -> Batch:
@@ -98,6 +99,17 @@ def test_validation_loss_does_not_depend_on_the_batch() -> None:
     assert whole.dtype == torch.float64
     assert whole.shape == (4, 8)
     assert not torch.equal(whole, validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=1))
+
+
+def test_couplings_are_validated_with_their_own_noise() -> None:
+    """At a network that says 0 the loss is the mean square of e - x0, at each level and for any seed."""
+    batch = batch_of([3, 8, 1])
+    coupled = batch._replace(noise_BCHW=keyed_normal(1, [0, 1, 2], "their own", (2, 4, 4)))
+    found = validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=0)
+    expected = (coupled.noise_BCHW - batch.latent_BCHW).double().square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected[:, None].expand(3, 9), rtol=1e-6, atol=0)
+    assert torch.equal(found, validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=5))
+    assert VAL_PROTOCOLS["coupled"].levels == tuple(k / 8 for k in range(9))
 
 
 def test_validation_loss_of_the_zero_model_is_known() -> None:

@@ -68,7 +68,7 @@ def test_hash_knows_what_decides_the_weights_and_nothing_else():
     assert len({r.hash for r in [base, *other]}) == len(other) + 1
 
 
-SIZES = [(name, name.removesuffix("-512").removesuffix("-1024").removeprefix("dpo-")) for name in RECIPES]
+SIZES = [(name, name.split("-512")[0].split("-1024")[0].split("dpo-")[-1].split("reflow-")[-1]) for name in RECIPES]
 LARGE = [name for name, size in SIZES if size in ("d21", "d24", "d30", "d38")]
 
 
@@ -93,8 +93,8 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
 
 
 def test_every_docstring_says_command_hardware_and_what_to_expect():
-    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo")
-    for name in ("world", "world_backbone", "world_captions", "world_dpo", *paper):
+    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo", "reflow")
+    for name in ("world", "world_backbone", "world_captions", "world_dpo", "world_reflow", *paper):
         text = getattr(recipes, name).__doc__
         assert "Command: " in text, name
         assert "deepspeed" in text, name

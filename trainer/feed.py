@@ -38,7 +38,7 @@ class MicroBatch(NamedTuple):
         latent_BCHW, text, rejected = self.batch.latent_BCHW, self.batch.text, self.batch.rejected_BCHW
         batch = self.batch._replace(
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
-            rejected_BCHW=None if rejected is None else rejected.pin_memory(),
+            rejected_BCHW=None if rejected is None else rejected.pin_memory(), noise_BCHW=None,
         )  # fmt: skip
         return MicroBatch(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
 
@@ -67,8 +67,11 @@ class DeviceBatch(NamedTuple):
 
 
 def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> MicroBatch:
-    """The batch with a time and noise for each sample, keyed by (seed, position)."""
+    """The batch with a time and noise for each sample, keyed by (seed, position); of couplings, the noise that their
+    latents were made of."""
     t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
+    if batch.noise_BCHW is not None:
+        return MicroBatch(batch, t_B, batch.noise_BCHW)
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
 
 

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
+from model.diffusion.paths import RectifiedFlow
+from model.diffusion.validation import COUPLED
 from model.encoders.text import TextCond
 from model.flops import train_flops_per_image, train_flops_with_adapters
 from trainer.feed import DeviceBatch
 from trainer.recipe import Recipe
+from trainer.regression import RegressionLoss, regression_loss
 
 
 class Network(Protocol):
@@ -51,6 +54,8 @@ class Objective:
     """The function's further keyword arguments, taken from a recipe."""
     pairs: bool = False
     """A sample is a preferred and a rejected image; `images`, `global_batch` and `micro_batch` then count pairs."""
+    couplings: bool = False
+    """A sample is a latent and the noise that a teacher made it of."""
     reference: bool = False
     """True if each forward pass is repeated with the reference (the weights without adapters): the run needs
     adapters."""
@@ -67,6 +72,19 @@ def pretrain(network: Network, batch: DeviceBatch, *, formulation: Formulation) 
     sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
     prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
     return Losses(formulation.loss_B(prediction_BCHW, sample))
+
+
+def reflow(
+    network: Network, batch: DeviceBatch, *, formulation: Formulation, loss: RegressionLoss, huber: float
+) -> Losses:
+    """Rectified flow of a teacher's couplings (Liu et al., arXiv 2209.03003): |v((1-t) x0 + t e, t) - (e - x0)|^2.
+
+    The pair (e, x0) is the teacher's own: e goes to x0 along its flow. At the optimum the student keeps the marginals
+    and is straighter. A flow that is straight already has the loss 0 and stays as it is.
+    """
+    sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
+    prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
+    return Losses(regression_loss(prediction_BCHW, sample.target, loss=loss, huber=huber))
 
 
 class PairErrors(NamedTuple):
@@ -120,6 +138,9 @@ OBJECTIVES: dict[str, Objective] = {
         prefer, options=lambda recipe: {"beta": recipe.dpo.beta}, pairs=True, reference=True,
         higher_is_better=frozenset({"dpo/accuracy", "dpo/reward_margin"}),
     ),
+    "reflow": Objective(
+        reflow, options=lambda recipe: {"loss": recipe.student.loss, "huber": recipe.student.huber}, couplings=True
+    ),
 }  # fmt: skip
 
 
@@ -131,12 +152,39 @@ def get_objective(name: str) -> Objective:
 
 
 def check_objective(recipe: Recipe) -> None:
-    """Refuse an objective that is unknown or that lacks the adapters it needs."""
-    if get_objective(recipe.objective).reference and recipe.lora.rank is None:
+    """Refuse an objective that is unknown or that lacks the adapters, the path or the times it needs."""
+    objective = get_objective(recipe.objective)
+    if objective.couplings:
+        check_student(recipe)
+    if objective.reference and recipe.lora.rank is None:
         raise UserError(
             f"recipe {recipe.name}: objective {recipe.objective} takes the model without its adapters as reference: "
             "give --lora.rank, 128 in the paper"
         )
+
+
+def check_student(recipe: Recipe) -> None:
+    """A student regresses velocities of straight lines, and its density of times is its own: the loss of reflow is
+    highest at both ends, where the densities of pretraining are thin (2-rectified flow++)."""
+    formulation = get_formulation(recipe.formulation)
+    if not (isinstance(formulation.path, RectifiedFlow) and formulation.target == "velocity"):
+        raise UserError(
+            f"recipe {recipe.name}: objective {recipe.objective} regresses the velocity of a rectified flow, not "
+            f"{recipe.formulation}: give --formulation 'rf/ushape(4)'"
+        )
+    family = formulation.density.name.partition("(")[0]
+    if family not in ("ushape", "uniform") and not recipe.student.any_density:
+        raise UserError(
+            f"recipe {recipe.name}: {recipe.formulation} draws times as pretraining does, and objective "
+            f"{recipe.objective} has its own: give --formulation 'rf/ushape(4)', or --student.any-density to keep it"
+        )
+    if recipe.validation.every is not None and recipe.validation.protocol != COUPLED:
+        raise UserError(
+            f"recipe {recipe.name}: objective {recipe.objective} is validated on held-out couplings: give "
+            f"--validation.protocol {COUPLED}"
+        )
+    if recipe.lora.rank is not None:
+        raise UserError(f"recipe {recipe.name}: objective {recipe.objective} trains all weights: leave --lora.rank out")
 
 
 def bind_objective(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:

@@ -150,6 +150,19 @@ class DPO:
 
 
 @dataclass(frozen=True)
+class Student:
+    """A student of couplings: objective reflow."""
+
+    loss: Literal["l2", "huber"] = "l2"
+    huber: float = 0.00054
+    """The constant of huber is this times the numbers of a latent, as in the code of 2-rectified flow++."""
+    any_density: bool = False
+    """Allow a density of times that is made for pretraining (lognorm, mode, cosmap)."""
+    any_teacher: bool = False
+    """Allow couplings of another teacher than --init-from, and other training of a student of few steps."""
+
+
+@dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters on every linear layer; the weights of --init-from are frozen under them."""
 
@@ -217,9 +230,10 @@ class Recipe:
     guard: Guard = field(default_factory=Guard)
     objective: str = "pretrain"
     """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
-    global_batch and micro_batch count pairs. Others: trainer/objective.py."""
+    global_batch and micro_batch count pairs. reflow: a teacher's couplings. Others: trainer/objective.py."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
+    student: Student = field(default_factory=Student)
     init_weights: Annotated[str | None, tyro.conf.Suppress] = None
     """sha256 of the weights the run started from (set by --init-from)."""
 
@@ -321,6 +335,7 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
         "parallel.reduce_bucket": p.reduce_bucket, "data.resolution": recipe.data.resolution,
         "data.text_tokens": recipe.data.text_tokens,
         "data.latent_shape": min(recipe.data.latent_shape), "dpo.beta": recipe.dpo.beta,
+        "student.huber": recipe.student.huber,
         "lora.rank": _or_one(recipe.lora.rank), "lora.alpha": _or_one(recipe.lora.alpha),
     }  # fmt: skip
     for name, value in positive.items():
@@ -419,4 +434,6 @@ def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
     told = recipe.to_json()
     with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used
         told["formulation"] = get_formulation(recipe.formulation).name
-    return {name: told[name] for name in HASHED}
+    # Recipes of before there were students keep their hash.
+    student = {} if recipe.student == Student() else {"student": told["student"]}
+    return {name: told[name] for name in HASHED} | student

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.formats.couplings import Couplings
 from data_pipeline.formats.layout import SampleLayout
 from infra import storage
 from infra.codec import from_json, to_json
@@ -119,6 +120,7 @@ class DatasetInfo:
     int8_seats: tuple[str, ...] = ()
     rejected: str = ""  # the table of dead letters; "" where there is none (pairs, older data)
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprints of training's columns stand for
+    couplings: Couplings | None = None  # samples are latents of a teacher's; their text lies in another dataset
 
     @property
     def encoding(self) -> str:
@@ -128,9 +130,10 @@ class DatasetInfo:
         )
 
     def layout(self, bucket: str) -> SampleLayout:
-        """The byte layout of the samples of a bucket, which is named HEIGHTxWIDTH in pixels."""
+        """The byte layout of the samples of a bucket, which is named HEIGHTxWIDTH in pixels. A coupling's latent has no
+        standard deviation beside it."""
         height, width = (int(side) // self.vae.factor for side in bucket.split("x"))
-        shape = (2 * self.vae.channels, height, width)
+        shape = ((1 if self.couplings else 2) * self.vae.channels, height, width)
         return SampleLayout(self.text_spec, self.captions, shape, self.int8_seats)
 
     @property
@@ -140,6 +143,8 @@ class DatasetInfo:
 
     def to_bytes(self) -> bytes:
         raw = to_json(self) | {"format": FORMAT, "fingerprint": self.fingerprint, "encoding": self.encoding}
+        if self.couplings is None:
+            del raw["couplings"]
         return json.dumps(raw, indent=1, sort_keys=True).encode() + b"\n"
 
     @staticmethod

@@ -107,7 +107,7 @@ class Collator:
         """
         layout = self.layout(latent_shape)
         tokens_BS = np.stack([table.tokens_RS[row] for table, row in rows])
-        slots, caption_B = layout.offsets(tokens_BS), self._choose_captions(positions, tokens_BS, draws)
+        slots, caption_B = layout.offsets(tokens_BS), self.choose_captions(positions, tokens_BS, draws)
         if any(table.size_R[row] != size for (table, row), size in zip(rows, slots.size_R)):
             raise UserError("samples of other sizes than the dataset's layout gives: pack it again")
         position_B = torch.from_numpy(positions.astype(np.int64))
@@ -155,7 +155,7 @@ class Collator:
         u_EB = [keyed_uniform(draws.seed, position_B, f"drop/{seat}").numpy() for seat in seats]
         return np.stack(u_EB, 1) < draws.encoder_dropout
 
-    def _choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: DrawSettings) -> np.ndarray:
+    def choose_captions(self, positions: np.ndarray, tokens_BS: np.ndarray, draws: DrawSettings) -> np.ndarray:
         """Index of the caption of each sample, by weight among those it has."""
         seats = len(self._spec.encoders)
         has = tokens_BS.reshape(len(positions), len(self._captions), seats).max(2) > 0

@@ -56,6 +56,10 @@ def open_dataset(uri: str, *, split: str = "train") -> Dataset:
     info = read_dataset_info(uri)
     if split not in info.splits:
         raise UserError(f"{uri}: no split {split!r}, it has {', '.join(info.splits)}{nearest(split, info.splits)}")
+    if info.couplings is not None:
+        from data_pipeline.loading.couplings import CoupledDataset
+
+        return CoupledDataset(uri, info, split)
     return Dataset(uri, info, split)
 
 
@@ -218,6 +222,14 @@ class Dataset:
         except ShardError as error:
             raise UserError(f"{error.reason}; run `python -m data_pipeline verify {self.uri}`") from error
 
+    def choose_captions(
+        self, places: Sequence[tuple[int, int]], positions: np.ndarray, draws: DrawSettings
+    ) -> list[str]:
+        """The captions that samples by (shard, row) would take at `positions`, by name."""
+        tokens_BS = np.stack([self._reader.table(shard).tokens_RS[row] for shard, row in places])
+        chosen_B = self._collator.choose_captions(positions, tokens_BS, draws)
+        return [self.info.captions[number] for number in chosen_B]
+
     def _default_weights(self) -> dict[str, float]:
         return {name: weight for name, weight in BOTH_CAPTIONS.items() if name in self.info.captions}
 
@@ -321,4 +333,5 @@ def _split_lane(batch: LatentBatch, size: int) -> Iterator[LatentBatch]:
             batch.latent_BCHW[part], batch.text[part], batch.positions[part],  # type: ignore[arg-type]
             batch.keys[part], batch.captions[part], None if batch.rejected_BCHW is None else batch.rejected_BCHW[part],
             None if batch.dataset_B is None else batch.dataset_B[part],  # type: ignore[arg-type]
+            None if batch.noise_BCHW is None else batch.noise_BCHW[part],
         )  # fmt: skip

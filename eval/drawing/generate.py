@@ -15,10 +15,10 @@ import tyro
 from torch import Tensor
 
 from data_pipeline.checkpoints import find_weights, resolve
-from eval.drawing.precision import in_bfloat16
 from infra.codec import from_json
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
+from model.bfloat16 import in_bfloat16
 from model.diffusion.sampler import sample
 from model.encoders.networks import TextEncoders, load_text_encoders
 from model.encoders.text import TextCond, TextSpec, assemble, unconditional

@@ -29,7 +29,9 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 class Trajectory:
     """The result of a solver, in the coordinate of integration; names that end in _B have one value per sample.
 
-    straightness_B is the integral of |mean slope - slope|^2 (0 for a straight path), as in InstaFlow.
+    straightness_B is the integral of |mean slope - slope|^2 (0 for a straight path), as in InstaFlow, with the mean
+    slope between two kept states for the slope: exact for Euler's own path, a lower bound for Heun and rk (76.6 instead
+    of 81.7 for the slope 6ct on 4 points). `model/diffusion/straightness.py` measures the exact one.
     """
 
     latents: Tensor
@@ -96,7 +98,7 @@ def solve(
     def slope(y: Tensor, at: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return _slope(form, predict, y, at)
+        return path_slope(form, predict, y, at)
 
     points = sampling_grid(form, steps, shift=shift, grid=grid)
     start, to_sigma = start_state(form, noise_BCHW, points[0]), over_sigma(form)
@@ -133,7 +135,7 @@ def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance:
     return predict
 
 
-def _slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
+def path_slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
     """dy/d(coordinate) at one coordinate for the whole batch."""
     coordinate_B = at.to(torch.float64).expand(y.shape[0])
     level = level_at(form, coordinate_B)
@@ -170,26 +172,32 @@ def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tens
     """Dormand-Prince; skip_last ends with an Euler step where the level 0 has no network time."""
 
     def advance(y: Tensor, points: Tensor) -> list[Tensor]:
-        from torchdiffeq import odeint
-
         points = points.to(y.device)
         inner = points[:-1] if skip_last else points
-        # Without step_t the solver overshoots the last point and interpolates back: below 0, were it that.
-        path = odeint(
-            lambda at, x: slope(x, at),
-            y,
-            inner,
-            method="dopri5",
-            rtol=tolerance,
-            atol=tolerance,
-            options={"step_t": inner[-1:]},
-        )
-        states = list(path)
+        states = integrate_adaptive(slope, y, inner, tolerance=tolerance)
         if skip_last:
             states.append(states[-1] + (points[-1] - inner[-1]).to(y.dtype) * slope(states[-1], inner[-1]))
         return states
 
     return advance
+
+
+def integrate_adaptive(slope: Slope, y: Tensor, points: Tensor, *, tolerance: float) -> list[Tensor]:
+    """States at all points by Dormand-Prince, from the state at the first one."""
+    from torchdiffeq import odeint
+
+    points = points.to(y.device)
+    # Without step_t the solver overshoots the last point and interpolates back: below 0, were it that.
+    path = odeint(
+        lambda at, x: slope(x, at),
+        y,
+        points,
+        method="dopri5",
+        rtol=tolerance,
+        atol=tolerance,
+        options={"step_t": points[-1:]},
+    )
+    return list(path)
 
 
 def _trajectory(states: list[Tensor], points: Tensor, evaluations: int) -> Trajectory:

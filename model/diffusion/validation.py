@@ -1,7 +1,8 @@
 """Validation loss at fixed noise levels with fixed noise per sample. Protocols have names and are never compared.
 
 `sd3`: t = k/8, k = 1..8, reported as the mean over the first 7. `mlperf`: t = i/8, i = 0..7 (MLPerf Flux.1).
-`midpoint`: t = (i + 1/2)/8 (torchtitan).
+`midpoint`: t = (i + 1/2)/8 (torchtitan). `coupled`: t = k/8, k = 0..8, with the noise that each latent was made of
+(held-out couplings of a teacher).
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Batch(Protocol):
     @property
     def positions(self) -> Tensor: ...
 
+    @property
+    def noise_BCHW(self) -> Tensor | None: ...
+
 
 @dataclass(frozen=True)
 class ValProtocol:
@@ -55,10 +59,12 @@ def half_interval(loss_B: Tensor) -> float | None:
     return 1.96 * loss_B.std().item() / len(loss_B) ** 0.5 if len(loss_B) > 1 else None
 
 
+COUPLED = "coupled"
 VAL_PROTOCOLS: dict[str, ValProtocol] = {
     "sd3": ValProtocol(tuple(k / 8 for k in range(1, 9)), 7),
     "mlperf": ValProtocol(tuple(i / 8 for i in range(8)), 8),
     "midpoint": ValProtocol(tuple((i + 0.5) / 8 for i in range(8)), 8),
+    COUPLED: ValProtocol(tuple(k / 8 for k in range(9)), 9),
 }
 
 
@@ -98,13 +104,17 @@ def validation_losses(
     *,
     formulation: Formulation | str = "rf",
 ) -> Tensor:
-    """Loss per sample and level, float64 (B, len(levels)), on the CPU; noise is keyed by (seed, position, level)."""
+    """Loss per sample and level, float64 (B, len(levels)), on the CPU; noise is keyed by (seed, position, level), or
+    the batch's own where its latents are coupled to it."""
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     x0 = batch.latent_BCHW
     columns = []
     for level in levels:
         _require_level(form, level)
-        noise = keyed_normal(seed, batch.positions, f"validation/{level:.6f}", x0.shape[1:]).to(x0.device, x0.dtype)
+        noise = batch.noise_BCHW
+        if noise is None:
+            noise = keyed_normal(seed, batch.positions, f"validation/{level:.6f}", x0.shape[1:])
+        noise = noise.to(x0.device, x0.dtype)
         t_B = torch.full((len(x0),), level, dtype=torch.float64)
         drawn = form.sample(x0, noise, t_B)
         prediction = predict(drawn.model_input, drawn.network_time_B, batch.text)

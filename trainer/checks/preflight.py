@@ -28,6 +28,7 @@ from model.diffusion.validation import get_protocol
 from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_mix, check_same_choice, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
+from trainer.checks.students import check_couplings, check_start
 from trainer.objective import OBJECTIVES, check_objective
 from trainer.recipe import Recipe, check, count_micro_batches, find_differences
 from trainer.runfolder import RECIPE, checkpoints_folder, kept_precision, read_recipe
@@ -160,12 +161,16 @@ def prepare(
     if dataset is not None:
         val = _check_splits(found, recipe, data, dataset)
         trained_on = describe_choice(data, dataset)
+        if started is not None:
+            found.collect(check_couplings, started, dataset, init_from)
         begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
         if data.allow_other_data:
             known = None
         elif checkpoint.list_checkpoints(checkpoints_folder(begun)):
             found.collect(check_made_alike, dataset, begun)
             known = found.collect(check_same_choice, trained_on, begun, plain=data.plain)
+    if started is not None:
+        found.collect(check_start, recipe, init_from)
     complete = _set_fingerprint(started or recipe, dataset)
     unknown = [name for name, there in (("data.fingerprint", known), ("init_weights", started)) if there is None]
     continues_at = found.collect(check_run_folder, complete, out, resume, thorough=thorough, unknown=tuple(unknown))

@@ -30,6 +30,26 @@ def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_see
         "code_version": code_version(),
         "run": run,
         "ema_profile": recipe.ema.profiles[0] if kind == "ema" else None,
+        **_describe_student(recipe, info),
+    }
+
+
+def _describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
+    """How a student of couplings is sampled: by Euler on the teacher's shifted times. A guidance that the teacher used
+    is baked into what the student learnt, and would multiply with another one."""
+    found = info.couplings
+    if found is None:
+        return {}
+    return {
+        "few_step": {
+            "objective": recipe.objective,
+            "round": found.round,
+            "teacher": found.teacher,
+            "couplings": info.fingerprint,
+            "solver": "euler",
+            "guidance": found.guidance,
+            "guidance_kind": "kept" if found.guidance == 1.0 else "baked",
+        }
     }
 
 

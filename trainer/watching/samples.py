@@ -29,6 +29,9 @@ class Sampler:
     def __init__(self, recipe: Recipe, dataset: Dataset, group: Group) -> None:
         self.recipe, self.dataset, self.group = recipe, dataset, group
         bucket = next(iter(dataset.bucket_ranges.values()))
+        couplings = dataset.info.couplings
+        # A guidance of the teacher is learnt with its couplings; another one would multiply it.
+        self.guidance = GUIDANCE if couplings is None or couplings.guidance == 1.0 else 1.0
         self.batch = dataset.read(bucket[: recipe.logging.samples])
         self.share = math.ceil(len(self.batch.keys) / group.world_size)
 
@@ -39,15 +42,18 @@ class Sampler:
         # The last rank may have fewer captions of its own; it repeats some, as every pass is a collective.
         rows = torch.arange(group.rank * self.share, (group.rank + 1) * self.share) % len(batch.keys)
         text = batch.text[rows].to(group.device)
-        noise_BCHW = keyed_normal(self.recipe.seed, rows, "samples", batch.latent_BCHW.shape[1:]).to(group.device)
+        if batch.noise_BCHW is None:
+            noise_BCHW = keyed_normal(self.recipe.seed, rows, "samples", batch.latent_BCHW.shape[1:])
+        else:
+            noise_BCHW = batch.noise_BCHW[rows]  # of couplings: what the teacher started from
         with engine.inference():
             mine_BCHW = sample(
                 engine,
-                noise_BCHW,
+                noise_BCHW.to(group.device),
                 text,
                 text.zeros_like(),
                 steps=STEPS,
-                guidance=GUIDANCE,
+                guidance=self.guidance,
                 shift=self.recipe.shift,
                 formulation=self.recipe.formulation,
             )

@@ -1,0 +1,86 @@
+"""Does a student fit its teacher? Couplings, the weights it starts from, and who may train on from a student."""
+
+from typing import Any
+
+from data_pipeline.formats.couplings import Couplings
+from data_pipeline.loading.loader import Dataset
+from infra import storage
+from infra.errors import UserError, UserErrors
+from model.diffusion.flow import get_formulation
+from model.diffusion.paths import RectifiedFlow
+from model.diffusion.validation import COUPLED
+from model.files.weights import read_meta
+from trainer.objective import OBJECTIVES
+from trainer.recipe import Recipe
+
+
+def check_couplings(recipe: Recipe, dataset: Dataset, init_from: str | None) -> None:
+    """Refuse data of another kind than the objective reads, and couplings of another teacher or shift."""
+    objective, found = OBJECTIVES.get(recipe.objective), dataset.info.couplings
+    if objective is None:
+        return
+    if found is not None and dataset.datasets:
+        raise UserError(f"{dataset.uri} holds couplings, which do not mix with other data: train on them alone")
+    if not objective.couplings:
+        if found is not None:
+            raise UserError(
+                f"{dataset.uri} holds couplings, which objective {recipe.objective} does not train on: give "
+                "--objective reflow, or the data that the teacher was trained on"
+            )
+        if recipe.validation.protocol == COUPLED and recipe.validation.every is not None:
+            raise UserError(f"--validation.protocol {COUPLED} needs couplings, which {dataset.uri} does not hold")
+        return
+    if found is None:
+        raise UserError(
+            f"{dataset.uri} holds no couplings, which objective {recipe.objective} trains on: make some with "
+            "`python -m data_pipeline couple --teacher WEIGHTS --prompts URI --count N --out URI`"
+        )
+    wrong = [*_compare_shift(recipe, dataset.uri, found), *_compare_teacher(recipe, dataset.uri, found, init_from)]
+    if wrong:
+        raise UserErrors(wrong)
+
+
+def _compare_shift(recipe: Recipe, uri: str, found: Couplings) -> list[str]:
+    if found.shift == recipe.shift:
+        return []
+    return [
+        f"{uri}: the teacher's times were shifted by {found.shift:g}, those of recipe {recipe.name} are by "
+        f"{recipe.shift:g}: give --shift {found.shift:g}"
+    ]
+
+
+def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str | None) -> list[str]:
+    if init_from is None:
+        return [
+            f"recipe {recipe.name}: objective {recipe.objective} starts from the teacher's weights: give --init-from "
+            "WEIGHTS, those that made the couplings"
+        ]
+    meta = read_meta(storage.localize(init_from))
+    wrong = []
+    started = get_formulation(str(meta.get("formulation", "rf")))
+    if not (isinstance(started.path, RectifiedFlow) and started.target == "velocity"):
+        wrong.append(
+            f"{init_from} predicts {started.target} on the path of {started.name}; a student starts from weights that "
+            "predict the velocity of a rectified flow: its couplings may teach another network that does"
+        )
+    known = {recipe.init_weights, dict(meta.get("few_step") or {}).get("teacher")}
+    if found.teacher not in known and not recipe.student.any_teacher:
+        wrong.append(
+            f"{uri} was made by the teacher {found.teacher[:12]}, --init-from {init_from} is another network: give the "
+            "teacher's weights or those of its student, or --student.any-teacher"
+        )
+    return wrong
+
+
+def check_start(recipe: Recipe, init_from: str | None) -> None:
+    """Ordinary training from a student of few steps takes its few steps away again (as users of DMD2 found): refused
+    unless it is asked for."""
+    objective = OBJECTIVES.get(recipe.objective)
+    if init_from is None or objective is None or objective.couplings or recipe.student.any_teacher:
+        return
+    told: dict[str, Any] = dict(read_meta(storage.localize(init_from)).get("few_step") or {})
+    if told:
+        raise UserError(
+            f"{init_from} is a student of few steps (objective {told.get('objective')}), which objective "
+            f"{recipe.objective} would undo: start from its teacher, or give --student.any-teacher"
+        )
