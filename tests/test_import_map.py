@@ -207,6 +207,16 @@ def test_the_engine_asks_deepspeed_for_public_things_alone():
     assert asked <= DEEPSPEED_ENGINE, asked - DEEPSPEED_ENGINE
 
 
+def test_no_class_name_stands_twice():
+    """One word, one thing, across all packages."""
+    places: dict[str, list[str]] = {}
+    for path in (path for package in ALLOWED for path in sources(package)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_every_file_says_what_lives_in_it():
     silent = [
         str(path.relative_to(ROOT))

@@ -30,7 +30,7 @@ DRAWS = 4  # times and noises of each held-out pair
 
 
 @dataclass(frozen=True)
-class ValidationLoss:
+class ValidationResult:
     """`per_level` maps noise levels to mean losses; `mean` is what the protocol reports. `by_sample`: what they
     are means of; first the mean's, under the protocol's name, then each level's."""
 
@@ -74,7 +74,7 @@ class Validator:
         ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
-    def run(self, engine: ZeroEngine, group: Group) -> ValidationLoss:
+    def run(self, engine: ZeroEngine, group: Group) -> ValidationResult:
         """Validation loss of the weights that the engine's forward passes use now. Collective: every rank makes the
         same number of passes."""
         v, levels = self.recipe.validation, self.protocol.levels
@@ -92,10 +92,10 @@ class Validator:
         losses_BV = group.sum_(losses).cpu()
         return self._summarise(losses_BV, self.pairs.run(engine, group) if self.pairs is not None else {})
 
-    def _summarise(self, losses_BV: Tensor, pair_figures: dict[str, float]) -> ValidationLoss:
+    def _summarise(self, losses_BV: Tensor, pair_figures: dict[str, float]) -> ValidationResult:
         means = [math.fsum(column) / len(losses_BV) for column in losses_BV.T.tolist()]
         averaged = means[: self.protocol.averaged]
-        return ValidationLoss(
+        return ValidationResult(
             protocol=self.recipe.validation.protocol,
             protocol_hash=self.protocol_hash,
             mean=math.fsum(averaged) / len(averaged),

@@ -18,7 +18,7 @@ from model.diffusion.validation import half_interval
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
-from trainer.validate import ValidationLoss
+from trainer.validate import ValidationResult
 from trainer.watching.curves import CurveWriter
 from trainer.watching.trackers import Trackers
 from trainer.zero.group import Group
@@ -89,7 +89,7 @@ class RunLog:
         self._write("train", told, step=step)
         self._row("train_loss", loss, self.images_seen - images)
 
-    def add_validation(self, found: ValidationLoss, *, profile: str) -> None:
+    def add_validation(self, found: ValidationResult, *, profile: str) -> None:
         """EMA validation loss, mean and per level, with intervals; samples' losses are kept for paired differences."""
         self._add_held_out_pairs(found)
         name = f"val_loss/{found.protocol}"
@@ -107,7 +107,7 @@ class RunLog:
         self._write("val", {metric.removeprefix("val_"): value for metric, value in figures.items()})
         self._progress.fields["val"] = found.mean
 
-    def _add_held_out_pairs(self, found: ValidationLoss) -> None:
+    def _add_held_out_pairs(self, found: ValidationResult) -> None:
         """Rows named val_<objective>/..."""
         for name, value in found.pair_figures.items():
             better = name in get_objective(self.recipe.objective).higher_is_better
