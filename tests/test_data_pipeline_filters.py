@@ -18,7 +18,7 @@ from data_pipeline.loading.kept import KeptRows
 from data_pipeline.loading.loader import Dataset, open_dataset
 from data_pipeline.loading.order import SampleOrder
 from data_pipeline.packing.synthetic import write_synthetic
-from data_pipeline.selection.expressions import Condition
+from data_pipeline.selection.expressions import RowCondition
 from data_pipeline.selection.filters import select_rows
 from infra.errors import UserError
 
@@ -74,9 +74,9 @@ def write_scores(root: str, path: Path, *, without: int = 0) -> str:
     ],
 )
 def test_rows_that_fulfil_a_condition(text, kept):
-    condition = Condition(text)
+    condition = RowCondition(text)
     assert "".join(np.array(list("abcde"))[condition.mask(ROWS)]) == kept
-    assert Condition(condition.text).text == condition.text
+    assert RowCondition(condition.text).text == condition.text
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_rows_that_fulfil_a_condition(text, kept):
 )
 def test_what_is_no_condition_is_refused_in_one_line(text, says):
     with pytest.raises(UserError, match=says) as caught:
-        Condition(text).mask(ROWS)
+        RowCondition(text).mask(ROWS)
     assert "\n" not in str(caught.value)
 
 
@@ -125,7 +125,7 @@ def test_conditions_mean_what_they_mean_in_sql(text, rows):
     database.executemany("INSERT INTO t VALUES (?, ?, ?)", [(n, *row) for n, row in enumerate(rows)])
     expected = [n for (n,) in database.execute(f"SELECT n FROM t WHERE {text} ORDER BY n")]
     table = pa.table({name: pa.array([row[i] for row in rows], pa.int64()) for i, name in enumerate("xy")})
-    assert np.flatnonzero(Condition(text).mask(table)).tolist() == expected
+    assert np.flatnonzero(RowCondition(text).mask(table)).tolist() == expected
 
 
 def test_a_column_that_came_later_filters_by_key(root, tmp_path, caplog):
@@ -225,5 +225,5 @@ def test_nothing_is_executed(tmp_path):
     before = set(sys.modules)
     for text in ("__import__('antigravity') > 1", "exec('1')", "width.__class__ > 1", "().__class__ == 1"):
         with pytest.raises(UserError):
-            Condition(text).mask(ROWS)
+            RowCondition(text).mask(ROWS)
     assert "antigravity" not in set(sys.modules) - before

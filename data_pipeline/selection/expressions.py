@@ -31,7 +31,7 @@ _WORDS = {"AND": "and", "OR": "or", "NOT": "not", "IN": "in", "IS": "is", "NULL"
 _TAKES = "a condition compares columns with numbers or 'texts': > >= < <= == != in (...) is None and or not + - * /"
 
 
-class Condition:
+class RowCondition:
     """One condition: `text` in one spelling, the columns it reads, and which rows of a table fulfil it."""
 
     def __init__(self, text: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.loading.kept import KeptRows, read_kept_rows
 from data_pipeline.loading.loader import Dataset
-from data_pipeline.selection.expressions import Condition
+from data_pipeline.selection.expressions import RowCondition
 from data_pipeline.selection.late_columns import LateColumns
 from data_pipeline.selection.row_values import RowValues
 from infra import storage
@@ -29,7 +29,7 @@ def select_rows(dataset: Dataset, where: Sequence[str], columns: Sequence[str] =
         if columns:
             raise UserError(f"--columns {columns[0]}: a table that no --where reads: give a condition, or leave it out")
         return dataset
-    conditions, late = [Condition(text) for text in where], [LateColumns(uri) for uri in columns]
+    conditions, late = [RowCondition(text) for text in where], [LateColumns(uri) for uri in columns]
     asked = {
         "dataset": dataset.info.fingerprint, "split": dataset.split,
         "where": [condition.text for condition in conditions], "columns": [one.fingerprint for one in late],
@@ -44,7 +44,7 @@ def select_rows(dataset: Dataset, where: Sequence[str], columns: Sequence[str] =
     return dataset.keep(kept, name)
 
 
-def _find_rows(dataset: Dataset, conditions: Sequence[Condition], late: Sequence[LateColumns]) -> KeptRows:
+def _find_rows(dataset: Dataset, conditions: Sequence[RowCondition], late: Sequence[LateColumns]) -> KeptRows:
     values = RowValues(dataset, late)
     for condition in conditions:
         condition.check_columns(values.names, dataset.uri)
