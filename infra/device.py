@@ -12,11 +12,12 @@ import os
 import platform
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger, get_rank
 
@@ -117,14 +118,13 @@ def get_cpu_speed() -> CpuSpeed:
     stored there."""
     file = locate_cpu_speed()
     try:
-        kept = json.loads(file.read_bytes())
-        return CpuSpeed(float(kept["fp32"]), float(kept["bf16"]))
-    except (ValueError, KeyError, TypeError):
+        return from_json(CpuSpeed, file.read_bytes(), where=str(file), extra="ignore")
+    except UserError:
         file.unlink(missing_ok=True)  # damaged
     except OSError:
         pass
     speed = _measure_cpu()
-    told = {**asdict(speed), "unit": "GFLOP/s of one core", **_machine()}
+    told = to_json(speed) | {"unit": "GFLOP/s of one core", **_machine()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that measure at once, the first decides for both.

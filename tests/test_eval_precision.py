@@ -123,7 +123,7 @@ def test_all_evaluations_of_some_runs_compute_in_what_the_first_one_chose(tmp_pa
     assert settle(RunOptions(str(tmp_path / "others"), sampling=Sampling(device="cpu"))).sampling.precision == second
     kept = tmp_path / "runs" / "results" / "precision.json"
     kept.write_text("{")
-    with pytest.raises(UserError, match=r"precision.json cannot be read .* give --precision fp32 or bf16"):
+    with pytest.raises(UserError, match=r"precision.json is not JSON .*: give --precision fp32 or bf16"):
         settle(RunOptions(runs))
 
 

@@ -2,13 +2,22 @@
 
 import json
 import socket
-from typing import cast
+from dataclasses import dataclass
 
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.device import Precision, ResolvedPrecision, resolve_precision, warn_if_slow
-from infra.errors import UserError
 
 KEPT = "precision.json"
+
+
+@dataclass(frozen=True)
+class KeptPrecision:
+    """precision.json: what `auto` means here, and where that was decided."""
+
+    precision: ResolvedPrecision
+    device: str = ""
+    host: str = ""
 
 
 def settle_precision(precision: Precision, device: str, *, results: str) -> ResolvedPrecision:
@@ -22,14 +31,10 @@ def settle_precision(precision: Precision, device: str, *, results: str) -> Reso
     uri = storage.join(results, KEPT)
     if not storage.exists(uri):
         found = resolve_precision("auto", device)
-        told = {"precision": found, "device": device, "host": socket.gethostname()}
+        told = to_json(KeptPrecision(found, device, socket.gethostname()))
         if storage.write_bytes_if_absent(uri, (json.dumps(told, indent=1) + "\n").encode()):
             return found
-    try:
-        kept = json.loads(storage.read_bytes(uri))["precision"]
-        if kept not in ("fp32", "bf16"):
-            raise ValueError(f"precision {kept!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{uri} cannot be read ({error}): give --precision fp32 or bf16, or remove it") from error
-    warn_if_slow(kept, device)
-    return cast(ResolvedPrecision, kept)
+    advice = "give --precision fp32 or bf16, or remove it"
+    kept = from_json(KeptPrecision, storage.read_bytes(uri), where=uri, advice=advice)
+    warn_if_slow(kept.precision, device)
+    return kept.precision

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from eval.report.law import LadderFit, Prediction, collect_curves, fit_ladder, is_inside
 from eval.report.runs import RunFolder, count_parameters, read_runs
@@ -18,11 +17,24 @@ from eval.report.text import format_count
 from eval.scaling.intervals import Interval
 from eval.scaling.laws import LossCurve, interpolate_loss
 from infra import storage
+from infra.codec import Number, from_json, to_json
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from infra.version import code_version
 
 PREFIX = "prediction/"
+
+
+@dataclass(frozen=True)
+class PredictionDetails:
+    """The details of a prediction's row."""
+
+    depth: int
+    parameters: int
+    fitted_to: tuple[str, ...]
+    floor: Number
+    exponents: tuple[Number, ...]
+    backbone: str = "mmdit"
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,9 @@ def predict(runs: str, depth: int | None = None) -> GradedPrediction:
     there = [run.name for run in data.runs if run.depth == depth and run.backbone == kind]
     if there:
         raise UserError(f"depth {depth} is there already ({', '.join(there)}): a prediction must come before its run")
-    interval = fit.size.loss(parameters, new_run=True)
+    interval, law = fit.size.loss(parameters, new_run=True), fit.size.law
+    fitted_to = tuple(curve.run for curve in fit.curves)
+    details = PredictionDetails(depth, parameters, fitted_to, law.floor, tuple(law.exponents), kind)
     row = ResultRow(
         run="prediction",
         recipe_hash=_hash_curves(fit.curves),
@@ -71,12 +85,8 @@ def predict(runs: str, depth: int | None = None) -> GradedPrediction:
         protocol_hash=losses.protocol,
         low=interval.low,
         high=interval.high,
-        details=json.dumps(
-            {"depth": depth, "backbone": kind, "parameters": parameters,
-             "fitted_to": [curve.run for curve in fit.curves],
-             "floor": fit.size.law.floor, "exponents": fit.size.law.exponents}
-        ),
-    )  # fmt: skip
+        details=json.dumps(to_json(details)),
+    )
     before = next((earlier for earlier in data.predictions if earlier.key == row.key), None)
     if before is None:
         ResultStore(storage.join(runs, "results")).append([row])
@@ -108,27 +118,18 @@ def _hash_curves(curves: Sequence[LossCurve]) -> str:
 
 def read_prediction(row: ResultRow) -> GradedPrediction | None:
     """The prediction in a stored row; None if the row cannot be read as one."""
-    try:
-        told: dict[str, Any] = json.loads(row.details)
-        if row.low is None or row.high is None:
-            return None
-        return GradedPrediction(
-            depth=int(told["depth"]),
-            parameters=int(told["parameters"]),
-            images=float(row.images_seen),
-            loss=Interval(row.value, row.low, row.high),
-            actual=None,
-            inside=None,
-            metric=row.metric.removeprefix(PREFIX).rsplit("/", 1)[0],
-            created=row.created,
-            fitted_to=tuple(str(run) for run in told["fitted_to"]),
-            backbone=str(told.get("backbone", "mmdit")),
-            run=None,
-            first=None,
-            reason="",
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    if row.low is None or row.high is None:
         return None
+    try:
+        told = from_json(PredictionDetails, row.details, where="details of a prediction")
+    except UserError:
+        return None
+    return GradedPrediction(
+        told.depth, told.parameters, float(row.images_seen), Interval(row.value, row.low, row.high),
+        actual=None, inside=None,
+        metric=row.metric.removeprefix(PREFIX).rsplit("/", 1)[0], created=row.created,
+        fitted_to=told.fitted_to, backbone=told.backbone, run=None, first=None, reason="",
+    )  # fmt: skip
 
 
 def grade(rows: Iterable[ResultRow], runs: Sequence[RunFolder], losses: Comparison | None) -> list[GradedPrediction]:

@@ -44,6 +44,8 @@ def find_equal_images(one: Mapping[str, Mapping[int, float]], two: Mapping[str, 
 
 def correlate_across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation:
     """Pearson and Spearman coefficient of one point per run; pairs with a value that is not finite are left out."""
+    from scipy.stats import rankdata
+
     x_R, y_R = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(x_R) & np.isfinite(y_R)
     x_R, y_R = x_R[keep], y_R[keep]
@@ -51,7 +53,7 @@ def correlate_across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation
         return Correlation(len(x_R), reason=f"{_runs(len(x_R))} at equal images, and a coefficient needs {MIN_RUNS}")
     if np.ptp(x_R) == 0 or np.ptp(y_R) == 0:
         return Correlation(len(x_R), reason="all runs have the same value, so there is nothing to correlate")
-    pearson, spearman = _pearson(x_R, y_R), _pearson(_ranks(x_R), _ranks(y_R))
+    pearson, spearman = _pearson(x_R, y_R), _pearson(rankdata(x_R), rankdata(y_R))
     if len(x_R) < MIN_RUNS_INTERVAL:
         reason = f"no interval: {_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
         return Correlation(len(x_R), Coefficient(pearson), Coefficient(spearman), reason)
@@ -93,13 +95,6 @@ def _fisher(value: float, count: int, *, variance: float, step: float) -> Coeffi
 def _pearson(x_R: Array, y_R: Array) -> float:
     x_R, y_R = x_R - x_R.mean(), y_R - y_R.mean()
     return float(np.clip((x_R * y_R).sum() / math.sqrt((x_R**2).sum() * (y_R**2).sum()), -1, 1))
-
-
-def _ranks(x_R: Array) -> Array:
-    """Ranks, ties sharing their mean."""
-    below = (x_R[None, :] < x_R[:, None]).sum(axis=1)
-    equal = (x_R[None, :] == x_R[:, None]).sum(axis=1)
-    return below + (equal - 1) / 2
 
 
 def _runs(count: int) -> str:

@@ -1,4 +1,4 @@
-"""StudySide by side in the service: create a study, hand out blind pairs, keep answers, give win rates."""
+"""Pictures side by side: create a study, hand out blind pairs, keep answers, give win rates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

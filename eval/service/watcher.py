@@ -51,7 +51,7 @@ class EvaluationStatus:
 
 
 class Evaluator(Protocol):
-    """Who does the work: a `Worker`. Returns reasons of the failed, raises Died or NotReady."""
+    """Who does the work: an `EvaluationWorker`. Returns reasons of the failed, raises WorkerDied or JudgesNotReady."""
 
     def evaluate(self, checkpoints: Sequence[Checkpoint], alive: Callable[[], None], /) -> dict[str, str]: ...
 

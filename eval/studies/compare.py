@@ -14,6 +14,7 @@ import tyro
 from eval.judging.metric import RESAMPLES, all_alike
 from eval.metrics.frechet import resample_distances
 from infra import storage
+from infra.codec import to_json
 from infra.errors import UserError, nearest
 from infra.results import ResultRow, ResultStore
 from infra.values import PromptValues, read_values
@@ -72,16 +73,11 @@ def compare(
     for line in refused:
         print(f"not compared: {line}")
     if out is not None:
-        records = [_record(d) for d in differences]
+        records = [to_json(d, finite=True) | {"verdict": d.verdict} for d in differences]
         text = json.dumps({"a": first.name, "b": second.name, "differences": records, "refused": refused}, indent=1)
         storage.write_bytes(out, (text + "\n").encode())
     if not differences:
         raise UserError("nothing that both checkpoints have can be compared; see the lines above")
-
-
-def _record(d: Difference) -> dict[str, Any]:
-    known = bool(np.isfinite([d.low, d.high]).all())
-    return vars(d) | {"verdict": d.verdict} | ({} if known else {"low": None, "high": None})
 
 
 def read_run(where: str) -> EvaluatedRun:

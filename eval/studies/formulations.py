@@ -18,6 +18,7 @@ from eval.metrics.registry import build_picture_metric
 from eval.run import RunOptions, plan, settle
 from eval.studies.ranking import TABLE_1, Ranking, StudyCell, compare_with_paper, rank
 from infra import storage
+from infra.codec import from_json, to_json
 from infra.device import Precision
 from infra.errors import UserError
 from infra.log import get_logger
@@ -118,15 +119,16 @@ def study(options: StudyOptions) -> None:
     text = format_markdown(ranking, options, entries=entries, unfit=unfit)
     print(text, end="")
     record = {
-        "ranking": asdict(ranking),
+        "ranking": ranking,
         "against_paper": compare_with_paper(ranking),
-        "options": asdict(options),
+        "options": options,
         "chosen": {e.checkpoint.run: e.chosen for e in entries},
         "left_out_runs": unfit,
         "failed": failed,
     }
     storage.write_bytes(storage.join(options.out, "study.md"), f"# Formulations, ranked\n\n{text}".encode())
-    storage.write_bytes(storage.join(options.out, "study.json"), (json.dumps(_plain(record), indent=1) + "\n").encode())
+    as_json = json.dumps(to_json(record, finite=True), indent=1) + "\n"
+    storage.write_bytes(storage.join(options.out, "study.json"), as_json.encode())
     numbers = "".join(json.dumps(cell._asdict()) + "\n" for cell in cells)
     storage.write_bytes(storage.join(options.out, "cells.jsonl"), numbers.encode())
     if failed:
@@ -174,7 +176,7 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
     if not storage.exists(recipe_uri):
         raise UserError(f"{run} has no recipe.json: the study reads a run's seed from it")
-    seed = int(_object(recipe_uri).get("seed", 0))
+    seed = int(_read_object(recipe_uri).get("seed", 0))
     raw = {c.step: storage.join(c.weights.rsplit("/", 1)[0], "raw.safetensors") for c in checkpoints}
     raw = {step: uri for step, uri in raw.items() if storage.exists(uri)}
     if last.step not in raw and storage.exists(last_raw):
@@ -182,7 +184,7 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
     if not raw:
         unstable = storage.join(run, "unstable.json")  # of a run that the trainer's guard ended
         if storage.exists(unstable):
-            return f"its training was unstable ({_object(unstable).get('problem', 'no reason')})"
+            return f"its training was unstable ({_read_object(unstable).get('problem', 'no reason')})"
         return "no raw weights (weights/raw.safetensors), which are ranked beside the EMA; they come with its last step"
     metas = {c.step: read_meta(storage.localize(c.weights)) for c in checkpoints}
     losses = {
@@ -200,14 +202,9 @@ def _entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
     )
 
 
-def _object(uri: str) -> dict[str, Any]:
-    try:
-        found = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise UserError(f"{uri} is torn ({error}): restore it, or move its run away") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{uri} holds no JSON object: restore it, or move its run away")
-    return found
+def _read_object(uri: str) -> dict[str, Any]:
+    advice = "restore it, or move its run away"
+    return from_json(dict[str, Any], storage.read_bytes(uri), where=uri, advice=advice)
 
 
 @dataclass(frozen=True)
@@ -295,12 +292,3 @@ def format_markdown(
     ways = sorted({entry.chosen.split(": ")[1] for entry in entries})
     lines.append(f"Checkpoint of a run: {'; '.join(ways)}.")
     return "\n".join(lines) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON without nan."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,8 @@ from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges, build_judges, describe_judge
 from eval.judging.official import OfficialPaths
 from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
-from eval.metrics.compbench import rules as compbench
+from eval.metrics.compbench.evidence import ask_noun_chunks
+from eval.metrics.compbench.rules import blip_vqa
 from infra.cli import GROUP
 from infra.errors import UserError, nearest
 from infra.log import Progress
@@ -57,11 +58,7 @@ Ranker = Callable[[Judges, Sequence[str], Sequence[np.ndarray]], np.ndarray]
 
 def score_by_vqa(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
     """T2I-CompBench's attribute score of each picture: the product of P(yes) over the noun chunks of its prompt."""
-    chunks = [compbench.choose_chunks(judges.reader().noun_chunks(text)) for text in texts]
-    asked = [f"{chunk}?" for found in chunks for chunk in found]
-    yes = judges.vqa().yes([image for image, found in zip(images, chunks) for _ in found], asked)
-    ends = np.cumsum([len(found) for found in chunks])
-    return np.array([compbench.blip_vqa(part.tolist()) for part in np.split(yes, ends[:-1])])
+    return np.array([blip_vqa(probabilities) for probabilities in ask_noun_chunks(judges, texts, images)])
 
 
 def score_by_clip(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:

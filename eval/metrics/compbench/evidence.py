@@ -73,7 +73,8 @@ def gather(judges: Judges, category: str, samples: Sequence[JudgedImage]) -> lis
     boxes = category in ("spatial", "3d_spatial", "numeracy") or any(kind != "action" for kind in kinds if kind)
     words = category == "non_spatial" or any(kind != "spatial" for kind in kinds if kind)
     seen = _detect(judges, samples) if boxes else [[] for _ in samples]
-    yes = _ask(judges, samples) if complex_prompt or category in ATTRIBUTES else [[] for _ in samples]
+    asked = complex_prompt or category in ATTRIBUTES
+    yes = ask_noun_chunks(judges, texts, [s.image for s in samples]) if asked else [[] for _ in samples]
     cosines = _cosines(judges, samples, complex_prompt) if words else np.zeros(len(samples))
     depths = _depths(judges, samples) if category == "3d_spatial" else [None] * len(samples)
     return [
@@ -107,11 +108,11 @@ def read_counts(reader: PromptReader, names: tuple[list[str], list[str]], text: 
     return compbench.parse_counts(reader.tokens(text), *names)
 
 
-def _ask(judges: Judges, samples: Sequence[JudgedImage]) -> list[list[float]]:
-    reader = judges.reader()
-    chunks = [compbench.choose_chunks(reader.noun_chunks(sample.prompt.text)) for sample in samples]
-    images = [sample.image for sample, asked in zip(samples, chunks) for _ in asked]
-    yes = judges.vqa().yes(images, [f"{chunk}?" for asked in chunks for chunk in asked])
+def ask_noun_chunks(judges: Judges, texts: Sequence[str], images: Sequence[np.ndarray]) -> list[list[float]]:
+    """P(yes) of each noun chunk of each picture's prompt."""
+    chunks = [compbench.choose_chunks(judges.reader().noun_chunks(text)) for text in texts]
+    shown = [image for image, asked in zip(images, chunks) for _ in asked]
+    yes = judges.vqa().yes(shown, [f"{chunk}?" for asked in chunks for chunk in asked])
     ends = np.cumsum([len(asked) for asked in chunks])
     return [part.tolist() for part in np.split(yes, ends[:-1])]
 
