@@ -16,13 +16,13 @@ def describe_protocol(
     return {
         "metric": metric.name,
         "judged": metric.describe(),
-        "prompts": {"count": len(prompts), "sha256": _prompts_hash(prompts)},
+        "prompts": {"count": len(prompts), "sha256": _hash_prompts(prompts)},
         "images_per_prompt": images_per_prompt,
         "sampling": dict(sampling),
     }
 
 
-def _prompts_hash(prompts: Sequence[Prompt]) -> str:
+def _hash_prompts(prompts: Sequence[Prompt]) -> str:
     lines = [[p.text, p.task, p.seen, p.source, dict(p.metadata)] for p in prompts]
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 

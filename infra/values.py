@@ -30,11 +30,11 @@ def tabulate_samples(values: Mapping[str, np.ndarray]) -> PromptValues:
     }
 
 
-def _uri(store_uri: str, protocol_hash: str, name: str) -> str:
+def _locate(store_uri: str, protocol_hash: str, name: str) -> str:
     return storage.join(store_uri, "values", protocol_hash, name)
 
 
-def _name(recipe_hash: str, images_seen: int) -> str:
+def _name_file(recipe_hash: str, images_seen: int) -> str:
     return f"{recipe_hash}-{images_seen}.npz"
 
 
@@ -42,18 +42,18 @@ def keep_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_see
     """Store one checkpoint's values, and once per protocol what its checkpoints share."""
     shared = {key: value for key, value in kept.items() if key.startswith("reference")}
     own = {key: value for key, value in kept.items() if key not in shared}
-    if shared and not storage.exists(_uri(store_uri, protocol_hash, SHARED)):
-        storage.write_bytes(_uri(store_uri, protocol_hash, SHARED), _pack(shared))
+    if shared and not storage.exists(_locate(store_uri, protocol_hash, SHARED)):
+        storage.write_bytes(_locate(store_uri, protocol_hash, SHARED), _pack(shared))
     if own:
-        storage.write_bytes(_uri(store_uri, protocol_hash, _name(recipe_hash, images_seen)), _pack(own))
+        storage.write_bytes(_locate(store_uri, protocol_hash, _name_file(recipe_hash, images_seen)), _pack(own))
 
 
 def read_values(store_uri: str, protocol_hash: str, recipe_hash: str, images_seen: int) -> PromptValues | None:
     """The stored values of one checkpoint; None if none were stored."""
-    uri = _uri(store_uri, protocol_hash, _name(recipe_hash, images_seen))
+    uri = _locate(store_uri, protocol_hash, _name_file(recipe_hash, images_seen))
     if not storage.exists(uri):
         return None
-    shared = _uri(store_uri, protocol_hash, SHARED)
+    shared = _locate(store_uri, protocol_hash, SHARED)
     return (_unpack(shared) if storage.exists(shared) else {}) | _unpack(uri)
 
 

@@ -9,7 +9,7 @@ from geneval_folders import write_folder
 from eval.calibrate import make_control
 from eval.judging.geneval_prompts import draw_official_metadata
 from eval.judging.judges import build_judges
-from eval.judging.prompts import world_geneval_prompts
+from eval.judging.prompts import list_world_geneval_prompts
 from eval.metrics.geneval.tool import judge, score
 from eval.networks.detectors import TransformersDetector, find_mask_box
 from infra.errors import UserError
@@ -62,7 +62,7 @@ def test_mask_boxes_end_past_the_last_pixel():
 
 
 def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, capsys):
-    prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task != "counting"]
+    prompts = [p for p in list_world_geneval_prompts(1) if p.seen and p.task != "counting"]
     judges = build_judges("world")
     for index, prompt in enumerate(prompts):
         write_folder(
@@ -101,7 +101,7 @@ def test_folders_of_scenes_are_scored_and_their_results_judged_again(tmp_path, c
 
 
 def test_broken_images_and_unknown_classes_are_told(tmp_path, capsys):
-    prompts = [p for p in world_geneval_prompts(1) if p.seen and p.task == "single_object"]
+    prompts = [p for p in list_world_geneval_prompts(1) if p.seen and p.task == "single_object"]
     image = make_control("ground_truth", prompts, index=0, judges=build_judges("world"))
     folder = write_folder(tmp_path / "set", 0, dict(prompts[0].metadata), [image, image])
     (folder / "samples" / "0001.png").write_bytes(b"torn")

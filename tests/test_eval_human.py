@@ -8,7 +8,7 @@ import pytest
 from eval_service_runs import app_on, small_ladder, write_gallery
 from openapi import CheckedClient
 
-from eval.studies.human import HumanStudies, StudySide, Vote, effective_size, wilson, win_rate
+from eval.studies.human import HumanStudies, StudySide, Vote, compute_win_rate, estimate_effective_size, wilson
 from infra import storage
 from infra.errors import UserError
 
@@ -107,24 +107,24 @@ def test_torn_and_foreign_votes_are_skipped(studies, study):
 
 def test_win_rate_counts_ties_half_and_agreement_is_not_certainty():
     votes = [Vote("ann", item, {"aesthetics": side}) for item, side in enumerate(["a", "a", "b", "same"])]
-    rate = win_rate("aesthetics", votes)
+    rate = compute_win_rate("aesthetics", votes)
     assert (rate.wins_a, rate.wins_b, rate.ties, rate.value) == (2, 1, 1, 0.625)
     assert rate.low < 0.625 < rate.high
     agreed = [Vote(f"r{rater}", item, {"aesthetics": "a"}) for item in range(5) for rater in range(20)]
-    unanimous = win_rate("aesthetics", agreed)
+    unanimous = compute_win_rate("aesthetics", agreed)
     assert unanimous.value == 1
     assert unanimous.low == pytest.approx(wilson(1, 5)[0])  # five prompts, not a hundred answers
     assert unanimous.low < 0.6
-    assert win_rate("typography", votes).value is None
+    assert compute_win_rate("typography", votes).value is None
     np.testing.assert_allclose(wilson(0.5, 100), (0.4038, 0.5962), atol=1e-4)  # published table values
 
 
 def test_repeated_answers_to_a_prompt_widen_the_interval_to_the_prompts():
     # Kish's size is 3; four prompts measure their spread with 3 degrees of freedom, whose t is 3.182.
-    divided = effective_size([[1.0] * 10, [0.0] * 10, [1.0] * 10, [0.0] * 10], 0.5)
+    divided = estimate_effective_size([[1.0] * 10, [0.0] * 10, [1.0] * 10, [0.0] * 10], 0.5)
     assert divided == pytest.approx(3 * (1.959964 / 3.182446) ** 2)
     alternating = [[1.0, 0.0] * 5 for _ in range(4)]
-    assert effective_size(alternating, 0.5) == 4  # no spread between prompts: still no more than what they are
+    assert estimate_effective_size(alternating, 0.5) == 4  # no spread between prompts: still no more than what they are
 
 
 @pytest.mark.parametrize(("prompts", "raters"), [(40, 1), (40, 4), (8, 20)])
@@ -136,7 +136,7 @@ def test_the_interval_holds_the_true_rate_as_often_as_it_says(prompts, raters):
         p = rng.beta(3, 2, prompts)
         y = np.where(rng.random((prompts, raters)) < 0.2, 0.5, rng.random((prompts, raters)) < p[:, None])
         rate = float(y.mean())
-        low, high = wilson(rate, effective_size(y.tolist(), rate))
+        low, high = wilson(rate, estimate_effective_size(y.tolist(), rate))
         held += low <= 0.1 + 0.8 * 0.6 <= high
     assert 0.935 <= held / 1500 <= 0.985
 

@@ -12,7 +12,7 @@ from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.judging.official import OfficialPaths
 from eval.judging.prompt_files import find_reference_files, read_coco, read_prompts
-from eval.metrics.fid import FeatureDistance, inception_fid
+from eval.metrics.fid import FeatureDistance, build_inception_fid
 from eval.networks.inception import InceptionFeatures, build_inception, resize_clean, resize_tensorflow
 from infra.errors import UserError
 
@@ -92,9 +92,9 @@ def test_weights_that_are_none_are_refused(weights, tmp_path):
         InceptionFeatures(tmp_path / "other.safetensors")
     for judges in (build_judges("world"), build_judges("official")):
         with pytest.raises(UserError, match=r"needs --official\.inception FILE"):
-            inception_fid(judges).describe()
+            build_inception_fid(judges).describe()
     world = build_judges("world", OfficialPaths(inception=str(weights)))
-    assert inception_fid(world).describe()["features"][0] == "inception/clean-fid"
+    assert build_inception_fid(world).describe()["features"][0] == "inception/clean-fid"
 
 
 class Pixels:

@@ -9,7 +9,7 @@ from scipy.stats import beta
 
 from eval.drawing.pictures import make_grid, read_picture, write_picture
 from eval.judging.metric import Clusters, split_scores
-from eval.judging.prompts import compbench_prompts, geneval_prompts, read_lines
+from eval.judging.prompts import list_compbench_prompts, list_geneval_prompts, read_lines
 from eval.metrics.frechet import (
     Moments,
     RankDeficientWarning,
@@ -216,14 +216,14 @@ def test_compbench_prompts_know_their_kind(tmp_path):
         "complex_val_action": "The dog runs.",
     }.items():
         (tmp_path / f"{name}.txt").write_text(lines.replace("\n", "\r\n"))
-    prompts = compbench_prompts(tmp_path)
+    prompts = list_compbench_prompts(tmp_path)
     assert [p.task for p in prompts] == ["color", "complex", "complex", "complex"]
     assert [p.metadata.get("kind") for p in prompts] == [None, "spatial", "action", "both"]
 
 
 def test_geneval_prompts_can_be_cut_per_task():
-    assert len(geneval_prompts()) == 553
-    assert len(geneval_prompts(3)) == 18
+    assert len(list_geneval_prompts()) == 553
+    assert len(list_geneval_prompts(3)) == 18
 
 
 def test_grids_and_pictures(tmp_path):

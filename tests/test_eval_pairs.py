@@ -11,17 +11,17 @@ from data_pipeline.plans import WORLD_TEXT, read_vae_meta
 from data_pipeline.world.scenes import make_scene
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges
-from eval.judging.prompts import world_compbench_prompts, world_geneval_prompts
-from eval.studies.pairs import PairOptions, make_pairs, rank_pictures, score_by_clip, score_by_vqa, world_prompts
+from eval.judging.prompts import list_world_compbench_prompts, list_world_geneval_prompts
+from eval.studies.pairs import PairOptions, draw_world_prompts, make_pairs, rank_pictures, score_by_clip, score_by_vqa
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.weights import save_weights
 
 
 def test_prompts_of_the_world_are_none_that_are_evaluated():
-    found = world_prompts(60)
+    found = draw_world_prompts(60)
     assert len(found) == len(set(found)) == 60
-    assert not set(found) & {p.text for p in (*world_geneval_prompts(50), *world_compbench_prompts(50))}
+    assert not set(found) & {p.text for p in (*list_world_geneval_prompts(50), *list_world_compbench_prompts(50))}
 
 
 @pytest.mark.parametrize("rank", [score_by_vqa, score_by_clip])
@@ -64,10 +64,10 @@ def test_the_best_and_the_worst_picture_make_a_pair(weights, tmp_path, capsys):
     batches = dataset.batches(seed=0, global_batch=4, read_rejected=RejectedLatents(dataset))
     batch = next(batches)
     batches.close()
-    assert set(batch.captions) <= set(world_prompts(6))
+    assert set(batch.captions) <= set(draw_world_prompts(6))
     # By hand: every picture of each prompt, judged again.
     judges, painter = build_judges("world"), Painter(weights)
-    for pair in rank_pictures(painter, judges, world_prompts(6), given):
+    for pair in rank_pictures(painter, judges, draw_world_prompts(6), given):
         scores = score_by_clip(judges, [pair.caption] * 2, [pair.preferred, pair.rejected])
         assert scores[0] > scores[1]
         assert scores == pytest.approx([pair.info["preferred_score"], pair.info["rejected_score"]], abs=1e-6)

@@ -10,7 +10,7 @@ import torch
 
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.metric import Clusters, Prompt, Score
-from eval.judging.prompts import world_geneval_prompts
+from eval.judging.prompts import list_world_geneval_prompts
 from eval.measure import find_checkpoints
 from eval.metrics.compbench.files import read_samples
 from eval.metrics.geneval.files import check_complete, read_folders
@@ -230,7 +230,7 @@ def test_prompt_files_that_are_no_unicode_are_refused(tmp_path, text):
 
 def test_metadata_files_make_the_official_folders(tmp_path):
     weights = export(tmp_path / "ema.safetensors")
-    records = world_geneval_prompts(1)[:2]
+    records = list_world_geneval_prompts(1)[:2]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(p.metadata)) + "\n" for p in records))
     sample(
         str(weights), (str(tmp_path / "p.jsonl"),), folders=str(tmp_path / "set"), images_per_prompt=1, sampling=QUICK

@@ -15,7 +15,7 @@ from eval.service import claims
 from eval.service.claims import ClaimMonitor, ClaimOwner, EvaluationOutcome, claim, read_outcomes
 from eval.service.index import Index
 from eval.service.watcher import Watcher
-from eval.service.worker import EvaluationSettings, JudgesNotReady, WorkerDied, name_of
+from eval.service.worker import EvaluationSettings, JudgesNotReady, WorkerDied, name_checkpoint
 from infra import storage
 from infra.results import ResultRow, ResultStore
 
@@ -88,7 +88,7 @@ class Counting:
         alive()
         with self.lock:
             self.done += [(checkpoint.run, checkpoint.step) for checkpoint in checkpoints]
-        return {name_of(c): "cannot be read" for c in checkpoints if c.step in self.broken}
+        return {name_checkpoint(c): "cannot be read" for c in checkpoints if c.step in self.broken}
 
     def stop(self):
         pass

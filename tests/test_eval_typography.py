@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.judging.official import OfficialPaths
-from eval.judging.written_words import find_quoted_words, normalize_text, typography_prompts
+from eval.judging.written_words import find_quoted_words, list_typography_prompts, normalize_text
 from eval.metrics.typography import Typography, character_errors, load_ocr
 from infra.errors import UserError
 
@@ -71,7 +71,7 @@ def test_drawn_words_are_read_and_scored_by_prompt():
 
 
 def test_our_prompts_quote_words_and_differ():
-    prompts = typography_prompts(80)
+    prompts = list_typography_prompts(80)
     assert len({p.text for p in prompts}) == len(prompts) == 80
     assert all(find_quoted_words(p.text) for p in prompts)
     assert len({find_quoted_words(p.text) for p in prompts[:16]}) == 16, "the first ones mix words"

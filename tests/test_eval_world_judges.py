@@ -6,7 +6,7 @@ import pytest
 from eval.calibrate import make_control
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage
-from eval.judging.prompts import world_caption_prompts, world_compbench_prompts, world_geneval_prompts
+from eval.judging.prompts import list_world_caption_prompts, list_world_compbench_prompts, list_world_geneval_prompts
 from eval.metrics.compbench.metric import CompBench
 from eval.metrics.geneval.metric import GenEval
 from infra.errors import UserError
@@ -75,20 +75,20 @@ def test_every_task_has_its_rows_and_its_prompts(geneval):
 def test_world_prompts_are_fixed_and_split():
     from data_pipeline.world.grammar import is_seen
 
-    for prompts in (world_geneval_prompts(5), world_compbench_prompts(5)):
+    for prompts in (list_world_geneval_prompts(5), list_world_compbench_prompts(5)):
         assert all(is_seen(p.metadata["include"]) is p.seen for p in prompts)
         assert len({(p.task, p.text) for p in prompts}) == len(prompts)
-    assert world_geneval_prompts(5) == world_geneval_prompts(5)
-    assert [p.text for p in world_caption_prompts(9)][:5] == [p.text for p in world_caption_prompts(5)]
+    assert list_world_geneval_prompts(5) == list_world_geneval_prompts(5)
+    assert [p.text for p in list_world_caption_prompts(9)][:5] == [p.text for p in list_world_caption_prompts(5)]
 
 
 def test_compbench_asks_about_the_images_of_geneval():
-    drawn = {p.text for p in world_geneval_prompts(6)}
-    assert {p.text for p in world_compbench_prompts(6) if p.task != "complex"} <= drawn
+    drawn = {p.text for p in list_world_geneval_prompts(6)}
+    assert {p.text for p in list_world_compbench_prompts(6) if p.task != "complex"} <= drawn
 
 
 def test_shuffling_gives_every_prompt_the_scene_of_another_one(judges):
-    prompts = world_geneval_prompts(2)
+    prompts = list_world_geneval_prompts(2)
     for index in range(len(prompts)):
         own = make_control("ground_truth", prompts, index=index, judges=judges)
         assert own.shape == (64, 64, 3)

@@ -161,7 +161,7 @@ class Painter:
         )
         if not torch.isfinite(latent_BCHW).all():
             raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")
-        vae = _vae(self.meta["vae"]["checkpoint"], self.device)
+        vae = _load_vae(self.meta["vae"]["checkpoint"], self.device)
         decoded = (self.latents.decode(vae, part_BCHW) for part_BCHW in latent_BCHW.split(DECODED))
         return [picture for images_BCHW in decoded for picture in to_pictures(images_BCHW)]
 
@@ -169,15 +169,15 @@ class Painter:
         """Each different caption goes through the encoders once."""
         known = list(dict.fromkeys(captions))
         if without_t5:
-            spec = _without_t5(self.spec)
-            encoded = assemble(self.spec, _encoders(spec, self.device).encode(known))  # a missing seat gives zeros
+            spec = _drop_t5(self.spec)
+            encoded = assemble(self.spec, _load_encoders(spec, self.device).encode(known))  # a missing seat gives zeros
         else:
-            encoded = _encoders(self.spec, self.device).condition(known)
+            encoded = _load_encoders(self.spec, self.device).condition(known)
         rows = torch.tensor([known.index(caption) for caption in captions])
         return encoded[rows].to(self.device)
 
 
-def _without_t5(spec: TextSpec) -> TextSpec:
+def _drop_t5(spec: TextSpec) -> TextSpec:
     """The spec whose T5 is never loaded: what leaving it out saves."""
     if spec.t5 is None:
         raise UserError("these weights have no T5 seat, so there is nothing to leave out; drop --t5 without")
@@ -185,13 +185,13 @@ def _without_t5(spec: TextSpec) -> TextSpec:
 
 
 @functools.lru_cache(maxsize=2)
-def _encoders(spec: TextSpec, device: str) -> TextEncoders:
+def _load_encoders(spec: TextSpec, device: str) -> TextEncoders:
     """Shared by all checkpoints of a ladder."""
     return load_text_encoders(spec, resolve, device=device)
 
 
 @functools.lru_cache(maxsize=2)
-def _vae(checkpoint: str, device: str) -> Any:
+def _load_vae(checkpoint: str, device: str) -> Any:
     return load_vae(resolve(checkpoint)).to(device, memory_format=torch.channels_last)
 
 

@@ -90,7 +90,7 @@ def make_grid(
 ) -> np.ndarray:
     """One cell per row of images with its label underneath; `columns` cells stand beside each other."""
     font = ImageFont.load_default()
-    cells = [_cell(label, images, scale, font) for label, images in rows]
+    cells = [_draw_cell(label, images, scale, font) for label, images in rows]
     width, height = max(c.width for c in cells), max(c.height for c in cells)
     across = min(columns or max(1, 1200 // width), len(cells))
     down = -(-len(cells) // across)
@@ -100,7 +100,7 @@ def make_grid(
     return np.asarray(sheet)
 
 
-def _cell(
+def _draw_cell(
     label: str, images: Sequence[np.ndarray], scale: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> Image.Image:
     pictures = [

@@ -45,53 +45,53 @@ def plural(name: str) -> str:
 def draw_official_metadata(seed: int = 43, per_task: int = 100) -> list[Metadata]:
     """The 553 records of evaluation_metadata.jsonl: 100 draws of each task, then equal records are dropped."""
     rng = np.random.default_rng(seed)
-    records = [_single_object(int(index)) for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False)]
-    for draw in (_two_object, _counting, _colors, _position, _color_attr):
+    records = [_draw_single_object(int(index)) for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False)]
+    for draw in (_draw_two_object, _draw_counting, _draw_colors, _draw_position, _draw_color_attr):
         records.extend(draw(rng) for _ in range(per_task))
     return list({json.dumps(record): record for record in records}.values())
 
 
-def _single_object(index: int) -> Metadata:
+def _draw_single_object(index: int) -> Metadata:
     name = CLASSES[index]
-    return _record("single_object", [{"class": name, "count": 1}], f"a photo of {add_article(name)}")
+    return _make_record("single_object", [{"class": name, "count": 1}], f"a photo of {add_article(name)}")
 
 
-def _two_object(rng: np.random.Generator) -> Metadata:
+def _draw_two_object(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
     include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-    return _record("two_object", include, f"a photo of {add_article(a)} and {add_article(b)}")
+    return _make_record("two_object", include, f"a photo of {add_article(a)} and {add_article(b)}")
 
 
-def _counting(rng: np.random.Generator) -> Metadata:
+def _draw_counting(rng: np.random.Generator) -> Metadata:
     name = CLASSES[rng.choice(len(CLASSES))]
     count = int(rng.integers(2, 4, endpoint=True))
-    record = _record("counting", [{"class": name, "count": count}], f"a photo of {NUMBERS[count]} {plural(name)}")
+    record = _make_record("counting", [{"class": name, "count": count}], f"a photo of {NUMBERS[count]} {plural(name)}")
     prompt = record.pop("prompt")
     return {**record, "exclude": [{"class": name, "count": count + 1}], "prompt": prompt}
 
 
-def _colors(rng: np.random.Generator) -> Metadata:
+def _draw_colors(rng: np.random.Generator) -> Metadata:
     name = CLASSES[rng.choice(len(CLASSES) - 1) + 1]  # class 0, person, never gets a color
     color = COLORS[rng.choice(len(COLORS))]
     include = [{"class": name, "count": 1, "color": color}]
-    return _record("colors", include, f"a photo of {add_article(color)} {name}")
+    return _make_record("colors", include, f"a photo of {add_article(color)} {name}")
 
 
-def _position(rng: np.random.Generator) -> Metadata:
+def _draw_position(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
     relation = RELATIONS[rng.choice(len(RELATIONS))]
     include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-    return _record("position", include, f"a photo of {add_article(a)} {relation} {add_article(b)}")
+    return _make_record("position", include, f"a photo of {add_article(a)} {relation} {add_article(b)}")
 
 
-def _color_attr(rng: np.random.Generator) -> Metadata:
+def _draw_color_attr(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i + 1] for i in rng.choice(len(CLASSES) - 1, size=2, replace=False))
     c1, c2 = (COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False))
     include = [{"class": a, "count": 1, "color": c1}, {"class": b, "count": 1, "color": c2}]
-    return _record("color_attr", include, f"a photo of {add_article(c1)} {a} and {add_article(c2)} {b}")
+    return _make_record("color_attr", include, f"a photo of {add_article(c1)} {a} and {add_article(c2)} {b}")
 
 
-def _record(tag: str, include: list[dict[str, Any]], prompt: str) -> Metadata:
+def _make_record(tag: str, include: list[dict[str, Any]], prompt: str) -> Metadata:
     return {"tag": tag, "include": include, "prompt": prompt}
 
 

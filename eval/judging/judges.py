@@ -45,7 +45,7 @@ class Judges:
         return self.truth is not None
 
 
-def world_judges(paths: OfficialPaths) -> Judges:
+def make_world_judges(paths: OfficialPaths) -> Judges:
     """The tiny judges of the world, from the checkpoints in the tree."""
     from data_pipeline.checkpoints import resolve
     from data_pipeline.world.classes import CLASSES, COLORS
@@ -63,7 +63,7 @@ def world_judges(paths: OfficialPaths) -> Judges:
     )
 
 
-def official_judges(paths: OfficialPaths) -> Judges:
+def make_official_judges(paths: OfficialPaths) -> Judges:
     """The benchmarks' own judges from local checkpoints; UserError when one is asked for whose path was not given."""
     return Judges(
         name="official",
@@ -82,7 +82,7 @@ def _load_clip(where: Any, device: str) -> "ClipModel":
     return ClipModel(where, device=device)
 
 
-JUDGES: dict[str, Callable[[OfficialPaths], Judges]] = {"world": world_judges, "official": official_judges}
+JUDGES: dict[str, Callable[[OfficialPaths], Judges]] = {"world": make_world_judges, "official": make_official_judges}
 
 
 @functools.cache

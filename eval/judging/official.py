@@ -58,15 +58,15 @@ class OfficialPaths:
         """The path; UserError naming its option where it was not given."""
         value: str | None = getattr(self, field)
         if value is None:
-            raise UserError(f"judges `official` need {_option(field)} PATH for this metric")
+            raise UserError(f"judges `official` need {_name_option(field)} PATH for this metric")
         return value
 
     def refuse_missing(self, fields: Sequence[str], metric: str) -> None:
         """UserError that names every option which the metric needs and the user has not given."""
-        missing = [f"{_option(field)} PATH" for field in fields if getattr(self, field) is None]
+        missing = [f"{_name_option(field)} PATH" for field in fields if getattr(self, field) is None]
         if missing:
             raise UserError(f"{metric} by judges `official` needs {' and '.join(missing)}")
 
 
-def _option(field: str) -> str:
+def _name_option(field: str) -> str:
     return f"--official.{field.replace('_', '-')}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.judging.judges import Judges
 from eval.judging.metric import Prompt
-from eval.judging.prompts import WORLD_PER_TASK, read_lines, world_caption_prompts
+from eval.judging.prompts import WORLD_PER_TASK, list_world_caption_prompts, read_lines
 from infra.errors import UserError
 
 COCO_ORDER = 2014  # seed of the order in which COCO's images are taken: any first N is a fair sample
@@ -31,13 +31,13 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[Prompt]:
 def choose_captions(judges: Judges, count: int | None) -> list[Prompt]:
     """Captions that CLIP score and Frechet distances draw: of the world's scenes, or of --official.captions."""
     if judges.of_world:
-        return world_caption_prompts(count or WORLD_PER_TASK)
+        return list_world_caption_prompts(count or WORLD_PER_TASK)
     return read_prompts(judges.paths.need("captions"), count)
 
 
 def read_parti(path: str | Path) -> list[Prompt]:
     """PartiPrompts (1,632 lines: Prompt, Category, Challenge, Note); the task is the category."""
-    rows = list(csv.DictReader(io.StringIO(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = list(csv.DictReader(io.StringIO(_read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or not {"Prompt", "Category", "Challenge"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "nothing"
         raise UserError(f"{path}: expected PartiPrompts' columns Prompt, Category, Challenge, found {found}")
@@ -53,7 +53,7 @@ def read_parti(path: str | Path) -> list[Prompt]:
 def read_coco(path: str | Path) -> list[Prompt]:
     """One caption per image of COCO's annotations: the one with the smallest id, images in one fixed shuffled order."""
     try:
-        record = json.loads(_text(path))
+        record = json.loads(_read_text(path))
         captions: dict[int, tuple[int, str]] = {}
         for item in record["annotations"]:
             image, entry = int(item["image_id"]), (int(item["id"]), " ".join(str(item["caption"]).split()))
@@ -67,10 +67,10 @@ def read_coco(path: str | Path) -> list[Prompt]:
     if not images:
         raise UserError(f"{path} holds no captions")
     order = np.random.default_rng(COCO_ORDER).permutation(len(images))
-    return [_coco(images[i], captions, files) for i in order]
+    return [_make_coco_prompt(images[i], captions, files) for i in order]
 
 
-def _coco(image: int, captions: dict[int, tuple[int, str]], files: dict[int, str]) -> Prompt:
+def _make_coco_prompt(image: int, captions: dict[int, tuple[int, str]], files: dict[int, str]) -> Prompt:
     metadata: dict[str, Any] = {"file_name": files[image]} if image in files else {}
     return Prompt(captions[image][1], "captions", metadata=metadata, source=str(image))
 
@@ -94,7 +94,7 @@ def find_reference_files(folder: str | Path, prompts: Sequence[Prompt] = ()) -> 
     return chosen if wanted else files
 
 
-def _text(path: str | Path) -> str:
+def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -57,7 +57,7 @@ def refuse_broken(prompts: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: prompt {number}, {prompt!a}, is not valid UTF-8: write it anew") from error
 
 
-def geneval_prompts(per_task: int | None = None) -> list[Prompt]:
+def list_geneval_prompts(per_task: int | None = None) -> list[Prompt]:
     """The official 553, or the first `per_task` of each task (a partial set: never to be called GenEval's score)."""
     taken: dict[str, int] = {}
     prompts = []
@@ -68,7 +68,7 @@ def geneval_prompts(per_task: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[Prompt]:
+def list_compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[Prompt]:
     """T2I-CompBench's validation prompts from the user's copy of examples/dataset, for the categories that have a file.
 
     Complex prompts carry their kind (spatial, action or both), read from the benchmark's complex_val_*.txt.
@@ -90,15 +90,15 @@ def compbench_prompts(folder: str | Path, per_task: int | None = None) -> list[P
 def read_complex_kinds(folder: str | Path) -> Callable[[str], str]:
     """The kind of a complex prompt (spatial, action, else both) by the benchmark's own lists, asked in its order."""
     files = {kind: Path(folder) / f"complex_val_{kind}.txt" for kind in ("spatial", "action")}
-    lists = {kind: {_key(line) for line in read_lines(file)} for kind, file in files.items()}
-    return lambda prompt: next((kind for kind, known in lists.items() if _key(prompt) in known), "both")
+    lists = {kind: {_normalize_line(line) for line in read_lines(file)} for kind, file in files.items()}
+    return lambda prompt: next((kind for kind, known in lists.items() if _normalize_line(prompt) in known), "both")
 
 
-def _key(prompt: str) -> str:
+def _normalize_line(prompt: str) -> str:
     return prompt.strip("\n").split(".")[0].lower()
 
 
-def world_geneval_prompts(per_task: int) -> list[Prompt]:
+def list_world_geneval_prompts(per_task: int) -> list[Prompt]:
     """`per_task` prompts of each task, for seen and for unseen compositions (single objects are always seen)."""
     from data_pipeline.world.grammar import world_prompts
 
@@ -111,7 +111,7 @@ def world_geneval_prompts(per_task: int) -> list[Prompt]:
     ]
 
 
-def world_compbench_prompts(per_task: int) -> list[Prompt]:
+def list_world_compbench_prompts(per_task: int) -> list[Prompt]:
     """The world's T2I-CompBench categories. All but `complex` ask about the very images of world_geneval's prompts."""
     from data_pipeline.world.grammar import world_prompts
 
@@ -120,12 +120,12 @@ def world_compbench_prompts(per_task: int) -> list[Prompt]:
         for category, tasks in WORLD_CATEGORIES.items():
             records = [record for task in tasks for record in world_prompts(task, per_task, WORLD_SEED, seen)]
             if category == "complex":
-                records = _world_complex(per_task, seen)
+                records = _draw_world_complex(per_task, seen)
             prompts += [Prompt(r["prompt"], category, seen=seen, metadata={**r, "kind": "spatial"}) for r in records]
     return prompts
 
 
-def _world_complex(per_task: int, seen: bool) -> list[dict[str, Any]]:
+def _draw_world_complex(per_task: int, seen: bool) -> list[dict[str, Any]]:
     """Positions whose two objects also carry colors; seen when neither pair nor colors are held out of training."""
     from data_pipeline.world.classes import COLORS
     from data_pipeline.world.grammar import is_seen, official_prompt, world_prompts
@@ -143,7 +143,7 @@ def _world_complex(per_task: int, seen: bool) -> list[dict[str, Any]]:
     return records
 
 
-def world_caption_prompts(count: int) -> list[Prompt]:
+def list_world_caption_prompts(count: int) -> list[Prompt]:
     """Captions of held-out scenes in the words of training captions: what CLIP score and FID draw."""
     from data_pipeline.world.scenes import make_scene
 
@@ -154,7 +154,7 @@ def world_caption_prompts(count: int) -> list[Prompt]:
     ]
 
 
-def world_reference_images(count: int) -> Iterator[np.ndarray]:
+def render_world_references(count: int) -> Iterator[np.ndarray]:
     """Real images of the distribution that the captions describe, other scenes than theirs."""
     from data_pipeline.world.scenes import make_scene
 

@@ -31,17 +31,17 @@ def normalize_text(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
 
 
-def typography_prompts(count: int | None = None) -> list[Prompt]:
+def list_typography_prompts(count: int | None = None) -> list[Prompt]:
     """Our own prompts: each words once with each template, in a fixed order that mixes both."""
-    pairs = [(template, words) for n in range(len(TEMPLATES)) for words, template in zip(WORDS, _turned(n))]
+    pairs = [(template, words) for n in range(len(TEMPLATES)) for words, template in zip(WORDS, _rotate_templates(n))]
     return [Prompt(template.format(words), "typography") for template, words in pairs[:count]]
 
 
-def _turned(start: int) -> list[str]:
+def _rotate_templates(start: int) -> list[str]:
     return [TEMPLATES[(start + i) % len(TEMPLATES)] for i in range(len(WORDS))]
 
 
-def prompts_with_words(path: str | Path, count: int | None) -> list[Prompt]:
+def read_prompts_with_words(path: str | Path, count: int | None) -> list[Prompt]:
     """Prompts of a file, each of which must quote the words that it asks for."""
     found = read_prompts(path, count)
     silent = next((prompt.text for prompt in found if not normalize_text(find_quoted_words(prompt.text))), None)

@@ -20,7 +20,7 @@ from eval.judging.judges import Judges, describe_judge
 from eval.judging.metric import JudgedImage, PictureMetric, Prompt, Score
 from eval.judging.official import OfficialPaths
 from eval.judging.prompt_files import choose_captions, find_reference_files, read_prompts
-from eval.judging.prompts import world_reference_images
+from eval.judging.prompts import render_world_references
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import InceptionFeatures
@@ -57,18 +57,21 @@ class FeatureDistance(PictureMetric):
 
     def describe(self) -> dict[str, Any]:
         found = {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}
-        version = reference_version(self._judges, REFERENCES)
+        version = hash_reference_images(self._judges, REFERENCES)
         return found if version is None else found | {"reference_pictures": version}
 
     def update(self, images: Sequence[JudgedImage]) -> None:
-        self._features.append(_features(self._network(), [item.image for item in images]))
+        self._features.append(_compute_features(self._network(), [item.image for item in images]))
         self._prompts += [item.prompt_index for item in images]
 
     def compute(self) -> list[Score]:
         """The distance with its 95 % interval; [] if no picture was judged."""
         if not self._features:
             return []
-        features_NE, reference = np.concatenate(self._features), reference_moments(self._judges, self._network())
+        features_NE, reference = (
+            np.concatenate(self._features),
+            compute_reference_moments(self._judges, self._network()),
+        )
         own = Moments(features_NE.shape[1])
         own.update(features_NE)
         with warnings.catch_warnings(record=True) as caught:
@@ -93,7 +96,7 @@ class FeatureDistance(PictureMetric):
     def values_per_prompt(self) -> PromptValues:
         if not self._features:
             return {}
-        reference = reference_moments(self._judges, self._network())
+        reference = compute_reference_moments(self._judges, self._network())
         return {
             "features": np.concatenate(self._features).astype(np.float32),
             "cluster": np.array(self._prompts),
@@ -102,12 +105,12 @@ class FeatureDistance(PictureMetric):
         }
 
 
-def clip_fid(judges: Judges) -> FeatureDistance:
+def build_clip_fid(judges: Judges) -> FeatureDistance:
     """`fid`: on the features of the judges' CLIP."""
     return FeatureDistance("fid", judges, judges.clip, needs=["clip"])
 
 
-def inception_fid(judges: Judges) -> FeatureDistance:
+def build_inception_fid(judges: Judges) -> FeatureDistance:
     """`fid_inception`: on Inception's features, the field's FID."""
     return FeatureDistance("fid_inception", judges, lambda: load_inception(judges.paths))
 
@@ -120,17 +123,17 @@ def load_inception(paths: OfficialPaths) -> InceptionFeatures:
     return InceptionFeatures(paths.inception, convention=paths.inception_convention, device=paths.resolve_device())
 
 
-def _features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarray:
+def _compute_features(network: FeatureNetwork, images: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(network.images(images), dtype=np.float32)
 
 
 @functools.lru_cache(maxsize=4)
-def reference_moments(judges: Judges, network: FeatureNetwork) -> Moments:
+def compute_reference_moments(judges: Judges, network: FeatureNetwork) -> Moments:
     """Mean and covariance of the features of the real images, computed once for all checkpoints."""
     moments: Moments | None = None
-    images = reference_images(judges, REFERENCES)
+    images = read_reference_images(judges, REFERENCES)
     while chunk := list(itertools.islice(images, CHUNK)):
-        features_NE = _features(network, chunk)
+        features_NE = _compute_features(network, chunk)
         moments = moments or Moments(features_NE.shape[1])
         moments.update(features_NE)
     if moments is None:
@@ -138,25 +141,25 @@ def reference_moments(judges: Judges, network: FeatureNetwork) -> Moments:
     return moments
 
 
-def reference_images(judges: Judges, count: int) -> Iterator[np.ndarray]:
+def read_reference_images(judges: Judges, count: int) -> Iterator[np.ndarray]:
     """Real pictures that generated ones are compared with: other scenes of the world, or the user's folder."""
     if judges.of_world:
-        return world_reference_images(count)
-    return map(read_picture, _reference_files(judges.paths, count))
+        return render_world_references(count)
+    return map(read_picture, _find_reference_files(judges.paths, count))
 
 
 @functools.cache
-def reference_version(judges: Judges, count: int) -> str | None:
+def hash_reference_images(judges: Judges, count: int) -> str | None:
     """A hash of the real pictures' bytes in their order, for the protocol; None for the world, whose code draws
     them."""
     if judges.of_world:
         return None
-    files = _reference_files(judges.paths, count)
+    files = _find_reference_files(judges.paths, count)
     each = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     return f"{len(files)} pictures {hashlib.sha256(each).hexdigest()[:16]}"
 
 
-def _reference_files(paths: OfficialPaths, count: int) -> list[Path]:
+def _find_reference_files(paths: OfficialPaths, count: int) -> list[Path]:
     """Files of real pictures. If the captions file names pictures (COCO), the pictures of the caption prompts."""
     prompts = read_prompts(paths.captions) if paths.captions else []
     return find_reference_files(paths.need("references"), prompts)[:count]

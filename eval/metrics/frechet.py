@@ -61,14 +61,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
                 RankDeficientWarning,
                 stacklevel=2,
             )
-    root_EE = _root(b.covariance_EE)
+    root_EE = _compute_root(b.covariance_EE)
     inner_EE = root_EE @ a.covariance_EE @ root_EE
     trace_root = np.sqrt(np.linalg.eigvalsh((inner_EE + inner_EE.T) / 2).clip(min=0)).sum()
     offset_E = a.mean_E - b.mean_E
     return float(offset_E @ offset_E + np.trace(a.covariance_EE) + np.trace(b.covariance_EE) - 2 * trace_root)
 
 
-def _root(covariance_EE: np.ndarray) -> np.ndarray:
+def _compute_root(covariance_EE: np.ndarray) -> np.ndarray:
     """The symmetric square root of a positive semi-definite matrix; rounding below zero is cut off."""
     values, vectors = np.linalg.eigh(covariance_EE)
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -82,7 +82,7 @@ def resample_distances(
     The same seed draws the same prompts, so that two checkpoints are compared pair by pair. Repeated prompts make
     every one of these distances larger than the distance itself: use their spread, not their level.
     """
-    root_EE, x_NE, trace_ref = _root(cov_ref_EE), features_NE.astype(np.float64), np.trace(cov_ref_EE)
+    root_EE, x_NE, trace_ref = _compute_root(cov_ref_EE), features_NE.astype(np.float64), np.trace(cov_ref_EE)
     found = []
     for weight_N in _draw_counts(cluster_N, min(x_NE.shape), seed):
         mean_E, rows_NE = _weight_rows(x_NE, weight_N)
@@ -100,13 +100,13 @@ def resample_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 0
     for weight_N in _draw_counts(np.arange(len(a_NE)), min(a_NE.shape), seed):
         (mean_a, rows_a), (mean_b, rows_b) = (_weight_rows(x.astype(np.float64), weight_N) for x in (a_NE, b_NE))
         # Covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'.
-        trace_root = np.linalg.svdvals(_factor(rows_a) @ _factor(rows_b).T).sum()
+        trace_root = np.linalg.svdvals(_reduce_rows(rows_a) @ _reduce_rows(rows_b).T).sum()
         offset_E = mean_a - mean_b
         found.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
     return np.array(found)
 
 
-def _factor(rows_NE: np.ndarray) -> np.ndarray:
+def _reduce_rows(rows_NE: np.ndarray) -> np.ndarray:
     """At most E rows with the same product A'A as the rows given (the R of a QR decomposition)."""
     return rows_NE if len(rows_NE) <= rows_NE.shape[1] else np.asarray(np.linalg.qr(rows_NE, mode="r"))
 

@@ -9,7 +9,7 @@ from eval.judging.judges import Judges
 from eval.judging.metric import PictureMetric, WeightsMetric
 from eval.metrics.clip_score import ClipScore
 from eval.metrics.compbench.metric import CompBench
-from eval.metrics.fid import clip_fid, inception_fid
+from eval.metrics.fid import build_clip_fid, build_inception_fid
 from eval.metrics.geneval.metric import GenEval
 from eval.metrics.typography import Typography
 from eval.metrics.val_loss import ValidationLoss
@@ -20,8 +20,8 @@ METRICS: dict[str, Callable[[Judges], PictureMetric | WeightsMetric]] = {
     "geneval": GenEval,
     "compbench": CompBench,
     "clip_score": ClipScore,
-    "fid": clip_fid,
-    "fid_inception": inception_fid,
+    "fid": build_clip_fid,
+    "fid_inception": build_inception_fid,
     "typography": Typography,
 }
 DEFAULT_METRICS = ("val_loss", "geneval", "compbench", "clip_score", "fid")

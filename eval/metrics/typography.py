@@ -10,7 +10,12 @@ from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
 from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score
-from eval.judging.written_words import find_quoted_words, normalize_text, prompts_with_words, typography_prompts
+from eval.judging.written_words import (
+    find_quoted_words,
+    list_typography_prompts,
+    normalize_text,
+    read_prompts_with_words,
+)
 from eval.networks.ocr import SMALLEST_SIDE, RapidReader
 from infra.values import PromptValues
 
@@ -38,7 +43,7 @@ class Typography(PictureMetric):
 
     def prompts(self, count: int | None) -> list[Prompt]:
         file = None if self._judges.of_world else self._judges.paths.typography
-        return typography_prompts(count) if file is None else prompts_with_words(file, count)
+        return list_typography_prompts(count) if file is None else read_prompts_with_words(file, count)
 
     def describe(self) -> dict[str, Any]:
         return {"version": 1, "ocr": describe_judge(load_ocr()), "smallest_side": SMALLEST_SIDE}

@@ -117,11 +117,11 @@ def choose_log_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
         if 3 <= len(ticks) <= most:
             return ticks
         if len(ticks) > most:
-            return ticks[:: math.ceil(len(ticks) / most)] if mantissas == (1,) else _sparse(ticks, most)
+            return ticks[:: math.ceil(len(ticks) / most)] if mantissas == (1,) else _thin_ticks(ticks, most)
     return [float(t) for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
 
 
-def _sparse(ticks: list[float], most: int) -> list[float]:
+def _thin_ticks(ticks: list[float], most: int) -> list[float]:
     whole = [t for t in ticks if math.isclose(math.log10(t), round(math.log10(t)))]
     return whole if len(whole) >= 2 else ticks[:: math.ceil(len(ticks) / most)]
 

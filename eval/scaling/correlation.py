@@ -50,12 +50,14 @@ def correlate_across_runs(x: Sequence[float], y: Sequence[float]) -> Correlation
     keep = np.isfinite(x_R) & np.isfinite(y_R)
     x_R, y_R = x_R[keep], y_R[keep]
     if len(x_R) < MIN_RUNS:
-        return Correlation(len(x_R), reason=f"{_runs(len(x_R))} at equal images, and a coefficient needs {MIN_RUNS}")
+        return Correlation(
+            len(x_R), reason=f"{_count_runs(len(x_R))} at equal images, and a coefficient needs {MIN_RUNS}"
+        )
     if np.ptp(x_R) == 0 or np.ptp(y_R) == 0:
         return Correlation(len(x_R), reason="all runs have the same value, so there is nothing to correlate")
     pearson, spearman = _pearson(x_R, y_R), _pearson(rankdata(x_R), rankdata(y_R))
     if len(x_R) < MIN_RUNS_INTERVAL:
-        reason = f"no interval: {_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
+        reason = f"no interval: {_count_runs(len(x_R))}, and one needs {MIN_RUNS_INTERVAL}"
         return Correlation(len(x_R), Coefficient(pearson), Coefficient(spearman), reason)
     # Spearman's r = 1 - 6 sum(d^2) / (n (n^2 - 1)), and sum(d^2) changes by 2 at least: half of that step.
     half_step = 6 / (len(x_R) * (len(x_R) ** 2 - 1))
@@ -78,7 +80,7 @@ def correlate_within_runs(curves: Sequence[tuple[Sequence[float], Sequence[float
         return Correlation(0, reason="no run's values change from one checkpoint to another")
     value, count = float(np.mean(each)), len(each)
     if count < MIN_RUNS:
-        reason = f"no interval: {_runs(count)}, and one needs {MIN_RUNS}"
+        reason = f"no interval: {_count_runs(count)}, and one needs {MIN_RUNS}"
         return Correlation(count, Coefficient(value), reason=reason)
     half = float(t.ppf(0.975, count - 1) * np.std(each, ddof=1) / math.sqrt(count))
     return Correlation(count, Coefficient(value, max(-1.0, value - half), min(1.0, value + half)))
@@ -97,5 +99,5 @@ def _pearson(x_R: Array, y_R: Array) -> float:
     return float(np.clip((x_R * y_R).sum() / math.sqrt((x_R**2).sum() * (y_R**2).sum()), -1, 1))
 
 
-def _runs(count: int) -> str:
+def _count_runs(count: int) -> str:
     return f"{count} run{'' if count == 1 else 's'}"

@@ -130,7 +130,7 @@ def fit_law(points: FitPoints, *, delta: float = DELTA) -> PowerLaw:
         raise ValueError("a law is fitted to finite, positive sizes and losses only")
     center_K = x_KP.mean(axis=1)
     x_KP = x_KP - center_K[:, None]
-    starts_BQ = _starts(x_KP, y_P)
+    starts_BQ = _choose_starts(x_KP, y_P)
     order = np.argsort(huber_loss(starts_BQ, x_KP, y_P, delta=delta), kind="stable")[:12]
     bounds = [(y_P.min() - FLOOR_BELOW, y_P.max())] + [(None, None), ALPHA_RANGE] * len(x_KP)
 
@@ -168,7 +168,7 @@ def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, it
         if not len(active):
             break
         y, now = y_BP[active], value_B[active]
-        tried = _damped_step(theta_BQ[active], x_KP, y, damping_B[active], delta)
+        tried = _take_damped_step(theta_BQ[active], x_KP, y, damping_B[active], delta)
         value = huber_loss(tried, x_KP, y, delta=delta)
         better = value <= now
         theta_BQ[active[better]], value_B[active[better]] = tried[better], value[better]
@@ -178,7 +178,7 @@ def refit(theta_BQ: Array, x_KP: Array, y_BP: Array, *, delta: float = DELTA, it
     return theta_BQ
 
 
-def _damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, delta: float) -> Array:
+def _take_damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, delta: float) -> Array:
     """One step of each fit, kept inside the bounds of `fit_law`."""
     predicted_BP, jacobian_BPQ = predict_with_jacobian(theta_BQ, x_KP)
     residual_BP = y_BP - predicted_BP
@@ -197,7 +197,7 @@ def _damped_step(theta_BQ: Array, x_KP: Array, y_BP: Array, damping_B: Array, de
 
 def predict_log_loss(theta_BQ: Array, x_KP: Array) -> Array:
     """(B, P): log of the loss that each law gives at the logs `x_KP`."""
-    return np.logaddexp.reduce(_log_terms(theta_BQ, x_KP), axis=1)
+    return np.logaddexp.reduce(_compute_log_terms(theta_BQ, x_KP), axis=1)
 
 
 def predict_with_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
@@ -206,7 +206,7 @@ def predict_with_jacobian(theta_BQ: Array, x_KP: Array) -> tuple[Array, Array]:
     The derivative of logsumexp is a softmax: by e and a_k it is that term's share of the loss, by alpha_k it is
     minus x_k times that share.
     """
-    terms_BTP = _log_terms(theta_BQ, x_KP)
+    terms_BTP = _compute_log_terms(theta_BQ, x_KP)
     total_BP = np.logaddexp.reduce(terms_BTP, axis=1)
     share_BTP = np.exp(terms_BTP - total_BP[:, None])
     columns = [share_BTP[:, 0]]
@@ -235,13 +235,13 @@ def center(theta_BQ: Array, center_K: Array) -> Array:
     return uncenter(theta_BQ, -center_K)
 
 
-def _log_terms(theta_BQ: Array, x_KP: Array) -> Array:
+def _compute_log_terms(theta_BQ: Array, x_KP: Array) -> Array:
     power = theta_BQ[:, 1::2, None] - theta_BQ[:, 2::2, None] * x_KP[None]
     constant = np.broadcast_to(theta_BQ[:, :1, None], (len(theta_BQ), 1, x_KP.shape[1]))
     return np.concatenate([constant, power], axis=1)
 
 
-def _starts(x_KP: Array, y_P: Array) -> Array:
+def _choose_starts(x_KP: Array, y_P: Array) -> Array:
     """(B, Q) starts on centred logs: E a share of the lowest loss, the rest of the mean loss split over the terms."""
     lowest, mean = math.exp(y_P.min()), math.exp(y_P.mean())
     splits = [(1.0,)] if len(x_KP) == 1 else [(s, 1 - s) for s in (0.15, 0.5, 0.85)]

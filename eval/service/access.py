@@ -38,16 +38,16 @@ class Access:
     async def __call__(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         """The middleware: refuses a request, or passes it on and adds headers to the answer, so that browsers do not
         run data as script."""
-        refused = self._refusal(request)
+        refused = self._find_refusal(request)
         response = refused if refused is not None else await call_next(request)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         return response
 
-    def _refusal(self, request: Request) -> Response | None:
-        if self.token is None and _host(request.headers.get("host", "")) not in LOOPBACK:
+    def _find_refusal(self, request: Request) -> Response | None:
+        if self.token is None and _parse_host(request.headers.get("host", "")) not in LOOPBACK:
             return PlainTextResponse("this service answers on this machine only (Host header)\n", 403)
-        if request.method not in ("GET", "HEAD") and not _from_own_page(request):
+        if request.method not in ("GET", "HEAD") and not _is_from_own_page(request):
             return PlainTextResponse("refused: not sent by a page of this service\n", 403)
         return None if self.token is None else self._check(request)
 
@@ -89,7 +89,7 @@ def choose_access(host: str, token_file: str | None) -> Access:
     return Access(token)
 
 
-def _host(header: str) -> str:
+def _parse_host(header: str) -> str:
     """The name in a Host header, without its port."""
     try:
         return urlsplit(f"//{header}").hostname or ""
@@ -97,7 +97,7 @@ def _host(header: str) -> str:
         return ""
 
 
-def _from_own_page(request: Request) -> bool:
+def _is_from_own_page(request: Request) -> bool:
     """JSON from the same origin: a foreign page can send neither without the browser asking us first."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         return False

@@ -44,7 +44,7 @@ def serve(options: ServeOptions) -> None:
     access = choose_access(options.host, options.token_file)
     index, watcher = prepare(options)
     listening = _listen(options.host, options.port)
-    address = _address(listening)
+    address = _format_address(listening)
     watcher.start()
     print(f"beeline eval service on {address}" + (" (with ?token=TOKEN)" if access.token else ""), flush=True)
     try:
@@ -94,6 +94,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port} ({what}): choose another --port") from error
 
 
-def _address(listening: socket.socket) -> str:
+def _format_address(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"

@@ -11,7 +11,7 @@ from eval.measure import Checkpoint
 from eval.service.claims import MOST_ATTEMPTS, Claim, ClaimMonitor, EvaluationOutcome, claim
 from eval.service.index import Index
 from eval.service.snapshot import IndexedRun
-from eval.service.worker import EvaluationSettings, EvaluationWorker, JudgesNotReady, WorkerDied, name_of
+from eval.service.worker import EvaluationSettings, EvaluationWorker, JudgesNotReady, WorkerDied, name_checkpoint
 from infra.errors import UserError
 from infra.log import get_logger
 
@@ -119,7 +119,7 @@ class Watcher:
         self._look()
         if self.settings is None or self.broken:
             return False
-        waiting = self._waiting()
+        waiting = self._list_waiting()
         batch: list[ClaimedCheckpoint] = []
         for run, step, outcome in waiting:
             if len(batch) == self.together or self._stopping.is_set():
@@ -136,13 +136,15 @@ class Watcher:
         self.index.refresh()
         self.looked = time.time()
 
-    def _waiting(self) -> list[tuple[IndexedRun, int, EvaluationOutcome]]:
-        found = [(run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._open(run).items()]
+    def _list_waiting(self) -> list[tuple[IndexedRun, int, EvaluationOutcome]]:
+        found = [
+            (run, step, outcome) for run in self.index.snapshot.runs for step, outcome in self._list_open(run).items()
+        ]
         # The last checkpoint of every run comes before the last but one of any: a ladder shows its shape early.
         found.sort(key=lambda open_: sum(step > open_[1] for step in open_[0].weights))
         return found
 
-    def _open(self, run: IndexedRun) -> dict[int, EvaluationOutcome]:
+    def _list_open(self, run: IndexedRun) -> dict[int, EvaluationOutcome]:
         """The checkpoints of a run that nobody has evaluated or is evaluating, the newest first."""
         assert self.settings is not None
         known = run.outcomes(self.settings.hash)
@@ -176,7 +178,7 @@ class Watcher:
         if not batch:
             return True
         self.working, self.since, began = tuple(mine.checkpoint for mine in batch), time.time(), time.monotonic()
-        log.info("evaluating %s", ", ".join(map(name_of, self.working)))
+        log.info("evaluating %s", ", ".join(map(name_checkpoint, self.working)))
 
         def alive() -> None:
             with contextlib.suppress(UserError, OSError):  # the work goes on while the store does not answer
@@ -185,12 +187,12 @@ class Watcher:
             if time.monotonic() >= self._look_again:  # pages follow runs that train meanwhile
                 with self._note_problems():
                     self._look()
-                    self.waiting = len(self._waiting())
+                    self.waiting = len(self._list_waiting())
 
         try:
             reasons = self._worker.evaluate(self.working, alive)
             for mine in batch:
-                reason = reasons.get(name_of(mine.checkpoint), "")
+                reason = reasons.get(name_checkpoint(mine.checkpoint), "")
                 mine.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
         except JudgesNotReady as error:
             self.broken = f"nothing is evaluated: {error}; repair that and start the service again"
@@ -204,7 +206,7 @@ class Watcher:
                 self.together = 1
                 _give_back(batch, str(error))
             else:
-                log.error("%s not evaluated: %s", name_of(batch[0].checkpoint), error)
+                log.error("%s not evaluated: %s", name_checkpoint(batch[0].checkpoint), error)
                 batch[0].claim.end("failed", reason=str(error), seconds=time.monotonic() - began)
         finally:
             self.working = ()

@@ -72,8 +72,8 @@ class EvaluationWorker:
     def evaluate(
         self, checkpoints: Sequence[Checkpoint], alive: Callable[[], None], *, poll: float = 1.0
     ) -> dict[str, str]:
-        """Reasons of those that failed, by `name_of`. `alive` is called about every `poll` seconds meanwhile."""
-        pipe, process = self._ready()
+        """Reasons of those that failed, by name. `alive` is called about every `poll` seconds meanwhile."""
+        pipe, process = self._ensure_started()
         try:
             pipe.send(list(checkpoints))
             while not pipe.poll(poll):
@@ -100,7 +100,7 @@ class EvaluationWorker:
             process.join(10)
         self._pipe = None
 
-    def _ready(self) -> tuple[Connection, Any]:
+    def _ensure_started(self) -> tuple[Connection, Any]:
         if self._pipe is None or self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -111,7 +111,7 @@ class EvaluationWorker:
         return self._pipe, self._process
 
 
-def name_of(checkpoint: Checkpoint) -> str:
+def name_checkpoint(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.run} step {checkpoint.step}"
 
 
@@ -129,7 +129,7 @@ def _serve(pipe: Connection, settings: EvaluationSettings) -> None:
             if not prepared:
                 prepare_judges(settings)
                 prepared = True
-            units = [{"id": name_of(c), "checkpoint": asdict(c)} for c in checkpoints]
+            units = [{"id": name_checkpoint(c), "checkpoint": asdict(c)} for c in checkpoints]
             pipe.send((run_units(task, units, workers=options.workers, gpus=options.gpus_per_worker), ""))
         except UserError as error:
             pipe.send(({}, str(error)))

@@ -76,7 +76,7 @@ def measure_autoencoders(options: AutoencoderOptions) -> None:
     if options.size is not None and options.size < SMALLEST:
         raise UserError(f"--size must be {SMALLEST} or more: SSIM's window is as large")
     options = replace(options, device=resolve_device(options.device))
-    network = _features(options)
+    network = _choose_features(options)
     perceptual = Lpips(options.lpips, net=options.lpips_net, device=options.device) if options.lpips else None
     found = [measure(name, options, network=network, perceptual=perceptual) for name in options.vae]
     protocol = {
@@ -97,7 +97,7 @@ def measure_autoencoders(options: AutoencoderOptions) -> None:
         print("LPIPS was left out: give its backbone's weights with --lpips FILE", file=sys.stderr)
 
 
-def _features(options: AutoencoderOptions) -> FeatureNetwork:
+def _choose_features(options: AutoencoderOptions) -> FeatureNetwork:
     if options.inception is not None:
         return InceptionFeatures(options.inception, convention=options.convention, device=options.device)
     from eval.judging.judges import build_judges
@@ -114,9 +114,9 @@ def measure(
     values, features = Clusters(), ([], [])  # type: tuple[Clusters, tuple[list[np.ndarray], list[np.ndarray]]]
     number = 0
     with Progress(options.count, "images", desc=name) as progress:
-        pictures = _pictures(options, latents.factor)
+        pictures = _read_pictures(options, latents.factor)
         while part := list(itertools.islice(pictures, options.batch)):
-            for real, again in _by_size(part, vae, options.device):
+            for real, again in _reconstruct_by_size(part, vae, options.device):
                 apart = perceptual.distances(real, again) if perceptual else [math.nan] * len(real)
                 for a, b, distance in zip(real, again, apart):
                     values.add("psnr", number, min(psnr(a, b), BEST_PSNR))
@@ -128,18 +128,18 @@ def measure(
                     kept.append(np.asarray(network.images(some), dtype=np.float32))
             progress.update(len(part))
     figures = AutoencoderScores(name, hash_weights(path), latents.channels, latents.factor)
-    figures.values["rfid"] = _rfid(np.concatenate(features[1]), np.concatenate(features[0]))
+    figures.values["rfid"] = _measure_rfid(np.concatenate(features[1]), np.concatenate(features[0]))
     for key in values.strata:
         figures.values[key] = (values.mean([key]), *(values.interval([key]) or (math.nan, math.nan)))
     return figures
 
 
-def _pictures(options: AutoencoderOptions, factor: int) -> Iterator[np.ndarray]:
+def _read_pictures(options: AutoencoderOptions, factor: int) -> Iterator[np.ndarray]:
     """`count` pictures whose sides are multiples of the autoencoder's factor."""
     if options.images == "world":
-        from eval.judging.prompts import world_reference_images
+        from eval.judging.prompts import render_world_references
 
-        found: Iterator[np.ndarray] = world_reference_images(options.count)
+        found: Iterator[np.ndarray] = render_world_references(options.count)
     else:
         from eval.drawing.pictures import read_picture
         from eval.judging.prompt_files import find_reference_files
@@ -164,7 +164,7 @@ def _crop(image: np.ndarray, size: int | None, factor: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _by_size(
+def _reconstruct_by_size(
     pictures: Sequence[np.ndarray], vae: Any, device: str
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Pictures and their reconstructions, in groups of one size."""
@@ -174,7 +174,7 @@ def _by_size(
         yield real, to_pictures(vae.decode(vae.encode(x_BCHW).latent_dist.mode()).sample)
 
 
-def _rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, float]:
+def _measure_rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, float, float]:
     """Reconstructions against the very pictures, which are drawn together: their difference is small and steady."""
     real, again = Moments(real_NE.shape[1]), Moments(real_NE.shape[1])
     real.update(real_NE)
@@ -194,7 +194,8 @@ def format_markdown(found: Sequence[AutoencoderScores], protocol: dict[str, Any]
     """The table, SD3's own figures below it, and how ours were measured."""
     heads = [f"{title} {'^' if key in ('ssim', 'psnr') else 'v'}" for key, (title, _) in COLUMNS.items()]
     rows = [
-        f"| {f.vae} | {f.channels} | {f.factor} | " + " | ".join(_cell(f, key) for key in COLUMNS) + " |" for f in found
+        f"| {f.vae} | {f.channels} | {f.factor} | " + " | ".join(_format_cell(f, key) for key in COLUMNS) + " |"
+        for f in found
     ]
     paper = [
         f"| SD3, Table 3 (other pictures) | {channels} | 8 | " + " | ".join(f"{x:.2f}" for x in row) + " |"
@@ -211,7 +212,7 @@ def _name_lpips(lpips: Any) -> str:
     return lpips if isinstance(lpips, str) else str(lpips[0])
 
 
-def _cell(figures: AutoencoderScores, key: str) -> str:
+def _format_cell(figures: AutoencoderScores, key: str) -> str:
     if key not in figures.values:
         return "not measured"
     value, low, high = figures.values[key]

@@ -112,7 +112,7 @@ def compare_runs(a: EvaluatedRun, b: EvaluatedRun, metrics: Sequence[str] = ()) 
         raise UserError(f"{a.name} and {b.name} have no metric in common")
     differences, refused = [], []
     for name in chosen:
-        pair = _same_protocol(a.rows[name], b.rows[name])
+        pair = _match_protocols(a.rows[name], b.rows[name])
         if pair is None:
             refused.append(f"{name}: {_explain(a, b, a.rows[name][-1], b.rows[name][-1])}")
         else:
@@ -124,7 +124,7 @@ def _is_under(name: str, wanted: str) -> bool:
     return name == wanted or name.startswith(wanted.rstrip("/") + "/")
 
 
-def _same_protocol(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[ResultRow, ResultRow] | None:
+def _match_protocols(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[ResultRow, ResultRow] | None:
     """The newest rows that were measured the same way."""
     theirs = {row.protocol_hash: row for row in b}
     return next(((row, theirs[row.protocol_hash]) for row in reversed(a) if row.protocol_hash in theirs), None)
@@ -132,7 +132,7 @@ def _same_protocol(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[Resu
 
 def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> str:
     """A sentence that names the settings in which two protocols differ, if both were stored."""
-    protocols = [_flatten(_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
+    protocols = [_flatten(_read_protocol(side.store, row.protocol_hash)) for side, row in ((a, row_a), (b, row_b))]
     if not all(protocols):
         return f"measured under different protocols ({row_a.protocol_hash} and {row_b.protocol_hash})"
     differ = [key for key in sorted({*protocols[0], *protocols[1]}) if protocols[0].get(key) != protocols[1].get(key)]
@@ -141,7 +141,7 @@ def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRo
     return f"protocols differ in {'; '.join(parts)}{more}: evaluate both the same way"
 
 
-def _protocol(store: str, name: str) -> dict[str, Any]:
+def _read_protocol(store: str, name: str) -> dict[str, Any]:
     uri = storage.join(store, "protocols", f"{name}.json")
     try:
         return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
@@ -190,12 +190,12 @@ def draw_paired(a: PromptValues, b: PromptValues, row: ResultRow, *, seed: int =
         first, second = (resample_distances(k["features"], k["cluster"], **reference, seed=seed) for k in (a, b))
         apart = second - first
         return np.full(RESAMPLES, np.nan) if all_alike(apart) else apart - apart.mean()
-    split, tasks = _of_path(row)
+    split, tasks = _parse_path(row)
     if not tasks:
         return None
     total, rng = np.zeros(RESAMPLES), np.random.default_rng(seed)
     for name in tasks:
-        one, two = (_rows(kept, split, name) for kept in (a, b))
+        one, two = (_select_rows(kept, split, name) for kept in (a, b))
         if not len(one) or not np.array_equal(one[:, 0], two[:, 0]):
             return None
         total += _draw_difference(one, two, rng)
@@ -219,12 +219,12 @@ def _draw_difference(one: np.ndarray, two: np.ndarray, rng: np.random.Generator)
     size = float(np.abs(apart).max()) or 1.0
     weights = rng.dirichlet(np.append(np.ones(len(apart)), [0.5, 0.5, 0.5]), size=RESAMPLES)
     prompts, (lost, tied, won) = weights[:, :-3], weights[:, -3:].T
-    seen = _mean(two, prompts) - _mean(one, prompts)
-    measured = _mean(two, np.ones(len(apart))) - _mean(one, np.ones(len(apart)))
+    seen = _average(two, prompts) - _average(one, prompts)
+    measured = _average(two, np.ones(len(apart))) - _average(one, np.ones(len(apart)))
     return (1 - lost - tied - won) * seen + (won - lost) * size - measured
 
 
-def _of_path(row: ResultRow) -> tuple[str, list[str]]:
+def _parse_path(row: ResultRow) -> tuple[str, list[str]]:
     """Split ("seen", "unseen" or "") and tasks of a row such as world_geneval/overall/unseen."""
     _, *path = row.metric.split("/")
     split = path.pop() if path and path[-1] in ("seen", "unseen") else ""
@@ -233,7 +233,7 @@ def _of_path(row: ResultRow) -> tuple[str, list[str]]:
     return split, path[-1:] or ["captions"]
 
 
-def _rows(kept: PromptValues, split: str, stratum: str) -> np.ndarray:
+def _select_rows(kept: PromptValues, split: str, stratum: str) -> np.ndarray:
     """(cluster, sum, count) of one task, by cluster."""
     mine = kept["stratum"] == stratum
     if "split" in kept:
@@ -242,12 +242,12 @@ def _rows(kept: PromptValues, split: str, stratum: str) -> np.ndarray:
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
-def _mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _average(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean over images, for each row of weights of the prompts."""
     return (weights @ table[:, 1]) / (weights @ table[:, 2])
 
 
-def _interval(d: Difference) -> str:
+def _format_interval(d: Difference) -> str:
     return f"[{d.low:+9.4f}, {d.high:+9.4f}]" if np.isfinite([d.low, d.high]).all() else "unknown"
 
 
@@ -256,7 +256,8 @@ def format_table(a: EvaluatedRun, b: EvaluatedRun, differences: Sequence[Differe
     wide = max([len(d.metric) for d in differences], default=6)
     head = f"{'metric':<{wide}}  {a.name:>16}  {b.name:>16}  {'B - A':>9}  {'95 % interval':^22}"
     lines = [
-        f"{d.metric:<{wide}}  {d.a:>16.4f}  {d.b:>16.4f}  {d.b - d.a:>+9.4f}  {_interval(d):<22}  {d.verdict} ({d.how})"
+        f"{d.metric:<{wide}}  {d.a:>16.4f}  {d.b:>16.4f}  {d.b - d.a:>+9.4f}  {_format_interval(d):<22}  "
+        f"{d.verdict} ({d.how})"
         for d in differences
     ]
     return [head, *lines]

@@ -60,10 +60,12 @@ class Lpips:
             warnings.simplefilter("ignore", UserWarning)  # of torchvision, at how lpips calls it
             model: Any = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         features = model.net.state_dict()
-        state = {name: given.get(_torchvision_name(name)) for name in features}
+        state = {name: given.get(_name_in_torchvision(name)) for name in features}
         wrong = next((n for n, tensor in state.items() if tensor is None or tensor.shape != features[n].shape), None)
         if wrong is not None:
-            raise UserError(f"{backbone}: no {_torchvision_name(wrong)} of torchvision's {net}; wrong backbone weights")
+            raise UserError(
+                f"{backbone}: no {_name_in_torchvision(wrong)} of torchvision's {net}; wrong backbone weights"
+            )
         model.net.load_state_dict(state)
         self._model, self._device = model.to(device).eval().requires_grad_(False), device
         self.name, self.version = f"lpips/{net}", hash_weights(backbone)
@@ -75,7 +77,7 @@ class Lpips:
         return self._model(x.to(self._device), y.to(self._device)).double().view(-1).cpu().numpy()
 
 
-def _torchvision_name(name: str) -> str:
+def _name_in_torchvision(name: str) -> str:
     """lpips cuts the features into slices and keeps their numbers: slice2.3.weight is features.3.weight."""
     return "features." + name.split(".", 1)[1]
 

@@ -112,7 +112,7 @@ def study(options: StudyOptions) -> None:
         for kind in KINDS
     ]
     failed = run_units(StudyTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
-    cells = [cell for entry in entries for cell in _cells(entry, measurements)]
+    cells = [cell for entry in entries for cell in _read_cells(entry, measurements)]
     if not cells:
         raise UserError("no run could be measured; see the lines above")
     ranking = rank(cells)
@@ -155,7 +155,7 @@ def find_entries(runs: str) -> tuple[list[StudyEntry], dict[str, str]]:
     found: dict[str, list[Checkpoint]] = {}
     for checkpoint in find_checkpoints(runs):
         found.setdefault(checkpoint.run_uri, []).append(checkpoint)
-    sorted_out = {checkpoints[0].run: _entry(checkpoints) for checkpoints in found.values()}
+    sorted_out = {checkpoints[0].run: _choose_entry(checkpoints) for checkpoints in found.values()}
     entries = [entry for entry in sorted_out.values() if isinstance(entry, StudyEntry)]
     unfit = {run: reason for run, reason in sorted_out.items() if isinstance(reason, str)}
     seen: dict[tuple[str, int, str], str] = {}
@@ -170,7 +170,7 @@ def find_entries(runs: str) -> tuple[list[StudyEntry], dict[str, str]]:
     return sorted(entries, key=lambda e: (e.variant, e.seed, e.dataset)), unfit
 
 
-def _entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
+def _choose_entry(checkpoints: Sequence[Checkpoint]) -> StudyEntry | str:
     """The run's entry, or why it has none."""
     run, last = checkpoints[0].run_uri, checkpoints[-1]
     recipe_uri, last_raw = storage.join(run, "recipe.json"), storage.join(run, "weights", "raw.safetensors")
@@ -237,7 +237,7 @@ def plan_settings(judges: Judges, options: StudyOptions, kind: str) -> list[Meas
     return found
 
 
-def _cells(entry: StudyEntry, measurements: Mapping[str, Sequence[Measurement]]) -> list[StudyCell]:
+def _read_cells(entry: StudyEntry, measurements: Mapping[str, Sequence[Measurement]]) -> list[StudyCell]:
     """Controls of this run that have both numbers, measured the way that is asked for now."""
     images_seen = int(read_meta(storage.localize(entry.weights["ema"]))["images_seen"])
     rows = {

@@ -176,13 +176,13 @@ class HumanStudies:
     def results(self, study: HumanStudy) -> list[WinRate]:
         """One win rate per question."""
         votes = self.votes(study)
-        return [win_rate(question, votes) for question in study.questions]
+        return [compute_win_rate(question, votes) for question in study.questions]
 
     def _uri(self, name: str, *parts: str) -> str:
         return storage.join(self.root, f"study-{name}", *parts)
 
 
-def win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
+def compute_win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
     """Wilson's interval with the sample size that the spread between prompts leaves (Korn and Graubard 1998).
 
     Several answers to one prompt are not independent. Where all answers agree there is no spread to measure, and every
@@ -198,11 +198,11 @@ def win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
     if not mine:
         return WinRate(question, None, None, None, 0, 0, 0, 0, 0)
     rate = sum(sum(values) for values in prompts.values()) / len(mine)
-    low, high = wilson(rate, effective_size(list(prompts.values()), rate))
+    low, high = wilson(rate, estimate_effective_size(list(prompts.values()), rate))
     return WinRate(question, rate, low, high, counts[0], counts[1], counts[2], len(prompts), raters)
 
 
-def effective_size(clusters: Sequence[Sequence[float]], mean: float) -> float:
+def estimate_effective_size(clusters: Sequence[Sequence[float]], mean: float) -> float:
     """How many independent answers know as much, at most as many as there are answers.
 
     Kish's effective size, less what is lost because a few prompts measure their own spread badly: (z / t)^2 with

@@ -15,7 +15,7 @@ from data_pipeline.packing.pairs import PreferencePair, write_pairs
 from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import Judges, build_judges, describe_judge
 from eval.judging.official import OfficialPaths
-from eval.judging.prompts import WORLD_SEED, read_lines, world_compbench_prompts, world_geneval_prompts
+from eval.judging.prompts import WORLD_SEED, list_world_compbench_prompts, list_world_geneval_prompts, read_lines
 from eval.metrics.compbench.evidence import ask_noun_chunks
 from eval.metrics.compbench.rules import blip_vqa
 from infra.cli import GROUP
@@ -80,7 +80,9 @@ def make_pairs(options: PairOptions) -> None:
         )
     if options.images_per_prompt < 2 or not 0 <= options.val_fraction < 1:
         raise UserError("--images-per-prompt must be 2 or more, --val-fraction at least 0 and below 1")
-    texts = list(dict.fromkeys(read_lines(options.prompts) if options.prompts else world_prompts(options.num_prompts)))
+    texts = list(
+        dict.fromkeys(read_lines(options.prompts) if options.prompts else draw_world_prompts(options.num_prompts))
+    )
     judges = build_judges(options.judges, replace(options.official, device=options.sampling.device))
     painter = Painter(options.weights, device=options.sampling.device)
     options = replace(options, sampling=options.sampling.resolve())
@@ -104,12 +106,12 @@ def make_pairs(options: PairOptions) -> None:
     )
 
 
-def world_prompts(count: int) -> list[str]:
+def draw_world_prompts(count: int) -> list[str]:
     """Captions of scenes of a split of their own, in the words of training, without those that evaluations draw."""
     from data_pipeline.world.scenes import make_scene
 
-    asked = {p.text for p in world_geneval_prompts(EVALUATED_PER_TASK)}
-    asked |= {p.text for p in world_compbench_prompts(EVALUATED_PER_TASK)}
+    asked = {p.text for p in list_world_geneval_prompts(EVALUATED_PER_TASK)}
+    asked |= {p.text for p in list_world_compbench_prompts(EVALUATED_PER_TASK)}
     found: dict[str, None] = {}
     for index in range(20 * count):
         text = make_scene(WORLD_SEED, index, split=SPLIT).caption

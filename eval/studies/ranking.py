@@ -84,7 +84,9 @@ def rank(cells: Sequence[StudyCell]) -> Ranking:
         missing = [(s, c) for s in seeds for c in controls if (variant, s, c) not in table]
         if missing:
             seed, control = missing[0]
-            left_out[variant] = f"{_cells(len(missing))} missing or not finite, e.g. seed {seed}, {'/'.join(control)}"
+            left_out[variant] = (
+                f"{_count_cells(len(missing))} missing or not finite, e.g. seed {seed}, {'/'.join(control)}"
+            )
         else:
             variants.append(variant)
     ranks_VSC = np.zeros((len(variants), len(seeds), len(controls)))
@@ -93,15 +95,17 @@ def rank(cells: Sequence[StudyCell]) -> Ranking:
             found = [table[variant, seed, control] for variant in variants]
             ranks_VSC[:, s, c] = number_fronts([x.clip for x in found], [x.fid for x in found])
     noise, least = estimate_seed_noise(ranks_VSC.mean(2)) if variants else (math.nan, math.nan)
-    rows = [_row(name, ranks_SC, seeds, controls) for name, ranks_SC in zip(variants, ranks_VSC)]
-    return Ranking(_grouped(rows, least), noise, least, seeds, len(controls), left_out)
+    rows = [_average_ranks(name, ranks_SC, seeds, controls) for name, ranks_SC in zip(variants, ranks_VSC)]
+    return Ranking(_group(rows, least), noise, least, seeds, len(controls), left_out)
 
 
-def _cells(count: int) -> str:
+def _count_cells(count: int) -> str:
     return f"{count} cell{' is' if count == 1 else 's are'}"
 
 
-def _row(name: str, ranks_SC: np.ndarray, seeds: Sequence[int], controls: Sequence[tuple[str, str, str]]) -> Ranked:
+def _average_ranks(
+    name: str, ranks_SC: np.ndarray, seeds: Sequence[int], controls: Sequence[tuple[str, str, str]]
+) -> Ranked:
     steps = [int(control[2].split("x")[0]) for control in controls]
     # The paper's "50 steps" averages one guidance only (its values are multiples of 1/4): the highest, 5.0.
     guidance = [float(control[2].split("x")[1]) for control in controls]
@@ -129,7 +133,7 @@ def estimate_seed_noise(rank_VS: np.ndarray) -> tuple[float, float]:
     return spread, quantile * spread * math.sqrt(2 / num_seeds)
 
 
-def _grouped(rows: Sequence[Ranked], least: float) -> list[Ranked]:
+def _group(rows: Sequence[Ranked], least: float) -> list[Ranked]:
     """The variants by rank, each with the numbers of its groups. A group is a largest set of variants whose differences
     noise can explain: two variants share a group exactly when they are at most `least` apart. Groups may overlap; with
     disjoint tiers, near neighbours could fall into different ones."""

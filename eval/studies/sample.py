@@ -69,7 +69,7 @@ def sample(
     wanted = expand(prompts)
     if out is not None:
         refuse_target(out)
-    files = {} if folders is None else _files(Path(folders), layout, wanted, images_per_prompt)
+    files = {} if folders is None else _list_files(Path(folders), layout, wanted, images_per_prompt)
     painter = Painter(weights, device=sampling.device)
     sampling = _continue(sampling, folders)
     if folders is not None:
@@ -104,7 +104,7 @@ def expand(prompts: Sequence[str]) -> list[PromptToDraw]:
     return [PromptToDraw(text, {"tag": "prompt", "include": [], "prompt": text}) for text in texts]
 
 
-def _files(
+def _list_files(
     root: Path, layout: Layout, wanted: Sequence[PromptToDraw], images_per_prompt: int
 ) -> dict[ImageRequest, Path]:
     """Where each picture goes."""

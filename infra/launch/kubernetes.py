@@ -18,7 +18,7 @@ def render(job: Job) -> str:
     """YAML for `kubectl apply -f -`."""
     if not job.image:
         raise UserError("target kubernetes needs --image: a container image with this repository installed")
-    documents = _indexed_job(job) if job.on_every_node or job.nodes == 1 else [_ray_job(job)]
+    documents = _make_indexed_job(job) if job.on_every_node or job.nodes == 1 else [_make_ray_job(job)]
     for document in documents:
         if "namespace" in job.options:
             document["metadata"]["namespace"] = job.options["namespace"]
@@ -30,7 +30,7 @@ def submit(job: Job) -> int:
     return hand_over("kubectl", ["apply", "-f", "-"], render(job))
 
 
-def _container(job: Job, name: str) -> dict[str, Any]:
+def _make_container(job: Job, name: str) -> dict[str, Any]:
     limits = {"cpu": job.options.get("cpu", CPU), "memory": job.options.get("memory", MEMORY)}
     if job.gpus_per_node:
         limits["nvidia.com/gpu"] = str(job.gpus_per_node)
@@ -45,19 +45,19 @@ def _container(job: Job, name: str) -> dict[str, Any]:
     }
 
 
-def _volumes(job: Job) -> list[dict[str, Any]]:
+def _make_volumes(job: Job) -> list[dict[str, Any]]:
     return [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.options.get("shm", SHM)}}]
 
 
-def _folder(job: Job) -> dict[str, str]:
+def _make_working_dir(job: Job) -> dict[str, str]:
     """A relative folder is the image's own; an absolute one is a path inside the image."""
     return {} if job.working_dir == "." else {"workingDir": job.working_dir}
 
 
-def _indexed_job(job: Job) -> list[dict[str, Any]]:
+def _make_indexed_job(job: Job) -> list[dict[str, Any]]:
     labels = {"app": job.name}
     script = write_command(job)
-    container = {**_container(job, "main"), **_folder(job)}
+    container = {**_make_container(job, "main"), **_make_working_dir(job)}
     if job.nodes > 1:
         first = f"export {MASTER_ADDR}={job.name}-0.{job.name} {NODE_RANK}=$JOB_COMPLETION_INDEX"
         script = "\n".join([first, *write_hostfile(job), f"exec {script}"])
@@ -66,7 +66,7 @@ def _indexed_job(job: Job) -> list[dict[str, Any]]:
         "restartPolicy": "Never",
         "subdomain": job.name,
         "containers": [container],
-        "volumes": _volumes(job),
+        "volumes": _make_volumes(job),
     }
     batch = {
         "apiVersion": "batch/v1",
@@ -91,11 +91,11 @@ def _indexed_job(job: Job) -> list[dict[str, Any]]:
     return [service, batch] if job.nodes > 1 else [batch]
 
 
-def _ray_job(job: Job) -> dict[str, Any]:
+def _make_ray_job(job: Job) -> dict[str, Any]:
     import ray
 
     def pod(name: str) -> dict[str, Any]:
-        return {"spec": {"containers": [_container(job, name)], "volumes": _volumes(job)}}
+        return {"spec": {"containers": [_make_container(job, name)], "volumes": _make_volumes(job)}}
 
     workers = {
         "groupName": "workers",

@@ -18,12 +18,12 @@ EXCLUDES = [".git", ".venv", "work-demo", "runs", "build", "**/__pycache__", "**
 
 def render(job: Job) -> str:
     """The command line."""
-    return shlex.join(["ray", *_arguments(job)]) + "\n"
+    return shlex.join(["ray", *_list_arguments(job)]) + "\n"
 
 
 def submit(job: Job) -> int:
     """Submit the job, follow its log, and return its exit code."""
-    arguments = _arguments(job)
+    arguments = _list_arguments(job)
     _need_token()
     _need_answer(
         job.options.get("address") or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -33,7 +33,7 @@ def submit(job: Job) -> int:
     return subprocess.run([sys.executable, "-c", ray, *arguments], env=environment, check=False).returncode
 
 
-def _arguments(job: Job) -> list[str]:
+def _list_arguments(job: Job) -> list[str]:
     if job.image or (job.nodes > 1 and job.on_every_node):
         raise UserError(
             "target ray uses the cluster as it is: image must be unset, and deepspeed over nodes needs slurm"

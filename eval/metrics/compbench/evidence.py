@@ -13,7 +13,7 @@ from eval.judging.language import LOCALITIES_3D, Pair, PromptReader, find_locali
 from eval.judging.metric import JudgedImage
 from eval.judging.official import PositionRules
 from eval.metrics.compbench import rules as compbench
-from eval.metrics.compbench.networks import load_clip, load_depth, load_detector, object_names
+from eval.metrics.compbench.networks import list_object_names, load_clip, load_depth, load_detector
 from eval.metrics.compbench.rules import LabelledBox
 from eval.networks.detectors import Detections
 from infra.errors import UserError
@@ -75,15 +75,16 @@ def gather(judges: Judges, category: str, samples: Sequence[JudgedImage]) -> lis
     seen = _detect(judges, samples) if boxes else [[] for _ in samples]
     asked = complex_prompt or category in ATTRIBUTES
     yes = ask_noun_chunks(judges, texts, [s.image for s in samples]) if asked else [[] for _ in samples]
-    cosines = _cosines(judges, samples, complex_prompt) if words else np.zeros(len(samples))
-    depths = _depths(judges, samples) if category == "3d_spatial" else [None] * len(samples)
+    cosines = _measure_cosines(judges, samples, complex_prompt) if words else np.zeros(len(samples))
+    names = list_object_names(judges) if category == "numeracy" else None
+    depths = _measure_depths(judges, samples) if category == "3d_spatial" else [None] * len(samples)
     return [
         Evidence(
             category,
             seen=seen[i],
             objects=read_objects(judges.reader(), category, text) if boxes else (None, None),
             locality=read_locality(judges.reader(), category, text) if boxes else None,
-            counted=read_counts(judges.reader(), object_names(judges), text) if category == "numeracy" else ((), ()),
+            counted=read_counts(judges.reader(), names, text) if names else ((), ()),
             probabilities=yes[i],
             depth_HW=depths[i],
             cosine=float(cosines[i]),
@@ -117,14 +118,14 @@ def ask_noun_chunks(judges: Judges, texts: Sequence[str], images: Sequence[np.nd
     return [part.tolist() for part in np.split(yes, ends[:-1])]
 
 
-def _cosines(judges: Judges, samples: Sequence[JudgedImage], complex_prompt: bool) -> np.ndarray:
+def _measure_cosines(judges: Judges, samples: Sequence[JudgedImage], complex_prompt: bool) -> np.ndarray:
     texts = [sample.prompt.text for sample in samples]
     if complex_prompt:
         texts = [judges.reader().without_adjectives(text) for text in texts]
     return load_clip(judges).cosines([sample.image for sample in samples], texts)
 
 
-def _depths(judges: Judges, samples: Sequence[JudgedImage]) -> list[np.ndarray]:
+def _measure_depths(judges: Judges, samples: Sequence[JudgedImage]) -> list[np.ndarray]:
     depth = load_depth(judges)
     assert depth is not None, "no depth judge, so no 3d_spatial prompts"
     return depth.of([sample.image for sample in samples])

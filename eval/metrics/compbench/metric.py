@@ -5,7 +5,12 @@ from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
 from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score, split_scores, split_values
-from eval.judging.prompts import COMPBENCH_CATEGORIES, WORLD_PER_TASK, compbench_prompts, world_compbench_prompts
+from eval.judging.prompts import (
+    COMPBENCH_CATEGORIES,
+    WORLD_PER_TASK,
+    list_compbench_prompts,
+    list_world_compbench_prompts,
+)
 from eval.metrics.compbench.evidence import answer, gather
 from eval.metrics.compbench.networks import load_clip, load_depth, load_detector
 from infra.values import PromptValues
@@ -27,8 +32,8 @@ class CompBench(PictureMetric):
     def prompts(self, count: int | None) -> list[Prompt]:
         """The prompts of all categories that these judges can score: 3d_spatial needs a depth network."""
         if self._judges.of_world:
-            return world_compbench_prompts(count or WORLD_PER_TASK)
-        found = compbench_prompts(self._judges.paths.need("compbench"), count)
+            return list_world_compbench_prompts(count or WORLD_PER_TASK)
+        found = list_compbench_prompts(self._judges.paths.need("compbench"), count)
         return [p for p in found if p.task != "3d_spatial" or self._judges.paths.depth is not None]
 
     def describe(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def load_detector(judges: Judges) -> Detector:
         return judges.detector()
     from eval.networks.open_vocabulary import OpenVocabularyDetector
 
-    names = [*object_names(judges)[0], *RENAMED.values()]
+    names = [*list_object_names(judges)[0], *RENAMED.values()]
     return OpenVocabularyDetector(judges.paths.need("compbench_detector"), names, device=judges.paths.resolve_device())
 
 
@@ -49,7 +49,7 @@ def load_depth(judges: Judges) -> Depth | None:
 
 
 @functools.cache
-def object_names(judges: Judges) -> tuple[list[str], list[str]]:
+def list_object_names(judges: Judges) -> tuple[list[str], list[str]]:
     """(singular names, plural names) that the category numeracy knows: the world's classes, or those in the benchmark's
     new_objects.txt."""
     if judges.of_world:

@@ -61,7 +61,7 @@ def choose_chunks(chunks: Sequence[str]) -> list[str]:
 # UniDet_eval/2D_spatial_eval.py and 3D_spatial_eval.py (before: determine_position_for_eval.py).
 
 
-def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
+def _measure_offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
     """Center of box 2 minus center of box 1, and IoU (plain areas). Two boxes without area have no overlap."""
     dx = (box2[0] + box2[2]) / 2 - (box1[0] + box1[2]) / 2
     dy = (box2[1] + box2[3]) / 2 - (box1[1] + box1[3]) / 2
@@ -74,7 +74,7 @@ def _offset_and_iou(box1: Box, box2: Box) -> tuple[float, float, float]:
 
 def position_2d(locality: str | None, box1: Box, box2: Box, rules: PositionRules = "official") -> float:
     """Soft score of `object 1 <locality> object 2`. "on top of" is recognised but has no rule: 0, as officially."""
-    dx, dy, iou = _offset_and_iou(box1, box2)
+    dx, dy, iou = _measure_offset_and_iou(box1, box2)
     if locality == "on top of" and rules == "repaired":
         locality = "on the top of"
     if locality in ("next to", "on side of", "near"):
@@ -102,22 +102,22 @@ def position_3d(
         return position_2d(locality, box1, box2, rules)
     if locality not in LOCALITIES_3D:
         return 0.0
-    iou = _offset_and_iou(box1, box2)[2]
+    iou = _measure_offset_and_iou(box1, box2)[2]
     sliced_HW = depth_HW if rules == "official" else depth_HW.T
-    difference = _mean_depth(sliced_HW, box1) - _mean_depth(sliced_HW, box2)
+    difference = _average_depth(sliced_HW, box1) - _average_depth(sliced_HW, box2)
     holds = difference > 0 if locality == "in front of" else difference < 0
     if not holds or (iou == IOU_3D and rules == "official"):  # one half falls through both official branches
         return 0.0
     return 1.0 if iou >= IOU_3D else iou / IOU_3D
 
 
-def _mean_depth(depth_XY: np.ndarray, box: Box) -> float:
+def _average_depth(depth_XY: np.ndarray, box: Box) -> float:
     """NaN for an empty slice, as numpy's mean: comparisons with it are false."""
     part = depth_XY[int(box[0]) : int(box[2]), int(box[1]) : int(box[3])]
     return float(part.mean()) if part.size else math.nan
 
 
-def _person(name: str) -> str:
+def _replace_person(name: str) -> str:
     return "person" if name in PEOPLE else name
 
 
@@ -129,10 +129,10 @@ def spatial_2d(
     rules: PositionRules = "official",
 ) -> float:
     """2D-spatial: first detection of each label; anything below 0.5 becomes 0."""
-    first = _first(seen, obj1, exact=True)
-    second = _first(seen, obj2, exact=True)
+    first = _find_first(seen, obj1, exact=True)
+    second = _find_first(seen, obj2, exact=True)
     position = position_2d(locality, first.box, second.box, rules) if first and second else 0.0
-    score = _with_confidence(first, second, position)
+    score = _add_confidence(first, second, position)
     return score if score >= 0.5 else 0.0
 
 
@@ -148,23 +148,23 @@ def spatial_3d(
     if obj1 is None or obj2 is None:
         return 0.0  # no noun in the prompt: the official code stops there
     joined = " ".join(item.label for item in seen)
-    if _person(obj1) in joined and _person(obj2) in joined:
-        first, second = _last_until_both(seen, _person(obj1), _person(obj2))
+    if _replace_person(obj1) in joined and _replace_person(obj2) in joined:
+        first, second = _find_last_until_both(seen, _replace_person(obj1), _replace_person(obj2))
     else:
-        first = _first(seen, obj1, exact=False)
-        second = None if first else _first(seen, obj2, exact=False)
+        first = _find_first(seen, obj1, exact=False)
+        second = None if first else _find_first(seen, obj2, exact=False)
     position = position_3d(locality, first.box, second.box, depth_HW, rules) if first and second else 0.0
-    return _with_confidence(first, second, position)
+    return _add_confidence(first, second, position)
 
 
-def _first(seen: Sequence[LabelledBox], name: str | None, *, exact: bool) -> LabelledBox | None:
+def _find_first(seen: Sequence[LabelledBox], name: str | None, *, exact: bool) -> LabelledBox | None:
     if name is None:
         return None
-    wanted = _person(name)
+    wanted = _replace_person(name)
     return next((item for item in seen if (item.label == wanted if exact else wanted in item.label)), None)
 
 
-def _last_until_both(
+def _find_last_until_both(
     seen: Sequence[LabelledBox], name1: str, name2: str
 ) -> tuple[LabelledBox | None, LabelledBox | None]:
     """The official loop overwrites each object's match until both have one."""
@@ -177,7 +177,7 @@ def _last_until_both(
     return first, second
 
 
-def _with_confidence(first: LabelledBox | None, second: LabelledBox | None, position: float) -> float:
+def _add_confidence(first: LabelledBox | None, second: LabelledBox | None, position: float) -> float:
     """A quarter of each object's confidence, and half of the position; without both objects no position."""
     if first and second:
         return 0.25 * first.score + 0.25 * second.score + position / 2

@@ -73,8 +73,8 @@ def read_stored(path: str | Path, words: PromptLookup) -> Iterator[StoredEvidenc
             continue
         try:
             record = json.loads(line)
-            prompt, number = _name_of(record)
-            yield StoredEvidence(prompt, number, _evidence(record, prompt, Path(path).parent, words))
+            prompt, number = _read_name(record)
+            yield StoredEvidence(prompt, number, _read_evidence(record, prompt, Path(path).parent, words))
         except UserError as error:
             raise UserError(f"{path}:{row}: {error}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -82,7 +82,7 @@ def read_stored(path: str | Path, words: PromptLookup) -> Iterator[StoredEvidenc
             raise UserError(f"{path}:{row}: not stored evidence ({reason}); see compbench judge --help") from error
 
 
-def _name_of(record: Mapping[str, Any]) -> tuple[str, int]:
+def _read_name(record: Mapping[str, Any]) -> tuple[str, int]:
     """Prompt and number, as stated or out of the official file name."""
     if "prompt" in record and "question_id" in record:
         return str(record["prompt"]), int(record["question_id"])
@@ -92,36 +92,36 @@ def _name_of(record: Mapping[str, Any]) -> tuple[str, int]:
     return name
 
 
-def _evidence(record: Mapping[str, Any], prompt: str, folder: Path, words: PromptLookup) -> Evidence:
+def _read_evidence(record: Mapping[str, Any], prompt: str, folder: Path, words: PromptLookup) -> Evidence:
     category = record["category"]
     if category not in COMPBENCH_CATEGORIES:
         known = ", ".join(COMPBENCH_CATEGORIES)
         raise UserError(f"unknown category {category!r}; known: {known}{nearest(str(category), COMPBENCH_CATEGORIES)}")
-    kind = _kind(record, prompt, words) if category == "complex" else ""
+    kind = _read_kind(record, prompt, words) if category == "complex" else ""
     placed = category in ("spatial", "3d_spatial") or kind in ("spatial", "both")
     asked = category in ATTRIBUTES or bool(kind)
     cosine = category == "non_spatial" or kind in ("action", "both")
     return Evidence(
         category,
-        seen=_seen(record) if placed or category == "numeracy" else (),
-        objects=_objects(record, category, prompt, words) if placed else (None, None),
-        locality=_locality(record, category, prompt, words) if placed else None,
-        counted=_counted(record, prompt, words) if category == "numeracy" else ((), ()),
-        probabilities=[_probability(value) for value in record["probabilities"]] if asked else [],
-        depth_HW=_depth(folder / record["depth"]) if category == "3d_spatial" else None,
-        cosine=_finite(record["cosine"]) if cosine else 0.0,
+        seen=_read_boxes(record) if placed or category == "numeracy" else (),
+        objects=_read_objects(record, category, prompt, words) if placed else (None, None),
+        locality=_read_locality(record, category, prompt, words) if placed else None,
+        counted=_read_counts(record, prompt, words) if category == "numeracy" else ((), ()),
+        probabilities=[_parse_probability(value) for value in record["probabilities"]] if asked else [],
+        depth_HW=_read_depth(folder / record["depth"]) if category == "3d_spatial" else None,
+        cosine=_parse_finite(record["cosine"]) if cosine else 0.0,
         kind=kind,
     )
 
 
-def _kind(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> str:
+def _read_kind(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> str:
     kind = record.get("kind") or (words.kind(prompt) if words.kind else None)
     if kind not in COMPLEX_KINDS:
         raise UserError(f"a complex prompt needs its kind ({', '.join(COMPLEX_KINDS)}): state it, or give --dataset")
     return str(kind)
 
 
-def _seen(record: Mapping[str, Any]) -> list[LabelledBox]:
+def _read_boxes(record: Mapping[str, Any]) -> list[LabelledBox]:
     """Boxes in UniDet's frame, or in the pixels of an image whose `size` [height, width] is stated."""
     scale, seen = 1.0, []
     if "size" in record:
@@ -130,21 +130,21 @@ def _seen(record: Mapping[str, Any]) -> list[LabelledBox]:
             raise UserError(f"a size of {record['size']}; expected [height, width] in pixels")
         scale = compbench.detector_scale(height, width)
     for label, *numbers in record["detections"]:
-        x1, y1, x2, y2, score = (_finite(value) for value in numbers)
+        x1, y1, x2, y2, score = (_parse_finite(value) for value in numbers)
         if x2 < x1 or y2 < y1:
             raise UserError(f"the box {[x1, y1, x2, y2]} of {label!r} is turned around; expected x1, y1, x2, y2")
         seen.append(LabelledBox(str(label), [value * scale for value in (x1, y1, x2, y2)], score))
     return seen
 
 
-def _objects(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> Pair:
+def _read_objects(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> Pair:
     if "objects" not in record:
         return read_objects(words.reader(), category, prompt)
     first, second = record["objects"]
     return first, second
 
 
-def _locality(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> str | None:
+def _read_locality(record: Mapping[str, Any], category: str, prompt: str, words: PromptLookup) -> str | None:
     if "locality" in record:
         known = (*LOCALITIES_2D, *LOCALITIES_3D)
         if record["locality"] not in (None, *known):
@@ -153,14 +153,14 @@ def _locality(record: Mapping[str, Any], category: str, prompt: str, words: Prom
     return find_locality(prompt, LOCALITIES_3D if category == "3d_spatial" else LOCALITIES_2D)
 
 
-def _counted(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> tuple[Sequence[str], Sequence[int]]:
+def _read_counts(record: Mapping[str, Any], prompt: str, words: PromptLookup) -> tuple[Sequence[str], Sequence[int]]:
     if "counted" not in record:
         return read_counts(words.reader(), words.names(), prompt)
     names, numbers = record["counted"]
     return [str(name) for name in names], [int(number) for number in numbers]
 
 
-def _depth(path: Path) -> np.ndarray:
+def _read_depth(path: Path) -> np.ndarray:
     """An 8-bit depth picture as the official code saves it, brought to UniDet's frame as there."""
     from PIL import Image
 
@@ -171,15 +171,15 @@ def _depth(path: Path) -> np.ndarray:
         raise UserError(f"cannot read depth picture {path}: {error}") from error
 
 
-def _finite(value: Any) -> float:
+def _parse_finite(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise UserError(f"{value!r} is not a finite number")
     return number
 
 
-def _probability(value: Any) -> float:
-    number = _finite(value)
+def _parse_probability(value: Any) -> float:
+    number = _parse_finite(value)
     if not 0 <= number <= 1:
         raise UserError(f"a probability of {value!r}; expected 0 to 1")
     return number

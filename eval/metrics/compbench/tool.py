@@ -24,7 +24,7 @@ from eval.metrics.compbench.files import (
     read_samples,
     write_answers,
 )
-from eval.metrics.compbench.networks import load_detector, object_names
+from eval.metrics.compbench.networks import list_object_names, load_detector
 from eval.metrics.compbench.rules import three_in_one
 from eval.metrics.compbench.stored import PromptLookup, StoredEvidence, format_stored, read_stored
 from infra.errors import UserError
@@ -65,10 +65,10 @@ def judge(
     given = OfficialPaths(spacy=spacy, compbench=None if dataset is None else str(dataset))
     judges = build_judges("official", given)
     kinds = read_complex_kinds(dataset) if dataset and (dataset / "complex_val.txt").exists() else None
-    found = list(read_stored(stored, PromptLookup(judges.reader, lambda: object_names(judges), kinds)))
+    found = list(read_stored(stored, PromptLookup(judges.reader, lambda: list_object_names(judges), kinds)))
     if not found:
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
-    for category in _categories(found):
+    for category in _list_categories(found):
         mine = [item for item in found if item.evidence.category == category]
         _check(category, mine, dataset, images_per_prompt, allow_partial, give="--dataset")
         _finish(category, mine, rules, out)
@@ -162,7 +162,7 @@ def _keep(file: SampleFile, evidence: Evidence, folder: Path) -> str:
     return format_stored(file.path.name, file.prompt, number=file.number, evidence=evidence, depth=depth)
 
 
-def _categories(found: Sequence[StoredEvidence]) -> list[str]:
+def _list_categories(found: Sequence[StoredEvidence]) -> list[str]:
     present = {item.evidence.category for item in found}
     return [category for category in COMPBENCH_CATEGORIES if category in present]
 
@@ -188,12 +188,12 @@ def _check(
     if dataset is None:
         print(f"{category}: completeness is not checked, which takes the prompts: {give} DIR", file=sys.stderr)
         return
-    wanted = {_said(prompt) for prompt in read_lines(dataset / f"{category}_val.txt")}
+    wanted = {_normalize_prompt(prompt) for prompt in read_lines(dataset / f"{category}_val.txt")}
     counts: dict[str, int] = dict.fromkeys(wanted, 0)
-    strange = sorted({item.prompt for item in found if _said(item.prompt) not in wanted})
+    strange = sorted({item.prompt for item in found if _normalize_prompt(item.prompt) not in wanted})
     for item in found:
-        if _said(item.prompt) in wanted:
-            counts[_said(item.prompt)] += 1
+        if _normalize_prompt(item.prompt) in wanted:
+            counts[_normalize_prompt(item.prompt)] += 1
     missing = sum(max(images_per_prompt - count, 0) for count in counts.values())
     if strange and not allow_partial:
         raise UserError(f"{category}: {len(strange)} prompts are not of its file, e.g. {strange[0]!r}; --allow-partial")
@@ -213,7 +213,7 @@ def _check(
         )
 
 
-def _said(prompt: str) -> str:
+def _normalize_prompt(prompt: str) -> str:
     """A prompt as a file name carries it: the official samples drop nothing but trailing blanks."""
     return prompt.strip().lower()
 

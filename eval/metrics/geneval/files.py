@@ -57,8 +57,8 @@ def check_complete(
     """Number of missing images; UserError when there are any (or prompts nobody asked for) unless allowed."""
     counts: dict[str, int] = {}
     for metadata in found:
-        counts[_key(metadata)] = counts.get(_key(metadata), 0) + 1
-    wanted = {_key(metadata): metadata for metadata in expected}
+        counts[_encode_metadata(metadata)] = counts.get(_encode_metadata(metadata), 0) + 1
+    wanted = {_encode_metadata(metadata): metadata for metadata in expected}
     missing = sum(max(per_prompt - counts.get(key, 0), 0) for key in wanted)
     strange = [key for key in counts if key not in wanted]
     if strange and not allow_partial:
@@ -79,11 +79,11 @@ def check_complete(
 
 def find_outside(found: Sequence[Metadata], expected: Sequence[Metadata]) -> list[Metadata]:
     """Metadata of the images whose prompts are not of the set, one per image."""
-    wanted = {_key(metadata) for metadata in expected}
-    return [metadata for metadata in found if _key(metadata) not in wanted]
+    wanted = {_encode_metadata(metadata) for metadata in expected}
+    return [metadata for metadata in found if _encode_metadata(metadata) not in wanted]
 
 
-def _key(metadata: Metadata) -> str:
+def _encode_metadata(metadata: Metadata) -> str:
     return json.dumps(metadata, sort_keys=True)
 
 
@@ -132,7 +132,7 @@ def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
         boxes = json.loads(raw) if isinstance(raw, str) else raw
         rows = [(name, box) for name, found in boxes.items() for box in found]
         table_N5 = np.array([box for _, box in rows], dtype=np.float32).reshape(len(rows), 5)
-        colors = [color for name in boxes for color in _colors_of(record, name, len(boxes[name]), where)]
+        colors = [color for name in boxes for color in _read_colors(record, name, len(boxes[name]), where)]
         metadata = parse_metadata(record["metadata"], where)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -159,7 +159,7 @@ def _judge_line(line: str, where: str, rules: GenEvalRules) -> dict[str, Any]:
     )
 
 
-def _colors_of(record: dict[str, Any], name: str, count: int, where: str) -> list[str | None]:
+def _read_colors(record: dict[str, Any], name: str, count: int, where: str) -> list[str | None]:
     stored = record.get("colors", {}).get(name)
     if stored is None:
         return [None] * count

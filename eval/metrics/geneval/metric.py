@@ -10,7 +10,7 @@ import numpy as np
 from eval.judging.geneval_prompts import TASKS, Metadata
 from eval.judging.judges import Judges, describe_judge
 from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score, split_scores, split_values
-from eval.judging.prompts import WORLD_PER_TASK, geneval_prompts, world_geneval_prompts
+from eval.judging.prompts import WORLD_PER_TASK, list_geneval_prompts, list_world_geneval_prompts
 from eval.metrics.geneval.colors import ClipColors
 from eval.metrics.geneval.files import IMAGES_PER_PROMPT
 from eval.metrics.geneval.rules import OFFICIAL_RULES, GenEvalRules, ImageVerdict, KeptDetection, decide, keep
@@ -35,8 +35,8 @@ class GenEval(PictureMetric):
 
     def prompts(self, count: int | None) -> list[Prompt]:
         if self._judges.of_world:
-            return world_geneval_prompts(count or WORLD_PER_TASK)
-        return geneval_prompts(count)
+            return list_world_geneval_prompts(count or WORLD_PER_TASK)
+        return list_geneval_prompts(count)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -75,7 +75,9 @@ def judge(
     expected = draw_official_metadata() if metadata is None else read_metadata(metadata)
     asked = [json.loads(row["metadata"]) for row in rows]
     names = [f"{detections}: {row['filename'] or 'an image without filename'}" for row in rows]
-    _known_words(zip(names, asked), *_words_of(expected), knows=f"the prompts of {metadata or 'GenEval'}")
+    _refuse_unknown_words(
+        zip(names, asked), *_list_known_words(expected), knows=f"the prompts of {metadata or 'GenEval'}"
+    )
     _check(asked, expected, images_per_prompt, allow_partial)
     _report(rows, out)
 
@@ -111,7 +113,7 @@ def score(
     chosen = build_judges(judges, replace(official, device=device))
     detector, colors = chosen.detector(), ClipColors(chosen.clip())
     asked = [(str(file.path.parent.parent / "metadata.jsonl"), file.metadata) for file in files]
-    _known_words(asked, detector.classes, COLORS, knows="the detector")
+    _refuse_unknown_words(asked, detector.classes, COLORS, knows="the detector")
     rows: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []
     unreadable: list[str] = []
@@ -145,7 +147,7 @@ def _judge_image(
     return row, format_stored(str(file.path), found, metadata=file.metadata, color_of_row=color_of_row)
 
 
-def _known_words(
+def _refuse_unknown_words(
     asked: Iterable[tuple[str, Metadata]], classes: Sequence[str], colors: Sequence[str], *, knows: str
 ) -> None:
     """A class that nobody detects, or a color that CLIP is not asked for, would silently count as absent."""
@@ -163,7 +165,7 @@ def _known_words(
                 )
 
 
-def _words_of(expected: Sequence[Metadata]) -> tuple[list[str], list[str]]:
+def _list_known_words(expected: Sequence[Metadata]) -> tuple[list[str], list[str]]:
     """Classes and colors that stored detections may be asked for: GenEval's, and those of the user's own prompts."""
     clauses = [clause for m in expected for clause in (*m.get("include", []), *m.get("exclude", []))]
     classes = [*CLASSES, *(clause["class"] for clause in clauses)]
@@ -201,11 +203,11 @@ def _report(rows: list[dict[str, Any]], out: str | None) -> Summary:
     if out is not None:
         write_results(out, rows)
     print(summary.text())
-    print(_intervals(rows))
+    print(_format_intervals(rows))
     return summary
 
 
-def _intervals(rows: Sequence[dict[str, Any]]) -> str:
+def _format_intervals(rows: Sequence[dict[str, Any]]) -> str:
     """What the official summary lacks: 95 % bootstrap intervals, prompts drawn with their images."""
     values, numbers = Clusters(), {text: n for n, text in enumerate(dict.fromkeys(row["metadata"] for row in rows))}
     for row in rows:

@@ -16,9 +16,9 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def write_pages(root: Path, out: Path) -> None:
     """One page per folder that holds modules, and `index.rst` that lists them; pages of former folders are removed."""
     folders = sorted({path.parent for package in PACKAGES for path in (root / package).rglob("*.py")})
-    pages = {"index.rst": index_page([folder.relative_to(root) for folder in folders if is_package(folder)])}
+    pages = {"index.rst": make_index_page([folder.relative_to(root) for folder in folders if is_package(folder)])}
     for folder in filter(is_package, folders):
-        pages[page_name(folder.relative_to(root)) + ".rst"] = folder_page(folder, root)
+        pages[name_page(folder.relative_to(root)) + ".rst"] = make_folder_page(folder, root)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.rst"):
         if old.name not in pages:
@@ -33,49 +33,49 @@ def is_package(folder: Path) -> bool:
     return (folder / "__init__.py").exists()
 
 
-def page_name(folder: Path) -> str:
+def name_page(folder: Path) -> str:
     return ".".join(folder.parts)
 
 
-def index_page(folders: list[Path]) -> str:
-    names = "\n".join(f"   {page_name(folder)}" for folder in folders)
+def make_index_page(folders: list[Path]) -> str:
+    names = "\n".join(f"   {name_page(folder)}" for folder in folders)
     text = "Signatures and docstrings of all public names, a page per folder. Options of commands: ``COMMAND --help``."
-    return f"{title('Reference', '=')}\n{text}\n\n.. toctree::\n   :maxdepth: 1\n\n{names}\n"
+    return f"{format_title('Reference', '=')}\n{text}\n\n.. toctree::\n   :maxdepth: 1\n\n{names}\n"
 
 
-def folder_page(folder: Path, root: Path) -> str:
-    name = page_name(folder.relative_to(root))
-    parts = [title(name, "=")]
+def make_folder_page(folder: Path, root: Path) -> str:
+    name = name_page(folder.relative_to(root))
+    parts = [format_title(name, "=")]
     for path in sorted(folder.glob("*.py"), key=lambda path: (path.name != "__init__.py", path.name)):
-        parts += module_part(path, root)
+        parts += describe_module(path, root)
     return "\n".join(parts) + "\n"
 
 
-def module_part(path: Path, root: Path) -> Iterator[str]:
+def describe_module(path: Path, root: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text())
     parts = path.relative_to(root).with_suffix("").parts
     public = [node for node in tree.body if isinstance(node, Definition) and not node.name.startswith("_")]
     if parts[-1] == "__init__":
-        yield from prose(ast.get_docstring(tree))
+        yield from format_prose(ast.get_docstring(tree))
         parts = parts[:-1]
         if not public:
             return
     else:
-        yield title(path.name, "-")
+        yield format_title(path.name, "-")
     yield f".. py:module:: {'.'.join(parts)}\n"
     if path.name != "__init__.py":
-        yield from prose(ast.get_docstring(tree))
+        yield from format_prose(ast.get_docstring(tree))
     for node in public:
-        yield from definition(node)
+        yield from describe_definition(node)
 
 
-def definition(node: Definition, indent: str = "", kind: str = "function") -> Iterator[str]:
+def describe_definition(node: Definition, indent: str = "", kind: str = "function") -> Iterator[str]:
     """A function, or a class with its annotated fields, properties and documented public methods."""
     if isinstance(node, ast.ClassDef):
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
         yield f"{indent}.. py:class:: {node.name}{bases}\n"
-        yield from prose(ast.get_docstring(node), indent + "   ")
-        yield from members(node, indent + "   ")
+        yield from format_prose(ast.get_docstring(node), indent + "   ")
+        yield from describe_members(node, indent + "   ")
         return
     arguments = ast.unparse(node.args)
     if kind == "method":
@@ -85,10 +85,10 @@ def definition(node: Definition, indent: str = "", kind: str = "function") -> It
         yield f"{indent}.. py:property:: {node.name}\n"
     else:
         yield f"{indent}.. py:{kind}:: {node.name}({arguments}){returns}\n"
-    yield from prose(ast.get_docstring(node), indent + "   ")
+    yield from format_prose(ast.get_docstring(node), indent + "   ")
 
 
-def members(node: ast.ClassDef, indent: str) -> Iterator[str]:
+def describe_members(node: ast.ClassDef, indent: str) -> Iterator[str]:
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             if field.target.id.startswith("_"):
@@ -99,16 +99,16 @@ def members(node: ast.ClassDef, indent: str) -> Iterator[str]:
                 yield f"{indent}   :value: {value}"
             yield ""
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                yield from prose(str(after.value.value), indent + "   ")
+                yield from format_prose(str(after.value.value), indent + "   ")
         elif isinstance(field, Definition) and not field.name.startswith("_") and ast.get_docstring(field):
-            yield from definition(field, indent, "method")
+            yield from describe_definition(field, indent, "method")
 
 
-def title(text: str, line: str) -> str:
+def format_title(text: str, line: str) -> str:
     return f"{text}\n{line * len(text)}\n"
 
 
-def prose(docstring: str | None, indent: str = "") -> Iterator[str]:
+def format_prose(docstring: str | None, indent: str = "") -> Iterator[str]:
     """Docstrings are plain text with `code` in backticks: tables and lists are shown as they stand."""
     for block in re.split(r"\n\s*\n", docstring or ""):
         lines = block.strip("\n").split("\n")
