@@ -26,7 +26,7 @@ from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import build_judges
 from eval.judging.official import OfficialPaths
 from eval.metrics.geneval.tool import score
-from eval.metrics.val_loss import ValidationLoss
+from eval.metrics.val_loss import ValLoss
 from eval.networks.clip_model import ClipModel
 from eval.networks.depth import DptDepth
 from eval.networks.detectors import TransformersDetector
@@ -121,7 +121,7 @@ def test_validation_loss(tmp_path, exact):
     told = {"config": config.to_json(), "text_spec": TINY_TEXT.to_json(), "data_fingerprint": info.fingerprint}
     path = export(tmp_path / "ema.safetensors")
     save_weights(path, state, read_meta(path) | told)
-    metric, data = ValidationLoss(build_judges("world")), str(tmp_path / "data")
+    metric, data = ValLoss(build_judges("world")), str(tmp_path / "data")
     (ours, *one), (theirs, *other) = (metric.measure(Painter(path, device=d), data) for d in DEVICES)
     assert one[0] == other[0], "another protocol"
     assert {s.path: s.value for s in theirs} == pytest.approx({s.path: s.value for s in ours}, rel=1e-4)

@@ -404,7 +404,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
     from data_pipeline.loading.loader import open_dataset
     from data_pipeline.packing.synthetic import TINY_TEXT, write_synthetic
     from eval.judging.judges import build_judges
-    from eval.metrics.val_loss import ValidationLoss
+    from eval.metrics.val_loss import ValLoss
     from trainer.recipe import Recipe, Validation
     from trainer.validate import Validator
 
@@ -421,7 +421,7 @@ def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):
         "data_fingerprint": info.fingerprint,
     }
     painter = Painter(save_weights(path, state, meta))
-    metric = ValidationLoss(build_judges("world"))
+    metric = ValLoss(build_judges("world"))
     scores, protocol, kept = metric.measure(painter, str(tmp_path / "data"))
 
     recipe = Recipe(name="tiny", model=config, images=64, global_batch=8, validation=Validation())

@@ -12,11 +12,11 @@ from eval.metrics.compbench.metric import CompBench
 from eval.metrics.fid import build_clip_fid, build_inception_fid
 from eval.metrics.geneval.metric import GenEval
 from eval.metrics.typography import Typography
-from eval.metrics.val_loss import ValidationLoss
+from eval.metrics.val_loss import ValLoss
 from infra.errors import UserError
 
 METRICS: dict[str, Callable[[Judges], PictureMetric | WeightsMetric]] = {
-    "val_loss": ValidationLoss,
+    "val_loss": ValLoss,
     "geneval": GenEval,
     "compbench": CompBench,
     "clip_score": ClipScore,

@@ -21,7 +21,7 @@ from model.diffusion.validation import get_protocol, half_interval, validation_l
 PROTOCOL, SAMPLES, BATCH, SEED = "sd3", 2048, 32, 0  # the trainer's defaults
 
 
-class ValidationLoss(WeightsMetric):
+class ValLoss(WeightsMetric):
     """Rows `val_loss/sd3` (the mean of the protocol's noise levels) and `val_loss/sd3/t0.125` ... (one per level)."""
 
     name, higher_is_better, headline = "val_loss", False, PROTOCOL
