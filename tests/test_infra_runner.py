@@ -15,7 +15,7 @@ from ray import cloudpickle
 
 from infra import runner
 from infra.errors import UserError
-from infra.runner import CallLost, RemoteCalls, WorkerPool, _pool, connect, run_tasks, run_units
+from infra.runner import CallLost, RemoteCalls, WorkerPool, _size_pool, connect, run_tasks, run_units
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
 
@@ -32,23 +32,23 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can
 )
 def test_a_pool_grows_with_a_cluster_and_stays_as_it_is_on_one_machine(monkeypatch, address, count, cpus, pool):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert _pool(WorkerPool(count), 500, cpus) == pool
-    assert _pool(WorkerPool(count), 1, cpus) == (1, 1)
-    assert _pool(WorkerPool(), 10**6, 64)[1] == (2000 if address else 64)
+    assert _size_pool(WorkerPool(count), 500, cpus) == pool
+    assert _size_pool(WorkerPool(count), 1, cpus) == (1, 1)
+    assert _size_pool(WorkerPool(), 10**6, 64)[1] == (2000 if address else 64)
     if not address and count is None:  # sixteen CPUs, two GPUs, four workers on each
-        assert _pool(WorkerPool(gpus=0.25), 500, 16, 2) == (8, 8)
-        assert _pool(WorkerPool(gpus=1), 500, 16, 2) == (2, 2)
+        assert _size_pool(WorkerPool(gpus=0.25), 500, 16, 2) == (8, 8)
+        assert _size_pool(WorkerPool(gpus=1), 500, 16, 2) == (2, 2)
 
 
 def test_a_wave_of_units_is_bounded_in_number_and_bytes(monkeypatch):
     units = [{"id": "x" * (n % 50)} for n in range(1000)]
     monkeypatch.setattr(runner, "_WAVE", 60)
     monkeypatch.setattr(runner, "_WAVE_BYTES", 1500)
-    waves = list(runner._waves(iter(units)))
+    waves = list(runner._split_into_waves(iter(units)))
     assert [json.loads(text) for wave in waves for text in wave] == units
     assert all(len(wave) <= 60 and sum(map(len, wave)) <= 1500 for wave in waves)
     assert len(waves) < 1000
-    assert list(runner._waves([])) == []
+    assert list(runner._split_into_waves([])) == []
 
 
 @dataclass(frozen=True)
