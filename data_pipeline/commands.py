@@ -365,6 +365,8 @@ def estimate(scale: Annotated[ScaleAssumptions, FLAT]) -> None:
     """What a data set with SD3's encoders would take; every assumption is an option."""
     from data_pipeline.flow.estimate import format_estimate
 
+    if scale.captions < 2:
+        raise UserError(f"--captions {scale.captions}: expected 2 or more, the original and a synthetic one")
     print(format_estimate(scale))
 
 

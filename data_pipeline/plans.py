@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from data_pipeline.captions.registry import identify_weights
-from data_pipeline.captions.spec import CaptionerSpec
+from data_pipeline.captions.spec import CaptionerSpec, read_more_captions
 from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.curation.dedup import Dedup, SignatureStage
@@ -22,7 +22,7 @@ from data_pipeline.formats.schema import canonical_json, fingerprint
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.stages.buckets import BucketStage, list_buckets
 from data_pipeline.stages.columns import Column
-from data_pipeline.stages.encode import LatentStage, TextStage
+from data_pipeline.stages.encode import LatentStage, TextStage, caption_column
 from data_pipeline.stages.stage import Stage, stage_fingerprint
 from infra.errors import UserError, nearest
 from model.encoders.text import SEATS, EncoderSpec, TextSpec
@@ -37,7 +37,7 @@ class DatasetPlan:
         "buckets: how images of other aspects are cut": ("bucket_step", "bucket_aspect"),
         "filters: what is set aside": (
             "min_side", "max_aspect", "max_caption_chars", "max_nsfw", "min_aesthetic", "min_caption_quality",
-            "caption_quality", "nsfw", "aesthetic",
+            "min_caption_clip", "caption_quality", "caption_clip", "nsfw", "aesthetic",
         ),
         "duplicates: which images count as the same": (
             "dedup_distance", "dedup_embedding", "dedup_similarity", "dedup_verify",
@@ -54,6 +54,7 @@ class DatasetPlan:
     vae: str
     """Autoencoder: world:vae or a diffusers folder."""
     captioner: CaptionerSpec
+    """Writes the caption `synthetic`."""
     bucket_step: int
     """Sides of buckets are multiples of this (autoencoder factor times patch size)."""
     bucket_aspect: float = 1.0
@@ -70,6 +71,8 @@ class DatasetPlan:
     """Images that --aesthetic scores lower (1 to 10 with LAION's heads) are set aside as ugly."""
     min_caption_quality: float | None = None
     """Original captions that score lower (0 to 1) are set aside as bad_caption."""
+    min_caption_clip: float | None = None
+    """Original captions whose --caption-clip cosine is lower (-1 to 1) are set aside as bad_caption."""
     gate: Gate = Gate()  # noqa: RUF009
     """Looser limits for what gets captions and latents: tightening the strict ones later costs nothing."""
     nsfw: str = ""
@@ -78,6 +81,8 @@ class DatasetPlan:
     """Aesthetic predictor: HEAD+CLIP, a linear head in safetensors and the open_clip folder it reads."""
     caption_quality: bool = False
     """Also score the original captions."""
+    caption_clip: str = ""
+    """Also score how well original captions fit their images: an open_clip folder (world:clip), by cosine."""
     dedup_distance: int | None = None
     """Perceptual hashes this many bits apart count as duplicates; None compares exact pixels only."""
     dedup_embedding: str = ""
@@ -94,6 +99,9 @@ class DatasetPlan:
     """Samples of a training shard."""
     pack_mb: int = 1024
     """Mebibytes that no training shard exceeds: fewer samples where the largest possible ones would not fit."""
+    more_captions: str = ""
+    """Further synthetic captions of each image, by name, with what differs from --captioner, e.g.
+    '{short: {prompt: One sentence., max_new_tokens: 24}}'."""
     batch: int = 64
     """Images per forward pass of captioner and autoencoder."""
     text_storage: Literal["fp16", "t5-int8", "int8"] = "fp16"
@@ -124,7 +132,9 @@ class DatasetPlan:
                 option = seat.replace("_", "-")
                 raise UserError(f"--{option}: plan {self.name} has no such text encoder, it has {', '.join(seats)}")
         layout = self.text_layout or self.text_spec.layout
-        return replace(self, text_spec=replace(self.text_spec, encoders=tuple(encoders), layout=layout))
+        spec = replace(self.text_spec, encoders=tuple(encoders), layout=layout)
+        _ = self.captioners  # mistakes in them are told before any work
+        return replace(self, text_spec=spec)
 
     def _check_numbers(self) -> None:
         def ask(name: str, good: bool, wanted: str) -> None:
@@ -147,6 +157,11 @@ class DatasetPlan:
         return tuple(encoder.seat for encoder in self.text_spec.encoders if encoder.seat in small)
 
     @property
+    def captioners(self) -> dict[str, CaptionerSpec]:
+        """The captioner of each synthetic caption, by the caption's name; `synthetic` is the first."""
+        return {"synthetic": self.captioner.settle(), **read_more_captions(self.more_captions, self.captioner)}
+
+    @property
     def strict(self) -> Thresholds:
         """The limits a training sample must keep."""
         return Thresholds(**{f.name: getattr(self, f.name) for f in fields(Thresholds)})
@@ -154,11 +169,13 @@ class DatasetPlan:
     @property
     def scorers(self) -> dict[str, str]:
         """Score columns to make, each with what it is made by."""
-        wanted = {"nsfw": self.nsfw, "aesthetic": self.aesthetic}
+        wanted = {"nsfw": self.nsfw, "aesthetic": self.aesthetic, "caption_clip": self.caption_clip}
         if self.max_nsfw is not None and not self.nsfw:
             wanted["nsfw"] = "opennsfw"
         if self.min_aesthetic is not None and not self.aesthetic:
             raise UserError("--min-aesthetic needs --aesthetic HEAD+CLIP: a linear head and the CLIP that it reads")
+        if self.min_caption_clip is not None and not self.caption_clip:
+            raise UserError("--min-caption-clip needs --caption-clip CLIP: the open_clip folder that compares")
         if self.caption_quality or self.min_caption_quality is not None:
             wanted["caption_quality"] = "text"
         return {name: model for name, model in wanted.items() if model}
@@ -258,7 +275,6 @@ class PlanColumns:
 
 def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> PlanColumns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
-    caption_weights = identify_weights(plan.captioner)
     made: dict[str, str] = {}
 
     def column(stage: Stage | Dedup) -> tuple:
@@ -279,12 +295,17 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
     semantic = SemanticDedup(plan.dedup_similarity, plan.dedup_verify)
     dedup = column(Dedup(plan.dedup_distance, semantic if plan.dedup_embedding else None))
     heavy = [
-        column(CaptionStage(plan.captioner, caption_weights, plan.batch, caption_device)),
+        *(
+            column(CaptionStage(spec, identify_weights(spec), plan.batch, caption_device, caption_column(name)))
+            for name, spec in plan.captioners.items()
+        ),
         column(LatentStage(plan.vae, _hash_checkpoint(plan.vae), plan.batch, device)),
     ]
     for encoder in plan.text_spec.encoders:
         weights, small = _hash_checkpoint(encoder.checkpoint), encoder.seat in plan.int8_seats
-        heavy.append(column(TextStage(plan.text_spec, encoder.seat, weights, small, device=device)))
+        for name in ("", *list(plan.captioners)[1:]):
+            stage = TextStage(plan.text_spec, encoder.seat, weights, small, device=device, caption=name)
+            heavy.append(column(stage))
     return PlanColumns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.batch import LatentBatch
-from data_pipeline.loading.loader import Batches, Dataset
+from data_pipeline.loading.loader import Batches, Dataset, share_captions
 from data_pipeline.loading.order import DataExceptions
 from infra.ahead import ReadAhead
+from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, read_caption_weights
 
 AHEAD = 2  # micro-batches that are made while the GPU computes
 
@@ -76,10 +77,16 @@ def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift
 
 
 def choose_caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
-    """The probability of each caption kind (original, synthetic), for those kinds that the dataset has. Not
-    normalised."""
-    wanted = {"original": recipe.data.original_captions, "synthetic": 1 - recipe.data.original_captions}
-    return {name: weight for name, weight in wanted.items() if weight > 0 and name in dataset.info.captions}
+    """The probability of each caption by name, for those that the dataset has. Not normalised."""
+    there = dataset.info.captions
+    if not recipe.data.caption_weights:
+        return share_captions(there, original=recipe.data.original_captions)
+    wanted = read_caption_weights(recipe.data.caption_weights)
+    missing = next((name for name in wanted if name not in there), None)
+    if missing is not None:
+        known = f"{nearest(missing, there)}: one of {', '.join(there)}"
+        raise UserError(f"--data.caption-weights: {dataset.uri} has no caption {missing!r}{known}")
+    return {name: weight for name, weight in wanted.items() if weight > 0}
 
 
 class Prefetcher(Iterator[MicroBatch]):

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -84,7 +84,10 @@ class Data:
     """Channels, height, width of the square bucket's latents: what plans are computed with."""
     text_tokens: int = 154
     original_captions: float = 0.5
-    """Share of original captions; the rest are synthetic ones."""
+    """Share of original captions; the rest are synthetic ones, equally often where a dataset has several."""
+    caption_weights: tuple[str, ...] = ()
+    """How often each caption is drawn, by its name in the dataset, e.g. original=2 synthetic=1 short=1; instead of
+    original_captions."""
     encoder_dropout: float = 0.464
     """Each text encoder is zeroed independently with this probability (SD3, App. B.3)."""
     fingerprint: Annotated[str | None, tyro.conf.Suppress] = None
@@ -414,6 +417,23 @@ def count_micro_batches(recipe: Recipe, world_size: int) -> int:
     return share // micro
 
 
+def read_caption_weights(words: Sequence[str]) -> dict[str, float]:
+    """`original=2 short=1` as weights by name; UserError for anything else."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, equals, number = word.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not name or name in found or not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"--data.caption-weights {word}: expected NAME=WEIGHT, each name once, e.g. original=1")
+        found[name] = weight
+    if found and not sum(found.values()) > 0:
+        raise UserError("--data.caption-weights: all are 0, so no caption would be drawn")
+    return found
+
+
 def find_differences(old: Recipe, new: Recipe) -> list[str]:
     """Dotted names of hashed fields that differ: `['optimizer.lr: 0.0001 -> 0.001']`."""
     found: list[str] = []
@@ -434,6 +454,7 @@ def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
     told = recipe.to_json()
     with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used
         told["formulation"] = get_formulation(recipe.formulation).name
-    # Recipes of before there were students keep their hash.
+    if not recipe.data.caption_weights:  # this field and `student` are younger than the first hashes, which stay
+        del told["data"]["caption_weights"]
     student = {} if recipe.student == Student() else {"student": told["student"]}
     return {name: told[name] for name in HASHED} | student

@@ -33,7 +33,7 @@ class ServerCaptioner:
     name, version = "server", 2  # 1 took thoughts and lists of parts for captions
 
     def __init__(self, spec: CaptionerSpec, device: str) -> None:
-        self._spec = spec
+        self._spec, self._request = spec, spec.make_request()
         self._address = spec.address() + "/chat/completions"
 
     @staticmethod
@@ -126,6 +126,7 @@ class ServerCaptioner:
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self._spec.max_new_tokens,
             "temperature": 0,
+            **self._request,
         }
 
     @staticmethod

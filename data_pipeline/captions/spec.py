@@ -1,12 +1,16 @@
 """What a captioner is, and the settings that choose and identify one; `registry.py` lists them."""
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from PIL import Image
 
 from data_pipeline.captions.answers import NoCaption
+from data_pipeline.captions.presets import get_preset
+from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.s3 import hide_password
 
@@ -57,6 +61,11 @@ class CaptionerSpec:
     """cogvlm: hash of those files, as the refusal names it; server: the revision that it serves."""
     pip: tuple[str, ...] = ()
     """Pinned requirements (name==version) of an environment of its own for the captioner's Ray workers."""
+    preset: str = ""
+    """server: prompt, limit and sampling for a model of today, where no option says otherwise: qwen3-vl,
+    qwen3-vl-thinking, internvl3.5, gemma-3, molmo, cogvlm2."""
+    request: str = ""
+    """server: JSON object merged into the request's body, e.g. {"temperature": 0.2}."""
     url: str = ""
     """server: address up to /v1, e.g. http://127.0.0.1:8000/v1; the key comes from BEELINE_CAPTION_KEY."""
     concurrency: int = 16
@@ -77,7 +86,31 @@ class CaptionerSpec:
         for field in ("template", "revision", "pip"):
             if value := getattr(self, field):
                 settings[field] = value
+        if body := self.make_request():
+            settings["request"] = body  # what a preset says, not its name: a corrected preset gives other captions
         return settings
+
+    def settle(self) -> "CaptionerSpec":
+        """With the preset's prompt and limit where the options leave them as they are by default."""
+        if self.name != "server" and (self.preset or self.request):
+            raise UserError(f"--captioner.preset and --captioner.request are for server, the captioner is {self.name}")
+        self.make_request()
+        if not self.preset:
+            return self
+        found, default = get_preset(self.preset), CaptionerSpec("", "")
+        limit = found.max_new_tokens if self.max_new_tokens == default.max_new_tokens else self.max_new_tokens
+        return replace(self, prompt=self.prompt or found.prompt, max_new_tokens=limit)
+
+    def make_request(self) -> dict[str, Any]:
+        """What preset and `request` add to a request's body; {} where neither is given."""
+        try:
+            own = json.loads(self.request or "{}")
+        except ValueError as error:
+            raise UserError(f"--captioner.request {self.request!r} is not JSON ({error})") from None
+        reserved = {"model", "messages", "max_tokens"} & set(own) if isinstance(own, dict) else {"a list or text"}
+        if reserved:
+            raise UserError(f"--captioner.request: expected an object without {', '.join(sorted(reserved))}")
+        return {**(get_preset(self.preset).request if self.preset else {}), **own}
 
     def address(self) -> str:
         """`url`, checked; it is printed and stored in plan.yaml, so that it must not hold a secret."""
@@ -97,3 +130,24 @@ class CaptionerSpec:
         if loose:
             raise UserError(f"--captioner.pip {loose[0]}: name an exact version (name==version)")
         return {"pip": {"packages": list(self.pip), "pip_check": False}} if self.pip else None
+
+
+def read_more_captions(text: str, first: CaptionerSpec) -> dict[str, CaptionerSpec]:
+    """Captioners by the names of their captions, from YAML or JSON: {NAME: {FIELD: VALUE}}, the rest as in `first`."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--more-captions: not YAML ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(found, dict) or not all(isinstance(own, dict) for own in found.values()):
+        raise UserError(f"--more-captions {text!r}: expected settings by name, e.g. '{{short: {{prompt: Briefly.}}}}'")
+    made = {}
+    for name, own in found.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)) or name in ("original", "synthetic"):
+            raise UserError(
+                f"--more-captions: {name!r} is no name for a further caption: expected small letters, digits and _, "
+                "neither original nor synthetic"
+            )
+        made[str(name)] = from_json(CaptionerSpec, to_json(first) | own, where=f"--more-captions: {name}").settle()
+    return made

@@ -81,6 +81,26 @@ def load_embedder(path: Path, device: str) -> Embedder:
     return embed
 
 
+def load_agreement(path: Path, device: str) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:
+    """Images and their captions to cosines (B,), by an open_clip folder: CLIP score without its factor."""
+    import torch
+    from open_clip import create_model_from_pretrained, get_tokenizer
+
+    if not (path / "open_clip_config.json").is_file():
+        raise UserError(f"{path}: no CLIP: expected an open_clip folder with open_clip_config.json and weights")
+    model, prepare = create_model_from_pretrained(f"local-dir:{path}", device=device)
+    tokenize = get_tokenizer(f"local-dir:{path}")
+    model.eval()
+
+    def compare(images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+        with torch.inference_mode():
+            image_BD = model.encode_image(torch.stack([prepare(image) for image in images]).to(device))
+            text_BD = model.encode_text(tokenize(list(captions)).to(device))
+        return torch.nn.functional.cosine_similarity(image_BD.float(), text_BD.float(), dim=1).cpu().numpy()
+
+    return compare
+
+
 def _load_open_clip(path: Path, device: str) -> Callable:
     import torch
     from open_clip import create_model_from_pretrained

@@ -69,6 +69,7 @@ class Thresholds:
     max_nsfw: float | None = None
     min_aesthetic: float | None = None
     min_caption_quality: float | None = None
+    min_caption_clip: float | None = None
 
     @property
     def scorers(self) -> tuple[str, ...]:
@@ -77,11 +78,12 @@ class Thresholds:
             "nsfw": self.max_nsfw,
             "aesthetic": self.min_aesthetic,
             "caption_quality": self.min_caption_quality,
+            "caption_clip": self.min_caption_clip,
         }
         return tuple(name for name, value in wanted.items() if value is not None)
 
     def identity(self) -> dict[str, object]:
-        scores = ("max_nsfw", "min_aesthetic", "min_caption_quality")
+        scores = ("max_nsfw", "min_aesthetic", "min_caption_quality", "min_caption_clip")
         return {k: v for k, v in asdict(self).items() if k not in scores or v is not None}
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -106,6 +108,7 @@ class Thresholds:
             ("nsfw", "nsfw", self.max_nsfw, 1),
             ("aesthetic", "ugly", self.min_aesthetic, -1),
             ("caption_quality", "bad_caption", self.min_caption_quality, -1),
+            ("caption_clip", "bad_caption", self.min_caption_clip, -1),
         ):
             if limit is None:
                 continue

@@ -21,6 +21,7 @@ class Gate:
     max_nsfw: float | None = None
     min_aesthetic: float | None = None
     min_caption_quality: float | None = None
+    min_caption_clip: float | None = None
 
     def thresholds(self, strict: Thresholds) -> Thresholds:
         """The gate's own thresholds; UserError where they would stop rows that the strict ones let through."""

@@ -1,7 +1,8 @@
 """Scores: one number per row and scorer, a column each, without thresholds. To add one, write a class and a line below.
 
 `nsfw` is Yahoo's open_nsfw as ONNX, `aesthetic` a linear head on CLIP image features (LAION's form), `caption_quality`
-a plain reading of the original caption: file names, addresses, shop talk and repetition lower it.
+a plain reading of the original caption: file names, addresses, shop talk and repetition lower it. `caption_clip` is the
+cosine of image and original caption in a CLIP.
 """
 # Shapes: B batch, D width of the CLIP features.
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.checkpoints import hash_weights, resolve
-from data_pipeline.curation.embed import load_embedder
+from data_pipeline.curation.embed import load_agreement, load_embedder
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 
@@ -144,8 +145,20 @@ def rate_caption(caption: str) -> float:
     return letters * min(1.0, 1.5 * distinct) * length * noise
 
 
+class CaptionClipScorer:
+    """Cosine of the image's and the original caption's features; an open_clip folder. A row without caption has 0."""
+
+    def __init__(self, model: str, device: str) -> None:
+        self._compare = load_agreement(resolve(model), device)
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        cosines = self._compare(images, captions)
+        return [float(cosine) if caption else 0.0 for cosine, caption in zip(cosines, captions, strict=True)]
+
+
 SCORERS: dict[str, Callable[[str, str], Scorer]] = {
     "nsfw": OpenNsfwScorer,
     "aesthetic": AestheticScorer,
     "caption_quality": CaptionQualityScorer,
+    "caption_clip": CaptionClipScorer,
 }

@@ -19,8 +19,12 @@ LIMITS: Mapping[str, tuple[float, ...]] = {
     "max_nsfw": (0.05, 0.1, 0.2, 0.3, 0.5, 0.8),
     "min_aesthetic": (3, 4, 4.5, 5, 5.5, 6),
     "min_caption_quality": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    "min_caption_clip": (0.1, 0.15, 0.2, 0.25, 0.28, 0.3),
 }
-_SCORE_OF = {"max_nsfw": "nsfw", "min_aesthetic": "aesthetic", "min_caption_quality": "caption_quality"}
+_SCORE_OF = {
+    "max_nsfw": "nsfw", "min_aesthetic": "aesthetic", "min_caption_quality": "caption_quality",
+    "min_caption_clip": "caption_clip",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

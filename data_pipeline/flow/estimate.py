@@ -16,7 +16,7 @@ HEAVY_COLUMNS = ("caption", "latents", "text_clip_l", "text_clip_g", "text_t5")
 
 @dataclass(frozen=True)
 class ScaleAssumptions:
-    """The assumptions: SD3's encoders at 256 pixels, two captions per image."""
+    """The assumptions: SD3's encoders at 256 pixels."""
 
     images: float = 1e9
     """Rows of the source."""
@@ -28,6 +28,8 @@ class ScaleAssumptions:
     """Share that becomes training samples."""
     shard_rows: int = 1000
     """Rows of a canonical and of a training shard."""
+    captions: int = 2
+    """Captions of an image: the original and the synthetic ones."""
     tokens: int = 40
     """Text tokens stored per caption and encoder (trimmed layout)."""
     text_storage: str = "fp16"
@@ -69,18 +71,22 @@ def estimate_costs(scale: ScaleAssumptions) -> list[EstimateLine]:
     moments_kb, text_kb = compute_sample_kilobytes(scale)
     gated, packed = scale.images * scale.past_gate, scale.images * scale.packed
     shards, outputs = scale.images / scale.shard_rows, packed / scale.shard_rows
-    columns = len(LIGHT_COLUMNS) + len(HEAVY_COLUMNS)
+    # each further synthetic caption has a column of its own, and one per text encoder
+    heavy = len(HEAVY_COLUMNS) + (len(HEAVY_COLUMNS) - 1) * (scale.captions - 2)
+    columns = len(LIGHT_COLUMNS) + heavy
     objects = 2 * columns * shards + 3 * outputs
-    sample_kb = moments_kb + 2 * text_kb
+    sample_kb = moments_kb + scale.captions * text_kb
     raw_tb, columns_tb, packed_tb = (
         rows * kb / 1e9 for rows, kb in ((scale.images, scale.raw_kb), (gated, sample_kb), (packed, sample_kb))
     )
     stored_tb = 2 * raw_tb + columns_tb + packed_tb
-    reads = shards * (1 + columns) + outputs * len(HEAVY_COLUMNS) * 2 + columns * shards
-    caption_h = gated * scale.caption_s / scale.batching / 3600
-    caption_how = f"{scale.caption_s:g} s, batches {scale.batching:g} times faster"
-    encode_ms = VAE_MS + 2 * sum(TEXT_MS)
+    reads = shards * (1 + columns) + outputs * heavy * 2 + columns * shards
+    caption_h = gated * (scale.captions - 1) * scale.caption_s / scale.batching / 3600
+    several = f"{scale.captions - 1} captions of " if scale.captions > 2 else ""
+    caption_how = f"{several}{scale.caption_s:g} s, batches {scale.batching:g} times faster"
+    encode_ms = VAE_MS + scale.captions * sum(TEXT_MS)
     encode_h = gated * encode_ms / 1000 / 3600
+    number = "two" if scale.captions == 2 else str(scale.captions)
     requests = objects / 1000 * PUT_1000 + reads / 1000 * GET_1000
     storage = stored_tb * 1000 * GB_MONTH
     gpu = (caption_h + encode_h) * scale.gpu_hour
@@ -88,7 +94,7 @@ def estimate_costs(scale: ScaleAssumptions) -> list[EstimateLine]:
         EstimateLine("canonical shards", shards, "", f"{scale.shard_rows:,} rows each: the unit of work and of loss"),
         EstimateLine("training shards", outputs, "", f"{scale.packed:.0%} of the rows"),
         EstimateLine("objects", objects, "", f"data and manifest of {columns} columns, three per training shard"),
-        EstimateLine("a sample", sample_kb, "kB", f"moments {moments_kb:.1f} and two captions of {text_kb:.1f}"),
+        EstimateLine("a sample", sample_kb, "kB", f"moments {moments_kb:.1f} and {number} captions of {text_kb:.1f}"),
         EstimateLine("raw images, twice", 2 * raw_tb, "TB", "the source, and the ingest column that later passes read"),
         EstimateLine("columns", columns_tb, "TB", f"latents and text of {scale.past_gate:.0%}"),
         EstimateLine("training shards' bytes", packed_tb, "TB", "the columns may go once they are packed"),

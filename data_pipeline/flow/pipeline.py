@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.captions.stage import MAX_CHARS
+from data_pipeline.captions.stage import MAX_CHARS, CaptionStage
 from data_pipeline.curation.gate import judge_strictly, select_ok
 from data_pipeline.flow.jobs import JobRunner
 from data_pipeline.flow.plan_mismatch import check_rebuild
@@ -27,7 +27,6 @@ from data_pipeline.formats.schema import DatasetInfo, Manifest, fingerprint_all,
 from data_pipeline.loading.taken_down import Takedown, list_takedowns
 from data_pipeline.packing.generations import PublishedShards, keep_published, read_published
 from data_pipeline.packing.pack import (
-    CAPTIONS,
     PackPlan,
     PlannedShard,
     find_lost_shards,
@@ -243,13 +242,15 @@ class Pipeline:
 
     def encode(self, statuses: RowStatuses) -> None:
         """Compute captions, latents and text features of the rows that passed, in one pass, so that each image is
-        decoded once. A captioner with workers of its own has a pass of its own before."""
-        heavy, environment = self.columns.heavy, self.plan.captioner.runtime_env()
-        if self.caption_workers is None and environment is None:
+        decoded once. Captioners with workers of their own have a pass each before."""
+        heavy, captioners = self.columns.heavy, self.plan.captioners
+        environments = [spec.runtime_env() for spec in captioners.values()]
+        if self.caption_workers is None and not any(environments):
             self._encode(heavy, statuses, self.jobs.workers)
             return
-        self._encode(heavy[:1], statuses, self.caption_workers or self.jobs.workers, environment)
-        self._encode(heavy[1:], statuses, self.jobs.workers)
+        for pair, environment in zip(heavy, environments):  # captions come first among the heavy columns
+            self._encode((pair,), statuses, self.caption_workers or self.jobs.workers, environment)
+        self._encode(heavy[len(captioners) :], statuses, self.jobs.workers)
 
     def _encode(
         self,
@@ -299,8 +300,8 @@ class Pipeline:
     def _judge_shard(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowSelection]]:
         """The final status of a shard's rows (None: as before), and the rows that are ok, by bucket."""
         judged = override_statuses(before, self.strict[shard]) if shard in self.strict else before
-        for stage in (column.stage for _, column in self.columns.heavy if column.stage != "caption"):
-            judged = override_statuses(judged, self._find_failures(stage, shard, judged))
+        for name in (column.stage for stage, column in self.columns.heavy if not isinstance(stage, CaptionStage)):
+            judged = override_statuses(judged, self._find_failures(name, shard, judged))
         return judged if judged is not before else None, self._group_rows(shard, ok_rows(judged))
 
     def _find_failures(self, stage: str, shard: str, judged: pa.Table) -> pa.Table:
@@ -333,7 +334,7 @@ class Pipeline:
             text_spec=self.plan.text_spec,
             vae=read_vae_meta(self.plan.vae),
             resolution=self.plan.resolution,
-            captions=CAPTIONS,
+            captions=("original", *self.plan.captioners),
             columns=self.columns.fingerprints,
             splits={},
             counts=_flatten_counts(self.state.counts),
@@ -364,7 +365,8 @@ class Pipeline:
 
     def _limit_rows(self, layout: SampleLayout) -> int:
         """So many samples that no shard can grow beyond its bytes, however long texts and captions are."""
-        largest = bound_sample_bytes(layout, caption_chars=self.plan.max_caption_chars + MAX_CHARS)
+        characters = self.plan.max_caption_chars + MAX_CHARS * len(self.plan.captioners)
+        largest = bound_sample_bytes(layout, caption_chars=characters)
         return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
     def _pack_unit(self, output: PlannedShard) -> WorkUnit:

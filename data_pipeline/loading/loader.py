@@ -32,7 +32,6 @@ from model.seeding import QuickNormal
 
 log = get_logger("loader")
 
-BOTH_CAPTIONS: Mapping[str, float] = {"original": 0.5, "synthetic": 0.5}
 ENCODER_DROPOUT = 0.464  # each encoder on its own, so about 10 % of samples are fully unconditional (SD3, App. B.3)
 MAX_QUARANTINED = 0.05  # of the shards of a split; more than one, and more than this, end the run
 ReadRejected = Callable[[LatentBatch, DrawSettings], Tensor]  # loading/pairs.py, for preference pairs
@@ -231,7 +230,7 @@ class Dataset:
         return [self.info.captions[number] for number in chosen_B]
 
     def _default_weights(self) -> dict[str, float]:
-        return {name: weight for name, weight in BOTH_CAPTIONS.items() if name in self.info.captions}
+        return share_captions(self.info.captions, original=0.5)
 
     def _load(
         self, positions: np.ndarray, places: Sequence[tuple[int, int]], bucket: str, draws: DrawSettings
@@ -243,6 +242,13 @@ class Dataset:
             positions, rows, lambda b, elsewhere: reader.read(*places[b], elsewhere), reader.spread,
             latent_shape=self.latent_shape(bucket), draws=draws,
         )  # fmt: skip
+
+
+def share_captions(there: Sequence[str], *, original: float) -> dict[str, float]:
+    """How often each caption is taken: a share for the original, the rest dealt equally to the synthetic ones."""
+    synthetic = [name for name in there if name != "original"]
+    wanted = {name: original if name == "original" else (1 - original) / len(synthetic) for name in there}
+    return {name: weight for name, weight in wanted.items() if weight > 0}
 
 
 class Batches(Iterator[LatentBatch]):

@@ -21,12 +21,12 @@ from data_pipeline.formats.schema import ColumnPart, DatasetInfo, fingerprint
 from data_pipeline.packing.selections import RowSelection
 from data_pipeline.packing.shards import TrainingSample, write_shard
 from data_pipeline.stages.columns import read_parts
+from data_pipeline.stages.encode import caption_column, text_column
 from data_pipeline.stages.scratch_db import ScratchDatabase
 from infra import storage
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 
-CAPTIONS = ("original", "synthetic")
 _PLANNED = 64  # planned shards that are written down at a time
 
 
@@ -183,14 +183,16 @@ def _read_samples(
     rows: Sequence[int],
     parts: Mapping[str, Mapping[str, Sequence[ColumnPart]]],
 ) -> Iterable[TrainingSample]:
-    stages = ("measure", "caption", "latents", *(f"text_{encoder.seat}" for encoder in layout.encoders))
+    made = {name: caption_column(name) for name in layout.captions if name != "original"}
+    texts = {text_column(encoder.seat, caption) for caption, encoder in layout.slots}
+    stages = ("measure", *made.values(), "latents", *sorted(texts))
     tables = {stage: _read_rows(root, shard, stage, parts, rows) for stage in stages}
     for row in rows:
-        facts, said = tables["measure"][row], tables["caption"][row]
+        facts = tables["measure"][row]
         moments = np.frombuffer(tables["latents"][row]["moments"], np.float16).reshape(layout.moments_shape)
         text = {}
         for caption, encoder in layout.slots:
-            states = tables[f"text_{encoder.seat}"][row]
+            states = tables[text_column(encoder.seat, caption)][row]
             if states[f"{caption}_tokens"]:
                 small = encoder.seat in layout.int8_seats
                 hidden = np.frombuffer(states[f"{caption}_hidden"], np.int8 if small else np.float16)
@@ -199,7 +201,8 @@ def _read_samples(
                     np.frombuffer(states[f"{caption}_pooled"], np.float32),
                     np.frombuffer(states[f"{caption}_scale"], np.float32) if small else None,
                 )
-        captions = {"original": facts["caption"], "synthetic": said["caption"]}
+        said = {name: tables[stage][row]["caption"] for name, stage in made.items()}
+        captions = {"original": facts["caption"], **said}
         info = {
             "source": facts["source"],
             "width": facts["width"],

@@ -7,6 +7,7 @@ happen when it is loaded.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def _make_moments_table(shard: ShardView, moments: Mapping[int, np.ndarray], buc
 
 @dataclass(frozen=True)
 class TextStage:
-    """One encoder's states of the original and the synthetic caption; equal captions are encoded once."""
+    """One encoder's states of the original and the synthetic caption, or of another synthetic one (`caption`); equal
+    captions are encoded once."""
 
     text_spec: TextSpec
     seat: str
@@ -79,14 +81,15 @@ class TextStage:
     int8: bool = False
     batch: int = 256
     device: str = "cpu"
+    caption: str = ""
 
     @property
     def name(self) -> str:
-        return f"text_{self.seat}"
+        return text_column(self.seat, self.caption)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return ("measure", "caption")
+        return (caption_column(self.caption),) if self.caption else ("measure", "caption")
 
     @property
     def encoder(self) -> EncoderSpec:
@@ -106,18 +109,14 @@ class TextStage:
         }
 
     def open(self) -> StageFunction:
-        from model.encoders.networks import load_text_encoders
-
         alone = TextSpec(
             (self.encoder,), self.text_spec.layout, self.text_spec.context_width, self.text_spec.convention
         )
-        encoders = load_text_encoders(alone, resolve, device=self.device)
+        encoders = _load_encoders(alone, self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            captions = {
-                "original": shard.values("measure", "caption"),
-                "synthetic": shard.values("caption", "caption"),
-            }
+            read = {self.caption: self.inputs[0]} if self.caption else {"original": "measure", "synthetic": "caption"}
+            captions = {name: shard.values(column, "caption") for name, column in read.items()}
             # many captions are equal (a class name, "a photo of a dog"): each is encoded once
             wanted = {str(texts.get(row) or "") for texts in captions.values() for row in shard.rows} - {""}
             states = self._encode(encoders, sorted(wanted, key=lambda text: (len(text), text)))
@@ -135,6 +134,24 @@ class TextStage:
                 hidden_LW, pooled_P = encoded.stored(number, self.text_spec.layout)
                 states[text] = hidden_LW.half().cpu().numpy(), pooled_P.float().cpu().numpy()
         return states
+
+
+def caption_column(caption: str) -> str:
+    """The column that holds a synthetic caption: the first is `synthetic`."""
+    return "caption" if caption == "synthetic" else f"caption_{caption}"
+
+
+def text_column(seat: str, caption: str = "") -> str:
+    """The column of an encoder's states: of the original and the first synthetic caption together, of others each."""
+    return f"text_{seat}" + (f"_{caption}" if caption not in ("", "original", "synthetic") else "")
+
+
+@lru_cache(maxsize=8)
+def _load_encoders(spec: TextSpec, device: str) -> Any:
+    """Once per worker: the columns of several captions share an encoder."""
+    from model.encoders.networks import load_text_encoders
+
+    return load_text_encoders(spec, resolve, device=device)
 
 
 def _make_text_table(
