@@ -126,7 +126,9 @@ class _Reading:
             count = len(table)
             view = ShardView("", unit.id, {}, range(count), {"ingest": table})
             view.tables["measure"] = self._measure(view)
-            pixels = view.values("measure", "status") and dict(_pairs(self._sign(view), "exact"))
+            pixels: dict[int, str] = {}
+            if view.values("measure", "status"):
+                pixels = dict(_pairs(self._sign(view), "exact"))
             for row, image in zip(view.tables["measure"].to_pylist(), table["image"].to_pylist()):
                 self._add(row, image, pixels.get(row["row"], ""))
             self.found.splits[unit.split or "none"] += count
@@ -210,6 +212,6 @@ def _name_type(value: object) -> str:
     """A caption's type in plain words."""
     if value is None or (isinstance(value, str | bytes) and not value.strip()):
         return "nothing"
-    kinds = ((str | bytes, "text"), (bool, "true/false"), (int | float, "number"), (list | tuple, "list"))
-    kinds += ((Mapping, "struct"),)
-    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+    kinds: dict[Any, str] = {str | bytes: "text", bool: "true/false", int | float: "number", list | tuple: "list"}
+    kinds[Mapping] = "struct"
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), type(value).__name__)

@@ -22,7 +22,7 @@ class LatentBatch(NamedTuple):
     captions: list[str]
     rejected_BCHW: Tensor | None = None
     """Of preference pairs: the other picture's latents, of the same captions and draws (loading/pairs.py)."""
-    dataset_B: LongTensor | None = None
+    dataset_B: Tensor | None = None
     """Of a mix: the number of the dataset that each sample is of (loading/mix.py)."""
     noise_BCHW: Tensor | None = None
     """Of couplings: the noise that a teacher made each latent of (loading/couplings.py)."""

@@ -66,7 +66,7 @@ class Prompts:
             mine = np.flatnonzero(names == name)
             chosen = replace(draws, caption_weights={name: 1.0})
             for bucket in dict.fromkeys(self.dataset.index.buckets[places[b][0]] for b in mine):
-                part = [b for b in mine if self.dataset.index.buckets[places[b][0]] == bucket]
+                part = [int(b) for b in mine if self.dataset.index.buckets[places[b][0]] == bucket]
                 found.append(self.dataset.at([places[b] for b in part], positions[part].tolist(), chosen))
                 rows += part
         back = torch.from_numpy(np.argsort(rows))

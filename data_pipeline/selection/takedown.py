@@ -111,7 +111,7 @@ def _find_sighting(uri: str, taken: Takedown, run: str) -> Sighting | None:
     order = dataset.order(seed=seed, global_batch=batch)
     own = dataset.parts[part] if isinstance(dataset, MixedDataset) else dataset
     counts = _count_samples(dataset, order, part, steps)
-    times = {}
+    times: dict[str, int] = {}
     for shard, row, key in _locate(own, taken):
         bucket_order = _order_of(dataset, order, part).bucket(own.index.buckets[shard])
         given = counts.get(bucket_order.bucket, 0)

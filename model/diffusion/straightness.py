@@ -84,8 +84,8 @@ def measure_straightness(
         turn_GBN = torch.einsum("gh,hbn->gbn", derive_GG.to(velocity_GBN.device), velocity_GBN) / width
         integrands = ((displacement_BN - velocity_GBN).square().sum(2), velocity_GBN.norm(dim=2), turn_GBN.norm(dim=2))
         found.append([weights @ values_GB for values_GB in integrands])
-    parts = [torch.stack(column, dim=1).cpu() for column in zip(*found)]
-    return Straightness(edges, *parts, displacement_BN.norm(dim=1).cpu())
+    straightness_BK, length_BK, bend_BK = (torch.stack(column, dim=1).cpu() for column in zip(*found))
+    return Straightness(edges, straightness_BK, length_BK, bend_BK, displacement_BN.norm(dim=1).cpu())
 
 
 def _gauss(points: int) -> tuple[Tensor, Tensor, Tensor]:
