@@ -16,6 +16,7 @@ from data_pipeline.couplings.command import CoupleOptions, couple
 from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from infra.codec import to_json
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -293,11 +294,15 @@ def test_an_interrupted_run_ends_the_same_to_the_bit(run, folder, tmp_path):
 def test_a_second_round_starts_from_the_first_student(run, folder):
     """And on one process without ZeRO, from couplings that its own flow makes."""
     shutil.copy(run / "weights" / "ema.safetensors", folder / "first.safetensors")
-    couple_with(folder, "first.safetensors", "coupled2", guidance=1.0)
+    with pytest.raises(UserError, match=r"has guidance 1\.5 baked in: give --guidance 1"):
+        couple_with(folder, "first.safetensors", "coupled2", guidance=2.0)
+    with pytest.raises(UserError, match=r"guidance 1\.5 baked in, and guidance 4 would multiply"):
+        next(Painter(folder / "first.safetensors").paint([ImageRequest("a dog")], Sampling(steps=1)))
+    couple_with(folder, "first.safetensors", "coupled2", guidance=None)
     assert read_dataset_info(str(folder / "coupled2")).couplings.round == 2
     second = folder / "second"
     run_ranks(command(folder, second, "--parallel.zero-stage", "0", "--student.loss", "huber", data="coupled2",
                       start="first"), 1)  # fmt: skip
     few = read_meta(second / "weights" / "ema.safetensors")["few_step"]
-    assert (few["round"], few["guidance_kind"]) == (2, "kept")
+    assert (few["round"], few["guidance_kind"], few["guidance"]) == (2, "baked", 1.5), "the first round's stays in"
     assert all(math.isfinite(loss) for loss in told(second))

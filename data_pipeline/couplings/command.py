@@ -48,8 +48,9 @@ class CoupleOptions:
     """Couplings to have in the end. A greater count later adds to those that are there."""
     solver: Literal["heun", "euler", "rk"] = "heun"
     steps: int = 25
-    guidance: float = 1.5
-    """Classifier-free guidance of the teacher, baked into the couplings; 1: none, at half the cost."""
+    guidance: float | None = None
+    """Classifier-free guidance of the teacher, baked into the couplings; 1: none, at half the cost. Default: 1.5, or 1
+    where the teacher learnt a guidance from couplings of its own."""
     unconditional: Literal["zeros", "empty_prompt"] = "zeros"
     shift: float | None = None
     """Resolution shift of the times; the teacher's own if left out."""
@@ -115,7 +116,7 @@ def _check(options: CoupleOptions) -> None:
         raise UserError(f"--original-captions {options.original_captions}: expected a share between 0 and 1")
     if not 0 < options.tolerance < 1:
         raise UserError(f"--tolerance {options.tolerance}: expected a number between 0 and 1")
-    if not -1e3 < options.guidance < 1e3:
+    if options.guidance is not None and not -1e3 < options.guidance < 1e3:
         raise UserError(f"--guidance {options.guidance}: expected a finite number, 1 for none")
     if not storage.exists(options.prompts) and not _holds_dataset(options.prompts):
         raise UserError(f"--prompts {options.prompts}: neither a dataset nor a file of prompts is there")
@@ -152,12 +153,23 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
         raise UserError(f"{options.prompts} holds couplings: give the dataset that their text is in")
     return Couplings(
         teacher=teacher.sha256, formulation=teacher.meta["formulation"], solver=options.solver, steps=options.steps,
-        grid=options.grid, shift=_shift(options, teacher), guidance=options.guidance,
+        grid=options.grid, shift=_shift(options, teacher), guidance=choose_guidance(options, teacher),
         unconditional=options.unconditional, precision=resolve_precision(options.precision, _worker_device(options)),
         seed=options.seed, captions=_weigh_captions(options, told), bucket="" if of_dataset else _square(teacher),
         val_every=options.val_every, prompts_split=split, prompts_index=told.splits[split].index, prompts=where,
         count=options.count, tolerance=options.tolerance, round=1 + int(teacher.few_step.get("round", 0)),
+        baked_guidance=teacher.baked_guidance,
     )  # fmt: skip
+
+
+def choose_guidance(options: CoupleOptions, teacher: TeacherFile) -> float:
+    """UserError where the teacher has guidance baked in: a second one would multiply with it."""
+    baked = teacher.baked_guidance
+    if baked == 1.0:
+        return 1.5 if options.guidance is None else options.guidance
+    if options.guidance not in (None, 1.0):
+        raise UserError(f"{teacher.uri} has guidance {baked:g} baked in: give --guidance 1 or leave it out")
+    return 1.0
 
 
 def _shift(options: CoupleOptions, teacher: TeacherFile) -> float:
@@ -191,7 +203,7 @@ def format_estimate(options: CoupleOptions, teacher: TeacherFile, workers: Worke
     shapes = [_latent_shape(str(name), teacher.vae) for name in names]
     total = sum(count * (2 * int(np.prod(shape)) + TAR_BYTES) for shape, count in zip(shapes, counts.tolist()))
     head = f"{options.count:,} couplings of {number:,} prompts: {total / 1e9:,.3f} GB, and no bytes of their text"
-    forwards = count_forwards(options.solver, options.steps, guidance=options.guidance,
+    forwards = count_forwards(options.solver, options.steps, guidance=choose_guidance(options, teacher),
                               formulation=teacher.meta["formulation"])  # fmt: skip
     if forwards is None:
         return f"{head}\nrk chooses its own steps: passes and hours are known when the first shard is made"

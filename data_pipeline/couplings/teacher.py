@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.checkpoints import resolve
+from data_pipeline.checkpoints import find_weights, resolve
 from data_pipeline.formats.couplings import Couplings
-from infra import storage
 from infra.codec import from_json
 from infra.errors import UserError
 from model.bfloat16 import in_bfloat16
@@ -32,7 +31,7 @@ class TeacherFile:
     """What a weights file says of itself, without its tensors."""
 
     def __init__(self, weights: str) -> None:
-        self.uri, self.path = weights, storage.localize(weights)
+        self.uri, self.path = weights, find_weights(weights)
         self.meta: dict[str, Any] = read_meta(self.path)
         missing = [key for key in NEEDED_META if key not in self.meta]
         if missing:
@@ -45,6 +44,11 @@ class TeacherFile:
     def few_step(self) -> Mapping[str, Any]:
         """What a few-step student says of itself; empty for any other weights."""
         return dict(self.meta.get("few_step") or {})
+
+    @property
+    def baked_guidance(self) -> float:
+        """The guidance that these weights learnt from couplings; 1 where they learnt none."""
+        return float(self.few_step["guidance"]) if self.few_step.get("guidance_kind") == "baked" else 1.0
 
     @functools.cached_property
     def sha256(self) -> str:

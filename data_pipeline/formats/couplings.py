@@ -56,6 +56,8 @@ class Couplings:
     """Of solver rk."""
     round: int = 1
     """A student of these couplings is a rectified flow of this round: 1 after a teacher that never was reflowed."""
+    baked_guidance: float = 1.0
+    """Guidance that the teacher learnt from couplings of its own; 1: none."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -129,6 +129,12 @@ class Painter:
         """(request, uint8 RGB image) in the order of the requests, a batch at a time."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
+        student = self.meta.get("few_step") or {}
+        if student.get("guidance_kind") == "baked" and sampling.guidance != 1.0:
+            raise UserError(
+                f"{self.meta.get('run', 'these weights')} has guidance {student['guidance']:g} baked in, and guidance "
+                f"{sampling.guidance:g} would multiply with it: give --guidance 1"
+            )
         sampling = sampling.resolve()
         waiting: list[ImageRequest] = []
         for request in requests:

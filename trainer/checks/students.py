@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from data_pipeline.checkpoints import find_weights
 from data_pipeline.formats.couplings import Couplings
 from data_pipeline.loading.loader import Dataset
-from infra import storage
 from infra.errors import UserError, UserErrors
 from model.diffusion.flow import get_formulation
 from model.diffusion.paths import RectifiedFlow
@@ -55,7 +55,7 @@ def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str 
             f"recipe {recipe.name}: objective {recipe.objective} starts from the teacher's weights: give --init-from "
             "WEIGHTS, those that made the couplings"
         ]
-    meta = read_meta(storage.localize(init_from))
+    meta = read_meta(find_weights(init_from))
     wrong = []
     started = get_formulation(str(meta.get("formulation", "rf")))
     if not (isinstance(started.path, RectifiedFlow) and started.target == "velocity"):
@@ -78,7 +78,7 @@ def check_start(recipe: Recipe, init_from: str | None) -> None:
     objective = OBJECTIVES.get(recipe.objective)
     if init_from is None or objective is None or objective.couplings or recipe.student.any_teacher:
         return
-    told: dict[str, Any] = dict(read_meta(storage.localize(init_from)).get("few_step") or {})
+    told: dict[str, Any] = dict(read_meta(find_weights(init_from)).get("few_step") or {})
     if told:
         raise UserError(
             f"{init_from} is a student of few steps (objective {told.get('objective')}), which objective "

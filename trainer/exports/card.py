@@ -47,8 +47,8 @@ def _describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
             "teacher": found.teacher,
             "couplings": info.fingerprint,
             "solver": "euler",
-            "guidance": found.guidance,
-            "guidance_kind": "kept" if found.guidance == 1.0 else "baked",
+            "guidance": found.guidance * found.baked_guidance,  # one of the two is 1
+            "guidance_kind": "kept" if found.guidance == found.baked_guidance == 1.0 else "baked",
         }
     }
 
