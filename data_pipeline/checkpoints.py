@@ -8,7 +8,7 @@ from infra import storage
 from infra.errors import UserError, nearest
 
 WORLD = Path(__file__).parent / "world" / "checkpoints"
-WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa", "d4")
+WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa")
 _SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".onnx")
 
 
@@ -26,14 +26,14 @@ def resolve(name: str) -> Path:
 
 
 def find_weights(name: str | Path) -> Path:
-    """The local file of an MM-DiT's weights: `world:d4`, a path or an s3:// address.
+    """The local file of an MM-DiT's weights: a world checkpoint's name, a path or an s3:// address.
 
     MissingError when nothing is there, UserError when a name is unknown.
     """
     if str(name).startswith("world:"):
         file = resolve(str(name)) / "model.safetensors"
         if not file.is_file():
-            raise UserError(f"{name} is no text-to-image model: world:d4 is")
+            raise UserError(f"{name} is no text-to-image model")
         return file
     return storage.localize(str(name))
 

@@ -9,6 +9,7 @@ storage itself.
 import json
 import logging
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -250,6 +251,13 @@ class CallLost(RuntimeError):
         self.cancelled = cancelled
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call on a worker that `cancel` can interrupt. The trap: a shell starts a background job (`command &`, nohup)
+    with SIGINT ignored, Ray's workers inherit that, and Ray's own interrupt then does nothing."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return function(*arguments)
+
+
 class RemoteCalls:
     """Calls of one function on Ray, each with `slots` GPUs of its own (cores where the cluster has no GPU).
 
@@ -261,7 +269,7 @@ class RemoteCalls:
         import ray
 
         needs: dict[str, Any] = {"num_gpus" if self.on_gpus else "num_cpus": slots, "max_retries": 0}
-        self._remote = ray.remote(**needs)(function)
+        self._remote, self._function = ray.remote(**needs)(_call), function
         self._running: dict[Any, Any] = {}
 
     def __len__(self) -> int:
@@ -269,7 +277,7 @@ class RemoteCalls:
         return len(self._running)
 
     def start(self, key: Any, *arguments: Any) -> None:
-        self._running[self._remote.remote(*arguments)] = key
+        self._running[self._remote.remote(self._function, *arguments)] = key
 
     def wait(self, seconds: float) -> Iterator[tuple[Any, Any]]:
         """(key, value) of a call that has ended, none if that takes longer. A lost call's value is its `CallLost`."""

@@ -103,7 +103,9 @@ def test_units_that_fail_are_named_with_their_reasons(tmp_path, request, workers
 
 
 def answer(folder: str, word: str) -> str:
-    """Says the word back; two words end otherwise."""
+    """Says the word back; three words do something else first."""
+    if word == "ignore":  # as a worker does whose cluster was started in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "wait":
@@ -137,6 +139,8 @@ def test_remote_calls_give_values_and_say_how_the_others_were_lost(tmp_path, ray
 @pytest.mark.dist
 def test_a_cancelled_call_is_interrupted_and_one_that_waits_never_begins(tmp_path, ray_cluster):
     calls = RemoteCalls(answer, workers=1, slots=1)
+    calls.start("before", str(tmp_path), "ignore")
+    assert collect(calls) == {"before": "ignore"}
     calls.start("first", str(tmp_path), "wait")
     while not (tmp_path / "waiting").exists():
         assert not dict(calls.wait(0.1))

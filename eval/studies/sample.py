@@ -48,7 +48,7 @@ def sample(
     `python -m eval geneval prompts > p.jsonl`, then `--prompts p.jsonl --folders DIR`, draws the official GenEval set.
 
     Args:
-        weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://), or world:d4
+        weights: exported weights, e.g. RUN/weights/ema.safetensors (local or s3://)
         prompts: what to draw, one string each; or one .txt file (a prompt per line) or .jsonl file
         out: the grid to write, sample.png by default; its prompts and settings go into a .json beside it
         images_per_prompt: pictures of each prompt, side by side
