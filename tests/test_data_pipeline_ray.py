@@ -212,7 +212,7 @@ def test_decoding_goes_on_while_others_caption_on_a_shared_gpu_and_the_pool_foll
     folder.mkdir()
     monkeypatch.setattr(WatchedTask, "folder", str(folder), raising=False)
     monkeypatch.setattr("data_pipeline.flow.pipeline.ColumnTask", WatchedTask)
-    monkeypatch.setattr("data_pipeline.flow.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
+    monkeypatch.setattr("infra.runner._SMALL_POOL", 1)  # pools of more than eight grow, here those of two
     pipeline = Pipeline(PLAN, str(tmp_path / "data"), open_source(f"wds:{raw}"), workers=WorkerPool(0))
     verdicts = pipeline.run_gate()
     monkeypatch.setattr(WatchedTask, "units", len(verdicts), raising=False)
