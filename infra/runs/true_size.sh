@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 
 from trainer.machines import Machine
-from trainer.planning.hardware_plan import Cost
+from trainer.planning.estimates import Cost
 from trainer.planning.reality import Calibration, calibrate, find_missed, grade_run, read_recipe
 
 depth, out, when, *load = sys.argv[1:]
@@ -50,7 +50,7 @@ calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extr
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))
-    before.write_text(json.dumps(calibration.plan(recipe, world_size=2)["predicted"]))
+    before.write_text(json.dumps(calibration.plan(recipe, world_size=2).predicted))
     sys.exit()
 
 rows, planned = grade_run(str(run), calibration), {}
