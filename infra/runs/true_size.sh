@@ -46,7 +46,7 @@ if when == "before" and not path.exists():
 if not path.exists():
     path.write_text(json.dumps(dataclasses.asdict(calibrate(str(run)))))
 kept = json.loads(path.read_text())
-calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extra": Cost(*kept["extra"])})
+calibration = Calibration(**kept | {"machine": Machine(**kept["machine"]), "extra": Cost(**kept["extra"])})
 if when == "before":
     small = read_recipe(calibration.run)
     recipe = dataclasses.replace(small, model=dataclasses.replace(small.model, depth=int(depth)))
