@@ -84,6 +84,8 @@ def test_rows_that_fulfil_a_condition(text, kept):
     [
         ("aesthetic >", "cannot be read"),
         ("", "cannot be read"),
+        ("> 5", "cannot be read"),
+        ("<> 5", "cannot be read"),
         ("aesthetic > 5; import os", "cannot be read"),
         ("x\0", "cannot be read"),
         ("1 < 2", "names no column"),

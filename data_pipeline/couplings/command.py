@@ -17,13 +17,12 @@ from data_pipeline.loading.couplings import Prompts
 from infra import storage
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import UserError
-from infra.log import format_duration, get_logger
+from infra.log import format_duration
 from infra.runner import WorkerPool
 from model.backbone import config_from_json
 from model.diffusion.timesteps import require_shift
 from model.encoders.vae import Latents
 
-log = get_logger("couple")
 TAR_BYTES = 2048  # of a tar around each sample: two headers, its JSON, padding
 
 

@@ -30,12 +30,10 @@ from data_pipeline.packing.shards import TrainingSample, write_shard
 from data_pipeline.stages.stage import OK
 from infra import storage
 from infra.errors import UserError
-from infra.log import Progress, get_logger
+from infra.log import Progress
 from infra.runner import UnitResult, WorkerPool, WorkUnit, run_tasks
 from infra.version import code_version
 from model.encoders.text import TextSpec
-
-log = get_logger("couple")
 
 NOT_FINITE = "not_finite"
 SHARD_ROWS = 500

@@ -1,13 +1,12 @@
 """The proof of a shard that a worker made: written last and only if absent, so that each shard counts once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.formats.index import ShardEntry
-from data_pipeline.packing.pack import find_lost_shards
+from data_pipeline.packing.pack import find_lost_shards, put_proof
 from infra import storage
-from infra.codec import from_json, to_json
+from infra.codec import from_json
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,14 @@ class ShardProof:
     set_aside: tuple[SetAside, ...] = ()
 
 
-def _folder(root: str, encoding: str) -> str:
-    return storage.join(root, "proofs", encoding)
+def _folder(encoding: str) -> str:
+    return f"proofs/{encoding}"
 
 
 def read_shard_proofs(root: str, encoding: str) -> dict[str, ShardProof]:
     """By id; without those of which an object is gone, as these are to be made again."""
     found: dict[str, ShardProof] = {}
-    for uri in storage.list_files(_folder(root, encoding), suffix=".json"):
+    for uri in storage.list_files(storage.join(root, _folder(encoding)), suffix=".json"):
         proof = from_json(ShardProof, storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
         found[uri.rsplit("/", 1)[-1].removesuffix(".json")] = proof
     lost = find_lost_shards(root, {name: proof.entry for name, proof in found.items() if proof.entry})
@@ -45,11 +44,4 @@ def prove_shard(
 ) -> ShardProof:
     """The proof that stands: of two workers that made the same shard the first one's, unless what it proved is gone."""
     proof = ShardProof(entry, tuple(set_aside))
-    uri, data = storage.join(_folder(root, encoding), f"{name}.json"), json.dumps(to_json(proof), indent=1).encode()
-    if storage.write_bytes_if_absent(uri, data + b"\n"):
-        return proof
-    standing = from_json(ShardProof, storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
-    if standing.entry is None or not find_lost_shards(root, {name: standing.entry}):
-        return standing
-    storage.write_bytes(uri, data + b"\n")
-    return proof
+    return put_proof(root, f"{_folder(encoding)}/{name}.json", proof, lambda standing: standing.entry)

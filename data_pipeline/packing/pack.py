@@ -5,10 +5,11 @@ shards untouched.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from infra import storage
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 
+Proof = TypeVar("Proof")
 _PLANNED = 64  # planned shards that are written down at a time
 
 
@@ -166,14 +168,21 @@ def pack_shard(
     )
     if entry.num_samples != output.num_rows:
         raise AssertionError(f"output {output.id}: {entry.num_samples} samples, the plan says {output.num_rows}")
-    proof = json.dumps(to_json(entry), indent=1).encode() + b"\n"
-    uri = storage.join(root, proof_name(info.encoding, output.id))
-    if not storage.write_bytes_if_absent(uri, proof):
-        standing = from_json(ShardEntry, storage.read_bytes(uri), where=uri)
-        if all(storage.exists(storage.join(root, name)) for name in (standing.tar, standing.rows)):
-            return standing
-        storage.write_bytes(uri, proof)  # what it proved is gone, and another version of the code packs other bytes
-    return entry
+    return put_proof(root, proof_name(info.encoding, output.id), entry, lambda proof: proof)
+
+
+def put_proof(root: str, name: str, proof: Proof, find_entry: Callable[[Proof], ShardEntry | None]) -> Proof:
+    """The proof that stands: of two workers that made the same shard the first one's. Where the objects that it proved
+    are gone the new one takes its place, as another version of the code may have written other bytes."""
+    uri, data = storage.join(root, name), json.dumps(to_json(proof), indent=1).encode() + b"\n"
+    if storage.write_bytes_if_absent(uri, data):
+        return proof
+    standing = from_json(type(proof), storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
+    entry = find_entry(standing)
+    if entry is None or all(storage.exists(storage.join(root, part)) for part in (entry.tar, entry.rows)):
+        return standing
+    storage.write_bytes(uri, data)
+    return proof
 
 
 def _read_samples(

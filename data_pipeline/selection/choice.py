@@ -79,7 +79,7 @@ class DataChoice:
             found = _NAMED.fullmatch(self.data[0])
             if self.mix or self.max_repeats is not None:
                 raise UserError("--mix and --max-repeats are for several datasets: --data a=URI b=URI")
-            return {found[1]: found[2]} if found and "/" not in found[1] else {"": self.data[0]}
+            return {found[1]: found[2]} if found else {"": self.data[0]}
         named = [_NAMED.fullmatch(word) for word in self.data]
         bare = next((word for word, found in zip(self.data, named) if found is None), None)
         if bare is not None or not named:

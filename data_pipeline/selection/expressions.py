@@ -132,7 +132,7 @@ def _respell(text: str) -> str:
             word = _WORDS.get(word, word)
         elif token.type == tokenize.OP and word == "=":
             word = "=="
-        elif token.type == tokenize.OP and word == ">" and words[-1] == (tokenize.OP, "<"):
+        elif token.type == tokenize.OP and word == ">" and words[-1:] == [(tokenize.OP, "<")]:
             words.pop()  # Python reads <> as two signs
             word = "!="
         words.append((token.type, word))
