@@ -1,6 +1,7 @@
 """Checkpoints: names to local folders (`world:vae`, a path, an s3:// address), and the hash that identifies weights."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,11 +19,18 @@ def resolve(name: str) -> Path:
         return _find_world(name.removeprefix("world:"))
     if storage.is_remote(name):
         return storage.localize(name)
-    path = Path(name).expanduser()
-    if not path.exists():
+    require([name])
+    return Path(name).expanduser()
+
+
+def require(names: Sequence[str]) -> None:
+    """One UserError that names every local path among `names` where nothing is; world names and addresses pass."""
+    local = [name for name in names if not name.startswith("world:") and not storage.is_remote(name)]
+    missing = [repr(name) for name in dict.fromkeys(local) if not Path(name).expanduser().exists()]
+    if missing:
         known = ", ".join(f"world:{word}" for word in WORLD_NAMES)
-        raise UserError(f"no checkpoint at {name!r}: expected an existing path, an s3:// address or one of {known}")
-    return path
+        where = ", ".join(missing)
+        raise UserError(f"no checkpoint at {where}: expected an existing path, an s3:// address or one of {known}")
 
 
 def find_weights(name: str | Path) -> Path:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from data_pipeline.captions.registry import identify_weights
+from data_pipeline.captions.registry import get_captioner, identify_weights
 from data_pipeline.captions.spec import CaptionerSpec, read_more_captions
 from data_pipeline.captions.stage import CaptionStage
-from data_pipeline.checkpoints import hash_weights, resolve
+from data_pipeline.checkpoints import hash_weights, require, resolve
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
@@ -275,6 +275,7 @@ class PlanColumns:
 
 def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> PlanColumns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
+    require(_list_checkpoints(plan))
     made: dict[str, str] = {}
 
     def column(stage: Stage | Dedup) -> tuple:
@@ -307,6 +308,13 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
             stage = TextStage(plan.text_spec, encoder.seat, weights, small, device=device, caption=name)
             heavy.append(column(stage))
     return PlanColumns((ingest, Column(root, "ingest", made["ingest"])), tuple(light), dedup, tuple(heavy))
+
+
+def _list_checkpoints(plan: DatasetPlan) -> list[str]:
+    """Checkpoints that lie in folders: not those of caption servers and scorers."""
+    local = [s.checkpoint for s in plan.captioners.values() if not hasattr(get_captioner(s.name), "identify_weights")]
+    encoders = [encoder.checkpoint for encoder in plan.text_spec.encoders]
+    return [name for name in (*local, plan.dedup_embedding, plan.vae, *encoders) if name]
 
 
 def read_vae_meta(checkpoint: str) -> Latents:
