@@ -392,7 +392,9 @@ def inspect(
     dataset = open_dataset(uri, split=chosen)
     shown = pick_samples(dataset, count)
     for item in shown[:8]:
-        print(f"  {item.key[:24]:<24} {' | '.join(item.captions.values())}")
+        print(f"  {item.key}")
+        for name, caption in item.captions.items():
+            print(f"    {name:<10} {caption}")
     if out:
         write_grid(dataset.vae, shown, out)
         print(f"grid of {len(shown)} samples: {out}")

@@ -82,7 +82,7 @@ class DatasetPlan:
     caption_quality: bool = False
     """Also score the original captions."""
     caption_clip: str = ""
-    """Also score how well original captions fit their images: an open_clip folder (world:clip), by cosine."""
+    """Also score how well each caption, original or synthetic, fits its image: an open_clip folder (world:clip)."""
     dedup_distance: int | None = None
     """Perceptual hashes this many bits apart count as duplicates; None compares exact pixels only."""
     dedup_embedding: str = ""
@@ -266,7 +266,7 @@ class PlanColumns:
         As JSON gives it back."""
         pairs: tuple[tuple[Any, Column], ...] = (*self.light, self.dedup, *self.heavy)
         stages = {stage.name: stage for stage, _ in pairs}
-        wanted = [stage.name for stage, _ in self.heavy]
+        wanted = [stage.name for stage, _ in self.heavy if not isinstance(stage, ScoreStage)]
         for name in wanted:
             wanted += [before for before in getattr(stages.get(name), "inputs", ()) if before not in wanted]
         found = {name: (stages.get(name) or self.ingest[0]).identity() for name in sorted(wanted)}
@@ -299,6 +299,10 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
         *(
             column(CaptionStage(spec, identify_weights(spec), plan.batch, caption_device, caption_column(name)))
             for name, spec in plan.captioners.items()
+        ),
+        *(
+            column(ScoreStage("caption_clip", plan.caption_clip, plan.batch, device, name))
+            for name in (plan.captioners if plan.caption_clip else ())
         ),
         column(LatentStage(plan.vae, _hash_checkpoint(plan.vae), plan.batch, device)),
     ]

@@ -18,9 +18,12 @@ from data_pipeline.curation.filters import Thresholds
 from data_pipeline.curation.scores import SCORERS
 from data_pipeline.flow.estimate import ScaleAssumptions, estimate_costs
 from data_pipeline.flow.pipeline import Pipeline
+from data_pipeline.inspection.inspect import pick_samples, write_grid
 from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import Dataset, open_dataset, share_captions
 from data_pipeline.plans import DatasetPlan, build_columns, world
+from data_pipeline.selection.filters import select_rows
+from data_pipeline.selection.row_values import RowValues
 from data_pipeline.sources.registry import open_source
 from data_pipeline.world.scenes import make_scene
 from infra.errors import UserError
@@ -58,7 +61,7 @@ def dataset(plan: DatasetPlan, tmp_path_factory: pytest.TempPathFactory) -> Data
         (raw / f"{number:02d}.txt").write_text(f"the original {number}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CAPTIONERS, "shade", ShadeCaptioner)
-        made = replace(plan, more_captions=MORE).settle()
+        made = replace(plan, more_captions=MORE, caption_clip="world:clip").settle()
         Pipeline(made, str(root), open_source(f"folder:{raw}"), workers=WorkerPool(0)).run()
     return open_dataset(str(root))
 
@@ -79,6 +82,56 @@ def test_each_caption_is_stored_under_its_name_with_its_own_states(dataset):
     assert dataset.num_samples == 12
     assert Counter(text.split()[0] for text in said["rare"].captions)["none"] == sum(int(s) <= 127 for s in shades)
     assert not verify_dataset(dataset.uri).problems
+
+
+def test_every_caption_has_a_score_that_a_condition_can_read(dataset):
+    columns = [f"caption_clip{name}" for name in ("", "_synthetic", "_short", "_again", "_rare")]
+    names = ("original", "synthetic", "short", "again", "rare")
+    wanted = [*columns, *(f"caption_{name}" for name in names)]
+    rows = [row for _, table in RowValues(dataset).read(wanted) for row in table.to_pylist()]
+    assert len(rows) == 12
+    score = SCORERS["caption_clip"]("world:clip", "cpu")
+    shade = {f"the original {number}": number * 20 for number in range(12)}
+    images = [Image.new("RGB", (64, 64), (shade[row["caption_original"]],) * 3) for row in rows]
+    for column, name in zip(columns, names):
+        expected = score(images, [row[f"caption_{name}"] for row in rows])
+        np.testing.assert_allclose([row[column] for row in rows], expected, atol=1e-5)
+    lacking = sum(not row["caption_rare"] for row in rows)
+    assert lacking == sum(row["caption_clip_rare"] == 0 for row in rows) > 0
+    middle = float(np.median([row["caption_clip_short"] for row in rows]))
+    chosen = select_rows(dataset, [f"caption_clip_short > {middle} and caption_clip_rare != 0"])
+    assert chosen.kept is not None
+    assert chosen.kept.num_kept == sum(r["caption_clip_short"] > middle and r["caption_clip_rare"] != 0 for r in rows)
+
+
+def test_inspect_shows_every_caption_that_a_row_has(dataset, tmp_path):
+    shown = pick_samples(dataset, 12)
+    assert len(shown) == 12
+    by_key = {
+        row["key"]: row for _, t in RowValues(dataset).read(["caption_short", "caption_rare"]) for row in t.to_pylist()
+    }
+    for item in shown:
+        rare = ["rare"] if by_key[item.key]["caption_rare"] else []
+        assert list(item.captions) == ["original", "synthetic", "short", "again", *rare]
+        assert item.captions["short"] == by_key[item.key]["caption_short"]
+    write_grid(dataset.vae, shown, str(tmp_path / "g.html"))
+    page = (tmp_path / "g.html").read_text()
+    assert [page.count(f"<figcaption class={name} ") for name in ("original", "short", "again")] == [12] * 3
+    assert page.count("<figcaption class=rare ") == sum(bool(row["caption_rare"]) for row in by_key.values()) < 12
+    write_grid(dataset.vae, shown[:2], str(tmp_path / "g.png"))
+    assert Image.open(tmp_path / "g.png").height == 160 + (3 * len(shown[0].captions | shown[1].captions) + 1) * 14 + 16
+
+
+def test_scores_of_captions_change_no_other_column(plan, tmp_path, monkeypatch):
+    monkeypatch.setitem(CAPTIONERS, "shade", ShadeCaptioner)
+    several = replace(plan, more_captions="{short: {prompt: tiny}}")
+    without, scored = (
+        build_columns(p.settle(), str(tmp_path)) for p in (several, replace(several, caption_clip="world:clip"))
+    )
+    assert without.fingerprints.items() <= scored.fingerprints.items()
+    added = scored.fingerprints.keys() - without.fingerprints.keys()
+    assert added == {"caption_clip", "caption_clip_synthetic", "caption_clip_short"}
+    assert without.settings == scored.settings
 
 
 def test_weights_choose_among_them_and_absent_ones_are_dealt_to_the_others(dataset):
@@ -120,6 +173,8 @@ def test_the_papers_half_is_dealt_equally(there, original, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{clip_short: {}}", "'clip_short' is no name"),
+        ("{quality: {}}", "'quality' is no name"),
         ("{a: [", "not YAML"),
         ("short", "expected settings by name"),
         ("{Short: {}}", "'Short' is no name"),

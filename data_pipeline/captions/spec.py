@@ -23,6 +23,9 @@ DESCRIBE = (
 )
 
 
+_TAKEN = re.compile(r"original|synthetic|quality|clip(_.*)?")  # caption_clip and caption_quality are scores
+
+
 class Captioner(Protocol):
     """Images to captions, made as `Class(spec, device)`, once per worker.
 
@@ -144,10 +147,10 @@ def read_more_captions(text: str, first: CaptionerSpec) -> dict[str, CaptionerSp
         raise UserError(f"--more-captions {text!r}: expected settings by name, e.g. '{{short: {{prompt: Briefly.}}}}'")
     made = {}
     for name, own in found.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)) or name in ("original", "synthetic"):
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)) or _TAKEN.fullmatch(str(name)):
             raise UserError(
                 f"--more-captions: {name!r} is no name for a further caption: expected small letters, digits and _, "
-                "neither original nor synthetic"
+                "neither original, synthetic nor a score's (clip, quality)"
             )
         made[str(name)] = from_json(CaptionerSpec, to_json(first) | own, where=f"--more-captions: {name}").settle()
     return made

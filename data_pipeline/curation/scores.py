@@ -2,7 +2,7 @@
 
 `nsfw` is Yahoo's open_nsfw as ONNX, `aesthetic` a linear head on CLIP image features (LAION's form), `caption_quality`
 a plain reading of the original caption: file names, addresses, shop talk and repetition lower it. `caption_clip` is the
-cosine of image and original caption in a CLIP.
+cosine of image and original caption in a CLIP, `caption_clip_NAME` that of the synthetic caption NAME.
 """
 # Shapes: B batch, D width of the CLIP features.
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.curation.embed import load_agreement, load_embedder
+from data_pipeline.stages.encode import caption_column
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
 from infra.errors import UserError
 
@@ -32,26 +33,37 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ScoreStage:
-    """The column of one scorer: `score` of each row that could be decoded. `model` is what the plan names for it."""
+    """The column of one scorer: `score` of each row that could be decoded. `model` is what the plan names for it.
 
-    name: str
+    `caption` names the synthetic caption that is scored; "" scores the original one.
+    """
+
+    scorer: str
     model: str
     batch: int = 64
     device: str = "cpu"
-    inputs: tuple[str, ...] = ("ingest", "measure")
+    caption: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.scorer}_{self.caption}" if self.caption else self.scorer
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("ingest", "measure", *([caption_column(self.caption)] if self.caption else []))
 
     def identity(self) -> dict[str, object]:
         parts = [hash_weights(resolve(part)) if _is_path(part) else part for part in self.model.split("+")]
-        return {"version": VERSION, "scorer": self.name, "model": parts}
+        return {"version": VERSION, "scorer": self.scorer, "model": parts}
 
     def open(self) -> StageFunction:
-        score = SCORERS[self.name](self.model, self.device)
+        score = SCORERS[self.scorer](self.model, self.device)
 
         def run(shard: ShardView) -> pa.Table:
-            rows, captions = shard.decodable(), shard.values("measure", "caption")
+            rows, captions = shard.decodable(), shard.values(self.inputs[-1], "caption")
             scores: list[float] = []
             for chosen, images in shard.image_batches(rows, self.batch):
-                scores += [float(value) for value in score(images, [str(captions[row]) for row in chosen])]
+                scores += [float(value) for value in score(images, [str(captions[row] or "") for row in chosen])]
             statuses = [OK if np.isfinite(value) else "nonfinite" for value in scores]
             return stage_table(rows, statuses, score=pa.array(scores, pa.float32()))
 
@@ -146,7 +158,7 @@ def rate_caption(caption: str) -> float:
 
 
 class CaptionClipScorer:
-    """Cosine of the image's and the original caption's features; an open_clip folder. A row without caption has 0."""
+    """Cosine of the image's and the caption's features; an open_clip folder. A row without caption has 0."""
 
     def __init__(self, model: str, device: str) -> None:
         self._compare = load_agreement(resolve(model), device)
@@ -162,3 +174,8 @@ SCORERS: dict[str, Callable[[str, str], Scorer]] = {
     "caption_quality": CaptionQualityScorer,
     "caption_clip": CaptionClipScorer,
 }
+
+
+def is_score_column(name: str) -> bool:
+    """Does a column of this name hold scores, of the original caption or of a synthetic one?"""
+    return name in SCORERS or name.startswith("caption_clip_")

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from data_pipeline.captions.stage import MAX_CHARS, CaptionStage
 from data_pipeline.curation.gate import judge_strictly, select_ok
+from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.flow.jobs import JobRunner
 from data_pipeline.flow.plan_mismatch import check_rebuild
 from data_pipeline.flow.tasks import ColumnTask, IngestTask, PackTask
@@ -300,7 +301,8 @@ class Pipeline:
     def _judge_shard(self, shard: str, before: pa.Table) -> tuple[pa.Table | None, list[RowSelection]]:
         """The final status of a shard's rows (None: as before), and the rows that are ok, by bucket."""
         judged = override_statuses(before, self.strict[shard]) if shard in self.strict else before
-        for name in (column.stage for stage, column in self.columns.heavy if not isinstance(stage, CaptionStage)):
+        may_lack = CaptionStage | ScoreStage  # a row trains without them
+        for name in (column.stage for stage, column in self.columns.heavy if not isinstance(stage, may_lack)):
             judged = override_statuses(judged, self._find_failures(name, shard, judged))
         return judged if judged is not before else None, self._group_rows(shard, ok_rows(judged))
 
@@ -370,7 +372,8 @@ class Pipeline:
         return max(1, min(self.plan.pack_rows, self.plan.pack_mb * 2**20 // largest))
 
     def _pack_unit(self, output: PlannedShard) -> WorkUnit:
-        stages = ["measure", *(column.stage for _, column in self.columns.heavy)]
+        made = (column.stage for stage, column in self.columns.heavy if not isinstance(stage, ScoreStage))
+        stages = ["measure", *made]
         found = {shard: self.state.describe_parts(shard) for shard, _ in output.rows}
         parts = {stage: {shard: found[shard][stage] for shard in found} for stage in stages}
         rows = [(shard, to_ranges(rows.tolist())) for shard, rows in output.rows]

@@ -6,7 +6,7 @@ Fingerprints alone keep encodings apart; this says why two differ, and which col
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipeline.curation.scores import SCORERS
+from data_pipeline.curation.scores import is_score_column
 from data_pipeline.formats.schema import DatasetInfo
 from infra.errors import UserError, nearest
 
@@ -16,7 +16,7 @@ _COSTLY = ("caption", "latents", "text_")  # what training reads and what is exp
 def find_mismatches(stands: DatasetInfo, wanted: DatasetInfo) -> dict[str, str]:
     """Columns to rebuild and what changed, from one description to the other; columns that follow are not named."""
     columns = {**wanted.columns, **stands.columns}
-    changed = [name for name in columns if name.startswith(_COSTLY) and name not in SCORERS]  # caption_clip is a score
+    changed = [name for name in columns if name.startswith(_COSTLY) and not is_score_column(name)]
     changed = [name for name in changed if stands.columns.get(name) != wanted.columns.get(name)]
     if not changed:
         return {}

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CELL = 160
-_TEXT_LINES = 5
+_CAPTION_LINES = 3
 _LINE = 14
+_COLORS = ("black", "#1f4e9e", "#8a4b08", "#22693f", "#7a2e7a")
 
 
 @dataclass(frozen=True)
 class SamplePreview:
-    """One sample: its captions, and the latent that `write_grid` decodes."""
+    """One sample: the captions that it has, by name, and the latent that `write_grid` decodes."""
 
     key: str
     captions: dict[str, str]
@@ -43,9 +44,8 @@ def pick_samples(dataset: Dataset, count: int, *, seed: int = 0) -> list[SampleP
         share = max(1, round(count * len(samples) / dataset.num_samples))
         numbers = np.sort(rng.choice(len(samples), min(share, len(samples)), replace=False)) + samples.start
         batch = dataset.read(numbers.tolist(), posterior="mean")
-        synthetic = dataset.read(numbers.tolist(), caption="synthetic").captions
-        for key, latent, original, other in zip(batch.keys, batch.latent_BCHW, batch.captions, synthetic):
-            shown.append(SamplePreview(key, {"original": original, "synthetic": other}, latent))
+        for key, captions, latent in zip(batch.keys, dataset.list_captions(numbers), batch.latent_BCHW):
+            shown.append(SamplePreview(key, captions, latent))
     return shown[:count]
 
 
@@ -73,9 +73,9 @@ def _decode(meta: Latents, shown: Sequence[SamplePreview]) -> list[Image.Image]:
 
 
 def draw_grid(shown: Sequence[SamplePreview], images: Sequence[Image.Image], columns: int = 6) -> Image.Image:
-    """Captions below each image: the original in black, the synthetic one in blue."""
-    columns = min(columns, len(shown))
-    height = CELL + 2 * _TEXT_LINES * _LINE // 2 + 2 * _LINE
+    """Captions below each image: the original in black, synthetic ones in other colors, further ones with names."""
+    columns, names = min(columns, len(shown)), _list_names(shown)
+    height = CELL + (_CAPTION_LINES * len(names) + 1) * _LINE
     rows = -(-len(shown) // columns)
     grid = Image.new("RGB", (columns * (CELL + 8) + 8, rows * (height + 8) + 8), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
@@ -85,23 +85,33 @@ def draw_grid(shown: Sequence[SamplePreview], images: Sequence[Image.Image], col
         size = (round(image.width * scale), round(image.height * scale))
         grid.paste(image.resize(size, Image.Resampling.NEAREST), (x + (CELL - size[0]) // 2, y))
         at = y + CELL + 2
-        for caption, color in zip(item.captions.values(), ("black", "#1f4e9e")):
-            for line in textwrap.wrap(caption, 27)[: _TEXT_LINES // 2 + 1]:
+        for name, caption in item.captions.items():
+            color = _COLORS[names.index(name) % len(_COLORS)]
+            text = caption if name in ("original", "synthetic") else f"{name}: {caption}"
+            for line in textwrap.wrap(text, 27)[:_CAPTION_LINES]:
                 draw.text((x, at), line, fill=color, font=font)
                 at += _LINE
     return grid
 
 
+def _list_names(shown: Sequence[SamplePreview]) -> list[str]:
+    return list(dict.fromkeys(name for item in shown for name in item.captions))
+
+
 def render_html(shown: Sequence[SamplePreview], images: Sequence[Image.Image]) -> str:
     cells = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}">'
-        + "".join(f"<figcaption class={name}>{html.escape(text)}</figcaption>" for name, text in item.captions.items())
+        + "".join(
+            f"<figcaption class={name} title={name}>{html.escape(text)}</figcaption>"
+            for name, text in item.captions.items()
+        )
         + f"<small>{html.escape(item.key)}</small></figure>"
         for item, image in zip(shown, images, strict=True)
     )
     style = (
         "body{font:13px system-ui;display:flex;flex-wrap:wrap;gap:12px}figure{width:170px;margin:0}"
-        "img{width:160px;image-rendering:pixelated}.synthetic{color:#1f4e9e}small{color:#888}"
+        "img{width:160px;image-rendering:pixelated}small{color:#888}"
+        + "".join(f".{n}{{color:{_COLORS[k % len(_COLORS)]}}}" for k, n in enumerate(_list_names(shown)))
     )
     return f"<!doctype html><meta charset=utf-8><title>samples</title><style>{style}</style>{cells}"
 

@@ -221,6 +221,15 @@ class Dataset:
         except ShardError as error:
             raise UserError(f"{error.reason}; run `python -m data_pipeline verify {self.uri}`") from error
 
+    def list_captions(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, str]]:
+        """The captions that each of these samples has, by name."""
+        shards, rows = self.index.locate(np.asarray(indices, np.int64))
+        tables = [self._reader.table(shard) for shard in shards.tolist()]
+        return [
+            {name: texts[row] for name, texts in table.captions.items() if texts[row]}
+            for table, row in zip(tables, rows.tolist())
+        ]
+
     def choose_captions(
         self, places: Sequence[tuple[int, int]], positions: np.ndarray, draws: DrawSettings
     ) -> list[str]:

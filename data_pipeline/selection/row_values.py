@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from data_pipeline.curation.scores import SCORERS
+from data_pipeline.curation.scores import is_score_column
 from data_pipeline.formats.index import read_rows_table
 from data_pipeline.formats.parquet_io import read_batches
 from data_pipeline.loading.loader import Dataset
@@ -26,7 +26,7 @@ class RowValues:
         self._own = [KEY, "bucket", *(f"caption_{name}" for name in dataset.info.captions)]
         columns = dataset.info.columns
         self._stage_of = {name: ("measure", name) for name in _MEASURED if "measure" in columns}
-        self._stage_of |= {name: (name, "score") for name in SCORERS if name in columns}
+        self._stage_of |= {name: (name, "score") for name in columns if is_score_column(name)}
         if "signature" in columns:
             self._stage_of["exact"] = ("signature", "exact")
         if "measure" in columns:
