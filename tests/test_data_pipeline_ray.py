@@ -99,7 +99,7 @@ def test_a_driver_killed_in_the_middle_goes_on_where_it_was(tmp_path, raw, refer
 
 @pytest.mark.dist
 def test_ray_workers_make_the_same_data_in_waves(tmp_path, raw, reference, ray_cluster, monkeypatch):
-    monkeypatch.setattr("infra.runner._WAVE", 2)
+    monkeypatch.setattr("infra.runner._WAVE", 4)  # of six units and more
     root = tmp_path / "data"
     outcome = Pipeline(PLAN, str(root), open_source(f"wds:{raw}"), workers=WorkerPool(2, cpus=1)).run()
     assert outcome.info.fingerprint == reference
