@@ -17,9 +17,13 @@ from model.encoders.text import TextCond
 
 
 class Backbone(Protocol):
-    """Latents, network time and text in, a prediction of the latents' shape out."""
+    """Latents, network time and text in, a prediction of the latents' shape out.
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
+    `t` has a number for each sample (B), or for each image token (B, N). `r`, of the same shape, is the second time of
+    average velocities; None means r = t.
+    """
+
+    def __call__(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor: ...
 
 
 BACKBONES: dict[str, type[TokenConfig]] = {

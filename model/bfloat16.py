@@ -21,15 +21,15 @@ from model.encoders.text import TextCond
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works
 
 
-def in_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[[Tensor, Tensor, TextCond], Tensor]:
+def in_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[..., Tensor]:
     """A copy of the network that computes in bf16 and takes and gives float32; times stay float32."""
     half = copy.deepcopy(model).to(device, torch.bfloat16).eval().requires_grad_(False)
     on_cpu = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
     if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pack(half)
 
-    def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        return cast(Tensor, half(x_BCHW.bfloat16(), t_B, text.to(dtype=torch.bfloat16))).to(x_BCHW.dtype)
+    def predict(x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
+        return cast(Tensor, half(x_BCHW.bfloat16(), t, text.to(dtype=torch.bfloat16), r)).to(x_BCHW.dtype)
 
     return predict
 

@@ -24,6 +24,8 @@ CONFIGS = [config_from_json(name, {"depth": 2, **NEEDED.get(name, {}), **SMALL})
     MMDiT3Config(depth=3, clip_tokens=3, **SMALL),
     MMDiTConfig(depth=4, qk_norm=False, dual_attention=(0, 2), **SMALL),
     UViTConfig(depth=1, res_blocks=1, qk_norm=False, **SMALL),
+    MMDiTConfig(depth=2, second_time=True, **SMALL),
+    UViTConfig(depth=1, second_time=True, **SMALL),
 ]
 
 
@@ -34,7 +36,7 @@ def _math_attention() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-d{c.depth}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-d{c.depth}{'-r' * c.second_time}")
 @pytest.mark.parametrize("masked", [False, True])
 def test_flops_equal_the_counter(config, masked: bool) -> None:
     batch, height, width, text_tokens = 3, 12, 20, 7

@@ -290,7 +290,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         backbone = {} if self.model.name == "mmdit" else {"backbone": self.model.name}
-        return to_json(self) | {"model": to_json(self.model) | backbone}
+        return to_json(self) | {"model": self.model.to_json() | backbone}
 
     @staticmethod
     def from_json(data: Any, *, where: str = "recipe") -> "Recipe":

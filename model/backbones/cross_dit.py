@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backbones.attention import attend
-from model.backbones.layers import Modulation, XavierLinear, ZeroLinear, scale_shift
+from model.backbones.layers import Modulation, XavierLinear, ZeroLinear, scale_shift, split_condition
 from model.backbones.mmdit import Stream
 from model.backbones.norms import layer_norm, rms_norm
 from model.backbones.trunk import TokenBackbone, TokenConfig
@@ -78,7 +78,7 @@ class CrossDiTBlock(nn.Module):
 
 
 class CrossDiT(TokenBackbone):
-    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW."""
 
     config: CrossDiTConfig
 
@@ -87,11 +87,12 @@ class CrossDiT(TokenBackbone):
         self.blocks = nn.ModuleList([CrossDiTBlock(config) for _ in range(config.depth)])
         self.final = self.make_final()
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_inputs(x_BCHW, t_B, text)
-        e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
+    def forward(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
+        self.check_inputs(x_BCHW, t, text, r)
+        e = self.embed(x_BCHW, self.embed_times(t, text, r), text)
         # No view: fused attention on a GPU wants a bias that begins at a multiple of 16 bytes.
+        c_BD, _ = split_condition(e.c_BD, e.x_BND.shape[1], e.y_BLD.shape[1])
         x_BND, bias = e.x_BND, None if e.bias is None else e.bias[..., e.x_BND.shape[1] :].contiguous()
         for block in self.blocks:
-            x_BND = self.call(block, x_BND, e.y_BLD, e.c_BD, bias)
+            x_BND = self.call(block, x_BND, e.y_BLD, c_BD, bias)
         return self.output(self.final, x_BND, e)

@@ -55,7 +55,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(TokenBackbone):
-    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW."""
 
     config: DiTConfig
 
@@ -64,9 +64,9 @@ class DiT(TokenBackbone):
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final = self.make_final()
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_inputs(x_BCHW, t_B, text)
-        e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
+    def forward(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
+        self.check_inputs(x_BCHW, t, text, r)
+        e = self.embed(x_BCHW, self.embed_times(t, text, r), text)
         x_BSD = torch.cat([e.x_BND, e.y_BLD], dim=1)
         for block in self.blocks:
             x_BSD = self.call(block, x_BSD, e.c_BD, e.bias)

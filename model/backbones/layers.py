@@ -73,40 +73,50 @@ def unpatchify(tokens_BNC: Tensor, rows: int, columns: int, patch: int) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch, columns * patch)
 
 
-def time_features(t_B: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
-    """Cosines then sines of 1000*t, maximum period 10000 (reference order), in float32."""
+def time_features(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
+    """Cosines then sines of 1000*t, maximum period 10000 (reference order), in float32, along a new last axis."""
     half = channels // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
-    angle = 1000.0 * t_B.float()[:, None] * frequency[None]
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = 1000.0 * t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class ConditionMLP(nn.Module):
-    """Linear, SiLU, Linear: for time features and for the pooled text."""
+    """Linear, SiLU, Linear: for time features and for the pooled text. `zero`: its output starts at zero."""
 
-    def __init__(self, inputs: int, width: int):
+    def __init__(self, inputs: int, width: int, *, zero: bool = False):
         super().__init__()
         self.inner = NormalLinear(inputs, width)
-        self.outer = NormalLinear(width, width)
+        self.outer = ZeroLinear(width, width) if zero else NormalLinear(width, width)
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.outer(F.silu(self.inner(x_BF)))
 
 
 class Condition(nn.Module):
-    """Time plus pooled text: the conditioning vector c_BD."""
+    """Time plus pooled text: the conditioning vector, c_BD for times t_B, c_BSD for times of tokens t_BS.
 
-    def __init__(self, pooled_width: int, width: int):
+    With `second_time` there is a third part, of the interval t - r (MeanFlow). Its output starts at zero: a student
+    that begins from a teacher without it computes the teacher's numbers, to the bit.
+    """
+
+    def __init__(self, pooled_width: int, width: int, *, second_time: bool = False):
         super().__init__()
         self.time = ConditionMLP(TIME_CHANNELS, width)
         self.pooled = ConditionMLP(pooled_width, width)
+        self.interval = ConditionMLP(TIME_CHANNELS, width, zero=True) if second_time else None
 
-    def forward(self, t_B: Tensor, pooled_BP: Tensor) -> Tensor:
-        return self.time(time_features(t_B).to(pooled_BP.dtype)) + self.pooled(pooled_BP)
+    def forward(self, t: Tensor, pooled_BP: Tensor, r: Tensor | None = None) -> Tensor:
+        pooled = self.pooled(pooled_BP)
+        c = self.time(time_features(t).to(pooled_BP.dtype)) + (pooled if t.ndim == 1 else pooled.unsqueeze(1))
+        if self.interval is None:
+            return c
+        interval = torch.zeros_like(t) if r is None else t - r
+        return c + self.interval(time_features(interval).to(pooled_BP.dtype))
 
 
 class Modulation(NamedTuple):
-    """adaLN of one sub-layer; each of shape (B, 1, D)."""
+    """adaLN of one sub-layer; each of shape (B, 1, D), or (B, N, D) where tokens have times of their own."""
 
     shift: Tensor
     scale: Tensor
@@ -121,8 +131,14 @@ class Modulate(nn.Module):
         self.count = count
         self.linear = ZeroLinear(width, count * width)
 
-    def forward(self, c_BD: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(c_BD)).unsqueeze(1).chunk(self.count, dim=-1)
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        vectors = self.linear(F.silu(c))
+        return (vectors if vectors.ndim == 3 else vectors.unsqueeze(1)).chunk(self.count, dim=-1)
+
+
+def split_condition(c: Tensor, *tokens: int) -> tuple[Tensor, ...]:
+    """The conditioning of each stream of `tokens` tokens: the same c_BD for all, or each stream's part of c_BSD."""
+    return c.split(tokens, dim=1) if c.ndim == 3 else (c,) * len(tokens)
 
 
 def scale_shift(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from model.backbones.attention import QKVProjection, attend, join, separate
-from model.backbones.layers import MLP, Modulate, Modulation, XavierLinear, scale_shift
+from model.backbones.layers import MLP, Modulate, Modulation, XavierLinear, scale_shift, split_condition
 from model.backbones.norms import layer_norm
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
@@ -106,8 +106,9 @@ class MMDiTBlock(nn.Module):
     def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Six vectors per stream, in the order of the reference (names.py relies on it): shift, scale and gate of the
         # attention, then of the MLP.
-        x_shift, x_scale, x_gate, *x_mlp = self.image.modulate(c_BD)
-        y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_BD)
+        c_x, c_y = split_condition(c_BD, x_BND.shape[1], y_BLD.shape[1])
+        x_shift, x_scale, x_gate, *x_mlp = self.image.modulate(c_x)
+        y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_y)
         x_qkv = self.image.qkv(scale_shift(self.image.norm(x_BND), x_shift, x_scale))
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
         x_attn, y_attn = separate(attend(*join(x_qkv, y_qkv), bias), x_BND.shape[1], y_BLD.shape[1])
@@ -126,8 +127,9 @@ class DualMMDiTBlock(nn.Module):
         self.self_attention = SelfAttention(config)
 
     def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x_shift, x_scale, x_gate, *x_mlp, s_shift, s_scale, s_gate = self.image.modulate(c_BD)
-        y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_BD)
+        c_x, c_y = split_condition(c_BD, x_BND.shape[1], y_BLD.shape[1])
+        x_shift, x_scale, x_gate, *x_mlp, s_shift, s_scale, s_gate = self.image.modulate(c_x)
+        y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_y)
         x_normed = self.image.norm(x_BND)
         x_qkv = self.image.qkv(scale_shift(x_normed, x_shift, x_scale))
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
@@ -147,8 +149,9 @@ class FinalMMDiTBlock(nn.Module):
         self.text = FinalTextStream(config)
 
     def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None) -> Tensor:
-        x_shift, x_scale, x_gate, *x_mlp = self.image.modulate(c_BD)
-        y_shift, y_scale = self.text.modulate(c_BD)
+        c_x, c_y = split_condition(c_BD, x_BND.shape[1], y_BLD.shape[1])
+        x_shift, x_scale, x_gate, *x_mlp = self.image.modulate(c_x)
+        y_shift, y_scale = self.text.modulate(c_y)
         x_qkv = self.image.qkv(scale_shift(self.image.norm(x_BND), x_shift, x_scale))
         y_qkv = self.text.qkv(scale_shift(self.text.norm(y_BLD), y_shift, y_scale))
         # Text queries join and are cut off after attention: the same shapes as in other blocks, and every parameter
@@ -159,7 +162,7 @@ class FinalMMDiTBlock(nn.Module):
 
 
 class MMDiT(TokenBackbone):
-    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW."""
 
     config: MMDiTConfig
 
@@ -172,9 +175,9 @@ class MMDiT(TokenBackbone):
         )
         self.final = self.make_final()
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
-        self.check_inputs(x_BCHW, t_B, text)
-        e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
+    def forward(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
+        self.check_inputs(x_BCHW, t, text, r)
+        e = self.embed(x_BCHW, self.embed_times(t, text, r), text)
         x_BND, y_BLD = e.x_BND, e.y_BLD
         for block in self.blocks[:-1]:
             x_BND, y_BLD = self.call(block, x_BND, y_BLD, e.c_BD, e.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from model.backbones.attention import QKV, attend, join, separate
-from model.backbones.layers import Modulation, scale_shift
+from model.backbones.layers import Modulation, scale_shift, split_condition
 from model.backbones.mmdit import FinalTextStream, Stream
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
@@ -63,7 +63,8 @@ class MMDiT3Block(nn.Module):
         self, x_BND: Tensor, clip_BMD: Tensor, t5_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams, inputs = (self.image, self.clip, self.t5), (x_BND, clip_BMD, t5_BLD)
-        adas = [stream.modulate(c_BD) for stream in streams]
+        conditions = split_condition(c_BD, *(x.shape[1] for x in inputs))
+        adas = [stream.modulate(c) for stream, c in zip(streams, conditions, strict=True)]
         image, clip, t5 = (_read(s, x, ada[0], ada[1]) for s, x, ada in zip(streams, inputs, adas, strict=True))
         attended = separate(attend(*join(join(image, clip), t5), bias), *(x.shape[1] for x in inputs))
         outputs = []
@@ -83,17 +84,18 @@ class FinalMMDiT3Block(nn.Module):
     def forward(
         self, x_BND: Tensor, clip_BMD: Tensor, t5_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        shift, scale, gate, *mlp = self.image.modulate(c_BD)
+        c_x, c_clip, c_t5 = split_condition(c_BD, x_BND.shape[1], clip_BMD.shape[1], t5_BLD.shape[1])
+        shift, scale, gate, *mlp = self.image.modulate(c_x)
         image = _read(self.image, x_BND, shift, scale)
-        clip = _read(self.clip, clip_BMD, *self.clip.modulate(c_BD))
-        t5 = _read(self.t5, t5_BLD, *self.t5.modulate(c_BD))
+        clip = _read(self.clip, clip_BMD, *self.clip.modulate(c_clip))
+        t5 = _read(self.t5, t5_BLD, *self.t5.modulate(c_t5))
         seen = attend(*join(join(image, clip), t5), bias)[:, : x_BND.shape[1]].contiguous()
         x_BND = torch.addcmul(x_BND, gate, self.image.out(seen))
         return self.image.mlp_step(x_BND, Modulation(*mlp))
 
 
 class MMDiT3(TokenBackbone):
-    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW."""
 
     config: MMDiT3Config
 
@@ -102,12 +104,12 @@ class MMDiT3(TokenBackbone):
         self.blocks = nn.ModuleList([MMDiT3Block(config) for _ in range(config.depth - 1)] + [FinalMMDiT3Block(config)])
         self.final = self.make_final()
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
         split = self.config.clip_tokens
         if not 0 < split < text.context_BLD.shape[1]:
             raise UserError(f"clip_tokens={split} leaves no two parts of {text.context_BLD.shape[1]} text tokens")
-        self.check_inputs(x_BCHW, t_B, text)
-        e = self.embed(x_BCHW, self.condition(t_B, text.pooled_BP), text)
+        self.check_inputs(x_BCHW, t, text, r)
+        e = self.embed(x_BCHW, self.embed_times(t, text, r), text)
         x_BND, clip_BMD, t5_BLD = e.x_BND, e.y_BLD[:, :split], e.y_BLD[:, split:]
         for block in self.blocks[:-1]:
             x_BND, clip_BMD, t5_BLD = self.call(block, x_BND, clip_BMD, t5_BLD, e.c_BD, e.bias)

@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 from model.backbones.attention import HEAD_WIDTH, key_bias
-from model.backbones.layers import TIME_CHANNELS, Condition, FinalLayer, PatchEmbed, XavierLinear, unpatchify
+from model.backbones.layers import (
+    TIME_CHANNELS,
+    Condition,
+    FinalLayer,
+    PatchEmbed,
+    XavierLinear,
+    split_condition,
+    unpatchify,
+)
 from model.backbones.norms import NormBackend
 from model.backbones.position import PositionTable
 from model.encoders.text import TextCond
@@ -33,7 +41,10 @@ class MultiplyAdds(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenConfig(ABC):
-    """Everything that decides the weights' shapes; JSON-able. Width is 64*depth; pos_*: see position.py."""
+    """Everything that decides the weights' shapes; JSON-able. Width is 64*depth; pos_*: see position.py.
+
+    `second_time`: the network takes r beside t and predicts average velocities (MeanFlow).
+    """
 
     depth: int
     patch: int = 2
@@ -46,6 +57,7 @@ class TokenConfig(ABC):
     pos_base: int = 16
     pos_stored: bool = False
     norm_backend: NormBackend = "torch"
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -99,8 +111,17 @@ class TokenConfig(ABC):
         """A config for contexts of so many tokens; a backbone whose fields depend on that number sets them here."""
         return cls(**fields)
 
+    @property
+    def interval_parameters(self) -> int:
+        """Parameters of the branch of the second time; 0 without it."""
+        h = self.width
+        return (TIME_CHANNELS + 1) * h + h * h + h if self.second_time else 0
+
     def to_json(self) -> dict[str, Any]:
-        return to_json(self)
+        told = to_json(self)
+        if not self.second_time:  # this field is younger than the first hashes and weights files, which stay
+            del told["second_time"]
+        return told
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -111,7 +132,7 @@ class TokenConfig(ABC):
         h = self.width
         # Patches, time features and pooled text (each Linear, SiLU, Linear: hence 2 (h*h + h)), then the context.
         embed = (self.pixels + 1) * h + (TIME_CHANNELS + 1 + self.pooled_width + 1) * h + 2 * (h * h + h)
-        embed += (self.context_width + 1) * h
+        embed += (self.context_width + 1) * h + self.interval_parameters
         # Shift and scale from c (2 h vectors), then the projection to pixels.
         final = 2 * h * h + 2 * h + self.pixels * h + self.pixels
         return embed + self.block_parameters() + final
@@ -120,7 +141,9 @@ class TokenConfig(ABC):
         """Height and width are of the latents."""
         h, tokens = self.width, (height // self.patch) * (width // self.patch)
         stem = self.pixels * h * tokens + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
-        ends = 2 * h * h + 2 * h * h + self.pixels * h * tokens
+        interval = h if self.second_time else 0
+        stem += TIME_CHANNELS * interval
+        ends = 2 * h * h + interval * h + 2 * h * h + self.pixels * h * tokens
         return MultiplyAdds(stem, ends + self.block_multiply_adds(tokens, text_tokens))
 
     def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
@@ -137,7 +160,11 @@ class TokenConfig(ABC):
 
 
 class Embedded(NamedTuple):
-    """Tokens of both modalities, the conditioning vector, the additive bias of masked text keys, the image grid."""
+    """Tokens of both modalities, the conditioning, the additive bias of masked text keys, the image grid.
+
+    The conditioning is one vector for each sample. Where tokens have times of their own it has one for each token,
+    (B, N + L, D).
+    """
 
     x_BND: Tensor
     y_BLD: Tensor
@@ -163,22 +190,27 @@ class TokenBackbone(nn.Module):
         self.positions = PositionTable(
             width, config.pos_max, target=config.pos_tokens, base=config.pos_base, stored=config.pos_stored
         )
-        self.condition = Condition(config.pooled_width, width)
+        self.condition = Condition(config.pooled_width, width, second_time=config.second_time)
         self.context_embed = XavierLinear(config.context_width, width)
 
     def make_final(self) -> FinalLayer:
         return FinalLayer(self.config.width, self.config.pixels, self.config.norm_backend)
 
-    def check_inputs(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> None:
+    def check_inputs(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> None:
         """Refuse text of other widths than the model was built for, and parts of different batches."""
         config, batch, mask = self.config, x_BCHW.shape[0], text.mask_BL
         if x_BCHW.ndim != 4 or 0 in x_BCHW.shape:
             raise UserError(f"latents of shape {tuple(x_BCHW.shape)}, expected (batch, channels, height, width)")
-        if t_B.shape != (batch,) or len(text) != batch or len(text.pooled_BP) != batch:
+        tokens = x_BCHW.shape[-2] * x_BCHW.shape[-1] // config.patch**2
+        if tuple(t.shape) not in ((batch,), (batch, tokens)) or len(text) != batch or len(text.pooled_BP) != batch:
             raise UserError(
-                f"{batch} latents with times of shape {tuple(t_B.shape)} and text for {len(text)} (context), "
+                f"{batch} latents with times of shape {tuple(t.shape)} and text for {len(text)} (context), "
                 f"{len(text.pooled_BP)} (pooled); expected {batch} of each"
             )
+        if r is not None and not config.second_time:
+            raise UserError("a second time was given to a network that has none: its config lacks second_time")
+        if r is not None and r.shape != t.shape:
+            raise UserError(f"second times of shape {tuple(r.shape)} beside times of shape {tuple(t.shape)}")
         if mask is not None and (mask.shape != text.context_BLD.shape[:2] or mask.dtype != torch.bool):
             raise UserError(
                 f"text mask of shape {tuple(mask.shape)} and type {mask.dtype}, expected "
@@ -189,6 +221,14 @@ class TokenBackbone(nn.Module):
                 f"text of widths {text.context_BLD.shape[-1]} (context), {text.pooled_BP.shape[-1]} (pooled) does not "
                 f"fit the model's {config.context_width}, {config.pooled_width}"
             )
+
+    def embed_times(self, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
+        """c_BD from times t_B; c_BSD, image before text, from times of image tokens t_BN. Text tokens have no noise of
+        their own and take the mean of the image's times."""
+        if t.ndim == 2:
+            length = text.context_BLD.shape[1]
+            t, r = _add_text_times(t, length), None if r is None else _add_text_times(r, length)
+        return self.condition(t, text.pooled_BP, r)
 
     def embed(self, x_BCHW: Tensor, c_BD: Tensor, text: TextCond) -> Embedded:
         config = self.config
@@ -206,4 +246,9 @@ class TokenBackbone(nn.Module):
         return block(*tensors)
 
     def output(self, final: nn.Module, x_BND: Tensor, e: Embedded) -> Tensor:
-        return unpatchify(final(x_BND, e.c_BD), e.rows, e.columns, self.config.patch)
+        c_BD, _ = split_condition(e.c_BD, x_BND.shape[1], e.y_BLD.shape[1])
+        return unpatchify(final(x_BND, c_BD), e.rows, e.columns, self.config.patch)
+
+
+def _add_text_times(t_BN: Tensor, length: int) -> Tensor:
+    return torch.cat([t_BN, t_BN.mean(1, keepdim=True).expand(-1, length)], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from model.backbones.dit import DiTBlock, DiTBlockCounts
-from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, unpatchify
+from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, split_condition, unpatchify
 from model.backbones.norms import layer_norm
 from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
@@ -46,6 +46,7 @@ class UViTConfig(DiTBlockCounts):
         residual = 2 * (9 * g * g + g) + 4 * g + 2 * g * h + 2 * g
         ends = 9 * self.in_channels * g + g + 2 * g + 9 * g * self.in_channels + self.in_channels
         patches = self.patch**2 * g * h + h + h * self.patch**2 * g + self.patch**2 * g
+        embed += self.interval_parameters
         return embed + ends + patches + 2 * self.res_blocks * residual + self.block_parameters()
 
     def multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
@@ -53,10 +54,12 @@ class UViTConfig(DiTBlockCounts):
         tokens = area // self.patch**2
         conv_in = 9 * self.in_channels * g * area
         stem = conv_in + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
+        interval = h if self.second_time else 0
         residual = 2 * self.res_blocks * (18 * g * g * area + 2 * g * h)
         patches = 2 * self.patch**2 * g * h * tokens
         return MultiplyAdds(
-            stem, 2 * h * h + residual + patches + conv_in + self.block_multiply_adds(tokens, text_tokens)
+            stem + TIME_CHANNELS * interval,
+            2 * h * h + interval * h + residual + patches + conv_in + self.block_multiply_adds(tokens, text_tokens)
         )
 
 
@@ -74,10 +77,14 @@ class Conv3(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv; GroupNorm with shift and scale from c, SiLU, conv; plus the input."""
+    """GroupNorm, SiLU, conv; GroupNorm with shift and scale from c, SiLU, conv; plus the input.
 
-    def __init__(self, channels: int, width: int):
+    From c_BND each token's shift and scale serve its patch of the latent.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
+        self.patch = patch
         self.norm_in = nn.GroupNorm(GROUPS, channels)
         self.conv_in = Conv3(channels, channels)
         self.film = XavierLinear(width, 2 * channels)
@@ -85,13 +92,20 @@ class ResBlock(nn.Module):
         self.conv_out = Conv3(channels, channels, zero=True)
 
     def forward(self, x_BCHW: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.film(F.silu(c_BD))[..., None, None].chunk(2, dim=1)
+        film = self.film(F.silu(c_BD))
+        if film.ndim == 2:
+            film = film[..., None, None]
+        else:
+            rows, columns = x_BCHW.shape[-2] // self.patch, x_BCHW.shape[-1] // self.patch
+            film = film.mT.unflatten(-1, (rows, columns))
+            film = film.repeat_interleave(self.patch, -2).repeat_interleave(self.patch, -1)
+        shift, scale = film.chunk(2, dim=1)
         inner = self.conv_in(F.silu(self.norm_in(x_BCHW)))
         return x_BCHW + self.conv_out(F.silu(scale_shift(self.norm_out(inner), shift, scale)))
 
 
 class UViT(TokenBackbone):
-    """(x_BCHW, t_B, text) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW."""
 
     config: UViTConfig
 
@@ -99,22 +113,24 @@ class UViT(TokenBackbone):
         super().__init__(config, patch_channels=config.channels)
         channels, width = config.channels, config.width
         self.conv_in = Conv3(config.in_channels, channels)
-        self.down = nn.ModuleList([ResBlock(channels, width) for _ in range(config.res_blocks)])
+        self.down = nn.ModuleList([ResBlock(channels, width, config.patch) for _ in range(config.res_blocks)])
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.norm = layer_norm(width, config.norm_backend)
         self.unpatch = XavierLinear(width, config.patch**2 * channels)
-        self.up = nn.ModuleList([ResBlock(channels, width) for _ in range(config.res_blocks)])
+        self.up = nn.ModuleList([ResBlock(channels, width, config.patch) for _ in range(config.res_blocks)])
         self.norm_out = nn.GroupNorm(GROUPS, channels)
         self.conv_out = Conv3(channels, config.in_channels, zero=True)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
         if x_BCHW.shape[1] != self.config.in_channels:
             raise UserError(f"latents have {x_BCHW.shape[1]} channels, the model expects {self.config.in_channels}")
-        self.check_inputs(x_BCHW, t_B, text)
-        c_BD = self.condition(t_B, text.pooled_BP)
+        self.check_inputs(x_BCHW, t, text, r)
+        c_BD = self.embed_times(t, text, r)
+        tokens = x_BCHW.shape[-2] * x_BCHW.shape[-1] // self.config.patch**2
+        c_image, _ = split_condition(c_BD, tokens, text.context_BLD.shape[1])
         x_BCHW = self.conv_in(x_BCHW)
         for block in self.down:
-            x_BCHW = self.call(block, x_BCHW, c_BD)
+            x_BCHW = self.call(block, x_BCHW, c_image)
         e = self.embed(x_BCHW, c_BD, text)
         x_BSD = torch.cat([e.x_BND, e.y_BLD], dim=1)
         for block in self.blocks:
@@ -122,5 +138,5 @@ class UViT(TokenBackbone):
         tokens_BND = self.unpatch(self.norm(x_BSD[:, : e.x_BND.shape[1]]))
         x_BCHW = x_BCHW + unpatchify(tokens_BND, e.rows, e.columns, self.config.patch)
         for block in self.up:
-            x_BCHW = self.call(block, x_BCHW, c_BD)
+            x_BCHW = self.call(block, x_BCHW, c_image)
         return self.conv_out(F.silu(self.norm_out(x_BCHW)))

@@ -140,8 +140,16 @@ def axes_of_positions(table_1ND: Tensor, source: str) -> Tensor:
     return axes.clone()
 
 
+def _refuse_second_time(config: MMDiTConfig) -> None:
+    if config.second_time:
+        raise UserError(
+            "SD3 and diffusers have no seat for a second time (MeanFlow): these weights keep our own format"
+        )
+
+
 def to_sd3(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights as an SD3 single file has them (prefix included), one after the other: `state` may read them then."""
+    _refuse_second_time(config)
     for name in _parameters(config):
         yield SD3_PREFIX + sd3_name(name), state[name]
     yield f"{SD3_PREFIX}pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
@@ -264,6 +272,7 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
 
 def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights in the diffusers dialect, one after the other: `state` may read them then."""
+    _refuse_second_time(config)
     for name in _parameters(config):
         tensor = swap_halves(state[name]) if is_swapped(name, config) else state[name]
         theirs = diffusers_names(name)

@@ -238,14 +238,15 @@ def set_init_weights(recipe: Recipe, init_from: str | None) -> Recipe:
         return recipe
     path = find_weights(init_from)
     meta = read_meta(path)
-    wanted = recipe.model.to_json()
-    # Positions are a formula, and QK-norm may be added to weights without it (paper, section 5.3.2).
+    wanted = recipe.model.to_json() | {"second_time": recipe.model.second_time}
+    # Positions are a formula. QK-norm may be added to weights without it (paper, section 5.3.2), and so may a second
+    # time, whose branch starts at zero.
     free = {"norm_backend"} | {key for key in wanted if key.startswith("pos_")}
-    found = {"backbone": meta["backbone"]} | meta["config"]
+    found = {"backbone": meta["backbone"], "second_time": False} | meta["config"]
     wrong = [
         f"{key}: weights {found.get(key)}, recipe {value}"
         for key, value in ({"backbone": recipe.model.name} | wanted).items()
-        if key not in free and found.get(key) != value and not (key == "qk_norm" and value)
+        if key not in free and found.get(key) != value and not (key in ("qk_norm", "second_time") and value)
     ]
     if wrong:
         raise UserError(f"{init_from} is for another model than recipe {recipe.name}: {'; '.join(wrong)}")

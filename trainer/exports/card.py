@@ -17,7 +17,7 @@ def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_see
     return {
         "kind": kind,
         "backbone": recipe.model.name,
-        "config": to_json(recipe.model),
+        "config": recipe.model.to_json(),
         "formulation": recipe.formulation,
         "shift": recipe.shift,
         "text_spec": to_json(info.text_spec),

@@ -37,7 +37,8 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' own nam
 
 
 def open_weights(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
-    """Tensors of a weights file by name; QK-norms that it lacks are ones."""
+    """Tensors of a weights file by name. QK-norms that it lacks are ones. A branch of the second time that it lacks
+    reads time as the first one does, and ends in zeros: the network computes what it did, to the bit."""
     from safetensors import safe_open
 
     file: Any = safe_open(str(find_weights(uri)), framework="pt")
@@ -46,6 +47,8 @@ def open_weights(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[s
     def read(name: str) -> Tensor:
         if name not in names and name.rsplit(".", 2)[-2] in ("norm_q", "norm_k"):
             return torch.ones(shapes[name])
+        if name not in names and name.startswith("condition.interval."):
+            return torch.zeros(shapes[name]) if ".outer." in name else file.get_tensor(name.replace("interval", "time"))
         return file.get_tensor(name)
 
     return read

@@ -84,9 +84,10 @@ class ZeroEngine:
 
     # --- training
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
+    def __call__(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
         """The network's prediction, shaped as `x_BCHW`, in fp32 whatever precision the model computes in."""
-        return self._engine(x_BCHW.to(self.dtype), t_B, text.to(dtype=self.dtype)).float()
+        second = () if r is None else (r,)
+        return self._engine(x_BCHW.to(self.dtype), t, text.to(dtype=self.dtype), *second).float()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro-batch. DeepSpeed divides by the number of micro-batches and averages over
