@@ -296,6 +296,9 @@ def test_a_damaged_shard_is_quarantined_and_the_run_goes_on(tmp_path, how, caplo
     stream = dataset.batches(seed=1, global_batch=8)
     keys = [key for _ in range(steps) for key in next(stream).keys]
     assert stream.exceptions.shards == {tar}
+    order = dataset.order(seed=1, global_batch=8)
+    first = next(step for step in range(steps) if 3 in order.batch(step).shard_G)
+    assert stream.exceptions.since == {tar: 8 * first}
     assert f"{tar} quarantined, other samples of its bucket stand in" in caplog.text
     bad = set(dataset._reader.table(3).keys)
     assert len(keys) == 256

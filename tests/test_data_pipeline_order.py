@@ -108,9 +108,11 @@ def test_substitutes_are_deterministic_and_avoid_banned_shards():
 
 
 def test_exceptions_survive_json_and_add_up():
-    one = DataExceptions(frozenset({"b", "a"}), frozenset({5, 3}))
+    one = DataExceptions(frozenset({"b", "a"}), frozenset({5, 3}), {"a": 16, "b": 8})
     assert from_json(DataExceptions, to_json(one), where="exceptions") == one
-    assert one | DataExceptions(frozenset({"c"})) == DataExceptions(frozenset("abc"), frozenset({3, 5}))
+    other = DataExceptions(frozenset("ac"), since={"a": 24, "c": 0})
+    assert one | other == DataExceptions(frozenset("abc"), frozenset({3, 5}), {"a": 16, "b": 8, "c": 0}) == other | one
+    assert one.go_back_to(12).since == {"a": 12, "b": 8}
 
 
 def test_nothing_to_order_is_refused():

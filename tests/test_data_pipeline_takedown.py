@@ -10,10 +10,11 @@ import pytest
 
 from data_pipeline.__main__ import COMMANDS
 from data_pipeline.loading.loader import open_dataset
+from data_pipeline.loading.order import DataExceptions
 from data_pipeline.loading.taken_down import EFFECTIVE, note_takedowns
 from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.selection.choice import DataChoice, describe_choice
-from data_pipeline.selection.takedown import find_runs, find_sightings, take_down
+from data_pipeline.selection.takedown import describe_takedown, find_runs, find_sightings, take_down
 from infra.cli import run_commands
 from infra.codec import to_json
 from infra.errors import UserError
@@ -121,20 +122,81 @@ def test_runs_that_saw_an_image_are_those_of_a_replay(root, tmp_path, images):
     assert not found["without"]
 
 
-def test_a_run_counts_until_the_takedown_and_unsure_ones_are_told(root, tmp_path):
+def test_a_run_counts_until_the_takedown_and_foreign_runs_are_not_listed(root, tmp_path):
     seen = Counter(key for batch in read_keys(open_dataset(root), 20) for key in batch)
     taken, _ = take_down(root, [KEY], [])
     write_run(tmp_path / "runs" / "later", root, 400)
     note_takedowns(str(tmp_path / "runs" / "later" / EFFECTIVE), [taken], images_seen=160)
     note_takedowns(str(tmp_path / "runs" / "later" / EFFECTIVE), [taken], images_seen=320)  # a second start
-    write_run(tmp_path / "runs" / "skipped", root, 8, positions=[3])
     write_synthetic(str(tmp_path / "else"), num_samples=16, val_samples=8, latent_shape=(4, 8, 8), seed=9)
     write_run(tmp_path / "runs" / "foreign", str(tmp_path / "else"), 400)
     sightings = {Path(s.run).name: s for s in find_sightings(root, taken, find_runs([str(tmp_path / "runs")]))}
     assert sightings["later"].times.get(KEY, 0) == seen[KEY]
-    assert sightings["skipped"].unsure
     assert not sightings["later"].unsure
     assert "foreign" not in sightings
+
+
+def test_images_that_stood_in_for_others_are_counted(root, tmp_path):
+    other, alike = str(tmp_path / "other"), str(shutil.copytree(root, tmp_path / "alike"))
+    write_synthetic(
+        other, num_samples=40, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",), shard_rows=16, seed=3
+    )
+    tar = next(tar for tar in open_dataset(root).index.tars if "24x40" in tar)
+    mixed = DataChoice((f"a={root}", f"b={other}", f"c={alike}"), mix=("a=2", "b=1", "c=1"))
+    filtered = DataChoice((root,), where=("key != 'train-32x32-000001'",))
+    skipped = frozenset(range(40, 56))
+    # positions that were skipped, a shard that is left out from image 80 on, an image taken down at image 160
+    expected, undone = {}, {}
+    for name, choice in {"plain": None, "filtered": filtered, "mixed": mixed}.items():
+        whole = f"a/{tar}" if name == "mixed" else tar
+        first = DataExceptions(positions=skipped)
+        write_run(
+            tmp_path / "runs" / name, root, 480, choice=choice, positions=sorted(skipped), shards=[whole],
+            since={whole: 80},
+        )  # fmt: skip
+        spans = [(0, 10, first), (80, 10, first | DataExceptions(frozenset({whole}), since={whole: 80}))]
+        keys = [(choice.open() if choice else open_dataset(root), start, steps, out) for start, steps, out in spans]
+        expected[name] = count_own(keys)
+        plain = count_own([(choice.open() if choice else open_dataset(root), 40, 2, DataExceptions())])
+        undone[name] = plain
+    earlier, _ = take_down(root, [OTHER], [])
+    for name, choice in {"plain": None, "filtered": filtered, "mixed": mixed}.items():
+        whole = f"a/{tar}" if name == "mixed" else tar
+        out = DataExceptions(frozenset({whole}), skipped, {whole: 80})
+        expected[name] += count_own([(choice.open() if choice else open_dataset(root), 160, 40, out)])
+        note_takedowns(str(tmp_path / "runs" / name / EFFECTIVE), [earlier], images_seen=160)
+    keys = sorted(key for key in expected["plain"] if key != OTHER)
+    taken, _ = take_down(root, keys, [])
+    found = {Path(s.run).name: s for s in find_sightings(root, taken, find_runs([str(tmp_path / "runs")]))}
+    for name in expected:
+        assert found[name].times == {key: count for key, count in expected[name].items() if key in keys}
+        assert found[name].undone == {key: count for key, count in undone[name].items() if key in keys}
+        assert not found[name].unsure
+
+
+def count_own(spans) -> Counter[str]:
+    """How often batches of these spans show each image of the dataset that is named first, as the loader reads."""
+    seen: Counter[str] = Counter()
+    for dataset, start, steps, out in spans:
+        stream = dataset.batches(seed=5, global_batch=8, start=start, exceptions=out)
+        for _ in range(steps):
+            batch = next(stream)
+            own = [True] * 8 if batch.dataset_B is None else (batch.dataset_B == 0).tolist()
+            seen.update(key for key, mine in zip(batch.keys, own) if mine)
+        stream.close()
+    return seen
+
+
+def test_ranks_that_met_unreadable_shards_are_told(root, tmp_path):
+    tar = open_dataset(root).index.tars[0]
+    run = tmp_path / "runs" / "two"
+    write_run(run, root, 80, shards=[tar], since={tar: 8})
+    rank = run / "checkpoints" / "step_0000001" / "rank_00000.json"
+    shutil.copy(rank, rank.with_name("rank_00001.json"))
+    taken, new = take_down(root, [KEY], [])
+    sighting = find_sightings(root, taken, [str(run)])[0]
+    assert sighting.unsure
+    assert "perhaps more often" in describe_takedown(root, taken, new, [sighting], runs=1)
 
 
 def test_the_next_pack_sets_the_rows_aside(tmp_path):

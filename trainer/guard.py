@@ -80,7 +80,7 @@ def roll_back(
         )
     found = restore(recipe, engine, ema, out=out, resume="latest", free=free)
     back = found if found.step else state
-    back.exceptions, back.skips = back.exceptions | exceptions, skips
+    back.exceptions, back.skips = back.exceptions | exceptions.go_back_to(back.images_seen), skips
     if group.rank == 0:
         then = f"back to the checkpoint at {back.images_seen:,} images" if found.step else "no checkpoint yet: going on"
         left = f"that batch and the {before} before it: with other images it failed again" if before else "that batch"

@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -84,6 +85,10 @@ class Dataset:
             )
         self._reader = SampleReader(self.index)
         self._collator = Collator(info.text_spec, info.vae, info.captions, info.int8_seats)
+
+    def list_parts(self) -> list[tuple[Dataset, int]]:
+        """The datasets of a mix, here one, each with the number of its first shard."""
+        return [(self, 0)]
 
     def keep(self, kept: KeptRows, fingerprint: str) -> Dataset:
         """The same split, of which only some rows are trained on; `fingerprint` names dataset and rows."""
@@ -260,6 +265,25 @@ def share_captions(there: Sequence[str], *, original: float) -> dict[str, float]
     return {name: weight for name, weight in wanted.items() if weight > 0}
 
 
+@dataclass(frozen=True)
+class Exclusions:
+    """What batches leave out at some time: shards by number, positions, and samples (shard, row) taken down."""
+
+    banned: frozenset[int]
+    positions: frozenset[int]
+    taken_down: Container[tuple[int, int]]
+
+    def find_stand_ins(
+        self, order: BatchOrder, bucket: str, positions: Sequence[int], places: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(number in `places`, the sample that takes its place) for each that is left out."""
+        if not self.banned and not self.positions and not self.taken_down:
+            return
+        for at, (position, place) in enumerate(zip(positions, places)):
+            if place[0] in self.banned or position in self.positions or place in self.taken_down:
+                yield at, order.substitute(bucket, position, place, banned=self.banned, taken_down=self.taken_down)
+
+
 class Batches(Iterator[LatentBatch]):
     """The iterator behind `Dataset.batches`; a checkpoint keeps `.exceptions`, what was quarantined so far."""
 
@@ -305,7 +329,7 @@ class Batches(Iterator[LatentBatch]):
             try:
                 batch = self._dataset._load(positions, places, plan.bucket, self._draws)
             except ShardError as error:
-                self._quarantine(error)
+                self._quarantine(error, step * self._order.global_batch)
                 continue
             if self._dataset.datasets:
                 batch = batch._replace(dataset_B=self._dataset.number_datasets([shard for shard, _ in places]))
@@ -315,21 +339,16 @@ class Batches(Iterator[LatentBatch]):
 
     def _find_places(self, plan: BatchLocations, positions: np.ndarray) -> list[tuple[int, int]]:
         places = list(zip(plan.shard_G[self._lane].tolist(), plan.row_G[self._lane].tolist()))
-        banned, skipped, taken = self._banned, self.exceptions.positions, self._dataset.taken_down
-        if not banned and not skipped and not taken:
-            return places
-        return [
-            self._order.substitute(plan.bucket, int(position), place, banned=banned, taken_down=taken)
-            if place[0] in banned or position in skipped or place in taken
-            else place
-            for position, place in zip(positions, places)
-        ]
+        left_out = Exclusions(self._banned, self.exceptions.positions, self._dataset.taken_down)
+        for at, place in left_out.find_stand_ins(self._order, plan.bucket, positions.tolist(), places):
+            places[at] = place
+        return places
 
-    def _quarantine(self, error: ShardError) -> None:
+    def _quarantine(self, error: ShardError, position: int) -> None:
         name = self._dataset.index.tars[error.shard]
         log.error("shard %s quarantined, other samples of its bucket stand in: %s", name, error.reason)
         self._banned |= {error.shard}
-        self.exceptions |= DataExceptions(frozenset({name}))
+        self.exceptions |= DataExceptions(frozenset({name}), since={name: position})
         total = len(self._numbers)
         if len(self._banned) > max(1, int(MAX_QUARANTINED * total)):
             raise UserError(

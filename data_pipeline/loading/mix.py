@@ -258,9 +258,12 @@ class MixedDataset(Dataset):
         self._first_shards: list[int] = joined.first_shards.tolist()
         total = sum(weights.values())
         self.weights = {name: weights[name] / total for name in parts}
-        pairs = zip(parts.values(), self._first_shards)
+        pairs = self.list_parts()
         self.taken_down = frozenset((s + start, row) for part, start in pairs for s, row in part.taken_down)
-        self.takedowns = [found for part in parts.values() for found in part.takedowns]
+        self.takedowns = [found for part, _ in pairs for found in part.takedowns]
+
+    def list_parts(self) -> list[tuple[Dataset, int]]:
+        return list(zip(self.parts.values(), self._first_shards))
 
     @property
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ whose size is no multiple of the batch carries its remainder into the next epoch
 import hashlib
 from collections import OrderedDict
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -43,9 +43,17 @@ class DataExceptions:
 
     shards: frozenset[str] = frozenset()
     positions: frozenset[int] = frozenset()
+    since: Mapping[str, int] = field(default_factory=dict)
+    """The position from which on each shard is left out."""
 
     def __or__(self, other: "DataExceptions") -> "DataExceptions":
-        return DataExceptions(self.shards | other.shards, self.positions | other.positions)
+        both = [*self.since.items(), *other.since.items()]
+        since = {name: min(position for shard, position in both if shard == name) for name, _ in both}
+        return DataExceptions(self.shards | other.shards, self.positions | other.positions, since)
+
+    def go_back_to(self, position: int) -> "DataExceptions":
+        """What is left out by a run that continues at an earlier position."""
+        return replace(self, since={name: min(found, position) for name, found in self.since.items()})
 
 
 class BucketOrder:

@@ -5,16 +5,17 @@ places; all other positions stay as they are. At the next pack the rows are set 
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, read_dataset_info
-from data_pipeline.loading.loader import Dataset, open_dataset
-from data_pipeline.loading.mix import MixedDataset, MixedOrder
-from data_pipeline.loading.order import SampleOrder
-from data_pipeline.loading.taken_down import EFFECTIVE, FOLDER, Takedown, list_takedowns, read_noted
+from data_pipeline.loading.loader import BatchOrder, Dataset, Exclusions, open_dataset
+from data_pipeline.loading.mix import MixedOrder
+from data_pipeline.loading.order import DataExceptions, SampleOrder
+from data_pipeline.loading.taken_down import EFFECTIVE, FOLDER, Takedown, find_taken_down, list_takedowns, read_noted
 from data_pipeline.packing.shards import make_plain_key
 from data_pipeline.selection.choice import TRAINED_ON, TrainedOn
 from data_pipeline.selection.row_values import RowValues
@@ -22,7 +23,7 @@ from infra import storage
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 
-_RUN_FILES = ("recipe.json", "data.json")
+Place = tuple[int, int]  # shard and row of a sample
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Sighting:
 
     run: str
     times: dict[str, int]
-    """By key, how often a step of the run was computed with the image."""
+    """By key, how often the steps that led to the newest checkpoint were computed with the image."""
+    undone: dict[str, int]
+    """By key, how often it was in a bad batch, whose step was taken back and computed with stand-ins."""
     unsure: bool
-    """The run has stand-ins (skipped batches, unreadable shards, earlier takedowns) that may show an image."""
+    """Several ranks met shards that they could not read, perhaps not all at the same step."""
 
 
 def take_down(uri: str, keys: Sequence[str], hashes: Sequence[str]) -> tuple[Takedown, bool]:
@@ -94,7 +97,7 @@ def find_runs(places: Sequence[str]) -> list[str]:
 
 
 def find_sightings(uri: str, taken: Takedown, runs: Sequence[str]) -> list[Sighting]:
-    """Of the runs that trained on this dataset. From recipe, images seen and order alone: nothing is replayed."""
+    """Of the runs that trained on this dataset. From recipe, images seen and order alone: no sample is read."""
     found = [_find_sighting(uri, taken, run) for run in runs]
     return [sighting for sighting in found if sighting is not None]
 
@@ -105,21 +108,56 @@ def _find_sighting(uri: str, taken: Takedown, run: str) -> Sighting | None:
         return None
     recipe = json.loads(storage.read_bytes(storage.join(run, "recipe.json")))
     seed, batch = int(recipe["seed"]), int(recipe["global_batch"])
-    images, exceptions = _read_progress(run)
+    images, exceptions, unsure = _read_progress(run)
     since = read_noted(storage.join(run, EFFECTIVE))
     steps = min(images, since.get(taken.name, images)) // batch
     order = dataset.order(seed=seed, global_batch=batch)
-    own = dataset.parts[part] if isinstance(dataset, MixedDataset) else dataset
+    own, first_shard = dataset.list_parts()[dataset.datasets.index(part) if dataset.datasets else 0]
     counts = _count_samples(dataset, order, part, steps)
-    times: dict[str, int] = {}
-    for shard, row, key in _locate(own, taken):
+    times: Counter[str] = Counter()
+    wanted = _locate(own, taken)
+    for shard, row, key in wanted:
         bucket_order = _order_of(dataset, order, part).bucket(own.index.buckets[shard])
         given = counts.get(bucket_order.bucket, 0)
         passes = range(-(-given // bucket_order.num_samples))
-        count = sum(bucket_order.invert(shard, row, number) < given for number in passes)
-        times |= {key: times.get(key, 0) + count} if count else {}
-    earlier = [name for name, images_then in since.items() if name != taken.name and images_then < steps * batch]
-    return Sighting(run, times, bool(exceptions or earlier))
+        times[key] += sum(bucket_order.invert(shard, row, number) < given for number in passes)
+    undone: Counter[str] = Counter()
+    key_of = {(first_shard + shard, row): key for shard, row, key in wanted}
+    for position, place, stand_in in _find_stand_ins(dataset, order, exceptions, since, steps):
+        if place in key_of:
+            times[key_of[place]] -= 1
+            undone[key_of[place]] += position in exceptions.positions
+        if stand_in in key_of:
+            times[key_of[stand_in]] += 1
+    return Sighting(run, dict(+times), dict(+undone), unsure)
+
+
+def _find_stand_ins(
+    dataset: Dataset, order: BatchOrder, exceptions: DataExceptions, since: Mapping[str, int], steps: int
+) -> Iterator[tuple[int, Place, Place]]:
+    """(position, its own sample, the one that took its place) in the first steps of a run: by the loader's own rule,
+    for the steps where something was left out."""
+    numbers = {tar: number for number, tar in enumerate(dataset.index.tars)}
+    banned = {numbers[tar]: exceptions.since.get(tar, 0) for tar in exceptions.shards if tar in numbers}
+    taken: dict[Place, int] = {}
+    for own, start in dataset.list_parts():
+        for one in (one for one in own.takedowns if one.name in since):
+            for shard, row in find_taken_down([one], own.index):
+                place = start + shard, row
+                taken[place] = min(since[one.name], taken.get(place, since[one.name]))
+    batch = order.global_batch
+    from_step = min([*banned.values(), *taken.values(), steps * batch]) // batch
+    chosen = {position // batch for position in exceptions.positions} | set(range(from_step, steps))
+    for step in sorted(step for step in chosen if step < steps):
+        plan, first = order.batch(step), step * batch
+        places = list(zip(plan.shard_G.tolist(), plan.row_G.tolist()))
+        left_out = Exclusions(
+            frozenset(shard for shard, start in banned.items() if start <= first),
+            exceptions.positions,
+            frozenset(place for place, start in taken.items() if start <= first),
+        )
+        for at, stand_in in left_out.find_stand_ins(order, plan.bucket, range(first, first + batch), places):
+            yield first + at, places[at], stand_in
 
 
 def _open_data_of(uri: str, run: str) -> tuple[Dataset | None, str]:
@@ -165,19 +203,18 @@ def _count_samples(dataset: Dataset, order: object, part: str, steps: int) -> di
     return {bucket: count * order.global_batch for bucket, count in order.count_before(steps).items()}
 
 
-def _read_progress(run: str) -> tuple[int, bool]:
-    """(images behind the newest checkpoint, whether stand-ins were read)."""
+def _read_progress(run: str) -> tuple[int, DataExceptions, bool]:
+    """(images behind the newest checkpoint, what any rank left out of the data, whether ranks may differ in it)."""
     manifests = storage.list_files(storage.join(run, "checkpoints"), suffix="/manifest.json")
     if not manifests:
-        return 0, False
+        return 0, DataExceptions(), False
     state = json.loads(storage.read_bytes(manifests[-1]))["state"]
-    folder, exceptions = manifests[-1].rpartition("/")[0], False
-    for uri in storage.list_files(folder, suffix=".json"):
-        if "/rank_" in uri:
-            told = json.loads(storage.read_bytes(uri))
-            left_out = told.get("extra", told).get("exceptions", {})
-            exceptions = exceptions or any(left_out.get(name) for name in ("shards", "positions"))
-    return int(state["images_seen"]), exceptions
+    folder, exceptions = manifests[-1].rpartition("/")[0], DataExceptions()
+    ranks = [uri for uri in storage.list_files(folder, suffix=".json") if "/rank_" in uri]
+    for uri in ranks:
+        told = json.loads(storage.read_bytes(uri))
+        exceptions |= from_json(DataExceptions, told.get("extra", told).get("exceptions", {}), where=uri)
+    return int(state["images_seen"]), exceptions, len(ranks) > 1 and bool(exceptions.shards)
 
 
 def describe_takedown(uri: str, taken: Takedown, new: bool, sightings: Sequence[Sighting], *, runs: int) -> str:
@@ -195,10 +232,13 @@ def describe_takedown(uri: str, taken: Takedown, new: bool, sightings: Sequence[
         f"shards without them. Tars that {DATASET_FILE} no longer names, and columns/, keep the bytes: delete them"
     )
     if runs:
-        lines.append(f"of {runs} runs, {sum(bool(s.times) for s in sightings)} saw an image:")
+        lines.append(f"of {runs} runs, {sum(bool(s.times or s.undone) for s in sightings)} saw an image:")
     for sighting in sightings:
         shown = ", ".join(f"{key} {count} times" for key, count in sorted(sighting.times.items()))
-        more = "may have, by a stand-in" if sighting.unsure else ""
-        if shown or more:
-            lines.append(f"  {sighting.run}: {'; '.join(filter(None, [shown, more]))}")
+        undone = ", ".join(
+            f"{key} in {count} steps that were taken back" for key, count in sorted(sighting.undone.items())
+        )
+        more = "ranks met shards that they could not read: perhaps more often" if sighting.unsure else ""
+        if shown or undone or more:
+            lines.append(f"  {sighting.run}: {'; '.join(filter(None, [shown, undone, more]))}")
     return "\n".join(lines)
