@@ -20,7 +20,7 @@ from PIL import Image
 from data_pipeline.flow.pipeline import Pipeline
 from data_pipeline.plans import world
 from data_pipeline.sources.ingest import Ingest
-from data_pipeline.sources.registry import open_source, open_sources
+from data_pipeline.sources.registry import SOURCES, open_source, open_sources
 from data_pipeline.sources.seen import Seen, format_seen, sum_kind
 from data_pipeline.sources.source import RawRow
 from data_pipeline.stages.row_status import count_by_status
@@ -238,10 +238,52 @@ def write_coco(root: Path) -> dict[str, int]:
     return {"ok": 2, "unreadable": 1, "bad_caption": 1}
 
 
-WRITERS = {"wds": write_tars, "folder": write_folder, "parquet": write_tables, "coco": write_coco}
+def write_imagenet(root: Path) -> dict[str, int]:
+    (root / "train" / "n01").mkdir(parents=True)
+    (root / "train" / "n02").mkdir()
+    (root / "val").mkdir()
+    (root / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\n")
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nv0,n01 1 2 3 4\n")
+    for n, name in enumerate(("train/n01/a.JPEG", "train/n01/b.JPEG", "train/n02/no_name.JPEG", "val/v0.JPEG")):
+        (root / name).write_bytes(png(400 + n))
+    (root / "val" / "unlisted.JPEG").write_bytes(png(410))
+    (root / "train" / "n01" / "empty.JPEG").write_bytes(b"")
+    (root / "train" / "n01" / "gone.JPEG").symlink_to("/nowhere.JPEG")
+    (root / "train" / "n01" / "._a.JPEG").write_bytes(b"\0\5\x16\7")
+    return {"ok": 3, "bad_caption": 2, "corrupt": 1, "unreadable": 1}
+
+
+def write_arrow(root: Path) -> dict[str, int]:
+    """As save_to_disk of `datasets` writes it: a whole file, and one that breaks off in its second batch."""
+    root.mkdir()
+    kinds = {"image": {"_type": "Image"}, "caption": {"_type": "Value", "dtype": "string"}}
+    (root / "dataset_info.json").write_text(json.dumps({"features": kinds}))
+    images = [{"bytes": png(500), "path": None}, {"bytes": None, "path": None}, {"bytes": None, "path": "lost.png"}]
+    whole = pa.table({"image": [*images, {"bytes": png(501), "path": "x"}], "caption": ["a", "b", "c", None]})
+    cut = pa.table({"image": [{"bytes": png(510 + n), "path": None} for n in range(4)], "caption": ["d"] * 4})
+    for name, table in (("data-00000-of-00002.arrow", whole), ("data-00001-of-00002.arrow", cut)):
+        with pa.OSFile(str(root / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    data = (root / name).read_bytes()
+    (root / name).write_bytes(data[: len(data) - 200])
+    return {"ok": 1 + 2, "no_image": 1, "unreadable": 1, "bad_caption": 1, "truncated_arrow": 1}
+
+
+def write_urls(root: Path) -> dict[str, int]:
+    """No address here is asked: the scheme or the line is wrong."""
+    root.mkdir()
+    (root / "cc12m.tsv").write_text("ftp://a/b.jpg\ta caption\nno tab\n\nfile:///etc/passwd\tanother\n")
+    return {"fetch_refused": 2, "no_image": 1}
+
+
+WRITERS = {
+    "wds": write_tars, "folder": write_folder, "parquet": write_tables, "coco": write_coco, "imagenet": write_imagenet,
+    "hf": write_arrow, "cc12m": write_urls,
+}  # fmt: skip
 
 
 def test_rows_in_are_rows_out_rows_set_aside_and_bytes_told_over_all_inputs(tmp_path, caplog):
+    assert WRITERS.keys() == SOURCES.keys()
     expected: Counter[str] = Counter()
     for kind, write in WRITERS.items():
         expected.update(write(tmp_path / kind))
@@ -260,23 +302,35 @@ def test_rows_in_are_rows_out_rows_set_aside_and_bytes_told_over_all_inputs(tmp_
     tars = 2 * 6 + 2 + 2 * 2 + padded + 2 * 2 + len(("40.png", "40.txt", "41", "42", "42", "43", "44", "44", "44"))
     folder = [path for path in (tmp_path / "folder").rglob("*") if not path.is_dir()]
     table_files = 1  # metadata.jsonl, which is no member
-    assert pipeline.seen["record"] == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "parquet").iterdir())
+    in_tables = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "parquet").iterdir())
+    in_arrow, of_urls = 4 + 2, 4
+    assert pipeline.seen["record"] == in_tables + in_arrow + of_urls
     in_folder = len(folder) - table_files - len(["notes.xml"]) + len(["b.png, which only the table names"])
-    assert sum_kind(pipeline.seen, "member") == tars + in_folder + len(["four images of COCO"] * 4)
+    assert sum_kind(pipeline.seen, "member") == tars + in_folder + len(["of COCO"] * 4 + ["of ImageNet"] * 7)
     assert pipeline.seen["unread .png"] + pipeline.seen["unread .jpg"] == 1
     assert pipeline.seen["passed folder"] == pipeline.seen["passed member of a desktop system"] == 1
 
     # one figure, in the log at the end of ingest
     assert "unreadable_bytes" in caplog.text
     assert f"{sum(expected.values())} rows read" in caplog.text
-    assert f"{pipeline.seen['unreadable bytes']:,} bytes in 4 ranges are unreadable" in caplog.text
+    assert f"{pipeline.seen['unreadable bytes']:,} bytes in 5 ranges are unreadable" in caplog.text
     between, junk, cut = len(b"between two archives"), 1200, BLOCK + 9
-    assert pipeline.seen["unreadable bytes"] == between + junk + cut + 40 * BLOCK + 2 * BLOCK
+    arrow = count_behind_first_batch(tmp_path / "hf" / "data-00001-of-00002.arrow")
+    assert pipeline.seen["unreadable bytes"] == between + junk + cut + 40 * BLOCK + 2 * BLOCK + arrow
 
     # a run that finds everything done says the same
     again = Pipeline(world(), str(tmp_path / "root"), source, workers=WorkerPool(0))
     again.run_gate()
     assert again.seen == pipeline.seen
+
+
+def count_behind_first_batch(path: Path) -> int:
+    """Bytes of an Arrow stream behind its first batch: a marker and length, metadata, body, as the format says."""
+    data, at = path.read_bytes(), 0
+    for _ in ("schema", "batch"):
+        message = pa.ipc.read_message(data[at:])
+        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little") + (len(message.body) if message.body else 0)
+    return len(data) - at
 
 
 def test_a_damaged_page_of_a_table_costs_its_rows_and_each_is_told(tmp_path):

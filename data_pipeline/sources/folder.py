@@ -14,7 +14,6 @@ import pyarrow as pa
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, find_caption
-from data_pipeline.sources.samples import is_dropping
 from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
@@ -24,6 +23,7 @@ from data_pipeline.sources.source import (
     SourceOptions,
     SourceUnit,
     find_examples,
+    is_dropping,
     list_etags,
     list_existing,
     split_from_path,
@@ -52,7 +52,7 @@ class FolderSource:
     def list_units(self) -> list[SourceUnit]:
         root, etags = self.uri.rstrip("/") + "/", list_etags(self.uri)
         listed = storage.list_files(self.uri, links=True)
-        files = [name for name in listed if not is_dropping(name)]
+        files = [name for name in listed if not is_dropping(name.removeprefix(root))]
         if len(listed) > len(files):
             log.info("%s: %d files of desktop systems passed over", self.uri, len(listed) - len(files))
         names = [name for name in files if name.lower().endswith(_dotted(IMAGE_SUFFIXES))]

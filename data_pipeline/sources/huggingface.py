@@ -89,7 +89,9 @@ class HuggingFaceSource:
                         yield self._row(f"{unit.id}-{number:06d}", image, caption, where["file"])
                         number += 1
                         seen["record"] += 1
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:  # a body that breaks off is an OSError
+            if isinstance(error, UserError):
+                raise
             rest = storage.size(where["file"]) - end
             reason = f"readable up to row {number} at byte {end:,}, then: {str(error).splitlines()[0][:120]}"
             seen.update({"unreadable ranges": 1, "unreadable bytes": rest})

@@ -8,12 +8,10 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline.sources.source import IMAGE_SUFFIXES, TEXT_SUFFIXES
+from data_pipeline.sources.source import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_dropping
 from data_pipeline.sources.tar import Gap, Member
 
 _KNOWN = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
-_DROPPING_FOLDERS = ("__macosx", "@eadir", ".spotlight-v100", ".trashes", ".fseventsd")
-_DROPPING_FILES = (".ds_store", "thumbs.db", "desktop.ini", "ehthumbs.db")
 # A group whose names have dots of their own could be the whole tar: beyond this it is cut at the last dots.
 _LARGEST_GROUP, _LARGEST_GROUP_BYTES = 64, 256 * 2**20
 
@@ -46,12 +44,6 @@ class _Group:
     def add(self, suffix: str, member: Member) -> None:
         self.members.append((suffix, member))
         self.num_bytes += len(member.data or b"")
-
-
-def is_dropping(name: str) -> bool:
-    """AppleDouble files (._NAME), __MACOSX/, .DS_Store, Thumbs.db and the like."""
-    *folders, file = name.lower().split("/")
-    return file.startswith("._") or file in _DROPPING_FILES or any(folder in _DROPPING_FOLDERS for folder in folders)
 
 
 def group_members(items: Iterable[Member | Gap]) -> Iterator[Sample | Member | Gap | Dropping]:

@@ -13,6 +13,7 @@ from data_pipeline.sources.fetch import FetchError, FetchLimits, fetch
 from data_pipeline.sources.seen import Seen
 from infra import storage
 from infra.errors import MissingError, UnavailableError, UserError
+from infra.log import get_logger
 
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "heic", "heif", "jxl",
@@ -23,9 +24,14 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "val"),
 }
+_DROPPING_FOLDERS = ("__macosx", "@eadir", ".spotlight-v100", ".trashes", ".fseventsd")
+_DROPPING_FILES = (".ds_store", "thumbs.db", "desktop.ini", "ehthumbs.db")
 ROWS_PER_UNIT = 500  # of sources that list single files
 MAX_IMAGE_BYTES = 256 * 2**20
 _DEAD_ROWS = 10  # with so many URLs of a file and not one answer, the network is down, not the images gone
+
+
+log = get_logger("sources")
 
 
 class RawRow(NamedTuple):
@@ -133,9 +139,19 @@ def split_from_path(relative: str) -> str:
     return parse_split(first) if slash else ""
 
 
+def is_dropping(name: str) -> bool:
+    """AppleDouble files (._NAME), __MACOSX/, .DS_Store, Thumbs.db and the like."""
+    *folders, file = name.lower().split("/")
+    return file.startswith("._") or file in _DROPPING_FILES or any(folder in _DROPPING_FOLDERS for folder in folders)
+
+
 def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     """Files of a folder with these endings, or the file itself; UserError when there are none."""
-    found = [name for name in storage.list_files(uri, links=True) if name.lower().endswith(suffixes)]
+    root, listed = uri.rstrip("/") + "/", storage.list_files(uri, links=True)
+    named = [name for name in listed if name.lower().endswith(suffixes)]
+    found = [name for name in named if not is_dropping(name.removeprefix(root))]
+    if len(named) > len(found):
+        log.info("%s: %d files of desktop systems passed over", uri, len(named) - len(found))
     if not found:
         if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
             raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
