@@ -40,6 +40,10 @@ COMMANDS: Commands = {
         "preference pairs for DPO: draw each prompt several times, let a judge rank the pictures",
     ),
     "study": Command("eval.studies.formulations:study", "rank formulations as SD3's section 5.1 does"),
+    "fewstep": Command(
+        "eval.studies.fewstep:measure_few_steps",
+        "teacher and students by number of steps: quality, straightness, diversity, time",
+    ),
     "compbench": CommandGroup(COMPBENCH, "T2I-CompBench by itself: judge (stored evidence), score (samples), merge"),
     "geneval": CommandGroup(
         GENEVAL, "GenEval by itself: prompts, judge (stored detections), score (a folder of images)"

@@ -63,25 +63,29 @@ class Subject:
     """A checkpoint that is measured: who draws with it, where its rows go, and what they say about their origin."""
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
-        self._weights, self._device = checkpoint.weights, device
+        self.weights, self._device = checkpoint.weights, device
         meta = read_meta(storage.localize(checkpoint.weights))
         for key in ("recipe_hash", "images_seen"):
             if key not in meta:
                 raise UserError(f"{checkpoint.weights}: its metadata has no {key}; export it with the trainer")
-        self.run = checkpoint.run
+        self.run, self.run_uri = checkpoint.run, checkpoint.run_uri
         self.recipe_hash, self.images_seen = str(meta["recipe_hash"]), int(meta["images_seen"])
         self.store = ResultStore(storage.join(checkpoint.run_uri, "results"))
 
     @functools.cached_property
     def painter(self) -> Painter:
         """Loaded when something must be drawn: an evaluation that is complete reads no weights."""
-        return Painter(self._weights, device=self._device)
+        return Painter(self.weights, device=self._device)
 
     def keep(self, name: str, metric: PictureMetric | WeightsMetric, scores: Iterable[Score], protocol: str) -> None:
         """Store the scores as rows `name/path`."""
         origin = {"run": self.run, "recipe_hash": self.recipe_hash, "images_seen": self.images_seen}
         better = metric.higher_is_better
         self.store.append(to_rows(name, scores, origin=origin, protocol=protocol, higher_is_better=better))
+
+    def has(self, row: str, protocol: str) -> bool:
+        """Is this row there, at this checkpoint and under this protocol?"""
+        return self.store.has(self.recipe_hash, row, images_seen=self.images_seen, protocol_hash=protocol)
 
     def find_missing(self, measurements: Sequence[Measurement]) -> list[Measurement]:
         """The measurements that have no rows under their protocol at this checkpoint."""

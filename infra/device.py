@@ -173,6 +173,15 @@ def _race(side: int, *, repeats: int) -> CpuSpeed:
 
 
 @functools.cache
+def name_device(device: str) -> str:
+    """The model of a resolved device, for records of how fast something was."""
+    if device == "cpu":
+        return " ".join(_identify_cpu().values())
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
 def _identify_cpu() -> dict[str, str]:
     """The CPU's model, and a hash that also covers its flags: virtual machines call different CPUs by one name."""
     fields = {}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from eval.drawing.pictures import write_picture
+from eval.networks.perceptual import Lpips
 from eval.studies.autoencoder import AutoencoderOptions, measure_autoencoders
-from eval.studies.fidelity import Lpips, psnr, ssim
+from eval.studies.fidelity import psnr, ssim
 from infra.errors import UserError
 
 

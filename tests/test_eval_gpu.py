@@ -32,10 +32,10 @@ from eval.networks.depth import DptDepth
 from eval.networks.detectors import TransformersDetector
 from eval.networks.inception import InceptionFeatures
 from eval.networks.open_vocabulary import OpenVocabularyDetector
+from eval.networks.perceptual import Lpips
 from eval.networks.vqa import BlipVQA
 from eval.run import run
 from eval.studies.autoencoder import AutoencoderOptions, measure
-from eval.studies.fidelity import Lpips
 from infra.device import resolve_device, resolve_precision
 from infra.errors import UserError
 from infra.results import ResultStore

@@ -396,7 +396,10 @@ def test_a_part_of_a_benchmark_never_carries_its_name(tmp_path):
 
 
 def test_metrics_are_a_literal_of_known_names():
-    assert list(METRICS) == ["val_loss", "geneval", "compbench", "clip_score", "fid", "fid_inception", "typography"]
+    assert list(METRICS) == [
+        "val_loss", "geneval", "compbench", "clip_score", "fid", "fid_inception", "typography", "diversity",
+        "saturation",
+    ]  # fmt: skip
 
 
 def test_validation_loss_from_the_file_alone_is_the_trainers_figure(tmp_path):

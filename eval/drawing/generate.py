@@ -88,6 +88,14 @@ class ImageRequest(NamedTuple):
         return f"eval image/{self.source}/{self.text}"
 
 
+class SolverInputs(NamedTuple):
+    """What a solver starts from, for a batch of pictures."""
+
+    noise_BCHW: Tensor
+    text: TextCond
+    unconditional: TextCond
+
+
 class Painter:
     """Exported weights with the encoders and the autoencoder that they were trained with."""
 
@@ -125,8 +133,8 @@ class Painter:
     def _half(self) -> Callable[..., Tensor]:
         return in_bfloat16(self._loaded, self.device)
 
-    def paint(self, requests: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
-        """(request, uint8 RGB image) in the order of the requests, a batch at a time."""
+    def check(self, sampling: Sampling) -> None:
+        """UserError for settings with which these weights are not drawn."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
         student = self.meta.get("few_step") or {}
@@ -135,6 +143,10 @@ class Painter:
                 f"{self.meta.get('run', 'these weights')} has guidance {student['guidance']:g} baked in, and guidance "
                 f"{sampling.guidance:g} would multiply with it: give --guidance 1"
             )
+
+    def paint(self, requests: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
+        """(request, uint8 RGB image) in the order of the requests, a batch at a time."""
+        self.check(sampling)
         sampling = sampling.resolve()
         waiting: list[ImageRequest] = []
         for request in requests:
@@ -145,20 +157,29 @@ class Painter:
         if waiting:
             yield from zip(waiting, self._draw_batch(waiting, sampling))
 
-    @torch.inference_mode()
     def _draw_batch(self, requests: Sequence[ImageRequest], sampling: Sampling) -> list[np.ndarray]:
+        return self.decode(self.solve(self.prepare(requests, sampling), sampling))
+
+    @torch.inference_mode()
+    def prepare(self, requests: Sequence[ImageRequest], sampling: Sampling) -> SolverInputs:
+        """Noise, text and the unconditional input of these pictures, on the device."""
         text = self._condition([request.text for request in requests], sampling.without_t5)
         if sampling.unconditional == "zeros":
             nothing = unconditional(self.spec, len(requests)).to(self.device)
         else:
             nothing = self._condition([""] * len(requests), sampling.without_t5)
         noise = [keyed_normal(sampling.seed, [r.number], r.purpose, self.shape_CHW) for r in requests]
+        return SolverInputs(torch.cat(noise).to(self.device), text, nothing)
+
+    @torch.inference_mode()
+    def solve(self, inputs: SolverInputs, sampling: Sampling) -> Tensor:
+        """Normalised latents B x C x H x W; UserError where they are not finite."""
         network = self._half if sampling.precision == "bf16" else self.model
         latent_BCHW = sample(
             network,
-            torch.cat(noise).to(self.device),
-            text,
-            nothing,
+            inputs.noise_BCHW,
+            inputs.text,
+            inputs.unconditional,
             steps=sampling.steps,
             guidance=sampling.guidance,
             shift=self.meta.get("shift", 1.0) if sampling.shift is None else sampling.shift,
@@ -167,6 +188,11 @@ class Painter:
         )
         if not torch.isfinite(latent_BCHW).all():
             raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")
+        return latent_BCHW
+
+    @torch.inference_mode()
+    def decode(self, latent_BCHW: Tensor) -> list[np.ndarray]:
+        """uint8 RGB pictures."""
         vae = _load_vae(self.meta["vae"]["checkpoint"], self.device)
         decoded = (self.latents.decode(vae, part_BCHW) for part_BCHW in latent_BCHW.split(DECODED))
         return [picture for images_BCHW in decoded for picture in to_pictures(images_BCHW)]

@@ -47,6 +47,8 @@ class OfficialPaths:
     """Inception-v3 weights of pytorch-fid (fid_inception): pt_inception-2015-12-05-6726825d.pth"""
     inception_convention: Convention = "clean-fid"
     """how pictures are brought to 299 pixels: clean-fid or torch-fidelity"""
+    lpips: str | None = None
+    """ImageNet weights of LPIPS' AlexNet (diversity): torchvision's alexnet-owt-7be5be79.pth"""
     device: Annotated[str, tyro.conf.Suppress] = "auto"
     """where the judges compute: --device of the command says it"""
 

@@ -9,8 +9,10 @@ from eval.judging.judges import Judges
 from eval.judging.metric import PictureMetric, WeightsMetric
 from eval.metrics.clip_score import ClipScore
 from eval.metrics.compbench.metric import CompBench
+from eval.metrics.diversity import Diversity
 from eval.metrics.fid import build_clip_fid, build_inception_fid
 from eval.metrics.geneval.metric import GenEval
+from eval.metrics.saturation import Saturation
 from eval.metrics.typography import Typography
 from eval.metrics.val_loss import ValLoss
 from infra.errors import UserError
@@ -23,6 +25,8 @@ METRICS: dict[str, Callable[[Judges], PictureMetric | WeightsMetric]] = {
     "fid": build_clip_fid,
     "fid_inception": build_inception_fid,
     "typography": Typography,
+    "diversity": Diversity,
+    "saturation": Saturation,
 }
 DEFAULT_METRICS = ("val_loss", "geneval", "compbench", "clip_score", "fid")
 """What an evaluation measures unless it is told otherwise: the others need more files or more time."""

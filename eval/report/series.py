@@ -14,7 +14,7 @@ from infra.codec import Number
 from infra.results import ResultRow
 
 # First parts of metric names that are not scores of the model.
-NOT_SCORES = {"val_loss", "train_loss", "cost", "calibration", "prediction", "plan"}
+NOT_SCORES = {"val_loss", "train_loss", "cost", "calibration", "prediction", "plan", "fewstep"}
 TASK_ORDER = (
     "overall", "single_object", "two_object", "counting", "colors", "position", "color_attr", "color", "shape",
     "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex",

@@ -22,7 +22,8 @@ from eval.judging.metric import Clusters
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_pair_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
-from eval.studies.fidelity import SMALLEST, Backbone, Lpips, psnr, ssim
+from eval.networks.perceptual import Backbone, Lpips
+from eval.studies.fidelity import SMALLEST, psnr, ssim
 from infra import storage
 from infra.device import resolve_device
 from infra.errors import UserError

@@ -1,0 +1,189 @@
+"""Few steps compared: the same noise for teacher and students, rows once, known answers of each new figure."""
+
+import colorsys
+import hashlib
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_eval_run import export
+
+from eval.judging.judges import build_judges
+from eval.judging.metric import JudgedImage, Prompt
+from eval.metrics.diversity import Diversity
+from eval.metrics.saturation import Saturation, measure_contrast, measure_saturation
+from eval.studies.fewstep import FewStepOptions, measure_few_steps
+from eval.studies.fewstep_sheet import FewStepSheet, project_paths
+from infra.codec import from_json
+from infra.errors import UserError
+from infra.results import ResultStore
+
+METRICS = ("fid", "clip_score", "geneval", "diversity", "saturation")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, a baked student that has the teacher's own tensors, and another student; measured."""
+    root = tmp_path_factory.mktemp("fewstep") / "runs"
+
+    def place(run, **changes):
+        return export(
+            root / run / "weights" / "step_0000010" / "ema.safetensors", run=run, recipe_hash=f"{run}-hash", **changes
+        )
+
+    teacher = hashlib.sha256(place("teacher").read_bytes()).hexdigest()
+    told = {"objective": "reflow", "round": 1, "teacher": teacher, "solver": "euler"}
+    place("same", few_step=told | {"guidance": 3.0, "guidance_kind": "baked"})
+    place("other", seed=1, few_step=told | {"guidance": 1.0, "guidance_kind": "kept"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.metrics.fid.REFERENCES", 40)
+        measure_few_steps(options_for(root))
+        yield root
+
+
+def options_for(root, **changes):
+    settings = {
+        "steps": (1, 2), "guidance": (1.0, 3.0), "captions": 4, "prompts_per_task": 1, "images_per_prompt": 2,
+        "flows": 2, "repeats": 1, "speed_batch": 2, "shown": 2, "precision": "fp32", "device": "cpu", "batch": 16,
+    }  # fmt: skip
+    return FewStepOptions(str(root), **(settings | changes))
+
+
+def read_rows(root, run):
+    return {row.metric: row for row in ResultStore(str(root / run / "results")).rows(prefix="fewstep")}
+
+
+def test_a_student_with_its_teachers_tensors_gets_its_teachers_numbers(runs):
+    teacher, same, other = (read_rows(runs, run) for run in ("teacher", "same", "other"))
+    shared = {name for name in teacher if "x1.0" in name or name.startswith("fewstep/flow/1.0")}
+    assert set(same) == shared, "guidance 3 is baked in, so no other is drawn"
+    assert set(other) == set(teacher)
+    for name in shared:
+        if "/seconds/" not in name:
+            assert (same[name].value, same[name].low) == (teacher[name].value, teacher[name].low), name
+            assert same[name].protocol_hash == teacher[name].protocol_hash
+    assert other["fewstep/2x1.0/world_fid"].value != teacher["fewstep/2x1.0/world_fid"].value
+    assert all(math.isfinite(row.value) for row in teacher.values())
+
+
+def test_every_figure_is_there_for_every_setting(runs):
+    rows = read_rows(runs, "teacher")
+    for setting in ("1x1.0", "2x1.0", "1x3.0", "2x3.0"):
+        found = {name.split("/", 2)[2] for name in rows if name.startswith(f"fewstep/{setting}/")}
+        assert {f"world_{name}" for name in ("fid", "clip_score", "diversity", "saturation")} < found
+        assert {"world_geneval/overall/seen", "world_saturation/contrast", "seconds/latents"} < found
+        assert ("clip_loss" in found) == setting.startswith("1x"), "against the most steps"
+        latents, pictures = (rows[f"fewstep/{setting}/seconds/{name}"].value for name in ("latents", "pictures"))
+        assert 0 < latents < pictures
+    least = rows["fewstep/1x1.0/clip_loss"]
+    few, most = (rows[f"fewstep/{steps}x1.0/world_clip_score"].value for steps in (1, 2))
+    assert least.value == pytest.approx(100 * (1 - few / most))
+    assert least.low <= least.value <= least.high
+
+
+def test_straightness_by_t_averages_to_the_whole(runs):
+    rows = read_rows(runs, "teacher")
+    for name in ("straightness", "length", "bend"):
+        whole = rows[f"fewstep/flow/1.0/{name}"]
+        by_t = [row.value for key, row in rows.items() if key.startswith(f"fewstep/flow/1.0/{name}/t")]
+        assert len(by_t) == 8
+        assert np.mean(by_t) == pytest.approx(whole.value)
+    assert rows["fewstep/flow/1.0/length"].value > 1, "no path is shorter than the straight way"
+
+
+def test_a_second_call_measures_and_draws_nothing(runs):
+    files = {file: file.stat().st_mtime_ns for file in runs.rglob("*") if file.is_file()}
+    measure_few_steps(options_for(runs))
+    assert {file: file.stat().st_mtime_ns for file in runs.rglob("*") if file.is_file()} == files
+    few = sum(1 for file in files if "results" in file.parts and file.suffix == ".jsonl")
+    measure_few_steps(options_for(runs, steps=(1,), guidance=(1.0,), repeats=0, flows=0))
+    again = list(runs.rglob("results/*.jsonl"))
+    assert len(again) == few, "fewer settings are all there"
+
+
+def test_the_sheet_says_what_its_tiles_are(runs):
+    files = (runs / "same" / "fewstep").glob("*-same-hash-1000.json")
+    sheets = {file: from_json(FewStepSheet, file.read_bytes(), where=str(file)) for file in files}
+    (file, sheet), *_ = [item for item in sheets.items() if item[1].settings == [(1, 1.0), (2, 1.0)]]
+    assert sheet.student["guidance_kind"] == "baked"
+    own = hashlib.sha256((runs / "teacher/weights/step_0000010/ema.safetensors").read_bytes()).hexdigest()
+    assert sheet.student["teacher"] == own
+    from PIL import Image
+
+    with Image.open(file.with_suffix(".png")) as picture:
+        assert picture.size == (sheet.tile[0] * len(sheet.prompts), sheet.tile[1] * len(sheet.settings))
+    (flow,) = sheet.flows
+    assert [path[0] for path in flow.along] == [0.0] * len(sheet.prompts)
+    assert [path[-1] for path in flow.along] == pytest.approx([1.0] * len(sheet.prompts))
+    assert [path[-1] for path in flow.aside] == pytest.approx([0.0] * len(sheet.prompts), abs=1e-6)
+
+
+def test_settings_without_a_meaning_are_refused(tmp_path):
+    for changes, told in (
+        ({"steps": (2, 2)}, "--steps"), ({"steps": (0,)}, "--steps"), ({"guidance": ()}, "--guidance"),
+        ({"metrics": ("fidd",)}, "unknown metric"), ({"flows": 1}, "--flows"), ({"repeats": -1}, "--repeats"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            measure_few_steps(options_for(tmp_path, **changes))
+
+
+def test_guidance_that_no_setting_leaves_to_a_student_says_why(runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "same", tmp_path / "same")
+    with pytest.raises(UserError, match="1 of 1 runs"):
+        measure_few_steps(options_for(tmp_path, guidance=(3.0,)))
+
+
+def test_projected_paths_of_known_shapes():
+    angle = torch.linspace(0, torch.pi, 5, dtype=torch.float64)
+    half_circle = torch.stack([1 - angle.cos(), torch.zeros(5).double(), -angle.sin()], dim=1) / 2
+    line = torch.linspace(0, 1, 5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0, -2.0])
+    along, aside = project_paths(torch.stack([half_circle, line + 7]))
+    torch.testing.assert_close(along[0], (1 - angle.cos()) / 2)
+    torch.testing.assert_close(aside[0], angle.sin() / 2)
+    torch.testing.assert_close(along[1], torch.linspace(0, 1, 5, dtype=torch.float64))
+    torch.testing.assert_close(aside[1], torch.zeros(5).double())
+
+
+def test_diversity_is_the_mean_over_pairs_of_a_prompt():
+    judges = build_judges("world")
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 3, 64, 64, 3), dtype=np.uint8)
+    metric = Diversity(judges)
+    assert metric.compute() == []
+    prompt = Prompt("a dog", "single_object")
+    for number in range(3):  # batches cut through a prompt's pictures
+        metric.update([JudgedImage(prompt, index, pictures[index, number]) for index in range(2)])
+    features = torch.nn.functional.normalize(judges.clip().images(list(pictures.reshape(6, 64, 64, 3))), dim=1)
+    rows = features.view(2, 3, -1)
+    pairs = [1 - float(rows[p, i] @ rows[p, j]) for p in range(2) for i, j in itertools.combinations(range(3), 2)]
+    (score,) = metric.compute()
+    assert (score.value, score.sample_count) == (pytest.approx(np.mean(pairs), abs=1e-6), 6)
+    alike = Diversity(judges)
+    alike.update([JudgedImage(prompt, 0, pictures[0, 0])] * 4)
+    assert alike.compute()[0].value == pytest.approx(0, abs=1e-6)
+
+
+def test_saturation_is_that_of_hsv_and_contrast_a_deviation():
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    expected = np.mean([colorsys.rgb_to_hsv(*(pixel / 255))[1] for pixel in image.reshape(-1, 3)])
+    assert measure_saturation(image) == pytest.approx(expected)
+    half = np.zeros((4, 4, 3), dtype=np.uint8)
+    half[:2] = 255
+    assert (measure_saturation(half), measure_contrast(half)) == (0, pytest.approx(0.5))
+    metric = Saturation(build_judges("world"))
+    metric.update([JudgedImage(Prompt("a", "captions"), 0, half)])
+    assert {score.path: score.value for score in metric.compute()} == {"": 0, "contrast": pytest.approx(0.5)}
+
+
+def test_what_is_stored_of_a_measurement_can_be_compared_by_prompt(runs):
+    row = read_rows(runs, "teacher")["fewstep/2x1.0/world_clip_score"]
+    kept = list((runs / "teacher" / "results" / "values" / row.protocol_hash).glob("*.npz"))
+    assert len(kept) == 1
+    protocol = json.loads((runs / "teacher/results/protocols" / f"{row.protocol_hash}.json").read_text())
+    assert (protocol["sampling"]["steps"], protocol["sampling"]["guidance"]) == (2, 1.0)
