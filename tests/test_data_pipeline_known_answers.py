@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.curation.gate import Gate
+from data_pipeline.curation.filters import NO_LIMITS, Thresholds
 from data_pipeline.formats.schema import encoding_fingerprint
 from data_pipeline.plans import build_columns, read_vae_meta, world
 
@@ -36,7 +36,8 @@ EVERY_STAGE = {
     "text_t5": "e2782df70913f6cf",
 }
 OTHERWISE = replace(
-    world(), nsfw="opennsfw", max_nsfw=0.3, min_caption_quality=0.2, gate=Gate(max_nsfw=0.5, min_caption_quality=0.1),
+    world(), nsfw="opennsfw", strict=Thresholds(max_nsfw=0.3, min_caption_quality=0.2),
+    gate=replace(NO_LIMITS, max_nsfw=0.5, min_caption_quality=0.1),
     dedup_distance=4, dedup_embedding="world:clip", dedup_similarity=0.8, dedup_verify=15, bucket_aspect=2.0,
     text_storage="int8", text_layout="padded", text_tokens=12,
     captioner=replace(world().captioner, prompt="a photo of", num_beams=2),

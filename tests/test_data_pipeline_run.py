@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.curation.filters import Thresholds
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
 from data_pipeline.flow.summary import format_summary
 from data_pipeline.formats.index import read_split
@@ -174,7 +175,7 @@ def test_another_commit_of_the_code_alone_rebuilds_nothing(made, raw, copy, monk
 
 
 def test_looser_thresholds_compute_only_the_missing_rows(made, raw, copy):
-    again = run(copy, raw, replace(PLAN, min_side=1))
+    again = run(copy, raw, replace(PLAN, strict=Thresholds(min_side=1)))
     assert again.computed["caption + latents + text_clip_l + text_t5"] == 1
     assert again.info.counts["ok"] == 53
     assert verify_dataset(str(copy)).problems == []

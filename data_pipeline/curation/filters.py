@@ -6,13 +6,16 @@ leave every later column as it is.
 
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipeline.images import MAX_PIXELS, ImageError
+from data_pipeline.stages.row_status import ok_rows, status_table
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
+from infra.errors import UserError
 
 VERSION = 1
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners that emoji and several scripts need
@@ -56,67 +59,83 @@ class MeasureStage:
             return error.status, error.reason, (0, 0)
 
 
+# A limit on a score -> (the column of the scorer, the status of rows beyond the limit).
+SCORE_LIMITS: Mapping[str, tuple[str, str]] = {
+    "max_nsfw": ("nsfw", "nsfw"),
+    "min_aesthetic": ("aesthetic", "ugly"),
+    "min_caption_quality": ("caption_quality", "bad_caption"),
+    "min_caption_clip": ("caption_clip", "bad_caption"),
+}
+
+
 @dataclass(frozen=True)
 class Thresholds:
-    """What a row must fulfil. Statuses: too_small, aspect, bad_caption, nsfw, ugly, or the one it had before.
+    """Limits on what was measured of a row; None is no limit. Field comments are the command line's help."""
 
-    None switches a threshold off; the score thresholds need the column of their scorer.
-    """
-
-    min_side: int = 32
-    max_aspect: float = 3.0
-    max_caption_chars: int = 5000
+    min_side: int | None = 32
+    """Images with a shorter side are set aside as too_small."""
+    max_aspect: float | None = 3.0
+    """More elongated images are set aside as aspect."""
+    max_caption_chars: int | None = 5000
+    """Longer captions are set aside as bad_caption."""
     max_nsfw: float | None = None
+    """Images that --nsfw scores higher (0 to 1) are set aside as nsfw."""
     min_aesthetic: float | None = None
+    """Images that --aesthetic scores lower (1 to 10 with LAION's heads) are set aside as ugly."""
     min_caption_quality: float | None = None
+    """Original captions that score lower (0 to 1) are set aside as bad_caption."""
     min_caption_clip: float | None = None
+    """Original captions whose --caption-clip cosine is lower (-1 to 1) are set aside as bad_caption."""
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """Names of the score columns that are looked at."""
-        wanted = {
-            "nsfw": self.max_nsfw,
-            "aesthetic": self.min_aesthetic,
-            "caption_quality": self.min_caption_quality,
-            "caption_clip": self.min_caption_clip,
-        }
-        return tuple(name for name, value in wanted.items() if value is not None)
+        """Names of the score columns that a limit reads."""
+        return tuple(scorer for name, (scorer, _) in SCORE_LIMITS.items() if getattr(self, name) is not None)
 
-    def identity(self) -> dict[str, object]:
-        scores = ("max_nsfw", "min_aesthetic", "min_caption_quality", "min_caption_clip")
-        return {k: v for k, v in asdict(self).items() if k not in scores or v is not None}
+    def identity(self) -> dict[str, Any]:
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
+
+    def loosen(self, gate: "Thresholds") -> "Thresholds":
+        """These limits with those that `gate` has; UserError where it would stop rows that these let through."""
+        looser = gate.identity()
+        for name, value in looser.items():
+            limit = getattr(self, name)
+            if limit is None or (value < limit if name.startswith("max") else value > limit):
+                asked = "no such limit" if limit is None else f"the strict limit {limit:g}"
+                option = name.replace("_", "-")
+                raise UserError(f"--gate.{option} {value:g} is tighter than {asked}: loosen it, or set --{option} too")
+        return replace(self, **looser)
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """(status, reason) of a row of the measure column with the scores it has."""
         width, height, caption = row["width"], row["height"], row["caption"]
         if row["status"] != OK:
             return row["status"], row["reason"]
-        if min(width, height) < self.min_side:
+        if self.min_side is not None and min(width, height) < self.min_side:
             return "too_small", f"{width}x{height} pixels, at least {self.min_side} on each side"
-        if max(width / height, height / width) > self.max_aspect:
+        if self.max_aspect is not None and max(width / height, height / width) > self.max_aspect:
             return "aspect", f"{width}x{height} pixels, at most 1:{self.max_aspect:g}"
         if not caption:
             return "bad_caption", "no caption"
-        if len(caption) > self.max_caption_chars:
+        if self.max_caption_chars is not None and len(caption) > self.max_caption_chars:
             return "bad_caption", f"{len(caption):,} characters, at most {self.max_caption_chars:,}"
         if not any(character.isalnum() for character in caption) and not _has_symbol(caption):
             return "bad_caption", "no letter, digit or symbol"
         return self._judge_scores(row)
 
     def _judge_scores(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        for name, status, limit, sign in (
-            ("nsfw", "nsfw", self.max_nsfw, 1),
-            ("aesthetic", "ugly", self.min_aesthetic, -1),
-            ("caption_quality", "bad_caption", self.min_caption_quality, -1),
-            ("caption_clip", "bad_caption", self.min_caption_clip, -1),
-        ):
+        for name, (scorer, status) in SCORE_LIMITS.items():
+            limit, is_most = getattr(self, name), name.startswith("max")
             if limit is None:
                 continue
-            score = row[name]
-            # a score that is no number passes no threshold
-            if not sign * score <= sign * limit:
-                return status, f"{name} {score:.3g}, {'at most' if sign > 0 else 'at least'} {limit:g}"
+            score = row[scorer]
+            # written so that a score that is no number (NaN) passes no threshold
+            if not (score <= limit if is_most else score >= limit):
+                return status, f"{scorer} {score:.3g}, {'at most' if is_most else 'at least'} {limit:g}"
         return OK, ""
+
+
+NO_LIMITS = Thresholds(min_side=None, max_aspect=None, max_caption_chars=None)
 
 
 def join_scores(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[dict[str, Any]]:
@@ -125,6 +144,17 @@ def join_scores(measured: pa.Table, scores: Mapping[str, pa.Table]) -> Iterator[
     wanted = ["row", "status", "reason", "width", "height", "caption"]
     for row in measured.select(wanted).to_pylist():
         yield row | {name: found.get(row["row"], float("nan")) for name, found in by_name.items()}
+
+
+def select_ok(table: pa.Table, judged: pa.Table) -> pa.Table:
+    """Rows of a shard's table that passed the filter."""
+    return table.filter(pa.array(np.isin(table["row"].to_numpy(), ok_rows(judged))))
+
+
+def judge_strictly(strict: Thresholds, measured: pa.Table, scores: Mapping[str, pa.Table]) -> pa.Table:
+    """What the strict thresholds say of a shard's rows."""
+    judged = [(row["row"], *strict.judge(row)) for row in join_scores(measured, scores)]
+    return status_table(*zip(*judged))
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.curation.filters import Thresholds
+from data_pipeline.curation.filters import SCORE_LIMITS, Thresholds
 from data_pipeline.curation.scores import SCORERS
 from data_pipeline.stages.column_state import ColumnState
 from data_pipeline.stages.columns import Column, read_parts
 from data_pipeline.stages.stage import OK
 from infra.errors import UserError
 
-LIMITS: Mapping[str, tuple[float, ...]] = {
+_LIMITS: Mapping[str, tuple[float, ...]] = {
     "min_side": (32, 64, 128, 256, 512, 1024),
     "max_aspect": (1.5, 2, 3, 4),
     "max_caption_chars": (100, 300, 1000, 5000),
@@ -21,10 +21,6 @@ LIMITS: Mapping[str, tuple[float, ...]] = {
     "min_caption_quality": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
     "min_caption_clip": (0.1, 0.15, 0.2, 0.25, 0.28, 0.3),
 }
-_SCORE_OF = {
-    "max_nsfw": "nsfw", "min_aesthetic": "aesthetic", "min_caption_quality": "caption_quality",
-    "min_caption_clip": "caption_clip",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,8 @@ class KeptCount:
 def count_kept(root: str, columns: Mapping[str, str]) -> list[KeptCount]:
     """One shard after the other; `columns` are fingerprints by stage, as in dataset.json."""
     scorers = [name for name in SCORERS if name in columns]
-    asked = {name: limits for name, limits in LIMITS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scorers}
-    kept = {(name, limit): 0 for name, limits in asked.items() for limit in limits}
+    unscored = {name for name, (scorer, _) in SCORE_LIMITS.items() if scorer not in scorers}
+    kept = {(name, limit): 0 for name, limits in _LIMITS.items() if name not in unscored for limit in limits}
     total = 0
     for values in _iterate_shards(root, columns, scorers):
         total += len(values["min_side"])
@@ -69,7 +65,7 @@ def _iterate_shards(root: str, columns: Mapping[str, str], scorers: list[str]) -
             "max_aspect": np.maximum(width / height, height / width),
             "max_caption_chars": np.array([len(row["caption"]) for row in rows], float),
         }
-        for name, scorer in _SCORE_OF.items():
+        for name, (scorer, _) in SCORE_LIMITS.items():
             if scorer in scorers:
                 found = read_parts(root, state.parts(scorer, shard), ["row", "score"])
                 scores = {} if found is None else dict(zip(found["row"].to_pylist(), found["score"].to_pylist()))

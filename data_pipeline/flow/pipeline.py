@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.captions.stage import MAX_CHARS, CaptionStage
-from data_pipeline.curation.gate import judge_strictly, select_ok
+from data_pipeline.curation.filters import judge_strictly, select_ok
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.flow.jobs import JobRunner
 from data_pipeline.flow.plan_mismatch import check_rebuild
@@ -213,7 +213,7 @@ class Pipeline:
     def _judge_strict(self) -> RowStatuses:
         """Statuses of the rows by the strict thresholds; empty if the gate has the same thresholds."""
         strict, found = self.plan.strict, RowStatuses(self.state.database)
-        if self.plan.gate.thresholds(strict) == strict:
+        if strict.loosen(self.plan.gate) == strict:
             return found
 
         def judge(shard: str) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import Any
 from infra import storage
 from infra.codec import to_json
 from infra.errors import UserError
+from infra.help_text import FLAT, read_annotations
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _NOT_OPTIONS = ("name", "text_spec")  # what a plan fixes by itself
@@ -56,8 +57,16 @@ def encode_plan_file(name: str, run: Any, plan: Any, defaults: tuple[Any, Any]) 
 
     changed: dict[str, Any] = {"plan": name}
     for given, default in zip((run, plan), defaults):
-        changed |= _list_changes(to_json(given), to_json(default))
+        changed |= _list_changes(_list_options(given), _list_options(default))
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+def _list_options(options: Any) -> dict[str, Any]:
+    """The command's options by name, with those of the dataclasses that are FLAT."""
+    listed = to_json(options)
+    for name, (_, marks) in read_annotations(type(options)).items():
+        listed |= listed.pop(name) if FLAT in marks else {}
+    return listed
 
 
 def _list_changes(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.curation.dedup import SignatureStage
-from data_pipeline.curation.filters import MeasureStage, Thresholds
+from data_pipeline.curation.filters import MeasureStage
 from data_pipeline.curation.scores import rate_caption
 from data_pipeline.images import describe_picture
 from data_pipeline.plans import PLANS, DatasetPlan
@@ -181,10 +181,8 @@ class _PlanJudge:
 
     def __init__(self, plan: DatasetPlan, aspect: float) -> None:
         self.name, self.outcome = plan.name, PlanOutcome()
-        strict = plan.strict
-        self._limits = Thresholds(
-            strict.min_side, strict.max_aspect, strict.max_caption_chars, min_caption_quality=strict.min_caption_quality
-        )
+        # the other limits read scores of networks
+        self._limits = replace(plan.strict, max_nsfw=None, min_aesthetic=None, min_caption_clip=None)
         self._buckets = list_buckets(plan.resolution, step=plan.bucket_step, max_aspect=max(aspect, plan.bucket_aspect))
         self._kept: set[str] = set()
 
