@@ -8,6 +8,7 @@ import lzma
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,3 +232,69 @@ def test_a_caption_in_json_and_members_that_are_too_large(tmp_path, monkeypatch)
     assert sorted((row.key, row.status, row.caption) for row in found) == [
         ("a", "ok", "c"), ("b", "no_image", b"x"), ("b.png", "too_large", None),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "good", "told", "lost"),
+    [
+        (lambda a, b: gzip.compress(a) + b, 6, [], 0),
+        (lambda a, b: gzip.compress(a) + bytes(700) + bz2.compress(b), 6, [], 0),
+        (lambda a, b: lzma.compress(a) + bz2.compress(b) + bytes(512), 6, [], 0),
+        (lambda a, b: bz2.compress(a) + b"junk" * 100, 3, ["400 bytes from byte 10,240 on"], 400),
+        (lambda a, b: gzip.compress(gzip.compress(a)), 0, ["compressed data: unpack it first"], None),
+        (lambda a, b: b"", 0, ["an empty file"], 0),
+    ],
+)  # fmt: skip
+def test_joined_parts_are_unpacked_whatever_packed_them_and_the_rest_is_counted(tmp_path, data, good, told, lost):
+    first, second = make_tar(make_samples(0, 3)), make_tar(make_samples(3, 3))
+    found = rows(tmp_path, data(first, second))
+    assert [row.status for row in found].count("ok") == good
+    others = [row for row in found if row.status != "ok"]
+    assert len(others) == len(told)
+    assert all(words in row.reason for words, row in zip(told, others))
+    _, gaps = read(data(first, second))
+    assert sum(gap.length for gap in gaps) == lost if lost is not None else sum(gap.length for gap in gaps) > 50
+
+
+def test_what_lies_behind_damage_in_a_compressed_file_is_counted(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 5000), np.uint8)  # does not compress
+    first, second = (
+        gzip.compress(
+            make_tar([(f"{n}.{end}", data) for n in part for end, data in (("png", noise[n].tobytes()), ("txt", b"x"))])
+        )
+        for part in (range(3), range(3, 6))
+    )
+    damaged = first[:8000] + b"\xff" * 300 + first[8300:] + second
+    found = rows(tmp_path, damaged)
+    assert found[0].image == noise[0].tobytes()
+    _, (gap,) = read(damaged)
+    assert "packed bytes are not read" in gap.reason
+    assert len(first) + len(second) - 8000 - 1024 - 300 <= gap.length <= len(damaged)
+    assert [row.status for row in found[1:]].count("truncated_tar") >= 1
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_hard_link_has_the_data_of_its_target_and_other_links_are_told(tmp_path, pack):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+
+        def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "") -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(data), kind, target
+            archive.addfile(info, io.BytesIO(data))
+
+        add("my photos", kind=b"V")  # tar -V
+        add("0.png", b"picture")
+        add("0.txt", b"a dog")
+        add("1.png", b"another")
+        add("1.txt", kind=tarfile.LNKTYPE, target="0.txt")
+        add("2.png", kind=tarfile.LNKTYPE, target="elsewhere.png")
+        add("3.png", kind=tarfile.SYMTYPE, target="0.png")
+    found = rows(tmp_path, pack(out.getvalue()))
+    assert [(row.key, row.image, row.caption) for row in found if row.status == "ok"] == [
+        ("0", b"picture", b"a dog"), ("1", b"another", b"a dog"),
+    ]  # fmt: skip
+    assert [(row.status, row.reason.split(" in /")[0]) for row in found if row.status != "ok"] == [
+        ("bad_name", "a hard link to no member before it"),
+        ("bad_name", "a symbolic link: `tar -h` writes what it points to"),
+    ]

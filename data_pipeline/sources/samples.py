@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from data_pipeline.sources.source import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_dropping
 from data_pipeline.sources.tar import Gap, Member
 
+VOLUME_LABEL = b"V"  # of the whole archive, in GNU tar
 _KNOWN = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json")
 # A group whose names have dots of their own could be the whole tar: beyond this it is cut at the last dots.
 _LARGEST_GROUP, _LARGEST_GROUP_BYTES = 64, 256 * 2**20
@@ -50,7 +51,7 @@ def group_members(items: Iterable[Member | Gap]) -> Iterator[Sample | Member | G
     """Samples in the order of the tar; members that can be part of none, gaps and droppings as they come."""
     group = _Group((0, ""))
     for item in items:
-        if isinstance(item, Gap) or item.info.isdir():
+        if isinstance(item, Gap) or item.info.isdir() or item.info.type == VOLUME_LABEL:
             if isinstance(item, Gap):
                 yield from _split(group, cut=item.cut)
                 group = _Group((0, ""))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 Seen = Counter[str]
 DROPPING, FOLDER, BLANK = "passed member of a desktop system", "passed folder", "passed blank line"
+LABEL = "passed label of a tar"
 
 
 def count_file(seen: Seen, name: str) -> None:

@@ -4,17 +4,13 @@
 a `Member`, a `Gap` that says where and how long it is, or is the padding that the format asks for.
 """
 
-import bz2
-import gzip
-import io
-import lzma
 import tarfile
-import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from data_pipeline.images import count_hole
+from data_pipeline.sources.unpacked import Unpacked, find_opener
 from infra.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -22,8 +18,8 @@ BLOCK = tarfile.BLOCKSIZE
 # longer run of zeros is a hole: a file that was allocated in advance, or a download that never finished.
 MAX_PADDING = 2 * BLOCK + tarfile.RECORDSIZE - BLOCK
 _CHUNK = 2**20
+_REMEMBERED = 200_000  # members of an archive that hard links may name
 _MARK_AT = 257  # of "ustar" in a header
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
 
 
@@ -31,7 +27,8 @@ _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\
 class Member:
     """A regular file of the archive; `archive` counts the archives that are joined in one file, from 0.
 
-    `data` is None for what is no file or exceeds the caller's limit; `doubtful` says why the data is not to be trusted.
+    `data` is None for what is no file or exceeds the caller's limit, and that of its target for a hard link; `doubtful`
+    says why the data is not to be trusted.
     """
 
     info: tarfile.TarInfo
@@ -62,7 +59,7 @@ def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
     Data of members above `max_bytes` is not read. Errors of the file end in a `Gap`; those of a store are raised.
     """
     gap: Gap | None = None
-    for item in _read_parts(_Unpacked(file), max_bytes):
+    for item in _read_parts(Unpacked(file), max_bytes):
         if isinstance(item, Gap) and gap is not None:
             gap = gap.join(item)
         elif isinstance(item, Gap):
@@ -76,7 +73,7 @@ def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
         yield gap
 
 
-def _read_parts(stream: "_Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
+def _read_parts(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
     at, archive = 0, 0
     while True:
         end = yield from _read_archive(stream, at, archive, max_bytes=max_bytes)
@@ -85,16 +82,18 @@ def _read_parts(stream: "_Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
         yield from following.gaps(ended=end > 0)
         if following.header is None:
             if stream.error:
-                yield Gap(stream.size_read, 0, stream.error, cut=True)
+                yield Gap(stream.size_read, stream.lost, stream.error, cut=True)
+            elif not stream.size_read:
+                yield Gap(0, 0, "an empty file: a download that never began?", cut=True)
             return
         at, archive = following.header, archive + 1
 
 
 def _read_archive(
-    stream: "_Unpacked", start: int, number: int, *, max_bytes: int
+    stream: "Unpacked", start: int, number: int, *, max_bytes: int
 ) -> Generator[Member, None, int]:
     """Members of the archive that begins at `start`; returns the offset behind the last whole one."""
-    end = start
+    end, places = start, dict[str, tuple[int, int]]()
     stream.seek(start)
     try:
         archive = tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:")  # noqa: SIM115 - holds nothing of its own
@@ -104,6 +103,10 @@ def _read_archive(
             if info.isfile() and info.size <= max_bytes:
                 content = archive.extractfile(info)
                 data = content.read() if content else b""
+                if not info.issparse() and len(places) < _REMEMBERED:
+                    places[info.name] = info.offset_data, info.size
+            elif info.islnk() and info.linkname in places and stream.can_reach(places[info.linkname][0]):
+                data = stream.read_at(*places[info.linkname])
             stop = info.offset_data + info.size
             if info.isreg() and not info.issparse() and info.size and not stream.read_at(stop - 1, 1):
                 break  # its data is not all there
@@ -117,7 +120,7 @@ def _read_archive(
     return end
 
 
-def _describe_hole(stream: "_Unpacked", data: bytes | None, stop: int) -> str:
+def _describe_hole(stream: "Unpacked", data: bytes | None, stop: int) -> str:
     """Why data that ends at `stop` is not to be trusted: its end is zeros, and so is the rest of the file or much of
     it."""
     zeros = count_hole(data or b"")
@@ -150,7 +153,7 @@ class _Following:
             yield Gap(self.at + self.zeros, self.other, reason, cut=last and not self.kind)
 
 
-def _find_header(stream: "_Unpacked", at: int, *, skip: int) -> _Following:
+def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Following:
     """The next header at or behind `at` + `skip`; a header in the skipped bytes is known to lead nowhere."""
     start, zeros = (at + skip, 0) if skip else _skip_zeros(stream, at)
     if start is None:
@@ -173,7 +176,7 @@ def _name_kind(beginning: bytes) -> str:
     for magic, name in _FOREIGN.items():
         if beginning.startswith(magic):
             return f"{name} data: unpack it first"
-    return "compressed data behind a tar" if any(beginning.startswith(magic) for magic in _OPENERS) else ""
+    return "compressed data: unpack it first" if find_opener(beginning) else ""
 
 
 def _search(chunk: bytes, *, aligned: int) -> int | None:
@@ -201,7 +204,7 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def _skip_zeros(stream: "_Unpacked", at: int) -> tuple[int | None, int]:
+def _skip_zeros(stream: "Unpacked", at: int) -> tuple[int | None, int]:
     """(offset of the first byte behind `at` that is not zero, or None, and how many zeros come before)."""
     position = at
     while chunk := stream.read_at(position, _CHUNK):
@@ -211,73 +214,3 @@ def _skip_zeros(stream: "_Unpacked", at: int) -> tuple[int | None, int]:
             return position, position - at
         position += len(chunk)
     return None, position - at
-
-
-class _Unpacked:
-    """The bytes of a file, unpacked where it is compressed, whatever its name says. An error becomes its end.
-
-    Only what lies within the last `_KEEP` bytes may be sought again, which is what `tarfile` and the search need.
-    """
-
-    _KEEP = 4 * _CHUNK
-
-    def __init__(self, file: BinaryIO) -> None:
-        beginning = file.read(8)
-        file.seek(0)
-        opener = next((opener for magic, opener in _OPENERS.items() if beginning.startswith(magic)), None)
-        self._raw = file if opener is None else None
-        self._source: Any = file if opener is None else opener(file)
-        self._window, self._first, self._at = bytearray(), 0, 0
-        self.error = ""
-        """Why the file could not be read to its end; "" where it could."""
-
-    @property
-    def size_read(self) -> int:
-        return self._first + len(self._window)
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        assert whence == io.SEEK_SET, "tarfile seeks from the start"
-        self._at = offset
-        return offset
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        self._at = offset
-        return self.read(size)
-
-    def read(self, size: int) -> bytes:
-        if self._at < self._first:
-            self._rewind()
-        while self.size_read < self._at + size and self._fill(self._at + size - self.size_read):
-            spare = min(self._at - self._first, len(self._window)) - self._KEEP
-            if spare > _CHUNK:
-                del self._window[:spare]
-                self._first += spare
-        start = self._at - self._first
-        data = bytes(self._window[start : start + size]) if start >= 0 else b""
-        self._at += len(data)
-        return data
-
-    def _fill(self, wanted: int) -> bool:
-        if self.error:
-            return False
-        if self._raw is not None and self._at > self.size_read + self._KEEP:  # nobody asks for what lies between
-            self._first, self._window = self._at, bytearray()
-            self._raw.seek(self._at)
-        try:
-            # in small pieces: what was unpacked before an error stays
-            data = self._source.read(min(max(wanted, 2**16), _CHUNK)) if self._raw else self._source.read1(2**16)
-        except UserError:
-            raise
-        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-            self.error = f"readable up to byte {self.size_read:,}, then: {str(error) or type(error).__name__}"
-            return False
-        self._window += data
-        return bool(data)
-
-    def _rewind(self) -> None:
-        """Rare: a gap longer than the window is read again."""
-        self._source.seek(self._at)
-        self._window, self._first = bytearray(), self._at

@@ -11,8 +11,8 @@ from typing import Any
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import find_caption
-from data_pipeline.sources.samples import Dropping, Sample, group_members
-from data_pipeline.sources.seen import DROPPING, FOLDER, Seen, check_members, count_file
+from data_pipeline.sources.samples import VOLUME_LABEL, Dropping, Sample, group_members
+from data_pipeline.sources.seen import DROPPING, FOLDER, LABEL, Seen, check_members, count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -33,7 +33,7 @@ from infra.log import get_logger
 log = get_logger("sources")
 
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ def _count_members(items: Iterator[Member | Gap], seen: Seen) -> Iterator[Member
         elif item.info.isdir():
             seen["member folder"] += 1
             seen[FOLDER] += 1
+        elif item.info.type == VOLUME_LABEL:
+            seen["member label"] += 1
+            seen[LABEL] += 1
         else:
             count_file(seen, item.info.name)
         yield item
@@ -150,7 +153,9 @@ def _read_failed_downloads(uri: str, keys: AbstractSet[str]) -> Iterator[RawRow]
 def _judge_member(member: Member) -> tuple[str, str]:
     """Status and reason of a member that cannot be part of a row."""
     if not member.info.isfile():
-        return "bad_name", "a link or device"
+        if member.info.issym():
+            return "bad_name", "a symbolic link: `tar -h` writes what it points to"
+        return "bad_name", "a hard link to no member before it" if member.info.islnk() else "a device"
     if member.data is None:
         return "too_large", f"{member.info.size:,} bytes"
     return "bad_name", "a name that leaves the folder"
