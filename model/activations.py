@@ -32,7 +32,7 @@ class Activations:
 
 
 @functools.lru_cache
-def activations_per_image(
+def count_activations(
     config: TokenConfig, latent_shape: tuple[int, int, int], text_tokens: int, dtype: torch.dtype
 ) -> Activations:
     """Exact for fused attention, which keeps no matrix of tokens by tokens. Any backbone; `latent_shape` is CHW."""
@@ -45,13 +45,13 @@ def activations_per_image(
             block.register_forward_pre_hook(lambda module, given: calls.append((module, given)))
             for block in model.blocks
         ]
-        whole = _kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
+        whole = _count_kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
         for hook in hooks:
             hook.remove()
         found, of_class = calls, {}
         for block, given in found:
             if type(block) not in of_class:
-                of_class[type(block)] = _kept(block, _call(block, given))
+                of_class[type(block)] = _count_kept(block, _bind(block, given))
     each = [of_class[type(block)] for block, _ in found]
     # Tokens and text; conditioning and masks are shared by all blocks.
     size = sum(x.nbytes for _, given in found for x in given if isinstance(x, Tensor) and x.dim() == 3)
@@ -66,12 +66,12 @@ def _fake_model(config: TokenConfig, dtype: torch.dtype) -> tuple[FakeTensorMode
         return mode, config.build()
 
 
-def _call(block: nn.Module, given: tuple[Any, ...]) -> Callable[[], Any]:
+def _bind(block: nn.Module, given: tuple[Any, ...]) -> Callable[[], Any]:
     fresh = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in given]
     return lambda: block(*fresh)
 
 
-def _kept(module: nn.Module, forward: Callable[[], Any]) -> int:
+def _count_kept(module: nn.Module, forward: Callable[[], Any]) -> int:
     """Each storage once; parameters do not count."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     found: dict[int, int] = {}

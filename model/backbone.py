@@ -35,7 +35,7 @@ BACKBONES: dict[str, type[TokenConfig]] = {
 }
 
 
-def config_from_json(backbone: str, config: dict[str, Any]) -> TokenConfig:
+def read_config(backbone: str, config: dict[str, Any]) -> TokenConfig:
     """The config of a backbone by its registered name."""
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}{nearest(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")

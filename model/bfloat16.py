@@ -21,7 +21,7 @@ from model.encoders.text import TextCond
 ROWS = 6144  # tokens that packed weights are laid out for; any other number works
 
 
-def in_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[..., Tensor]:
+def convert_to_bfloat16(model: nn.Module, device: str = "cpu") -> Callable[..., Tensor]:
     """A copy of the network that computes in bf16 and takes and gives float32; times stay float32."""
     half = copy.deepcopy(model).to(device, torch.bfloat16).eval().requires_grad_(False)
     on_cpu = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()

@@ -33,9 +33,9 @@ def formulations(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     Args:
         json_: Print JSON instead of a table.
     """
-    from model.describe import formulation_rows
+    from model.describe import list_formulations
 
-    rows = formulation_rows()
+    rows = list_formulations()
     if json_:
         print(json.dumps(rows, indent=1))
         return

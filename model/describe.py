@@ -10,16 +10,16 @@ import torch
 
 from infra.codec import from_json
 from infra.errors import UserError, nearest
-from model.activations import activations_per_image
-from model.backbone import BACKBONES, config_from_json
+from model.activations import count_activations
+from model.backbone import BACKBONES, read_config
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import FORMULATIONS, Formulation
-from model.diffusion.grids import level_at, over_sigma, sampling_grid
+from model.diffusion.grids import get_level, integrates_over_sigma, make_sampling_grid
 from model.diffusion.paths import EDM
 from model.encoders.text import TextSpec
 from model.encoders.vae import Latents
 from model.files.weights import read_meta
-from model.flops import train_flops_per_image
+from model.flops import estimate_train_flops
 
 RESOLUTIONS = (256, 512, 1024)
 # SD3's: pixels per latent pixel, 77 CLIP and 77 T5 tokens.
@@ -35,20 +35,20 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
         if not qk_norm:
             raise UserError(f"--no-qk-norm describes a depth, not {model}, which states its own")
         meta = read_meta(model)
-        config = config_from_json(meta["backbone"], meta["config"])
+        config = read_config(meta["backbone"], meta["config"])
         row: dict[str, Any] = {k: v for k, v in meta.items() if k not in ("config", "text_spec", "vae")}
         if meta.get("vae"):
             factor = from_json(Latents, meta["vae"], where=f"{model}: vae").factor
         if meta.get("text_spec"):
             tokens = TextSpec.from_json(meta["text_spec"]).context_tokens
     else:
-        config, row = _by_name(model, qk_norm), {"backbone": model}
+        config, row = _read_name(model, qk_norm), {"backbone": model}
     tokens = tokens if text_tokens is None else text_tokens
     if tokens < 1:
         raise UserError(f"{tokens} text tokens; expected at least 1")
     row |= {
         "width": config.width,
-        "parameters": config.parameter_count(),
+        "parameters": config.count_parameters(),
         "text_tokens": tokens,
         "pixels_per_latent_pixel": factor,
         "config": config.to_json(),
@@ -56,15 +56,15 @@ def describe(model: str, *, qk_norm: bool = True, text_tokens: int | None = None
     for resolution in RESOLUTIONS:
         side = resolution // factor
         fits = side // config.patch <= config.pos_max
-        row[f"forward_flops_{resolution}"] = config.forward_flops(side, side, tokens) if fits else None
-        row[f"train_flops_{resolution}"] = train_flops_per_image(config, side, side, tokens) if fits else None
+        row[f"forward_flops_{resolution}"] = config.count_forward_flops(side, side, tokens) if fits else None
+        row[f"train_flops_{resolution}"] = estimate_train_flops(config, side, side, tokens) if fits else None
         shape = (config.in_channels, side, side)
-        kept = activations_per_image(config, shape, tokens, torch.bfloat16).whole if fits else None
+        kept = count_activations(config, shape, tokens, torch.bfloat16).whole if fits else None
         row[f"activation_bytes_{resolution}"] = kept
     return row
 
 
-def _by_name(model: str, qk_norm: bool) -> TokenConfig:
+def _read_name(model: str, qk_norm: bool) -> TokenConfig:
     match = re.fullmatch(r"(?:([a-z0-9_]+)-)?d(\d+)", model)
     if match is None:
         raise UserError(f"cannot read model {model!r}; expected d24, dit-d24, ... or a .safetensors file")
@@ -73,16 +73,16 @@ def _by_name(model: str, qk_norm: bool) -> TokenConfig:
         raise UserError(f"a depth of {depth} would take long to describe; expected at most {MAX_DEPTH}")
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}{nearest(backbone, BACKBONES)}; known: {', '.join(BACKBONES)}")
-    return config_from_json(backbone, {"depth": depth, "qk_norm": qk_norm})
+    return read_config(backbone, {"depth": depth, "qk_norm": qk_norm})
 
 
-def formulation_rows() -> list[dict[str, Any]]:
-    return [_row(form) for form in FORMULATIONS.values()]
+def list_formulations() -> list[dict[str, Any]]:
+    return [_describe_formulation(form) for form in FORMULATIONS.values()]
 
 
-def _row(form: Formulation) -> dict[str, Any]:
-    grid = sampling_grid(form, 25)
-    terminal = level_at(form, grid[0])
+def _describe_formulation(form: Formulation) -> dict[str, Any]:
+    grid = make_sampling_grid(form, 25)
+    terminal = get_level(form, grid[0])
     edm = isinstance(form.path, EDM)
     return {
         "name": form.name,
@@ -94,8 +94,8 @@ def _row(form: Formulation) -> dict[str, Any]:
         "loss_over_unified_loss": form.weight_constant,
         "density": form.density.name,
         "sampling_grid": {
-            "coordinate": "sigma" if over_sigma(form) else "t",
-            "spacing": _spacing(form),
+            "coordinate": "sigma" if integrates_over_sigma(form) else "t",
+            "spacing": _describe_spacing(form),
             "start": float(grid[0]),
             "end": 0.0,
             "terminal": {"a": float(terminal.a), "b": float(terminal.b)},
@@ -103,7 +103,7 @@ def _row(form: Formulation) -> dict[str, Any]:
     }
 
 
-def _spacing(form: Formulation) -> str:
+def _describe_spacing(form: Formulation) -> str:
     if isinstance(form.path, EDM):
         return "Karras, rho 7, sigma 80 to 0.002, then 0"
-    return "trailing levels, then 0" if over_sigma(form) else "uniform in t"
+    return "trailing levels, then 0" if integrates_over_sigma(form) else "uniform in t"

@@ -13,17 +13,12 @@ if TYPE_CHECKING:
     from model.backbones.trunk import TokenConfig
 
 
-def forward_flops_per_image(config: TokenConfig, height: int, width: int, text_tokens: int) -> int:
-    """FLOPs of one forward pass for one image of height x width latent pixels."""
-    return config.forward_flops(height, width, text_tokens)
-
-
-def train_flops_per_image(config: TokenConfig, height: int, width: int, text_tokens: int) -> int:
+def estimate_train_flops(config: TokenConfig, height: int, width: int, text_tokens: int) -> int:
     """The customary three times the forward pass; the exact backward (inputs need no gradient) is in the config."""
-    return 3 * config.forward_flops(height, width, text_tokens)
+    return 3 * config.count_forward_flops(height, width, text_tokens)
 
 
-def train_flops_with_adapters(
+def estimate_adapter_flops(
     config: TokenConfig, height: int, width: int, text_tokens: int, *, adapter_parameters: int,
     forward_passes: int = 1, backward_passes: int = 1,
 ) -> int:  # fmt: skip
@@ -31,9 +26,5 @@ def train_flops_with_adapters(
     pass costs what a forward pass does; adapters are counted by their share of the parameters, at the customary three
     forward passes for a forward and a backward one (1.5 a pass)."""
     passes = forward_passes + backward_passes
-    share = passes * 1.5 * adapter_parameters / config.parameter_count()
-    return round(config.forward_flops(height, width, text_tokens) * (passes + share))
-
-
-def parameter_count(config: TokenConfig) -> int:
-    return config.parameter_count()
+    share = passes * 1.5 * adapter_parameters / config.count_parameters()
+    return round(config.count_forward_flops(height, width, text_tokens) * (passes + share))

@@ -87,7 +87,7 @@ def _add(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 
 @contextlib.contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
+def switch_off_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the block the network computes without its adapters: the reference of DPO."""
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
@@ -104,13 +104,13 @@ def is_adapter(name: str) -> bool:
     return PART in name
 
 
-def adapter_of(name: str) -> tuple[str, str]:
+def name_adapter(name: str) -> tuple[str, str]:
     """Names of A and B for the name of a linear layer's weight."""
     module = name.removesuffix(".weight")
     return f"{module}{PART}a", f"{module}{PART}b"
 
 
-def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+def merge_adapter(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
     """W + scale * B A, computed and returned in fp32."""
     return weight_OI.float() + scale * (b_OR.float() @ a_RI.float())
 
@@ -124,7 +124,7 @@ def count_adapter_parameters(config: TokenConfig, rank: int) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
 
 
-def peft_name(name: str) -> str:
+def to_peft_name(name: str) -> str:
     """`blocks.0.mlp.lora.a` as peft calls it: `base_model.model.blocks.0.mlp.lora_A.weight`."""
     module, part = name.rsplit(PART, 1)
     return f"{_PREFIX}{module}.{_PEFT[part]}"
@@ -171,7 +171,7 @@ def _find_file(path: Path) -> Path:
 def _read_changes(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """(the change of each weight by our own adapter, the metadata of its training)."""
     adapters, scale, trained = _read_adapter(folder)
-    named = {name: adapter_of(name) for name in weights if adapter_of(name)[0] in adapters}
+    named = {name: name_adapter(name) for name in weights if name_adapter(name)[0] in adapters}
     strange = sorted(set(adapters) - {part for parts in named.values() for part in parts})
     if strange:
         raise UserError(f"{folder}: {len(strange)} tensors belong to no layer of the weights ({strange[0]} ...)")
@@ -201,15 +201,15 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
     return ours, config.lora_alpha / config.r, told
 
 
-def merging(
+def merge_when_read(
     read: Callable[[str], Tensor], adapter: Callable[[str], Tensor], names: Iterable[str], *, scale: float
 ) -> Callable[[str], Tensor]:
     """A function that gives merged weights, one tensor at a time. `read` gives a tensor of the base weights, `adapter`
     a tensor of the adapter, which has those named in `names`."""
     known = set(names)
 
-    def merged_weight(name: str) -> Tensor:
-        a, b = adapter_of(name)
-        return merged(read(name), adapter(a), adapter(b), scale=scale) if a in known else read(name)
+    def read_merged(name: str) -> Tensor:
+        a, b = name_adapter(name)
+        return merge_adapter(read(name), adapter(a), adapter(b), scale=scale) if a in known else read(name)
 
-    return merged_weight
+    return read_merged

@@ -18,7 +18,7 @@ from torch import LongTensor, Tensor
 Positions = Sequence[int] | LongTensor | Tensor
 
 
-def _key(seed: int, purpose: str) -> np.ndarray:
+def _hash_key(seed: int, purpose: str) -> np.ndarray:
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return np.frombuffer(digest[:16], dtype=np.uint64)
 
@@ -31,7 +31,7 @@ class Keyed:
     """The numbers of one (seed, purpose), position by position. Not for several threads at once."""
 
     def __init__(self, seed: int, purpose: str) -> None:
-        self.bits = np.random.Philox(key=_key(seed, purpose))
+        self.bits = np.random.Philox(key=_hash_key(seed, purpose))
         self._rng, self._state = np.random.Generator(self.bits), self.bits.state
 
     def at(self, position: int) -> np.random.Generator:

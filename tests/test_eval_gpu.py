@@ -41,7 +41,7 @@ from infra.errors import UserError
 from infra.results import ResultStore
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
-from model.bfloat16 import in_bfloat16
+from model.bfloat16 import convert_to_bfloat16
 from model.files.weights import read_meta, save_weights
 
 pytestmark = pytest.mark.gpu
@@ -95,7 +95,7 @@ def test_networks_in_both_precisions(name, exact):
     expected = model(x, t, text)
     plain = network(name).bfloat16()(x.bfloat16(), t, text.to(dtype=torch.bfloat16))
     x, t, text = x.to(DEVICE), t.to(DEVICE), text.to(DEVICE)
-    half = in_bfloat16(model, DEVICE)(x, t, text)
+    half = convert_to_bfloat16(model, DEVICE)(x, t, text)
     assert (half.dtype, half.device.type) == (torch.float32, DEVICE)
     assert distance(half.cpu(), expected) < 1.3 * distance(plain, expected)
     torch.testing.assert_close(model.to(DEVICE)(x, t, text).cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from eval.service.worker import EvaluationSettings
 from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.layers import MLP
-from model.bfloat16 import PackedLinear, PackedMLP, QuickRMSNorm, in_bfloat16, pack
+from model.bfloat16 import PackedLinear, PackedMLP, QuickRMSNorm, convert_to_bfloat16, pack
 from model.encoders.text import TextCond
 
 PACKED = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def test_the_packed_network_is_as_far_from_fp32_as_plain_bf16(name):
     model, (x, t, text) = network(name), inputs()
     exact = model(x, t, text)
     plain = network(name).bfloat16()(x.bfloat16(), t, text.to(dtype=torch.bfloat16))
-    ours = in_bfloat16(model)(x, t, text)
+    ours = convert_to_bfloat16(model)(x, t, text)
     assert ours.dtype == torch.float32
     assert distance(plain, exact) > 1e-3
     assert distance(ours, exact) < 1.3 * distance(plain, exact)

@@ -37,11 +37,11 @@ DENSITIES["triangle"] = triangle
 FORMULATION = """
 from model.diffusion.flow import FORMULATIONS, Formulation
 from model.diffusion.paths import RectifiedFlow
-from model.diffusion.timesteps import uniform
+from model.diffusion.timesteps import make_uniform
 
 # The rectified path, of which the network predicts the noise: squared error of noise, so w = -2 / (d lambda / dt).
 FORMULATIONS["eps/rf"] = Formulation(
-    "eps/rf", RectifiedFlow(), "eps", uniform(), lambda t: t * (1 - t), "t(1-t)", 1.0
+    "eps/rf", RectifiedFlow(), "eps", make_uniform(), lambda t: t * (1 - t), "t(1-t)", 1.0
 )
 """
 BACKBONE = """
@@ -57,13 +57,13 @@ from model.backbones.trunk import TokenBackbone, TokenConfig
 class MixerConfig(TokenConfig):
     name = "mixer"
 
-    def module(self):
+    def make_module(self):
         return Mixer(self)
 
-    def block_parameters(self):
+    def count_block_parameters(self):
         return self.depth * (self.width**2 + self.width)
 
-    def block_multiply_adds(self, tokens, text_tokens):
+    def count_block_multiply_adds(self, tokens, text_tokens):
         return self.depth * self.width**2 * tokens
 
 

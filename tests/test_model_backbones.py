@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from data_pipeline.stages.buckets import list_buckets
 from infra.errors import UserError
-from model.backbone import BACKBONES, config_from_json
-from model.backbones.norms import apex_available, layer_norm, rms_norm
+from model.backbone import BACKBONES, read_config
+from model.backbones.norms import is_apex_available, make_layer_norm, make_rms_norm
 from model.encoders.text import TextCond
 from trainer.zero.engine import compile_blocks
 
@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 def small(name: str, **changes: object):
     extra = {"clip_tokens": 4} if name == "mmdit3" else {}
-    return config_from_json(name, {**SMALL, **extra, **changes})
+    return read_config(name, {**SMALL, **extra, **changes})
 
 
 def random_model(name: str, **changes: object) -> nn.Module:
@@ -108,9 +108,9 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_survive_json(name: str) -> None:
     config = small(name, qk_norm=False)
-    assert config_from_json(config.name, config.to_json()) == config
+    assert read_config(config.name, config.to_json()) == config
     with pytest.raises(UserError, match="unknown"):
-        config_from_json(name, {**SMALL, "colour": 1})
+        read_config(name, {**SMALL, "colour": 1})
     with pytest.raises(UserError, match="depth is 0"):
         small(name, depth=0)
     with pytest.raises(UserError, match=r"channels"):
@@ -121,9 +121,9 @@ def test_configs_survive_json(name: str) -> None:
 
 def test_unknown_backbones_are_named() -> None:
     with pytest.raises(UserError, match="did you mean 'uvit'"):
-        config_from_json("u-vit", SMALL)
+        read_config("u-vit", SMALL)
     with pytest.raises(UserError, match="leaves no two parts"):
-        config_from_json("mmdit3", {**SMALL, "clip_tokens": 7}).build()(*inputs())
+        read_config("mmdit3", {**SMALL, "clip_tokens": 7}).build()(*inputs())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,7 +201,7 @@ def test_blocks_compiled_by_inductor_compute_the_same(
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not apex_available(), reason="NVIDIA apex with its CUDA kernels is not installed")
+@pytest.mark.skipif(not is_apex_available(), reason="NVIDIA apex with its CUDA kernels is not installed")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="apex's fused kernels run on CUDA tensors only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_apex_norms_equal_torchs(dtype: torch.dtype) -> None:
@@ -211,7 +211,7 @@ def test_apex_norms_equal_torchs(dtype: torch.dtype) -> None:
     tokens = torch.randn(3, 5, 64, device="cuda", dtype=dtype, generator=generator)
     queries = torch.randn(3, 5, 3, 2, 64, device="cuda", dtype=dtype, generator=generator)[:, :, 0]
     push = torch.randn(queries.shape, device="cuda", dtype=dtype, generator=generator)
-    for make in (rms_norm, layer_norm):
+    for make in (make_rms_norm, make_layer_norm):
         for x, weight in ((tokens, push[:, :, 0]), (queries, push)):
             results = []
             for backend in ("torch", "apex"):
@@ -221,12 +221,12 @@ def test_apex_norms_equal_torchs(dtype: torch.dtype) -> None:
                 out = norm(leaf)
                 (out * weight).sum().backward()
                 results.append([out, leaf.grad, *(p.grad for p in norm.parameters())])
-            assert len(results[0]) == (3 if make is rms_norm else 2)
+            assert len(results[0]) == (3 if make is make_rms_norm else 2)
             for ours, theirs in zip(*results, strict=True):
                 torch.testing.assert_close(ours, theirs, **close)
 
 
-@pytest.mark.skipif(apex_available(), reason="apex is installed here")
+@pytest.mark.skipif(is_apex_available(), reason="apex is installed here")
 def test_asking_for_absent_apex_is_an_error() -> None:
     with pytest.raises(UserError, match="not installed"):
         small("mmdit", norm_backend="apex").build()

@@ -214,10 +214,10 @@ def test_info_reads_a_files_own_factor_and_text(tmp_path: Path, monkeypatch: pyt
     path = save_weights(tmp_path / "w.safetensors", weights_of(), told)
     row = describe(str(path))
     assert (row["text_tokens"], row["pixels_per_latent_pixel"]) == (7, 16)
-    assert row["forward_flops_256"] == CONFIG.forward_flops(16, 16, 7)
+    assert row["forward_flops_256"] == CONFIG.count_forward_flops(16, 16, 7)
     assert row["activation_bytes_256"] > 0
     assert row["forward_flops_512"] is row["train_flops_512"] is row["activation_bytes_512"] is None
-    assert describe(str(path), text_tokens=9)["forward_flops_256"] == CONFIG.forward_flops(16, 16, 9)
+    assert describe(str(path), text_tokens=9)["forward_flops_256"] == CONFIG.count_forward_flops(16, 16, 9)
     plain = save_weights(tmp_path / "plain.safetensors", weights_of(), META)
     assert describe(str(plain))["text_tokens"] == 154
     with pytest.raises(UserError, match="states its own"):
@@ -231,9 +231,9 @@ def write_transformer(folder: Path, files: dict[str, int], indices: dict[str, li
     """A diffusers folder: each file holds the same names with values of its own (times a number); shards of halves."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(CONFIG, weights_of())}
-    from model.files.names import diffusers_config
+    from model.files.names import make_diffusers_config
 
-    (folder / "config.json").write_text(json.dumps(diffusers_config(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(make_diffusers_config(CONFIG)))
     names = sorted(tensors)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
     for file, times in files.items():

@@ -9,17 +9,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.backbone import BACKBONES, config_from_json
+from model.backbone import BACKBONES, read_config
 from model.backbones.cross_dit import CrossDiTConfig
 from model.backbones.mmdit import MMDiTConfig
 from model.backbones.mmdit3 import MMDiT3Config
 from model.backbones.uvit import UViTConfig
 from model.encoders.text import TextCond
-from model.flops import forward_flops_per_image, parameter_count, train_flops_per_image
+from model.flops import estimate_train_flops
 
 SMALL = {"in_channels": 4, "context_width": 48, "pooled_width": 24, "pos_max": 16, "pos_tokens": 8, "pos_base": 8}
 NEEDED = {"mmdit3": {"clip_tokens": 3}}
-CONFIGS = [config_from_json(name, {"depth": 2, **NEEDED.get(name, {}), **SMALL}) for name in BACKBONES] + [
+CONFIGS = [read_config(name, {"depth": 2, **NEEDED.get(name, {}), **SMALL}) for name in BACKBONES] + [
     CrossDiTConfig(depth=2, qk_norm=False, **SMALL),
     MMDiT3Config(depth=3, clip_tokens=3, **SMALL),
     MMDiTConfig(depth=4, qk_norm=False, dual_attention=(0, 2), **SMALL),
@@ -47,9 +47,9 @@ def test_flops_equal_the_counter(config, masked: bool) -> None:
         out = model(torch.randn(batch, 4, height, width), torch.rand(batch), text)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    assert forward.get_total_flops() == batch * forward_flops_per_image(config, height, width, text_tokens)
-    assert backward.get_total_flops() == batch * config.backward_flops(height, width, text_tokens)
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    assert forward.get_total_flops() == batch * config.count_forward_flops(height, width, text_tokens)
+    assert backward.get_total_flops() == batch * config.count_backward_flops(height, width, text_tokens)
+    assert config.count_parameters() == sum(p.numel() for p in model.parameters())
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -61,6 +61,6 @@ def test_flops_of_the_large_models_on_the_meta_device(depth: int) -> None:
         text = TextCond(torch.empty(1, 154, 4096), torch.empty(1, 2048))
         with FlopCounterMode(display=False) as forward:
             model(torch.empty(1, 16, 32, 32), torch.empty(1), text)
-    assert forward.get_total_flops() == forward_flops_per_image(config, 32, 32, 154)
-    assert train_flops_per_image(config, 32, 32, 154) == 3 * forward.get_total_flops()
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    assert forward.get_total_flops() == config.count_forward_flops(32, 32, 154)
+    assert estimate_train_flops(config, 32, 32, 154) == 3 * forward.get_total_flops()
+    assert config.count_parameters() == sum(p.numel() for p in model.parameters())

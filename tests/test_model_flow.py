@@ -12,9 +12,17 @@ from torch import Tensor
 
 from infra.errors import UserError
 from model.diffusion.flow import FORMULATIONS, STUDY, Formulation, get_formulation
-from model.diffusion.grids import sampling_grid
+from model.diffusion.grids import make_sampling_grid
 from model.diffusion.paths import Linear
-from model.diffusion.timesteps import DENSITIES, MODE_LIMIT, Density, get_density, lognorm, mode, resolution_shift
+from model.diffusion.timesteps import (
+    DENSITIES,
+    MODE_LIMIT,
+    Density,
+    get_density,
+    make_lognorm,
+    make_mode,
+    shift_timesteps,
+)
 from model.seeding import keyed_uniform
 
 ALL = list(FORMULATIONS)
@@ -68,7 +76,7 @@ def test_path_derivative_is_the_velocity(name: str) -> None:
     forward, back = (form.sample(x0, noise, t + sign * step).x_t for sign in (1, -1))
     slope = (forward - back) / (2 * step).view(-1, 1, 1)
     here = form.sample(x0, noise, t)
-    velocity = form.velocity(here.target, here.x_t, t)
+    velocity = form.to_velocity(here.target, here.x_t, t)
     scale = velocity.abs().amax((1, 2), keepdim=True)
     assert ((slope - velocity) / scale).abs().max() < 1e-5
 
@@ -82,7 +90,7 @@ def test_conversions_round_trip(name: str) -> None:
     torch.testing.assert_close(form.to_x0(drawn.target, drawn.x_t, t), x0, atol=1e-8, rtol=1e-8)
     torch.testing.assert_close(form.to_noise(drawn.target, drawn.x_t, t), noise, atol=1e-8, rtol=1e-8)
     torch.testing.assert_close(form.from_x0_and_noise(x0, noise, t), drawn.target, atol=1e-12, rtol=1e-12)
-    assert form.loss_B(drawn.target, drawn).max() == 0
+    assert form.compute_loss_B(drawn.target, drawn).max() == 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -93,7 +101,7 @@ def test_loss_is_the_unified_loss_up_to_its_constant(name: str) -> None:
     x0, noise = pair(len(t))
     drawn = form.sample(x0, noise, t)
     prediction = drawn.target + 0.3 * noise.flip(0)
-    own = form.loss_B(prediction, drawn) * form.density.pdf(t)
+    own = form.compute_loss_B(prediction, drawn) * form.density.pdf(t)
     noise_error = (form.to_noise(prediction, drawn.x_t, t) - noise).square().mean((1, 2))
     unified = -0.5 * form.weight(t) * form.log_snr_slope(t) * noise_error
     torch.testing.assert_close(own, form.weight_constant * unified, atol=0, rtol=1e-10)
@@ -146,7 +154,7 @@ def test_linear_schedule_sums_over_its_levels() -> None:
 
 def test_linear_schedule_draws_whole_levels_and_tells_them_to_the_network() -> None:
     form = get_formulation("eps/linear")
-    t = form.timesteps(keyed_uniform(0, [0], "levels", (1, 20_000))[0, 0])
+    t = form.draw_timesteps(keyed_uniform(0, [0], "levels", (1, 20_000))[0, 0])
     assert set((t * 1000).round().long().tolist()) <= set(range(1000))
     torch.testing.assert_close(form.path.level(t).network_time, t)
     assert len(t.unique()) > 990
@@ -168,10 +176,10 @@ def test_edm_preconditioning_is_edms() -> None:
 def test_training_in_float32_keeps_dtypes() -> None:
     for name in KINDS:
         form = get_formulation(name)
-        drawn = form.sample(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), form.timesteps(torch.rand(3)))
+        drawn = form.sample(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), form.draw_timesteps(torch.rand(3)))
         assert {x.dtype for x in vars(drawn).values()} - {torch.float64} == {torch.float32}
         assert drawn.model_input.dtype == drawn.target.dtype == drawn.network_time_B.dtype == torch.float32
-        assert form.loss_B(torch.zeros(3, 2, 4, 4, dtype=torch.bfloat16), drawn).dtype == torch.float32
+        assert form.compute_loss_B(torch.zeros(3, 2, 4, 4, dtype=torch.bfloat16), drawn).dtype == torch.float32
 
 
 def quantile_grid(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -197,9 +205,9 @@ def test_density_integrates_to_one_and_matches_its_draws(name: str) -> None:
 def test_mode_density_at_the_papers_points() -> None:
     half = torch.tensor([0.5], dtype=torch.float64)
     for scale, value in ((1.0, 2.33), (1.29, 3.79), (1.75, 904)):
-        assert abs(float(mode(scale).pdf(half)) / value - 1) < 5e-3
+        assert abs(float(make_mode(scale).pdf(half)) / value - 1) < 5e-3
     with pytest.raises(UserError, match=r"1\.7519"):
-        mode(MODE_LIMIT + 1e-3)
+        make_mode(MODE_LIMIT + 1e-3)
     with pytest.raises(UserError, match="-1 <="):
         get_formulation("rf/mode(-1.1)")
 
@@ -217,7 +225,7 @@ def test_the_u_shape_is_that_of_the_code_of_2_rectified_flow() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     form = get_formulation("rf/ushape(4)")
     assert form.name == "rf/ushape(4.00)"
-    t = form.timesteps(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    t = form.draw_timesteps(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert 0 < t[0] < 1e-11 < 1 - 1e-11 < t[1] < 1
     for wrong, says in (("ushape(0)", "above 0"), ("ushape(nan)", "finite"), ("ushape(1e4)", "at most 100")):
         with pytest.raises(UserError, match=says):
@@ -229,12 +237,12 @@ def test_resolution_shift_moves_the_log_snr_by_its_log() -> None:
     for name in ("rf", "v/cos", "edm/rf"):
         form = get_formulation(name)
         u = form.density.draw(t)
-        moved = form.log_snr(form.timesteps(t, shift=3.0)) - form.log_snr(u)
+        moved = form.log_snr(form.draw_timesteps(t, shift=3.0)) - form.log_snr(u)
         torch.testing.assert_close(moved, torch.full_like(t, -2 * math.log(3)))
-    torch.testing.assert_close(resolution_shift(resolution_shift(t, 3.0), 1 / 3), t)
+    torch.testing.assert_close(shift_timesteps(shift_timesteps(t, 3.0), 1 / 3), t)
     # A shifted lognorm(m, s) is lognorm(m + log shift, s).
-    shifted, slope = resolution_shift(t, 3.0), 3 / (1 + 2 * t) ** 2
-    torch.testing.assert_close(lognorm(0.2, 0.7).pdf(t) / slope, lognorm(0.2 + math.log(3), 0.7).pdf(shifted))
+    shifted, slope = shift_timesteps(t, 3.0), 3 / (1 + 2 * t) ** 2
+    torch.testing.assert_close(make_lognorm(0.2, 0.7).pdf(t) / slope, make_lognorm(0.2 + math.log(3), 0.7).pdf(shifted))
 
 
 @pytest.mark.parametrize(
@@ -263,9 +271,9 @@ def test_unknown_formulations_are_named(name: str, says: str) -> None:
 def test_only_positive_shifts_are_taken(name: str, shift: float) -> None:
     form, half = get_formulation(name), torch.tensor([0.5])
     for use in (
-        lambda: resolution_shift(half, shift),
-        lambda: form.timesteps(half, shift=shift),
-        lambda: sampling_grid(form, 4, shift=shift),
+        lambda: shift_timesteps(half, shift),
+        lambda: form.draw_timesteps(half, shift=shift),
+        lambda: make_sampling_grid(form, 4, shift=shift),
     ):
         with pytest.raises(UserError, match=f"shift is {shift}"):
             use()
@@ -301,7 +309,7 @@ def test_a_density_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DENSITIES, "beta2", beta2)
     form = get_formulation("rf/beta2(2)")
     assert form.name == "rf/beta2(2.0)"
-    t = form.timesteps(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
+    t = form.draw_timesteps(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     torch.testing.assert_close(form.density.pdf(t), 2 * t)
     torch.testing.assert_close(form.weight(t), 2 * t * t / (1 - t))
     with pytest.raises(UserError, match=r"beta2\(0\)': .*division by zero"):

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from data_pipeline.loading.batch import LatentBatch
 from infra.errors import UserError
-from model.backbone import BACKBONES, config_from_json
-from model.backbones.norms import apex_available, rms_norm
+from model.backbone import BACKBONES, read_config
+from model.backbones.norms import is_apex_available, make_rms_norm
 from model.diffusion.flow import FORMULATIONS, get_formulation
 from model.diffusion.sampler import solve
-from model.diffusion.validation import validation_losses
+from model.diffusion.validation import compute_validation_losses
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import EncoderSpec, TextCond, TextSpec
 from model.encoders.vae import Latents, load_vae
 from model.files.weights import load_model, save_weights
-from model.lora import add_adapters, is_adapter, switched_off
+from model.lora import add_adapters, is_adapter, switch_off_adapters
 from model.probe import AttentionProbe
 from model.seeding import keyed_normal, keyed_uniform
 from trainer.feed import draw_noise
@@ -58,7 +58,7 @@ def randomise(parameters: Mapping[str, Tensor]) -> None:
 
 
 def build(name: str, device: str = DEVICE, dtype: torch.dtype = torch.float32, depth: int = 3) -> nn.Module:
-    model = config_from_json(name.split("/")[0], {**SIZE, "depth": depth, **CHANGES.get(name, {})}).build()
+    model = read_config(name.split("/")[0], {**SIZE, "depth": depth, **CHANGES.get(name, {})}).build()
     randomise(dict(model.named_parameters()))
     return model.to(device, dtype)
 
@@ -130,7 +130,7 @@ def test_compiled_blocks_compute_the_same(name: str, dtype: torch.dtype, masked:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_is_its_formula_and_apexs_is_refused(dtype: torch.dtype) -> None:
     x, push = torch.randn(2, 3, 5, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :, :, 0]
-    norm = rms_norm(64).to(DEVICE, dtype)
+    norm = make_rms_norm(64).to(DEVICE, dtype)
     nn.init.uniform_(norm.weight, 0.5, 2)
     leaf, wide, weight = (y.detach().requires_grad_() for y in (x.to(DEVICE), x.double(), norm.weight.cpu().double()))
     out, formula = norm(leaf), wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
@@ -138,9 +138,9 @@ def test_rms_norm_is_its_formula_and_apexs_is_refused(dtype: torch.dtype) -> Non
     ours = torch.autograd.grad(out, [leaf, norm.weight], push.to(DEVICE))
     for one, other in zip(ours, torch.autograd.grad(formula, [wide, weight], push.double()), strict=True):
         assert_near(one, other, DTYPES[dtype] / 2)
-    if not apex_available():
+    if not is_apex_available():
         with pytest.raises(UserError, match="norm_backend=apex"):
-            rms_norm(64, "apex")
+            make_rms_norm(64, "apex")
 
 
 def test_noise_and_times_of_a_seed_are_drawn_on_the_cpu() -> None:
@@ -166,8 +166,8 @@ def test_losses_and_conversions_are_those_of_the_cpu(name: str) -> None:
         micro = draw_noise(batch, form, seed=1, shift=2.0)
         losses = pretrain(predict, micro.to(device), formulation=form)
         batch = LatentBatch(x.to(device), text.to(device), places, [], [])
-        levels = validation_losses(predict, batch, (0.25, 0.75), 1, formulation=form)
-        times = form.timesteps(t_B.to(device), 2.0)
+        levels = compute_validation_losses(predict, batch, (0.25, 0.75), 1, formulation=form)
+        times = form.draw_timesteps(t_B.to(device), 2.0)
         sample = form.sample(x.to(device), x.flip(1).to(device), times)
         parts = [part(sample.target, sample.x_t, times) for part in (form.to_x0, form.to_noise, form.velocity)]
         found.append([micro.t_B, losses.loss_B, levels, times, sample.x_t, sample.target, *parts])
@@ -228,7 +228,7 @@ def test_adapters_compute_what_they_do_on_the_cpu() -> None:
     wanted = passes(copy.deepcopy(model).double(), inputs())
     assert_alike(passes(model.to(DEVICE), inputs()), wanted, torch.float32)
     assert all(is_adapter(name) for name in wanted if name)
-    with switched_off(model):
+    with switch_off_adapters(model):
         assert_near(passes(model.requires_grad_(), inputs())[""], exact("mmdit", SHAPES[0], True)[""])
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.backbone import config_from_json
+from model.backbone import read_config
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
-from model.files.names import config_of_diffusers, diffusers_config, sd3_name, to_diffusers
+from model.files.names import make_diffusers_config, read_diffusers_config, to_diffusers, to_sd3_name
 
 SMALL = {"depth": 3, "in_channels": 4, "context_width": 48, "pooled_width": 24}
 GRID = {"pos_max": 12, "pos_tokens": 8, "pos_base": 8}
@@ -24,7 +24,7 @@ def _one_thread() -> None:
 
 def build(name: str, **changes: object) -> nn.Module:
     """Every parameter random, output and modulation included."""
-    model = config_from_json(name, {**SMALL, **GRID, **changes}).build()
+    model = read_config(name, {**SMALL, **GRID, **changes}).build()
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
@@ -122,22 +122,22 @@ def test_released_models_fit(name: str) -> None:
         "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": side, "qk_norm": qk_norm,
         "dual_attention_layers": dual,
     }  # fmt: skip
-    config = config_of_diffusers(told, name)
+    config = read_diffusers_config(told, name)
     with torch.device("meta"):
         ours = config.build()
         theirs = SD3Transformer2DModel(**told).state_dict()
     mapped = dict(to_diffusers(config, ours.state_dict()))
     assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in theirs.items()}
-    assert config.parameter_count() == sum(p.numel() for p in ours.parameters())
+    assert config.count_parameters() == sum(p.numel() for p in ours.parameters())
     if count is not None:
-        assert config.parameter_count() == count
-    stated = {k: v for k, v in diffusers_config(config).items() if k != "sample_size"}
+        assert config.count_parameters() == count
+    stated = {k: v for k, v in make_diffusers_config(config).items() if k != "sample_size"}
     assert stated == {k: v for k, v in told.items() if k != "sample_size"}
 
 
 def test_names_of_the_released_single_files() -> None:
     """Spot checks in Stability's dialect; the rest follows from the table in model/files/names.py."""
-    assert isinstance(config_from_json("mmdit", {"depth": 24, "dual_attention": list(range(13))}), MMDiTConfig)
+    assert isinstance(read_config("mmdit", {"depth": 24, "dual_attention": list(range(13))}), MMDiTConfig)
     for ours, theirs in (
         ("blocks.3.image.qkv.norm_q.weight", "joint_blocks.3.x_block.attn.ln_q.weight"),
         ("blocks.0.self_attention.qkv.linear.bias", "joint_blocks.0.x_block.attn2.qkv.bias"),
@@ -146,4 +146,4 @@ def test_names_of_the_released_single_files() -> None:
         ("final.linear.weight", "final_layer.linear.weight"),
         ("blocks.7.text.mlp.outer.weight", "joint_blocks.7.context_block.mlp.fc2.weight"),
     ):
-        assert sd3_name(ours) == theirs
+        assert to_sd3_name(ours) == theirs

@@ -11,20 +11,20 @@ from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
-from model.files.names import adapter_to_diffusers, diffusers_config, sd3_name, to_diffusers
+from model.files.names import adapter_to_diffusers, make_diffusers_config, to_diffusers, to_sd3_name
 from model.files.weights import load_weights, save_weights
 from model.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    adapter_of,
     add_adapters,
     count_adapter_parameters,
     is_adapter,
     make_peft_config,
+    merge_adapter,
     merge_files,
-    merged,
-    peft_name,
-    switched_off,
+    name_adapter,
+    switch_off_adapters,
+    to_peft_name,
 )  # fmt: skip
 
 RANK, ALPHA = 4, 6.0
@@ -76,7 +76,7 @@ def test_new_adapters_change_nothing_bit_for_bit(name):
 
 def test_switched_off_it_is_the_reference_bit_for_bit():
     plain, model = build(), adapted(trained=True)
-    with switched_off(model):
+    with switch_off_adapters(model):
         assert torch.equal(plain(*inputs()), model(*inputs()))
     assert not torch.allclose(plain(*inputs()), model(*inputs()), atol=1e-2)
 
@@ -86,9 +86,9 @@ def test_merged_weights_compute_what_the_adapters_do():
     state = dict(model.named_parameters())
     plain = build()
     for name, param in plain.named_parameters():
-        a, b = adapter_of(name)
+        a, b = name_adapter(name)
         if a in state:
-            param.data = merged(state[name], state[a], state[b], scale=ALPHA / RANK)
+            param.data = merge_adapter(state[name], state[a], state[b], scale=ALPHA / RANK)
     torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def write(folder, model) -> None:
 
     adapters = {name: param.detach() for name, param in model.named_parameters() if is_adapter(name)}
     folder.mkdir()
-    save_file({peft_name(n): x.contiguous() for n, x in adapters.items()}, folder / WEIGHTS_FILE)
+    save_file({to_peft_name(n): x.contiguous() for n, x in adapters.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(to_json(make_peft_config(adapters, rank=RANK, alpha=ALPHA))))
 
 
@@ -143,10 +143,10 @@ def test_diffusers_reads_the_adapter(tmp_path, base):
 
     model = adapted(trained=True)
     state = {name: param.detach() for name, param in model.named_parameters()}
-    adapters = [(n, *(state[part] for part in adapter_of(n))) for n in state if adapter_of(n)[0] in state]
+    adapters = [(n, *(state[part] for part in name_adapter(n))) for n in state if name_adapter(n)[0] in state]
     found = dict(adapter_to_diffusers(CONFIG, adapters, scale=ALPHA / RANK))
     save_file({name: tensor.clone() for name, tensor in found.items()}, tmp_path / "pytorch_lora_weights.safetensors")
-    theirs = SD3Transformer2DModel(**diffusers_config(CONFIG)).eval()
+    theirs = SD3Transformer2DModel(**make_diffusers_config(CONFIG)).eval()
     theirs.load_state_dict(dict(to_diffusers(CONFIG, build().state_dict())))
     x, t, text = inputs()
 
@@ -176,11 +176,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, base):
 def foreign(dialect: str, model) -> dict[str, torch.Tensor]:
     """The adapter under the names of diffusers (two writings) or of kohya's tools, with alpha where they have one."""
     state = {name: param.detach() for name, param in model.named_parameters()}
-    adapters = [(n, *(state[part] for part in adapter_of(n))) for n in state if adapter_of(n)[0] in state]
+    adapters = [(n, *(state[part] for part in name_adapter(n))) for n in state if name_adapter(n)[0] in state]
     if dialect == "kohya":
         found = {}
         for name, a_RI, b_OR in adapters:
-            module = "lora_unet_" + sd3_name(name).removesuffix(".weight").replace(".", "_")
+            module = "lora_unet_" + to_sd3_name(name).removesuffix(".weight").replace(".", "_")
             found |= {f"{module}.lora_down.weight": a_RI.clone(), f"{module}.lora_up.weight": b_OR.clone(),
                       f"{module}.alpha": torch.tensor(float(ALPHA))}  # fmt: skip
         return found

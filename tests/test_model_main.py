@@ -12,8 +12,8 @@ from torch import Tensor
 
 from infra.errors import run_cli
 from model.__main__ import main
-from model.activations import activations_per_image
-from model.backbone import BACKBONES, config_from_json
+from model.activations import count_activations
+from model.backbone import BACKBONES, read_config
 from model.diffusion.flow import FORMULATIONS, STUDY
 from model.encoders.text import TextCond
 
@@ -53,7 +53,7 @@ def test_info_describes_the_largest_model(monkeypatch: pytest.MonkeyPatch, capsy
 def test_activation_bytes_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
     """Counted on fake tensors, and here on real ones: each storage once, without the parameters."""
     small = {"depth": 2, "in_channels": 4, "context_width": 48, "pooled_width": 24, "pos_max": 16, "pos_tokens": 8}
-    config = config_from_json(name, {**small, "pos_base": 8, **({"clip_tokens": 3} if name == "mmdit3" else {})})
+    config = read_config(name, {**small, "pos_base": 8, **({"clip_tokens": 3} if name == "mmdit3" else {})})
     model = config.build().to(dtype)
     text = TextCond(torch.randn(1, 7, 48, dtype=dtype), torch.randn(1, 24, dtype=dtype))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -67,7 +67,7 @@ def test_activation_bytes_are_what_autograd_keeps(name: str, dtype: torch.dtype)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(torch.randn(1, 4, 16, 16, dtype=dtype), torch.rand(1), text)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    counted = activations_per_image(config, (4, 16, 16), 7, dtype)
+    counted = count_activations(config, (4, 16, 16), 7, dtype)
     assert out.requires_grad
     assert counted.whole == pytest.approx(real, rel=0.01)
 

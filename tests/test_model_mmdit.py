@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiT, MMDiTConfig
 from model.encoders.text import TextCond
-from model.files.names import diffusers_config, from_diffusers, to_diffusers
+from model.files.names import from_diffusers, make_diffusers_config, to_diffusers
 
 BASE = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 
@@ -49,7 +49,7 @@ def inputs(config: MMDiTConfig, height: int = 16, width: int = 16, batch: int = 
 def diffusers_twin(model: MMDiT) -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
-    arguments = diffusers_config(model.config)
+    arguments = make_diffusers_config(model.config)
     twin = SD3Transformer2DModel(**arguments)
     twin.load_state_dict(dict(to_diffusers(model.config, model.state_dict())))
     return twin
@@ -101,15 +101,15 @@ def test_parameter_count_is_the_papers(depth: int) -> None:
     with torch.device("meta"):
         counted = sum(p.numel() for p in config.build().parameters())
         normed = sum(p.numel() for p in MMDiTConfig(depth=depth).build().parameters())
-    assert counted == config.parameter_count() == closed_form(depth)
-    assert normed == MMDiTConfig(depth=depth).parameter_count() == counted + 256 * depth
+    assert counted == config.count_parameters() == closed_form(depth)
+    assert normed == MMDiTConfig(depth=depth).count_parameters() == counted + 256 * depth
     if depth == 24:
         assert counted == 2_028_328_000
 
 
 def test_parameter_count_of_dual_attention() -> None:
     config = config_with(depth=4, dual_attention=[0, 2])
-    assert sum(p.numel() for p in config.build().parameters()) == config.parameter_count()
+    assert sum(p.numel() for p in config.build().parameters()) == config.count_parameters()
 
 
 def test_masked_text_keys_do_not_reach_the_image() -> None:

@@ -12,9 +12,9 @@ from model.backbones.layers import unpatchify
 from model.backbones.mmdit import MMDiTConfig
 from model.backbones.position import PositionTable
 from model.diffusion.flow import FORMULATIONS, get_formulation
-from model.diffusion.grids import sampling_grid
-from model.diffusion.timesteps import resolution_shift
-from model.encoders.text import EncodedText, EncoderSpec, TextSpec, assemble, unconditional
+from model.diffusion.grids import make_sampling_grid
+from model.diffusion.timesteps import shift_timesteps
+from model.encoders.text import EncodedText, EncoderSpec, TextSpec, assemble, make_unconditional
 from model.files.names import from_diffusers, from_sd3, to_diffusers, to_sd3
 
 quick = settings(max_examples=30, deadline=None)
@@ -40,18 +40,18 @@ def test_any_prediction_is_split_and_put_together_again(name: str, t: float, see
 @given(inside, inside, shifts, shifts)
 def test_resolution_shifts_compose_and_keep_order(t: float, other: float, one: float, two: float) -> None:
     times = torch.tensor([0.0, min(t, other), max(t, other), 1.0], dtype=torch.float64)
-    shifted = resolution_shift(times, one)
+    shifted = shift_timesteps(times, one)
     assert (shifted.diff() >= 0).all()
     assert shifted[0] == 0
     assert abs(float(shifted[-1]) - 1) < 1e-15
-    torch.testing.assert_close(resolution_shift(shifted, two), resolution_shift(times, one * two))
-    torch.testing.assert_close(resolution_shift(shifted, 1 / one), times)
+    torch.testing.assert_close(shift_timesteps(shifted, two), shift_timesteps(times, one * two))
+    torch.testing.assert_close(shift_timesteps(shifted, 1 / one), times)
 
 
 @quick
 @given(st.sampled_from(list(FORMULATIONS)), st.integers(1, 60), shifts)
 def test_every_grid_falls_to_zero(name: str, steps: int, shift: float) -> None:
-    grid = sampling_grid(get_formulation(name), steps, shift=shift)
+    grid = make_sampling_grid(get_formulation(name), steps, shift=shift)
     assert len(grid) == steps + 1
     assert grid[-1] == 0
     assert (grid.diff() < 0).all()
@@ -113,7 +113,7 @@ def test_text_of_a_caption_does_not_depend_on_its_batch(rows: list, random) -> N
 
     whole, order = batch(list(range(len(rows)))), list(range(len(rows)))
     random.shuffle(order)
-    shuffled, nothing = batch(order), unconditional(SPEC, 1)
+    shuffled, nothing = batch(order), make_unconditional(SPEC, 1)
     assert whole.mask_BL is not None
     for field in ("context_BLD", "pooled_BP", "mask_BL"):
         assert torch.equal(getattr(shuffled, field), getattr(whole, field)[order])

@@ -12,8 +12,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from infra.errors import UserError
-from model.diffusion.flow import TARGETS, Formulation, get_formulation, like
-from model.diffusion.grids import sampling_grid
+from model.diffusion.flow import TARGETS, Formulation, broadcast_like, get_formulation
+from model.diffusion.grids import make_sampling_grid
 from model.diffusion.paths import EDM, Linear
 from model.diffusion.sampler import sample, solve
 from model.encoders.text import TextCond
@@ -38,14 +38,14 @@ def mixture_network(form: Formulation) -> Callable[..., Tensor]:
     def predict(x: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         path = form.path
         level = path.level_of_ratio(torch.exp(4 * t_B)) if isinstance(path, EDM) else path.level(t_B)
-        z, a, b = x / like(level.input_scale, x), like(level.a, x), like(level.b, x)
+        z, a, b = x / broadcast_like(level.input_scale, x), broadcast_like(level.a, x), broadcast_like(level.b, x)
         variance = (a * STD) ** 2 + b**2
         log_share = -0.5 * (z - a * MEAN) ** 2 / variance - 0.5 * variance.log() + WEIGHT.log()
         means = MEAN + a * STD**2 / variance * (z - a * MEAN)
         x0 = (log_share.softmax(-1) * means).sum(-1, keepdim=True)
         noise = torch.where(b > 0, (z - a * x0) / b.clamp(min=1e-30), 0.0)
         alpha, beta = TARGETS[form.target](level)
-        return like(alpha, x) * x0 + like(beta, x) * noise
+        return broadcast_like(alpha, x) * x0 + broadcast_like(beta, x) * noise
 
     return predict
 
@@ -153,7 +153,7 @@ def test_released_grid_is_diffusers(steps: int, shift: float) -> None:
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     scheduler.set_timesteps(steps)
-    ours = sampling_grid(get_formulation("rf"), steps, shift=shift, grid="released")
+    ours = make_sampling_grid(get_formulation("rf"), steps, shift=shift, grid="released")
     torch.testing.assert_close(ours.float(), scheduler.sigmas, atol=1e-6, rtol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_released_grid_is_diffusers(steps: int, shift: float) -> None:
 def test_grids_fall_to_zero_from_the_stated_level(name: str) -> None:
     form = get_formulation(name)
     for steps in (1, 2, 7, 50):
-        grid = sampling_grid(form, steps)
+        grid = make_sampling_grid(form, steps)
         assert len(grid) == steps + 1
         assert (grid.diff() < 0).all()
         assert grid[-1] == 0
@@ -178,7 +178,7 @@ def test_grids_fall_to_zero_from_the_stated_level(name: str) -> None:
 )
 def test_grids_start_at_the_stated_level(names: list[str], start: float) -> None:
     for name in names:
-        assert abs(float(sampling_grid(get_formulation(name), 7)[0]) - start) < 2e-3
+        assert abs(float(make_sampling_grid(get_formulation(name), 7)[0]) - start) < 2e-3
 
 
 def test_wrong_requests_are_named() -> None:

@@ -10,7 +10,7 @@ from test_model_backbones import NAMES, inputs, random_model, small
 from infra.errors import UserError
 from model.backbones.layers import FinalLayer
 from model.backbones.mmdit import MMDiTConfig
-from model.bfloat16 import in_bfloat16
+from model.bfloat16 import convert_to_bfloat16
 from model.files.names import to_diffusers, to_sd3
 from model.files.weights import load_model, save_weights
 from trainer.exports.export import open_weights
@@ -41,7 +41,7 @@ def test_a_student_with_a_second_time_begins_as_its_teacher_to_the_bit(name, tmp
         student.condition.interval.outer.weight.normal_(std=0.1)
     assert torch.equal(student(x, t, text, t), student(x, t, text)), "without r it is t"
     assert (student(x, t, text, 0.5 * t) - student(x, t, text)).abs().max() > 1e-4
-    assert not torch.equal(in_bfloat16(student)(x, t, text, 0.5 * t), in_bfloat16(student)(x, t, text))
+    assert not torch.equal(convert_to_bfloat16(student)(x, t, text, 0.5 * t), convert_to_bfloat16(student)(x, t, text))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from model.diffusion.flow import FORMULATIONS, get_formulation
-from model.diffusion.validation import VAL_PROTOCOLS, get_protocol, validation_losses
+from model.diffusion.validation import VAL_PROTOCOLS, compute_validation_losses, get_protocol
 from model.encoders.text import TextCond
 from model.seeding import Normal, QuickNormal, keyed_normal, keyed_uniform
 
@@ -93,30 +93,30 @@ def test_protocols_are_three_different_ones() -> None:
 
 def test_validation_loss_does_not_depend_on_the_batch() -> None:
     levels = VAL_PROTOCOLS["sd3"].levels
-    whole = validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=0)
-    parts = torch.cat([validation_losses(zero, batch_of(p), levels, seed=0) for p in ([3], [8, 1], [4])])
+    whole = compute_validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=0)
+    parts = torch.cat([compute_validation_losses(zero, batch_of(p), levels, seed=0) for p in ([3], [8, 1], [4])])
     assert torch.equal(whole, parts)
     assert whole.dtype == torch.float64
     assert whole.shape == (4, 8)
-    assert not torch.equal(whole, validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=1))
+    assert not torch.equal(whole, compute_validation_losses(zero, batch_of([3, 8, 1, 4]), levels, seed=1))
 
 
 def test_couplings_are_validated_with_their_own_noise() -> None:
     """At a network that says 0 the loss is the mean square of e - x0, at each level and for any seed."""
     batch = batch_of([3, 8, 1])
     coupled = batch._replace(noise_BCHW=keyed_normal(1, [0, 1, 2], "their own", (2, 4, 4)))
-    found = validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=0)
+    found = compute_validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=0)
     expected = (coupled.noise_BCHW - batch.latent_BCHW).double().square().flatten(1).mean(1)
     torch.testing.assert_close(found, expected[:, None].expand(3, 9), rtol=1e-6, atol=0)
-    assert torch.equal(found, validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=5))
+    assert torch.equal(found, compute_validation_losses(zero, coupled, VAL_PROTOCOLS["coupled"].levels, seed=5))
     assert VAL_PROTOCOLS["coupled"].levels == tuple(k / 8 for k in range(9))
 
 
 def test_validation_loss_of_the_zero_model_is_known() -> None:
     """The target is noise - x0, both of unit variance: 2 at every level."""
-    losses = validation_losses(zero, batch_of(list(range(400))), (0.25, 1.0), seed=0)
+    losses = compute_validation_losses(zero, batch_of(list(range(400))), (0.25, 1.0), seed=0)
     assert losses.mean(0).tolist() == pytest.approx([2.0, 2.0], abs=0.1)
-    other = validation_losses(zero, batch_of(list(range(400))), (0.25,), seed=0, formulation="eps/cos")
+    other = compute_validation_losses(zero, batch_of(list(range(400))), (0.25,), seed=0, formulation="eps/cos")
     assert float(other.mean()) == pytest.approx(1.0, abs=0.05)
 
 
@@ -126,12 +126,12 @@ def test_levels_that_edm_does_not_have_are_left_out_or_refused(name: str) -> Non
     form, batch = get_formulation(name), batch_of([3, 8])
     chosen = get_protocol("sd3", form)
     assert chosen.levels == VAL_PROTOCOLS["sd3"].levels[:7]
-    assert torch.isfinite(validation_losses(zero, batch, chosen.levels, seed=0, formulation=form)).all()
+    assert torch.isfinite(compute_validation_losses(zero, batch, chosen.levels, seed=0, formulation=form)).all()
     assert get_protocol("midpoint", form) == VAL_PROTOCOLS["midpoint"]
     with pytest.raises(UserError, match=r"no noise level t=0 .*sd3 or midpoint"):
         get_protocol("mlperf", form)
     with pytest.raises(UserError, match="no noise level t=1"):
-        validation_losses(zero, batch, (0.5, 1.0), seed=0, formulation=form)
+        compute_validation_losses(zero, batch, (0.5, 1.0), seed=0, formulation=form)
 
 
 def test_every_other_formulation_has_every_level() -> None:

@@ -18,9 +18,9 @@ from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.sampler import sample
 from model.encoders.networks import load_text_encoders
-from model.encoders.text import TextCond, TextSpec, sd3_text_spec
+from model.encoders.text import TextCond, TextSpec, make_sd3_text_spec
 from model.files.convert import convert
-from model.files.names import full_positions, to_sd3
+from model.files.names import make_full_positions, to_sd3
 from model.files.weights import load_model, load_weights, read_meta, save_weights
 
 
@@ -103,10 +103,10 @@ def test_an_sd3_release_with_encoders_and_its_own_positions(tmp_path: Path) -> N
     config = MMDiTConfig.from_json(meta["config"])
     assert config.pos_stored
     assert meta["kind"] == "raw"
-    expected = full_positions(moved, {}).half().float()
-    assert torch.equal(full_positions(config, state), expected)
+    expected = make_full_positions(moved, {}).half().float()
+    assert torch.equal(make_full_positions(config, state), expected)
     model, _ = load_model(tmp_path / "ours.safetensors")
-    assert torch.equal(model.positions.full_table(), expected)
+    assert torch.equal(model.positions.make_full_table(), expected)
     del tensors["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.bias"]
     save_file(tensors, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"missing .joint_blocks\.1\.x_block\.mlp\.fc1\.bias"):
@@ -216,7 +216,7 @@ def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) 
     # The same latents from the same prompt by our encoders, read from that folder, and our sampler.
     theirs = pipeline("a b", **asked, **shapes, output_type="latent").images
     tiny = {"clip_l": (8, 16, 10), "clip_g": (8, 24, 14), "t5": (6, 48, 0)}
-    released = sd3_text_spec("diffusers").encoders
+    released = make_sd3_text_spec("diffusers").encoders
     spec = TextSpec(
         tuple(replace(e, tokens=n, width=w, pooled=p) for e in released for n, w, p in [tiny[e.seat]]),
         "padded", 48, "diffusers",
@@ -224,7 +224,7 @@ def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) 
     text = load_text_encoders(spec, lambda name: tmp_path / "pipe" / name)
     model, _ = load_model(path)
     ours = sample(
-        model, noise, text.condition(["a b"]), text.empty_prompt(1), steps=10, guidance=3.0, formulation="rf",
+        model, noise, text.condition(["a b"]), text.encode_empty_prompt(1), steps=10, guidance=3.0, formulation="rf",
         grid="released",
     )  # fmt: skip
     assert float((ours - theirs).abs().max()) <= 1e-4

@@ -23,7 +23,7 @@ from infra.results import ResultStore
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.files.weights import load_weights, read_meta, save_weights
-from model.lora import add_adapters, is_adapter, merge_files, switched_off
+from model.lora import add_adapters, is_adapter, merge_files, switch_off_adapters
 from model.seeding import keyed_normal, keyed_uniform
 from trainer.__main__ import main
 from trainer.checks.preflight import set_init_weights
@@ -55,7 +55,7 @@ class Plain:
 
     @contextlib.contextmanager
     def reference(self):
-        with torch.no_grad(), switched_off(self.model):
+        with torch.no_grad(), switch_off_adapters(self.model):
             yield
 
 

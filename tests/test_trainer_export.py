@@ -86,7 +86,7 @@ def test_every_format_on_a_disk_and_on_s3_holds_the_same_bits(run, info, s3, tmp
         for form, name in FORMATS:
             given = {"kind": kind, "profile": None, "info": info, "run": str(run), "out": f"{place}/{name}"}
             count = export_as(form, str(run / "checkpoints" / "step_0000001"), **given)
-            assert count == CONFIG.parameter_count()
+            assert count == CONFIG.count_parameters()
     there = {uri.removeprefix(s3): storage.read_bytes(uri) for uri in storage.list_files(s3)}
     here = {uri.removeprefix(str(tmp_path)): storage.read_bytes(uri) for uri in storage.list_files(str(tmp_path))}
     assert there == here

@@ -78,7 +78,7 @@ def test_losses_go_to_the_bins_of_their_times_and_efficiency_is_exact():
     assert bins == {
         f"loss/t{width / 2:.4f}": 2.0, f"loss/t{0.5 + width / 2:.4f}": 5.0, f"loss/t{1 - width / 2:.4f}": 8.0,
     }  # fmt: skip
-    counts = CONFIG.multiply_adds(8, 8, 6)
+    counts = CONFIG.count_multiply_adds(8, 8, 6)
     flops = 2 * (2 * counts.stem + 3 * counts.inner)  # data needs no gradient: the stem runs backward once
     assert told["mfu"] == pytest.approx(flops * 5 / 10 / 63.5e9, rel=0.05)
     assert told["memory_gib"] > 0.05

@@ -14,7 +14,6 @@ from infra.errors import UserError, run_cli
 from model.backbone import BACKBONES
 from model.backbones.dit import DiTConfig
 from model.backbones.mmdit import MMDiTConfig
-from model.flops import parameter_count
 from trainer import recipes
 from trainer.__main__ import main
 from trainer.commands import TrainArgs, parse_options
@@ -115,12 +114,12 @@ def test_the_paper_s_recipes_say_what_the_paper_says():
     assert (high.model.pos_tokens, high.model.pos_base, high.model.pos_max) == (64, 16, 128)
     assert get_recipe("captions-original").data.original_captions == 1.0
     assert {get_recipe(f"study-{name}").model.name for name in BACKBONES} == set(BACKBONES)
-    assert parameter_count(d24.model) == 2_028_334_144  # 2,028,328,000 and 256 for the QK-norms of each block
+    assert d24.model.count_parameters() == 2_028_334_144  # 2,028,328,000 and 256 for the QK-norms of each block
 
 
 def test_plan_bytes_by_stage():
     r = recipe(precision="bf16")
-    whole, share = r.model.parameter_count(), r.model.parameter_count() / 8
+    whole, share = r.model.count_parameters(), r.model.count_parameters() / 8
     total = [estimate_bytes_per_rank(r, stage=stage, world_size=8)["total"] for stage in range(4)]
     assert total[3] == share * (2 + 4 + 8 + 4 + 4)
     assert total[1] == whole * (2 + 4) + share * (4 + 8 + 4)
@@ -143,7 +142,7 @@ def test_plan_against_arithmetic():
     parallel = dataclasses.replace(r.parallel, max_live=0)
     tight = make_hardware_plan(dataclasses.replace(r, parallel=parallel), world_size=64, machine=h100)
     assert tight.time.communication_seconds == pytest.approx(4 * (2 * gathered + reduced))
-    assert tight.bytes_per_rank["stage3"]["gathered"] == math.ceil(2 * 2 * r.model.block_parameters() / 15)
+    assert tight.bytes_per_rank["stage3"]["gathered"] == math.ceil(2 * 2 * r.model.count_block_parameters() / 15)
     # Gathered parts are put together; gradients: bucket and widening 6 bytes, laid out by rank and divided 20.
     assert plan.time.copy_seconds == pytest.approx(4 * p * (2 * 2 + 26) / 3.35e12)
     # Adam moves seven numbers a parameter, each of three averages three; on an H100's 3.35 TB/s.
@@ -174,7 +173,7 @@ def test_offload_moves_bytes_to_the_host():
     r = recipe(precision="bf16", parallel=Parallel(offload_optimizer=True))
     sizes = estimate_bytes_per_rank(r, stage=3, world_size=8)
     assert (sizes["masters"], sizes["moments"], sizes["ema"]) == (0, 0, 0)
-    assert sizes["host"] == r.model.parameter_count() / 8 * (4 + 8 + 4 + 4)
+    assert sizes["host"] == r.model.count_parameters() / 8 * (4 + 8 + 4 + 4)
 
 
 def test_what_does_not_fit_is_said():

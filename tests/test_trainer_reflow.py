@@ -30,7 +30,7 @@ from trainer.feed import DeviceBatch, draw_noise
 from trainer.objective import check_objective, reflow
 from trainer.recipe import LoRA, Student, Validation, check
 from trainer.recipes import get_recipe
-from trainer.regression import regression_loss
+from trainer.regression import compute_regression_loss
 
 FORM = get_formulation("rf/ushape(4)")
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
@@ -96,13 +96,13 @@ def test_the_loss_against_the_formula_in_numpy(loss):
 
 def test_huber_is_a_norm_far_out_and_a_square_near_zero():
     target = torch.zeros(1, 100)
-    far = regression_loss(torch.full((1, 100), 1e4), target, loss="huber", huber=0.00054).item()
+    far = compute_regression_loss(torch.full((1, 100), 1e4), target, loss="huber", huber=0.00054).item()
     assert far == pytest.approx(1e4 * 10 / 100, rel=1e-3)
-    near = regression_loss(torch.full((1, 100), 1e-4), target, loss="huber", huber=0.00054).item()
+    near = compute_regression_loss(torch.full((1, 100), 1e-4), target, loss="huber", huber=0.00054).item()
     assert near == pytest.approx(1e-8 * 100 / (2 * 0.054) / 100, rel=2e-2)
-    assert regression_loss(torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 4), loss="l2", huber=1.0).dtype == (
-        torch.float32
-    )
+    assert compute_regression_loss(
+        torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 4), loss="l2", huber=1.0
+    ).dtype == (torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from data_pipeline.selection.choice import DataChoice
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from model.diffusion.flow import STUDY
-from model.flops import train_flops_per_image
+from model.flops import estimate_train_flops
 from trainer.ladders import ladder, sweep
 from trainer.ladders.isoflop import write_summary
 from trainer.ladders.ladder import count_images, find_branch_point, train_isoflop
@@ -75,7 +75,7 @@ def test_one_trunk_serves_all_horizons_of_a_depth(commands, tmp_path):
         assert option(command, "resume").endswith(f"world-d2-trunk/checkpoints/step_{start // 16:07d}")
         assert option(command, "images") == str(images)
         assert option(command, "schedule.cooldown") == "0.2"
-        flops = images * train_flops_per_image(recipe.model, 16, 16, 32)
+        flops = images * estimate_train_flops(recipe.model, 16, 16, 32)
         assert flops == pytest.approx(3e13 if command is short else 1e14, rel=0.01)
     train_isoflop("world", [2, 3], budgets, launch(tmp_path))
     assert len(commands) == 6  # all is there
@@ -103,7 +103,7 @@ def test_budgets_find_their_depth(tmp_path):
     for cell in found["cells"]:
         assert cell["loss"] == losses[cell["depth"], cell["budget"]]
         assert cell["flops"] == pytest.approx(cell["budget"], rel=0.01)
-        assert cell["parameters"] == get_recipe(f"world-d{cell['depth']}").model.parameter_count()
+        assert cell["parameters"] == get_recipe(f"world-d{cell['depth']}").model.count_parameters()
     assert (tmp_path / "isoflop.png").read_bytes().startswith(b"\x89PNG")
 
 

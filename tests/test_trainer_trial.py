@@ -35,7 +35,7 @@ def test_further_blocks_of_one_width_count_alike(name, depth, latent):
     two, four = make_shallow(config, 2), make_shallow(config, 4)
     assert two.width == four.width == config.width
     steps = (depth - 2) / 2
-    for count in (lambda c: c.parameter_count(), lambda c: c.forward_flops(latent, latent, 154)):
+    for count in (lambda c: c.count_parameters(), lambda c: c.count_forward_flops(latent, latent, 154)):
         assert count(config) == count(two) + steps * (count(four) - count(two))
 
 
@@ -44,7 +44,7 @@ def test_a_shallow_model_is_one_of_its_kind(name):
     config = BACKBONES[name](depth=7, **({"clip_tokens": 77} if name == "mmdit3" else {}))
     with torch.device("meta"):
         whole, model = config.build(), make_shallow(config, 3).build()
-    assert sum(p.numel() for p in model.parameters()) == make_shallow(config, 3).parameter_count()
+    assert sum(p.numel() for p in model.parameters()) == make_shallow(config, 3).count_parameters()
     assert len(model.blocks) == 3
     mine = {n: p.shape for n, p in model.named_parameters() if not n.startswith("blocks")}
     assert mine == {n: p.shape for n, p in whole.named_parameters() if not n.startswith("blocks")}

@@ -15,7 +15,6 @@ from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import load_model, load_weights
-from model.flops import parameter_count
 from trainer.exports.export import Weights, write
 from trainer.recipe import check
 from trainer.validate import Validator
@@ -24,7 +23,7 @@ from trainer.zero.group import Group
 
 pytestmark = pytest.mark.dist
 ALONE = Group(0, 1, torch.device("cpu"))
-PARAMETERS = parameter_count(CONFIG)
+PARAMETERS = CONFIG.count_parameters()
 
 
 @pytest.fixture(scope="module")

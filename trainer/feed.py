@@ -70,7 +70,7 @@ class DeviceBatch(NamedTuple):
 def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> MicroBatch:
     """The batch with a time and noise for each sample, keyed by (seed, position); of couplings, the noise that their
     latents were made of."""
-    t_B = formulation.timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
+    t_B = formulation.draw_timesteps(keyed_uniform(seed, batch.positions, "timestep"), shift)
     if batch.noise_BCHW is not None:
         return MicroBatch(batch, t_B, batch.noise_BCHW)
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))

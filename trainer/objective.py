@@ -21,10 +21,10 @@ from model.diffusion.flow import Formulation, get_formulation
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.validation import COUPLED
 from model.encoders.text import TextCond
-from model.flops import train_flops_per_image, train_flops_with_adapters
+from model.flops import estimate_adapter_flops, estimate_train_flops
 from trainer.feed import DeviceBatch
 from trainer.recipe import Recipe
-from trainer.regression import RegressionLoss, regression_loss
+from trainer.regression import RegressionLoss, compute_regression_loss
 
 
 class Network(Protocol):
@@ -71,7 +71,7 @@ def pretrain(network: Network, batch: DeviceBatch, *, formulation: Formulation) 
     """The formulation's own loss at random times (SD3, section 2)."""
     sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
     prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
-    return Losses(formulation.loss_B(prediction_BCHW, sample))
+    return Losses(formulation.compute_loss_B(prediction_BCHW, sample))
 
 
 def reflow(
@@ -84,7 +84,7 @@ def reflow(
     """
     sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
     prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
-    return Losses(regression_loss(prediction_BCHW, sample.target, loss=loss, huber=huber))
+    return Losses(compute_regression_loss(prediction_BCHW, sample.target, loss=loss, huber=huber))
 
 
 class PairErrors(NamedTuple):
@@ -95,7 +95,7 @@ class PairErrors(NamedTuple):
     ref_preferred_P: Tensor
     ref_rejected_P: Tensor
 
-    def reward_P(self, beta: float) -> Tensor:
+    def compute_reward_P(self, beta: float) -> Tensor:
         """Reward margin of each pair: the logit of the probability that the policy ranks the pair correctly (the
         argument of log sigmoid in eq. 14)."""
         policy_P, reference_P = self.preferred_P - self.rejected_P, self.ref_preferred_P - self.ref_rejected_P
@@ -114,15 +114,15 @@ def prefer(network: Network, batch: DeviceBatch, *, formulation: Formulation, be
     inputs = sample.model_input, sample.network_time_B, TextCond.cat([batch.text, batch.text])
     # The reference is the same network with its adapters switched off: there is no second copy of the weights.
     with network.reference():
-        reference_B = formulation.loss_B(network(*inputs), sample)
-    policy_B = formulation.loss_B(network(*inputs), sample)
+        reference_B = formulation.compute_loss_B(network(*inputs), sample)
+    policy_B = formulation.compute_loss_B(network(*inputs), sample)
     errors = PairErrors(*policy_B.chunk(2), *reference_B.chunk(2))
-    return Losses(-F.logsigmoid(errors.reward_P(beta)), _describe_pairs(errors, beta))
+    return Losses(-F.logsigmoid(errors.compute_reward_P(beta)), _describe_pairs(errors, beta))
 
 
 @torch.no_grad()
 def _describe_pairs(m: PairErrors, beta: float) -> dict[str, Tensor]:
-    reward_P = m.reward_P(beta)
+    reward_P = m.compute_reward_P(beta)
     return {
         "dpo/reward_margin": reward_P,
         "dpo/accuracy": (reward_P > 0).float() + 0.5 * (reward_P == 0).float(),
@@ -198,9 +198,9 @@ def count_train_flops(recipe: Recipe) -> int:
     _, height, width = recipe.data.latent_shape
     shape = height, width, recipe.data.text_tokens
     if recipe.lora.rank is None:
-        return train_flops_per_image(recipe.model, *shape)
+        return estimate_train_flops(recipe.model, *shape)
     objective = get_objective(recipe.objective)
-    return train_flops_with_adapters(
+    return estimate_adapter_flops(
         recipe.model, *shape, adapter_parameters=recipe.trained_parameters,
         forward_passes=objective.images_per_sample * (2 if objective.reference else 1),
         backward_passes=objective.images_per_sample,

@@ -18,7 +18,7 @@ from pydantic import PlainValidator
 from infra.codec import from_json, to_json
 from infra.device import Precision
 from infra.errors import UserError, UserErrors
-from model.backbone import config_from_json
+from model.backbone import read_config
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.lora import count_adapter_parameters
@@ -33,7 +33,7 @@ HASHED = (
 def _read_model(fields: Mapping[str, Any]) -> TokenConfig:
     """What `Recipe.to_json` wrote of the network: its fields, and its name where it is not `mmdit`."""
     rest = {key: value for key, value in fields.items() if key != "backbone"}
-    return config_from_json(fields.get("backbone", "mmdit"), rest)
+    return read_config(fields.get("backbone", "mmdit"), rest)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Recipe:
     def trained_parameters(self) -> int:
         """Parameters with masters, moments, gradients and EMA: all of the network's, or the adapters' alone."""
         rank = self.lora.rank
-        return self.model.parameter_count() if rank is None else count_adapter_parameters(self.model, rank)
+        return self.model.count_parameters() if rank is None else count_adapter_parameters(self.model, rank)
 
     @property
     def lora_alpha(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, promote_types
 RegressionLoss = Literal["l2", "huber"]
 
 
-def regression_loss(prediction: Tensor, target: Tensor, *, loss: RegressionLoss, huber: float) -> Tensor:
+def compute_regression_loss(prediction: Tensor, target: Tensor, *, loss: RegressionLoss, huber: float) -> Tensor:
     """Loss of each sample (B).
 
     `l2`: the mean squared error. `huber`: pseudo-Huber over the whole sample, (sqrt(|d|^2 + c^2) - c) / n with c =

@@ -19,7 +19,7 @@ from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.flow import get_formulation
-from model.diffusion.validation import get_protocol, validation_losses
+from model.diffusion.validation import compute_validation_losses, get_protocol
 from trainer.feed import draw_noise
 from trainer.objective import bind_objective, get_objective
 from trainer.recipe import Recipe
@@ -86,7 +86,7 @@ class Validator:
             for number, mine in take_turns(len(self.batches), group):
                 read = self.dataset.read(self.batches[number], seed=v.seed)
                 read = read._replace(latent_BCHW=read.latent_BCHW.to(group.device), text=read.text.to(group.device))
-                found = validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
+                found = compute_validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
                 if mine:
                     losses[starts[number] : starts[number + 1]] = found.to(losses)
         losses_BV = group.sum_(losses).cpu()

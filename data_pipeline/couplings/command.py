@@ -19,7 +19,7 @@ from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import UserError
 from infra.log import format_duration
 from infra.runner import WorkerPool
-from model.backbone import config_from_json
+from model.backbone import read_config
 from model.diffusion.timesteps import require_shift
 from model.encoders.vae import Latents
 
@@ -206,9 +206,9 @@ def format_estimate(options: CoupleOptions, teacher: TeacherFile, workers: Worke
                               formulation=teacher.meta["formulation"])  # fmt: skip
     if forwards is None:
         return f"{head}\nrk chooses its own steps: passes and hours are known when the first shard is made"
-    config = config_from_json(teacher.meta["backbone"], teacher.meta["config"])
+    config = read_config(teacher.meta["backbone"], teacher.meta["config"])
     tokens = teacher.text_spec.context_tokens
-    flops = sum(n * config.forward_flops(*shape[1:], tokens) for shape, n in zip(shapes, counts.tolist()))
+    flops = sum(n * config.count_forward_flops(*shape[1:], tokens) for shape, n in zip(shapes, counts.tolist()))
     precision = resolve_precision(options.precision, _worker_device(options))
     seconds = time_pass(teacher, shapes[int(counts.argmax())], batch=options.batch, precision=precision,
                         device=resolve_device(options.device))  # fmt: skip

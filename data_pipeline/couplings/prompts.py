@@ -106,7 +106,9 @@ class PromptTask:
                 chosen = prompts[start : start + _BATCH]
                 encoded = texts.encode(chosen)
                 for number, prompt in enumerate(chosen):
-                    stored = {seat: states.stored(number, info.text_spec.layout) for seat, states in encoded.items()}
+                    stored = {
+                        seat: states.cut_to_layout(number, info.text_spec.layout) for seat, states in encoded.items()
+                    }
                     features = {(CAPTION, seat): TextFeatures(hidden_LW.cpu().numpy(), pooled_P.cpu().numpy())
                                 for seat, (hidden_LW, pooled_P) in stored.items()}  # fmt: skip
                     key = f"prompt-{first + start + number:010d}"

@@ -15,12 +15,12 @@ from data_pipeline.checkpoints import find_weights, resolve
 from data_pipeline.formats.couplings import Couplings
 from infra.codec import from_json
 from infra.errors import UserError
-from model.bfloat16 import in_bfloat16
+from model.bfloat16 import convert_to_bfloat16
 from model.diffusion.flow import get_formulation
-from model.diffusion.grids import over_sigma
+from model.diffusion.grids import integrates_over_sigma
 from model.diffusion.sampler import solve
 from model.encoders.networks import load_text_encoders
-from model.encoders.text import TextCond, TextSpec, unconditional
+from model.encoders.text import TextCond, TextSpec, make_unconditional
 from model.encoders.vae import Latents
 from model.files.weights import load_model, read_meta
 
@@ -66,7 +66,7 @@ class Teacher:
         model, _ = load_model(file.path)
         self.spec, self.device, self._couplings = file.text_spec, device, couplings
         network: Callable[..., Tensor] = model.to(device)
-        self._network = in_bfloat16(model, device) if couplings.precision == "bf16" else network
+        self._network = convert_to_bfloat16(model, device) if couplings.precision == "bf16" else network
 
     def solve(self, noise_BCHW: Tensor, text: TextCond) -> Tensor:
         """Normalised latents, fp32 on the CPU. The state and the times of the solver are fp32 or finer, whatever the
@@ -100,7 +100,7 @@ class Teacher:
 
     @functools.cached_property
     def _empty_prompt(self) -> TextCond:
-        return load_text_encoders(self.spec, resolve, device=self.device).empty_prompt(1).to("cpu")
+        return load_text_encoders(self.spec, resolve, device=self.device).encode_empty_prompt(1).to("cpu")
 
 
 def count_forwards(solver: str, steps: int, *, guidance: float, formulation: str) -> int | None:
@@ -109,7 +109,7 @@ def count_forwards(solver: str, steps: int, *, guidance: float, formulation: str
     if solver == "rk":
         return None
     passes = steps if solver == "euler" else 2 * steps
-    if solver == "heun" and over_sigma(get_formulation(formulation)):
+    if solver == "heun" and integrates_over_sigma(get_formulation(formulation)):
         passes -= 1  # its last step, to level 0, is Euler's
     return passes * (1 if guidance == 1.0 else 2)
 
@@ -118,8 +118,8 @@ def time_pass(file: TeacherFile, shape: tuple[int, int, int], *, batch: int, pre
     """Seconds of one pass for one sample on this machine: the faster of two passes of a batch."""
     model, _ = load_model(file.path)
     model = model.to(device)
-    network: Callable[..., Tensor] = in_bfloat16(model, device) if precision == "bf16" else model
-    text, x_BCHW = unconditional(file.text_spec, batch).to(device), torch.zeros(batch, *shape, device=device)
+    network: Callable[..., Tensor] = convert_to_bfloat16(model, device) if precision == "bf16" else model
+    text, x_BCHW = make_unconditional(file.text_spec, batch).to(device), torch.zeros(batch, *shape, device=device)
     taken = []
     with torch.inference_mode():
         for _ in range(2):

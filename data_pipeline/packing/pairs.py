@@ -126,7 +126,7 @@ class _PairEncoder:
             chosen = known[first : first + BATCH]
             encoded = self._texts.encode(chosen)
             for number, caption in enumerate(chosen):
-                stored = {seat: states.stored(number, self._spec.layout) for seat, states in encoded.items()}
+                stored = {seat: states.cut_to_layout(number, self._spec.layout) for seat, states in encoded.items()}
                 found[caption] = {
                     (CAPTION, seat): TextFeatures(hidden_LW.numpy(), pooled_P.numpy())
                     for seat, (hidden_LW, pooled_P) in stored.items()

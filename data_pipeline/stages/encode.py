@@ -131,7 +131,7 @@ class TextStage:
             chosen = texts[first : first + self.batch]
             encoded: EncodedText = encoders.encode(chosen)[self.seat]
             for number, text in enumerate(chosen):
-                hidden_LW, pooled_P = encoded.stored(number, self.text_spec.layout)
+                hidden_LW, pooled_P = encoded.cut_to_layout(number, self.text_spec.layout)
                 states[text] = hidden_LW.half().cpu().numpy(), pooled_P.float().cpu().numpy()
         return states
 

@@ -18,10 +18,10 @@ from data_pipeline.checkpoints import find_weights, resolve
 from infra.codec import from_json
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
-from model.bfloat16 import in_bfloat16
+from model.bfloat16 import convert_to_bfloat16
 from model.diffusion.sampler import sample
 from model.encoders.networks import TextEncoders, load_text_encoders
-from model.encoders.text import TextCond, TextSpec, assemble, unconditional
+from model.encoders.text import TextCond, TextSpec, assemble, make_unconditional
 from model.encoders.vae import Latents, load_vae
 from model.files.weights import load_model
 from model.seeding import keyed_normal
@@ -131,7 +131,7 @@ class Painter:
 
     @functools.cached_property
     def _half(self) -> Callable[..., Tensor]:
-        return in_bfloat16(self._loaded, self.device)
+        return convert_to_bfloat16(self._loaded, self.device)
 
     def check(self, sampling: Sampling) -> None:
         """UserError for settings with which these weights are not drawn."""
@@ -165,7 +165,7 @@ class Painter:
         """Noise, text and the unconditional input of these pictures, on the device."""
         text = self._condition([request.text for request in requests], sampling.without_t5)
         if sampling.unconditional == "zeros":
-            nothing = unconditional(self.spec, len(requests)).to(self.device)
+            nothing = make_unconditional(self.spec, len(requests)).to(self.device)
         else:
             nothing = self._condition([""] * len(requests), sampling.without_t5)
         noise = [keyed_normal(sampling.seed, [r.number], r.purpose, self.shape_CHW) for r in requests]

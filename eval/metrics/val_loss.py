@@ -16,7 +16,7 @@ from eval.judging.metric import Score, WeightsMetric
 from infra.errors import UserError
 from infra.values import PromptValues, tabulate_samples
 from model.diffusion.flow import get_formulation
-from model.diffusion.validation import get_protocol, half_interval, validation_losses
+from model.diffusion.validation import compute_half_interval, compute_validation_losses, get_protocol
 
 PROTOCOL, SAMPLES, BATCH, SEED = "sd3", 2048, 32, 0  # the trainer's defaults
 
@@ -42,7 +42,9 @@ class ValLoss(WeightsMetric):
                 batch = batch._replace(
                     latent_BCHW=batch.latent_BCHW.to(painter.device), text=batch.text.to(painter.device)
                 )
-                parts.append(validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation))
+                parts.append(
+                    compute_validation_losses(painter.model, batch, chosen.levels, SEED, formulation=formulation)
+                )
         losses_BV = torch.cat(parts)
         found = chosen.by_sample(PROTOCOL, losses_BV)
         scores = [_score(name if name == PROTOCOL else f"{PROTOCOL}/{name}", loss_B) for name, loss_B in found.items()]
@@ -77,6 +79,6 @@ def choose_batches(dataset: Dataset, samples: int) -> list[range]:
 
 def _score(path: str, loss_B: torch.Tensor) -> Score:
     """Mean over samples with its interval."""
-    mean, half = loss_B.mean().item(), half_interval(loss_B)
+    mean, half = loss_B.mean().item(), compute_half_interval(loss_B)
     ends = (None, None) if half is None else (mean - half, mean + half)
     return Score(path, mean, len(loss_B), *ends)

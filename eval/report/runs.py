@@ -173,7 +173,7 @@ def count_parameters(model: Any, **changed: Any) -> int | None:
     from model.backbones.mmdit import MMDiTConfig
 
     try:
-        return MMDiTConfig.from_json({**model, **changed}).parameter_count()
+        return MMDiTConfig.from_json({**model, **changed}).count_parameters()
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return None
 

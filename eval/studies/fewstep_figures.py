@@ -19,7 +19,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from infra.values import PromptValues, keep_values, read_values
 from model.diffusion.flow import get_formulation
-from model.diffusion.grids import over_sigma
+from model.diffusion.grids import integrates_over_sigma
 from model.diffusion.straightness import Straightness, measure_straightness
 
 log = get_logger("fewstep")
@@ -81,7 +81,7 @@ def measure_flow(subject: Subject, prompts: Sequence[Prompt], sampling: Sampling
     formulation is not integrated over t.
     """
     form, guidance = get_formulation(subject.painter.meta["formulation"]), sampling.guidance
-    if over_sigma(form):
+    if integrates_over_sigma(form):
         return
     protocol = {
         "metric": "flow", "version": 1, "prompts": [len(prompts), hash_texts(prompts)], "guidance": guidance,

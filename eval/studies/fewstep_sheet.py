@@ -21,8 +21,8 @@ from eval.studies.fewstep_figures import TOLERANCE, hash_texts, make_requests
 from infra import storage
 from infra.codec import to_json
 from model.diffusion.flow import get_formulation
-from model.diffusion.grids import over_sigma
-from model.diffusion.sampler import guided, integrate_adaptive, path_slope
+from model.diffusion.grids import integrates_over_sigma
+from model.diffusion.sampler import add_guidance, compute_path_slope, integrate_adaptive
 
 KEPT = 33  # times at which a drawn path is kept
 FOLDER = "fewstep"  # below the run
@@ -91,14 +91,14 @@ def _hash_file(weights: str) -> str:
 def draw_flow(subject: Subject, requests: Sequence[ImageRequest], sampling: Sampling) -> DrawnFlow:
     """The exact paths of these pictures; none for a formulation that is not integrated over t."""
     form = get_formulation(subject.painter.meta["formulation"])
-    if over_sigma(form):
+    if integrates_over_sigma(form):
         return DrawnFlow(sampling.guidance, [], [])
     inputs = subject.painter.prepare(requests, sampling)
-    predict = guided(subject.painter.model, inputs.text, inputs.unconditional, sampling.guidance)
+    predict = add_guidance(subject.painter.model, inputs.text, inputs.unconditional, sampling.guidance)
     t_T = torch.linspace(1, 0, KEPT, dtype=torch.float64)
     with torch.no_grad():
         states = integrate_adaptive(
-            lambda y, at: path_slope(form, predict, y, at), inputs.noise_BCHW, t_T, tolerance=TOLERANCE
+            lambda y, at: compute_path_slope(form, predict, y, at), inputs.noise_BCHW, t_T, tolerance=TOLERANCE
         )
     along_BT, aside_BT = project_paths(torch.stack(states, dim=1).flatten(2).double().cpu())
     return DrawnFlow(sampling.guidance, along_BT.tolist(), aside_BT.tolist())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbones.layers import XavierLinear
-from model.backbones.norms import NormBackend, rms_norm
+from model.backbones.norms import NormBackend, make_rms_norm
 
 HEAD_WIDTH = 64
 # Up to this many keys _ShortAttention is faster than torch's kernel, in bfloat16 on a CPU
@@ -33,8 +33,8 @@ class QKVProjection(nn.Module):
         super().__init__()
         self.heads = heads
         self.linear = XavierLinear(width, 3 * width)
-        self.norm_q = rms_norm(width // heads, norm_backend) if qk_norm else None
-        self.norm_k = rms_norm(width // heads, norm_backend) if qk_norm else None
+        self.norm_q = make_rms_norm(width // heads, norm_backend) if qk_norm else None
+        self.norm_k = make_rms_norm(width // heads, norm_backend) if qk_norm else None
 
     def forward(self, x_BND: Tensor) -> QKV:
         q, k, v = self.linear(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -48,14 +48,14 @@ def attend(q_BNHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_B11S: Tensor | N
     q_BHNK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BNHK, k_BSHK, v_BSHK))
     slow = q_BHNK.is_cpu and q_BHNK.dtype == torch.bfloat16 and q_BHNK.requires_grad
     if slow and k_BHSK.shape[2] <= SHORT:
-        short = _products if torch.compiler.is_compiling() else _ShortAttention.apply
+        short = _multiply if torch.compiler.is_compiling() else _ShortAttention.apply
         out_BHNK = short(q_BHNK, k_BHSK, v_BHSK, bias_B11S)
     else:
         out_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHSK, v_BHSK, attn_mask=bias_B11S)
     return out_BHNK.transpose(1, 2).flatten(2)
 
 
-def _products(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
+def _multiply(q_BHNK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B11S: Tensor | None) -> Tensor:
     """As `_ShortAttention`, but in plain operations, which torch.compile can fuse; logits are rounded to bfloat16."""
     batch, heads, queries, width = q_BHNK.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHSK, v_BHSK))
@@ -104,7 +104,7 @@ def separate(joined_BSD: Tensor, *tokens: int) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in joined_BSD.split(tokens, dim=1))
 
 
-def key_bias(mask_BL: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
+def make_key_bias(mask_BL: Tensor, image_tokens: int, dtype: torch.dtype) -> Tensor:
     """Additive bias (B, 1, 1, image + text): 0 on image keys and on text keys that may be attended to, else -inf."""
     bias_BL = torch.zeros(mask_BL.shape, dtype=dtype, device=mask_BL.device).masked_fill(~mask_BL, -torch.inf)
     return F.pad(bias_BL, (image_tokens, 0))[:, None, None, :]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.backbones.attention import attend
 from model.backbones.layers import Modulation, XavierLinear, ZeroLinear, scale_shift, split_condition
 from model.backbones.mmdit import Stream
-from model.backbones.norms import layer_norm, rms_norm
+from model.backbones.norms import make_layer_norm, make_rms_norm
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
 
@@ -27,14 +27,14 @@ class CrossDiTConfig(TokenConfig):
     def name(self) -> str:
         return "cross_dit"
 
-    def module(self) -> CrossDiT:
+    def make_module(self) -> CrossDiT:
         return CrossDiT(self)
 
-    def block_parameters(self) -> int:
+    def count_block_parameters(self) -> int:
         h = self.width
         return self.depth * (22 * h * h + 19 * h + 2 * self.qk_parameters)
 
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+    def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h = self.width
         own = 12 * h * h * tokens + 6 * h * h + 2 * h * tokens * tokens
         cross = 2 * h * h * tokens + 2 * h * h * text_tokens + 2 * h * tokens * text_tokens
@@ -48,11 +48,11 @@ class CrossAttention(nn.Module):
         super().__init__()
         width, backend = config.width, config.norm_backend
         self.heads = config.heads
-        self.norm = layer_norm(width, backend)
+        self.norm = make_layer_norm(width, backend)
         self.q = XavierLinear(width, width)
         self.kv = XavierLinear(width, 2 * width)
-        self.norm_q = rms_norm(width // self.heads, backend) if config.qk_norm else nn.Identity()
-        self.norm_k = rms_norm(width // self.heads, backend) if config.qk_norm else nn.Identity()
+        self.norm_q = make_rms_norm(width // self.heads, backend) if config.qk_norm else nn.Identity()
+        self.norm_k = make_rms_norm(width // self.heads, backend) if config.qk_norm else nn.Identity()
         self.out = ZeroLinear(width, width)
 
     def forward(self, x_BND: Tensor, y_BLD: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class CrossDiTBlock(nn.Module):
         seen = attend(*self.stream.qkv(scale_shift(self.stream.norm(x_BND), shift, scale)))
         x_BND = torch.addcmul(x_BND, gate, self.stream.out(seen))
         x_BND = x_BND + self.cross(x_BND, y_BLD, bias)
-        return self.stream.mlp_step(x_BND, Modulation(*mlp))
+        return self.stream.add_mlp(x_BND, Modulation(*mlp))
 
 
 class CrossDiT(TokenBackbone):

@@ -18,11 +18,11 @@ from model.encoders.text import TextCond
 class DiTBlockCounts(TokenConfig):
     """The counts of `depth` DiT blocks."""
 
-    def block_parameters(self) -> int:
+    def count_block_parameters(self) -> int:
         h = self.width
         return self.depth * (18 * h * h + 15 * h + self.qk_parameters)
 
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+    def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h, s = self.width, tokens + text_tokens
         return self.depth * (12 * h * h * s + 6 * h * h + 2 * h * s * s)
 
@@ -35,7 +35,7 @@ class DiTConfig(DiTBlockCounts):
     def name(self) -> str:
         return "dit"
 
-    def module(self) -> DiT:
+    def make_module(self) -> DiT:
         return DiT(self)
 
 
@@ -51,7 +51,7 @@ class DiTBlock(nn.Module):
         q, k, v = self.stream.qkv(scale_shift(self.stream.norm(x_BSD), shift, scale))
         seen = attend(q, k, v, bias)
         x_BSD = torch.addcmul(x_BSD, gate, self.stream.out(seen))
-        return self.stream.mlp_step(x_BSD, Modulation(*mlp))
+        return self.stream.add_mlp(x_BSD, Modulation(*mlp))
 
 
 class DiT(TokenBackbone):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from model.backbones.norms import NormBackend, layer_norm
+from model.backbones.norms import NormBackend, make_layer_norm
 from model.seeding import draw_
 
 TIME_CHANNELS = 256
@@ -73,7 +73,7 @@ def unpatchify(tokens_BNC: Tensor, rows: int, columns: int, patch: int) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch, columns * patch)
 
 
-def time_features(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
+def embed_time(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
     """Cosines then sines of 1000*t, maximum period 10000 (reference order), in float32, along a new last axis."""
     half = channels // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -108,11 +108,11 @@ class Condition(nn.Module):
 
     def forward(self, t: Tensor, pooled_BP: Tensor, r: Tensor | None = None) -> Tensor:
         pooled = self.pooled(pooled_BP)
-        c = self.time(time_features(t).to(pooled_BP.dtype)) + (pooled if t.ndim == 1 else pooled.unsqueeze(1))
+        c = self.time(embed_time(t).to(pooled_BP.dtype)) + (pooled if t.ndim == 1 else pooled.unsqueeze(1))
         if self.interval is None:
             return c
         interval = torch.zeros_like(t) if r is None else t - r
-        return c + self.interval(time_features(interval).to(pooled_BP.dtype))
+        return c + self.interval(embed_time(interval).to(pooled_BP.dtype))
 
 
 class Modulation(NamedTuple):
@@ -164,7 +164,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int, norm_backend: NormBackend = "torch"):
         super().__init__()
         self.modulate = Modulate(width, 2)
-        self.norm = layer_norm(width, norm_backend)
+        self.norm = make_layer_norm(width, norm_backend)
         self.linear = ZeroLinear(width, outputs)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from infra.errors import UserError
 from model.backbones.attention import QKVProjection, attend, join, separate
 from model.backbones.layers import MLP, Modulate, Modulation, XavierLinear, scale_shift, split_condition
-from model.backbones.norms import layer_norm
+from model.backbones.norms import make_layer_norm
 from model.backbones.trunk import TokenBackbone, TokenConfig
 from model.encoders.text import TextCond
 
@@ -40,16 +40,16 @@ class MMDiTConfig(TokenConfig):
     def name(self) -> str:
         return "mmdit"
 
-    def module(self) -> MMDiT:
+    def make_module(self) -> MMDiT:
         return MMDiT(self)
 
-    def block_parameters(self) -> int:
+    def count_block_parameters(self) -> int:
         h, qk = self.width, self.qk_parameters
         stream, final_text = 18 * h * h + 15 * h + qk, 5 * h * h + 5 * h + qk
         dual = len(self.dual_attention) * (3 * h * h + 3 * h + 4 * h * h + 4 * h + qk)
         return (2 * self.depth - 1) * stream + final_text + dual
 
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+    def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h, s = self.width, tokens + text_tokens
         joint = 12 * h * h * s + 12 * h * h + 2 * h * s * s
         last = 12 * h * h * tokens + 3 * h * h * text_tokens + 8 * h * h + 2 * h * s * s
@@ -64,12 +64,12 @@ class Stream(nn.Module):
         super().__init__()
         width = config.width
         self.modulate = Modulate(width, vectors)
-        self.norm = layer_norm(width, config.norm_backend)
+        self.norm = make_layer_norm(width, config.norm_backend)
         self.qkv = QKVProjection(width, config.heads, qk_norm=config.qk_norm, norm_backend=config.norm_backend)
         self.out = XavierLinear(width, width)
         self.mlp = MLP(width)
 
-    def mlp_step(self, x_BND: Tensor, ada: Modulation) -> Tensor:
+    def add_mlp(self, x_BND: Tensor, ada: Modulation) -> Tensor:
         return torch.addcmul(x_BND, ada.gate, self.mlp(scale_shift(self.norm(x_BND), ada.shift, ada.scale)))
 
 
@@ -79,7 +79,7 @@ class FinalTextStream(nn.Module):
     def __init__(self, config: TokenConfig):
         super().__init__()
         self.modulate = Modulate(config.width, 2)
-        self.norm = layer_norm(config.width, config.norm_backend)
+        self.norm = make_layer_norm(config.width, config.norm_backend)
         self.qkv = QKVProjection(config.width, config.heads, qk_norm=config.qk_norm, norm_backend=config.norm_backend)
 
 
@@ -114,7 +114,7 @@ class MMDiTBlock(nn.Module):
         x_attn, y_attn = separate(attend(*join(x_qkv, y_qkv), bias), x_BND.shape[1], y_BLD.shape[1])
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
         y_BLD = torch.addcmul(y_BLD, y_gate, self.text.out(y_attn))
-        return self.image.mlp_step(x_BND, Modulation(*x_mlp)), self.text.mlp_step(y_BLD, Modulation(*y_mlp))
+        return self.image.add_mlp(x_BND, Modulation(*x_mlp)), self.text.add_mlp(y_BLD, Modulation(*y_mlp))
 
 
 class DualMMDiTBlock(nn.Module):
@@ -137,7 +137,7 @@ class DualMMDiTBlock(nn.Module):
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
         x_BND = torch.addcmul(x_BND, s_gate, self.self_attention(scale_shift(x_normed, s_shift, s_scale)))
         y_BLD = torch.addcmul(y_BLD, y_gate, self.text.out(y_attn))
-        return self.image.mlp_step(x_BND, Modulation(*x_mlp)), self.text.mlp_step(y_BLD, Modulation(*y_mlp))
+        return self.image.add_mlp(x_BND, Modulation(*x_mlp)), self.text.add_mlp(y_BLD, Modulation(*y_mlp))
 
 
 class FinalMMDiTBlock(nn.Module):
@@ -158,7 +158,7 @@ class FinalMMDiTBlock(nn.Module):
         # has a gradient (zero for the text queries), as in the reference.
         x_attn = attend(*join(x_qkv, y_qkv), bias)[:, : x_BND.shape[1]].contiguous()
         x_BND = torch.addcmul(x_BND, x_gate, self.image.out(x_attn))
-        return self.image.mlp_step(x_BND, Modulation(*x_mlp))
+        return self.image.add_mlp(x_BND, Modulation(*x_mlp))
 
 
 class MMDiT(TokenBackbone):

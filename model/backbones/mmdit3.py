@@ -33,15 +33,15 @@ class MMDiT3Config(TokenConfig):
         world."""
         return cls(**{"clip_tokens": text_tokens // 2, **fields})
 
-    def module(self) -> MMDiT3:
+    def make_module(self) -> MMDiT3:
         return MMDiT3(self)
 
-    def block_parameters(self) -> int:
+    def count_block_parameters(self) -> int:
         h, qk = self.width, self.qk_parameters
         stream, final_text = 18 * h * h + 15 * h + qk, 5 * h * h + 5 * h + qk
         return (3 * self.depth - 2) * stream + 2 * final_text
 
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+    def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h, s = self.width, tokens + text_tokens
         joint = 12 * h * h * s + 18 * h * h + 2 * h * s * s
         last = 12 * h * h * tokens + 3 * h * h * text_tokens + 10 * h * h + 2 * h * s * s
@@ -70,7 +70,7 @@ class MMDiT3Block(nn.Module):
         outputs = []
         for stream, x, ada, seen in zip(streams, inputs, adas, attended, strict=True):
             x = torch.addcmul(x, ada[2], stream.out(seen))
-            outputs.append(stream.mlp_step(x, Modulation(*ada[3:])))
+            outputs.append(stream.add_mlp(x, Modulation(*ada[3:])))
         return outputs[0], outputs[1], outputs[2]
 
 
@@ -91,7 +91,7 @@ class FinalMMDiT3Block(nn.Module):
         t5 = _read(self.t5, t5_BLD, *self.t5.modulate(c_t5))
         seen = attend(*join(join(image, clip), t5), bias)[:, : x_BND.shape[1]].contiguous()
         x_BND = torch.addcmul(x_BND, gate, self.image.out(seen))
-        return self.image.mlp_step(x_BND, Modulation(*mlp))
+        return self.image.add_mlp(x_BND, Modulation(*mlp))
 
 
 class MMDiT3(TokenBackbone):

@@ -18,7 +18,7 @@ NormBackend = Literal["torch", "apex"]
 EPS = 1e-6
 
 
-def apex_available() -> bool:
+def is_apex_available() -> bool:
     """True when NVIDIA's apex is built with its CUDA kernels; the PyPI package of that name is another project.
 
     Built without them, apex.normalization can be imported and fails at the first layer: so ask for the kernels.
@@ -31,14 +31,14 @@ def apex_available() -> bool:
 def _require(backend: str) -> None:
     if backend not in ("torch", "apex"):
         raise UserError(f"norm backend {backend!r} is not one of torch, apex")
-    if backend == "apex" and not apex_available():
+    if backend == "apex" and not is_apex_available():
         raise UserError(
             "norm_backend=apex was asked for, but NVIDIA apex with its CUDA kernels (fused_layer_norm_cuda) is not "
             "installed; build it or use torch"
         )
 
 
-def rms_norm(width: int, backend: NormBackend = "torch") -> nn.Module:
+def make_rms_norm(width: int, backend: NormBackend = "torch") -> nn.Module:
     """RMSNorm with a learnable scale over the last axis."""
     _require(backend)
     if backend == "apex":
@@ -89,7 +89,7 @@ class PlainLayerNorm(nn.Module):
         return F.layer_norm(x, (self.width,), eps=EPS)
 
 
-def layer_norm(width: int, backend: NormBackend = "torch") -> nn.Module:
+def make_layer_norm(width: int, backend: NormBackend = "torch") -> nn.Module:
     """LayerNorm without affine parameters over the last axis."""
     _require(backend)
     if backend == "apex":

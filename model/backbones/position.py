@@ -19,12 +19,12 @@ from infra.errors import UserError
 MAX_PERIOD = 10_000.0
 
 
-def paper_positions(count: int, target: int, base: int) -> np.ndarray:
+def make_positions(count: int, target: int, base: int) -> np.ndarray:
     """Positions of a grid axis of `count` tokens for a target of `target` tokens, in units of the pretraining grid."""
     return (np.arange(count, dtype=np.float64) - (count - target) / 2) * base / target
 
 
-def sincos_1d(positions_P: np.ndarray, width: int) -> np.ndarray:
+def encode_sincos(positions_P: np.ndarray, width: int) -> np.ndarray:
     """width/2 sines, then width/2 cosines, of frequencies MAX_PERIOD**(-k/(width/2)), in float64."""
     # Sines first, cosines second: the time features (layers.py) have the opposite order, both as in the reference.
     half = width // 2
@@ -52,7 +52,7 @@ class PositionTable(nn.Module):
         """Fill from the formula; through numpy, because DeepSpeed's zero.Init casts what torch constructors make."""
         if self.axes_2PD.is_meta:
             return
-        axis = sincos_1d(paper_positions(self.count, self.target, self.base), self.width // 2)
+        axis = encode_sincos(make_positions(self.count, self.target, self.base), self.width // 2)
         table = torch.from_numpy(np.stack([axis, axis]).astype(np.float32))
         self.axes_2PD = table.to(self.axes_2PD.device)
 
@@ -77,6 +77,6 @@ class PositionTable(nn.Module):
         row = self.axes_2PD[1, top : top + rows, None].expand(rows, columns, half)
         return torch.cat([column, row], dim=-1).view(1, rows * columns, self.width)
 
-    def full_table(self) -> Tensor:
+    def make_full_table(self) -> Tensor:
         """The (1, P*P, D) table as SD3 files and diffusers store it."""
         return self(self.count, self.count)

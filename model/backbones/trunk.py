@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.codec import from_json, to_json
 from infra.errors import UserError
-from model.backbones.attention import HEAD_WIDTH, key_bias
+from model.backbones.attention import HEAD_WIDTH, make_key_bias
 from model.backbones.layers import (
     TIME_CHANNELS,
     Condition,
@@ -72,15 +72,15 @@ class TokenConfig(ABC):
     def name(self) -> str: ...
 
     @abstractmethod
-    def module(self) -> nn.Module:
+    def make_module(self) -> nn.Module:
         """The network with fresh weights from torch's current random state."""
 
     @abstractmethod
-    def block_parameters(self) -> int:
+    def count_block_parameters(self) -> int:
         """Parameters of all blocks."""
 
     @abstractmethod
-    def block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
+    def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         """Multiply-adds of all blocks."""
 
     @property
@@ -104,7 +104,7 @@ class TokenConfig(ABC):
     def build(self, *, seed: int = 0) -> nn.Module:
         """The module with initial weights drawn from `seed`; under `torch.device("meta")` it costs no memory."""
         with seeded(seed):
-            return self.module()
+            return self.make_module()
 
     @classmethod
     def for_text(cls, text_tokens: int, **fields: Any) -> Self:
@@ -127,7 +127,7 @@ class TokenConfig(ABC):
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return from_json(cls, data, where=cls.__name__)
 
-    def parameter_count(self) -> int:
+    def count_parameters(self) -> int:
         """Number of parameters by a formula; test_model_flops.py compares it with the module's own parameters."""
         h = self.width
         # Patches, time features and pooled text (each Linear, SiLU, Linear: hence 2 (h*h + h)), then the context.
@@ -135,27 +135,27 @@ class TokenConfig(ABC):
         embed += (self.context_width + 1) * h + self.interval_parameters
         # Shift and scale from c (2 h vectors), then the projection to pixels.
         final = 2 * h * h + 2 * h + self.pixels * h + self.pixels
-        return embed + self.block_parameters() + final
+        return embed + self.count_block_parameters() + final
 
-    def multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
+    def count_multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
         """Height and width are of the latents."""
         h, tokens = self.width, (height // self.patch) * (width // self.patch)
         stem = self.pixels * h * tokens + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
         interval = h if self.second_time else 0
         stem += TIME_CHANNELS * interval
         ends = 2 * h * h + interval * h + 2 * h * h + self.pixels * h * tokens
-        return MultiplyAdds(stem, ends + self.block_multiply_adds(tokens, text_tokens))
+        return MultiplyAdds(stem, ends + self.count_block_multiply_adds(tokens, text_tokens))
 
-    def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
+    def count_forward_flops(self, height: int, width: int, text_tokens: int) -> int:
         """FLOPs of one image's forward pass, two per multiply-add, as torch.utils.flop_counter counts them. `height`
         and `width` are those of the latent."""
-        counts = self.multiply_adds(height, width, text_tokens)
+        counts = self.count_multiply_adds(height, width, text_tokens)
         return 2 * (counts.stem + counts.inner)
 
-    def backward_flops(self, height: int, width: int, text_tokens: int) -> int:
+    def count_backward_flops(self, height: int, width: int, text_tokens: int) -> int:
         """FLOPs of one image's backward pass: twice those of the inner layers, once those of the layers that read
         data."""
-        counts = self.multiply_adds(height, width, text_tokens)
+        counts = self.count_multiply_adds(height, width, text_tokens)
         return 2 * (counts.stem + 2 * counts.inner)
 
 
@@ -236,7 +236,7 @@ class TokenBackbone(nn.Module):
         x_BND = self.patch_embed(x_BCHW)
         x_BND = x_BND + self.positions(rows, columns).to(x_BND.dtype)
         y_BLD = self.context_embed(text.context_BLD.to(x_BND.dtype))  # the loader leaves fp16 as it is stored
-        bias = None if text.mask_BL is None else key_bias(text.mask_BL, rows * columns, x_BND.dtype)
+        bias = None if text.mask_BL is None else make_key_bias(text.mask_BL, rows * columns, x_BND.dtype)
         return Embedded(x_BND, y_BLD, c_BD, bias, rows, columns)
 
     def call(self, block: nn.Module, *tensors: Tensor | None) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from infra.errors import UserError
 from model.backbones.dit import DiTBlock, DiTBlockCounts
 from model.backbones.layers import TIME_CHANNELS, XavierLinear, scale_shift, split_condition, unpatchify
-from model.backbones.norms import layer_norm
+from model.backbones.norms import make_layer_norm
 from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
 from model.seeding import draw_
@@ -37,19 +37,19 @@ class UViTConfig(DiTBlockCounts):
     def channels(self) -> int:
         return self.width // 2
 
-    def module(self) -> UViT:
+    def make_module(self) -> UViT:
         return UViT(self)
 
-    def parameter_count(self) -> int:
+    def count_parameters(self) -> int:
         h, g = self.width, self.channels
         embed = (TIME_CHANNELS + self.pooled_width + 2) * h + 2 * (h * h + h) + (self.context_width + 1) * h
         residual = 2 * (9 * g * g + g) + 4 * g + 2 * g * h + 2 * g
         ends = 9 * self.in_channels * g + g + 2 * g + 9 * g * self.in_channels + self.in_channels
         patches = self.patch**2 * g * h + h + h * self.patch**2 * g + self.patch**2 * g
         embed += self.interval_parameters
-        return embed + ends + patches + 2 * self.res_blocks * residual + self.block_parameters()
+        return embed + ends + patches + 2 * self.res_blocks * residual + self.count_block_parameters()
 
-    def multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
+    def count_multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
         h, g, area = self.width, self.channels, height * width
         tokens = area // self.patch**2
         conv_in = 9 * self.in_channels * g * area
@@ -59,7 +59,12 @@ class UViTConfig(DiTBlockCounts):
         patches = 2 * self.patch**2 * g * h * tokens
         return MultiplyAdds(
             stem + TIME_CHANNELS * interval,
-            2 * h * h + interval * h + residual + patches + conv_in + self.block_multiply_adds(tokens, text_tokens)
+            2 * h * h
+            + interval * h
+            + residual
+            + patches
+            + conv_in
+            + self.count_block_multiply_adds(tokens, text_tokens),
         )
 
 
@@ -115,7 +120,7 @@ class UViT(TokenBackbone):
         self.conv_in = Conv3(config.in_channels, channels)
         self.down = nn.ModuleList([ResBlock(channels, width, config.patch) for _ in range(config.res_blocks)])
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
-        self.norm = layer_norm(width, config.norm_backend)
+        self.norm = make_layer_norm(width, config.norm_backend)
         self.unpatch = XavierLinear(width, config.patch**2 * channels)
         self.up = nn.ModuleList([ResBlock(channels, width, config.patch) for _ in range(config.res_blocks)])
         self.norm_out = nn.GroupNorm(GROUPS, channels)

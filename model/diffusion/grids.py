@@ -14,7 +14,7 @@ from torch import Tensor
 from infra.errors import UserError
 from model.diffusion.flow import Formulation
 from model.diffusion.paths import EDM, Cosine, Level, Linear
-from model.diffusion.timesteps import require_shift, resolution_shift
+from model.diffusion.timesteps import require_shift, shift_timesteps
 
 Grid = Literal["default", "released"]
 
@@ -23,30 +23,30 @@ COSINE_EPS_START = 0.999
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM (arXiv 2206.00364), table 1 and eq. 5
 
 
-def over_sigma(formulation: Formulation) -> bool:
+def integrates_over_sigma(formulation: Formulation) -> bool:
     """Is it integrated over sigma = b/a, not over t?"""
     return isinstance(formulation.path, (EDM, Linear))
 
 
-def lowest_ratio(formulation: Formulation) -> float:
+def find_lowest_ratio(formulation: Formulation) -> float:
     """The smallest sigma above 0 of a formulation that is integrated over sigma."""
     path = formulation.path
     return path.log_ratio_T[0].exp().item() if isinstance(path, Linear) else SIGMA_MIN
 
 
-def level_at(formulation: Formulation, coordinate: Tensor) -> Level:
+def get_level(formulation: Formulation, coordinate: Tensor) -> Level:
     """The noise level at a point of the sampling coordinate."""
     path = formulation.path
-    return path.level_of_ratio(coordinate) if over_sigma(formulation) else path.level(coordinate)
+    return path.level_of_ratio(coordinate) if integrates_over_sigma(formulation) else path.level(coordinate)
 
 
-def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
+def make_sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, grid: Grid = "default") -> Tensor:
     """steps + 1 falling coordinates, float64, from the terminal noise level to 0."""
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"sampling with {steps} steps; expected an integer of at least 1")
     require_shift(shift)
     if grid == "released":
-        return released_grid(formulation, steps, shift)
+        return make_released_grid(formulation, steps, shift)
     if grid != "default":
         raise UserError(f"unknown sampling grid {grid!r}; known: default, released")
     path = formulation.path
@@ -66,21 +66,21 @@ def sampling_grid(formulation: Formulation, steps: int, *, shift: float = 1.0, g
     if isinstance(path, Cosine):
         inner = path.time_of_ratio(shift * torch.tan(torch.pi / 2 * t[t < 1]))
         return torch.cat([t[t >= 1], inner])
-    return resolution_shift(t, shift)
+    return shift_timesteps(t, shift)
 
 
-def released_grid(formulation: Formulation, steps: int, shift: float) -> Tensor:
+def make_released_grid(formulation: Formulation, steps: int, shift: float) -> Tensor:
     """The steps that sd3-ref and diffusers really take: their table of 1000 levels is shifted already, and the points
     picked between its ends are shifted a second time."""
-    if over_sigma(formulation) or isinstance(formulation.path, Cosine):
+    if integrates_over_sigma(formulation) or isinstance(formulation.path, Cosine):
         raise UserError(f"grid released is SD3's and needs a rectified flow, not {formulation.name}")
     first = torch.ones(1, dtype=torch.float64)
-    last = resolution_shift(first / 1000, shift)
+    last = shift_timesteps(first / 1000, shift)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else 0 * first
-    return torch.cat([resolution_shift(first + ramp * (last - first), shift), 0 * first])
+    return torch.cat([shift_timesteps(first + ramp * (last - first), shift), 0 * first])
 
 
-def start_state(formulation: Formulation, noise: Tensor, coordinate: Tensor) -> Tensor:
+def make_start_state(formulation: Formulation, noise: Tensor, coordinate: Tensor) -> Tensor:
     """The state that replaces a noised image at the terminal level: z = noise, or sigma * noise for EDM."""
     if isinstance(formulation.path, EDM):
         return noise * coordinate.to(noise.dtype)

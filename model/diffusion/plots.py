@@ -9,7 +9,7 @@ import torch
 
 from model.diffusion.flow import get_formulation
 from model.diffusion.paths import Linear
-from model.diffusion.timesteps import get_density, resolution_shift
+from model.diffusion.timesteps import get_density, shift_timesteps
 
 SHOWN_DENSITIES = ("uniform", "lognorm(0,1)", "lognorm(0.5,0.6)", "lognorm(-0.5,1)", "mode(1.29)", "mode(-1)", "cosmap")
 # Name -> label; rf and v/cos have the same weight.
@@ -29,10 +29,10 @@ def plot_densities(out: Path) -> list[Path]:
 
     mpl.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    return [_densities(out / "densities.png"), _shift(out / "shift.png"), _weights(out / "weights.png")]
+    return [_draw_densities(out / "densities.png"), _draw_shift(out / "shift.png"), _draw_weights(out / "weights.png")]
 
 
-def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
+def _make_axes(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -49,9 +49,9 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _densities(path: Path) -> Path:
+def _draw_densities(path: Path) -> Path:
     t = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
-    figure, axes = _axes("t (0 data, 1 noise)", "density", "Timestep densities for rectified flow")
+    figure, axes = _make_axes("t (0 data, 1 noise)", "density", "Timestep densities for rectified flow")
     for name in SHOWN_DENSITIES:
         axes.plot(t, get_density(name).pdf(t), label=name)
     axes.set_ylim(0, 4)
@@ -59,20 +59,20 @@ def _densities(path: Path) -> Path:
     return _save(figure, path)
 
 
-def _shift(path: Path) -> Path:
+def _draw_shift(path: Path) -> Path:
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
-    figure, axes = _axes("t at n pixels", "t at m pixels", "Resolution shift, alpha = sqrt(m/n)")
+    figure, axes = _make_axes("t at n pixels", "t at m pixels", "Resolution shift, alpha = sqrt(m/n)")
     for alpha in (1.0, 1.5, 2.0, 3.0, 4.0):
-        axes.plot(t, resolution_shift(t, alpha), label=f"alpha = {alpha:g}")
+        axes.plot(t, shift_timesteps(t, alpha), label=f"alpha = {alpha:g}")
     axes.legend()
     return _save(figure, path)
 
 
-def _weights(path: Path) -> Path:
+def _draw_weights(path: Path) -> Path:
     """w(lambda) over its value at 0, on a logarithmic scale; constants do not matter."""
     smooth = torch.sigmoid(torch.linspace(-14, 14, 3000, dtype=torch.float64))
     between_levels = (torch.arange(999, dtype=torch.float64) + 0.5) / 1000
-    figure, axes = _axes("log-SNR lambda", "w(lambda) / w(0)", "Weight on the noise error under the unified loss")
+    figure, axes = _make_axes("log-SNR lambda", "w(lambda) / w(0)", "Weight on the noise error under the unified loss")
     for name, label in SHOWN_FORMULATIONS.items():
         form = get_formulation(name)
         u = between_levels if isinstance(form.path, Linear) else smooth

@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError, nearest
-from model.diffusion.flow import Formulation, get_formulation, like
-from model.diffusion.grids import Grid, level_at, lowest_ratio, over_sigma, sampling_grid, start_state
+from model.diffusion.flow import Formulation, broadcast_like, get_formulation
+from model.diffusion.grids import (
+    Grid,
+    find_lowest_ratio,
+    get_level,
+    integrates_over_sigma,
+    make_sampling_grid,
+    make_start_state,
+)
 from model.encoders.text import TextCond
 
 Solver = Literal["euler", "heun", "rk"]
@@ -92,36 +99,36 @@ def solve(
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     if solver not in get_args(Solver):
         raise UserError(f"unknown solver {solver!r}{nearest(solver, get_args(Solver))}; known: euler, heun, rk")
-    predict = guided(model_fn, text, uncond, guidance)
+    predict = add_guidance(model_fn, text, uncond, guidance)
     evaluations = 0
 
     def slope(y: Tensor, at: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return path_slope(form, predict, y, at)
+        return compute_path_slope(form, predict, y, at)
 
-    points = sampling_grid(form, steps, shift=shift, grid=grid)
-    start, to_sigma = start_state(form, noise_BCHW, points[0]), over_sigma(form)
-    if solver == "rk" and to_sigma and points[-2] > lowest_ratio(form):
+    points = make_sampling_grid(form, steps, shift=shift, grid=grid)
+    start, to_sigma = make_start_state(form, noise_BCHW, points[0]), integrates_over_sigma(form)
+    if solver == "rk" and to_sigma and points[-2] > find_lowest_ratio(form):
         # The one step that rk does not choose, to 0, starts where it is shortest, however few points there are.
-        points = torch.cat([points[:-1], torch.tensor([lowest_ratio(form)], dtype=points.dtype), points[-1:]])
+        points = torch.cat([points[:-1], torch.tensor([find_lowest_ratio(form)], dtype=points.dtype), points[-1:]])
     advance = {
-        "euler": _fixed(slope, None),
-        "heun": _fixed(slope, to_sigma),
-        "rk": _adaptive(slope, tolerance, to_sigma),
+        "euler": _make_fixed(slope, None),
+        "heun": _make_fixed(slope, to_sigma),
+        "rk": _make_adaptive(slope, tolerance, to_sigma),
     }
     states = advance[solver](start, points)
-    return _trajectory(states, points, evaluations)
+    return _measure_trajectory(states, points, evaluations)
 
 
-def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
+def add_guidance(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
     """predict(x, network_time_B) with classifier-free guidance folded in."""
     if not math.isfinite(guidance):
         raise UserError(f"guidance is {guidance}, expected a finite number")
     if guidance == 1.0:
         return lambda x, t_B: model_fn(x, t_B, text)
     if uncond is None:
-        raise UserError(f"guidance {guidance} needs an unconditional input: pass unconditional(spec, batch)")
+        raise UserError(f"guidance {guidance} needs an unconditional input: pass make_unconditional(spec, batch)")
     shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
     if shapes[0] != shapes[1]:
         raise UserError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
@@ -135,21 +142,21 @@ def guided(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance:
     return predict
 
 
-def path_slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
+def compute_path_slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
     """dy/d(coordinate) at one coordinate for the whole batch."""
     coordinate_B = at.to(torch.float64).expand(y.shape[0])
-    level = level_at(form, coordinate_B)
-    z = like(level.a, y) * y if over_sigma(form) else y
+    level = get_level(form, coordinate_B)
+    z = broadcast_like(level.a, y) * y if integrates_over_sigma(form) else y
     precise = torch.float64 if y.dtype == torch.float64 else torch.float32
-    prediction = predict(like(level.input_scale, z) * z, level.network_time.to(y.device, precise)).to(y.dtype)
+    prediction = predict(broadcast_like(level.input_scale, z) * z, level.network_time.to(y.device, precise)).to(y.dtype)
     x0, noise = form.split(prediction, z, level)
-    if over_sigma(form):
+    if integrates_over_sigma(form):
         return noise
     da, db = form.path.slope(coordinate_B)
-    return like(da, z) * x0 + like(db, z) * noise
+    return broadcast_like(da, z) * x0 + broadcast_like(db, z) * noise
 
 
-def _fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], list[Tensor]]:
+def _make_fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], list[Tensor]]:
     """Euler (skip_last None) or Heun; skip_last ends Heun with an Euler step where the level 0 has no network time."""
 
     def advance(y: Tensor, points: Tensor) -> list[Tensor]:
@@ -168,7 +175,7 @@ def _fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], l
     return advance
 
 
-def _adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tensor, Tensor], list[Tensor]]:
+def _make_adaptive(slope: Slope, tolerance: float, skip_last: bool) -> Callable[[Tensor, Tensor], list[Tensor]]:
     """Dormand-Prince; skip_last ends with an Euler step where the level 0 has no network time."""
 
     def advance(y: Tensor, points: Tensor) -> list[Tensor]:
@@ -200,7 +207,7 @@ def integrate_adaptive(slope: Slope, y: Tensor, points: Tensor, *, tolerance: fl
     return list(path)
 
 
-def _trajectory(states: list[Tensor], points: Tensor, evaluations: int) -> Trajectory:
+def _measure_trajectory(states: list[Tensor], points: Tensor, evaluations: int) -> Trajectory:
     moves = torch.stack([(b - a).flatten(1) for a, b in itertools.pairwise(states)]).double()
     steps = points.diff().abs()[:, None].to(moves.device)
     squared = moves.square().sum(2)

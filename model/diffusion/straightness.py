@@ -15,8 +15,8 @@ from torch import Tensor
 
 from infra.errors import UserError
 from model.diffusion.flow import Formulation, get_formulation
-from model.diffusion.grids import over_sigma
-from model.diffusion.sampler import Predict, guided, integrate_adaptive, path_slope
+from model.diffusion.grids import integrates_over_sigma
+from model.diffusion.sampler import Predict, add_guidance, compute_path_slope, integrate_adaptive
 from model.encoders.text import TextCond
 
 
@@ -62,23 +62,25 @@ def measure_straightness(
     UserError for a formulation that is not integrated over t: lines are straight in t alone.
     """
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
-    if over_sigma(form):
+    if integrates_over_sigma(form):
         raise UserError(f"straightness of {form.name}: it is integrated over sigma, not over t; take a rectified flow")
     if intervals < 1 or points < 2:
         raise UserError(f"straightness with {intervals} intervals of {points} points; expected at least 1 of 2")
-    predict = guided(model_fn, text, uncond, guidance)
+    predict = add_guidance(model_fn, text, uncond, guidance)
     edges = torch.linspace(1, 0, intervals + 1, dtype=torch.float64)
-    node_G, weight_G, derive_GG = _gauss(points)
+    node_G, weight_G, derive_GG = _list_gauss_points(points)
     width = 1.0 / intervals
     t_KG = edges[:-1, None] - width * node_G
     kept = torch.cat([edges[:1], t_KG.flatten(), edges[-1:]])
-    states = integrate_adaptive(lambda y, at: path_slope(form, predict, y, at), noise_BCHW, kept, tolerance=tolerance)
+    states = integrate_adaptive(
+        lambda y, at: compute_path_slope(form, predict, y, at), noise_BCHW, kept, tolerance=tolerance
+    )
     displacement_BN = (states[0] - states[-1]).flatten(1).double()
     found = []
     for k in range(intervals):
         inner = states[1 + k * points : 1 + (k + 1) * points]
         velocity_GBN = torch.stack(
-            [path_slope(form, predict, z, t).flatten(1).double() for z, t in zip(inner, t_KG[k])]
+            [compute_path_slope(form, predict, z, t).flatten(1).double() for z, t in zip(inner, t_KG[k])]
         )
         weights = (width * weight_G).to(velocity_GBN.device)
         turn_GBN = torch.einsum("gh,hbn->gbn", derive_GG.to(velocity_GBN.device), velocity_GBN) / width
@@ -88,7 +90,7 @@ def measure_straightness(
     return Straightness(edges, straightness_BK, length_BK, bend_BK, displacement_BN.norm(dim=1).cpu())
 
 
-def _gauss(points: int) -> tuple[Tensor, Tensor, Tensor]:
+def _list_gauss_points(points: int) -> tuple[Tensor, Tensor, Tensor]:
     """(points, weights, derivatives of the polynomial through values at the points) on [0, 1]."""
     node, weight = np.polynomial.legendre.leggauss(points)
     node = (node + 1) / 2

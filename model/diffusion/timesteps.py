@@ -27,7 +27,7 @@ class Density:
     pdf: Callable[[Tensor], Tensor]
 
 
-def number(x: float) -> str:
+def format_number(x: float) -> str:
     """A number as it stands in names of densities: two decimals, or more if two are not exact."""
     return f"{x:.2f}" if float(f"{x:.2f}") == x else repr(float(x))
 
@@ -38,13 +38,13 @@ def require_finite(name: str, *numbers: float) -> None:
         raise UserError(f"{name}: expected finite numbers")
 
 
-def uniform() -> Density:
+def make_uniform() -> Density:
     return Density("uniform", lambda u: u, torch.ones_like)
 
 
 # The three densities below: SD3 section 3.1. Drawing t from pdf(t) is the loss weight t/(1-t) * pdf(t) (eq. 18), so it
 # must not be applied a second time as a factor on the loss.
-def lognorm(mean: float, std: float) -> Density:
+def make_lognorm(mean: float, std: float) -> Density:
     """Logit-normal: logit(t) ~ N(mean, std**2); mean < 0 favours data, > 0 noise."""
     require_finite(f"lognorm({mean},{std})", mean, std)
     if std <= 0:
@@ -54,39 +54,39 @@ def lognorm(mean: float, std: float) -> Density:
         z = (torch.logit(t) - mean) / std
         return torch.exp(-0.5 * z * z) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
 
-    name = f"lognorm({number(mean)},{number(std)})"
+    name = f"lognorm({format_number(mean)},{format_number(std)})"
     return Density(name, lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u)), pdf)
 
 
-def _mode_map(u: Tensor, scale: float) -> Tensor:
+def _map_mode(u: Tensor, scale: float) -> Tensor:
     # f(u; s) of SD3 section 3.1. It falls: u = 0 is noise, u = 1 is data.
     return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
-def mode_inverse(t: Tensor, scale: float) -> Tensor:
+def _invert_mode(t: Tensor, scale: float) -> Tensor:
     """u with f(u) = t by bisection: f falls from 1 to 0 and is flat at 1/2 for the largest scale, so no Newton."""
     low, high = torch.zeros_like(t), torch.ones_like(t)
     for _ in range(60):
         middle = (low + high) / 2
-        above = _mode_map(middle, scale) > t
+        above = _map_mode(middle, scale) > t
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return (low + high) / 2
 
 
-def mode(scale: float) -> Density:
+def make_mode(scale: float) -> Density:
     """Mode sampling with heavy tails: scale > 0 favours the middle, < 0 the ends. Monotone only inside the limits."""
     if not -1 <= scale <= MODE_LIMIT:
         raise UserError(f"mode scale is {scale}, expected -1 <= s <= 2/(pi-2) = {MODE_LIMIT:.4f}")
 
     def pdf(t: Tensor) -> Tensor:
         # 1/|f'(u)| at u = f^-1(t): the density of a transformed uniform variable.
-        slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * mode_inverse(t, scale))
+        slope = 1 + scale - math.pi / 2 * scale * torch.sin(math.pi * _invert_mode(t, scale))
         return 1 / slope
 
-    return Density(f"mode({number(scale)})", lambda u: _mode_map(u, scale), pdf)
+    return Density(f"mode({format_number(scale)})", lambda u: _map_mode(u, scale), pdf)
 
 
-def cosmap() -> Density:
+def make_cosmap() -> Density:
     """t whose rectified-flow log-SNR is distributed as that of the cosine schedule under uniform t."""
     return Density(
         "cosmap",
@@ -95,7 +95,7 @@ def cosmap() -> Density:
     )
 
 
-def ushape(a: float) -> Density:
+def make_ushape(a: float) -> Density:
     """Dense at both ends, where the loss of reflow is largest: pdf a (e^(at) + e^(a(1-t))) / (2 (e^a - 1)).
 
     2-rectified flow++ (arXiv 2405.20320) with a = 4, as its code draws it: half from e^(at), half mirrored. The formula
@@ -115,15 +115,15 @@ def ushape(a: float) -> Density:
     def pdf(t: Tensor) -> Tensor:
         return a * (torch.exp(a * t) + torch.exp(a * (1 - t))) / (2 * (top - 1))
 
-    return Density(f"ushape({number(a)})", draw, pdf)
+    return Density(f"ushape({format_number(a)})", draw, pdf)
 
 
 DENSITIES: dict[str, Callable[..., Density]] = {
-    "uniform": uniform,
-    "lognorm": lognorm,
-    "mode": mode,
-    "cosmap": cosmap,
-    "ushape": ushape,
+    "uniform": make_uniform,
+    "lognorm": make_lognorm,
+    "mode": make_mode,
+    "cosmap": make_cosmap,
+    "ushape": make_ushape,
 }
 
 _CALL = re.compile(r"^([a-z][a-z0-9_]*)(?:\(([^()]*)\))?$")
@@ -159,7 +159,7 @@ def require_shift(shift: float) -> None:
         raise UserError(f"resolution shift is {shift}, expected a positive number")
 
 
-def resolution_shift(t: Tensor, shift: float) -> Tensor:
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     """t at n pixels to the t of equal uncertainty at m pixels, shift = sqrt(m/n) (eq. 23)."""
     require_shift(shift)
     return shift * t / (1 + (shift - 1) * t)

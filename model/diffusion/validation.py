@@ -54,7 +54,7 @@ class ValProtocol:
         return {name: losses_BV[:, : self.averaged].mean(1), **levels}
 
 
-def half_interval(loss_B: Tensor) -> float | None:
+def compute_half_interval(loss_B: Tensor) -> float | None:
     """Half the width of a mean's normal 95 % interval: other samples could have been taken. None for a single one."""
     return 1.96 * loss_B.std().item() / len(loss_B) ** 0.5 if len(loss_B) > 1 else None
 
@@ -96,7 +96,7 @@ def _require_level(formulation: Formulation, t: float) -> None:
 
 
 @torch.no_grad()
-def validation_losses(
+def compute_validation_losses(
     predict: Callable[[Tensor, Tensor, TextCond], Tensor],
     batch: Batch,
     levels: tuple[float, ...],
@@ -118,5 +118,5 @@ def validation_losses(
         t_B = torch.full((len(x0),), level, dtype=torch.float64)
         drawn = form.sample(x0, noise, t_B)
         prediction = predict(drawn.model_input, drawn.network_time_B, batch.text)
-        columns.append(form.loss_B(prediction.double(), drawn).cpu())
+        columns.append(form.compute_loss_B(prediction.double(), drawn).cpu())
     return torch.stack(columns, dim=1)

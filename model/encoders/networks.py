@@ -56,7 +56,7 @@ class TextEncoders:
         """Captions straight to what a backbone reads, nothing dropped."""
         return assemble(self.spec, self.encode(captions))
 
-    def empty_prompt(self, batch: int) -> TextCond:
+    def encode_empty_prompt(self, batch: int) -> TextCond:
         """The unconditional input `empty_prompt`, as released inference uses it."""
         return self.condition([""] * batch)
 
@@ -78,12 +78,12 @@ def load_text_encoders(
     return TextEncoders(spec, loaded)
 
 
-def _projected(encoder: EncoderSpec, spec: TextSpec) -> bool:
+def _is_projected(encoder: EncoderSpec, spec: TextSpec) -> bool:
     """Is the pooled vector taken after CLIP's projection?"""
     return spec.convention == "diffusers" or encoder.seat == "clip_g"
 
 
-def _checked(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length_B: Tensor) -> EncodedText:
+def _check_states(encoder: EncoderSpec, hidden_BLW: Tensor, pooled_BP: Tensor, length_B: Tensor) -> EncodedText:
     """Move to the CPU in float32 and compare with what the spec states."""
     if hidden_BLW.shape[-1] != encoder.width or pooled_BP.shape[-1] != encoder.pooled:
         raise UserError(
@@ -208,7 +208,7 @@ def _open_clip(
     limit = tower.positional_embedding.shape[0]
     if encoder.tokens > limit:
         raise UserError(f"{encoder.checkpoint} reads {limit} tokens, the TextSpec states {encoder.tokens}")
-    projected = _projected(encoder, spec)
+    projected = _is_projected(encoder, spec)
     # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
     # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
     pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
@@ -232,7 +232,7 @@ def _open_clip(
         if projected and tower.text_projection is not None:
             weight = tower.text_projection
             pooled = weight(pooled) if isinstance(weight, torch.nn.Linear) else pooled @ weight
-        return _checked(encoder, layers[-2], pooled, end_B + 1)
+        return _check_states(encoder, layers[-2], pooled, end_B + 1)
 
     return encode
 
@@ -247,7 +247,7 @@ def _clip_hf(
 ) -> TextEncoder:
     from transformers import CLIPTextModelWithProjection
 
-    projected = _projected(encoder, spec)
+    projected = _is_projected(encoder, spec)
     model = _from_pretrained(
         CLIPTextModelWithProjection, path, dtype, device, unused=None if projected else "text_projection."
     )
@@ -259,7 +259,7 @@ def _clip_hf(
         out = model(ids_BL, output_hidden_states=True)
         end_B = ids_BL.argmax(dim=1)
         unprojected = out.last_hidden_state[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
-        return _checked(encoder, out.hidden_states[-2], out.text_embeds if projected else unprojected, end_B + 1)
+        return _check_states(encoder, out.hidden_states[-2], out.text_embeds if projected else unprojected, end_B + 1)
 
     return encode
 
@@ -293,7 +293,7 @@ def _masked_encoder(
     def encode(captions: Sequence[str]) -> EncodedText:
         ids_BL, mask_BL = tokenize(captions, device)
         hidden = model(ids_BL, attention_mask=mask_BL if use_mask else torch.ones_like(mask_BL)).last_hidden_state
-        return _checked(encoder, hidden, hidden.new_zeros(len(hidden), 0), mask_BL.sum(1))
+        return _check_states(encoder, hidden, hidden.new_zeros(len(hidden), 0), mask_BL.sum(1))
 
     return encode
 

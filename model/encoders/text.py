@@ -108,7 +108,7 @@ class TextSpec:
 SD3_T5_TOKENS: dict[Convention, int] = {"sd3-ref": 77, "diffusers": 256}
 
 
-def sd3_text_spec(convention: Convention, layout: Layout = "padded") -> TextSpec:
+def make_sd3_text_spec(convention: Convention, layout: Layout = "padded") -> TextSpec:
     """The three encoders of SD3, under the names of their folders in a released pipeline."""
     if convention not in SD3_T5_TOKENS:
         raise UserError(f"text convention {convention!r} is not one of {', '.join(SD3_T5_TOKENS)}")
@@ -155,11 +155,11 @@ class TextCond:
         """Concatenate along the batch; a part without mask counts as all True when another one has a mask."""
         mask = None
         if any(p.mask_BL is not None for p in parts):
-            mask = torch.cat([_full_mask(p) if p.mask_BL is None else p.mask_BL for p in parts])
+            mask = torch.cat([_make_full_mask(p) if p.mask_BL is None else p.mask_BL for p in parts])
         return TextCond(torch.cat([p.context_BLD for p in parts]), torch.cat([p.pooled_BP for p in parts]), mask)
 
 
-def _full_mask(text: TextCond) -> Tensor:
+def _make_full_mask(text: TextCond) -> Tensor:
     return torch.ones(text.context_BLD.shape[:2], dtype=torch.bool, device=text.context_BLD.device)
 
 
@@ -174,13 +174,13 @@ class EncodedText:
     def __len__(self) -> int:
         return self.hidden_BLW.shape[0]
 
-    def row(self, index: int) -> tuple[Tensor, Tensor]:
+    def get_row(self, index: int) -> tuple[Tensor, Tensor]:
         """(hidden_LW cut to its length, pooled_P) of one caption."""
         return self.hidden_BLW[index, : int(self.length_B[index])], self.pooled_BP[index]
 
-    def stored(self, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    def cut_to_layout(self, index: int, layout: Layout) -> tuple[Tensor, Tensor]:
         """(hidden_LW, pooled_P) of one caption as a shard stores them: only real tokens under `trimmed`."""
-        return self.row(index) if layout == "trimmed" else (self.hidden_BLW[index], self.pooled_BP[index])
+        return self.get_row(index) if layout == "trimmed" else (self.hidden_BLW[index], self.pooled_BP[index])
 
     @staticmethod
     def stack(hidden: Sequence[Tensor], pooled: Sequence[Tensor]) -> EncodedText:
@@ -198,7 +198,7 @@ def assemble(
     A dropped encoder gives zeros, and under `trimmed` its whole stated length stays attended to (mask True).
     """
     if not features:
-        raise UserError("no text features given; for the unconditional input use unconditional(spec, batch)")
+        raise UserError("no text features given; for the unconditional input use make_unconditional(spec, batch)")
     unknown = set(features) - {e.seat for e in spec.encoders}
     if unknown:
         raise UserError(f"text features for seats {sorted(unknown)}, which this TextSpec does not have")
@@ -215,7 +215,7 @@ def assemble(
         if encoder.seat not in features:
             mask_BL[:, start:stop] = True
         else:
-            hidden, pooled, real = _checked(spec, encoder, features[encoder.seat], batch)
+            hidden, pooled, real = _check_states(spec, encoder, features[encoder.seat], batch)
             if drop_B is not None:
                 keep = ~drop_B.to(device)
                 hidden, pooled = hidden * keep[:, None, None], pooled * keep[:, None]
@@ -228,7 +228,7 @@ def assemble(
     return TextCond(context_BLD, pooled_BP, mask_BL if spec.layout == "trimmed" else None)
 
 
-def _checked(spec: TextSpec, encoder: EncoderSpec, text: EncodedText, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _check_states(spec: TextSpec, encoder: EncoderSpec, text: EncodedText, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden, pooled, real tokens) of one seat in float32; padding states are zeroed under `trimmed` only."""
     rows, length, width = text.hidden_BLW.shape
     if rows != batch or width != encoder.width or length > encoder.tokens:
@@ -254,7 +254,7 @@ def _checked(spec: TextSpec, encoder: EncoderSpec, text: EncodedText, batch: int
     return hidden, pooled, real
 
 
-def unconditional(spec: TextSpec, batch: int) -> TextCond:
+def make_unconditional(spec: TextSpec, batch: int) -> TextCond:
     """The unconditional input `zeros`: what training drops to when every encoder is dropped."""
     mask = torch.ones(batch, spec.context_tokens, dtype=torch.bool) if spec.layout == "trimmed" else None
     context = torch.zeros(batch, spec.context_tokens, spec.context_width)

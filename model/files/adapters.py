@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infra.errors import UserError, list_some, nearest
 from model.backbones.mmdit import MMDiTConfig
-from model.files.names import diffusers_names, is_swapped, sd3_name, swap_halves
+from model.files.names import is_swapped, swap_halves, to_diffusers_names, to_sd3_name
 
 # How the module's name and the role of a tensor are written: peft and diffusers; kohya; diffusers before peft.
 _DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
@@ -82,8 +82,8 @@ def _list_targets(config: MMDiTConfig) -> dict[str, tuple[str, bool, int]]:
         weights = [name for name, p in config.build().named_parameters() if name.endswith(".weight") and p.ndim == 2]
     found = {}
     for name in weights:
-        found[_flatten(sd3_name(name).removesuffix(".weight"))] = name, False, _WHOLE
-        theirs = diffusers_names(name)
+        found[_flatten(to_sd3_name(name).removesuffix(".weight"))] = name, False, _WHOLE
+        theirs = to_diffusers_names(name)
         for number, part in enumerate(theirs):
             number = number if len(theirs) > 1 else _WHOLE
             found[_flatten(part.removesuffix(".weight"))] = name, is_swapped(name, config), number

@@ -13,14 +13,14 @@ from torch import Tensor
 from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
-from model.files.names import SD3_PREFIX, config_of_diffusers, from_diffusers, from_sd3, to_sd3
+from model.files.names import SD3_PREFIX, from_diffusers, from_sd3, read_diffusers_config, to_sd3
 from model.files.pipeline import TRANSFORMER, write_pipeline
 from model.files.weights import (
     META_KEY,
+    add_config,
     add_qk_norm,
     check_meta,
     check_tensors,
-    described,
     load_weights,
     save_weights,
     write_safetensors,
@@ -61,10 +61,10 @@ def convert(
     if to == "diffusers":
         write_pipeline(target, config, state, meta, vae=vae, encoders=encoders or {})
     elif to == "sd3":
-        write_safetensors(target, dict(to_sd3(config, state)), described(config, meta))
+        write_safetensors(target, dict(to_sd3(config, state)), add_config(config, meta))
     else:
-        save_weights(target, state, described(config, meta))
-    count = config.parameter_count()
+        save_weights(target, state, add_config(config, meta))
+    count = config.count_parameters()
     return f"{source} ({found}) -> {target} ({to}): mmdit depth {config.depth}, {count:,} parameters, {meta['kind']}"
 
 
@@ -110,7 +110,7 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
     told = from_json(dict[str, Any], (folder / "config.json").read_bytes(), where=f"{folder}/config.json")
-    config = config_of_diffusers(told, str(folder))
+    config = read_diffusers_config(told, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for file in list_weight_files(folder):

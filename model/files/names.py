@@ -78,7 +78,7 @@ _DIFFUSERS_PART = {
 }
 
 
-def sd3_name(ours: str) -> str:
+def to_sd3_name(ours: str) -> str:
     """Our parameter name in the SD3 dialect, without prefix."""
     stem, leaf = ours.rsplit(".", 1)
     if not stem.startswith("blocks."):
@@ -89,7 +89,7 @@ def sd3_name(ours: str) -> str:
     return f"joint_blocks.{index}.{'x' if part == 'image' else 'context'}_block.{_SD3_STREAM[rest]}.{leaf}"
 
 
-def diffusers_names(ours: str) -> tuple[str, ...]:
+def to_diffusers_names(ours: str) -> tuple[str, ...]:
     """Our parameter name in the diffusers dialect: one name, or three for a fused qkv."""
     stem, leaf = ours.rsplit(".", 1)
     if not stem.startswith("blocks."):
@@ -110,26 +110,26 @@ def swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-def _parameters(config: MMDiTConfig) -> dict[str, Tensor]:
+def _list_parameters(config: MMDiTConfig) -> dict[str, Tensor]:
     """Our parameters by name on the meta device."""
     with torch.device("meta"):
         return dict(config.build().named_parameters())
 
 
-def position_table(config: TokenConfig) -> PositionTable:
+def make_position_table(config: TokenConfig) -> PositionTable:
     """The positions of a model by its config's formula."""
     return PositionTable(config.width, config.pos_max, target=config.pos_tokens, base=config.pos_base)
 
 
-def full_positions(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Tensor:
+def make_full_positions(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Tensor:
     """The (1, P*P, D) table of a model."""
-    table = position_table(config)
+    table = make_position_table(config)
     if POSITIONS in state:
         table.axes_2PD = state[POSITIONS].float()
-    return table.full_table()
+    return table.make_full_table()
 
 
-def axes_of_positions(table_1ND: Tensor, source: str) -> Tensor:
+def find_position_axes(table_1ND: Tensor, source: str) -> Tensor:
     """Our (2, P, D/2) axes from a full table, which must be a table of row and column codes as SD3's are."""
     count, width = math.isqrt(table_1ND.shape[1]), table_1ND.shape[2]
     grid = table_1ND.float().view(count, count, width)
@@ -150,12 +150,12 @@ def _refuse_second_time(config: MMDiTConfig) -> None:
 def to_sd3(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights as an SD3 single file has them (prefix included), one after the other: `state` may read them then."""
     _refuse_second_time(config)
-    for name in _parameters(config):
-        yield SD3_PREFIX + sd3_name(name), state[name]
-    yield f"{SD3_PREFIX}pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
+    for name in _list_parameters(config):
+        yield SD3_PREFIX + to_sd3_name(name), state[name]
+    yield f"{SD3_PREFIX}pos_embed", make_full_positions(config, state).to(state["context_embed.weight"].dtype)
 
 
-def _stored_positions(count: int) -> dict[str, Any]:
+def _describe_stored_positions(count: int) -> dict[str, Any]:
     """Config fields for a table that comes with the weights; target and base then mean nothing."""
     return {"pos_max": count, "pos_tokens": min(16, count), "pos_base": min(16, count), "pos_stored": True}
 
@@ -171,30 +171,30 @@ def from_sd3(state: Mapping[str, Tensor], source: str) -> tuple[MMDiTConfig, dic
     if table.shape != (1, count**2, width):
         raise UserError(f"{source}: pos_embed misshapen, {tuple(table.shape)} instead of (1, side * side, {width})")
     config = MMDiTConfig(
-        depth=_depth(width, found, source),
+        depth=_find_depth(width, found, source),
         patch=patch.shape[2],
         in_channels=patch.shape[1],
         context_width=context.shape[1],
         pooled_width=pooled.shape[1],
         qk_norm=any(k.endswith("attn.ln_q.weight") for k in found),
-        dual_attention=tuple(sorted(_blocks(found, r"x_block\.attn2\."))),
-        **_stored_positions(count),
+        dual_attention=tuple(sorted(_find_blocks(found, r"x_block\.attn2\."))),
+        **_describe_stored_positions(count),
     )
     positions = found.pop("pos_embed")
-    expected = {sd3_name(name): (name, like) for name, like in _parameters(config).items()}
+    expected = {to_sd3_name(name): (name, like) for name, like in _list_parameters(config).items()}
     check_tensors(found, {theirs: like for theirs, (_, like) in expected.items()}, source)
     ours = {name: found[theirs] for theirs, (name, _) in expected.items()}
-    return config, {**ours, POSITIONS: axes_of_positions(positions, source)}
+    return config, {**ours, POSITIONS: find_position_axes(positions, source)}
 
 
-def _blocks(found: Mapping[str, Tensor], part: str = "") -> set[int]:
+def _find_blocks(found: Mapping[str, Tensor], part: str = "") -> set[int]:
     """Numbers of the blocks that have tensors of a part."""
     return {int(m[1]) for name in found if (m := re.match(rf"joint_blocks\.(\d+)\.{part}", name))}
 
 
-def _depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
+def _find_depth(width: int, found: Mapping[str, Tensor], source: str) -> int:
     """The depth, from the width (64 * depth in SD3). UserError unless exactly so many blocks have tensors."""
-    blocks, depth = _blocks(found), width // HEAD_WIDTH
+    blocks, depth = _find_blocks(found), width // HEAD_WIDTH
     missing, extra = sorted(set(range(depth)) - blocks), sorted(blocks - set(range(depth)))
     if width % HEAD_WIDTH or missing or extra:
         lists = (("missing", missing), ("unexpected", extra))
@@ -216,7 +216,7 @@ def _need(found: Mapping[str, Tensor], name: str, dims: int, source: str) -> Ten
     return found[name]
 
 
-def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
+def make_diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
     """Arguments of SD3Transformer2DModel."""
     return {
         "sample_size": config.pos_tokens * config.patch,
@@ -241,7 +241,7 @@ _DIFFUSERS_NEEDS = (
 )  # fmt: skip
 
 
-def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
+def read_diffusers_config(data: Mapping[str, Any], source: str) -> MMDiTConfig:
     """Our config from a diffusers transformer's config.json."""
     absent = [key for key in _DIFFUSERS_NEEDS if type(data.get(key)) is not int]
     if absent:
@@ -266,18 +266,18 @@ def config_of_diffusers(data: Mapping[str, Any], source: str) -> MMDiTConfig:
         pooled_width=data["pooled_projection_dim"],
         qk_norm=data.get("qk_norm") == "rms_norm",
         dual_attention=tuple(dual) if isinstance(dual, list | tuple) else dual,
-        **_stored_positions(data["pos_embed_max_size"]),
+        **_describe_stored_positions(data["pos_embed_max_size"]),
     )
 
 
 def to_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights in the diffusers dialect, one after the other: `state` may read them then."""
     _refuse_second_time(config)
-    for name in _parameters(config):
+    for name in _list_parameters(config):
         tensor = swap_halves(state[name]) if is_swapped(name, config) else state[name]
-        theirs = diffusers_names(name)
+        theirs = to_diffusers_names(name)
         yield from zip(theirs, tensor.chunk(len(theirs)), strict=True)
-    yield "pos_embed.pos_embed", full_positions(config, state).to(state["context_embed.weight"].dtype)
+    yield "pos_embed.pos_embed", make_full_positions(config, state).to(state["context_embed.weight"].dtype)
 
 
 def adapter_to_diffusers(
@@ -287,7 +287,7 @@ def adapter_to_diffusers(
     carries the scale, a fused qkv gives three layers with the same A."""
     for name, a_RI, b_OR in adapters:
         b_OR = scale * (swap_halves(b_OR) if is_swapped(name, config) else b_OR)
-        theirs = diffusers_names(name)
+        theirs = to_diffusers_names(name)
         for weight, part_OR in zip(theirs, b_OR.chunk(len(theirs)), strict=True):
             module = f"transformer.{weight.removesuffix('.weight')}"
             yield f"{module}.lora_A.weight", a_RI
@@ -296,16 +296,16 @@ def adapter_to_diffusers(
 
 def from_diffusers(config: MMDiTConfig, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Our weights (positions stored) from the diffusers dialect."""
-    parameters = _parameters(config)
+    parameters = _list_parameters(config)
     expected = {
-        theirs: torch.empty(like.shape[0] // len(diffusers_names(name)), *like.shape[1:], device="meta")
+        theirs: torch.empty(like.shape[0] // len(to_diffusers_names(name)), *like.shape[1:], device="meta")
         for name, like in parameters.items()
-        for theirs in diffusers_names(name)
+        for theirs in to_diffusers_names(name)
     }
     positions = torch.empty(1, config.pos_max**2, config.width, device="meta")
     check_tensors(state, {**expected, "pos_embed.pos_embed": positions}, source)
     ours = {}
     for name in parameters:
-        tensor = torch.cat([state[theirs] for theirs in diffusers_names(name)])
+        tensor = torch.cat([state[theirs] for theirs in to_diffusers_names(name)])
         ours[name] = swap_halves(tensor) if is_swapped(name, config) else tensor
-    return {**ours, POSITIONS: axes_of_positions(state["pos_embed.pos_embed"], source)}
+    return {**ours, POSITIONS: find_position_axes(state["pos_embed.pos_embed"], source)}

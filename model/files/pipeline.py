@@ -21,8 +21,8 @@ from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.vae import load_vae
-from model.files.names import diffusers_config, to_diffusers
-from model.files.weights import apply_umask, described, expected_tensors, write_safetensors
+from model.files.names import make_diffusers_config, to_diffusers
+from model.files.weights import add_config, apply_umask, list_expected_tensors, write_safetensors
 
 # The encoder's seat -> folders of model and tokenizer.
 _ENCODER_PARTS = {
@@ -75,13 +75,13 @@ def write_pipeline(
     unknown = set(encoders) - set(_ENCODER_PARTS)
     if unknown:
         raise UserError(f"encoders for unknown seats {sorted(unknown)}; known: {', '.join(_ENCODER_PARTS)}")
-    autoencoder = None if vae is None else _autoencoder(vae, config)
-    read = {seat: _encoder(seat, Path(path)) for seat, path in encoders.items()}
+    autoencoder = None if vae is None else _load_autoencoder(vae, config)
+    read = {seat: _read_encoder(seat, Path(path)) for seat, path in encoders.items()}
     _check_widths(read, config)
     with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel(**diffusers_config(config))
+        transformer: Any = SD3Transformer2DModel(**make_diffusers_config(config))
     transformer.save_config(target / "transformer")
-    _write_transformer(target / "transformer", config, state, described(config, meta), save)
+    _write_transformer(target / "transformer", config, state, add_config(config, meta), save)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=meta.get("shift", 1.0))
     scheduler.save_pretrained(target / "scheduler")
     index: dict[str, Any] = {
@@ -107,7 +107,7 @@ def write_pipeline(
             index[tokenizer_folder] = ["transformers", type(read[seat].tokenizer).__name__]
     (target / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (target / "README.md").write_text(
-        _card(config, meta, [name for name, entry in index.items() if entry == [None, None]])
+        _write_card(config, meta, [name for name, entry in index.items() if entry == [None, None]])
     )
 
 
@@ -117,7 +117,7 @@ def _write_transformer(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     dtype = state["context_embed.weight"].dtype
-    ours = {name: like.to(dtype) for name, like in expected_tensors(meta).items()}
+    ours = {name: like.to(dtype) for name, like in list_expected_tensors(meta).items()}
     layout = {name: torch.empty_like(like, device="meta") for name, like in to_diffusers(config, ours)}
     pattern = TRANSFORMER + "{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=MAX_FILE)
@@ -132,7 +132,7 @@ def _write_transformer(
         (folder / f"{TRANSFORMER}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _autoencoder(path: Path, config: MMDiTConfig) -> Any:
+def _load_autoencoder(path: Path, config: MMDiTConfig) -> Any:
     vae = load_vae(path)
     channels = vae.config.latent_channels
     if channels != config.in_channels:
@@ -140,7 +140,7 @@ def _autoencoder(path: Path, config: MMDiTConfig) -> Any:
     return vae
 
 
-def _encoder(seat: str, source: Path) -> _Encoder:
+def _read_encoder(seat: str, source: Path) -> _Encoder:
     """Refuse another class than the seat's, weights that transformers would not find, tensors that it would miss."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -159,7 +159,7 @@ def _encoder(seat: str, source: Path) -> _Encoder:
     if not weights:
         raise UserError(f"no model.safetensors in {source}; save_pretrained of {architecture.__name__} writes it")
     settings = kind.from_pretrained(str(source), local_files_only=True)
-    missing = _missing(architecture, settings, weights)
+    missing = _list_missing(architecture, settings, weights)
     if missing:
         raise UserError(f"{source}: tensors {list_some(missing)} are not there as {architecture.__name__} needs them")
     index = source / "model.safetensors.index.json"
@@ -168,7 +168,7 @@ def _encoder(seat: str, source: Path) -> _Encoder:
     return _Encoder(files, architecture.__name__, load_tokenizer(source), settings.hidden_size, pooled)
 
 
-def _missing(architecture: Any, settings: Any, files: list[Path]) -> list[str]:
+def _list_missing(architecture: Any, settings: Any, files: list[Path]) -> list[str]:
     """Parameters that the files lack or have in another shape; only headers are read."""
     from safetensors import SafetensorError, safe_open
 
@@ -203,7 +203,7 @@ def _check_widths(read: Mapping[str, _Encoder], config: MMDiTConfig) -> None:
         raise UserError(f"pooled vectors of width {pooled} do not fit the model's pooled_width {config.pooled_width}")
 
 
-def _card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str]) -> str:
+def _write_card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str]) -> str:
     """The model card: what this is, where it comes from, how to load it."""
     optional = ("image_encoder", "feature_extractor")
     needed = [name for name in absent if name not in optional]
@@ -214,7 +214,7 @@ def _card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str]) -> st
         "library_name: diffusers",
         "tags: [text-to-image, rectified-flow]",
         "---",
-        f"# MM-DiT of depth {config.depth}, {config.parameter_count():,} parameters",
+        f"# MM-DiT of depth {config.depth}, {config.count_parameters():,} parameters",
         "",
         "Load with:",
         "",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from infra.codec import from_json
 from infra.errors import UserError, list_some
-from model.backbone import config_from_json
+from model.backbone import read_config
 from model.backbones.trunk import TokenConfig
 
 META_KEY = "beeline"
@@ -51,7 +51,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mappi
     """Write the file atomically. UserError unless the tensors fit the backbone that `meta` describes. (Under ZeRO-3 a
     module's own tensors are empty and do not fit.)"""
     check_meta(meta, str(path))
-    check_tensors(state_dict, expected_tensors(meta), str(path))
+    check_tensors(state_dict, list_expected_tensors(meta), str(path))
     return write_safetensors(Path(path), state_dict, meta)
 
 
@@ -103,7 +103,7 @@ def _open(path: str | Path) -> tuple[Any, dict[str, Any]]:
     return file, meta
 
 
-def described(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
+def add_config(config: TokenConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
     """`meta` with the backbone and config of these weights."""
     return {**meta, "backbone": config.name, "config": config.to_json()}
 
@@ -114,10 +114,10 @@ def check_meta(meta: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: weights metadata lacks {wrong or 'kind raw|ema'}; found keys {sorted(meta)}")
 
 
-def expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:
+def list_expected_tensors(meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names and shapes that the described backbone has, on the meta device."""
     with torch.device("meta"):
-        return config_from_json(meta["backbone"], meta["config"]).build().state_dict()
+        return read_config(meta["backbone"], meta["config"]).build().state_dict()
 
 
 def add_qk_norm(
@@ -130,7 +130,7 @@ def add_qk_norm(
     if config.get("qk_norm"):
         raise UserError(f"{source} has QK-norm already")
     normed = {**config, "qk_norm": True}
-    expected = expected_tensors({"backbone": backbone, "config": normed})
+    expected = list_expected_tensors({"backbone": backbone, "config": normed})
     scales = {n: torch.ones(x.shape) for n, x in expected.items() if n not in state_dict and ".norm_" in n}
     dtype = next(iter(state_dict.values())).dtype
     return normed, {**state_dict, **{name: scale.to(dtype) for name, scale in scales.items()}}
@@ -140,13 +140,13 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state_dict, meta), checked against the backbone that the file describes."""
     file, meta = _open(path)
     state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    check_tensors(state_dict, expected_tensors(meta), str(path))
+    check_tensors(state_dict, list_expected_tensors(meta), str(path))
     return state_dict, meta
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     """The module with its weights, in eval mode, and the file's metadata."""
     state_dict, meta = load_weights(path)
-    model = config_from_json(meta["backbone"], meta["config"]).build()
+    model = read_config(meta["backbone"], meta["config"]).build()
     model.load_state_dict(state_dict)
     return model.to(dtype).eval(), meta

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.formats.layout import quantise_tokens
 from data_pipeline.loading.loader import open_dataset
-from model.diffusion.validation import VAL_PROTOCOLS, validation_losses
+from model.diffusion.validation import VAL_PROTOCOLS, compute_validation_losses
 from model.encoders.text import TextCond
 from model.files.weights import load_model
 
@@ -48,7 +48,9 @@ def main() -> None:
     protocol = VAL_PROTOCOLS["sd3"]
     losses = {
         name: [
-            protocol.mean(validation_losses(model, given, protocol.levels, seed, formulation=meta["formulation"]))
+            protocol.mean(
+                compute_validation_losses(model, given, protocol.levels, seed, formulation=meta["formulation"])
+            )
             for seed in SEEDS
         ]
         for name, given in variants.items()

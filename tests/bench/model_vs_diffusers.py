@@ -26,7 +26,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.sampler import sample
 from model.encoders.text import TextCond
-from model.files.names import diffusers_config, to_diffusers
+from model.files.names import make_diffusers_config, to_diffusers
 
 ROUNDS, WARM_UP, BATCH = 30, 3, 16
 GUIDANCE, STEPS = 4.0, 2
@@ -46,7 +46,7 @@ def runs_of(config: MMDiTConfig, dtype: torch.dtype) -> dict[str, dict[str, Run]
     for parameter in ours.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
-    theirs: Any = SD3Transformer2DModel(**diffusers_config(config))
+    theirs: Any = SD3Transformer2DModel(**make_diffusers_config(config))
     theirs.load_state_dict(dict(to_diffusers(config, ours.state_dict())))
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     x, t_B = torch.randn(BATCH, 8, 16, 16).to(dtype), torch.rand(BATCH)

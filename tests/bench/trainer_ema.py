@@ -43,7 +43,7 @@ def alone(depth: int) -> None:
     report = json.loads((ROOT / "infra" / "docs" / "runs" / "true_size" / "report.json").read_text())
     step = {run["depth"]: run["rows"]["step_cpu_seconds"][1] for run in report}.get(depth)
     recipe = get_recipe(f"d{depth}")
-    count, batch = recipe.model.parameter_count(), recipe.global_batch
+    count, batch = recipe.model.count_parameters(), recipe.global_batch
     powers = [name for name in recipe.ema.profiles if name.startswith("power")]
     assert powers == list(THREE[:2])
     assert recipe.ema.profiles[2:] == (f"decay:0.99@{100 * batch}",)

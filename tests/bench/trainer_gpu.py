@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
-from model.files.names import diffusers_config, to_diffusers
+from model.files.names import make_diffusers_config, to_diffusers
 from trainer.feed import MicroBatch
 from trainer.machines import this_machine
 from trainer.objective import count_train_flops, pretrain
@@ -76,7 +76,7 @@ def diffusers(recipe: Recipe, device: torch.device) -> Callable[..., Tensor]:
     """diffusers' network with the same weights."""
     from diffusers import SD3Transformer2DModel
 
-    model: Any = SD3Transformer2DModel(**diffusers_config(recipe.model))
+    model: Any = SD3Transformer2DModel(**make_diffusers_config(recipe.model))
     model.load_state_dict(dict(to_diffusers(recipe.model, recipe.model.build(seed=0).state_dict())))
     model = model.to(device, torch.bfloat16)
     if recipe.parallel.checkpoint_blocks:

@@ -13,8 +13,8 @@ from infra.codec import to_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.files.names import adapter_to_diffusers
-from model.files.weights import expected_tensors
-from model.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_of, make_peft_config, peft_name
+from model.files.weights import list_expected_tensors
+from model.lora import CONFIG_FILE, WEIGHTS_FILE, make_peft_config, name_adapter, to_peft_name
 from trainer.exports.card import describe_weights, format_model_card
 from trainer.exports.export import StoredWeights, Weights, stream_file
 from trainer.runfolder import run_name
@@ -30,8 +30,8 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     if recipe.lora.rank is None:
         raise UserError(f"{folder}: this run trained all of its weights and has no adapter: omit --lora")
     meta = _meta(stored, info, kind=kind, run=run)
-    shapes = {peft_name(name): shape for name, shape in stored.shapes.items()}
-    ours = {peft_name(name): name for name in stored.shapes}
+    shapes = {to_peft_name(name): shape for name, shape in stored.shapes.items()}
+    ours = {to_peft_name(name): name for name in stored.shapes}
     weights = Weights(shapes, lambda name: stored(ours[name]), meta)
     put_hashed(storage.join(out, WEIGHTS_FILE), stream_file(shapes, weights.items(), meta))
     config = make_peft_config(stored.shapes, rank=recipe.lora.rank, alpha=recipe.lora_alpha)
@@ -48,8 +48,8 @@ def export_diffusers_adapter(
     recipe = stored.recipe
     if recipe.lora.rank is None or not isinstance(recipe.model, MMDiTConfig):
         raise UserError(f"{folder}: no adapters on an MM-DiT, so nothing that diffusers could read: omit --lora")
-    names = expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
-    adapters = {name: adapter_of(name) for name in names if adapter_of(name)[0] in stored.shapes}
+    names = list_expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
+    adapters = {name: name_adapter(name) for name in names if name_adapter(name)[0] in stored.shapes}
     model, scale = recipe.model, recipe.lora_alpha / recipe.lora.rank
     meta = _meta(stored, info, kind=kind, run=run)
 

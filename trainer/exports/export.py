@@ -16,13 +16,13 @@ from data_pipeline.formats.schema import DatasetInfo
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from model.backbone import config_from_json
+from model.backbone import read_config
 from model.backbones.mmdit import MMDiTConfig
 from model.files.convert import check_target
-from model.files.names import POSITIONS, position_table, to_sd3
+from model.files.names import POSITIONS, make_position_table, to_sd3
 from model.files.pipeline import TRANSFORMER, write_pipeline
-from model.files.weights import META_KEY, expected_tensors
-from model.lora import merging
+from model.files.weights import META_KEY, list_expected_tensors
+from model.lora import merge_when_read
 from trainer.exports.card import Meta, describe_weights, format_figures, format_model_card
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
@@ -83,7 +83,7 @@ def export(
             if recipe.lora.rank is not None:
                 assert base is not None, "a run with adapters keeps the file of its frozen weights"
                 scale = recipe.lora_alpha / recipe.lora.rank
-                whole = merging(open_weights(base, engine.shapes), trained, engine.trained, scale=scale)
+                whole = merge_when_read(open_weights(base, engine.shapes), trained, engine.trained, scale=scale)
             write(uris, Weights(shapes, read, meta))
         except (UserError, OSError) as error:
             problem = str(error)
@@ -117,7 +117,7 @@ class Weights(Mapping[str, Tensor]):
 
     def check_names(self) -> dict[str, Tensor]:
         """What the model that `meta` describes has, on the meta device; UserError when these weights are others."""
-        expected = expected_tensors(self.meta)
+        expected = list_expected_tensors(self.meta)
         shapes = {name: tuple(x.shape) for name, x in expected.items()}
         if shapes != self.shapes:
             wrong = sorted({n for n in shapes.keys() | self.shapes.keys() if shapes.get(n) != self.shapes.get(n)})
@@ -134,7 +134,10 @@ def write(uris: list[str], weights: Weights, *, dtype: torch.dtype = torch.float
 
 
 def stream_file(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any], *,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, Tensor]],
+    meta: Mapping[str, Any],
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, each tensor rounded to `dtype` and taken when the one before it is written."""
@@ -200,10 +203,10 @@ def read_stored_weights(
     whole: Callable[[str], Tensor] = stored
     if recipe.lora.rank is not None:
         scale = recipe.lora_alpha / recipe.lora.rank
-        whole = merging(open_weights(check_base(recipe, base), shapes), stored, stored.shapes, scale=scale)
+        whole = merge_when_read(open_weights(check_base(recipe, base), shapes), stored, stored.shapes, scale=scale)
     elif base is not None:
         raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: omit --base")
-    buffers = {POSITIONS: position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
+    buffers = {POSITIONS: make_position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
     meta = describe_weights(recipe, info, kind=kind, images_seen=stored.images_seen, run=run)
     if kind == "ema" and profile:
         meta["ema_profile"] = profile
@@ -236,7 +239,7 @@ def write_as(
     to: str, out: str, weights: Weights, *, info: DatasetInfo, run: str, dtype: torch.dtype = torch.float32
 ) -> int:
     """Our file, one file with SD3's names, or a diffusers folder, each with a model card; the number of parameters."""
-    model = config_from_json(weights.meta["backbone"], weights.meta["config"])
+    model = read_config(weights.meta["backbone"], weights.meta["config"])
     if to == "beeline":
         write([out], weights, dtype=dtype)
     else:
@@ -249,7 +252,7 @@ def write_as(
             _write_diffusers(out, model, weights, info, run, dtype)
     if to != "diffusers":
         storage.write_bytes(f"{out}.md", format_model_card(run, weights.meta, file=out.rsplit("/", 1)[-1]).encode())
-    return model.parameter_count()
+    return model.count_parameters()
 
 
 def _write_sd3(out: str, model: MMDiTConfig, weights: Weights, dtype: torch.dtype) -> None:

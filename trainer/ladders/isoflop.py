@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from infra import storage
 from infra.errors import UserError
-from model.flops import train_flops_per_image
+from model.flops import estimate_train_flops
 from trainer.ladders.picture import draw_loss_curves
 from trainer.runfolder import read_last_val_loss, read_recipe
 
@@ -45,9 +45,9 @@ def read_isoflop_run(run: str) -> IsoFlopRun:
     if loss is None:
         raise UserError(f"{run}: no validation loss: omit --validation.every None")
     _, height, width = recipe.data.latent_shape
-    flops = train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    flops = estimate_train_flops(recipe.model, height, width, recipe.data.text_tokens)
     return IsoFlopRun(
-        float(run.rsplit("-", 1)[-1]), recipe.images * flops, recipe.model.depth, recipe.model.parameter_count(),
+        float(run.rsplit("-", 1)[-1]), recipe.images * flops, recipe.model.depth, recipe.model.count_parameters(),
         recipe.images, loss.value, loss.low, loss.high,
     )  # fmt: skip
 

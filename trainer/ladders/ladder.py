@@ -16,7 +16,7 @@ from infra.device import ResolvedPrecision, resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
 from model.files.weights import META_KEY
-from model.flops import train_flops_per_image
+from model.flops import estimate_train_flops
 from trainer.ladders.launch import ManyRuns
 from trainer.launchers import PREEMPTED, ask_to_stop, on_stop, start_training, wait_for_end
 from trainer.overrides import override_recipe, refuse_decided
@@ -81,7 +81,7 @@ def train_isoflop(
 def count_images(recipe: Recipe, budget: float) -> int:
     """Images that a budget of training FLOPs pays for, in whole batches."""
     _, height, width = recipe.data.latent_shape
-    images = budget / train_flops_per_image(recipe.model, height, width, recipe.data.text_tokens)
+    images = budget / estimate_train_flops(recipe.model, height, width, recipe.data.text_tokens)
     steps = round(images / recipe.global_batch)
     if steps < 10:
         raise UserError(f"{budget:g} FLOPs pay for {steps} steps of {recipe.name}: give a larger budget or less depth")

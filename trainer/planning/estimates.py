@@ -68,7 +68,7 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
     except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
     what may stay for its next use."""
-    p, parameters, trained = recipe.parallel, recipe.model.parameter_count(), recipe.trained_parameters
+    p, parameters, trained = recipe.parallel, recipe.model.count_parameters(), recipe.trained_parameters
     compute, gradient = count_element_bytes(recipe)
     frozen = 0 if recipe.lora.rank is None else parameters
 
@@ -90,7 +90,7 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
         host += found["weights"]
         found["weights"] = 0
     if stage == 3:
-        two_blocks = 2 * recipe.model.block_parameters() / recipe.model.depth
+        two_blocks = 2 * recipe.model.count_block_parameters() / recipe.model.depth
         found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world_size > 1 else 0
         found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
     found["activations"] = activations
@@ -109,7 +109,7 @@ def count_checkpoint_bytes(recipe: Recipe) -> int:
 
 def count_storage_bytes(recipe: Recipe) -> int:
     """A run's folder at its end: checkpoints that are kept, EMA weights of every save, final EMA and raw weights."""
-    kept, weights = min(recipe.logging.keep, recipe.num_saves), 4 * recipe.model.parameter_count()
+    kept, weights = min(recipe.logging.keep, recipe.num_saves), 4 * recipe.model.count_parameters()
     return kept * count_checkpoint_bytes(recipe) + (recipe.num_saves + 2) * weights
 
 
@@ -128,7 +128,7 @@ def estimate_step_time(
     p = recipe.parallel
     per_image = count_train_flops(recipe)
     if p.checkpoint_blocks:
-        per_image += recipe.model.forward_flops(*recipe.data.sizes)
+        per_image += recipe.model.count_forward_flops(*recipe.data.sizes)
     compute = per_image * recipe.global_batch / world_size / (machine.flops * efficiency)
     moved = count_bytes_moved(recipe, world_size=world_size)
     inside = min(world_size, machine.per_node, p.hpz) if p.hpz > 1 else 0
@@ -169,7 +169,7 @@ def count_bytes_moved(recipe: Recipe, *, world_size: int) -> dict[str, float]:
     weights (stages 1 and 2)."""
     p, (compute, gradient) = recipe.parallel, count_element_bytes(recipe)
     parameters, trained, passes = (
-        recipe.model.parameter_count(), recipe.trained_parameters, count_passes(recipe, world_size),
+        recipe.model.count_parameters(), recipe.trained_parameters, count_passes(recipe, world_size),
     )  # fmt: skip
     if p.quantized_gradients:
         gradient = 0.5

@@ -6,7 +6,7 @@ import torch
 
 from infra.device import resolve_precision
 from infra.log import format_duration
-from model.activations import Activations, activations_per_image
+from model.activations import Activations, count_activations
 from trainer.machines import Machine, this_machine
 from trainer.objective import count_train_flops, get_objective
 from trainer.planning.estimates import (
@@ -170,11 +170,11 @@ def make_hardware_plan(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
         depth=recipe.model.depth,
-        parameters=recipe.model.parameter_count(),
+        parameters=recipe.model.count_parameters(),
         trained_parameters=recipe.trained_parameters,
         image_tokens=(height // recipe.model.patch) * (width // recipe.model.patch),
         text_tokens=tokens,
-        forward_flops_per_image=recipe.model.forward_flops(height, width, tokens),
+        forward_flops_per_image=recipe.model.count_forward_flops(height, width, tokens),
         train_flops_per_image=train_flops,
         images=recipe.images,
         steps=recipe.steps,
@@ -202,12 +202,12 @@ def make_hardware_plan(
 
 def _count_activations(recipe: Recipe) -> Activations:
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    return activations_per_image(recipe.model, recipe.data.latent_shape, recipe.data.text_tokens, dtype)
+    return count_activations(recipe.model, recipe.data.latent_shape, recipe.data.text_tokens, dtype)
 
 
 def _list_predictions(recipe: Recipe, machine: Machine, time: StepTime, per_rank: dict[str, int]) -> dict[str, float]:
     return {
-        "cost/parameters": recipe.model.parameter_count(),
+        "cost/parameters": recipe.model.count_parameters(),
         "cost/checkpoint_bytes": count_checkpoint_bytes(recipe),
         "cost/storage_bytes": count_storage_bytes(recipe),
         "cost/images_per_second": recipe.global_batch / time.step_seconds,

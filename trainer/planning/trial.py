@@ -61,7 +61,7 @@ def time_step(recipe: Recipe, *, micro_batch: int, ranks: int) -> StepCost:
     micro, update = larger.cost.micro_batch, larger.cost.update
     for one in smaller:
         flops = _find_place(count_train_flops(recipe), one.flops, larger.flops)
-        parameters = _find_place(recipe.model.parameter_count(), one.parameters, larger.parameters)
+        parameters = _find_place(recipe.model.count_parameters(), one.parameters, larger.parameters)
         # What is small is noise, too: never less than the larger one's.
         micro = one.cost.micro_batch.interpolate(micro, flops).at_least(micro)
         update = one.cost.update.interpolate(update, parameters).at_least(update)
@@ -110,7 +110,7 @@ def _try_models(recipe: Recipe, *, micro_batch: int, ranks: int) -> list[Measure
         log.info("trying %d blocks of width %d on %d rank(s)", blocks, recipe.model.width, ranks)
         one = replace(recipe, model=make_shallow(recipe.model, blocks))
         cost = _try_model(recipe, blocks, micro_batch=micro_batch, ranks=ranks)
-        found.append(MeasuredModel(cost, count_train_flops(one), one.model.parameter_count()))
+        found.append(MeasuredModel(cost, count_train_flops(one), one.model.count_parameters()))
     return found
 
 

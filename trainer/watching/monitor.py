@@ -50,7 +50,7 @@ class Monitor:
         _, height, width = recipe.data.latent_shape
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
-        exact = config.forward_flops(height, width, tokens) + config.backward_flops(height, width, tokens)
+        exact = config.count_forward_flops(height, width, tokens) + config.count_backward_flops(height, width, tokens)
         self._flops = exact if recipe.lora.rank is None else count_train_flops(recipe)
         self._start()
         self.activations: int | None = None

@@ -14,7 +14,7 @@ from infra.results import ResultRow, ResultStore
 from infra.steal import subtract_stolen
 from infra.values import PromptValues, keep_values, tabulate_samples
 from infra.version import code_version
-from model.diffusion.validation import half_interval
+from model.diffusion.validation import compute_half_interval
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import run_name
@@ -98,7 +98,7 @@ class RunLog:
         for (metric, value), loss_B in zip(figures.items(), found.by_sample.values(), strict=True):
             self._row(
                 metric, value, found.sample_count, protocol=found.protocol_hash, details=details,
-                half=half_interval(loss_B),
+                half=compute_half_interval(loss_B),
             )  # fmt: skip
         if self._talks:
             kept = tabulate_samples({key: loss_B.numpy() for key, loss_B in found.by_sample.items()})

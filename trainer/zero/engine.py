@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.encoders.text import TextCond
-from model.lora import add_adapters, is_adapter, switched_off
+from model.lora import add_adapters, is_adapter, switch_off_adapters
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw
@@ -139,7 +139,7 @@ class ZeroEngine:
     def reference(self) -> Iterator[None]:
         """Inside the block a forward pass uses the frozen weights alone, without adapters or gradients: the reference
         of DPO. The next forward pass belongs to the same training step."""
-        with self.inference(), switched_off(self.model):
+        with self.inference(), switch_off_adapters(self.model):
             yield
         self.partition.continue_step()
 
@@ -267,7 +267,7 @@ def make_deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) ->
             "stage3_max_reuse_distance": p.max_live,
             # DeepSpeed's own linear keeps no gathered weight for the backward pass. Where they all stay gathered anyway
             # torch's is faster, and torch.compile sees through it.
-            "memory_efficient_linear": recipe.model.parameter_count() > p.max_live,
+            "memory_efficient_linear": recipe.model.count_parameters() > p.max_live,
             "zero_hpz_partition_size": p.hpz,
             "zero_quantized_weights": p.quantized_weights,
             "zero_quantized_gradients": p.quantized_gradients,
