@@ -18,7 +18,7 @@ def report(tmp_path_factory) -> tuple[Path, list[dict]]:
     out = tmp_path_factory.mktemp("true_size")
     done = subprocess.run(
         ["bash", str(ROOT / "infra" / "runs" / "true_size.sh"), str(out / "runs"), str(out / "report")],
-        env=os.environ | SMALL, capture_output=True, text=True, timeout=480, check=False,
+        env=os.environ | SMALL, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "report", json.loads((out / "report" / "report.json").read_text())
