@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data_pipeline.checkpoints import WORLD, WORLD_NAMES, resolve
-from data_pipeline.world.training.cards import Figure, trained_line, write_card
-from data_pipeline.world.training.fit import Muon, fit, orthogonalised
+from data_pipeline.world.training.cards import Figure, read_training_line, write_card
+from data_pipeline.world.training.fit import Muon, fit, orthogonalise
 from infra.errors import UserError
 
 NUM_SCENES = 200
@@ -16,14 +16,16 @@ NUM_SCENES = 200
 def test_autoencoder_reconstructs_held_out_scenes() -> None:
     from diffusers import AutoencoderKL
 
-    from data_pipeline.world.training.train_vae import held_out, measure
+    from data_pipeline.world.training.train_vae import make_held_out, measure
 
     vae = AutoencoderKL.from_pretrained(resolve("world:vae"))
     figures = measure(vae, num_scenes=50)
     assert figures["psnr"] >= 29.5
     assert figures["psnr_of_mean_error"] >= 29
     with torch.no_grad():
-        latent_BCHW = vae.encode(held_out(1, 0, 50, seen=True)).latent_dist.sample(torch.Generator().manual_seed(0))
+        latent_BCHW = vae.encode(make_held_out(1, 0, 50, seen=True)).latent_dist.sample(
+            torch.Generator().manual_seed(0)
+        )
     assert latent_BCHW.shape[1:] == (8, 16, 16)
     normal_BCHW = (latent_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(float(normal_BCHW.mean())) < 0.05
@@ -65,17 +67,17 @@ def test_captioner_says_what_it_sees() -> None:
 
 
 def test_facets_of_captions_are_told_apart() -> None:
-    from data_pipeline.world.training.train_captioner import facets
+    from data_pipeline.world.training.train_captioner import parse_facets
 
-    one = facets("three red buses, two at the top and one at the bottom")
+    one = parse_facets("three red buses, two at the top and one at the bottom")
     assert one["objects"] == [("bus",)]
     assert one["counts"] == [("three", "bus")]
     assert one["colors"] == [("red", "bus")]
     assert one["positions"][1:] == [("two", "at the top"), ("one", "at the bottom")]
-    two = facets("red teddy bear on the left and gray cup on the right")
+    two = parse_facets("red teddy bear on the left and gray cup on the right")
     assert two["colors"] == [("gray", "cup"), ("red", "teddy bear")]
     assert two["positions"] == [("teddy bear", "on the left"), ("cup", "on the right")]
-    assert facets("red teddy bear on the right and gray cup on the left")["positions"] != two["positions"]
+    assert parse_facets("red teddy bear on the right and gray cup on the left")["positions"] != two["positions"]
 
 
 def test_together_they_stay_within_twenty_megabytes() -> None:
@@ -98,7 +100,7 @@ def test_names_resolve_or_are_refused(tmp_path: Path) -> None:
 
 def test_muon_makes_steps_of_adamws_size() -> None:
     matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(orthogonalised(matrix))
+    singular = torch.linalg.svdvals(orthogonalise(matrix))
     assert float(singular.min()) > 0.6
     assert float(singular.max()) < 1.3
     weight = torch.nn.Parameter(torch.zeros(24, 60))
@@ -127,6 +129,6 @@ def test_fit_learns_and_stops_at_nonsense() -> None:
 def test_a_continued_training_says_so(tmp_path: Path) -> None:
     figures = [Figure("PSNR", 31.25, "dB"), Figure("r@1", 0.5, "")]
     write_card(tmp_path, title="T", what="W", load="L", trained="`first`: 10 steps", scored="S", figures=figures)
-    assert trained_line(tmp_path) == "`first`: 10 steps; then "
-    assert trained_line(None) == ""
+    assert read_training_line(tmp_path) == "`first`: 10 steps; then "
+    assert read_training_line(None) == ""
     assert "| PSNR | 31.25 dB |\n| r@1 | 0.5 |\n" in (tmp_path / "README.md").read_text()

@@ -19,21 +19,21 @@ from data_pipeline.world.detector import (
     edges_to_boxes,
 )
 from data_pipeline.world.scenes import SceneObject, make_scene
-from data_pipeline.world.training.judge_check import check, passes, relations
-from data_pipeline.world.training.judge_metrics import average_precision
-from data_pipeline.world.training.judge_training import augment, held_out_scenes, nothing, warped
+from data_pipeline.world.training.judge_check import check, find_relations, passes
+from data_pipeline.world.training.judge_metrics import compute_average_precision
+from data_pipeline.world.training.judge_training import augment, draw_nothing, make_held_out_scenes, warp
 from data_pipeline.world.training.judge_wording import (
-    absent_questions,
-    composition,
-    nearly_true,
-    questions,
+    ask_absent,
+    ask_questions,
+    describe_claims,
+    list_vocabulary,
+    make_nearly_true,
     save_tokenizer,
-    vocabulary,
 )
 from data_pipeline.world.training.train_detector import collate, evaluate, presence_loss
-from data_pipeline.world.training.train_judge_clip import masked_crop
+from data_pipeline.world.training.train_judge_clip import cut_masked
 from data_pipeline.world.training.train_judges import CHECKPOINTS
-from data_pipeline.world.training.train_vqa import patch_truth
+from data_pipeline.world.training.train_vqa import mark_patches
 from infra.errors import UserError
 
 SEED = 4242  # no card and no training uses it
@@ -49,7 +49,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return held_out_scenes(SEED, 200)
+    return make_held_out_scenes(SEED, 200)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_centre_weights_are_a_bilinear_partition_of_one():
 
 
 def test_presence_loss_is_least_at_the_weights_themselves():
-    targets = collate(held_out_scenes(SEED, 4), None)
+    targets = collate(make_held_out_scenes(SEED, 4), None)
     row_N4, column_N4, weight_N4 = centre_weights(targets.boxes_N4, 16)
     p = torch.full((4, len(CLASSES), 16, 16), 1e-6)
     p[targets.image_N[:, None], targets.label_N[:, None], row_N4, column_N4] = weight_N4.clamp(1e-6, 1 - 1e-6)
@@ -128,20 +128,20 @@ def test_average_precision_known_answers():
     real = SceneObject("cat", None, (10.0, 10.0, 20.0, 20.0), mask)
     right = Detection("cat", real.box, mask, 0.9)
     wrong = Detection("cat", (40.0, 40.0, 50.0, 50.0), np.roll(mask, 30, (0, 1)), 0.95)
-    assert average_precision([[right]], [[real]])["box AP50:95"] == 1
+    assert compute_average_precision([[right]], [[real]])["box AP50:95"] == 1
     # a wrong one ranked first: precision 1/2 at every recall
-    assert average_precision([[wrong, right]], [[real]])["mask AP50"] == pytest.approx(0.5)
-    assert average_precision([[]], [[real]])["box AP50"] == 0
+    assert compute_average_precision([[wrong, right]], [[real]])["mask AP50"] == pytest.approx(0.5)
+    assert compute_average_precision([[]], [[real]])["box AP50"] == 0
     shifted = replace(right, box=(10.0, 10.0, 20.0, 17.0))  # IoU 0.7 passes five of ten thresholds
-    assert average_precision([[shifted]], [[real]])["box AP50:95"] == pytest.approx(0.5)
+    assert compute_average_precision([[shifted]], [[real]])["box AP50:95"] == pytest.approx(0.5)
     # the same object found twice counts once
-    assert average_precision([[right, replace(right, score=0.8)]], [[real, real]])["box AP50"] == 1
+    assert compute_average_precision([[right, replace(right, score=0.8)]], [[real, real]])["box AP50"] == 1
 
 
 def test_warping_keeps_the_truth_true():
     rng = np.random.default_rng(0)
-    for scene in held_out_scenes(SEED, 40):
-        bent = warped(scene, rng)
+    for scene in make_held_out_scenes(SEED, 40):
+        bent = warp(scene, rng)
         for obj, old in zip(bent.objects, scene.objects, strict=True):
             rows, columns = np.nonzero(obj.mask)
             x1, y1, x2, y2 = obj.box
@@ -151,18 +151,18 @@ def test_warping_keeps_the_truth_true():
             assert rows.max() <= y2 + 2
             assert obj.mask.sum() > 0.55 * old.mask.sum()
         assert bent.image.shape == scene.image.shape
-    assert augment(scene.image, rng).dtype == nothing(rng).dtype == np.uint8
+    assert augment(scene.image, rng).dtype == draw_nothing(rng).dtype == np.uint8
 
 
 def test_nearly_true_captions_are_false():
     words = random.Random(0)
-    for scene in held_out_scenes(SEED, 300):
-        wrong = nearly_true(words, scene.tag, scene.include)
-        assert composition(wrong) != composition(scene.include)
+    for scene in make_held_out_scenes(SEED, 300):
+        wrong = make_nearly_true(words, scene.tag, scene.include)
+        assert describe_claims(wrong) != describe_claims(scene.include)
         grammar.paraphrase(words, scene.tag, wrong)
     cat_left = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
     dog_right = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}]
-    assert composition(cat_left) == composition(dog_right)
+    assert describe_claims(cat_left) == describe_claims(dog_right)
 
 
 def _true_of(text, scene):
@@ -180,29 +180,29 @@ def _true_of(text, scene):
 
 def test_questions_have_the_answers_that_the_scene_gives():
     words = random.Random(1)
-    asked = [(q, s) for s in held_out_scenes(SEED, 300) for q in questions(words, s, 6)]
+    asked = [(q, s) for s in make_held_out_scenes(SEED, 300) for q in ask_questions(words, s, 6)]
     for question, scene in asked:
         assert _true_of(question.text, scene) is question.answer, (question, scene.caption)
         natural = [f"{DRAWINGS[o.name].natural} {o.name}?" for o in scene.objects if o.color is None]
         assert not any(question.text.endswith(end) for end in natural)  # has no true answer
     assert abs(np.mean([q.answer for q, _ in asked]) - 0.5) < 0.05
-    assert not any(q.answer for q in absent_questions(words, 50))
+    assert not any(q.answer for q in ask_absent(words, 50))
 
 
 def test_vocabulary_knows_the_world_and_spells_the_rest(tmp_path):
     tokenizer = save_tokenizer(tmp_path)
     unknown = tokenizer.unk_token_id
-    for scene in held_out_scenes(SEED, 100):
+    for scene in make_held_out_scenes(SEED, 100):
         for text in (scene.caption, *scene.alt_captions):
             assert len(tokenizer(text).input_ids) <= 18
     assert unknown not in tokenizer("an iridescent Zebra, 7 o'clock").input_ids
-    assert len(vocabulary()) == len(set(vocabulary())) == len(tokenizer)
+    assert len(list_vocabulary()) == len(set(list_vocabulary())) == len(tokenizer)
 
 
 def test_patches_tell_class_color_and_centre():
     mask = np.zeros((64, 64), bool)
     mask[8:24, 8:16] = True
-    label_P, color_P, centre_P = patch_truth((SceneObject("cat", "red", (8.0, 8.0, 16.0, 24.0), mask),))
+    label_P, color_P, centre_P = mark_patches((SceneObject("cat", "red", (8.0, 8.0, 16.0, 24.0), mask),))
     assert np.flatnonzero(label_P == CLASSES.index("cat")).tolist() == [9, 17]
     assert np.flatnonzero(color_P >= 0).tolist() == [9, 17]
     assert np.flatnonzero(centre_P).tolist() == [17]
@@ -212,16 +212,16 @@ def test_masked_crop_is_gray_outside_and_square():
     mask = np.zeros((64, 64), bool)
     mask[20:30, 10:40] = True
     image = np.full((64, 64, 3), 255, np.uint8)
-    crop = masked_crop(image, SceneObject("cat", None, (8.0, 18.0, 42.0, 32.0), mask))
+    crop = cut_masked(image, SceneObject("cat", None, (8.0, 18.0, 42.0, 32.0), mask))
     assert crop.shape == (64, 64, 3)
     assert crop[0, 32].tolist() == [0x99] * 3
     assert crop[32, 32].tolist() == [255] * 3
 
 
 def test_relations_follow_the_official_margin():
-    assert relations((0, 0, 10, 10), (30, 0, 40, 10)) == {"left of"}
-    assert relations((30, 30, 40, 40), (0, 0, 10, 10)) == {"right of", "below"}
-    assert relations((0, 0, 10, 10), (1, 1, 11, 11)) == set()
+    assert find_relations((0, 0, 10, 10), (30, 0, 40, 10)) == {"left of"}
+    assert find_relations((30, 30, 40, 40), (0, 0, 10, 10)) == {"right of", "below"}
+    assert find_relations((0, 0, 10, 10), (1, 1, 11, 11)) == set()
 
 
 def test_verdict_needs_every_clause():

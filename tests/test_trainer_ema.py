@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from infra.errors import UserError
-from trainer.zero.ema import ShardedEMA, gamma_of_width, parse_profile
+from trainer.zero.ema import ShardedEMA, parse_profile, solve_gamma
 
 
 @pytest.mark.parametrize("width", [0.02, 0.05, 0.10, 0.20, 0.25])
 def test_width_is_the_standard_deviation_of_the_profile(width):
-    g = gamma_of_width(width)
+    g = solve_gamma(width)
     assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(width, rel=1e-9)
     # The profile itself: weight of the value at time s of a run of length 1 is (g+1) s^g.
     s = torch.linspace(0, 1, 200_001, dtype=torch.float64)
@@ -22,7 +22,7 @@ def test_updates_equal_the_profile_in_closed_form():
     """Averaging the values 1..n with beta_n = (1 - 1/n)^(g+1) is the power-weighted mean."""
     ema = ShardedEMA(["power:0.10"], [torch.zeros(1)])
     reference = torch.zeros(1, dtype=torch.float64)
-    g = gamma_of_width(0.10)
+    g = solve_gamma(0.10)
     for n in range(1, 401):
         value = torch.tensor([float(n)])
         ema.update([value], images_seen=32 * n, batch=32)
@@ -33,9 +33,9 @@ def test_updates_equal_the_profile_in_closed_form():
 
 def test_decay_every_so_many_images():
     profile = parse_profile("decay:0.9@100")
-    betas = [profile.beta(seen, 30) for seen in range(30, 331, 30)]
+    betas = [profile.compute_beta(seen, 30) for seen in range(30, 331, 30)]
     assert [i for i, b in enumerate(betas) if b < 1] == [3, 6, 9]  # where 100, 200, 300 are crossed
-    assert parse_profile("decay:0.999").beta(30, 30) == 0.999
+    assert parse_profile("decay:0.999").compute_beta(30, 30) == 0.999
 
 
 def test_several_profiles_stay_apart():

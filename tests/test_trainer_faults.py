@@ -185,8 +185,8 @@ def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monk
     store = Store()
     ranks = [Watchdog(Group(r, 2, torch.device("cpu")), str(tmp_path), stall_s=1.5, store=store) for r in range(2)]
     for rank in ranks:
-        rank.at("reading data", 7)
-    ranks[0].at("computing", 7)
+        rank.begin("reading data", 7)
+    ranks[0].begin("computing", 7)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("logs/stall_*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -16,7 +16,7 @@ from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
 from model.files.weights import load_weights
 from trainer.ladders.verify import cut_back, read_losses
-from trainer.machines import this_machine
+from trainer.machines import detect_machine
 from trainer.planning.reality import grade_run, run_trial
 from trainer.recipes import world
 
@@ -153,6 +153,6 @@ def test_the_launcher_takes_the_gpu(folder):
 def test_a_trial_tells_how_near_the_device_comes_to_its_peak():
     base: Any = world(6)
     recipe = dataclasses.replace(base, global_batch=64, precision="bf16")
-    machine = this_machine("bf16")
+    machine = detect_machine("bf16")
     assert machine.overlap
     assert 0 < run_trial(recipe, machine, world_size=1)["efficiency"] < 1

@@ -35,7 +35,7 @@ def monitor() -> Monitor:
 
 def test_attention_is_that_of_the_first_sample_without_masked_text():
     model, (x, t_B, text), watch = CONFIG.build(seed=1), inputs(), monitor()
-    with torch.no_grad(), watch.forward_pass(model, attention=True):
+    with torch.no_grad(), watch.watch_forward(model, attention=True):
         model(x, t_B, text)
     told = watch.take()
     alone = TextCond(text.context_BLD[:1, :4], text.pooled_BP[:1], None)
@@ -48,7 +48,7 @@ def test_attention_is_that_of_the_first_sample_without_masked_text():
 
 def test_silent_unless_asked():
     watch, model = monitor(), CONFIG.build()
-    with torch.no_grad(), watch.forward_pass(model, attention=False):
+    with torch.no_grad(), watch.watch_forward(model, attention=False):
         model(*inputs())
     assert not any(name.startswith("attention/") for name in watch.take())
 
@@ -58,7 +58,7 @@ def test_every_backbone_can_be_watched(name):
     more = {"clip_tokens": 3} if name == "mmdit3" else {}
     model = BACKBONES[name].from_json({**CONFIG.to_json(), **more} if name == "mmdit" else shared(more)).build()
     watch = monitor()
-    with torch.no_grad(), watch.forward_pass(model, attention=True):
+    with torch.no_grad(), watch.watch_forward(model, attention=True):
         model(*inputs())
     assert 0 < watch.take()["attention/entropy"] < 4
 

@@ -14,7 +14,7 @@ from data_pipeline.packing.synthetic import write_synthetic
 from trainer.checks.preflight import settle_precision
 from trainer.ladders.ladder import train_isoflop, train_ladder
 from trainer.ladders.sweep import sweep_rates
-from trainer.machines import MACHINES, this_machine
+from trainer.machines import MACHINES, detect_machine
 from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import Recipe, find_differences
 from trainer.recipes import RECIPES, get_recipe
@@ -91,8 +91,8 @@ def test_plans_are_for_the_precision_of_their_machine(best_on_cpu, best):
         )
     here = make_hardware_plan(auto, world_size=2)
     assert here.recipe_hash == dataclasses.replace(auto, precision=best).hash
-    assert here.machine == this_machine("auto").name == {"bf16": "cpu-amx", "fp32": "cpu"}[best]
-    assert this_machine("fp32").name == "cpu"
+    assert here.machine == detect_machine("auto").name == {"bf16": "cpu-amx", "fp32": "cpu"}[best]
+    assert detect_machine("fp32").name == "cpu"
 
 
 @pytest.mark.dist

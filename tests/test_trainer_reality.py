@@ -11,7 +11,7 @@ from infra.codec import to_json
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 from trainer.__main__ import main
-from trainer.machines import get_machine, this_machine
+from trainer.machines import detect_machine, get_machine
 from trainer.planning.estimates import Cost, StepCost, count_passes
 from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.planning.reality import calibrate, find_goal, find_missed
@@ -73,7 +73,7 @@ def test_a_run_is_graded_line_by_line(tmp_path, monkeypatch, capsys):
 
 def test_on_other_devices_a_run_s_whole_speed_plans_the_next(tmp_path, monkeypatch, capsys):
     """Of a kind that is not here: at half the planned speed the efficiency is half the usual, whatever the depth."""
-    assert this_machine("fp32").name != "h200-141"
+    assert detect_machine("fp32").name != "h200-141"
     speed = make_hardware_plan(SMALL, world_size=2, machine=get_machine("h200-141")).predicted["cost/images_per_second"]
     run = write_run(tmp_path / "run", SMALL, machine="h200-141", images_per_second=speed / 2)
     found = calibrate(run)
@@ -117,7 +117,7 @@ def test_what_was_tried_is_the_step_of_the_plan():
 def test_a_small_run_teaches_what_a_micro_batch_takes_beyond_its_trial(tmp_path):
     """A step of 100 seconds of work: whatever trials of these tiny models say, nearly all of it is beyond them."""
     costs = {"step_seconds": 101.0, "step_cpu_seconds": 100.0}
-    run = write_run(tmp_path / "run", SMALL, machine=this_machine("fp32").name, world_size=1, **costs)
+    run = write_run(tmp_path / "run", SMALL, machine=detect_machine("fp32").name, world_size=1, **costs)
     found = calibrate(run)
     assert found.by_trial
     assert (found.extra.seconds, found.extra.work) == (pytest.approx(101, rel=0.05), pytest.approx(100, rel=0.05))

@@ -208,12 +208,12 @@ def test_json_refuses_what_it_does_not_know():
 
 def test_learning_rate_is_counted_in_images():
     r = recipe(optimizer=Optimizer(lr=1.0), schedule=Schedule(warmup_images=50, cooldown=0.2, final=0.1))
-    assert [r.lr_at(n) for n in (10, 25, 50, 800)] == [0.2, 0.5, 1.0, 1.0]
-    assert r.lr_at(900) == pytest.approx(0.55)
-    assert r.lr_at(1000) == r.lr_at(1010) == pytest.approx(0.1)
+    assert [r.compute_lr(n) for n in (10, 25, 50, 800)] == [0.2, 0.5, 1.0, 1.0]
+    assert r.compute_lr(900) == pytest.approx(0.55)
+    assert r.compute_lr(1000) == r.compute_lr(1010) == pytest.approx(0.1)
     for shape in ("linear", "cosine", "sqrt"):
         rates = [
-            recipe(optimizer=Optimizer(lr=1.0), schedule=Schedule(cooldown=0.5, shape=shape)).lr_at(n)
+            recipe(optimizer=Optimizer(lr=1.0), schedule=Schedule(cooldown=0.5, shape=shape)).compute_lr(n)
             for n in range(500, 1001, 50)
         ]
         assert rates == sorted(rates, reverse=True)
@@ -222,15 +222,15 @@ def test_learning_rate_is_counted_in_images():
 
 def test_warmup_never_eats_a_short_run():
     r = recipe(optimizer=Optimizer(lr=1.0), schedule=Schedule(warmup_images=10**6))
-    assert r.lr_at(50) == 0.5
-    assert r.lr_at(100) == 1.0
+    assert r.compute_lr(50) == 0.5
+    assert r.compute_lr(100) == 1.0
 
 
 def test_cadences():
     auto = recipe(images=6400, global_batch=64)
-    assert [auto.cadence(what) for what in ("log", "validate", "save")] == [64, 800, 1600]
-    assert recipe(validation=Validation(every=None)).cadence("validate") is None
-    assert recipe(logging=Logging(save_every=123)).cadence("save") == 123
+    assert [auto.get_cadence(what) for what in ("log", "validate", "save")] == [64, 800, 1600]
+    assert recipe(validation=Validation(every=None)).get_cadence("validate") is None
+    assert recipe(logging=Logging(save_every=123)).get_cadence("save") == 123
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trainer.ladders.sweep import (
     sweep_formulations,
     sweep_rates,
 )
-from trainer.ladders.workers import on_my_gpus
+from trainer.ladders.workers import take_my_gpus
 from trainer.recipes import get_recipe
 from trainer.runfolder import UNSTABLE
 
@@ -146,10 +146,10 @@ def test_a_run_on_a_ray_worker_takes_the_gpus_that_it_was_given(monkeypatch):
     two = ladder.build_train_command("world-d2", [], data=DataChoice(("D",)), run="R", ranks=2)
     one = ladder.build_train_command("world-d2", [], data=DataChoice(("D",)), run="R", ranks=1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert on_my_gpus(two) == two
+    assert take_my_gpus(two) == two
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert on_my_gpus(two) == ["deepspeed", "--include", "localhost:4,6", *two[3:]]
-    assert on_my_gpus(one) == one
+    assert take_my_gpus(two) == ["deepspeed", "--include", "localhost:4,6", *two[3:]]
+    assert take_my_gpus(one) == one
 
 
 def test_rates_give_curves_and_a_law(commands, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
-from trainer.zero.uploads import Uploads, staging_folder
+from trainer.zero.uploads import Uploads, get_staging_folder
 
 pytestmark = pytest.mark.dist
 SOLO = Group(0, 1, torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_training_goes_on_while_a_checkpoint_travels_and_sigterm_waits_for_it(da
     manifest = json.loads(storage.read_bytes(f"{run}/checkpoints/{latest(run)}/manifest.json"))
     assert manifest["state"]["images_seen"] == 8 * last
     assert storage.exists(f"{run}/weights/ema.safetensors")
-    assert not any(staging_folder(run, rank).exists() for rank in range(2))
+    assert not any(get_staging_folder(run, rank).exists() for rank in range(2))
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_sigkill_while_a_checkpoint_travels_leaves_the_one_before(data, s3, wire
     finish(processes)
     assert whole_steps(run)[0] == int(latest(run).removeprefix("step_"))
     stopped = 8 * whole_steps(run)[0]
-    assert any(staging_folder(run, rank).exists() for rank in range(2))
+    assert any(get_staging_folder(run, rank).exists() for rank in range(2))
     wire.flows.set()
     again = train(data, run, 80_000, wire, wire)
     said = until(again[0], "saved step_")
@@ -160,7 +160,7 @@ def test_sigkill_while_a_checkpoint_travels_leaves_the_one_before(data, s3, wire
     again[0].send_signal(signal.SIGTERM)
     codes, rest = finish(again)
     assert codes == [75, 75], said + rest
-    assert not any(staging_folder(run, rank).exists() for rank in range(2))
+    assert not any(get_staging_folder(run, rank).exists() for rank in range(2))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from data_pipeline.selection.choice import DataChoice
 from infra.errors import UserError
 from model.files.weights import save_weights
 from trainer.ladders.verify import compare_bits, compare_closely, compare_drift, cut_back, describe, verify_resume
-from trainer.overrides import without_options
+from trainer.overrides import drop_options
 from trainer.recipes import get_recipe
 
 CONFIG = dataclasses.replace(get_recipe("world-d1").model, in_channels=4, context_width=16, pooled_width=16)
@@ -98,7 +98,7 @@ def test_the_user_s_own_overrides_reach_every_run():
         "8",
         "--num_ranks=2",
     ]
-    assert without_options(words, {"data", "steps", "num_ranks"}) == [
+    assert drop_options(words, {"data", "steps", "num_ranks"}) == [
         "--optimizer.lr", "1e-3", "--data.latent-shape", "4", "8", "8",
     ]  # fmt: skip
 

@@ -76,7 +76,7 @@ def main() -> None:
             reference = engine(*given)
         with engine.inference():
             trained = engine(*given)
-        sizes = engine.bytes_by_category()
+        sizes = engine.count_bytes_by_category()
         found[name] = {
             "losses": losses,
             "first_error": (first - wanted).abs().max().item(),

@@ -78,7 +78,7 @@ class Observed:
         state = self._restore(recipe, engine, ema, **more)
         if self.job.get("start"):
             for kind, tensors in (("raw", engine.masters), ("ema", ema.first)):
-                whole = {name: engine.whole(name, tensors) for name in engine.shapes}
+                whole = {name: engine.gather_whole(name, tensors) for name in engine.shapes}
                 if self.group.rank == 0:
                     write_safetensors(self.run / f"start_{kind}.safetensors", whole, {})
         return state

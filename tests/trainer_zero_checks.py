@@ -22,7 +22,7 @@ from trainer.feed import draw_noise
 from trainer.objective import pretrain
 from trainer.recipe import EMA, Data, Optimizer, Parallel, Recipe, Validation
 from trainer.validate import Validator
-from trainer.zero.ema import ShardedEMA, gamma_of_width
+from trainer.zero.ema import ShardedEMA, solve_gamma
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group, leave, start
 
@@ -124,7 +124,7 @@ def validate(engine: ZeroEngine, group: Group, data: str, weights: list[torch.Te
     """Mean and levels of a protocol, computed with these weights."""
     recipe = dataclasses.replace(RECIPE, validation=dataclasses.replace(RECIPE.validation, protocol=protocol))
     validator = Validator(recipe, open_dataset(data, split="val"))
-    with engine.weights(weights):
+    with engine.use_weights(weights):
         result = validator.run(engine, group)
     return [result.mean, *result.per_level.values()]
 
@@ -165,7 +165,7 @@ def train(engine: ZeroEngine, group: Group, data: str) -> tuple[ShardedEMA, dict
     """Four steps, and how far the EMA on shards is from the unsharded formula in float64."""
     ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
     losses, seen = steps(engine, group, data, 4, ema)
-    g, reference = gamma_of_width(0.20), None
+    g, reference = solve_gamma(0.20), None
     for n, masters in enumerate(seen, start=1):
         beta = (1 - 1 / n) ** (g + 1)
         reference = masters if reference is None else [r * beta + m * (1 - beta) for r, m in zip(reference, masters)]
@@ -180,7 +180,7 @@ def train(engine: ZeroEngine, group: Group, data: str) -> tuple[ShardedEMA, dict
 def swap_weights(engine: ZeroEngine) -> dict[str, Any]:
     """With zeros swapped in, the model must compute like the zero model, and restoring is bit-exact."""
     before = probe(engine)
-    with engine.weights([torch.zeros_like(m) for m in engine.masters]):
+    with engine.use_weights([torch.zeros_like(m) for m in engine.masters]):
         found = {"zero_output": probe(engine).abs().max().item()}
     found |= {"normal_output": before.abs().max().item(), "restored": torch.equal(probe(engine), before)}
     # The trap itself: writing the partitions without emptying the cache changes nothing.
@@ -194,7 +194,7 @@ def swap_weights(engine: ZeroEngine) -> dict[str, Any]:
 def validate_all(engine: ZeroEngine, group: Group, data: str, ema: ShardedEMA) -> dict[str, Any]:
     """Validation by EMA weights under every protocol, and by zeros."""
     validator = Validator(RECIPE, open_dataset(data, split="val"))
-    with engine.weights(ema.first):
+    with engine.use_weights(ema.first):
         result = validator.run(engine, group)
     zeros = [torch.zeros_like(average) for average in ema.first]
     return {
@@ -242,9 +242,9 @@ def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
     ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
     losses, _ = steps(engine, group, data, 4, ema, micro)
     here = probe(engine)
-    with engine.weights([torch.zeros_like(m) for m in engine.masters]):
+    with engine.use_weights([torch.zeros_like(m) for m in engine.masters]):
         zero = probe(engine).abs().max().item()
-    with engine.weights(ema.first):
+    with engine.use_weights(ema.first):
         mean = Validator(RECIPE, open_dataset(data, split="val")).run(engine, group).mean
     found = {
         "losses": losses,
@@ -259,7 +259,7 @@ def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
         if engine.stage:
             found["discards"]["spoiled_by_one"] = all(spoil(engine, group))
     if name == "stage2":
-        whole = {n: engine.whole(n, engine.masters) for n in list(engine.shapes)[:6]}
+        whole = {n: engine.gather_whole(n, engine.masters) for n in list(engine.shapes)[:6]}
         mine = dict(engine.model.named_parameters())
         found["whole_matches"] = all(torch.equal(whole[n], mine[n].float()) for n in whole)
     return found
@@ -289,7 +289,7 @@ def train_bf16(group: Group, data: str) -> dict[str, Any]:
         gathers = Gathers(engine)
         with gathers.watching():
             found["bf16_losses"], _ = steps(engine, group, data, 2)
-        kept = sorted({str(gradient.dtype) for gradient in engine.partition.gradients()})
+        kept = sorted({str(gradient.dtype) for gradient in engine.partition.list_gradients()})
         found["reductions"][str(fp32_reduce)] = {"sent": sorted(gathers.dtypes), "kept": kept}
     found["bf16_skip_seen"], found["bf16_skip_kept"] = spoil(engine, group)
     found["bf16_skips"] = {}

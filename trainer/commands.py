@@ -10,7 +10,7 @@ from data_pipeline.selection.choice import DataChoice
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
 from trainer.ladders.launch import ManyRuns
-from trainer.overrides import option_names, whole_numbers, without_options
+from trainer.overrides import drop_options, expand_exponents, list_option_names
 from trainer.recipe import Recipe, check
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
@@ -147,7 +147,7 @@ class ExportArgs:
 
 
 def train(words: list[str]) -> None:
-    recipe, rest = _named_recipe(words, "train")
+    recipe, rest = _get_named_recipe(words, "train")
     args = parse_options(TrainArgs, rest, "train " + recipe.name, recipe=recipe)
     from trainer.train import train as train_recipe
 
@@ -159,7 +159,7 @@ def train(words: list[str]) -> None:
 def ladder(words: list[str]) -> None:
     family, rest = take_name(words, list(FAMILIES), prog="python -m trainer ladder", what="ladder")
     args = _parse_many(LadderArgs, rest, f"ladder {family}", get_family(family)(SHOWN_DEPTH))
-    _positive(args, "depths", "budgets")
+    _require_positive(args, "depths", "budgets")
     from trainer.ladders.ladder import train_isoflop, train_ladder
 
     if args.budgets:
@@ -173,14 +173,14 @@ def ladder(words: list[str]) -> None:
 def sweep_rates(words: list[str]) -> None:
     family, rest = take_name(words, list(FAMILIES), prog="python -m trainer sweep lr", what="ladder")
     args = _parse_many(RateSweepArgs, rest, f"sweep lr {family}", get_family(family)(SHOWN_DEPTH))
-    _positive(args, "depths")
+    _require_positive(args, "depths")
     from trainer.ladders.sweep import sweep_rates as sweep
 
     print(sweep(family, args.depths, args.rates, args))
 
 
 def sweep_formulations(words: list[str]) -> None:
-    recipe, rest = _named_recipe(words, "sweep formulations")
+    recipe, rest = _get_named_recipe(words, "sweep formulations")
     args = _parse_many(FormulationSweepArgs, rest, f"sweep formulations {recipe.name}", recipe)
     from trainer.ladders.sweep import sweep_formulations as sweep
 
@@ -190,10 +190,10 @@ def sweep_formulations(words: list[str]) -> None:
 def _parse_many(kind: type, words: list[str], prog: str, recipe: Recipe) -> Any:
     """Options of a command that trains many runs; what overrides the recipe stays as words, one for each rung."""
     args = parse_options(kind, words, prog, recipe=recipe)
-    _positive(args, "num_ranks")
-    _not_negative(args, "workers")
+    _require_positive(args, "num_ranks")
+    _require_not_negative(args, "workers")
     check(args.recipe)
-    return replace(args, overrides=tuple(without_options(words, option_names(kind))))
+    return replace(args, overrides=tuple(drop_options(words, list_option_names(kind))))
 
 
 def plan(words: list[str]) -> None:
@@ -202,15 +202,15 @@ def plan(words: list[str]) -> None:
     from infra.codec import to_json
     from trainer.planning.hardware_plan import make_hardware_plan
 
-    recipe, rest = _named_recipe(words, "plan")
+    recipe, rest = _get_named_recipe(words, "plan")
     args = parse_options(PlanArgs, rest, "plan " + recipe.name, recipe=recipe)
     _check_plan(args)
-    from trainer.machines import get_machine, this_machine
+    from trainer.machines import detect_machine, get_machine
     from trainer.planning.reality import calibrate, run_trial
 
     more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
     calibration = calibrate(args.calibrate) if args.calibrate else None
-    machine = get_machine(args.gpu) if args.gpu else this_machine(args.recipe.precision)
+    machine = get_machine(args.gpu) if args.gpu else detect_machine(args.recipe.precision)
     if calibration is not None:
         if args.trial or args.efficiency is not None or (args.gpu and machine != calibration.machine):
             raise UserError(
@@ -233,7 +233,7 @@ def _check_plan(args: PlanArgs) -> None:
     from trainer.objective import check_objective
     from trainer.recipe import count_micro_batches
 
-    _positive(args, "gpus", "efficiency", "dataset_images")
+    _require_positive(args, "gpus", "efficiency", "dataset_images")
     if args.efficiency is not None and args.efficiency > 1:
         raise UserError(f"--efficiency {args.efficiency}: expected a share of the peak, at most 1")
     price = args.dollars_per_gpu_hour
@@ -248,7 +248,7 @@ def _check_plan(args: PlanArgs) -> None:
     found.raise_any()
 
 
-def _positive(args: Any, *names: str) -> None:
+def _require_positive(args: Any, *names: str) -> None:
     """Refuse numbers that are not; what was left out (None) passes."""
     for name in names:
         given = getattr(args, name)
@@ -257,7 +257,7 @@ def _positive(args: Any, *names: str) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
 
-def _not_negative(args: Any, name: str) -> None:
+def _require_not_negative(args: Any, name: str) -> None:
     if getattr(args, name) < 0:
         raise UserError(f"--{name} {getattr(args, name)}: expected zero or more")
 
@@ -283,12 +283,12 @@ def export(words: list[str]) -> None:
     from data_pipeline.loading.loader import open_dataset
     from trainer.exports.adapter import export_adapter, export_diffusers_adapter
     from trainer.exports.export import export_as
-    from trainer.runfolder import checkpoints_folder, step_name
+    from trainer.runfolder import get_checkpoints_folder, name_step
     from trainer.zero.checkpoint import list_checkpoints
 
-    folders = list_checkpoints(checkpoints_folder(args.run))
+    folders = list_checkpoints(get_checkpoints_folder(args.run))
     if args.step is not None:
-        folders = [uri for uri in folders if uri.endswith(f"/{step_name(args.step)}")]
+        folders = [uri for uri in folders if uri.endswith(f"/{name_step(args.step)}")]
     if not folders:
         raise UserError(f"{args.run}: no such checkpoint in {args.run}/checkpoints")
     given = {"kind": args.kind, "profile": args.profile, "info": open_dataset(args.data).info, "run": args.run}
@@ -306,12 +306,12 @@ def export(words: list[str]) -> None:
 def verify_resume(words: list[str]) -> None:
     from pathlib import Path
 
-    recipe, rest = _named_recipe(words, "verify-resume")
+    recipe, rest = _get_named_recipe(words, "verify-resume")
     args = parse_options(VerifyArgs, rest, "verify-resume " + recipe.name, recipe=recipe)
-    _positive(args, "num_ranks", "other_ranks")
+    _require_positive(args, "num_ranks", "other_ranks")
     from trainer.ladders.verify import describe, verify_resume
 
-    for_runs = without_options(rest, option_names(VerifyArgs) - {"init_from"})
+    for_runs = drop_options(rest, list_option_names(VerifyArgs) - {"init_from"})
     verdicts = verify_resume(
         args.recipe, for_runs, data=args.data, out=Path(args.out), steps=args.steps, ranks=args.num_ranks,
         other_ranks=args.other_ranks,
@@ -321,17 +321,17 @@ def verify_resume(words: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
+def _get_named_recipe(words: list[str], command: str) -> tuple[Recipe, list[str]]:
     name, rest = take_name(words, list(RECIPES), prog=f"python -m trainer {command}", what="recipe")
     return get_recipe(name), rest
 
 
 def parse_options(kind: type, words: list[str], prog: str, **defaults: Any) -> Any:
     """Options of a command; `defaults` are its fields that have their values already, as the recipe."""
-    return parse(kind, whole_numbers(words), prog=f"python -m trainer {prog}", **_with_defaults(kind, defaults))
+    return parse(kind, expand_exponents(words), prog=f"python -m trainer {prog}", **_fill_defaults(kind, defaults))
 
 
-def _with_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
+def _fill_defaults(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
     if not defaults:
         return {}
     fields = kind.__dataclass_fields__  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.recipe import Guard, Recipe
-from trainer.runfolder import UNSTABLE, rank_name, step_name
+from trainer.runfolder import UNSTABLE, name_rank, name_step
 from trainer.state import TrainingState, restore
 from trainer.zero.ema import ShardedEMA
 from trainer.zero.engine import ZeroEngine
@@ -105,7 +105,7 @@ def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:
 
 def _write_skipped_keys(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
     """Write the keys of the bad batch's images to RUN/skipped/, one file per rank."""
-    uri = storage.join(out, "skipped", f"{step_name(state.step)}_{rank_name(group.rank)}.json")
+    uri = storage.join(out, "skipped", f"{name_step(state.step)}_{name_rank(group.rank)}.json")
     told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
     try:
         storage.write_bytes(uri, json.dumps(told, indent=1).encode())

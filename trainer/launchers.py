@@ -52,7 +52,7 @@ def wait_for_end(process: subprocess.Popen[bytes]) -> int:
 
 
 @contextlib.contextmanager
-def on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
+def call_on_stop(react: Callable[[], None]) -> Iterator[list[int]]:
     """Inside the block SIGTERM and Ctrl-C call `react`; the list holds the signals that came."""
     came: list[int] = []
 

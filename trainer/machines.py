@@ -82,7 +82,7 @@ def get_machine(name: str) -> Machine:
     return MACHINES[name]
 
 
-def this_machine(precision: Precision) -> Machine:
+def detect_machine(precision: Precision) -> Machine:
     """The nearest entry for the device that this process would train on in that precision."""
     import torch
 

@@ -15,10 +15,10 @@ from trainer.recipe import Recipe
 def override_recipe(recipe: Recipe, words: Sequence[str]) -> Recipe:
     """The recipe with the fields changed that the words name; UsageError for an unknown field or an impossible
     value."""
-    return parse(Recipe, whole_numbers(words), prog=f"recipe {recipe.name}", default=recipe)
+    return parse(Recipe, expand_exponents(words), prog=f"recipe {recipe.name}", default=recipe)
 
 
-def without_options(words: Sequence[str], names: Collection[str]) -> list[str]:
+def drop_options(words: Sequence[str], names: Collection[str]) -> list[str]:
     """The words without the options of these names (such as `num_ranks`) and without their values."""
     kept, skip = [], False
     for word in words:
@@ -37,7 +37,7 @@ def refuse_decided(words: Sequence[str], decided: dict[str, str]) -> None:
             raise UsageError(f"{decided[field]} decides it: omit --{field}")
 
 
-def whole_numbers(words: Sequence[str]) -> list[str]:
+def expand_exponents(words: Sequence[str]) -> list[str]:
     """The words with whole numbers written out: `--images 2e9` becomes `--images 2000000000`, which an int field
     takes."""
 
@@ -47,6 +47,6 @@ def whole_numbers(words: Sequence[str]) -> list[str]:
     return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in words]
 
 
-def option_names(kind: Any, *, of_recipe: str = "recipe") -> set[str]:
+def list_option_names(kind: Any, *, of_recipe: str = "recipe") -> set[str]:
     """Names of the options of the command `kind` (a dataclass) other than the fields of its recipe."""
     return {*kind.__dataclass_fields__, *DataChoice.__dataclass_fields__} - {of_recipe}

@@ -272,9 +272,9 @@ class Recipe:
     @property
     def num_saves(self) -> int:
         """Checkpoints that a run takes; each leaves a file of EMA weights."""
-        return -(-self.images // (self.cadence("save") or self.images))
+        return -(-self.images // (self.get_cadence("save") or self.images))
 
-    def cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
+    def get_cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
         """Images between two log lines, validations or checkpoints; None: never."""
         asked = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}
         every, times_a_run = asked[what], {"log": 100, "validate": 8, "save": 4}[what]
@@ -283,7 +283,7 @@ class Recipe:
     def is_due(self, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
         """Does the step that ends at `images_seen` cross a multiple of the cadence? (It need not divide by the
         batch.)"""
-        every, before = self.cadence(what), images_seen - self.global_batch
+        every, before = self.get_cadence(what), images_seen - self.global_batch
         if what == "save" and any(before < at <= images_seen for at in self.logging.save_at):
             return True
         return every is not None and images_seen // every > before // every
@@ -298,7 +298,7 @@ class Recipe:
         or of another type."""
         return from_json(Recipe, data, where=where)
 
-    def lr_at(self, images_seen: int) -> float:
+    def compute_lr(self, images_seen: int) -> float:
         """Learning rate of the step that ends at `images_seen`."""
         s, rate = self.schedule, self.optimizer.lr
         warmup = min(s.warmup_images, self.images // 10)
@@ -309,11 +309,11 @@ class Recipe:
             return rate
         # From 1 at the start of the cooldown to 0 at its end.
         left = 1 - min((images_seen - start) / (self.images - start), 1.0)
-        falls = {"linear": left, "cosine": _half_cosine(left), "sqrt": 1 - (1 - left) ** 0.5}
+        falls = {"linear": left, "cosine": _fall_as_cosine(left), "sqrt": 1 - (1 - left) ** 0.5}
         return rate * (s.final + (1 - s.final) * falls[s.shape])
 
 
-def _half_cosine(left: float) -> float:
+def _fall_as_cosine(left: float) -> float:
     return 0.5 * (1 - math.cos(math.pi * left))
 
 
@@ -330,8 +330,8 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
         "images": recipe.images, "global_batch": recipe.global_batch, "shift": recipe.shift,
         "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _or_one(o.clip_norm),
         "validation.samples": v.samples, "validation.batch": v.batch,
-        "validation.every": _or_one(recipe.cadence("validate")),
-        "logging.log_every": recipe.cadence("log"), "logging.save_every": recipe.cadence("save"),
+        "validation.every": _or_one(recipe.get_cadence("validate")),
+        "logging.log_every": recipe.get_cadence("log"), "logging.save_every": recipe.get_cadence("save"),
         "logging.keep": told.keep, "logging.stall_s": told.stall_s, "logging.save_at": min(told.save_at, default=1),
         "guard.spike": _or_one(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
         "parallel.micro_batch": _or_one(p.micro_batch), "parallel.hpz": p.hpz,

@@ -24,22 +24,22 @@ from trainer.recipe import Recipe
 RECIPE, PLAN, DATA, UNSTABLE = "recipe.json", "plan.json", "data.json", "unstable.json"
 
 
-def run_name(run: str) -> str:
+def name_run(run: str) -> str:
     """The folder's own name, under which results are stored."""
     return run.rstrip("/").rsplit("/", 1)[-1]
 
 
-def step_name(step: int) -> str:
+def name_step(step: int) -> str:
     """Names a checkpoint and what was made with it; names sort as steps do."""
     return f"step_{step:07d}"
 
 
-def rank_name(rank: int) -> str:
+def name_rank(rank: int) -> str:
     """Names what one rank wrote."""
     return f"rank_{rank:05d}"
 
 
-def checkpoints_folder(run: str) -> str:
+def get_checkpoints_folder(run: str) -> str:
     """URI of the folder of checkpoints."""
     return storage.join(run, "checkpoints")
 
@@ -50,7 +50,7 @@ def read_recipe(run: str) -> Recipe:
     return Recipe.from_json(storage.read_bytes(uri), where=uri)
 
 
-def kept_precision(run: str) -> ResolvedPrecision | None:
+def read_kept_precision(run: str) -> ResolvedPrecision | None:
     """What the run computes in; None where none was started."""
     uri = storage.join(run, RECIPE)
     try:

@@ -19,7 +19,7 @@ from trainer.exports.export import export, open_weights
 from trainer.feed import Prefetcher, choose_caption_weights
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
-from trainer.runfolder import checkpoints_folder, step_name
+from trainer.runfolder import get_checkpoints_folder, name_step
 from trainer.watching.progress import RunLog
 from trainer.zero import checkpoint
 from trainer.zero.ema import ShardedEMA
@@ -72,7 +72,7 @@ class StopSignal:
 
 def collect_share(engine: ZeroEngine, ema: ShardedEMA, extra: dict[str, Any]) -> checkpoint.RankShare:
     """This rank's part of everything that a checkpoint holds."""
-    moments = {name: engine.moments(name) for name in MOMENTS}
+    moments = {name: engine.read_moments(name) for name in MOMENTS}
     averages = {f"ema/{name}": shards for name, shards in ema.shards.items()}
     segments = [flat.segments for flat in engine.partition.flats]
     if engine.partition.replicated and engine.group.rank > 0:
@@ -84,7 +84,7 @@ def measure_sizes(
     engine: ZeroEngine, ema: ShardedEMA, share: checkpoint.RankShare, activations: int | None
 ) -> dict[str, float]:
     """Sizes under the names of the plan's predictions: the largest rank's bytes, all ranks' checkpoint. Collective."""
-    group, sizes = engine.group, engine.bytes_by_category()
+    group, sizes = engine.group, engine.count_bytes_by_category()
     if activations is not None:
         sizes["activations"] = activations
     sizes["ema"] = sum(x.numel() * x.element_size() for shards in ema.shards.values() for x in shards)
@@ -119,7 +119,7 @@ class Saver:
             self.uploads.wait()
         elif group.any(self.uploads.busy):
             if group.rank == 0:
-                step, out = step_name(state.step), self.uploads.out
+                step, out = name_step(state.step), self.uploads.out
                 log.warning("%s is skipped: the checkpoint before it still travels to %s", step, out)
             return True
         exported = self._export(state)
@@ -135,7 +135,7 @@ class Saver:
         """EMA weights, a copy of them that stays, and raw weights; False when that failed. Collective."""
         engine, folder = self.engine, storage.join(self.uploads.place, "weights")
         ema_uris = [
-            storage.join(folder, step_name(state.step), "ema.safetensors"),
+            storage.join(folder, name_step(state.step), "ema.safetensors"),
             storage.join(folder, "ema.safetensors"),
         ]
         raw_uris = [storage.join(folder, "raw.safetensors")]
@@ -151,7 +151,7 @@ class Saver:
         """Result rows and a checkpoint straight into the run folder. Collective."""
         group, keep = self.engine.group, self.engine.recipe.logging.keep
         flushed = self._flush()
-        root, kept = checkpoints_folder(self.uploads.out), self._kept(state)
+        root, kept = get_checkpoints_folder(self.uploads.out), self._describe(state)
         if not checkpoint.save(root, share, group, step=state.step, state=kept, keep=keep):
             self._warn_not_saved(state)
             return False
@@ -161,9 +161,9 @@ class Saver:
 
     def _upload(self, share: checkpoint.RankShare, state: TrainingState) -> bool:
         """Stage a checkpoint on a local disk and start sending it; False when it could not be staged. Collective."""
-        root, keep = checkpoints_folder(self.uploads.out), self.engine.recipe.logging.keep
-        staged = checkpoints_folder(self.uploads.place)
-        manifest = checkpoint.write(staged, share, self.engine.group, step=state.step, state=self._kept(state))
+        root, keep = get_checkpoints_folder(self.uploads.out), self.engine.recipe.logging.keep
+        staged = get_checkpoints_folder(self.uploads.place)
+        manifest = checkpoint.write(staged, share, self.engine.group, step=state.step, state=self._describe(state))
         if manifest is None:
             self._warn_not_saved(state)
             return False
@@ -176,7 +176,7 @@ class Saver:
         self.uploads.start([lambda: checkpoint.withdraw(root, step), self.run_log.flush], publish)
         return True
 
-    def _kept(self, state: TrainingState) -> dict[str, Any]:
+    def _describe(self, state: TrainingState) -> dict[str, Any]:
         """What the manifest says of the run."""
         engine = self.engine
         return {
@@ -199,12 +199,12 @@ class Saver:
 
     def _warn_not_saved(self, state: TrainingState) -> None:
         if self.engine.group.rank == 0:
-            step = step_name(state.step)
+            step = name_step(state.step)
             log.warning("checkpoint %s was not saved; the last good one stands, training goes on", step)
 
 
 def _describe_save(state: TrainingState) -> str:
-    return f"saved {step_name(state.step)} at {state.images_seen:,} images"
+    return f"saved {name_step(state.step)} at {state.images_seen:,} images"
 
 
 def restore(
@@ -216,7 +216,7 @@ def restore(
     if resume == "none":
         return TrainingState()
     if resume == "latest":
-        found = checkpoint.find_newest(checkpoints_folder(out), group)
+        found = checkpoint.find_newest(get_checkpoints_folder(out), group)
         if found is None:
             return TrainingState()
     else:

@@ -22,11 +22,11 @@ from trainer.checks.preflight import PreparedRun, agree_on_precision, prepare, r
 from trainer.feed import DeviceBatch, Prefetcher
 from trainer.guard import find_problem, roll_back
 from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
-from trainer.machines import this_machine
+from trainer.machines import detect_machine
 from trainer.objective import Losses, Network, bind_objective
 from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
-from trainer.runfolder import PLAN, RECIPE, step_name, write_data
+from trainer.runfolder import PLAN, RECIPE, name_step, write_data
 from trainer.state import Saver, StopSignal, TrainingState, load_init, open_feed, restore
 from trainer.validate import Validator
 from trainer.watching.monitor import Monitor
@@ -124,7 +124,7 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
         micro_batches=open_feed(recipe, dataset, group, state),
         compute_losses=bind_objective(recipe),
         stop=stop,
-        monitor=Monitor(recipe, group, this_machine(recipe.precision), watchdog, datasets=dataset.datasets),
+        monitor=Monitor(recipe, group, detect_machine(recipe.precision), watchdog, datasets=dataset.datasets),
         run_log=run_log,
         validator=Validator(recipe, val) if val is not None else None,
         sampler=Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None,
@@ -160,28 +160,28 @@ def run(training: Training) -> bool:
             seen_then = state.images_seen + batch
             loss_sum, keys = torch.zeros((), dtype=torch.float64, device=group.device), []
             for number in range(engine.accumulation):
-                with monitor.phase("reading data", state.step):
+                with monitor.mark_phase("reading data", state.step):
                     micro = next(t.micro_batches)
                     keys += micro.batch.keys
                     state.exceptions = micro.exceptions
-                with monitor.phase("computing", state.step):
+                with monitor.mark_phase("computing", state.step):
                     look = number == 0 and recipe.is_due("log", seen_then)
-                    with monitor.forward_pass(engine.model, attention=look):
+                    with monitor.watch_forward(engine.model, attention=look):
                         losses = t.compute_losses(engine, micro.to(group.device))
                     engine.backward(losses.loss_B.mean())
                     loss_sum += losses.loss_B.detach().double().sum()
                     monitor.add(micro.t_B, losses, dataset_B=micro.batch.dataset_B)
-            with monitor.phase("stepping", state.step):
+            with monitor.mark_phase("stepping", state.step):
                 # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
                 total, stop_votes = group.sum([loss_sum.item(), float(t.stop.asked)])
-                loss, lr = total / batch, recipe.lr_at(seen_then)
+                loss, lr = total / batch, recipe.compute_lr(seen_then)
                 problem = find_problem(loss, state.recent, recipe.guard, batch=batch)
                 result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
                 state = go_back(t, problem or "the gradient is not finite", keys)
                 continue
             state.advance(loss, batch)
-            with monitor.phase("averaging", state.step):
+            with monitor.mark_phase("averaging", state.step):
                 ema.update(engine.masters, state.images_seen, batch)
             monitor.end_step(loss)
             run_log.advance(state.images_seen, loss, lr)
@@ -190,13 +190,13 @@ def run(training: Training) -> bool:
             if last or recipe.is_due("log", state.images_seen):
                 run_log.add_training(lr=lr, grad_norm=result.grad_norm, step=state.step, **monitor.take())
             if t.validator is not None and (last or recipe.is_due("validate", state.images_seen)):
-                with monitor.phase("validating", state.step), engine.weights(ema.first):
+                with monitor.mark_phase("validating", state.step), engine.use_weights(ema.first):
                     run_log.add_validation(t.validator.run(engine, group), profile=recipe.ema.profiles[0])
             if t.sampler is not None and (last or recipe.is_due("save", state.images_seen)):
-                with monitor.phase("sampling", state.step), engine.weights(ema.first):
-                    t.sampler.draw(engine, storage.join(t.uploads.place, "samples", f"{step_name(state.step)}.png"))
+                with monitor.mark_phase("sampling", state.step), engine.use_weights(ema.first):
+                    t.sampler.draw(engine, storage.join(t.uploads.place, "samples", f"{name_step(state.step)}.png"))
             if last or stop_votes or recipe.is_due("save", state.images_seen):
-                with monitor.phase("saving", state.step):
+                with monitor.mark_phase("saving", state.step):
                     final = last or stop_votes > 0
                     written = t.saver.save(state, final=final, activations=monitor.activations)
                 if last and not written:

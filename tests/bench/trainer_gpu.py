@@ -28,7 +28,7 @@ from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from model.files.names import make_diffusers_config, to_diffusers
 from trainer.feed import MicroBatch
-from trainer.machines import this_machine
+from trainer.machines import detect_machine
 from trainer.objective import count_train_flops, pretrain
 from trainer.planning.trial import make_shallow, make_up_batch, take_steps
 from trainer.recipe import Recipe
@@ -109,7 +109,7 @@ def profile(run: Callable[[], None]) -> None:
 def measure(text: str, group: Group, *, profiled: bool) -> str:
     recipe, micro = case(text)
     flops = count_train_flops(recipe) * micro
-    peak = this_machine("bf16").flops
+    peak = detect_machine("bf16").flops
     torch.cuda.reset_peak_memory_stats()
     cost = take_steps(recipe, group, blocks=recipe.model.depth, micro_batch=micro)
     memory = torch.cuda.max_memory_allocated() / 2**30

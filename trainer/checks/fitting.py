@@ -41,7 +41,10 @@ def _compare_shapes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     )
     differ = [pair for pair in pairs if pair[1] != pair[2]]
     if differ:
-        wrong = [f"{what}: data {_plain(a)}, recipe {_plain(b)} ({flag} {_plain(a)})" for what, a, b, flag in differ]
+        wrong = [
+            f"{what}: data {_format_plain(a)}, recipe {_format_plain(b)} ({flag} {_format_plain(a)})"
+            for what, a, b, flag in differ
+        ]
         texts = [f"text_{encoder.seat}" for encoder in spec.encoders]
         columns = dict.fromkeys(name for what, *_ in differ for name in (texts if "text" in what else ["latents"]))
         yield (
@@ -121,5 +124,5 @@ def check_val(recipe: Recipe, val: Dataset) -> None:
         raise UserError(f"{val.uri}: split {val.split!r} is empty; use --validation.every None to train without")
 
 
-def _plain(value: Any) -> str:
+def _format_plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

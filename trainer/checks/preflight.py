@@ -31,13 +31,13 @@ from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check
 from trainer.checks.students import check_couplings, check_start
 from trainer.objective import OBJECTIVES, check_objective
 from trainer.recipe import Recipe, check, count_micro_batches, find_differences
-from trainer.runfolder import RECIPE, checkpoints_folder, kept_precision, read_recipe
+from trainer.runfolder import RECIPE, get_checkpoints_folder, read_kept_precision, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
 from trainer.zero.ema import parse_profile
 from trainer.zero.group import Group
 from trainer.zero.optim import check_kernel
-from trainer.zero.rankfile import file_hash
+from trainer.zero.rankfile import hash_file
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,14 +119,16 @@ def report_once() -> Iterator[None]:
 def settle_precision(recipe: Recipe, out: str, resume: str) -> Recipe:
     """The recipe with a precision. `auto` is what the run was started in, or that of the checkpoint it branches from;
     a new run takes what this machine does best."""
-    found = recipe.precision if recipe.precision != "auto" else kept_precision(out) or _branched_precision(resume)
+    found = (
+        recipe.precision if recipe.precision != "auto" else read_kept_precision(out) or _read_branched_precision(resume)
+    )
     settled = resolve_precision(found or "auto", "auto")
     if found:
         warn_if_slow(settled, "auto")
     return dataclasses.replace(recipe, precision=settled)
 
 
-def _branched_precision(resume: str) -> ResolvedPrecision | None:
+def _read_branched_precision(resume: str) -> ResolvedPrecision | None:
     if resume in ("latest", "none"):
         return None
     try:
@@ -166,7 +168,7 @@ def prepare(
         begun = out if resume in ("latest", "none") else resume.rstrip("/").rsplit("/checkpoints/", 1)[0]
         if data.allow_other_data:
             known = None
-        elif checkpoint.list_checkpoints(checkpoints_folder(begun)):
+        elif checkpoint.list_checkpoints(get_checkpoints_folder(begun)):
             found.collect(check_made_alike, dataset, begun)
             known = found.collect(check_same_choice, trained_on, begun, plain=data.plain)
     if started is not None:
@@ -250,13 +252,13 @@ def set_init_weights(recipe: Recipe, init_from: str | None) -> Recipe:
     ]
     if wrong:
         raise UserError(f"{init_from} is for another model than recipe {recipe.name}: {'; '.join(wrong)}")
-    return dataclasses.replace(recipe, init_weights=file_hash(str(path)))
+    return dataclasses.replace(recipe, init_weights=hash_file(str(path)))
 
 
 def prefer_own_checkpoint(out: str, resume: str) -> str:
     """Where to resume: from the run's own newest checkpoint if it has one, else from `resume` (a checkpoint of another
     run to branch from). So the command that began a branch also continues it."""
-    if resume in ("latest", "none") or not checkpoint.list_checkpoints(checkpoints_folder(out)):
+    if resume in ("latest", "none") or not checkpoint.list_checkpoints(get_checkpoints_folder(out)):
         return resume
     return "latest"
 
@@ -267,7 +269,7 @@ def check_run_folder(
     """An existing run continues only with the recipe that it was started with. Where it would continue, in words;
     `thorough` reads every byte of that checkpoint, as the run itself does before its first step. `unknown` fields of
     the recipe, which other mistakes left open, are not compared."""
-    root, found = checkpoints_folder(out), Mistakes()
+    root, found = get_checkpoints_folder(out), Mistakes()
     folders = checkpoint.list_checkpoints(root)
     if resume == "none" and folders:
         raise UserError(f"{out} holds checkpoints and --resume is none: choose another --out, or remove that folder")

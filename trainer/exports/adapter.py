@@ -17,7 +17,7 @@ from model.files.weights import list_expected_tensors
 from model.lora import CONFIG_FILE, WEIGHTS_FILE, make_peft_config, name_adapter, to_peft_name
 from trainer.exports.card import describe_weights, format_model_card
 from trainer.exports.export import StoredWeights, Weights, stream_file
-from trainer.runfolder import run_name
+from trainer.runfolder import name_run
 from trainer.zero.rankfile import put_hashed
 
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
@@ -29,7 +29,7 @@ def export_adapter(folder: str, *, kind: str, profile: str | None, info: Dataset
     recipe = stored.recipe
     if recipe.lora.rank is None:
         raise UserError(f"{folder}: this run trained all of its weights and has no adapter: omit --lora")
-    meta = _meta(stored, info, kind=kind, run=run)
+    meta = _describe_adapter(stored, info, kind=kind, run=run)
     shapes = {to_peft_name(name): shape for name, shape in stored.shapes.items()}
     ours = {to_peft_name(name): name for name in stored.shapes}
     weights = Weights(shapes, lambda name: stored(ours[name]), meta)
@@ -51,22 +51,22 @@ def export_diffusers_adapter(
     names = list_expected_tensors({"backbone": "mmdit", "config": recipe.model.to_json()})
     adapters = {name: name_adapter(name) for name in names if name_adapter(name)[0] in stored.shapes}
     model, scale = recipe.model, recipe.lora_alpha / recipe.lora.rank
-    meta = _meta(stored, info, kind=kind, run=run)
+    meta = _describe_adapter(stored, info, kind=kind, run=run)
 
-    def theirs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def to_theirs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         ours = ((name, state[a], state[b]) for name, (a, b) in adapters.items())
         return adapter_to_diffusers(model, ours, scale=scale)
 
     likes = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
-    shapes = {name: tuple(like.shape) for name, like in theirs(likes)}
+    shapes = {name: tuple(like.shape) for name, like in to_theirs(likes)}
     put_hashed(
-        storage.join(out, DIFFUSERS_ADAPTER), stream_file(shapes, theirs(Weights(stored.shapes, stored, meta)), meta)
+        storage.join(out, DIFFUSERS_ADAPTER), stream_file(shapes, to_theirs(Weights(stored.shapes, stored, meta)), meta)
     )
     card = format_model_card(run, meta, file=DIFFUSERS_ADAPTER)
     storage.write_bytes(storage.join(out, "README.md"), card.encode())
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def _meta(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
-    meta = describe_weights(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=run_name(run))
+def _describe_adapter(stored: StoredWeights, info: DatasetInfo, *, kind: str, run: str) -> dict[str, Any]:
+    meta = describe_weights(stored.recipe, info, kind=kind, images_seen=stored.images_seen, run=name_run(run))
     return meta | {"init_weights": stored.recipe.init_weights}

@@ -25,12 +25,12 @@ from model.files.weights import META_KEY, list_expected_tensors
 from model.lora import merge_when_read
 from trainer.exports.card import Meta, describe_weights, format_figures, format_model_card
 from trainer.recipe import Recipe
-from trainer.runfolder import run_name
+from trainer.runfolder import name_run
 from trainer.zero import checkpoint
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, put_hashed
+from trainer.zero.rankfile import Ranges, copy_ranges, hash_file, put_hashed
 
 log = get_logger("export")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' own names
@@ -72,7 +72,7 @@ def export(
         shapes = engine.shapes | {n: tuple(b.shape) for n, b in buffers.items()}
 
         def trained(name: str) -> Tensor:
-            return engine.whole(next(asked), tensors)
+            return engine.gather_whole(next(asked), tensors)
 
         whole: Callable[[str], Tensor] = trained
 
@@ -89,7 +89,7 @@ def export(
             problem = str(error)
             log.warning("weights not exported: %s", problem)
     for name in asked:  # the other ranks, and rank 0 after a failure: whatever happens, all take part in each gather
-        engine.whole(name, tensors)
+        engine.gather_whole(name, tensors)
     return not group.any(bool(problem))
 
 
@@ -221,7 +221,7 @@ def check_base(recipe: Recipe, base: str | None) -> str:
     """The file of the frozen weights; UserError when it is not the one that the run started from."""
     if base is None:
         raise UserError("this run trained adapters: give --base, the weights it started from, or --lora adapter")
-    if file_hash(str(find_weights(base))) != recipe.init_weights:
+    if hash_file(str(find_weights(base))) != recipe.init_weights:
         raise UserError(f"{base} is not the file that the run started from (sha256 {recipe.init_weights})")
     return base
 
@@ -231,7 +231,7 @@ def export_as(
     base: str | None = None, dtype: torch.dtype = torch.float32,
 ) -> int:  # fmt: skip
     """A checkpoint in one of the formats; the number of parameters."""
-    weights = read_stored_weights(folder, kind=kind, profile=profile, info=info, run=run_name(run), base=base)
+    weights = read_stored_weights(folder, kind=kind, profile=profile, info=info, run=name_run(run), base=base)
     return write_as(to, out, weights, info=info, run=run, dtype=dtype)
 
 

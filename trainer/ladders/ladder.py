@@ -18,11 +18,11 @@ from infra.log import get_logger
 from model.files.weights import META_KEY
 from model.flops import estimate_train_flops
 from trainer.ladders.launch import ManyRuns
-from trainer.launchers import PREEMPTED, ask_to_stop, on_stop, start_training, wait_for_end
+from trainer.launchers import PREEMPTED, ask_to_stop, call_on_stop, start_training, wait_for_end
 from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family
-from trainer.runfolder import RECIPE, UNSTABLE, checkpoints_folder, kept_precision, step_name
+from trainer.runfolder import RECIPE, UNSTABLE, get_checkpoints_folder, name_step, read_kept_precision
 from trainer.zero.group import find_free_port
 
 log = get_logger("ladder")
@@ -40,7 +40,7 @@ class TrainingTask:
 
 def train_ladder(family: str, depths: Sequence[int], launch: ManyRuns) -> list[str]:
     """Train each depth into OUT/<recipe>; finished ones are skipped. The run folders, in order of depth."""
-    recipes = rungs(family, depths, launch)
+    recipes = make_rungs(family, depths, launch)
     return train_missing(
         [TrainingTask(r, storage.join(launch.out, r.name), r.images, launch.overrides) for r in recipes], launch
     )
@@ -57,7 +57,7 @@ def train_isoflop(
     refuse_decided(launch.overrides, {"images": "--budgets"})
     trunks: list[TrainingTask] = []
     branches: list[TrainingTask] = []
-    for recipe in rungs(family, depths, launch):
+    for recipe in make_rungs(family, depths, launch):
         horizons = {budget: count_images(recipe, budget) for budget in sorted(set(budgets))}
         starts = {budget: find_branch_point(recipe, images, cooldown) for budget, images in horizons.items()}
         trunk, longest = storage.join(launch.out, f"{recipe.name}-trunk"), max(starts.values())
@@ -68,7 +68,7 @@ def train_isoflop(
         ]  # fmt: skip
         trunks.append(TrainingTask(recipe, trunk, longest, (*launch.overrides, *constant)))
         for budget, images in horizons.items():
-            source = storage.join(checkpoints_folder(trunk), step_name(starts[budget] // recipe.global_batch))
+            source = storage.join(get_checkpoints_folder(trunk), name_step(starts[budget] // recipe.global_batch))
             branch = ("--images", str(images), "--resume", source, "--schedule.cooldown", str(cooldown))
             run = storage.join(launch.out, f"{recipe.name}-{budget:g}".replace("+", ""))
             branches.append(TrainingTask(recipe, run, images, (*launch.overrides, *branch)))
@@ -93,7 +93,7 @@ def find_branch_point(recipe: Recipe, images: int, cooldown: float) -> int:
     return int(images * (1 - cooldown)) // recipe.global_batch * recipe.global_batch
 
 
-def rungs(family: str, depths: Sequence[int], launch: ManyRuns) -> list[Recipe]:
+def make_rungs(family: str, depths: Sequence[int], launch: ManyRuns) -> list[Recipe]:
     """The recipes of a ladder, smallest first, with the fields that `launch` overrides."""
     refuse_decided(launch.overrides, {"model.depth": "--depths"})
     recipes = [override_recipe(get_family(family)(depth), launch.overrides) for depth in sorted(set(depths))]
@@ -125,7 +125,7 @@ def train_missing(tasks: Sequence[TrainingTask], launch: ManyRuns, *, unstable_i
     else:
         for run, command, told in missing:
             print(told, flush=True)
-            with _passing_over(run, unstable_is_a_result):
+            with _pass_over(run, unstable_is_a_result):
                 run_command(command, run)
     return [task.run for task in tasks]
 
@@ -135,12 +135,12 @@ def settle_precision(tasks: Sequence[TrainingTask], launch: ManyRuns) -> Resolve
     in, else what this machine (or the Ray cluster) does best. None: no run asks."""
     if not any(task.recipe.precision == "auto" for task in tasks):
         return None
-    kept: ResolvedPrecision | None = next(filter(None, (kept_precision(task.run) for task in tasks)), None)
+    kept: ResolvedPrecision | None = next(filter(None, (read_kept_precision(task.run) for task in tasks)), None)
     if kept is None and launch.workers:
-        from trainer.ladders.workers import device_of_workers
+        from trainer.ladders.workers import find_worker_device
 
         return resolve_precision(
-            "auto", device_of_workers(launch.workers, ranks=launch.num_ranks or count_default_ranks())
+            "auto", find_worker_device(launch.workers, ranks=launch.num_ranks or count_default_ranks())
         )
     return kept or resolve_precision("auto", "auto")
 
@@ -167,7 +167,7 @@ def _train_on_ray(
     def ended(index: int, code: int, said: str) -> bool:
         run = missing[index][0]
         try:
-            with _passing_over(run, unstable_is_a_result):
+            with _pass_over(run, unstable_is_a_result):
                 check_finished(run, code)
                 log.info("%s is trained", run)
         except (UserError, SystemExit) as error:
@@ -182,7 +182,7 @@ def _train_on_ray(
 
 
 @contextmanager
-def _passing_over(run: str, unstable_is_a_result: bool) -> Iterator[None]:
+def _pass_over(run: str, unstable_is_a_result: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -243,7 +243,7 @@ def run_command(command: list[str], run: str, *, environment: Mapping[str, str] 
         log.info("asking %s to save and stop", run)
         ask_to_stop(process.pid)
 
-    with on_stop(forward) as stopped:
+    with call_on_stop(forward) as stopped:
         code = wait_for_end(process)
     check_finished(run, PREEMPTED if stopped else code)
 

@@ -9,7 +9,7 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError, nearest
 from model.diffusion.flow import FORMULATIONS, STUDY
-from trainer.ladders.ladder import TrainingTask, rungs, train_missing
+from trainer.ladders.ladder import TrainingTask, make_rungs, train_missing
 from trainer.ladders.launch import ManyRuns
 from trainer.ladders.picture import draw_loss_curves
 from trainer.overrides import override_recipe, refuse_decided
@@ -37,7 +37,7 @@ def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], laun
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected some positive learning rates")
     launch.data.open()  # refused here, in one line, rather than by the first run's ranks
     tasks, places = [], []
-    for recipe in rungs(family, depths, launch):
+    for recipe in make_rungs(family, depths, launch):
         for rate in sorted(set(rates)):
             run = storage.join(launch.out, f"{recipe.name}-lr{rate:g}")
             words = (*launch.overrides, "--optimizer.lr", repr(rate))

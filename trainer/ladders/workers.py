@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from infra.log import get_logger
 from infra.runner import CallLost, RemoteCalls, WorkerPool, connect
-from trainer.launchers import PREEMPTED, ask_to_stop, on_stop, start_training, wait_for_end
+from trainer.launchers import PREEMPTED, ask_to_stop, call_on_stop, start_training, wait_for_end
 
 log = get_logger("ladder")
 LAST_LINES = 20  # of what a training said
@@ -31,14 +31,14 @@ def train_on_ray(
     # A core was reserved for each rank; Ray would give each as many threads as there are ranks.
     threads = os.environ.get("OMP_NUM_THREADS", None if calls.on_gpus else "1")
     waiting, asked = deque(range(len(commands))), False
-    with on_stop(lambda: log.info("asking the trainings to save and stop")) as stopped:
+    with call_on_stop(lambda: log.info("asking the trainings to save and stop")) as stopped:
         while calls or (waiting and not stopped):
             while waiting and not stopped and len(calls) < workers:
                 index = waiting.popleft()
                 begin(index)
                 calls.start(index, commands[index], threads)
             for index, outcome in calls.wait(1.0):
-                if not ended(index, *_exit_of(outcome)):
+                if not ended(index, *_read_exit(outcome)):
                     waiting.clear()
             if stopped and not asked:
                 asked = True
@@ -47,7 +47,7 @@ def train_on_ray(
         raise SystemExit(PREEMPTED)
 
 
-def device_of_workers(workers: int, *, ranks: int) -> str:
+def find_worker_device(workers: int, *, ranks: int) -> str:
     """What the trainings will run on: GPUs where the cluster has any."""
     return "cuda" if connect(WorkerPool(count=workers, cpus=ranks)).get("GPU") else "cpu"
 
@@ -56,7 +56,7 @@ def train_here(command: list[str], threads: str | None) -> tuple[int, str]:
     """On a Ray worker: run the command; its exit code and the last lines of its output. When the task is cancelled it
     asks the ranks to save and waits until they have."""
     with tempfile.TemporaryFile("w+", errors="replace") as words:
-        process = start_training(on_my_gpus(command), environment={"OMP_NUM_THREADS": threads}, output=words)
+        process = start_training(take_my_gpus(command), environment={"OMP_NUM_THREADS": threads}, output=words)
         code = _await_end(process)
         words.seek(0)
         return code, "".join(deque(words, maxlen=LAST_LINES))
@@ -73,7 +73,7 @@ def _await_end(process: subprocess.Popen[bytes]) -> int:
             asked = True
 
 
-def on_my_gpus(command: list[str]) -> list[str]:
+def take_my_gpus(command: list[str]) -> list[str]:
     """`deepspeed --num_gpus N` forgets CUDA_VISIBLE_DEVICES and takes the first N: name those that Ray gave."""
     mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not mine or command[:2] != ["deepspeed", "--num_gpus"]:
@@ -81,7 +81,7 @@ def on_my_gpus(command: list[str]) -> list[str]:
     return ["deepspeed", "--include", f"localhost:{mine}", *command[3:]]
 
 
-def _exit_of(outcome: tuple[int, str] | CallLost) -> tuple[int, str]:
+def _read_exit(outcome: tuple[int, str] | CallLost) -> tuple[int, str]:
     """Exit code and last words of a call that ended."""
     if not isinstance(outcome, CallLost):
         return outcome

@@ -7,7 +7,7 @@ import torch
 from infra.device import resolve_precision
 from infra.log import format_duration
 from model.activations import Activations, count_activations
-from trainer.machines import Machine, this_machine
+from trainer.machines import Machine, detect_machine
 from trainer.objective import count_train_flops, get_objective
 from trainer.planning.estimates import (
     NOTHING,
@@ -153,7 +153,7 @@ def make_hardware_plan(
     """`tried`: what trials of this recipe took, which then is its step; `extra`: what each micro-batch takes beyond the
     rest."""
     recipe = plan_precision(recipe, machine)
-    machine = machine or this_machine(recipe.precision)
+    machine = machine or detect_machine(recipe.precision)
     efficiency = machine.efficiency if efficiency is None else efficiency
     price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     height, width, tokens = recipe.data.sizes

@@ -15,7 +15,7 @@ from infra import storage
 from infra.codec import from_json
 from infra.errors import UserError
 from infra.results import ResultStore
-from trainer.machines import Machine, get_machine, this_machine
+from trainer.machines import Machine, detect_machine, get_machine
 from trainer.planning.estimates import NOTHING, Cost, choose_micro_batch, count_passes
 from trainer.planning.hardware_plan import CalibratedBy, HardwarePlan, make_hardware_plan, plan_precision
 from trainer.planning.trial import measure_flops, time_step
@@ -83,7 +83,7 @@ def calibrate(run: str) -> Calibration:
         raise UserError(f"{run}: no steps were measured there: run one rung again")
     machine, world_size = get_machine(plan.machine), plan.world_size
     whole = costs["cost/images_per_second"] * plan.train_flops_per_image / plan.device_peak_flops
-    if this_machine(recipe.precision) != machine:
+    if detect_machine(recipe.precision) != machine:
         return Calibration(run, machine, whole)
     trial = run_trial(recipe, machine, world_size=world_size)
     time = make_hardware_plan(recipe, world_size=world_size, machine=machine, **trial).time
@@ -97,7 +97,7 @@ def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str,
     """What `make_hardware_plan` is to know of a recipe's steps on this device, in micro-batches as `world_size` ranks
     run them: on a CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
     recipe = plan_precision(recipe, machine)
-    here = this_machine(recipe.precision)
+    here = detect_machine(recipe.precision)
     if here != machine:
         raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")
     micro = choose_micro_batch(recipe, world_size)

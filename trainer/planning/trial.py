@@ -155,12 +155,12 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
         for _ in range(PASSES):
             timer.start()
             engine.backward(compute(engine, micro.to(group.device)).loss_B.mean())
-            passes.append(timer.taken())
+            passes.append(timer.take())
         timer.start()
         group.sum([0.0])
         engine.step(recipe.optimizer.lr)
         ema.update(engine.masters, batch * (number + 1), batch)
-        updates.append(timer.taken())
+        updates.append(timer.take())
     # The first round makes Adam's moments and compiles; of work the busier rank's counts, as in a run's log.
     medians = [statistics.median(values) for found in (passes[PASSES:], updates[1:]) for values in zip(*found)]
     told = group.max(medians)
@@ -173,16 +173,16 @@ class Timer:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def _now(self) -> tuple[float, float, float]:
+    def _read_clocks(self) -> tuple[float, float, float]:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
         return time.perf_counter(), time.process_time(), read_stolen_seconds()
 
     def start(self) -> None:
-        self._since = self._now()
+        self._since = self._read_clocks()
 
-    def taken(self) -> tuple[float, float]:
-        seconds, work, stolen = (now - then for now, then in zip(self._now(), self._since))
+    def take(self) -> tuple[float, float]:
+        seconds, work, stolen = (now - then for now, then in zip(self._read_clocks(), self._since))
         if self._group.device.type == "cuda":
             return seconds, work
         return subtract_stolen(seconds, stolen=stolen, work=work, ranks=self._group.world_size), work

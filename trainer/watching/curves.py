@@ -17,17 +17,17 @@ class CurveWriter:
     def __init__(self, folder: Path, images_seen: int) -> None:
         self._folder, self._silent = folder, False
         self._writer: Any = None
-        with self._dispensable():
+        with self._switch_off_on_failure():
             self._open(images_seen)
 
-    def scalar(self, name: str, value: float, images_seen: int) -> None:
+    def add_scalar(self, name: str, value: float, images_seen: int) -> None:
         if self._writer is not None:
-            with self._dispensable():
+            with self._switch_off_on_failure():
                 self._writer.add_scalar(name, value, images_seen)
 
     def flush(self, images_seen: int) -> None:
         """Curves go to disk; those since the last flush are lost where that fails."""
-        with self._dispensable():
+        with self._switch_off_on_failure():
             if self._writer is None:
                 self._open(images_seen)
             self._writer.flush()
@@ -35,7 +35,7 @@ class CurveWriter:
 
     def close(self) -> None:
         if self._writer is not None:
-            with self._dispensable():
+            with self._switch_off_on_failure():
                 self._writer.close()
 
     def _open(self, images_seen: int) -> None:
@@ -45,7 +45,7 @@ class CurveWriter:
         self._writer = SummaryWriter(str(self._folder), purge_step=images_seen, flush_secs=10)
 
     @contextlib.contextmanager
-    def _dispensable(self) -> Iterator[None]:
+    def _switch_off_on_failure(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

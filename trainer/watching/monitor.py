@@ -39,7 +39,7 @@ class BinnedLosses(NamedTuple):
 
 
 class Monitor:
-    """Gathers figures of the steps since the last `take`. What the loop does is marked once, by `phase`."""
+    """Gathers figures of the steps since the last `take`. What the loop does is marked once, by `mark_phase`."""
 
     def __init__(
         self, recipe: Recipe, group: Group, machine: Machine, watchdog: Watchdog | None = None, *,
@@ -69,23 +69,23 @@ class Monitor:
         self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), read_stolen_seconds()
 
     @contextlib.contextmanager
-    def phase(self, name: str, step: int) -> Iterator[None]:
+    def mark_phase(self, name: str, step: int) -> Iterator[None]:
         """Put around a part of the loop: tells the watchdog what this rank does, and measures the seconds. On a GPU
         these end when the work is queued, not when it is done."""
         if self._watchdog is not None:
-            self._watchdog.at(name, step)
+            self._watchdog.begin(name, step)
         start = time.monotonic()
         yield
         self._seconds[name] += time.monotonic() - start
 
     @contextlib.contextmanager
-    def forward_pass(self, model: nn.Module, *, attention: bool) -> Iterator[None]:
+    def watch_forward(self, model: nn.Module, *, attention: bool) -> Iterator[None]:
         """Put around a forward pass. With `attention`, the attention of one sample is recorded."""
-        with self._probing(attention), self._counting(model):
+        with self._probe_attention(attention), self._count_activations(model):
             yield
 
     @contextlib.contextmanager
-    def _counting(self, model: nn.Module) -> Iterator[None]:
+    def _count_activations(self, model: nn.Module) -> Iterator[None]:
         """Count the bytes that the first pass keeps for its backward pass, as the plan does: each storage once, without
         parameters."""
         if self.activations is not None or not self._counts:
@@ -107,7 +107,7 @@ class Monitor:
         self.activations = sum(found.values())
 
     @contextlib.contextmanager
-    def _probing(self, on: bool) -> Iterator[None]:
+    def _probe_attention(self, on: bool) -> Iterator[None]:
         if not (on and self._eager):
             yield
             return
@@ -131,7 +131,7 @@ class Monitor:
         """Names of the objective's other figures."""
         return self._seen[0].figures if self._seen else ()
 
-    def _summed(self) -> dict[str, float]:
+    def _sum(self) -> dict[str, float]:
         """This rank's sums so far: losses and their number by bin of t, and the objective's other figures."""
         loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
         by_dataset = torch.zeros(2, len(self._datasets), dtype=torch.float64)
@@ -153,7 +153,7 @@ class Monitor:
         """Figures of all ranks since the last call, by name as the log has them. Collective."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         sums = {
-            **self._summed(),  # the same names on all ranks
+            **self._sum(),  # the same names on all ranks
             "images": float(sum(len(one.loss_B) for one in self._seen)),
             "entropy": sum(seen.mean_entropy for seen in self._attention) / max(len(self._attention), 1),
         }

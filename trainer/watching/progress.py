@@ -17,12 +17,12 @@ from infra.version import code_version
 from model.diffusion.validation import compute_half_interval
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
-from trainer.runfolder import run_name
+from trainer.runfolder import name_run
 from trainer.validate import ValidationResult
 from trainer.watching.curves import CurveWriter
 from trainer.watching.trackers import Trackers
 from trainer.zero.group import Group
-from trainer.zero.uploads import staging_folder
+from trainer.zero.uploads import get_staging_folder
 
 
 class RunLog:
@@ -30,7 +30,7 @@ class RunLog:
 
     def __init__(self, recipe: Recipe, group: Group, out: str, *, images_seen: int, seconds: float) -> None:
         self.recipe, self.group, self.out = recipe, group, out
-        self.run = run_name(out)
+        self.run = name_run(out)
         self.images_seen, self._earlier, self._start = images_seen, seconds, time.monotonic()
         self._rows: list[ResultRow] = []
         self._values: list[tuple[int, str, PromptValues]] = []  # images seen, protocol hash, losses per sample
@@ -47,7 +47,7 @@ class RunLog:
         self._trackers = Trackers(recipe, self.run, out) if self._talks else None
         if self._talks:
             if storage.is_remote(out):
-                self._events = staging_folder(out, group.rank).parent / "tensorboard"
+                self._events = get_staging_folder(out, group.rank).parent / "tensorboard"
                 shutil.rmtree(self._events, ignore_errors=True)  # of a session before, which sent them
             else:
                 self._events = storage.local_path(out) / "logs" / "tensorboard"
@@ -203,7 +203,7 @@ class RunLog:
             self._trackers.log(kind, figures, self.images_seen)
         if self._board is not None:
             for name, value in figures.items():
-                self._board.scalar(f"{kind}/{name}", value, self.images_seen)
+                self._board.add_scalar(f"{kind}/{name}", value, self.images_seen)
 
     def _row(
         self, metric: str, value: float, count: int, *, protocol: str = "", details: str = "",

@@ -27,8 +27,8 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.launchers import has_ended
-from trainer.runfolder import rank_name, step_name
-from trainer.zero.group import Group, is_lost_peer, rendezvous_store, settle
+from trainer.runfolder import name_rank, name_step
+from trainer.zero.group import Group, is_lost_peer, open_rendezvous_store, settle
 
 log = get_logger("watch")
 LOST = 76  # exit code when another rank was lost: the same command continues
@@ -51,7 +51,7 @@ class RankStatus:
 
 
 class Watchdog:
-    """The main thread calls `at` with what it does. Two threads send heartbeats, read those of others, and report."""
+    """The main thread calls `begin` with what it does. Two threads send heartbeats, read others, and report."""
 
     def __init__(
         self, group: Group, out: str, *, stall_s: float, store: Any = None, launchers: Sequence[psutil.Process] = ()
@@ -64,7 +64,7 @@ class Watchdog:
         self._state = RUNNING
         self._seen: dict[int, RankStatus] = {}
         self._stop = threading.Event()
-        self._store: Any = store or (rendezvous_store() if group.world_size > 1 else None)
+        self._store: Any = store or (open_rendezvous_store() if group.world_size > 1 else None)
         self._contact = time.monotonic()
         # Talking to the store may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
@@ -72,7 +72,7 @@ class Watchdog:
         self._talker.start()
         self._judge_thread.start()
 
-    def at(self, doing: str, step: int) -> None:
+    def begin(self, doing: str, step: int) -> None:
         """The main thread begins `doing` at this step; this also counts as progress."""
         self._step, self._doing, self._moved = step, doing, time.monotonic()
         self._done += 1
@@ -107,7 +107,7 @@ class Watchdog:
                 self._launchers = []
                 log.warning("the launcher is gone: that counts as a SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
-            dead = self._dead()
+            dead = self._find_dead()
             # What fails on one rank may fail on all alike: the main thread then has its own line to say.
             if dead and not self._stop.wait(BEAT_S):
                 self.end(dead)
@@ -126,7 +126,7 @@ class Watchdog:
             at = now if old is None or old.count != count else old.at
             self._seen[rank] = RankStatus(count, at, step, doing, done, state, waits)
 
-    def _dead(self, after_s: float = DEAD_S) -> list[int]:
+    def _find_dead(self, after_s: float = DEAD_S) -> list[int]:
         now = time.monotonic()
         if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
             return [0]
@@ -137,12 +137,12 @@ class Watchdog:
         """After a collective failed: wait until heartbeats show which ranks are gone; [] if none is (24 s)."""
         deadline = time.monotonic() + SURE_S + 4 * BEAT_S
         while time.monotonic() < deadline:
-            if dead := self._dead(SURE_S):
+            if dead := self._find_dead(SURE_S):
                 return dead
             time.sleep(0.5)
         return []
 
-    def rank_0_failed_too(self) -> bool:
+    def has_rank_0_failed(self) -> bool:
         """After closing as FAILED: did rank 0 fail as well? Then a user's mistake is reported by rank 0 alone."""
         if self.group.rank == 0:
             return False
@@ -165,27 +165,27 @@ class Watchdog:
         if still < self.stall_s or self._told == here:
             return
         self._told = here
-        name = f"stall_{rank_name(self.group.rank)}_{step_name(self._step)}.txt"
+        name = f"stall_{name_rank(self.group.rank)}_{name_step(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
             storage.write_bytes(uri, dump_stacks().encode())
-        if self.group.rank == self._speaker():
-            log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._who(), uri)
+        if self.group.rank == self._choose_speaker():
+            log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._describe_stuck(), uri)
 
-    def _silent(self) -> list[int]:
-        return [rank for rank in self._dead(SURE_S) if rank in self._seen]
+    def _find_silent(self) -> list[int]:
+        return [rank for rank in self._find_dead(SURE_S) if rank in self._seen]
 
-    def _speaker(self) -> int:
+    def _choose_speaker(self) -> int:
         """The lowest rank with heartbeats, which writes the report: a stopped rank cannot."""
-        silent = self._silent()
+        silent = self._find_silent()
         return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
 
-    def _who(self) -> str:
+    def _describe_stuck(self) -> str:
         """Text that names the ranks for which the others wait. These are ranks without heartbeats (stopped); else those
         that have begun the fewest phases and are not inside a collective; else all with the fewest phases."""
         if not self._seen:
             return f"this rank is at step {self._step}: {self._doing}"
-        silent = self._silent()
+        silent = self._find_silent()
         least = min(seen.done for seen in self._seen.values())
         behind = [rank for rank, seen in self._seen.items() if seen.done == least]
         stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
@@ -228,7 +228,7 @@ def end_together(watch: Watchdog) -> Iterator[Watchdog]:
         settle()
         if not is_lost_peer(error):
             watch.close(FAILED)
-            if isinstance(error, UserError) and watch.rank_0_failed_too():
+            if isinstance(error, UserError) and watch.has_rank_0_failed():
                 raise SystemExit(2) from None
             raise
         dead = watch.wait_for_verdict()

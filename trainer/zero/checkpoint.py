@@ -19,10 +19,10 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from trainer.recipe import Recipe, find_differences
-from trainer.runfolder import rank_name, step_name
+from trainer.runfolder import name_rank, name_step
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, file_hash, read_index, write_rank_file
+from trainer.zero.rankfile import Ranges, copy_ranges, hash_file, read_index, write_rank_file
 
 log = get_logger("checkpoint")
 FORMAT = 1
@@ -82,7 +82,7 @@ def save(root: str, share: RankShare, group: Group, *, step: int, state: dict[st
 
 def write(root: str, share: RankShare, group: Group, *, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
     """Every rank's files under `root`, and the manifest to publish them with; None when a rank failed. Collective."""
-    folder = storage.join(root, step_name(step))
+    folder = storage.join(root, name_step(step))
     problem = ""
     entry: tuple[int, ...] = ()
     try:
@@ -102,14 +102,14 @@ def write(root: str, share: RankShare, group: Group, *, step: int, state: dict[s
 
 def withdraw(root: str, step: int) -> None:
     """A damaged checkpoint of the same step must not vouch for new files."""
-    storage.delete(storage.join(root, step_name(step), MANIFEST))
+    storage.delete(storage.join(root, name_step(step), MANIFEST))
 
 
 def publish(root: str, manifest: dict[str, Any], *, keep: int) -> None:
     """Write the manifest and `latest`, which make the files of all ranks a checkpoint; then remove old checkpoints, but
     the newest `keep`. Rank 0 calls it, when the files of all ranks are there."""
     step = int(manifest["step"])
-    name = step_name(step)
+    name = name_step(step)
     storage.write_bytes(storage.join(root, name, MANIFEST), json.dumps(manifest, indent=1).encode())
     storage.write_bytes(storage.join(root, LATEST), f"{name}\n".encode())
     _retain(root, keep, step)
@@ -168,7 +168,7 @@ def inspect(folder: str, group: Group) -> tuple[StoredCheckpoint | None, str]:
             raise UserError(f"format {manifest['format']}, this version reads {FORMAT}")
         for number in range(group.rank, len(manifest["files"]), group.world_size):
             for name, wanted in manifest["files"][number].items():
-                if file_hash(storage.join(folder, name)) != wanted:
+                if hash_file(storage.join(folder, name)) != wanted:
                     raise UserError(f"{name} does not have the content that was saved")
         found = StoredCheckpoint(folder, manifest)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
@@ -212,8 +212,8 @@ def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
     rows = group.sum_(words).long().tolist()
     return [
         {
-            f"{rank_name(rank)}.safetensors": "".join(f"{word:08x}" for word in row[:8]),
-            f"{rank_name(rank)}.json": "".join(f"{word:08x}" for word in row[8:]),
+            f"{name_rank(rank)}.safetensors": "".join(f"{word:08x}" for word in row[:8]),
+            f"{name_rank(rank)}.json": "".join(f"{word:08x}" for word in row[8:]),
         }
         for rank, row in enumerate(rows)
     ]
@@ -222,12 +222,12 @@ def _gather(entry: tuple[int, ...], group: Group) -> list[dict[str, str]]:
 def _retain(root: str, keep: int, step: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what killed saves left behind."""
     good = {uri.rsplit("/", 1)[-1] for uri in list_checkpoints(root)[:keep]}
-    for name in sorted(set(_step_folders(root)) - good):
+    for name in sorted(set(_list_step_folders(root)) - good):
         if int(name.removeprefix("step_")) != step:
             _remove(storage.join(root, name))
 
 
-def _step_folders(root: str) -> Iterator[str]:
+def _list_step_folders(root: str) -> Iterator[str]:
     if not storage.is_remote(root):
         for path in storage.local_path(root).iterdir():
             if re.fullmatch(r"step_\d+", path.name):

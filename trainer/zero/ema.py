@@ -28,7 +28,7 @@ class EMAProfile:
     factor: float | None = None
     every: int | None = None
 
-    def beta(self, images_seen: int, batch: int) -> float:
+    def compute_beta(self, images_seen: int, batch: int) -> float:
         """Weight of the old average after a step, 0 to 1, when training has seen `images_seen` images, `batch` of them
         in this step. 1 means no update. Power profile: (1 - batch/images_seen)^(gamma + 1), the update of EDM2's
         section 3.1."""
@@ -40,7 +40,7 @@ class EMAProfile:
         return self.factor if images_seen // self.every > (images_seen - batch) // self.every else 1.0
 
 
-def gamma_of_width(width: float) -> float:
+def solve_gamma(width: float) -> float:
     """Exponent of the power profile whose standard deviation is `width` of the run.
 
     EDM2 eq. 126: width^2 = (g+1) / ((g+2)^2 (g+3)), that is g^3 + 7 g^2 + (16 - width^-2) g + 12 - width^-2 = 0.
@@ -60,7 +60,7 @@ def parse_profile(text: str) -> EMAProfile:
     except ValueError:
         raise UserError(f"EMA profile {text!r} is not understood, expected {FORMS}") from None
     if found[1] == "power" and 0 < value < 0.28 and every is None:
-        return EMAProfile(text, gamma=gamma_of_width(value))
+        return EMAProfile(text, gamma=solve_gamma(value))
     if found[1] == "decay" and 0 < value < 1 and every != 0:
         return EMAProfile(text, factor=value, every=every)
     raise UserError(f"EMA profile {text!r} is out of range, expected {FORMS}")
@@ -75,9 +75,10 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self, masters: Sequence[Tensor], images_seen: int, batch: int) -> None:
-        """Take the masters into all averages. Call it after each step; `images_seen` and `batch` as in `beta`."""
+        """Take the masters into all averages. Call it after each step; `images_seen` and `batch`: see
+        `compute_beta`."""
         for profile in self.profiles:
-            beta = profile.beta(images_seen, batch)
+            beta = profile.compute_beta(images_seen, batch)
             if beta < 1:
                 torch._foreach_lerp_(self.shards[profile.name], list(masters), 1 - beta)
 

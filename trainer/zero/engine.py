@@ -21,10 +21,10 @@ from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw
 from trainer.zero.partition import (
-    adam_of,
-    discarding,
+    discard_gradients,
+    get_adam,
+    get_shape,
     has_overflowed,
-    shape_of,
     skip_overflow_scan,
     view_partition,
 )
@@ -61,7 +61,7 @@ class ZeroEngine:
             if recipe.lora.rank is not None:
                 add_adapters(model, rank=recipe.lora.rank, alpha=recipe.lora_alpha, seed=recipe.seed)
         model.checkpoint_blocks = recipe.parallel.checkpoint_blocks  # type: ignore[assignment]
-        shapes = {n: shape_of(p) for n, p in model.named_parameters()}
+        shapes = {n: get_shape(p) for n, p in model.named_parameters()}
         self.shapes = {n: shape for n, shape in shapes.items() if not is_adapter(n)}
         """Shapes of the network's own parameters by name, without adapters."""
         self.trained = {n: shapes[n] for n, p in model.named_parameters() if p.requires_grad}
@@ -80,7 +80,7 @@ class ZeroEngine:
             skip_overflow_scan(self._engine)
         self.partition = view_partition(self._engine, model, stage=self.stage)
         self._gradient_bytes = 0
-        self._adam = adam_of(self._engine, stage=self.stage)
+        self._adam = get_adam(self._engine, stage=self.stage)
 
     # --- training
 
@@ -101,7 +101,7 @@ class ZeroEngine:
         for group in self._adam.param_groups:
             group["lr"] = lr
         before = self._engine.skipped_steps
-        gradients = self.partition.gradients()
+        gradients = self.partition.list_gradients()
         if not self._gradient_bytes:
             storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in gradients}
             self._gradient_bytes = sum(storages.values())
@@ -120,7 +120,7 @@ class ZeroEngine:
 
     def discard(self) -> StepResult:
         """Throw away this step's gradients, instead of `step`. Weights and Adam's state do not change. Collective."""
-        with discarding(self._engine, stage=self.stage, device=self.group.device):
+        with discard_gradients(self._engine, stage=self.stage, device=self.group.device):
             self._engine.step()
         return StepResult(float("nan"), False)
 
@@ -155,7 +155,7 @@ class ZeroEngine:
         self.partition.show_master()
 
     @contextlib.contextmanager
-    def weights(self, tensors: list[Tensor]) -> Iterator[None]:
+    def use_weights(self, tensors: list[Tensor]) -> Iterator[None]:
         """Inside the block forward passes use other values, such as the EMA's: one flat tensor per master. The masters
         do not change. Collective."""
         self.partition.show(tensors)
@@ -167,21 +167,21 @@ class ZeroEngine:
     @property
     def adam_steps(self) -> int:
         """Optimizer steps taken so far."""
-        state = self._adam.state.get(self._key(0), {})
+        state = self._adam.state.get(self._get_key(0), {})
         return int(state["step"]) if "step" in state else int(self._adam.param_groups[0].get("step", 0))
 
-    def moments(self, name: str) -> list[Tensor]:
+    def read_moments(self, name: str) -> list[Tensor]:
         """Adam's average `name` (exp_avg or exp_avg_sq), one flat tensor per master; zeros before the first step."""
         found = []
         for index, master in enumerate(self.masters):
-            state = self._adam.state.get(self._key(index), {})
+            state = self._adam.state.get(self._get_key(index), {})
             found.append(state[name].view(-1) if name in state else torch.zeros_like(master))
         return found
 
     def set_moments(self, values: dict[str, list[Tensor]], *, steps: int) -> None:
-        """Set Adam's averages (as `moments` gives them) and its number of steps, to continue from a checkpoint."""
+        """Set Adam's averages (as `read_moments` gives them) and its number of steps, to continue from a checkpoint."""
         for index in range(len(self.masters)):
-            key = self._key(index)
+            key = self._get_key(index)
             state: dict[str, Any] = {name: values[name][index].view(key.shape) for name in MOMENTS}
             if self.recipe.optimizer.kernel == "torch":
                 state["step"] = torch.tensor(float(steps), device=key.device)
@@ -192,7 +192,7 @@ class ZeroEngine:
             for group in self._adam.param_groups:
                 group["step"] = steps
 
-    def _key(self, index: int) -> Any:
+    def _get_key(self, index: int) -> Any:
         """The tensor under which Adam keeps its state for this master."""
         if self.stage == 0:
             return self._adam.param_groups[0]["params"][index]
@@ -200,7 +200,7 @@ class ZeroEngine:
 
     # --- whole tensors
 
-    def whole(self, name: str, tensors: list[Tensor]) -> Tensor:
+    def gather_whole(self, name: str, tensors: list[Tensor]) -> Tensor:
         """One full fp32 parameter on the CPU, put together from every rank's share of `tensors`. Collective."""
         shape = self.trained[name]
         full = torch.zeros(shape, dtype=torch.float32, device=self.group.device)
@@ -214,7 +214,7 @@ class ZeroEngine:
     def load_whole(self, read: Callable[[str], Tensor]) -> None:
         """Fill the network from full tensors; `read(name)` is asked once per parameter that lies on this rank.
         Adapters stay as they are."""
-        for flat in (*self.partition.flats, *self.partition.frozen()):
+        for flat in (*self.partition.flats, *self.partition.list_frozen()):
             for s in flat.segments:
                 if is_adapter(s.name):
                     continue
@@ -222,13 +222,13 @@ class ZeroEngine:
                 flat.master.data[s.offset : s.offset + s.numel] = source.to(flat.master)
         self.publish()
 
-    def bytes_by_category(self) -> dict[str, int]:
+    def count_bytes_by_category(self) -> dict[str, int]:
         """Bytes of this rank's tensors, measured, by the categories of the plan (gradients: those of the first
         step)."""
-        moments = sum(m.numel() * m.element_size() for name in MOMENTS for m in self.moments(name))
+        moments = sum(m.numel() * m.element_size() for name in MOMENTS for m in self.read_moments(name))
         masters = sum(m.numel() * m.element_size() for m in self.masters) if self.stage else 0
         return {
-            "weights": self.partition.weight_bytes(),
+            "weights": self.partition.count_weight_bytes(),
             "masters": masters,
             "moments": moments,
             "gradients": self._gradient_bytes,

@@ -107,7 +107,7 @@ def start(*, timeout_s: float = 1800.0) -> Group:
     return Group(rank, world_size, device)
 
 
-def rendezvous_store() -> Any:
+def open_rendezvous_store() -> Any:
     """A connection of one's own to the store where the ranks met: safe to use from another thread."""
     return dist.distributed_c10d._get_default_store().clone()
 
@@ -139,10 +139,10 @@ def settle(*, limit_s: float = 10.0) -> None:
     end, idle = time.monotonic() + limit_s, 0
     while idle < LOOKS and time.monotonic() < end:
         time.sleep(0.005)  # without the lock: who waits for it can run, and no longer counts as asleep
-        idle = idle + 1 if all(state == "S" for state in _thread_states("pt_gloo_runloop")) else 0
+        idle = idle + 1 if all(state == "S" for state in _read_thread_states("pt_gloo_runloop")) else 0
 
 
-def _thread_states(name: str) -> list[str]:
+def _read_thread_states(name: str) -> list[str]:
     """State (S: sleeping, R: running or waiting for a core) of this process's threads of a name; Linux only."""
     found = []
     for path in Path("/proc/self/task").glob("*/stat"):

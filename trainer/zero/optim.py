@@ -18,7 +18,7 @@ def build_adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opt
     """AdamW with the recipe's numbers; asking for a kernel that is not installed is an error, never a downgrade."""
     o = recipe.optimizer
     if o.kernel == "apex":
-        return _apex_adam(recipe)(
+        return _import_apex(recipe)(
             parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, adam_w_mode=True
         )
     if o.kernel in OPS:
@@ -38,18 +38,18 @@ def check_kernel(recipe: Recipe) -> None:
     once per machine), so that a failure shows before any rank starts."""
     kernel = recipe.optimizer.kernel
     if kernel == "apex":
-        _apex_adam(recipe)
+        _import_apex(recipe)
     if kernel in OPS:
-        _compiled(OPS[kernel], f"recipe {recipe.name} asks for optimizer.kernel {kernel}", "--optimizer.kernel torch")
+        _compile(OPS[kernel], f"recipe {recipe.name} asks for optimizer.kernel {kernel}", "--optimizer.kernel torch")
 
 
 def check_aio(recipe: Recipe) -> None:
     """UserError where DeepSpeed cannot compile its NVMe reader and writer, which need libaio."""
     asks = f"recipe {recipe.name} asks for parallel.offload_parameters nvme"
-    _compiled("AsyncIOBuilder", asks, "--parallel.offload-parameters cpu, or install libaio-dev")
+    _compile("AsyncIOBuilder", asks, "--parallel.offload-parameters cpu, or install libaio-dev")
 
 
-def _apex_adam(recipe: Recipe) -> Any:
+def _import_apex(recipe: Recipe) -> Any:
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -60,7 +60,7 @@ def _apex_adam(recipe: Recipe) -> Any:
     return FusedAdam
 
 
-def _compiled(name: str, asks: str, instead: str) -> None:
+def _compile(name: str, asks: str, instead: str) -> None:
     choose_accelerator()
     from deepspeed.accelerator import get_accelerator
 

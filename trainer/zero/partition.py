@@ -39,14 +39,14 @@ class Partition(Protocol):
     replicated: bool
     """True where every rank holds all parameters: whole tensors are then read from rank 0 alone."""
 
-    def frozen(self) -> list[Flat]:
+    def list_frozen(self) -> list[Flat]:
         """This rank's share of the parameters that do not train, in the precision of the forward pass; they have
         neither master nor moments. After writing to it call `show_master`."""
 
-    def weight_bytes(self) -> int:
+    def count_weight_bytes(self) -> int:
         """Bytes of the weights of the forward pass that this rank holds between two steps."""
 
-    def gradients(self) -> list[Tensor]:
+    def list_gradients(self) -> list[Tensor]:
         """The tensors that hold this rank's gradients between the last backward pass and the step."""
 
     def show(self, tensors: Sequence[Tensor]) -> None:
@@ -87,16 +87,16 @@ class Stage3Partition:
             offset += share
         return tuple(found)
 
-    def frozen(self) -> list[Flat]:
+    def list_frozen(self) -> list[Flat]:
         params = [param for param in self._engine.module.parameters() if not param.requires_grad]
         return [Flat(param.ds_tensor.data, self._segments([param], self._names)) for param in params]
 
-    def weight_bytes(self) -> int:
+    def count_weight_bytes(self) -> int:
         shards = [param.ds_tensor for group in self._optimizer.fp16_groups for param in group]
-        shards += [flat.master for flat in self.frozen()]
+        shards += [flat.master for flat in self.list_frozen()]
         return sum(shard.numel() * shard.element_size() for shard in shards)
 
-    def gradients(self) -> list[Tensor]:
+    def list_gradients(self) -> list[Tensor]:
         return [self._optimizer.grad_partitions_flat_buffer]
 
     def show(self, tensors: Sequence[Tensor]) -> None:
@@ -152,14 +152,14 @@ class Stage12Partition:
             found.append(Segment(names[id(param)], tuple(param.shape), inside.start, inside.numel, flat.start))
         return tuple(sorted(found, key=lambda s: s.offset))
 
-    def frozen(self) -> list[Flat]:
+    def list_frozen(self) -> list[Flat]:
         return list_whole_flats(self._model, training=False)
 
-    def weight_bytes(self) -> int:
-        weights = [*self._optimizer.bit16_groups_flat, *(flat.master for flat in self.frozen())]
+    def count_weight_bytes(self) -> int:
+        weights = [*self._optimizer.bit16_groups_flat, *(flat.master for flat in self.list_frozen())]
         return sum(flat.numel() * flat.element_size() for flat in weights)
 
-    def gradients(self) -> list[Tensor]:
+    def list_gradients(self) -> list[Tensor]:
         kept = [grad for group in self._optimizer.averaged_gradients.values() for grad in group or ()]
         own = [param.grad for group in self._optimizer.bit16_groups for param in group]
         return [grad for grad in (*kept, *own) if grad is not None]
@@ -195,13 +195,13 @@ class Stage0Partition:
         self._displaced: list[Tensor] | None = None
         self._model = model
 
-    def frozen(self) -> list[Flat]:
+    def list_frozen(self) -> list[Flat]:
         return list_whole_flats(self._model, training=False)
 
-    def weight_bytes(self) -> int:
-        return sum(flat.master.numel() * flat.master.element_size() for flat in (*self.flats, *self.frozen()))
+    def count_weight_bytes(self) -> int:
+        return sum(flat.master.numel() * flat.master.element_size() for flat in (*self.flats, *self.list_frozen()))
 
-    def gradients(self) -> list[Tensor]:
+    def list_gradients(self) -> list[Tensor]:
         return [param.grad for param in self._model.parameters() if param.grad is not None]
 
     def show(self, tensors: Sequence[Tensor]) -> None:
@@ -236,12 +236,12 @@ def view_partition(engine: Any, model: nn.Module, *, stage: int) -> Partition:
     return Stage12Partition(engine, names) if stage else Stage0Partition(model)
 
 
-def shape_of(param: nn.Parameter) -> tuple[int, ...]:
+def get_shape(param: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter. Under stage 3 `param.shape` would be that of an empty tensor."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def adam_of(engine: Any, *, stage: int) -> torch.optim.Optimizer:
+def get_adam(engine: Any, *, stage: int) -> torch.optim.Optimizer:
     """The Adam that was handed to DeepSpeed, which wraps it where it shards states."""
     return engine.optimizer.optimizer if stage else engine.optimizer
 
@@ -259,7 +259,7 @@ def skip_overflow_scan(engine: Any) -> None:
 
 
 @contextlib.contextmanager
-def discarding(engine: Any, *, stage: int, device: torch.device) -> Iterator[None]:
+def discard_gradients(engine: Any, *, stage: int, device: torch.device) -> Iterator[None]:
     """Inside the block a DeepSpeed step throws its gradients away. ZeRO optimizers drop gradients whose norm is
     invalid, so they are given an invalid norm. Without ZeRO (stage 0) the optimizer's step is replaced by nothing."""
     bad = torch.tensor(-1.0, device=device)

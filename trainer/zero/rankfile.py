@@ -20,7 +20,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.errors import UserError
-from trainer.runfolder import rank_name
+from trainer.runfolder import name_rank
 from trainer.zero.partition import Segment
 
 CHUNK = 64 * 2**20
@@ -64,17 +64,17 @@ def write_rank_file(
                 for start, stop in _join_segments(parts):
                     yield host[start:stop].data.cast("B")
 
-    written = put_hashed(storage.join(folder, f"{rank_name(rank)}.safetensors"), data())
-    described = put_hashed(storage.join(folder, f"{rank_name(rank)}.json"), iter([json.dumps(index).encode()]))
+    written = put_hashed(storage.join(folder, f"{name_rank(rank)}.safetensors"), data())
+    described = put_hashed(storage.join(folder, f"{name_rank(rank)}.json"), iter([json.dumps(index).encode()]))
     return tuple(int.from_bytes(digest[i : i + 4], "big") for digest in (written, described) for i in range(0, 32, 4))
 
 
 def read_index(folder: str, rank: int) -> dict[str, Any]:
     """The JSON beside a rank file: its ranges, in file order, and what else that rank had to keep."""
-    return json.loads(storage.read_bytes(storage.join(folder, f"{rank_name(rank)}.json")))
+    return json.loads(storage.read_bytes(storage.join(folder, f"{name_rank(rank)}.json")))
 
 
-def file_hash(uri: str) -> str:
+def hash_file(uri: str) -> str:
     """sha256 of a file, read in pieces."""
     digest, left, at = hashlib.sha256(), storage.size(uri), 0
     while left > 0:
@@ -113,7 +113,7 @@ def copy_ranges(ranges: Ranges, segments: Sequence[Sequence[Segment]], tensors: 
         if name not in entries:
             raise UserError(f"{folder}: holds no {name!r}; it was saved by a run with other settings")
         at = begin + entries[name]["data_offsets"][0] + copy.source * 4
-        uri = storage.join(folder, f"{rank_name(copy.rank)}.safetensors")
+        uri = storage.join(folder, f"{name_rank(copy.rank)}.safetensors")
         data = storage.read_bytes(uri, at, copy.numel * 4)
         if len(data) != copy.numel * 4:
             raise UserError(f"{uri}: ends early; the checkpoint is damaged")
@@ -165,7 +165,7 @@ def _join_neighbours(copies: list[RangeCopy]) -> list[RangeCopy]:
 
 def _read_header(folder: str, rank: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """(position of the data, entries) of a safetensors file."""
-    uri = storage.join(folder, f"{rank_name(rank)}.safetensors")
+    uri = storage.join(folder, f"{name_rank(rank)}.safetensors")
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
     return 8 + length, json.loads(storage.read_bytes(uri, 8, length))
 

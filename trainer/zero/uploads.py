@@ -16,8 +16,8 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.runfolder import rank_name
-from trainer.zero.group import Group, rendezvous_store
+from trainer.runfolder import name_rank
+from trainer.zero.group import Group, open_rendezvous_store
 
 log = get_logger("upload")
 POLL_S = 0.2
@@ -33,9 +33,9 @@ class Uploads:
         self._thread: threading.Thread | None = None
         self._number, self._arrived = 0, True
         if self.remote:
-            self.place = str(staging_folder(out, group.rank))
+            self.place = str(get_staging_folder(out, group.rank))
             self._clear()  # what a killed run left
-            self._store = store or (rendezvous_store() if group.world_size > 1 else None)
+            self._store = store or (open_rendezvous_store() if group.world_size > 1 else None)
 
     @property
     def busy(self) -> bool:
@@ -117,6 +117,6 @@ class Uploads:
         return json.loads(self._store.get(key))
 
 
-def staging_folder(out: str, rank: int) -> Path:
+def get_staging_folder(out: str, rank: int) -> Path:
     """Where a rank keeps what is still to be uploaded."""
-    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / rank_name(rank)
+    return storage.cache_folder() / "staging" / storage.sha256_hex(out.encode())[:16] / name_rank(rank)

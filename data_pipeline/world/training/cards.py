@@ -19,7 +19,7 @@ class Figure:
     unit: str
 
 
-def trained_line(folder: Path | None) -> str:
+def read_training_line(folder: Path | None) -> str:
     """What the card of an earlier checkpoint says about its training, to begin the card of its continuation."""
     if folder is None:
         return ""

@@ -19,7 +19,7 @@ logger = get_logger("world")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor) -> Tensor:
     """Newton-Schulz iteration of Muon towards the nearest semi-orthogonal matrix (quintic, five steps)."""
     x = matrix.flatten(1)
     wide = x.shape[0] <= x.shape[1]
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 momentum = state.setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = orthogonalised(p.grad.lerp(momentum, 0.95))
+                update = orthogonalise(p.grad.lerp(momentum, 0.95))
                 # An orthogonal matrix of shape (m, n) has entries of size 1 / sqrt(max(m, n)).
                 p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape[0], p[0].numel())))
 
@@ -87,7 +87,7 @@ def fit(
         for optimizer, peak in optimizers:
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - progress)
             optimizer.step()
-        _average_in(average, module, rate=1 - min(decay, (1 + step) / (10 + step)))
+        _update_average(average, module, rate=1 - min(decay, (1 + step) / (10 + step)))
         step += 1
         smooth = value if step == 1 else smooth + 0.02 * (value - smooth)
         if step % 100 == 0:
@@ -96,7 +96,7 @@ def fit(
 
 
 @torch.no_grad()
-def _average_in(average: nn.Module, module: nn.Module, *, rate: float) -> None:
+def _update_average(average: nn.Module, module: nn.Module, *, rate: float) -> None:
     for mine, theirs in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
         if mine.is_floating_point():
             mine.lerp_(theirs, rate)

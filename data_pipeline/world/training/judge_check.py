@@ -17,15 +17,15 @@ from data_pipeline.world import grammar
 from data_pipeline.world.classes import COLORS
 from data_pipeline.world.detector import Detection, WorldDetector
 from data_pipeline.world.scenes import Scene, SceneObject, make_scene
-from data_pipeline.world.training.train_judge_clip import color_heads, load, masked_crop, pixels
+from data_pipeline.world.training.train_judge_clip import cut_masked, load, read_color_heads, to_pixels
+from data_pipeline.world.training.train_vqa import compute_yes_probabilities
 from data_pipeline.world.training.train_vqa import load as load_vqa
-from data_pipeline.world.training.train_vqa import yes_probabilities
 
 Colors = Callable[[Detection], str]
 MARGIN = 0.1
 
 
-def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
+def find_relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """Where box a lies relative to box b; the direction is divided by the norm of the offset before the margin."""
     centre = np.array([[(v[0] + v[2]) / 2, (v[1] + v[3]) / 2] for v in (a, b)])
     size = np.array([[v[2] - v[0], v[3] - v[1]] for v in (a, b)]).sum(0)
@@ -54,15 +54,15 @@ def passes(scene: Scene, found: Sequence[Detection], color_of: Colors) -> bool:
         groups.append(group)
         if "position" in item:
             relation, target = item["position"]
-            if not all(relation in relations(d.box, t.box) for d in group for t in groups[target]):
+            if not all(relation in find_relations(d.box, t.box) for d in group for t in groups[target]):
                 return False
     return all(len(named.get(item["class"], [])) < item["count"] for item in scene.exclude)
 
 
-def geneval_scores(detector: WorldDetector, clip_folder: Path, images: list[np.ndarray], claims: list[Scene]) -> Any:
+def score_geneval(detector: WorldDetector, clip_folder: Path, images: list[np.ndarray], claims: list[Scene]) -> Any:
     """Share of images that pass under the claims' prompts, per task and (`overall`) averaged over tasks."""
     model, tokenizer = load(clip_folder)
-    heads = color_heads(model, tokenizer)
+    heads = read_color_heads(model, tokenizer)
     verdicts: dict[str, list[bool]] = {}
     for image, claim, found in zip(images, claims, detector.detect(np.stack(images))):
         known: dict[int, str] = {}
@@ -70,9 +70,9 @@ def geneval_scores(detector: WorldDetector, clip_folder: Path, images: list[np.n
         def color_of(d: Detection, image: np.ndarray = image, known: dict[int, str] = known) -> str:
             if id(d) not in known:
                 x1, y1, x2, y2 = (float(round(v)) for v in d.box)
-                crop = masked_crop(image, SceneObject(d.name, None, (x1, y1, x2, y2), d.mask))
+                crop = cut_masked(image, SceneObject(d.name, None, (x1, y1, x2, y2), d.mask))
                 with torch.inference_mode():
-                    feature_E = model.encode_image(pixels([crop]), normalize=True)[0]
+                    feature_E = model.encode_image(to_pixels([crop]), normalize=True)[0]
                 known[id(d)] = COLORS[int((heads[d.name] @ feature_E).argmax())]
             return known[id(d)]
 
@@ -81,16 +81,16 @@ def geneval_scores(detector: WorldDetector, clip_folder: Path, images: list[np.n
     return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
-def color_questions(scene: Scene) -> list[str]:
+def ask_colors(scene: Scene) -> list[str]:
     """T2I-CompBench's noun chunks of a color prompt, asked one by one."""
     return [f"{grammar.article(item['color'] + ' ' + item['class'])}?" for item in scene.include]
 
 
-def compbench_color(vqa_folder: Path, images: list[np.ndarray], claims: list[Scene]) -> float:
+def score_compbench_color(vqa_folder: Path, images: list[np.ndarray], claims: list[Scene]) -> float:
     """Mean over images of the product of P(yes) over the claims' chunks."""
     vqa, tokenizer = load_vqa(vqa_folder)
-    asked = [(i, text) for i, claim in enumerate(claims) for text in color_questions(claim)]
-    p = yes_probabilities(vqa, tokenizer, [images[i] for i, _ in asked], [text for _, text in asked])
+    asked = [(i, text) for i, claim in enumerate(claims) for text in ask_colors(claim)]
+    p = compute_yes_probabilities(vqa, tokenizer, [images[i] for i, _ in asked], [text for _, text in asked])
     products = np.ones(len(images))
     for (i, _), value in zip(asked, p):
         products[i] *= value
@@ -108,8 +108,8 @@ def check(checkpoints: Path, *, per_task: int, seed: int = 90) -> dict[str, floa
     others = [scene for row in rows for scene in (*row[1:], row[0])]  # the prompts of the same task, moved by one
     colored = [i for i, scene in enumerate(scenes) if "color" in scene.include[0]]
     for kind, claims in (("truth", scenes), ("shuffled", others)):
-        scores = geneval_scores(detector, checkpoints / "judge_clip", [s.image for s in scenes], claims)
+        scores = score_geneval(detector, checkpoints / "judge_clip", [s.image for s in scenes], claims)
         figures |= {f"{kind}/geneval/{name}": value for name, value in scores.items()}
         shown, asked = [scenes[i].image for i in colored], [claims[i] for i in colored]
-        figures[f"{kind}/compbench/color"] = compbench_color(checkpoints / "vqa", shown, asked)
+        figures[f"{kind}/compbench/color"] = score_compbench_color(checkpoints / "vqa", shown, asked)
     return figures

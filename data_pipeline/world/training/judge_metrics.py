@@ -13,12 +13,12 @@ THRESHOLDS = np.round(np.arange(0.5, 1.0, 0.05), 2)
 RECALLS = np.linspace(0.0, 1.0, 101)
 
 
-def _mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+def _compute_mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 0.0
 
 
-def _matched(overlaps: np.ndarray, threshold: float) -> list[bool]:
+def _match(overlaps: np.ndarray, threshold: float) -> list[bool]:
     """Greedy matching in order of score: each detection takes the free object that it covers best."""
     free = np.ones(overlaps.shape[1], bool)
     hits = []
@@ -31,7 +31,7 @@ def _matched(overlaps: np.ndarray, threshold: float) -> list[bool]:
     return hits
 
 
-def _precision_area(scores: np.ndarray, hits: np.ndarray, num_true: int) -> float:
+def _integrate_precision(scores: np.ndarray, hits: np.ndarray, num_true: int) -> float:
     """Mean over 101 recall points of the best precision at that recall or above."""
     order = np.argsort(-scores, kind="stable")
     hits = hits[order].astype(np.float64)
@@ -43,7 +43,9 @@ def _precision_area(scores: np.ndarray, hits: np.ndarray, num_true: int) -> floa
     return float(np.append(precision, 0.0)[np.minimum(at, len(precision))].mean())
 
 
-def average_precision(found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[SceneObject]]) -> dict[str, float]:
+def compute_average_precision(
+    found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[SceneObject]]
+) -> dict[str, float]:
     """`box AP50`, `box AP50:95`, `mask AP50`, `mask AP50:95`: mean over the classes that occur."""
     areas: dict[str, list[np.ndarray]] = {"box": [], "mask": []}
     for name in sorted({o.name for row in truth for o in row}):
@@ -56,13 +58,17 @@ def average_precision(found: Sequence[Sequence[Detection]], truth: Sequence[Sequ
             num_true += len(real)
             scores += [d.score for d in mine]
             boxes = np.array([[box_iou(d.box, o.box) for o in real] for d in mine]).reshape(len(mine), len(real))
-            masks = np.array([[_mask_iou(d.mask, o.mask) for o in real] for d in mine]).reshape(len(mine), len(real))
+            masks = np.array([[_compute_mask_iou(d.mask, o.mask) for o in real] for d in mine]).reshape(
+                len(mine), len(real)
+            )
             for kind, overlaps in (("box", boxes), ("mask", masks)):
-                hits[kind] += [list(row) for row in zip(*[_matched(overlaps, t) for t in THRESHOLDS])]
+                hits[kind] += [list(row) for row in zip(*[_match(overlaps, t) for t in THRESHOLDS])]
         for kind in areas:
             table = np.array(hits[kind], dtype=bool).reshape(len(scores), len(THRESHOLDS))
             areas[kind].append(
-                np.array([_precision_area(np.array(scores), table[:, k], num_true) for k in range(len(THRESHOLDS))])
+                np.array(
+                    [_integrate_precision(np.array(scores), table[:, k], num_true) for k in range(len(THRESHOLDS))]
+                )
             )
     figures = {}
     for kind, rows in areas.items():

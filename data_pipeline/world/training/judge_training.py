@@ -20,16 +20,16 @@ from infra.log import get_logger
 logger = get_logger("judges")
 
 
-def endless_scenes(seed: int, *, tags: Sequence[str] | None = None) -> Iterator[Scene]:
+def generate_scenes(seed: int, *, tags: Sequence[str] | None = None) -> Iterator[Scene]:
     """Fresh training scenes, four in ten of them warped; with `tags` only of these tasks, in turn."""
     rng = np.random.default_rng((seed, len(tags or ())))
     for index in itertools.count():
         tag = tags[index % len(tags)] if tags else None
         scene = make_scene(seed, index, split="judge_train", seen=None, tag=tag)
-        yield warped(scene, rng) if rng.random() < 0.4 else scene
+        yield warp(scene, rng) if rng.random() < 0.4 else scene
 
 
-def held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
+def make_held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
     """The first `count` scenes of the judges' validation stream."""
     return [make_scene(seed, i, split="judge_val", seen=seen, tag=tag) for i in range(count)]
 
@@ -49,7 +49,7 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(x + 0.5, 0, 255).astype(np.uint8)
 
 
-def _sampled(image_HWC: np.ndarray, at_2HW: np.ndarray, outside: np.ndarray) -> np.ndarray:
+def _sample_bilinear(image_HWC: np.ndarray, at_2HW: np.ndarray, outside: np.ndarray) -> np.ndarray:
     """Bilinear reading of an image at (row, column) positions; outside of it, one given color."""
     padded = np.pad(image_HWC, ((2, 2), (2, 2), (0, 0)))
     padded[:2], padded[-2:], padded[:, :2], padded[:, -2:] = outside, outside, outside, outside
@@ -60,32 +60,32 @@ def _sampled(image_HWC: np.ndarray, at_2HW: np.ndarray, outside: np.ndarray) -> 
     return upper * (1 - dy) + (padded[top + 1, left] * (1 - dx) + padded[top + 1, left + 1] * dx) * dy
 
 
-def _tight(mask_HW: np.ndarray) -> np.ndarray:
+def _find_box(mask_HW: np.ndarray) -> np.ndarray:
     rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
 
 
-def warped(scene: Scene, rng: np.random.Generator) -> Scene:
+def warp(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene drawn by an unsteady hand: shrunk, turned and bent a little, truth included."""
     size = len(scene.image)
     grid_2HW = np.mgrid[:size, :size].astype(float) - (size - 1) / 2
     angle, stretch = rng.uniform(-0.12, 0.12), rng.uniform(1.0, 1.15, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
-    bend_2HW = _smooth(rng.normal(0.0, rng.uniform(0.2, 1.6), (5, 5, 2)), size).transpose(2, 0, 1)
+    bend_2HW = _enlarge(rng.normal(0.0, rng.uniform(0.2, 1.6), (5, 5, 2)), size).transpose(2, 0, 1)
     at_2HW = np.tensordot(turn, grid_2HW, 1) + (size - 1) / 2 + bend_2HW
     border = np.concatenate([scene.image[0], scene.image[-1], scene.image[:, 0], scene.image[:, -1]])
-    image = _sampled(scene.image.astype(np.float32), at_2HW, np.median(border, axis=0))
+    image = _sample_bilinear(scene.image.astype(np.float32), at_2HW, np.median(border, axis=0))
     objects = []
     for obj in scene.objects:
-        mask = _sampled(obj.mask[..., None].astype(np.float32), at_2HW, np.zeros(1))[..., 0] >= 0.5
+        mask = _sample_bilinear(obj.mask[..., None].astype(np.float32), at_2HW, np.zeros(1))[..., 0] >= 0.5
         if mask.sum() < 0.6 * obj.mask.sum():
             return scene
-        box = np.clip(_tight(mask) + np.array(obj.box) - _tight(obj.mask), 0, size)
+        box = np.clip(_find_box(mask) + np.array(obj.box) - _find_box(obj.mask), 0, size)
         objects.append(replace(obj, mask=mask, box=(box[0], box[1], box[2], box[3])))
     return replace(scene, image=np.clip(image + 0.5, 0, 255).astype(np.uint8), objects=tuple(objects))
 
 
-def _smooth(coarse_KKC: np.ndarray, size: int) -> np.ndarray:
+def _enlarge(coarse_KKC: np.ndarray, size: int) -> np.ndarray:
     """A coarse grid of values, bilinearly enlarged to (size, size, C)."""
     num = len(coarse_KKC)
     at = np.linspace(0, num - 1, size)
@@ -95,21 +95,21 @@ def _smooth(coarse_KKC: np.ndarray, size: int) -> np.ndarray:
     return rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
 
 
-def nothing(rng: np.random.Generator, size: int = 64) -> np.ndarray:
+def draw_nothing(rng: np.random.Generator, size: int = 64) -> np.ndarray:
     """An image without any object: smooth blotches of color with noise, from nearly flat to wild."""
     coarse = int(rng.integers(2, 17))
     blotch = rng.normal(0.0, rng.uniform(2.0, 70.0), (coarse, coarse, 3)) + rng.uniform(40, 250, 3)
-    image = _smooth(blotch, size) + rng.normal(0.0, rng.uniform(0.0, 25.0), (size, size, 3))
+    image = _enlarge(blotch, size) + rng.normal(0.0, rng.uniform(0.0, 25.0), (size, size, 3))
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def half(module: nn.Module) -> dict[str, Tensor]:
+def to_half(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module as it is stored: half precision, contiguous."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
     return {k: v.contiguous() for k, v in state.items()}
 
 
-def earlier_runs(start_from: Path | None) -> list[str]:
+def read_earlier_runs(start_from: Path | None) -> list[str]:
     """Lines for a model card about the weights that this training continued from, taken from their own card."""
     if start_from is None:
         return []

@@ -43,7 +43,7 @@ class Question(NamedTuple):
     kind: str
 
 
-def vocabulary() -> list[str]:
+def list_vocabulary() -> list[str]:
     """The tokens: special ones, punctuation, letters and digits (also as `##` continuations), then the world's
     words."""
     signs = [*string.punctuation, *string.ascii_lowercase, *string.digits]
@@ -58,11 +58,11 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     folder.mkdir(parents=True, exist_ok=True)
     made: Any = BertTokenizer
-    made(vocab={word: i for i, word in enumerate(vocabulary())}).save_pretrained(folder)
+    made(vocab={word: i for i, word in enumerate(list_vocabulary())}).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
-def composition(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+def describe_claims(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     """A key for what a caption says: equal for captions that mean the same, in whatever order of words."""
     things = sorted((item["class"], item["count"], item.get("color", "")) for item in include)
     relation = next((item["position"][0] for item in include if "position" in item), None)
@@ -74,12 +74,12 @@ def composition(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     return (*things, first, relation, second)
 
 
-def contents(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+def count_classes(include: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     """A key made of class names and counts alone. A caption may be true of another scene with equal contents."""
     return tuple(sorted(Counter({item["class"]: item["count"] for item in include}).items()))
 
 
-def nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def make_nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The composition with one mistake: another class, count, color or relation, or two colors swapped."""
     wrong = [dict(item) for item in include]
     names = [item["class"] for item in wrong]
@@ -99,27 +99,27 @@ def nearly_true(rng: RandomSource, tag: str, include: Sequence[dict[str, Any]]) 
     return wrong
 
 
-def crop_prompt(rng: RandomSource, name: str, color: str) -> tuple[str, bool]:
+def write_crop_prompt(rng: RandomSource, name: str, color: str) -> tuple[str, bool]:
     """(one of GenEval's color prompts, sometimes without "a photo of"; whether it names the class)."""
     thing = pick(rng, (f"{color} {name}", f"{color}-colored {name}", f"{color} object"))
     opening = "a photo of " if rng.random() < 0.8 else ""
     return opening + (article(thing) if rng.random() < 0.3 else f"a {thing}"), name in thing
 
 
-def _said(rng: RandomSource, thing: str) -> str:
+def _add_article(rng: RandomSource, thing: str) -> str:
     u = rng.random()
     return article(thing) if u < 0.8 else f"a {thing}" if u < 0.87 else f"the {thing}" if u < 0.95 else f"one {thing}"
 
 
-def _class_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
+def _ask_class(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
     present = {o.name for o in objects}
     name = pick(rng, sorted(present)) if wanted else pick(rng, [c for c in CLASSES if c not in present])
     counted = sum(o.name == name for o in objects)
-    said = article(name) if counted > 1 else _said(rng, name)
+    said = article(name) if counted > 1 else _add_article(rng, name)
     return Question(f"{said}?", wanted, "class")
 
 
-def _count_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
+def _ask_count(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
     counts = Counter(o.name for o in objects)
     name = pick(rng, sorted(counts))
     count = counts[name]
@@ -132,26 +132,26 @@ def _count_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: b
     return Question(text, wanted, "count")
 
 
-def _color_question(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
+def _ask_color(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question | None:
     """A question about a color. Wrong ones use the other object's color, another color, or the right color with a class
     that is not in the scene. None if there is no certain answer."""
     obj = pick(rng, objects)
     if wanted:
-        return Question(f"{_said(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None
+        return Question(f"{_add_article(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None
     natural = DRAWINGS[obj.name].natural
     mine = (obj.color,) if obj.color else (natural, *_NEAR.get(natural, ()))
     others = [o for o in objects if o.name != obj.name and o.color and o.color not in mine]
     u = rng.random()
     if others and u < 0.6:
-        return Question(f"{_said(rng, f'{others[0].color} {obj.name}')}?", False, "swapped color")
+        return Question(f"{_add_article(rng, f'{others[0].color} {obj.name}')}?", False, "swapped color")
     if obj.color is None or u < 0.8:
         color = pick(rng, [c for c in COLORS if c not in mine])
-        return Question(f"{_said(rng, f'{color} {obj.name}')}?", False, "wrong color")
+        return Question(f"{_add_article(rng, f'{color} {obj.name}')}?", False, "wrong color")
     name = pick(rng, [c for c in CLASSES if all(c != o.name for o in objects)])
-    return Question(f"{_said(rng, f'{obj.color} {name}')}?", False, "wrong class in that color")
+    return Question(f"{_add_article(rng, f'{obj.color} {name}')}?", False, "wrong class in that color")
 
 
-def questions(rng: RandomSource, scene: Scene, num: int) -> list[Question]:
+def ask_questions(rng: RandomSource, scene: Scene, num: int) -> list[Question]:
     """`num` questions about a scene, yes and no in equal shares, hard wrong ones included."""
     asked: list[Question] = []
     colored = any(o.color for o in scene.objects)
@@ -160,22 +160,22 @@ def questions(rng: RandomSource, scene: Scene, num: int) -> list[Question]:
         if u < 0.02:
             asked.append(Question(pick(rng, ("a photo?", "a picture?", "an image?", "a drawing?")), True, "photo"))
         elif u < 0.30:
-            asked.append(_class_question(rng, scene.objects, wanted))
+            asked.append(_ask_class(rng, scene.objects, wanted))
         elif u < (0.50 if colored else 0.80):
-            asked.append(_count_question(rng, scene.objects, wanted))
+            asked.append(_ask_count(rng, scene.objects, wanted))
         elif colored or not wanted:
-            question = _color_question(rng, scene.objects, wanted)
+            question = _ask_color(rng, scene.objects, wanted)
             asked += [question] if question else []
     return asked
 
 
-def absent_questions(rng: RandomSource, num: int) -> list[Question]:
+def ask_absent(rng: RandomSource, num: int) -> list[Question]:
     """Questions about an image that shows nothing: all answers are no."""
     asked = []
     for _ in range(num):
         name, u = pick(rng, CLASSES), rng.random()
         color = pick(rng, COLORS)
-        thing = _said(rng, name) if u < 0.3 else _said(rng, f"{color} {name}")
+        thing = _add_article(rng, name) if u < 0.3 else _add_article(rng, f"{color} {name}")
         text = thing if u < 0.8 else f"{pick(rng, grammar.NUMBERS[2:])} {plural(name)}"
         asked.append(Question(f"{text}?", False, "nothing"))
     return asked

@@ -18,7 +18,7 @@ from data_pipeline.images import stack_pixels
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.grammar import plural
 from data_pipeline.world.scenes import SIZE, detailed_caption, make_scene
-from data_pipeline.world.training.cards import Figure, trained_line, write_card
+from data_pipeline.world.training.cards import Figure, read_training_line, write_card
 from data_pipeline.world.training.fit import fit, logger
 from data_pipeline.world.training.train_clip import TOKENS, make_tokenizer
 
@@ -28,7 +28,7 @@ _THING = re.compile(rf"(?:(two|three|four) )?(\w+) ({'|'.join(sorted(_NAMES, key
 _GROUP = re.compile(rf"(one|two) ({_PLACE})")
 
 
-def facets(caption: str) -> dict[str, list[tuple[str, ...]]]:
+def parse_facets(caption: str) -> dict[str, list[tuple[str, ...]]]:
     """The objects, counts, colors and positions that a detailed caption names, as lists that can be compared."""
     things = [(match[1] or "one", match[2], _NAMES[match[3]], match[4] or "") for match in _THING.finditer(caption)]
     return {
@@ -39,7 +39,7 @@ def facets(caption: str) -> dict[str, list[tuple[str, ...]]]:
     }
 
 
-def _model_config(tokenizer: Any) -> Any:
+def _make_model_config(tokenizer: Any) -> Any:
     from transformers import GPT2Config, SwinConfig, VisionEncoderDecoderConfig
 
     encoder = SwinConfig(
@@ -97,8 +97,8 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600)
     figures = {}
     for group, seen in (("seen", True), ("unseen", False)):
         scenes = [make_scene(seed, i, split=f"captioner_val_{group}", seen=seen) for i in range(num_scenes // 2)]
-        said = [facets(text) for text in write_captions(model, tokenizer, [scene.image for scene in scenes])]
-        true = [facets(detailed_caption(scene)) for scene in scenes]
+        said = [parse_facets(text) for text in write_captions(model, tokenizer, [scene.image for scene in scenes])]
+        true = [parse_facets(detailed_caption(scene)) for scene in scenes]
         for facet in true[0]:
             right = sum(a[facet] == b[facet] for a, b in zip(said, true, strict=True))
             figures[f"{facet}/{group}"] = right / len(scenes)
@@ -112,9 +112,9 @@ def train_captioner(
     from transformers import VisionEncoderDecoderModel, ViTImageProcessor
 
     torch.manual_seed(seed)
-    history = trained_line(start_from)
+    history = read_training_line(start_from)
     tokenizer = make_tokenizer(0)
-    model: Any = load(start_from)[0] if start_from else VisionEncoderDecoderModel(_model_config(tokenizer))
+    model: Any = load(start_from)[0] if start_from else VisionEncoderDecoderModel(_make_model_config(tokenizer))
 
     def loss_of_step(step: int) -> Tensor:
         scenes = [make_scene(seed, i, split="captioner") for i in range(step * batch, (step + 1) * batch)]
@@ -132,11 +132,11 @@ def train_captioner(
     figures = measure(model, tokenizer)
     logger.info("%s", json.dumps(figures))
     command = f"`python -m data_pipeline.world.training.train captioner --minutes {minutes:g} --seed {seed}`"
-    _card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
+    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
     return figures
 
 
-def _card(out: Path, figures: dict[str, float], *, trained: str) -> None:
+def _write_card(out: Path, figures: dict[str, float], *, trained: str) -> None:
     write_card(
         out,
         title="World captioner",

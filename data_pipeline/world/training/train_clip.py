@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.world.scenes import SIZE, Scene, detailed_caption, make_scene
-from data_pipeline.world.training.cards import Figure, trained_line, write_card
+from data_pipeline.world.training.cards import Figure, read_training_line, write_card
 from data_pipeline.world.training.fit import fit, logger
 
 TOKENS = 16
 MEAN, STD = (0.85, 0.82, 0.80), (0.25, 0.28, 0.30)
 
 
-def model_config(vocab_size: int) -> dict[str, Any]:
+def make_model_config(vocab_size: int) -> dict[str, Any]:
     vision = {"image_size": SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
     text = {"context_length": TOKENS, "vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 4}
     # With `local-dir:` open_clip reads the tokenizer from the checkpoint's own folder; the name only switches that on.
@@ -31,7 +31,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
     return {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text_cfg}
 
 
-def captions_of(scene: Scene) -> list[str]:
+def list_captions(scene: Scene) -> list[str]:
     """All captions of a scene: its own, the paraphrases and the detailed one."""
     return [scene.caption, *scene.alt_captions, detailed_caption(scene)]
 
@@ -41,7 +41,7 @@ def make_tokenizer(seed: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [text for i in range(4000) for text in captions_of(make_scene(seed, i, split="clip_words", seen=None))]
+    texts = [text for i in range(4000) for text in list_captions(make_scene(seed, i, split="clip_words", seen=None))]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -66,7 +66,7 @@ def write_folder(folder: Path, seed: int) -> None:
     tokenizer = make_tokenizer(seed)
     tokenizer.save_pretrained(folder)
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
-    config = {"model_cfg": model_config(len(tokenizer)), "preprocess_cfg": preprocess}
+    config = {"model_cfg": make_model_config(len(tokenizer)), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="ascii")
 
 
@@ -78,7 +78,7 @@ def load(folder: Path, *, weights: bool = True) -> tuple[Any, Any]:
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
-def normalised(images: list[np.ndarray]) -> Tensor:
+def normalise(images: list[np.ndarray]) -> Tensor:
     x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (x_BCHW - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -105,7 +105,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 200)
         scenes.setdefault(scene.alt_captions[0], scene)
         index += 1
     kept = list(scenes.values())
-    image_BE = F.normalize(model.encode_image(normalised([scene.image for scene in kept])), dim=-1)
+    image_BE = F.normalize(model.encode_image(normalise([scene.image for scene in kept])), dim=-1)
     figures: dict[str, float] = {}
     for name, texts in (
         ("original", [scene.caption for scene in kept]),
@@ -126,7 +126,7 @@ def train_clip(
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    history = trained_line(start_from)
+    history = read_training_line(start_from)
     out.mkdir(parents=True, exist_ok=True)
     write_folder(out, seed=0)
     model, tokenizer = load(start_from or out, weights=start_from is not None)
@@ -137,7 +137,7 @@ def train_clip(
         detailed = rng.random() < 0.35
         texts = [detailed_caption(s) if detailed else rng.choice((s.caption, *s.alt_captions)) for s in scenes]
         keys = texts if detailed else [scene.alt_captions[0] for scene in scenes]
-        image_BE = F.normalize(model.encode_image(normalised([scene.image for scene in scenes])), dim=-1)
+        image_BE = F.normalize(model.encode_image(normalise([scene.image for scene in scenes])), dim=-1)
         text_BE = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
         return contrastive_loss(image_BE, text_BE, model.logit_scale.exp().clamp(max=100), keys)
 
@@ -147,11 +147,11 @@ def train_clip(
     figures = measure(*load(out))
     logger.info("%s", json.dumps(figures))
     command = f"`python -m data_pipeline.world.training.train clip --minutes {minutes:g} --seed {seed}`"
-    _card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
+    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
     return figures
 
 
-def _card(out: Path, figures: dict[str, float], *, trained: str) -> None:
+def _write_card(out: Path, figures: dict[str, float], *, trained: str) -> None:
     write_card(
         out,
         title="World CLIP (conditioning)",

@@ -24,14 +24,14 @@ from data_pipeline.world.detector import (
 )
 from data_pipeline.world.scenes import Scene
 from data_pipeline.world.training.fit import fit
-from data_pipeline.world.training.judge_metrics import average_precision
+from data_pipeline.world.training.judge_metrics import compute_average_precision
 from data_pipeline.world.training.judge_training import (
     augment,
-    earlier_runs,
-    endless_scenes,
-    held_out_scenes,
+    draw_nothing,
+    generate_scenes,
     logger,
-    nothing,
+    make_held_out_scenes,
+    read_earlier_runs,
     write_card,
 )
 
@@ -54,7 +54,7 @@ def collate(scenes: list[Scene], rng: np.random.Generator | None, size: int = 64
         if rng is None:
             images.append(scene.image)
         else:
-            images.append(augment(nothing(rng, size) if empty else scene.image, rng))
+            images.append(augment(draw_nothing(rng, size) if empty else scene.image, rng))
         objects.append(() if empty else scene.objects)
     pairs = [(i, o) for i, row in enumerate(objects) for o in row]
     return Targets(
@@ -121,9 +121,9 @@ def fit_temperature(detector: WorldDetector, scenes: list[Scene]) -> float:
 def evaluate(detector: WorldDetector, scenes: list[Scene]) -> dict[str, float]:
     """AP of boxes and masks as COCO defines it, and how far scores are from being probabilities."""
     found = detector.detect(np.stack([scene.image for scene in scenes]), min_score=0.02)
-    figures = average_precision(found, [scene.objects for scene in scenes])
+    figures = compute_average_precision(found, [scene.objects for scene in scenes])
     rng = np.random.default_rng(7)
-    blank = detector.detect(np.stack([nothing(rng) for _ in range(200)]))
+    blank = detector.detect(np.stack([draw_nothing(rng) for _ in range(200)]))
     figures["false detections above 0.3 per blank image"] = sum(d.score > 0.3 for row in blank for d in row) / 200
     return figures
 
@@ -133,7 +133,7 @@ def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | N
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     detector = WorldDetector.from_pretrained(start_from) if start_from else WorldDetector(DetectorConfig(CLASSES))
-    scenes: Iterator[Scene] = endless_scenes(seed)
+    scenes: Iterator[Scene] = generate_scenes(seed)
 
     def loss_of_step(step: int) -> Tensor:
         targets = collate([next(scenes) for _ in range(48)], rng)
@@ -147,7 +147,7 @@ def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | N
     averaged.config = replace(averaged.config, temperature=temperature)
     averaged.save_pretrained(out)
     detector = WorldDetector.from_pretrained(out)
-    figures = evaluate(detector, held_out_scenes(seed, 1000))
+    figures = evaluate(detector, make_held_out_scenes(seed, 1000))
     logger.info("detector: %s", figures)
     facts = [
         "Class `data_pipeline.world.detector.WorldDetector`: boxes, classes, instance masks, calibrated scores; "
@@ -156,7 +156,7 @@ def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | N
         "4 % of the images replaced by ones without objects.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
         f"averaged weights, temperature {temperature:.2f} fitted on 640 further training scenes.",
-        *earlier_runs(start_from),
+        *read_earlier_runs(start_from),
         f"Evaluated on 1,000 held-out scenes, seed {seed}.",
     ]
     write_card(out, "World detector", facts, figures)

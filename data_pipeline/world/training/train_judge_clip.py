@@ -25,14 +25,20 @@ from data_pipeline.world.scenes import Scene, SceneObject
 from data_pipeline.world.training.fit import fit
 from data_pipeline.world.training.judge_training import (
     augment,
-    earlier_runs,
-    endless_scenes,
-    half,
-    held_out_scenes,
+    generate_scenes,
     logger,
+    make_held_out_scenes,
+    read_earlier_runs,
+    to_half,
     write_card,
 )
-from data_pipeline.world.training.judge_wording import composition, contents, crop_prompt, nearly_true, save_tokenizer
+from data_pipeline.world.training.judge_wording import (
+    count_classes,
+    describe_claims,
+    make_nearly_true,
+    save_tokenizer,
+    write_crop_prompt,
+)
 
 # Shapes: B images, T texts, E embedding width, H and W pixels.
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -41,7 +47,7 @@ GRAY = 0x99  # GenEval paints everything outside the instance mask #999999
 TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 
 
-def clip_config(vocab_size: int, eos_id: int) -> dict[str, Any]:
+def make_clip_config(vocab_size: int, eos_id: int) -> dict[str, Any]:
     """The open_clip_config.json of the folder; the tokenizer lies beside it."""
     text: dict[str, Any] = {"context_length": 20, "vocab_size": vocab_size, "width": 96, "heads": 4, "layers": 3}
     text |= {"hf_tokenizer_name": "local", "pool_type": "eos", "eos_id": eos_id}
@@ -50,7 +56,7 @@ def clip_config(vocab_size: int, eos_id: int) -> dict[str, Any]:
     return {"model_cfg": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}
 
 
-def masked_crop(image: np.ndarray, obj: SceneObject, rng: np.random.Generator | None = None) -> np.ndarray:
+def cut_masked(image: np.ndarray, obj: SceneObject, rng: np.random.Generator | None = None) -> np.ndarray:
     """GenEval's view of one object, as open_clip's transform sees it (shortest side to 64, center crop).
 
     With a generator, mask and box are off by up to a pixel, as a detector's are.
@@ -70,7 +76,7 @@ def masked_crop(image: np.ndarray, obj: SceneObject, rng: np.random.Generator | 
     return np.asarray(resized.crop((left, top, left + 64, top + 64)))
 
 
-def pixels(images: list[np.ndarray]) -> Tensor:
+def to_pixels(images: list[np.ndarray]) -> Tensor:
     """uint8 images to the model's input range -1..1, (B, 3, H, W)."""
     x_BHWC = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1.0)
     return x_BHWC.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -108,12 +114,12 @@ class CropBatch:
     says: list[tuple[str | None, str]]  # name or None, color
 
 
-def scene_batch(scenes: list[Scene], rng: np.random.Generator, words: random.Random) -> SceneBatch:
+def make_scene_batch(scenes: list[Scene], rng: np.random.Generator, words: random.Random) -> SceneBatch:
     texts = [words.choice((scene.caption, *scene.alt_captions)) for scene in scenes]
     includes = [scene.include for scene in scenes]
     for scene in scenes:
         for _ in range(NUM_WRONG):
-            wrong = nearly_true(words, scene.tag, scene.include)
+            wrong = make_nearly_true(words, scene.tag, scene.include)
             texts.append(paraphrase(words, scene.tag, wrong))
             includes.append(wrong)
     facts = torch.zeros(len(scenes), len(CLASSES) + len(COLORS) + 4)
@@ -124,10 +130,12 @@ def scene_batch(scenes: list[Scene], rng: np.random.Generator, words: random.Ran
                 row[len(CLASSES) + COLORS.index(obj.color)] = 1
         row[len(CLASSES) + len(COLORS) + len(scene.objects) - 1] = 1
     images = [augment(scene.image, rng) for scene in scenes]
-    return SceneBatch(images, texts, [composition(i) for i in includes], [contents(i) for i in includes], facts)
+    return SceneBatch(
+        images, texts, [describe_claims(i) for i in includes], [count_classes(i) for i in includes], facts
+    )
 
 
-def crop_batch(scenes: Iterator[Scene], rng: np.random.Generator, words: random.Random) -> CropBatch:
+def make_crop_batch(scenes: Iterator[Scene], rng: np.random.Generator, words: random.Random) -> CropBatch:
     """Masked crops of the colored objects of the next scenes, each with its own and two wrong color prompts."""
     images: list[np.ndarray] = []
     labels: list[tuple[str, str]] = []
@@ -136,13 +144,13 @@ def crop_batch(scenes: Iterator[Scene], rng: np.random.Generator, words: random.
         image = augment(scene.image, rng)
         for obj in scene.objects:
             if obj.color and len(images) < NUM_CROPS:
-                images.append(masked_crop(image, obj, rng))
+                images.append(cut_masked(image, obj, rng))
                 labels.append((obj.name, obj.color))
     texts, says = [], []
     for name, color in labels:
         wrong = words.sample([c for c in COLORS if c != color], 2)
         for said in (color, *wrong):
-            text, named = crop_prompt(words, name, said)
+            text, named = write_crop_prompt(words, name, said)
             texts.append(text)
             says.append((name if named else None, said))
     return CropBatch(images, labels, texts, says)
@@ -153,7 +161,7 @@ def scene_loss(similarity_BT: Tensor, batch: SceneBatch) -> Tensor:
     num = len(batch.images)
     skip_BT = torch.tensor(
         [
-            [j != i and batch.contents[j] == batch.contents[i] and not _own(i, j) for j in range(len(batch.texts))]
+            [j != i and batch.contents[j] == batch.contents[i] and not _is_own(i, j) for j in range(len(batch.texts))]
             for i in range(num)
         ]
     )
@@ -163,7 +171,7 @@ def scene_loss(similarity_BT: Tensor, batch: SceneBatch) -> Tensor:
     return (F.cross_entropy(masked_BT, target_B) + F.cross_entropy(masked_BT[:, :num].T, target_B)) / 2
 
 
-def _own(i: int, j: int) -> bool:
+def _is_own(i: int, j: int) -> bool:
     """Whether text j is one of the wrong captions made from scene i."""
     return j >= NUM_SCENES and (j - NUM_SCENES) // NUM_WRONG == i
 
@@ -189,7 +197,7 @@ def build(folder: Path) -> tuple[Any, Tokens]:
     import open_clip
 
     tokenizer = save_tokenizer(folder)
-    config = clip_config(len(tokenizer), tokenizer.sep_token_id)
+    config = make_clip_config(len(tokenizer), tokenizer.sep_token_id)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     clip = open_clip.CLIP(**config["model_cfg"], init_logit_scale=2.7)
     clip.visual.to(memory_format=torch.channels_last)
@@ -206,12 +214,12 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
     if start_from:
         clip.load_state_dict(load(start_from)[0].state_dict())
     module = _ClipModule(clip)
-    scenes, colored = endless_scenes(seed), endless_scenes(seed, tags=("colors", "color_attr"))
+    scenes, colored = generate_scenes(seed), generate_scenes(seed, tags=("colors", "color_attr"))
 
     def loss_of_step(step: int) -> Tensor:
-        batch = scene_batch([next(scenes) for _ in range(NUM_SCENES)], rng, words)
-        crops = crop_batch(colored, rng, words)
-        image_BE = clip.encode_image(pixels(batch.images + crops.images))
+        batch = make_scene_batch([next(scenes) for _ in range(NUM_SCENES)], rng, words)
+        crops = make_crop_batch(colored, rng, words)
+        image_BE = clip.encode_image(to_pixels(batch.images + crops.images))
         text_TE = clip.encode_text(tokens(batch.texts + crops.texts), normalize=True)
         scale = clip.logit_scale.exp().clamp(max=100)
         unit_BE = F.normalize(image_BE, dim=-1)
@@ -221,7 +229,7 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
         return on_scenes + on_crops + plain
 
     averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=2.5e-3 if start_from else 4e-3)
-    save_file(half(averaged.get_submodule("clip")), out / "open_clip_model.safetensors")
+    save_file(to_half(averaged.get_submodule("clip")), out / "open_clip_model.safetensors")
     figures = evaluate(out, seed)
     logger.info("judge_clip: %s", figures)
     facts = [
@@ -231,7 +239,7 @@ def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path |
         f"{NUM_WRONG} nearly true captions each and {NUM_CROPS} masked crops with 2 wrong colors each.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
         "averaged weights.",
-        *earlier_runs(start_from),
+        *read_earlier_runs(start_from),
         f"Evaluated on held-out scenes, seed {seed}: 1,500 with their own crops, retrieval among 500.",
     ]
     write_card(out, "World judge CLIP", facts, figures)
@@ -246,7 +254,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def color_heads(model: Any, tokenizer: Any) -> dict[str, Tensor]:
+def read_color_heads(model: Any, tokenizer: Any) -> dict[str, Tensor]:
     """GenEval's zero-shot heads: per class name the mean of three unit prompts for each color, made unit again."""
     heads = {}
     for name in CLASSES:
@@ -260,24 +268,24 @@ def color_heads(model: Any, tokenizer: Any) -> dict[str, Tensor]:
 def evaluate(folder: Path, seed: int) -> dict[str, float]:
     """Color accuracy of true masked crops, retrieval both ways, and telling captions from nearly true ones."""
     model, tokenizer = load(folder)
-    scenes = held_out_scenes(seed, 1500)
+    scenes = make_held_out_scenes(seed, 1500)
     figures = {}
-    crops = [(masked_crop(scene.image, o), o) for scene in scenes for o in scene.objects if o.color]
-    features_BE = model.encode_image(pixels([image for image, _ in crops]), normalize=True)
-    heads = color_heads(model, tokenizer)
+    crops = [(cut_masked(scene.image, o), o) for scene in scenes for o in scene.objects if o.color]
+    features_BE = model.encode_image(to_pixels([image for image, _ in crops]), normalize=True)
+    heads = read_color_heads(model, tokenizer)
     hits: dict[str, list[bool]] = {color: [] for color in COLORS}
     for feature_E, (_, obj) in zip(features_BE, crops):
         hits[str(obj.color)].append(COLORS[int((heads[obj.name] @ feature_E).argmax())] == obj.color)
     figures["color accuracy"] = float(np.mean([hit for row in hits.values() for hit in row]))
     figures |= {f"color accuracy, {color}": float(np.mean(row)) for color, row in hits.items()}
-    return figures | _retrieval(model, tokenizer, scenes[:500]) | _hard_captions(model, tokenizer, scenes)
+    return figures | _measure_retrieval(model, tokenizer, scenes[:500]) | _write_hard_captions(model, tokenizer, scenes)
 
 
-def _retrieval(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, float]:
-    image_BE = model.encode_image(pixels([scene.image for scene in scenes]), normalize=True)
+def _measure_retrieval(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, float]:
+    image_BE = model.encode_image(to_pixels([scene.image for scene in scenes]), normalize=True)
     text_BE = model.encode_text(tokenizer([scene.caption for scene in scenes]), normalize=True)
     similarity = image_BE @ text_BE.T
-    claims = [composition(scene.include) for scene in scenes]
+    claims = [describe_claims(scene.include) for scene in scenes]
     figures = {}
     for name, table in (("image to text", similarity), ("text to image", similarity.T)):
         found = table.argmax(1).tolist()
@@ -285,10 +293,10 @@ def _retrieval(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, flo
     return figures
 
 
-def _hard_captions(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, float]:
+def _write_hard_captions(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, float]:
     words = random.Random(7)
-    wrong = [paraphrase(words, scene.tag, nearly_true(words, scene.tag, scene.include)) for scene in scenes]
-    image_BE = model.encode_image(pixels([scene.image for scene in scenes]), normalize=True)
+    wrong = [paraphrase(words, scene.tag, make_nearly_true(words, scene.tag, scene.include)) for scene in scenes]
+    image_BE = model.encode_image(to_pixels([scene.image for scene in scenes]), normalize=True)
     true_BE = model.encode_text(tokenizer([scene.caption for scene in scenes]), normalize=True)
     wrong_BE = model.encode_text(tokenizer(wrong), normalize=True)
     better = (image_BE * (true_BE - wrong_BE)).sum(1) > 0

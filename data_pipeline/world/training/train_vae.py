@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipeline.images import stack_pixels
 from data_pipeline.world.scenes import SIZE, make_scene
-from data_pipeline.world.training.cards import Figure, trained_line, write_card
+from data_pipeline.world.training.cards import Figure, read_training_line, write_card
 from data_pipeline.world.training.fit import fit, logger
 from infra.errors import UserError
 
@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def crop(seed: int, index: int) -> np.ndarray:
+def crop_object(seed: int, index: int) -> np.ndarray:
     """A half-size window around one object: most of a scene is plain background, which teaches little."""
     scene = make_scene(seed, index, split="vae")
     x1, y1, x2, y2 = scene.objects[index % len(scene.objects)].box
@@ -58,7 +58,7 @@ def crop(seed: int, index: int) -> np.ndarray:
     return scene.image[top : top + CROP, left : left + CROP]
 
 
-def held_out(seed: int, start: int, count: int, *, seen: bool | None = None) -> Tensor:
+def make_held_out(seed: int, start: int, count: int, *, seen: bool | None = None) -> Tensor:
     return stack_pixels([make_scene(seed, i, split="vae_val", seen=seen).image for i in range(start, start + count)])
 
 
@@ -68,12 +68,12 @@ def measure(vae: Any, *, seed: int = 0, num_scenes: int = 1000) -> dict[str, flo
     mses, differences, noisy = [], [], []
     rng = torch.Generator().manual_seed(seed)
     for start in range(0, num_scenes, 50):
-        x_BCHW = held_out(seed, start, 50)
+        x_BCHW = make_held_out(seed, start, 50)
         z_BCHW = vae.encode(x_BCHW).latent_dist.mode()
         noise_BCHW = NOISE / vae.config.scaling_factor * torch.randn(z_BCHW.shape, generator=rng)
-        y_BCHW = decoded(vae, z_BCHW)
-        mses.append(mse_of(x_BCHW, y_BCHW))
-        noisy.append(mse_of(x_BCHW, decoded(vae, z_BCHW + noise_BCHW)))
+        y_BCHW = decode(vae, z_BCHW)
+        mses.append(measure_mse(x_BCHW, y_BCHW))
+        noisy.append(measure_mse(x_BCHW, decode(vae, z_BCHW + noise_BCHW)))
         differences.append(float((x_BCHW - y_BCHW).abs().div(2).mean()))
     mse_N = torch.cat(mses)
     psnr_N = -10 * mse_N.log10()
@@ -86,19 +86,19 @@ def measure(vae: Any, *, seed: int = 0, num_scenes: int = 1000) -> dict[str, flo
     }
 
 
-def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
+def decode(vae: Any, z_BCHW: Tensor) -> Tensor:
     """Pictures in -1..1 as 8 bits show them."""
     y_BCHW: Tensor = vae.decode(z_BCHW).sample.clamp(-1, 1)
     return ((y_BCHW + 1) * 127.5).round() / 127.5 - 1
 
 
-def mse_of(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+def measure_mse(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
     """Mean squared error of each picture, shape (B) in float64; pixels from -1 to 1 are scaled to 0 to 1 before."""
     return (x_BCHW - y_BCHW).div(2).square().mean((1, 2, 3)).double()
 
 
 @torch.no_grad()
-def latent_statistics(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[float, float]:
+def measure_latents(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[float, float]:
     """Shift and scale that give sampled latents of seen training scenes mean 0 and standard deviation 1."""
     rng = torch.Generator().manual_seed(seed)
     parts = []
@@ -144,7 +144,7 @@ def train_vae(
 
     def loss_of_step(step: int) -> Tensor:
         if time.monotonic() - begin < 60 * minutes * CROP_SHARE:
-            images = [crop(seed, i) for i in range(step * 4 * batch, (step + 1) * 4 * batch)]
+            images = [crop_object(seed, i) for i in range(step * 4 * batch, (step + 1) * 4 * batch)]
         else:
             images = [make_scene(seed, i, split="vae").image for i in range(step * batch, (step + 1) * batch)]
         x_BCHW = stack_pixels(images)
@@ -157,8 +157,8 @@ def train_vae(
     options = f"--minutes {minutes:g} --seed {seed} --lr {lr:g}"
     options += " --decoder-only --start-from FOLDER" if decoder_only else f" --channels {channels}"
     command = f"`python -m data_pipeline.world.training.train vae {options}`"
-    trained = f"{trained_line(start_from)}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
-    _card(out, figures, channels=channels, trained=trained)
+    trained = f"{read_training_line(start_from)}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
+    _write_card(out, figures, channels=channels, trained=trained)
     return figures
 
 
@@ -186,12 +186,12 @@ def save(vae: Any, out: Path, *, seed: int) -> None:
     from diffusers import AutoencoderKL
 
     vae.half().save_pretrained(out)
-    shift, scale = latent_statistics(AutoencoderKL.from_pretrained(out), seed=seed)
+    shift, scale = measure_latents(AutoencoderKL.from_pretrained(out), seed=seed)
     vae.register_to_config(shift_factor=round(shift, 6), scaling_factor=round(scale, 6))
     vae.save_pretrained(out)
 
 
-def _card(out: Path, figures: dict[str, float], *, channels: int, trained: str) -> None:
+def _write_card(out: Path, figures: dict[str, float], *, channels: int, trained: str) -> None:
     write_card(
         out,
         title="World autoencoder",

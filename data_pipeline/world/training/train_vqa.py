@@ -21,14 +21,14 @@ from data_pipeline.world.scenes import SIZE, Scene, SceneObject
 from data_pipeline.world.training.fit import fit
 from data_pipeline.world.training.judge_training import (
     augment,
-    earlier_runs,
-    endless_scenes,
-    held_out_scenes,
+    draw_nothing,
+    generate_scenes,
     logger,
-    nothing,
+    make_held_out_scenes,
+    read_earlier_runs,
     write_card,
 )
-from data_pipeline.world.training.judge_wording import Question, absent_questions, questions, save_tokenizer
+from data_pipeline.world.training.judge_wording import Question, ask_absent, ask_questions, save_tokenizer
 
 # Shapes: B images, P patches, Q questions (NUM_QUESTIONS per image), L question tokens, D width.
 PATCH = 8
@@ -72,7 +72,7 @@ class _VqaModule(nn.Module):
         self.patch_centre = nn.Linear(width, 1)
 
 
-def patch_truth(objects: tuple[SceneObject, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mark_patches(objects: tuple[SceneObject, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per patch: the class that fills most of it (or none), its color (natural drawings: the eleventh), centres."""
     labels = np.full((GRID, GRID), len(CLASSES))
     colors = np.full((GRID, GRID), IGNORED)
@@ -97,18 +97,18 @@ class QuestionBatch:
         self.asked: list[Question] = []
         for scene in scenes:
             if rng.random() < 0.05:
-                images.append(nothing(rng))
-                truth.append(patch_truth(()))
-                self.asked += absent_questions(words, NUM_QUESTIONS)
+                images.append(draw_nothing(rng))
+                truth.append(mark_patches(()))
+                self.asked += ask_absent(words, NUM_QUESTIONS)
             else:
                 images.append(augment(scene.image, rng))
-                truth.append(patch_truth(scene.objects))
-                self.asked += questions(words, scene, NUM_QUESTIONS)
+                truth.append(mark_patches(scene.objects))
+                self.asked += ask_questions(words, scene, NUM_QUESTIONS)
         self.pixels_B3HW = stack_pixels(images)
         self.class_BP, self.color_BP, self.centre_BP = (torch.from_numpy(np.stack(t)) for t in zip(*truth))
 
 
-def first_logits(vqa: Any, image_QPD: Tensor, tokens: Any, answers: Tensor) -> Tensor:
+def compute_first_logits(vqa: Any, image_QPD: Tensor, tokens: Any, answers: Tensor) -> Tensor:
     """Decoder logits after [DEC] (and after the answer, so that generation learns to stop): (Q, 2, vocabulary)."""
     asked_QLD = vqa.text_encoder(
         input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image_QPD
@@ -144,7 +144,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         vqa.load_state_dict(load(start_from)[0].state_dict())
     module = _VqaModule(vqa)
     # every fourth scene has two colors: telling whose is whose is learned last
-    scenes, paired = endless_scenes(seed), endless_scenes(seed, tags=("color_attr",))
+    scenes, paired = generate_scenes(seed), generate_scenes(seed, tags=("color_attr",))
     yes, no, stop = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "[SEP]"))
 
     def loss_of_step(step: int) -> Tensor:
@@ -152,7 +152,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         image_BPD = vqa.vision_model(batch.pixels_B3HW).last_hidden_state
         tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
         answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
-        logits_Q2V = first_logits(vqa, image_BPD.repeat_interleave(NUM_QUESTIONS, 0), tokens, answers_Q)
+        logits_Q2V = compute_first_logits(vqa, image_BPD.repeat_interleave(NUM_QUESTIONS, 0), tokens, answers_Q)
         told = F.cross_entropy(logits_Q2V[:, 0], answers_Q)
         stopped = F.cross_entropy(logits_Q2V[:, 1], torch.full_like(answers_Q, stop))
         return 2 * told + 0.1 * stopped + patch_loss(module, image_BPD[:, 1:], batch)
@@ -168,7 +168,7 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         f"{NUM_QUESTIONS} questions each, half of them to be answered with no; 5 % of the images show nothing.",
         f"Training: {minutes:g} minutes on {torch.get_num_threads()} CPU thread(s), fp32, Muon and AdamW, "
         "averaged weights.",
-        *earlier_runs(start_from),
+        *read_earlier_runs(start_from),
         f"Evaluated on 1,500 held-out scenes, seed {seed}, 8 questions each; calibration over ten bins of P(yes).",
     ]
     write_card(out, "World VQA", facts, figures)
@@ -194,7 +194,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def yes_probabilities(vqa: Any, tokenizer: Any, images: list[np.ndarray], texts: list[str]) -> np.ndarray:
+def compute_yes_probabilities(vqa: Any, tokenizer: Any, images: list[np.ndarray], texts: list[str]) -> np.ndarray:
     """P(yes) / (P(yes) + P(no)) of the first answer token per pair; an image object that repeats is looked at once."""
     answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
     distinct = list({id(image): image for image in images}.values())
@@ -205,7 +205,7 @@ def yes_probabilities(vqa: Any, tokenizer: Any, images: list[np.ndarray], texts:
     for start in range(0, len(texts), 128):
         tokens = tokenizer(texts[start : start + 128], padding="longest", return_tensors="pt")
         image_QPD = image_BPD[[row[id(image)] for image in images[start : start + 128]]]
-        logits_Q2V = first_logits(vqa, image_QPD, tokens, torch.full((len(image_QPD),), answers[0]))
+        logits_Q2V = compute_first_logits(vqa, image_QPD, tokens, torch.full((len(image_QPD),), answers[0]))
         parts.append(logits_Q2V[:, 0, answers].softmax(1)[:, 0])
     return torch.cat(parts).numpy()
 
@@ -216,11 +216,11 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
     words, rng = random.Random(7), np.random.default_rng(7)
     images: list[np.ndarray] = []
     asked: list[Question] = []
-    for i, scene in enumerate(held_out_scenes(seed, 1500)):
+    for i, scene in enumerate(make_held_out_scenes(seed, 1500)):
         blank = i % 20 == 0
-        images += [nothing(rng) if blank else scene.image] * 8
-        asked += absent_questions(words, 8) if blank else questions(words, scene, 8)
-    p = yes_probabilities(vqa, tokenizer, images, [q.text for q in asked])
+        images += [draw_nothing(rng) if blank else scene.image] * 8
+        asked += ask_absent(words, 8) if blank else ask_questions(words, scene, 8)
+    p = compute_yes_probabilities(vqa, tokenizer, images, [q.text for q in asked])
     answers = np.array([q.answer for q in asked])
     right = (p > 0.5) == answers
     figures = {"accuracy": float(right.mean())}
