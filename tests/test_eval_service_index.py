@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from eval_runs import write_calibration, write_run
 
+from eval.drawing.precision import settle_precision
 from eval.report.runs import read_runs
 from eval.report.series import compare
 from eval.service.answers import JsonAnswer
@@ -13,6 +14,7 @@ from eval.service.index import Index
 from eval.service.numbers_api import list_calibration, list_series
 from eval.service.runs_api import list_runs
 from infra import storage
+from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
 
 
@@ -107,9 +109,12 @@ def test_torn_rows_and_recipes_are_told_and_the_rest_is_shown(tmp_path):
 
 def test_runs_that_go_and_a_store_that_is_empty_or_one_run(tmp_path):
     root = str(tmp_path)
+    settle_precision("auto", "cpu", results=str(tmp_path / "results"))  # a service that starts before the first run
     index = Index(root)
     assert index.refresh()
     assert index.snapshot.runs == ()
+    with pytest.raises(UserError, match="no run folder"):
+        read_runs(root)
     write_run(root, 2, scored=False)
     assert index.refresh()
     alone = Index(root + "/world-d2/")

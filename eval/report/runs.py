@@ -131,6 +131,8 @@ def _is_piece(path: str, *, level: int) -> bool:
     parts = path.split("/")
     if len(parts) <= level or (level == 1 and parts[0] in PIECES):
         return False
+    if parts[level] == "results":  # rows make a run; the precision kept for all runs of RUNS lies beside such rows
+        return path.endswith(".jsonl")
     return parts[level] in MARKS or (parts[level] in PIECES and len(parts) > level + 1)
 
 
