@@ -67,7 +67,7 @@ def test_hash_knows_what_decides_the_weights_and_nothing_else():
     assert len({r.hash for r in [base, *other]}) == len(other) + 1
 
 
-SIZES = [(name, name.split("-512")[0].split("-1024")[0].split("dpo-")[-1].split("reflow-")[-1]) for name in RECIPES]
+SIZES = [(n, re.sub(r"^(dpo|reflow|distil|meanflow)-|-(512|1024)$", "", n)) for n in RECIPES]
 LARGE = [name for name, size in SIZES if size in ("d21", "d24", "d30", "d38")]
 
 
@@ -83,7 +83,8 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
     plan = make_hardware_plan(r, world_size=8)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     if r.lora.rank is None:
-        assert plan.train_flops_per_image == 3 * plan.forward_flops_per_image
+        passes = 5 if r.objective == "meanflow" else 3  # the forward and backward pass, and two of a difference
+        assert plan.train_flops_per_image == passes * plan.forward_flops_per_image
         assert plan.trained_parameters == plan.parameters
     kept = plan.activation_bytes_per_image
     assert kept["kept"] > 0
@@ -92,8 +93,9 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
 
 
 def test_every_docstring_says_command_hardware_and_what_to_expect():
-    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo", "reflow")
-    for name in ("world", "world_backbone", "world_captions", "world_dpo", "world_reflow", *paper):
+    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo", "reflow", "distil", "meanflow")
+    students = ("world_reflow", "world_distil", "world_meanflow")
+    for name in ("world", "world_backbone", "world_captions", "world_dpo", *students, *paper):
         text = getattr(recipes, name).__doc__
         assert "Command: " in text, name
         assert "deepspeed" in text, name

@@ -27,10 +27,11 @@ from model.files.weights import load_weights, read_meta, save_weights
 from trainer.checks.preflight import set_init_weights
 from trainer.checks.students import check_couplings, check_start
 from trainer.feed import DeviceBatch, draw_noise
-from trainer.objective import check_objective, reflow
+from trainer.objective import check_objective
 from trainer.recipe import LoRA, Student, Validation, check
 from trainer.recipes import get_recipe
 from trainer.regression import compute_regression_loss
+from trainer.students import StudentLoss, reflow
 
 FORM = get_formulation("rf/ushape(4)")
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
@@ -62,7 +63,7 @@ def test_a_straight_flow_stays_as_it_is(scale, loss):
     def network(*given):
         return factor * straight(scale)(*given)
 
-    found = reflow(network, batch_of(scale), formulation=FORM, loss=loss, huber=0.00054).loss_B
+    found = reflow(network, batch_of(scale), formulation=FORM, loss=StudentLoss(loss, 0.00054)).loss_B
     assert found.abs().max() < 1e-28
     found.mean().backward()
     assert abs(factor.grad.item()) < 1e-12
@@ -72,7 +73,7 @@ def test_noise_and_latent_are_not_swapped():
     """The straight flow of the swapped coupling has a loss that is known: velocities of opposite sign."""
     batch = batch_of(0.2)
     swapped = batch._replace(x0_BCHW=batch.noise_BCHW, noise_BCHW=batch.x0_BCHW)
-    found = reflow(straight(0.2), swapped, formulation=FORM, loss="l2", huber=1.0).loss_B
+    found = reflow(straight(0.2), swapped, formulation=FORM, loss=StudentLoss("l2", 1.0)).loss_B
     at_noise = (0.8 * 0.2 + 0.8) ** 2 * batch.noise_BCHW[5].square().mean()  # x_1 = 0.2 e, asked for -0.8 e
     assert found[5].item() == pytest.approx(at_noise.item())
     assert found.min() > 0.1
@@ -83,7 +84,7 @@ def test_the_loss_against_the_formula_in_numpy(loss):
     batch = batch_of(0.5)
     x0 = batch.x0_BCHW + 0.1 * torch.arange(6, dtype=torch.float64).view(-1, 1, 1, 1)
     batch = batch._replace(x0_BCHW=x0)
-    found = reflow(lambda x, t, text: 0.3 * x, batch, formulation=FORM, loss=loss, huber=0.01).loss_B
+    found = reflow(lambda x, t, text: 0.3 * x, batch, formulation=FORM, loss=StudentLoss(loss, 0.01)).loss_B
     t = batch.t_B.numpy()[:, None, None, None]
     e, x = batch.noise_BCHW.numpy(), x0.numpy()
     error = 0.3 * ((1 - t) * x + t * e) - (e - x)

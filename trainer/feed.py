@@ -31,6 +31,8 @@ class MicroBatch(NamedTuple):
     noise_BCHW: Tensor
     exceptions: DataExceptions = DataExceptions()
     """Shards and positions that were left out of the data when this micro-batch was read; a checkpoint keeps them."""
+    r_B: Tensor | None = None
+    """Second times, for networks that take them."""
     pinned: bool = False
     """All of it lies in page-locked memory."""
 
@@ -41,7 +43,10 @@ class MicroBatch(NamedTuple):
             latent_BCHW=latent_BCHW.pin_memory(), text=text.pin_memory(),
             rejected_BCHW=None if rejected is None else rejected.pin_memory(), noise_BCHW=None,
         )  # fmt: skip
-        return MicroBatch(batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, pinned=True)
+        r_B = None if self.r_B is None else self.r_B.pin_memory()
+        return MicroBatch(
+            batch, self.t_B.pin_memory(), self.noise_BCHW.pin_memory(), self.exceptions, r_B=r_B, pinned=True
+        )
 
     def to(self, device: torch.device) -> "DeviceBatch":
         """The micro-batch on the device. From page-locked memory the copies are asynchronous. From ordinary memory they
@@ -54,7 +59,8 @@ class MicroBatch(NamedTuple):
         if rejected_BCHW is not None:
             x0_BCHW = torch.cat([x0_BCHW, send(rejected_BCHW)])
         text = self.batch.text.to(device, non_blocking=self.pinned)
-        return DeviceBatch(x0_BCHW, send(self.noise_BCHW), send(self.t_B), text)
+        r_B = None if self.r_B is None else send(self.r_B)
+        return DeviceBatch(x0_BCHW, send(self.noise_BCHW), send(self.t_B), text, r_B)
 
 
 class DeviceBatch(NamedTuple):
@@ -65,6 +71,7 @@ class DeviceBatch(NamedTuple):
     noise_BCHW: Tensor
     t_B: Tensor
     text: TextCond
+    r_B: Tensor | None = None
 
 
 def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift: float) -> MicroBatch:
@@ -74,6 +81,20 @@ def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift
     if batch.noise_BCHW is not None:
         return MicroBatch(batch, t_B, batch.noise_BCHW)
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
+
+
+def draw_for(recipe: Recipe, batch: LatentBatch, formulation: Formulation) -> MicroBatch:
+    """The batch with all that the recipe's objective draws: times and noise, and second times r <= t where its network
+    takes them: r = t for a share `equal_times` (there the loss is flow matching's), r = 0 for a share `to_zero` (what
+    the last step asks), else uniform between."""
+    micro = draw_noise(batch, formulation, seed=recipe.seed, shift=recipe.shift)
+    if not recipe.model.second_time:
+        return micro
+    equal, zero = recipe.student.equal_times, recipe.student.to_zero
+    u_B = keyed_uniform(recipe.seed, batch.positions, "second time")
+    between_B = (u_B - equal - zero) / max(1 - equal - zero, 1e-12)
+    r_B = torch.where(u_B < equal + zero, torch.zeros_like(micro.t_B), micro.t_B * between_B.clamp(0, 1))
+    return micro._replace(r_B=torch.where(u_B < equal, micro.t_B, r_B))
 
 
 def choose_caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
@@ -108,7 +129,7 @@ class Prefetcher(Iterator[MicroBatch]):
         return next(self._made)
 
     def _make(self, _: None) -> MicroBatch:
-        micro = draw_noise(next(self._batches), self._formulation, seed=self._recipe.seed, shift=self._recipe.shift)
+        micro = draw_for(self._recipe, next(self._batches), self._formulation)
         micro = micro._replace(exceptions=self._batches.exceptions)
         return micro.pin_memory() if self._pinned else micro
 

@@ -6,42 +6,33 @@ selects it by name (`--objective NAME`). Loop, engine, validation and planner lo
 # Shapes: B batch, P pairs, C latent channels, H and W latent height and width.
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.checkpoints import require
 from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.validation import COUPLED
 from model.encoders.text import TextCond
 from model.flops import estimate_adapter_flops, estimate_train_flops
+from model.perceptual import PERCEPTUAL
 from trainer.feed import DeviceBatch
+from trainer.network import Losses, Network
 from trainer.recipe import Recipe
-from trainer.regression import RegressionLoss, compute_regression_loss
+from trainer.students import StudentLoss, distil, meanflow, reflow
 
 
-class Network(Protocol):
-    """The network as an objective calls it: in a run the ZeroEngine, in a test any network."""
+class Passes(NamedTuple):
+    """Passes of the network for each sample of a step."""
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor: ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside the block forward passes use the frozen weights alone, without adapters and without gradients."""
-
-
-class Losses(NamedTuple):
-    """The losses of a micro-batch: `loss_B` in fp32, one for each sample (for each pair, where samples are pairs)."""
-
-    loss_B: Tensor
-    figures: Mapping[str, Tensor] = MappingProxyType({})
-    """Other values for each sample, shape (B), by name; their means are logged."""
+    forward: int = 1
+    backward: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,9 @@ class Objective:
     pairs: bool = False
     """A sample is a preferred and a rejected image; `images`, `global_batch` and `micro_batch` then count pairs."""
     couplings: bool = False
-    """A sample is a latent and the noise that a teacher made it of."""
+    """A sample is a latent and the noise that a teacher made it of; the function takes a `StudentLoss` as `loss`."""
+    passes: Callable[[Recipe], Passes] = lambda recipe: Passes()
+    """For each sample."""
     reference: bool = False
     """True if each forward pass is repeated with the reference (the weights without adapters): the run needs
     adapters."""
@@ -72,19 +65,6 @@ def pretrain(network: Network, batch: DeviceBatch, *, formulation: Formulation) 
     sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
     prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
     return Losses(formulation.compute_loss_B(prediction_BCHW, sample))
-
-
-def reflow(
-    network: Network, batch: DeviceBatch, *, formulation: Formulation, loss: RegressionLoss, huber: float
-) -> Losses:
-    """Rectified flow of a teacher's couplings (Liu et al., arXiv 2209.03003): |v((1-t) x0 + t e, t) - (e - x0)|^2.
-
-    The pair (e, x0) is the teacher's own: e goes to x0 along its flow. At the optimum the student keeps the marginals
-    and is straighter. A flow that is straight already has the loss 0 and stays as it is.
-    """
-    sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
-    prediction_BCHW = network(sample.model_input, sample.network_time_B, batch.text)
-    return Losses(compute_regression_loss(prediction_BCHW, sample.target, loss=loss, huber=huber))
 
 
 class PairErrors(NamedTuple):
@@ -132,14 +112,28 @@ def _describe_pairs(m: PairErrors, beta: float) -> dict[str, Tensor]:
     }
 
 
+def _count_rollout(recipe: Recipe) -> Passes:
+    """Where a student rolls out: a pass for each step but the last one, then each step again with its gradient."""
+    steps = recipe.student.steps if recipe.student.states == "rollout" else 1
+    return Passes(2 * steps - 1, steps)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "pretrain": Objective(pretrain),
     "dpo": Objective(
         prefer, options=lambda recipe: {"beta": recipe.dpo.beta}, pairs=True, reference=True,
         higher_is_better=frozenset({"dpo/accuracy", "dpo/reward_margin"}),
     ),
-    "reflow": Objective(
-        reflow, options=lambda recipe: {"loss": recipe.student.loss, "huber": recipe.student.huber}, couplings=True
+    "reflow": Objective(reflow, couplings=True),
+    "distil": Objective(
+        distil, couplings=True, passes=_count_rollout,
+        options=lambda recipe: {
+            "steps": recipe.student.steps, "states": recipe.student.states, "shift": recipe.shift
+        },
+    ),
+    "meanflow": Objective(
+        meanflow, couplings=True, passes=lambda recipe: Passes(forward=3),
+        options=lambda recipe: {"difference": recipe.student.difference},
     ),
 }  # fmt: skip
 
@@ -156,6 +150,8 @@ def check_objective(recipe: Recipe) -> None:
     objective = get_objective(recipe.objective)
     if objective.couplings:
         check_student(recipe)
+    elif recipe.model.second_time:
+        raise UserError(f"recipe {recipe.name}: a network with a second time trains with objective meanflow alone")
     if objective.reference and recipe.lora.rank is None:
         raise UserError(
             f"recipe {recipe.name}: objective {recipe.objective} takes the model without its adapters as reference: "
@@ -172,11 +168,20 @@ def check_student(recipe: Recipe) -> None:
             f"recipe {recipe.name}: objective {recipe.objective} regresses the velocity of a rectified flow, not "
             f"{recipe.formulation}: give --formulation 'rf/ushape(4)'"
         )
+    if recipe.model.second_time != (recipe.objective == "meanflow"):
+        raise UserError(
+            f"recipe {recipe.name}: objective meanflow and a network with a second time belong together: "
+            + ("give --objective meanflow" if recipe.model.second_time else "give --model.second-time")
+        )
+    if recipe.student.perceptual is not None:
+        check_perceptual(recipe)
     family = formulation.density.name.partition("(")[0]
     if family not in ("ushape", "uniform") and not recipe.student.any_density:
         raise UserError(
             f"recipe {recipe.name}: {recipe.formulation} draws times as pretraining does, and objective "
-            f"{recipe.objective} has its own: give --formulation 'rf/ushape(4)', or --student.any-density to keep it"
+            f"{recipe.objective} has its own: give --formulation "
+            + ("rf" if recipe.objective == "distil" else "'rf/ushape(4)'")
+            + ", or --student.any-density to keep it"
         )
     if recipe.validation.every is not None and recipe.validation.protocol != COUPLED:
         raise UserError(
@@ -187,19 +192,47 @@ def check_student(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}: objective {recipe.objective} trains all weights: leave --lora.rank out")
 
 
-def bind_objective(recipe: Recipe) -> Callable[[Network, DeviceBatch], Losses]:
-    """The recipe's objective with its formulation and options bound."""
-    objective = get_objective(recipe.objective)
-    return partial(objective.compute, formulation=get_formulation(recipe.formulation), **objective.options(recipe))
+def check_perceptual(recipe: Recipe) -> None:
+    """Refuse a perceptual loss that is not there, or that the objective has no picture for."""
+    if recipe.objective == "meanflow":
+        raise UserError(f"recipe {recipe.name}: objective meanflow has no perceptual loss: omit --student.perceptual")
+    kind, _, path = str(recipe.student.perceptual).partition(":")
+    if kind not in PERCEPTUAL or not path:
+        raise UserError(
+            f"--student.perceptual {recipe.student.perceptual}: expected KIND:PATH with KIND {', '.join(PERCEPTUAL)}"
+        )
+    require([path])
+
+
+def count_network_passes(recipe: Recipe) -> Passes:
+    """Passes of the network for each sample of a step."""
+    return get_objective(recipe.objective).passes(recipe)
+
+
+def bind_objective(
+    recipe: Recipe, *, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Callable[[Network, DeviceBatch], Losses]:
+    """The recipe's objective with its formulation and options bound. `perceptual`: distance of latents as pictures, for
+    students."""
+    objective, student = get_objective(recipe.objective), recipe.student
+    options = dict(objective.options(recipe))
+    if objective.couplings:
+        options["loss"] = StudentLoss(
+            student.loss, student.huber, student.latent_weight, student.perceptual_weight, perceptual
+        )
+    return partial(objective.compute, formulation=get_formulation(recipe.formulation), **options)
 
 
 def count_train_flops(recipe: Recipe) -> int:
-    """FLOPs of training on one image (on one pair, where samples are pairs): forward and backward."""
+    """FLOPs of training on one image (on one pair, where samples are pairs): forward and backward. A frozen decoder and
+    what looks at its pictures are not counted."""
     _, height, width = recipe.data.latent_shape
     shape = height, width, recipe.data.text_tokens
-    if recipe.lora.rank is None:
-        return estimate_train_flops(recipe.model, *shape)
     objective = get_objective(recipe.objective)
+    passes = count_network_passes(recipe)
+    if recipe.lora.rank is None:
+        further = (passes.forward - passes.backward) * recipe.model.count_forward_flops(*shape)
+        return passes.backward * estimate_train_flops(recipe.model, *shape) + further
     return estimate_adapter_flops(
         recipe.model, *shape, adapter_parameters=recipe.trained_parameters,
         forward_passes=objective.images_per_sample * (2 if objective.reference else 1),

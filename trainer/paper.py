@@ -4,7 +4,20 @@ from dataclasses import replace
 
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
-from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Parallel, Recipe, Schedule, Validation
+from trainer.recipe import (
+    DPO,
+    EMA,
+    Data,
+    Guard,
+    Logging,
+    LoRA,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Schedule,
+    Student,
+    Validation,
+)
 
 DEPTHS = (15, 18, 21, 24, 30, 38)
 
@@ -131,6 +144,43 @@ def reflow(depth: int) -> Recipe:
         data=replace(base.data, encoder_dropout=0.0),
         validation=Validation(every=2_500 * batch, samples=4096, batch=64, protocol="coupled"),
         logging=Logging(log_every=100 * batch, save_every=2_500 * batch),
+    )
+
+
+def distil(depth: int) -> Recipe:
+    """Distillation to one step at 256 px: what InstaFlow did after its reflow (arXiv 2309.06380).
+
+    Command: deepspeed --hostfile HOSTS --module trainer train distil-d24 --data s3://COUPLINGS --out s3://...
+        --init-from s3://RUNS/reflow-d24/weights/ema.safetensors   (the direct arm: d24's)
+    Hardware and time (planned, 40 % of an H100's peak): 64 H100, 0.7 hours (d24) or 2.5 hours (d38).
+    Expected: InstaFlow's one step reached FID-5k 31.0 after reflow and 40.9 directly (SD 1.4, 1.6 million couplings).
+    Not run yet.
+    From the paper (InstaFlow's): error in latents, then LPIPS (a second run from the first one's weights, with
+    --student.perceptual lpips-vgg:FILE --student.latent-weight 0), batch 1024. Our choice: images and rate of
+    `reflow-dN`.
+    """
+    return replace(reflow(depth), name=f"distil-d{depth}", objective="distil", formulation="rf")
+
+
+def meanflow(depth: int) -> Recipe:
+    """MeanFlow on couplings at 256 px (Re-MeanFlow, arXiv 2511.23342): one model for any number of steps.
+
+    Command: deepspeed --hostfile HOSTS --module trainer train meanflow-d24 --data s3://COUPLINGS --out s3://...
+        --init-from s3://RUNS/d24/weights/ema.safetensors
+    Hardware and time (planned, 40 % of an H100's peak, though two passes of three compute in fp32): 64 H100, 1.0 hours
+    (d24) or 3.8 hours (d38).
+    Expected: Re-MeanFlow reached an FID of 3.03 at one step on ImageNet at 512 pixels; nothing of text to image is
+    published. Not run yet.
+    From the paper (Re-MeanFlow's): U-shaped times, the pair's own velocity, batch 128 for 100,000 steps. Our choice:
+    pseudo-Huber, whose gradient is that of an adaptive weight with power 1/2; rate and batch of `reflow-dN`.
+    """
+    base = reflow(depth)
+    return replace(
+        base,
+        name=f"meanflow-d{depth}",
+        model=replace(base.model, second_time=True),
+        objective="meanflow",
+        student=Student(loss="huber"),
     )
 
 

@@ -30,6 +30,12 @@ HASHED = (
 )  # fmt: skip
 
 
+# Fields of `student` that are younger than its first hashes: they enter a hash where they differ from the default.
+YOUNGER = (
+    "steps", "states", "perceptual", "perceptual_weight", "latent_weight", "equal_times", "to_zero", "difference",
+)  # fmt: skip
+
+
 def _read_model(fields: Mapping[str, Any]) -> TokenConfig:
     """What `Recipe.to_json` wrote of the network: its fields, and its name where it is not `mmdit`."""
     rest = {key: value for key, value in fields.items() if key != "backbone"}
@@ -154,15 +160,33 @@ class DPO:
 
 @dataclass(frozen=True)
 class Student:
-    """A student of couplings: objective reflow."""
+    """A student of couplings: objectives reflow, distil and meanflow."""
 
     loss: Literal["l2", "huber"] = "l2"
+    """Of velocities, or of latents where distil rolls out."""
     huber: float = 0.00054
     """The constant of huber is this times the numbers of a latent, as in the code of 2-rectified flow++."""
     any_density: bool = False
     """Allow a density of times that is made for pretraining (lognorm, mode, cosmap)."""
     any_teacher: bool = False
     """Allow couplings of another teacher than --init-from, and other training of a student of few steps."""
+    steps: int = 1
+    """distil: steps of the student's grid."""
+    states: Literal["line", "rollout"] = "line"
+    """distil: the student is asked at points of the pair's straight line, or takes all its steps from the noise, and
+    the gradient goes back through them."""
+    perceptual: str | None = None
+    """Compare decoded pictures as well (reflow, distil): features:FOLDER of a vision model, e.g. features:world:clip,
+    or lpips-vgg:FILE."""
+    perceptual_weight: float = 1.0
+    latent_weight: float = 1.0
+    """Of the loss in latents beside a perceptual one; 0: that one alone."""
+    equal_times: float = 0.5
+    """meanflow: share of samples with r = t."""
+    to_zero: float = 0.25
+    """meanflow: share of samples with r = 0."""
+    difference: float = 0.005
+    """meanflow: half the step in t over which du/dt is taken."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +257,8 @@ class Recipe:
     guard: Guard = field(default_factory=Guard)
     objective: str = "pretrain"
     """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
-    global_batch and micro_batch count pairs. reflow: a teacher's couplings. Others: trainer/objective.py."""
+    global_batch and micro_batch count pairs. reflow, distil, meanflow: a teacher's couplings. Others:
+    trainer/objective.py."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
     student: Student = field(default_factory=Student)
@@ -338,7 +363,8 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
         "parallel.reduce_bucket": p.reduce_bucket, "data.resolution": recipe.data.resolution,
         "data.text_tokens": recipe.data.text_tokens,
         "data.latent_shape": min(recipe.data.latent_shape), "dpo.beta": recipe.dpo.beta,
-        "student.huber": recipe.student.huber,
+        "student.huber": recipe.student.huber, "student.steps": recipe.student.steps,
+        "student.perceptual_weight": recipe.student.perceptual_weight, "student.difference": recipe.student.difference,
         "lora.rank": _or_one(recipe.lora.rank), "lora.alpha": _or_one(recipe.lora.alpha),
     }  # fmt: skip
     for name, value in positive.items():
@@ -348,7 +374,7 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
         "seed": recipe.seed, "validation.seed": v.seed, "optimizer.weight_decay": o.weight_decay,
         "schedule.warmup_images": recipe.schedule.warmup_images, "logging.samples": told.samples,
         "parallel.persistence_threshold": p.persistence_threshold, "parallel.prefetch": p.prefetch,
-        "parallel.max_live": p.max_live,
+        "parallel.max_live": p.max_live, "student.latent_weight": recipe.student.latent_weight,
     }  # fmt: skip
     for name, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
@@ -356,6 +382,8 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
     shares = {
         "schedule.cooldown": recipe.schedule.cooldown, "schedule.final": recipe.schedule.final,
         "data.original_captions": recipe.data.original_captions, "data.encoder_dropout": recipe.data.encoder_dropout,
+        "student.equal_times": recipe.student.equal_times, "student.to_zero": recipe.student.to_zero,
+        "student.equal_times + student.to_zero": recipe.student.equal_times + recipe.student.to_zero,
     }  # fmt: skip
     for name, value in shares.items():
         if not 0 <= value <= 1:
@@ -456,5 +484,9 @@ def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
         told["formulation"] = get_formulation(recipe.formulation).name
     if not recipe.data.caption_weights:  # this field and `student` are younger than the first hashes, which stay
         del told["data"]["caption_weights"]
-    student = {} if recipe.student == Student() else {"student": told["student"]}
+    default = Student()
+    for name in YOUNGER:
+        if getattr(recipe.student, name) == getattr(default, name):
+            del told["student"][name]
+    student = {} if recipe.student == default else {"student": told["student"]}
     return {name: told[name] for name in HASHED} | student

@@ -7,8 +7,21 @@ from functools import partial
 from infra.errors import UserError, nearest
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
-from trainer.paper import DEPTHS, captions, dpo, high_resolution, pretrain_256, reflow, study
-from trainer.recipe import DPO, EMA, Data, Guard, Logging, LoRA, Optimizer, Parallel, Recipe, Schedule, Validation
+from trainer.paper import DEPTHS, captions, distil, dpo, high_resolution, meanflow, pretrain_256, reflow, study
+from trainer.recipe import (
+    DPO,
+    EMA,
+    Data,
+    Guard,
+    Logging,
+    LoRA,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Schedule,
+    Student,
+    Validation,
+)
 
 WORLD_DEPTHS = (1, 2, 3, 4, 5, 6)
 
@@ -127,6 +140,46 @@ def world_reflow(depth: int) -> Recipe:
     )
 
 
+def world_distil(depth: int) -> Recipe:
+    """Distillation to one step in the miniature world: from a student of reflow, or from the teacher (the direct arm).
+
+    Command: deepspeed --num_gpus 2 --module trainer train world-distil-d4 --data COUPLINGS --out RUNS/world-distil-d4
+        --init-from RUNS/world-reflow-d4/weights/ema.safetensors
+        deepspeed --num_gpus 2 --module trainer train world-distil-d4 --data COUPLINGS --out RUNS/sharp-d4
+        --init-from RUNS/world-distil-d4/weights/ema.safetensors --student.perceptual features:world:clip
+    Hardware and time: CPU cores with AMX; depth 4 trains 8 minutes on one rank, planned and not measured. Decoder and
+    CLIP of the second command are not in that time.
+    Expected: after reflow better at one step than the direct arm, whose pictures blur (InstaFlow, arXiv 2309.06380).
+    The second command adds distances of features of the world's own tiny CLIP, in the seat of LPIPS. Not run yet.
+    From the paper (InstaFlow's): the error in latents first, then a perceptual one; no dropped captions. Our choice:
+    the rest as `world-reflow-dN`, to compare both at equal couplings and images; uniform times.
+    """
+    base = world_reflow(depth)
+    return replace(base, name=f"world-distil-d{depth}", objective="distil", formulation="rf")
+
+
+def world_meanflow(depth: int) -> Recipe:
+    """MeanFlow in the miniature world, on couplings: average velocities, one model for any number of steps.
+
+    Command: deepspeed --num_gpus 2 --module trainer train world-meanflow-d4 --data COUPLINGS
+        --out RUNS/world-meanflow-d4 --init-from RUNS/world-d4/weights/ema.safetensors
+    Hardware and time: CPU cores with AMX; depth 4 trains 20 minutes on one rank, estimated: two of three passes compute
+    in fp32.
+    Expected: better at one step than reflow (Re-MeanFlow, arXiv 2511.23342). Not run yet.
+    From the paper (Re-MeanFlow's): U-shaped times, the pair's own velocity. Our choice: pseudo-Huber, whose gradient
+    is that of an adaptive weight with power 1/2; half of the samples at r = t and a quarter at r = 0, as AnyFlow has
+    them in SimpleTuner; du/dt over t +- 0.005, as there; the rest as `world-reflow-dN`.
+    """
+    base = world_reflow(depth)
+    return replace(
+        base,
+        name=f"world-meanflow-d{depth}",
+        model=replace(base.model, second_time=True),
+        objective="meanflow",
+        student=Student(loss="huber"),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """Recipes that differ in depth alone. The function gives each its name, which stands nowhere else."""
@@ -154,6 +207,10 @@ LATER_STAGES = (
     Family(world_dpo, WORLD_DEPTHS),
     Family(reflow, (24, 38)),
     Family(world_reflow, WORLD_DEPTHS),
+    Family(distil, (24, 38)),
+    Family(world_distil, (2, 3, 4)),
+    Family(meanflow, (24, 38)),
+    Family(world_meanflow, (2, 3, 4)),
 )
 SINGLE = (partial(captions, 1.0), partial(captions, 0.5), *(partial(study, name) for name in BACKBONES))
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -23,7 +23,9 @@ from trainer.feed import DeviceBatch, Prefetcher
 from trainer.guard import find_problem, roll_back
 from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
 from trainer.machines import detect_machine
-from trainer.objective import Losses, Network, bind_objective
+from trainer.network import Losses, Network
+from trainer.objective import bind_objective, count_network_passes
+from trainer.perceptual import open_perceptual
 from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
 from trainer.runfolder import PLAN, RECIPE, name_step, write_data
@@ -107,7 +109,8 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     Collective."""
     recipe, dataset, val, out = prepared.recipe, prepared.dataset, prepared.val, prepared.out
     stop, plan = StopSignal(), make_hardware_plan(recipe, world_size=group.world_size)
-    engine = ZeroEngine(recipe, group, accumulation=count_micro_batches(recipe, group.world_size))
+    accumulation, passes = count_micro_batches(recipe, group.world_size), count_network_passes(recipe)
+    engine = ZeroEngine(recipe, group, accumulation=accumulation, passes=passes.backward)
     if prepared.init_from is not None:
         load_init(engine, prepared.init_from)  # under adapters these weights stay, and no checkpoint holds them
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
@@ -122,7 +125,7 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     return Training(
         recipe, dataset, out, group, engine, ema, state,
         micro_batches=open_feed(recipe, dataset, group, state),
-        compute_losses=bind_objective(recipe),
+        compute_losses=bind_objective(recipe, perceptual=open_perceptual(recipe, dataset, group)),
         stop=stop,
         monitor=Monitor(recipe, group, detect_machine(recipe.precision), watchdog, datasets=dataset.datasets),
         run_log=run_log,
@@ -168,7 +171,7 @@ def run(training: Training) -> bool:
                     look = number == 0 and recipe.is_due("log", seen_then)
                     with monitor.watch_forward(engine.model, attention=look):
                         losses = t.compute_losses(engine, micro.to(group.device))
-                    engine.backward(losses.loss_B.mean())
+                    engine.backpropagate(losses)
                     loss_sum += losses.loss_B.detach().double().sum()
                     monitor.add(micro.t_B, losses, dataset_B=micro.batch.dataset_B)
             with monitor.mark_phase("stepping", state.step):

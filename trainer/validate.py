@@ -18,8 +18,11 @@ from data_pipeline.loading.collate import DrawSettings
 from data_pipeline.loading.loader import Dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.pairs import CAPTION
+from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
+from model.diffusion.sampler import sample
 from model.diffusion.validation import compute_validation_losses, get_protocol
+from trainer.exports.card import describe_student
 from trainer.feed import draw_noise
 from trainer.objective import bind_objective, get_objective
 from trainer.recipe import Recipe
@@ -40,9 +43,9 @@ class ValidationResult:
     per_level: dict[float, float]
     sample_count: int
     by_sample: dict[str, Tensor]
-    pair_figures: dict[str, float] = field(default_factory=dict)
-    """Mean figures of held-out pairs, where the objective trains on pairs; `pair_count` of them."""
-    pair_count: int = 0
+    held_out_figures: dict[str, float] = field(default_factory=dict)
+    """Mean figures of the objective's own on held-out pairs or couplings; of `held_out_count` samples."""
+    held_out_count: int = 0
 
 
 class Validator:
@@ -53,7 +56,7 @@ class Validator:
         self.batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
         self.formulation = get_formulation(recipe.formulation)
         self.protocol = get_protocol(recipe.validation.protocol, self.formulation)
-        self.pairs = HeldOutPairs(recipe, dataset) if get_objective(recipe.objective).pairs else None
+        self.held_out = choose_held_out(recipe, dataset)
 
     @property
     def sample_count(self) -> int:
@@ -90,9 +93,9 @@ class Validator:
                 if mine:
                     losses[starts[number] : starts[number + 1]] = found.to(losses)
         losses_BV = group.sum_(losses).cpu()
-        return self._summarise(losses_BV, self.pairs.run(engine, group) if self.pairs is not None else {})
+        return self._summarise(losses_BV, self.held_out.run(engine, group) if self.held_out is not None else {})
 
-    def _summarise(self, losses_BV: Tensor, pair_figures: dict[str, float]) -> ValidationResult:
+    def _summarise(self, losses_BV: Tensor, held_out_figures: dict[str, float]) -> ValidationResult:
         means = [math.fsum(column) / len(losses_BV) for column in losses_BV.T.tolist()]
         averaged = means[: self.protocol.averaged]
         return ValidationResult(
@@ -102,8 +105,8 @@ class Validator:
             per_level=dict(zip(self.protocol.levels, means)),
             sample_count=self.sample_count,
             by_sample=self.protocol.by_sample(self.recipe.validation.protocol, losses_BV),
-            pair_figures=pair_figures,
-            pair_count=self.pairs.pair_count if self.pairs is not None else 0,
+            held_out_figures=held_out_figures,
+            held_out_count=self.held_out.count if self.held_out is not None else 0,
         )
 
 
@@ -113,7 +116,7 @@ class HeldOutPairs:
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset, self._partners = recipe, dataset, RejectedLatents(dataset)
         self._batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
-        self.pair_count = sum(len(batch) for batch in self._batches)
+        self.count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
         """Mean figures of the weights that the engine's forward passes use now. Collective."""
@@ -123,7 +126,7 @@ class HeldOutPairs:
                 for name, value in self._sum_figures(engine, self._batches[number], group.device).items():
                     sums[name] = sums.get(name, 0.0) + value * mine
         totals = group.sum(list(sums.values()))  # the same names on all ranks
-        return {name: total / (self.pair_count * DRAWS) for name, total in zip(sums, totals)}
+        return {name: total / (self.count * DRAWS) for name, total in zip(sums, totals)}
 
     def _sum_figures(self, engine: ZeroEngine, numbers: range, device: torch.device) -> dict[str, float]:
         """Sums of the figures over the pairs of one batch and all DRAWS of times and noise."""
@@ -138,6 +141,41 @@ class HeldOutPairs:
             for name, value_P in {f"{recipe.objective}/loss": found.loss_B, **found.figures}.items():
                 sums[name] = sums.get(name, 0.0) + value_P.double().sum().item()
         return sums
+
+
+class HeldOutCouplings:
+    """How far a student of few steps arrives from the teacher's latents of the val split, from their own noise."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, student: FewStep) -> None:
+        self.recipe, self.dataset, self._student = recipe, dataset, student
+        self._steps = student.steps or 1
+        self._batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.count = sum(len(batch) for batch in self._batches)
+
+    def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
+        """`<objective>/error`: the mean squared error of the student's latents, in its steps. Collective."""
+        total = 0.0
+        with engine.inference():
+            for number, mine in take_turns(len(self._batches), group):
+                batch = self.dataset.read(self._batches[number], seed=self.recipe.validation.seed)
+                assert batch.noise_BCHW is not None
+                latent_BCHW = sample(
+                    engine, batch.noise_BCHW.to(group.device), batch.text.to(group.device), steps=self._steps,
+                    shift=self.recipe.shift, formulation=self.recipe.formulation, student=self._student,
+                )  # fmt: skip
+                error_BCHW = latent_BCHW.double() - batch.latent_BCHW.to(latent_BCHW).double()
+                total += error_BCHW.square().flatten(1).mean(1).sum().item() * mine
+        [total] = group.sum([total])
+        return {f"{self.recipe.objective}/error": total / self.count}
+
+
+def choose_held_out(recipe: Recipe, dataset: Dataset) -> "HeldOutPairs | HeldOutCouplings | None":
+    """What measures figures of the objective's own on the val split; None where it has none."""
+    if get_objective(recipe.objective).pairs:
+        return HeldOutPairs(recipe, dataset)
+    student = FewStep.of(describe_student(recipe, dataset.info))
+    whole_steps = student is not None and (student.steps is not None or student.average)
+    return HeldOutCouplings(recipe, dataset, student) if student is not None and whole_steps else None
 
 
 def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:

@@ -20,6 +20,7 @@ from infra.errors import UserError
 from infra.log import format_duration
 from infra.runner import WorkerPool
 from model.backbone import read_config
+from model.diffusion.few_step import FewStep
 from model.diffusion.timesteps import require_shift
 from model.encoders.vae import Latents
 
@@ -150,9 +151,12 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
         raise UserError(f"{options.prompts}: no split {split!r}, it has {', '.join(told.splits)}")
     if told.couplings is not None:
         raise UserError(f"{options.prompts} holds couplings: give the dataset that their text is in")
+    guidance, student = choose_guidance(options, teacher), FewStep.of(teacher.meta)
+    if student is not None:
+        student.check(steps=options.steps, guidance=guidance, solver=options.solver)
     return Couplings(
         teacher=teacher.sha256, formulation=teacher.meta["formulation"], solver=options.solver, steps=options.steps,
-        grid=options.grid, shift=_shift(options, teacher), guidance=choose_guidance(options, teacher),
+        grid=options.grid, shift=_shift(options, teacher), guidance=guidance,
         unconditional=options.unconditional, precision=resolve_precision(options.precision, _worker_device(options)),
         seed=options.seed, captions=_weigh_captions(options, told), bucket="" if of_dataset else _square(teacher),
         val_every=options.val_every, prompts_split=split, prompts_index=told.splits[split].index, prompts=where,

@@ -16,6 +16,7 @@ from data_pipeline.formats.couplings import Couplings
 from infra.codec import from_json
 from infra.errors import UserError
 from model.bfloat16 import convert_to_bfloat16
+from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
 from model.diffusion.grids import integrates_over_sigma
 from model.diffusion.sampler import solve
@@ -65,6 +66,7 @@ class Teacher:
             raise UserError(f"{weights} changed since the couplings were begun: bring the teacher's file back")
         model, _ = load_model(file.path)
         self.spec, self.device, self._couplings = file.text_spec, device, couplings
+        self._student = FewStep.of(file.meta)
         network: Callable[..., Tensor] = model.to(device)
         self._network = convert_to_bfloat16(model, device) if couplings.precision == "bf16" else network
 
@@ -90,7 +92,7 @@ class Teacher:
         return solve(
             self._network, noise_BCHW.to(self.device), text, self._unconditional(text) if c.guidance != 1.0 else None,
             steps=c.steps, guidance=c.guidance, shift=c.shift, solver=c.solver, formulation=c.formulation, grid=c.grid,
-            tolerance=c.tolerance,
+            tolerance=c.tolerance, student=self._student,
         ).latents.float().cpu()  # fmt: skip
 
     def _unconditional(self, text: TextCond) -> TextCond:

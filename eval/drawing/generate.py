@@ -19,6 +19,7 @@ from infra.codec import from_json
 from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
 from model.bfloat16 import convert_to_bfloat16
+from model.diffusion.few_step import FewStep
 from model.diffusion.sampler import sample
 from model.encoders.networks import TextEncoders, load_text_encoders
 from model.encoders.text import TextCond, TextSpec, assemble, make_unconditional
@@ -119,6 +120,7 @@ class Painter:
                 f"{weights}: its metadata lacks {', '.join(missing)}, which sampling needs; export it again"
             )
         self.device = device
+        self.student = FewStep.of(self.meta)
         self.spec = TextSpec.from_json(self.meta["text_spec"])
         self.latents = from_json(Latents, self.meta["vae"], where=f"{weights}: vae")
         side = self.meta["resolution"] // self.latents.factor
@@ -137,12 +139,8 @@ class Painter:
         """UserError for settings with which these weights are not drawn."""
         if sampling.batch < 1:
             raise UserError(f"--batch {sampling.batch}: expected 1 or more")
-        student = self.meta.get("few_step") or {}
-        if student.get("guidance_kind") == "baked" and sampling.guidance != 1.0:
-            raise UserError(
-                f"{self.meta.get('run', 'these weights')} has guidance {student['guidance']:g} baked in, and guidance "
-                f"{sampling.guidance:g} would multiply with it: give --guidance 1"
-            )
+        if self.student is not None:
+            self.student.check(steps=sampling.steps, guidance=sampling.guidance, solver=sampling.solver)
 
     def paint(self, requests: Iterable[ImageRequest], sampling: Sampling) -> Iterator[tuple[ImageRequest, np.ndarray]]:
         """(request, uint8 RGB image) in the order of the requests, a batch at a time."""
@@ -185,6 +183,7 @@ class Painter:
             shift=self.meta.get("shift", 1.0) if sampling.shift is None else sampling.shift,
             solver=sampling.solver,
             formulation=self.meta["formulation"],
+            student=self.student,
         )
         if not torch.isfinite(latent_BCHW).all():
             raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")

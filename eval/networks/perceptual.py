@@ -1,19 +1,15 @@
 """How far apart two pictures look: LPIPS, or the cosine distance of a CLIP's features. Shapes: N pairs."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.checkpoints import hash_weights
 from eval.networks.clip_model import ClipModel, normalize_rows
-from infra.errors import UserError
-
-Backbone = Literal["alex", "vgg", "squeeze"]
+from model.perceptual import LpipsNet, load_lpips
 
 
 class PictureDistance(Protocol):
@@ -43,24 +39,9 @@ class ClipDistance:
 class Lpips:
     """The learned perceptual distance: heads from the lpips package (v0.1), the backbone's ImageNet weights by path."""
 
-    def __init__(self, backbone: str | Path, *, net: Backbone = "alex", device: str = "cpu") -> None:
-        try:
-            import lpips
-        except ImportError as error:
-            raise UserError("LPIPS needs its package: pip install lpips") from error
-        given = _read_backbone(Path(backbone))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of torchvision, at how lpips calls it
-            model: Any = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        features = model.net.state_dict()
-        state = {name: given.get(_name_in_torchvision(name)) for name in features}
-        wrong = next((n for n, tensor in state.items() if tensor is None or tensor.shape != features[n].shape), None)
-        if wrong is not None:
-            raise UserError(
-                f"{backbone}: no {_name_in_torchvision(wrong)} of torchvision's {net}; wrong backbone weights"
-            )
-        model.net.load_state_dict(state)
-        self._model, self._device = model.to(device).eval().requires_grad_(False), device
+    def __init__(self, backbone: str | Path, *, net: LpipsNet = "alex", device: str = "cpu") -> None:
+        model: Any = load_lpips(backbone, net=net)
+        self._model, self._device = model.to(device), device
         self.name, self.version = f"lpips/{net}", hash_weights(backbone)
 
     @torch.inference_mode()
@@ -68,19 +49,3 @@ class Lpips:
         """(N,) for pairs of one size."""
         x, y = (torch.from_numpy(np.stack(p)).permute(0, 3, 1, 2).float().div(127.5).sub(1) for p in (a, b))
         return self._model(x.to(self._device), y.to(self._device)).double().view(-1).cpu().numpy()
-
-
-def _name_in_torchvision(name: str) -> str:
-    """lpips cuts the features into slices and keeps their numbers: slice2.3.weight is features.3.weight."""
-    return "features." + name.split(".", 1)[1]
-
-
-def _read_backbone(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds
-        raise UserError(f"{path}: not backbone weights of LPIPS ({type(error).__name__}: {error})") from error

@@ -22,13 +22,14 @@ from eval.judging.metric import Clusters
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_pair_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import Convention, InceptionFeatures
-from eval.networks.perceptual import Backbone, Lpips
+from eval.networks.perceptual import Lpips
 from eval.studies.fidelity import SMALLEST, psnr, ssim
 from infra import storage
 from infra.device import resolve_device
 from infra.errors import UserError
 from infra.log import Progress
 from model.encoders.vae import Latents, load_vae
+from model.perceptual import LpipsNet
 
 # SD3 (arXiv 2403.03206), Table 3: autoencoders of factor 8 on other pictures than ours, shown for orientation.
 PAPER = {4: (2.41, 0.85, 0.75, 25.12), 8: (1.56, 0.68, 0.79, 26.40), 16: (1.06, 0.45, 0.86, 28.62)}
@@ -51,7 +52,7 @@ class AutoencoderOptions:
     convention: Convention = "clean-fid"
     lpips: str | None = None
     """ImageNet weights of LPIPS' backbone (torchvision's file, e.g. alexnet-owt-7be5be79.pth); left out without"""
-    lpips_net: Backbone = "alex"
+    lpips_net: LpipsNet = "alex"
     batch: int = 16
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N"""

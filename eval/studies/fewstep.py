@@ -123,12 +123,13 @@ class FewStepTask:
     options: FewStepOptions
 
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        options = self.options
-        judges = build_judges(options.judges, options.official)
+        asked = self.options
+        judges = build_judges(asked.judges, asked.official)
 
         def measure(unit: Mapping[str, Any]) -> dict[str, Any]:
-            subject = Subject(Checkpoint(**unit["checkpoint"]), options.device)
-            allowed = choose_guidance(subject.painter, options.guidance)
+            subject = Subject(Checkpoint(**unit["checkpoint"]), asked.device)
+            options = keep_steps(subject.painter, asked)
+            allowed = choose_guidance(subject.painter, options.guidance, steps=options.steps[0])
             for guidance in allowed:
                 planned = plan_settings(judges, options, guidance)
                 measure_pictures(subject, [m for of_setting in planned for m in of_setting], judges)
@@ -147,18 +148,29 @@ class FewStepTask:
         return measure
 
 
-def choose_guidance(painter: Painter, asked: Sequence[float]) -> list[float]:
+def keep_steps(painter: Painter, options: FewStepOptions) -> FewStepOptions:
+    """The options with those numbers of steps that lie on the grid of these weights; UserError where none does."""
+    student = painter.student
+    if student is None or student.steps is None:
+        return options
+    kept = tuple(steps for steps in options.steps if steps in student.step_counts)
+    if not kept:
+        painter.check(Sampling(guidance=1.0, steps=options.steps[0]))  # says why
+    return replace(options, steps=kept)
+
+
+def choose_guidance(painter: Painter, asked: Sequence[float], *, steps: int) -> list[float]:
     """The guidances with which these weights may be drawn."""
-    found = list(_allowed(painter, asked))
+    found = list(_allowed(painter, asked, steps=steps))
     if not found:
-        painter.check(Sampling(guidance=asked[0]))  # says why
+        painter.check(Sampling(guidance=asked[0], steps=steps))  # says why
     return found
 
 
-def _allowed(painter: Painter, asked: Sequence[float]) -> Iterator[float]:
+def _allowed(painter: Painter, asked: Sequence[float], *, steps: int) -> Iterator[float]:
     for guidance in asked:
         try:
-            painter.check(Sampling(guidance=guidance))
+            painter.check(Sampling(guidance=guidance, steps=steps))
         except UserError as error:
             log.info("guidance %g is left out: %s", guidance, error)
         else:

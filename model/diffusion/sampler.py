@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError, nearest
+from model.diffusion.few_step import FewStep
 from model.diffusion.flow import Formulation, broadcast_like, get_formulation
 from model.diffusion.grids import (
     Grid,
@@ -28,8 +29,8 @@ from model.diffusion.grids import (
 from model.encoders.text import TextCond
 
 Solver = Literal["euler", "heun", "rk"]
-Predict = Callable[[Tensor, Tensor, TextCond], Tensor]
-Slope = Callable[[Tensor, Tensor], Tensor]
+Predict = Callable[..., Tensor]  # (x, t_B, text), and r_B for a student that predicts average velocities
+Slope = Callable[..., Tensor]  # (state, coordinate), and the coordinate where the step ends
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def sample(
     solver: Solver = "euler",
     formulation: Formulation | str = "rf/lognorm(0.00,1.00)",
     grid: Grid = "default",
+    student: FewStep | None = None,
 ) -> Tensor:
     """Latents for `text` from `noise_BCHW`; see `solve` for the arguments."""
     return solve(
@@ -73,6 +75,7 @@ def sample(
         solver=solver,
         formulation=formulation,
         grid=grid,
+        student=student,
     ).latents
 
 
@@ -90,22 +93,27 @@ def solve(
     formulation: Formulation | str = "rf/lognorm(0.00,1.00)",
     grid: Grid = "default",
     tolerance: float = 1e-4,
+    student: FewStep | None = None,
 ) -> Trajectory:
     """Integrate from noise to data. `guidance` 1 reads `text` only; any other value needs `uncond`.
 
     solver rk is Dormand-Prince with relative and absolute `tolerance`; it chooses its own steps between the grid's ends
-    for the batch as a whole, so `steps` only says where its states are kept.
+    for the batch as a whole, so `steps` only says where its states are kept. `student`: what the weights say of
+    themselves; UserError for steps, guidance or a solver that do not fit it.
     """
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     if solver not in get_args(Solver):
         raise UserError(f"unknown solver {solver!r}{nearest(solver, get_args(Solver))}; known: euler, heun, rk")
+    if student is not None:
+        student.check(steps=steps, guidance=guidance, solver=solver)
+    average = student is not None and student.average
     predict = add_guidance(model_fn, text, uncond, guidance)
     evaluations = 0
 
-    def slope(y: Tensor, at: Tensor) -> Tensor:
+    def slope(y: Tensor, at: Tensor, to: Tensor | None = None) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return compute_path_slope(form, predict, y, at)
+        return compute_path_slope(form, predict, y, at, to if average else None)
 
     points = make_sampling_grid(form, steps, shift=shift, grid=grid)
     start, to_sigma = make_start_state(form, noise_BCHW, points[0]), integrates_over_sigma(form)
@@ -122,11 +130,11 @@ def solve(
 
 
 def add_guidance(model_fn: Predict, text: TextCond, uncond: TextCond | None, guidance: float) -> Callable[..., Tensor]:
-    """predict(x, network_time_B) with classifier-free guidance folded in."""
+    """predict(x, network_time_B, ...) with classifier-free guidance folded in; further times go to the network."""
     if not math.isfinite(guidance):
         raise UserError(f"guidance is {guidance}, expected a finite number")
     if guidance == 1.0:
-        return lambda x, t_B: model_fn(x, t_B, text)
+        return lambda x, t_B, *second: model_fn(x, t_B, text, *second)
     if uncond is None:
         raise UserError(f"guidance {guidance} needs an unconditional input: pass make_unconditional(spec, batch)")
     shapes = [(tuple(c.context_BLD.shape), tuple(c.pooled_BP.shape)) for c in (text, uncond)]
@@ -134,21 +142,28 @@ def add_guidance(model_fn: Predict, text: TextCond, uncond: TextCond | None, gui
         raise UserError(f"text of shapes {shapes[0]} but an unconditional input of {shapes[1]}; they share a batch")
     both = TextCond.cat([text, uncond])
 
-    def predict(x: Tensor, t_B: Tensor) -> Tensor:
+    def predict(x: Tensor, t_B: Tensor, *second: Tensor) -> Tensor:
         # Classifier-free guidance (arXiv 2207.12598), in the form without + g (with - without): g = 1 is no guidance.
-        with_text, without = model_fn(torch.cat([x, x]), torch.cat([t_B, t_B]), both).chunk(2)
+        further = [torch.cat([r_B, r_B]) for r_B in second]
+        with_text, without = model_fn(torch.cat([x, x]), torch.cat([t_B, t_B]), both, *further).chunk(2)
         return without + guidance * (with_text - without)
 
     return predict
 
 
-def compute_path_slope(form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor) -> Tensor:
-    """dy/d(coordinate) at one coordinate for the whole batch."""
+def compute_path_slope(
+    form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor, to: Tensor | None = None
+) -> Tensor:
+    """dy/d(coordinate) at one coordinate for the whole batch; with `to`, its average from there to `to`."""
     coordinate_B = at.to(torch.float64).expand(y.shape[0])
     level = get_level(form, coordinate_B)
     z = broadcast_like(level.a, y) * y if integrates_over_sigma(form) else y
     precise = torch.float64 if y.dtype == torch.float64 else torch.float32
-    prediction = predict(broadcast_like(level.input_scale, z) * z, level.network_time.to(y.device, precise)).to(y.dtype)
+    times = [level.network_time]
+    if to is not None:
+        times.append(get_level(form, to.to(torch.float64).expand(y.shape[0])).network_time)
+    scaled, times = broadcast_like(level.input_scale, z) * z, [t_B.to(y.device, precise) for t_B in times]
+    prediction = predict(scaled, *times).to(y.dtype)
     x0, noise = form.split(prediction, z, level)
     if integrates_over_sigma(form):
         return noise
@@ -163,7 +178,7 @@ def _make_fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tenso
         states = [y]
         for i in range(len(points) - 1):
             step = (points[i + 1] - points[i]).to(y.dtype)
-            first = slope(y, points[i])
+            first = slope(y, points[i], points[i + 1])
             nearly = y + step * first
             if skip_last is None or (skip_last and i == len(points) - 2):
                 y = nearly

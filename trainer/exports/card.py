@@ -7,6 +7,8 @@ from infra import storage
 from infra.codec import to_json
 from infra.results import ResultStore
 from infra.version import code_version
+from model.diffusion.flow import get_formulation
+from model.diffusion.grids import make_sampling_grid
 from trainer.recipe import Recipe
 
 Meta = dict[str, Any]
@@ -30,16 +32,23 @@ def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_see
         "code_version": code_version(),
         "run": run,
         "ema_profile": recipe.ema.profiles[0] if kind == "ema" else None,
-        **_describe_student(recipe, info),
+        **describe_student(recipe, info),
     }
 
 
-def _describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
-    """How a student of couplings is sampled: by Euler on the teacher's shifted times. A guidance that the teacher used
-    is baked into what the student learnt, and would multiply with another one."""
+def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
+    """How a student of couplings is sampled: by Euler on the teacher's shifted times, on a grid of its own where it was
+    distilled to some steps. A guidance that the teacher used is baked into what the student learnt, and would multiply
+    with another one."""
     found = info.couplings
     if found is None:
         return {}
+    further: dict[str, Any] = {}
+    if recipe.objective == "distil":
+        grid = make_sampling_grid(get_formulation(recipe.formulation), recipe.student.steps, shift=recipe.shift)
+        further = {"steps": recipe.student.steps, "sigmas": grid.tolist(), "states": recipe.student.states}
+    if recipe.objective == "meanflow":
+        further = {"average": True}
     return {
         "few_step": {
             "objective": recipe.objective,
@@ -49,6 +58,7 @@ def _describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
             "solver": "euler",
             "guidance": found.guidance * found.baked_guidance,  # one of the two is 1
             "guidance_kind": "kept" if found.guidance == found.baked_guidance == 1.0 else "baked",
+            **further,
         }
     }
 

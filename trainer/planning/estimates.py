@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from trainer.machines import Machine, estimate_transfer
-from trainer.objective import count_train_flops, get_objective
+from trainer.objective import count_network_passes, count_train_flops, get_objective
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
@@ -128,7 +128,8 @@ def estimate_step_time(
     p = recipe.parallel
     per_image = count_train_flops(recipe)
     if p.checkpoint_blocks:
-        per_image += recipe.model.count_forward_flops(*recipe.data.sizes)
+        recomputed = count_network_passes(recipe).backward
+        per_image += recomputed * recipe.model.count_forward_flops(*recipe.data.sizes)
     compute = per_image * recipe.global_batch / world_size / (machine.flops * efficiency)
     moved = count_bytes_moved(recipe, world_size=world_size)
     inside = min(world_size, machine.per_node, p.hpz) if p.hpz > 1 else 0

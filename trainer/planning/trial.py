@@ -29,9 +29,9 @@ from infra.steal import read_stolen_seconds, subtract_stolen
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
-from trainer.feed import MicroBatch, draw_noise
+from trainer.feed import MicroBatch, draw_for
 from trainer.launchers import start_training
-from trainer.objective import bind_objective, count_train_flops, get_objective
+from trainer.objective import bind_objective, count_network_passes, count_train_flops, get_objective
 from trainer.planning.estimates import Cost, StepCost
 from trainer.recipe import Recipe
 from trainer.zero.ema import ShardedEMA
@@ -144,7 +144,7 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     parallel = replace(recipe.parallel, micro_batch=micro_batch, hpz=min(recipe.parallel.hpz, group.world_size))
     batch = micro_batch * PASSES * group.world_size
     recipe = replace(recipe, model=make_shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
-    engine = ZeroEngine(recipe, group, accumulation=PASSES)
+    engine = ZeroEngine(recipe, group, accumulation=PASSES, passes=count_network_passes(recipe).backward)
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     compute, micro = bind_objective(recipe), make_up_batch(recipe, micro_batch)
     if group.device.type == "cuda":
@@ -154,7 +154,7 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     for number in range(1 + ROUNDS):
         for _ in range(PASSES):
             timer.start()
-            engine.backward(compute(engine, micro.to(group.device)).loss_B.mean())
+            engine.backpropagate(compute(engine, micro.to(group.device)))
             passes.append(timer.take())
         timer.start()
         group.sum([0.0])
@@ -198,7 +198,7 @@ def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:
     places, words = torch.LongTensor(range(count)), [""] * count
     other = torch.randn(shape) if get_objective(recipe.objective).pairs else None
     batch = LatentBatch(torch.randn(shape), text, places, words, words, other)
-    return draw_noise(batch, get_formulation(recipe.formulation), seed=recipe.seed, shift=recipe.shift)
+    return draw_for(recipe, batch, get_formulation(recipe.formulation))
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from infra.log import get_logger
 from infra.steal import read_stolen_seconds
 from model.probe import AttentionProbe, AttentionStatistics
 from trainer.machines import Machine
-from trainer.objective import Losses, count_train_flops
+from trainer.network import Losses
+from trainer.objective import Passes, count_network_passes, count_train_flops
 from trainer.recipe import Recipe
 from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
@@ -51,7 +52,8 @@ class Monitor:
         # Exact, unlike the customary three forward passes: layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
         exact = config.count_forward_flops(height, width, tokens) + config.count_backward_flops(height, width, tokens)
-        self._flops = exact if recipe.lora.rank is None else count_train_flops(recipe)
+        whole = count_network_passes(recipe) == Passes() and recipe.lora.rank is None
+        self._flops = exact if whole else count_train_flops(recipe)
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed

@@ -109,11 +109,11 @@ class RunLog:
 
     def _add_held_out_pairs(self, found: ValidationResult) -> None:
         """Rows named val_<objective>/..."""
-        for name, value in found.pair_figures.items():
+        for name, value in found.held_out_figures.items():
             better = name in get_objective(self.recipe.objective).higher_is_better
-            self._row(f"val_{name}", value, found.pair_count, protocol=found.protocol_hash, higher_is_better=better)
-        if found.pair_figures:
-            self._write("val", found.pair_figures)
+            self._row(f"val_{name}", value, found.held_out_count, protocol=found.protocol_hash, higher_is_better=better)
+        if found.held_out_figures:
+            self._write("val", found.held_out_figures)
 
     def add_costs(self, **figures: float) -> None:
         """What the run has cost so far: rows named cost/..."""

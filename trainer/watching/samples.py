@@ -12,9 +12,11 @@ from data_pipeline.loading.loader import Dataset
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from model.diffusion.few_step import FewStep
 from model.diffusion.sampler import sample
 from model.encoders.vae import load_vae
 from model.seeding import keyed_normal
+from trainer.exports.card import describe_student
 from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
@@ -23,15 +25,23 @@ log = get_logger("samples")
 STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; eval has settings of its own
 
 
+def choose_steps(student: FewStep | None) -> int:
+    """A student's own number of steps, one where it takes any number by averages."""
+    if student is None:
+        return STEPS
+    return student.steps or (1 if student.average else STEPS)
+
+
 class Sampler:
     """Draws the first captions of the val split; Euler with guidance towards the zeros input."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, group: Group) -> None:
         self.recipe, self.dataset, self.group = recipe, dataset, group
         bucket = next(iter(dataset.bucket_ranges.values()))
-        couplings = dataset.info.couplings
+        self.student = FewStep.of(describe_student(recipe, dataset.info))
         # A guidance of the teacher is learnt with its couplings; another one would multiply it.
-        self.guidance = GUIDANCE if couplings is None or couplings.guidance == 1.0 else 1.0
+        self.guidance = GUIDANCE if self.student is None or self.student.guidance_kind == "kept" else 1.0
+        self.steps = choose_steps(self.student)
         self.batch = dataset.read(bucket[: recipe.logging.samples])
         self.share = math.ceil(len(self.batch.keys) / group.world_size)
 
@@ -52,10 +62,11 @@ class Sampler:
                 noise_BCHW.to(group.device),
                 text,
                 text.zeros_like(),
-                steps=STEPS,
+                steps=self.steps,
                 guidance=self.guidance,
                 shift=self.recipe.shift,
                 formulation=self.recipe.formulation,
+                student=self.student,
             )
         all_BCHW = torch.zeros(group.world_size * self.share, *mine_BCHW.shape[1:], device=group.device)
         all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = mine_BCHW

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from model.encoders.text import TextCond
+from model.float32 import InFloat32
 from model.lora import add_adapters, is_adapter, switch_off_adapters
+from trainer.network import Losses
 from trainer.recipe import Recipe
 from trainer.zero.group import Group
 from trainer.zero.optim import build_adamw
@@ -44,15 +46,17 @@ class ZeroEngine:
     """The model of a recipe, spread over the ranks of `group`."""
 
     def __init__(
-        self, recipe: Recipe, group: Group, *, accumulation: int = 1, build: Callable[[], nn.Module] | None = None
-    ) -> None:
+        self, recipe: Recipe, group: Group, *, accumulation: int = 1, passes: int = 1,
+        build: Callable[[], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
+        """`accumulation`: micro-batches of a step; `passes`: backward passes of each."""
         import deepspeed
 
         _quieten(deepspeed)
         self.recipe, self.group, self.stage = recipe, group, recipe.parallel.zero_stage
-        self.accumulation = accumulation
+        self.accumulation, self._passes = accumulation, passes
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        config = make_deepspeed_config(recipe, group, accumulation=accumulation)
+        config = make_deepspeed_config(recipe, group, accumulation=accumulation, passes=passes)
         make = build or (lambda: recipe.model.build(seed=recipe.seed))
         # Parameters are sharded as each layer is made: the whole model never lies on one rank.
         sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else contextlib.nullcontext()
@@ -89,10 +93,19 @@ class ZeroEngine:
         second = () if r is None else (r,)
         return self._engine(x_BCHW.to(self.dtype), t, text.to(dtype=self.dtype), *second).float()
 
+    def backpropagate(self, losses: Losses) -> None:
+        """Add the gradients of this micro-batch's mean loss, in as many backward passes as it takes."""
+        self.backward(losses.loss_B.mean())
+        for loss in losses.earlier(1 / self.accumulation):
+            self.backward(loss)
+
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this micro-batch. DeepSpeed divides by the number of micro-batches and averages over
-        ranks."""
-        self._engine.backward(loss)
+        """Add the gradients of one backward pass; they are averaged over micro-batches and ranks.
+
+        Each pass is one of DeepSpeed's micro-batches, by whose number it divides: a parameter that is used twice in one
+        graph would be reduced too early under stage 3.
+        """
+        self._engine.backward(loss * self._passes if self._passes > 1 else loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # takes no step: this is how DeepSpeed counts micro-batches
 
@@ -136,12 +149,30 @@ class ZeroEngine:
             self._engine.train(training)
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside the block a forward pass uses the frozen weights alone, without adapters or gradients: the reference
-        of DPO. The next forward pass belongs to the same training step."""
-        with self.inference(), switch_off_adapters(self.model):
+    def without_gradients(self) -> Iterator[None]:
+        """Inside the block a forward pass keeps no gradients; the next one belongs to the same training step."""
+        with self.inference():
             yield
         self.partition.continue_step()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside the block a forward pass uses the frozen weights alone, without adapters or gradients: the reference
+        of DPO."""
+        with self.without_gradients(), switch_off_adapters(self.model):
+            yield
+
+    @contextlib.contextmanager
+    def precise(self) -> Iterator[None]:
+        """Inside the block a forward pass computes in fp32, without gradients: a part of a difference, as MeanFlow
+        takes it. The weights are those of any forward pass, in bf16 under bf16."""
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            # Compiled blocks were traced for bf16: they run as they are written here.
+            with self.without_gradients(), torch.compiler.set_stance("force_eager"), InFloat32():
+                yield
+        finally:
+            self.dtype = dtype
 
     # --- this rank's share
 
@@ -240,14 +271,14 @@ class ZeroEngine:
         return {"local": sum(s.numel for f in self.partition.flats for s in f.segments), "parameters": total}
 
 
-def make_deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int) -> dict[str, Any]:
+def make_deepspeed_config(recipe: Recipe, group: Group, *, accumulation: int, passes: int = 1) -> dict[str, Any]:
     """DeepSpeed's JSON for a recipe. What is not named here keeps DeepSpeed's default."""
     p = recipe.parallel
     # Gloo has no streams: overlapping would only add copies.
     overlap = group.device.type == "cuda"
     config: dict[str, Any] = {
-        "train_batch_size": recipe.global_batch,
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": recipe.global_batch * passes,
+        "gradient_accumulation_steps": accumulation * passes,
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,

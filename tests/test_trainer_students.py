@@ -1,0 +1,368 @@
+"""Distillation and MeanFlow on couplings: exact on straight and analytic flows, what is refused, runs on two ranks."""
+# Shapes: B batch, C latent channels, H and W latent height and width.
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_model_backbones import NAMES, inputs, random_model
+from test_trainer_reflow import CONFIG, FORM, batch_of, couple_with, straight, told, write_weights
+from trainer_launch import TINY, run_ranks
+
+from data_pipeline.checkpoints import resolve
+from data_pipeline.formats.schema import read_dataset_info
+from data_pipeline.loading.loader import open_dataset
+from data_pipeline.packing.synthetic import write_synthetic
+from eval.drawing.generate import ImageRequest, Painter, Sampling
+from infra.errors import UserError
+from infra.results import ResultStore
+from model.diffusion.few_step import FewStep
+from model.diffusion.flow import get_formulation
+from model.diffusion.grids import make_sampling_grid
+from model.diffusion.sampler import sample
+from model.encoders.vae import Latents, load_vae
+from model.files.weights import read_meta
+from model.float32 import InFloat32
+from model.perceptual import load_perceptual
+from trainer.checks.students import check_start
+from trainer.exports.card import describe_student
+from trainer.feed import draw_for
+from trainer.objective import bind_objective, check_objective, count_train_flops
+from trainer.perceptual import PerceptualLoss
+from trainer.recipe import Student
+from trainer.recipes import get_recipe
+from trainer.students import StudentLoss, differ, distil, meanflow, round_up
+
+L2 = StudentLoss("l2", 1.0)
+
+
+class Plain:
+    """A function as the network of an objective; double precision needs no more of it."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x, t, text, r=None):
+        return self.function(x, t, r)
+
+    def precise(self):
+        return torch.no_grad()
+
+    without_gradients = precise
+
+
+def go_backward(losses, scale=1.0):
+    (scale * losses.loss_B.mean()).backward()
+    for loss in losses.earlier(scale):
+        (scale * loss).backward()
+
+
+# --- distillation
+
+
+@pytest.mark.parametrize("states", ["line", "rollout"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_distillation_of_a_straight_flow_is_at_zero(steps, states, shift):
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    network = Plain(lambda x, t, r: factor * straight(0.2)(x, t, None))
+    found = distil(network, batch_of(0.2), formulation=FORM, loss=L2, steps=steps, shift=shift, states=states)
+    assert found.loss_B.abs().max() < 1e-28
+    go_backward(found)
+    assert abs(factor.grad.item()) < 1e-12
+
+
+def test_one_step_is_the_same_loss_from_the_line_and_by_rollout():
+    batch = batch_of(0.5)
+    options = {"formulation": FORM, "loss": StudentLoss("huber", 0.01), "steps": 1, "shift": 1.0}
+    line, rolled = (
+        distil(Plain(lambda x, t, r: 0.3 * x), batch, states=states, **options).loss_B for states in ("line", "rollout")
+    )
+    torch.testing.assert_close(line, rolled, rtol=1e-12, atol=0)
+    assert line.min() > 0.01
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_gradient_of_a_rollout_goes_back_through_all_steps(steps):
+    """For the field c x, k Euler steps of 1/k arrive at (1 - c/k)^k of the noise; so loss and slope are known."""
+    batch, c = batch_of(0.2), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    network = Plain(lambda x, t, r: c * x)
+    losses = distil(network, batch, formulation=FORM, loss=L2, steps=steps, shift=1.0, states="rollout")
+    go_backward(losses, scale=0.25)
+    loss = losses.loss_B.mean()
+    arrives, squared = (1 - 0.7 / steps) ** steps, batch.noise_BCHW.square().mean().item()
+    assert loss.item() == pytest.approx((arrives - 0.2) ** 2 * squared, rel=1e-12)
+    slope = 2 * (arrives - 0.2) * -((1 - 0.7 / steps) ** (steps - 1)) * squared
+    assert c.grad.item() == pytest.approx(0.25 * slope, rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_uniform_times_fall_equally_often_on_the_points_of_the_grid(shift):
+    grid = make_sampling_grid(FORM, 4, shift=shift)
+    t = get_formulation("rf").timesteps(torch.linspace(0, 1, 40_001, dtype=torch.float64), shift)
+    found, counts = round_up(t, grid).unique(return_counts=True)
+    assert torch.equal(found.flip(0), grid[:-1])
+    assert (counts - 10_000).abs().max() <= 1
+    assert torch.equal(round_up(grid[:-1], grid), grid[:-1])
+
+
+# --- MeanFlow
+
+
+@pytest.mark.parametrize("a", [-2.0, 0.5, 3.0])
+def test_meanflow_s_identity_on_an_exponential_flow(a):
+    """x_t = e^(at): v = a x, and the mean velocity from t to r is x (1 - e^(-a (t-r))) / (t-r)."""
+    t = torch.tensor([0.3, 0.6, 1.0, 1.0, 0.5], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.55, 0.2, 1.0, 0.5], dtype=torch.float64)
+
+    def u(at):
+        interval = at - r
+        safe = interval.where(interval != 0, torch.ones_like(interval))
+        return torch.where(interval == 0, a * torch.exp(a * at), torch.exp(a * at) * -torch.expm1(-a * safe) / safe)
+
+    found = a * torch.exp(a * t) - (t - r) * differ(u, t, r, difference=1e-5)
+    torch.testing.assert_close(found, u(t), rtol=3e-4, atol=0)
+    torch.testing.assert_close(found[:2], u(t)[:2], rtol=1e-8, atol=0)  # central
+    assert torch.equal(found[3:], u(t)[3:])  # r = t: the velocity itself
+
+
+def test_the_difference_is_of_second_order_inside_and_of_first_at_the_end():
+    t, r = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    errors = [(differ(torch.sin, t, r, difference=h) - torch.cos(t)).abs() for h in (0.02, 0.01)]
+    ratio = errors[0] / errors[1]
+    assert ratio[0].item() == pytest.approx(4, rel=1e-2)
+    assert ratio[1].item() == pytest.approx(2, rel=1e-2)
+
+
+def test_the_loss_of_meanflow_against_its_formula():
+    """u = sin(3t) x + r t^2 on the pair's line: du/dt = sin(3t) v + 3 cos(3t) x + 2 r t."""
+    batch = batch_of(0.5)
+    x0, e, t = batch.x0_BCHW, batch.noise_BCHW, batch.t_B.view(-1, 1, 1, 1)
+    r = 0.4 * t
+    network = Plain(lambda x, t, r: shaped(torch.sin(3 * t)) * x + shaped(r * t * t))
+    given = batch._replace(r_B=r.flatten())
+    found = meanflow(network, given, formulation=FORM, loss=L2, difference=1e-5).loss_B
+    x, v = (1 - t) * x0 + t * e, e - x0
+    target = v - (t - r) * (torch.sin(3 * t) * v + 3 * torch.cos(3 * t) * x + 2 * r * t)
+    expected = (torch.sin(3 * t) * x + r * t * t - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+def shaped(x_B):
+    return x_B.view(-1, 1, 1, 1)
+
+
+def test_meanflow_of_a_straight_flow_is_at_zero():
+    batch = batch_of(0.2)
+    given = batch._replace(r_B=0.3 * batch.t_B)
+    field = straight(0.2)
+    found = meanflow(Plain(lambda x, t, r: field(x, t, None)), given, formulation=FORM, loss=L2, difference=0.005)
+    assert found.loss_B.abs().max() < 1e-20
+
+
+def test_second_times_have_their_shares_and_depend_on_positions_alone(folder):
+    recipe = get_recipe("world-meanflow-d2")
+    dataset = open_dataset(str(folder / "coupled"))
+    batch = dataset.read(range(dataset.num_samples), seed=0)
+    many = batch._replace(
+        positions=torch.arange(4000), latent_BCHW=torch.zeros(4000, 1, 1, 1), noise_BCHW=torch.zeros(4000, 1, 1, 1)
+    )
+    micro = draw_for(recipe, many, FORM)
+    assert (micro.r_B <= micro.t_B).all()
+    assert (micro.r_B == micro.t_B).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (micro.r_B == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    between = (micro.r_B > 0) & (micro.r_B < micro.t_B)
+    assert (micro.r_B / micro.t_B)[between].mean().item() == pytest.approx(0.5, abs=0.03)
+    part = draw_for(recipe, many._replace(positions=many.positions[1000:]), FORM)
+    assert torch.equal(part.r_B, micro.r_B[1000:])
+    assert torch.equal(micro.to(torch.device("cpu")).r_B, micro.r_B)
+    assert draw_for(get_recipe("world-reflow-d2"), many, FORM).r_B is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_in_fp32_of_bf16_weights_is_that_of_the_same_weights_in_fp32(name):
+    model = random_model(name, second_time=True).bfloat16()
+    x, t, text = inputs()
+    with torch.no_grad():
+        with InFloat32():
+            found = model(x, t, text, 0.5 * t)
+        expected = model.float()(x, t, text, 0.5 * t)
+    assert torch.equal(found, expected)
+
+
+# --- pictures
+
+
+@pytest.fixture(scope="module")
+def world_pictures():
+    latents = Latents.of(load_vae(resolve("world:vae")).config, "world:vae")
+    return PerceptualLoss("features:world:clip", latents, device=torch.device("cpu"))
+
+
+def test_a_perceptual_loss_adds_to_the_one_in_latents(world_pictures):
+    """Nothing for equal latents; a gradient for the student's alone; the sum is weighed as the recipe says."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 8, 16, 16, generator=generator) for _ in range(2))
+    a.requires_grad_()
+    far = world_pictures(a, b)
+    assert far.shape == (2,)
+    assert world_pictures(b, b).max() < 1e-9
+    assert far.min() > 0.01
+    far.sum().backward()
+    assert a.grad.abs().min(0).values.max() > 0
+    loss = StudentLoss("l2", 1.0, latent_weight=0.5, perceptual_weight=2.0, perceptual=world_pictures)
+    found = loss(a, b, x0_hat_BCHW=a, x0_BCHW=b)
+    torch.testing.assert_close(found.loss_B, 0.5 * L2(a, b, x0_hat_BCHW=a, x0_BCHW=b).loss_B + 2 * far)
+    assert set(found.figures) == {"student/latent", "student/perceptual"}
+    assert not any(figure.requires_grad for figure in found.figures.values())
+
+
+def test_features_of_a_vision_model_of_transformers(tmp_path):
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    distance = load_perceptual("features", tmp_path)
+    a, b = torch.zeros(2, 3, 48, 48), torch.linspace(-1, 1, 2 * 3 * 48 * 48).view(2, 3, 48, 48)
+    assert distance(a, a).max() < 1e-9
+    assert distance(a, b).min() > 1e-4
+    with pytest.raises(UserError, match="no vision model at"):
+        load_perceptual("features", tmp_path / "nowhere")
+
+
+# --- samplers
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_average_velocities_reach_the_end_exactly_in_any_number_of_steps(steps):
+    """The exponential flow x_t = x_0 e^(2t), from x_1 = noise."""
+
+    def network(x, t, text, r):
+        interval = t - r
+        return x * shaped(-torch.expm1(-2 * interval) / interval)
+
+    noise = batch_of(1.0).noise_BCHW
+    student = FewStep("meanflow", average=True)
+    found = sample(network, noise, batch_of(1.0).text, steps=steps, formulation="rf", student=student)
+    torch.testing.assert_close(found, noise * math.exp(-2), rtol=1e-12, atol=0)
+
+
+def test_students_are_sampled_as_they_were_trained():
+    four = FewStep("distil", steps=4)
+    assert four.step_counts == [1, 2, 4]
+    four.check(steps=2, guidance=4.0, solver="euler")
+    for steps in (8, 3):
+        with pytest.raises(UserError, match=r"grid of 4 steps.*give --steps 1 or 2 or 4"):
+            four.check(steps=steps, guidance=1.0, solver="euler")
+    with pytest.raises(UserError, match="takes whole steps, not solver heun"):
+        FewStep("meanflow", average=True).check(steps=25, guidance=1.0, solver="heun")
+    FewStep("reflow").check(steps=25, guidance=2.0, solver="heun")
+    with pytest.raises(UserError, match="baked in"):
+        FewStep("reflow", guidance=1.5, guidance_kind="baked").check(steps=1, guidance=2.0, solver="euler")
+    assert FewStep.of({"run": "teacher"}) is None
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("world-distil-d2", {"formulation": "rf/lognorm(0.00,1.00)"}, "give --formulation rf, or"),
+        ("world-distil-d2", {"student": Student(perceptual="vgg:FILE")}, "expected KIND:PATH with KIND features"),
+        ("world-distil-d2", {"student": Student(perceptual="features:nowhere")}, "no checkpoint at 'nowhere'"),
+        ("world-meanflow-d2", {"student": Student(perceptual="features:world:clip")}, "has no perceptual loss"),
+        ("world-meanflow-d2", {"model": get_recipe("world-d2").model}, "give --model.second-time"),
+        ("world-meanflow-d2", {"objective": "distil"}, "give --objective meanflow"),
+        ("world-d2", {"model": get_recipe("world-meanflow-d2").model}, "trains with objective meanflow alone"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(name, changes, says):
+    with pytest.raises(UserError, match=says):
+        check_objective(dataclasses.replace(get_recipe(name), **changes))
+
+
+def test_recipes_that_work_and_what_they_cost():
+    distilled = get_recipe("world-distil-d2")
+    student = Student(steps=4, states="rollout", perceptual="features:world:clip")
+    rolled = dataclasses.replace(distilled, student=student)
+    check_objective(rolled)
+    check_objective(get_recipe("world-meanflow-d2"))
+    assert count_train_flops(rolled) == 5 * count_train_flops(distilled)  # 3 passes more, 4 with a gradient
+    base = dataclasses.replace(distilled, precision="fp32")
+    variants = [dataclasses.replace(base, student=Student(**each)) for each in (
+        {"steps": 2}, {"states": "rollout"}, {"perceptual": "features:world:clip"}, {"difference": 0.01},
+        {"equal_times": 0.6}, {"to_zero": 0.1}, {"latent_weight": 0.0}, {"perceptual_weight": 2.0})]  # fmt: skip
+    assert len({recipe.hash for recipe in [base, *variants]}) == 9
+
+
+def test_the_loss_of_a_recipe_is_bound_with_its_options():
+    recipe = dataclasses.replace(get_recipe("world-distil-d2"), student=Student(steps=2, states="rollout"))
+    given = batch_of(0.2)
+    found = bind_objective(recipe)(Plain(lambda x, t, r: 0 * x), given)
+    expected = (given.noise_BCHW - given.x0_BCHW).square().mean((1, 2, 3))
+    torch.testing.assert_close(found.loss_B, expected)
+
+
+# --- real ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("students")
+    write_synthetic(str(path / "data"), num_samples=64, val_samples=8, latent_shape=(4, 8, 8), buckets=("32x32",))
+    write_weights(path / "teacher.safetensors", path)
+    couple_with(path, "teacher.safetensors", "coupled", guidance=1.0)
+    return path
+
+
+def test_weights_say_how_a_student_is_sampled(folder):
+    info = read_dataset_info(str(folder / "coupled"))
+    recipe = dataclasses.replace(get_recipe("world-distil-d2"), student=Student(steps=2))
+    few = describe_student(recipe, info)["few_step"]
+    assert (few["steps"], few["sigmas"], few["states"], few["objective"]) == (2, [1.0, 0.5, 0.0], "line", "distil")
+    assert FewStep.of({"few_step": few}).step_counts == [1, 2]
+    assert describe_student(get_recipe("world-meanflow-d2"), info)["few_step"]["average"] is True
+    path = write_weights(folder / "two.safetensors", folder, few_step=few)
+    with pytest.raises(UserError, match="grid of 2 steps"):
+        next(Painter(path).paint([ImageRequest("a dog")], Sampling(steps=25, guidance=1.0)))
+    with pytest.raises(UserError, match="grid of 2 steps"):
+        couple_with(folder, "two.safetensors", "again", guidance=1.0)
+    with pytest.raises(UserError, match=r"student of few steps .objective distil"):
+        check_start(dataclasses.replace(get_recipe("world-d2"), model=CONFIG), str(path))
+
+
+def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str) -> list[float]:
+    run_ranks([
+        "-m", "trainer", "train", name, "--data", str(folder / "coupled"), "--out", str(folder / out), *TINY,
+        "--init-from", str(folder / "teacher.safetensors"), "--images", "48", "--schedule.warmup-images", "0",
+        "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "48",
+        "--parallel.zero-stage", str(stage), "--optimizer.lr", "1e-3", *more,
+    ], ranks)  # fmt: skip
+    return told(folder / out)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [("world-distil-d2", ["--student.steps", "2", "--student.states", "rollout"], 2), ("world-meanflow-d2", [], None)],
+)
+def test_zero_3_on_two_ranks_takes_the_steps_of_one_process_without_it(folder, name, options, steps):
+    """Several passes in a step: their gradients are summed alike."""
+    sharded, alone = (run(folder, name, f"{name}-{ranks}", ranks, stage, *options) for ranks, stage in ((2, 3), (1, 0)))
+    assert len(sharded) == 6
+    assert sharded == pytest.approx(alone, rel=1e-4)
+    weights = folder / f"{name}-2" / "weights" / "ema.safetensors"
+    objective = name.split("-")[1]
+    few = read_meta(weights)["few_step"]
+    assert (few["objective"], few.get("steps")) == (objective, steps)
+    rows = ResultStore(str(folder / f"{name}-2" / "results")).rows(metric=f"val_{objective}/error")
+    assert rows[-1].sample_count == 16
+    assert math.isfinite(rows[-1].value)
