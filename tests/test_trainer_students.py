@@ -102,7 +102,7 @@ def test_the_gradient_of_a_rollout_goes_back_through_all_steps(steps):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_uniform_times_fall_equally_often_on_the_points_of_the_grid(shift):
     grid = make_sampling_grid(FORM, 4, shift=shift)
-    t = get_formulation("rf").timesteps(torch.linspace(0, 1, 40_001, dtype=torch.float64), shift)
+    t = get_formulation("rf").draw_timesteps(torch.linspace(0, 1, 40_001, dtype=torch.float64), shift)
     found, counts = round_up(t, grid).unique(return_counts=True)
     assert torch.equal(found.flip(0), grid[:-1])
     assert (counts - 10_000).abs().max() <= 1
