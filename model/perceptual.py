@@ -71,7 +71,7 @@ class LpipsDistance(nn.Module):
         return self.lpips(a, b).view(-1)
 
 
-class FeatureDistance(nn.Module):
+class VisionDistance(nn.Module):
     """Distance of features as LPIPS takes it, without learned heads, (B).
 
     The features of each place are scaled to length 1; squared differences are summed over features and averaged over
@@ -117,7 +117,7 @@ def load_perceptual(kind: str, path: str | Path) -> nn.Module:
     raise UserError(f"no vision model at {path}: expected a folder of open_clip or transformers")
 
 
-def _load_open_clip(folder: Path) -> FeatureDistance:
+def _load_open_clip(folder: Path) -> VisionDistance:
     import open_clip
 
     try:
@@ -130,10 +130,10 @@ def _load_open_clip(folder: Path) -> FeatureDistance:
         return list(found["image_intermediates"])
 
     side = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
-    return FeatureDistance(visual, layers, side=side, mean=visual.image_mean, std=visual.image_std)
+    return VisionDistance(visual, layers, side=side, mean=visual.image_mean, std=visual.image_std)
 
 
-def _load_transformers(folder: Path) -> FeatureDistance:
+def _load_transformers(folder: Path) -> VisionDistance:
     from transformers import AutoModel
 
     try:
@@ -149,4 +149,4 @@ def _load_transformers(folder: Path) -> FeatureDistance:
         return [x.flatten(2).mT if x.ndim == 4 else x for x in states]
 
     side = getattr(vision.config, "image_size", None) or LPIPS_SIDE
-    return FeatureDistance(vision, layers, side=side, mean=mean, std=std)
+    return VisionDistance(vision, layers, side=side, mean=mean, std=std)
