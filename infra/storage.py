@@ -293,7 +293,8 @@ def _walk(path: Path, uri: str, *, recursive: bool, links: bool, above: tuple[st
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(path):
             child = "/" + entry.name if uri == "/" else f"{uri}/{entry.name}"
-            if entry.is_file() or (links and entry.is_symlink() and not os.path.exists(entry.path)):
+            leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)  # also a link to itself
+            if (links and leads_nowhere) or (not leads_nowhere and entry.is_file()):
                 if not entry.name.endswith(TEMP_SUFFIX):
                     yield child
             elif recursive and entry.is_dir(follow_symlinks=links) and os.path.realpath(entry.path) not in above:

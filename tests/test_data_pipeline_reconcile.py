@@ -143,7 +143,14 @@ def is_usable(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(map(is_usable, value))
     try:
-        text = value.decode() if isinstance(value, bytes) else value.encode().decode() if isinstance(value, str) else ""
+        marked = isinstance(value, bytes) and value[:2] in (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, as Windows writes
+        text = (
+            value.decode("utf-16" if marked else "utf-8")
+            if isinstance(value, bytes)
+            else value.encode().decode()
+            if isinstance(value, str)
+            else ""
+        )
     except UnicodeError:
         return False
     return "\0" not in text and bool(text.removeprefix("\ufeff" if isinstance(value, bytes) else "").strip())

@@ -215,9 +215,13 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path):
     pq.write_table(pa.table({"url": ["http://x"], "caption": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="img2dataset"):
         open_source(f"parquet:{tmp_path}").list_units()
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(UserError, match="not a readable parquet file"):
-        open_source(f"parquet:{tmp_path}").list_units()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").write_bytes(b"PAR1 nonsense")
+    pq.write_table(pa.table({"image": [png()], "caption": ["a"]}), tmp_path / "in" / "b.parquet")
+    # a damaged file holds up no other
+    rows = ingest(tmp_path, f"parquet:{tmp_path}/in")
+    assert [row["status"] for row in rows] == ["unreadable", "ok"]
+    assert "not a readable parquet file" in rows[0]["reason"]
 
 
 @pytest.mark.parametrize(

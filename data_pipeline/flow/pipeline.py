@@ -124,7 +124,10 @@ class Pipeline:
     # ingest, filter, signature, bucket: one pass over the source
 
     def _ingest(self) -> None:
-        units = [unit for unit in self.source.list_units() if self.only_split in (None, unit.split)]
+        listed = self.source.list_units()
+        units = [unit for unit in listed if self.only_split in (None, unit.split)]
+        if not listed:
+            raise UserError("the source holds no rows: nothing to do")
         if not units:
             raise UserError(f"the source has no split {self.only_split!r}: omit --split, or name another")
         ingest, column = self.columns.ingest

@@ -19,6 +19,7 @@ from data_pipeline.curation.filters import MeasureStage
 from data_pipeline.curation.scores import rate_caption
 from data_pipeline.images import describe_picture
 from data_pipeline.plans import PLANS, DatasetPlan
+from data_pipeline.sources.captions import Caption
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.seen import Seen
 from data_pipeline.sources.source import FoundField, RawRow, Source, SourceUnit
@@ -210,6 +211,8 @@ def _name_type(value: object) -> str:
     """A caption's type in plain words."""
     if value is None or (isinstance(value, str | bytes) and not value.strip()):
         return "nothing"
+    if isinstance(value, Caption):
+        return "unclear"
     kinds: dict[Any, str] = {str | bytes: "text", bool: "true/false", int | float: "number", list | tuple: "list"}
     kinds[Mapping] = "struct"
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), type(value).__name__)

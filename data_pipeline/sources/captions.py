@@ -1,5 +1,6 @@
 """Which field of a source is the caption, and what counts as one: name and type decide, never what is at hand."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ class Caption(NamedTuple):
 
 def read_caption(value: object, key: str) -> Caption:
     """A cell or a text file as a caption. Of several texts the row's key draws one; numbers and structs are none."""
-    if value is None:
-        return Caption("")
+    if value is None or isinstance(value, Caption):
+        return value or Caption("")
     if isinstance(value, bytes | bytearray):
         try:
-            return read_caption(bytes(value).decode("utf-8-sig"), key)
+            return read_caption(decode_text(bytes(value)), key)
         except UnicodeError:
             return Caption("", problem="the caption is not UTF-8")
     if isinstance(value, str):
@@ -52,14 +53,29 @@ def read_caption(value: object, key: str) -> Caption:
     return Caption("", problem=f"the caption is of type {type(value).__name__}, not a text")
 
 
+def decode_text(data: bytes) -> str:
+    """UTF-8, or UTF-16 where a byte order mark says so, as Windows writes it. UnicodeError otherwise."""
+    return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+
+
+def parse_fields(data: bytes) -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file beside a picture, its caption); what is no object is all caption."""
+    try:
+        held = json.loads(decode_text(data))
+    except ValueError:
+        return {}, Caption("", problem="the file beside the picture is no JSON")
+    return (held, find_caption(held)) if isinstance(held, dict) else ({}, held)
+
+
 def find_caption(fields: Mapping[str, Any]) -> object:
-    """The caption in a JSON object, or a value that `read_caption` refuses with the candidates' names."""
-    for name in CAPTION_NAMES:
-        if fields.get(name) is not None:
-            return fields[name]
+    """The caption in a JSON object, or why there is none: the candidates' names."""
+    for names in (CAPTION_NAMES[:1], CAPTION_NAMES[1:]):
+        for name in fields:
+            if name.lower() in names and fields[name] is not None:
+                return fields[name]
     held = [name for name in fields if name.lower() in OTHER_NAMES and fields[name] is not None]
     if len(held) > 1:
-        return dict.fromkeys(held)
+        return Caption("", problem=f"{' and '.join(held)} may each be the caption")
     return fields[held[0]] if held else None
 
 
@@ -83,7 +99,7 @@ def choose_caption_column(types: Mapping[str, pa.DataType], asked: str, where: s
         if not is_text(types[asked]):
             raise UserError(f"{where}: column {asked} is of type {types[asked]}, no text; candidates: {listed}")
         return asked
-    named = [name for name in CAPTION_NAMES if name in types]
+    named = [name for name in types if name.lower() in CAPTION_NAMES]
     others = named or [name for name in types if name.lower() in OTHER_NAMES]
     if len(others) == 1 and is_text(types[others[0]]):
         return others[0]

@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+import os
 import posixpath
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
-from data_pipeline.sources.captions import choose_caption_column, find_caption
+from data_pipeline.sources.captions import choose_caption_column, decode_text, parse_fields
 from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
@@ -58,15 +59,15 @@ class FolderSource:
         names = [name for name in files if name.lower().endswith(_dotted(IMAGE_SUFFIXES))]
         names = names or list_existing(self.uri, _dotted(IMAGE_SUFFIXES), "images")  # which says what is wrong
         sidecars = {name.lower(): name for name in files if name.lower().endswith(_dotted(SIDECARS))}
-        tables = self._read_tables([name for name in files if posixpath.basename(name) in TABLES])
+        by_uri = {name: _read_table(name, self.options.caption_column) for name in files if _is_table(name)}
+        tables = Tables(root, by_uri)
         by_split: dict[str, list[list[object]]] = {}
         for name in names:
             row = self._row(name, root, sidecars, tables, etags)
             by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
         # what a table names and nobody finds is a row that says so
-        for name, said in tables.find_missing(files):
-            row = [name.removeprefix(root), None, None, {"caption": said}]
-            by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
+        for name, said in tables.find_missing({file.removeprefix(root) for file in files}):
+            by_split.setdefault(split_from_path(name), []).append([name, None, None, {"caption": said}])
         self._tell_rest(files, names, by_split)
         units = []
         for split, found in by_split.items():
@@ -81,7 +82,7 @@ class FolderSource:
         found: dict[str, FoundField] = {}
         for uri in storage.list_files(self.uri, links=True):
             name = posixpath.basename(uri)
-            if name in TABLES:
+            if _is_table(uri):
                 rows = _read_lines(uri)
                 examples = find_examples(rows)
                 for column in dict.fromkeys(column for row in rows for column in row):
@@ -97,21 +98,16 @@ class FolderSource:
         wanted = (f"{base}.{suffix}".lower() for base in (stem, name) for suffix in SIDECARS)
         text = next((sidecars[low] for low in wanted if low in sidecars), None)
         stamps = stamp_files([uri for uri in (name, text) if uri], etags)
-        said = None if text else tables.find(name)
+        said = None if text else tables.find(name.removeprefix(root))
         more = [] if said is None else [{"caption": said}]
         return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
 
-    def _read_tables(self, uris: Sequence[str]) -> "Tables":
-        return Tables({uri: _read_table(uri, self.options.caption_column) for uri in uris})
-
     def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
         """One line for files that are passed over, one for captions without an image, one for images without one."""
-        read = {*names, *(name for name in files if posixpath.basename(name) in TABLES)}
+        read = {*names, *filter(_is_table, files)}
         rest = [name for name in files if name not in read and not name.lower().endswith(_dotted(SIDECARS))]
-        counts = Counter(posixpath.splitext(name)[1].lower() or "no suffix" for name in rest)
-        beside = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8))
         if rest:
-            log.info("%s: %d files were not looked at: %s", self.uri, len(rest), beside)
+            log.info("%s: %d files were not looked at: %s", self.uri, len(rest), _count_by_suffix(rest))
         used = {row[1] for rows in by_split.values() for row in rows}
         root = self.uri.rstrip("/") + "/"
         texts = [name for name in files if name not in read and name.lower().endswith(_dotted(SIDECARS))]
@@ -122,7 +118,8 @@ class FolderSource:
         if silent:
             log.warning(
                 "%s: %d of %d images have no caption. Read are NAME.%s and %s; found beside the images: %s", self.uri,
-                silent, len(names), ", NAME.".join(SIDECARS), ", ".join(TABLES), beside or "nothing else",
+                silent, len(names), ", NAME.".join(SIDECARS), ", ".join(TABLES),
+                _count_by_suffix(rest + alone) or "nothing else",
             )  # fmt: skip
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
@@ -132,7 +129,8 @@ class FolderSource:
                 count_file(seen, file)
             try:
                 caption = _read_sidecar(storage.join(self.uri, text)) if text else (table[0] if table else None)
-                image = storage.read_bytes(storage.join(self.uri, name))
+                whole = name.startswith("/") or "://" in name
+                image = storage.read_bytes(name if whole else storage.join(self.uri, name))
             except UnavailableError:
                 raise
             except UserError as error:
@@ -142,30 +140,30 @@ class FolderSource:
 
 
 class Tables:
-    """Captions of metadata tables: a table is about the images in its folder and below."""
+    """Captions of metadata tables. Of several tables about an image the one in the nearest folder counts."""
 
-    def __init__(self, by_uri: Mapping[str, Mapping[str, object]]) -> None:
-        self._by_folder: dict[str, dict[str, object]] = {}
-        for uri, captions in by_uri.items():
-            self._by_folder.setdefault(posixpath.dirname(uri), {}).update(captions)
+    def __init__(self, root: str, by_uri: Mapping[str, Mapping[str, object]]) -> None:
+        self._said: dict[str, object] = {}
+        for uri, captions in sorted(by_uri.items(), key=lambda item: item[0].count("/")):
+            folder = posixpath.dirname(uri.removeprefix(root))
+            self._said.update({_locate(root, folder, name): said for name, said in captions.items()})
 
-    def find(self, name: str) -> object:
-        """The caption of an image's full name, from the nearest table that lists it; None where none does."""
-        folder = posixpath.dirname(name)
-        while self._by_folder and folder:
-            known = self._by_folder.get(folder, {})
-            relative = name[len(folder) + 1 :]
-            if relative in known:
-                return known[relative]
-            above = posixpath.dirname(folder)
-            folder = above if above != folder else ""
-        return None
+    def find(self, relative: str) -> object:
+        """The caption of an image by its name below the root; None where no table lists it."""
+        return self._said.get(relative)
 
-    def find_missing(self, files: Iterable[str]) -> list[tuple[str, object]]:
+    def find_missing(self, there: AbstractSet[str]) -> list[tuple[str, object]]:
         """Names and captions of the images that a table lists and that are not there."""
-        there = set(files) if self._by_folder else set()
-        listed = {f"{folder}/{name}": said for folder, known in self._by_folder.items() for name, said in known.items()}
-        return [(name, said) for name, said in listed.items() if name not in there]
+        return [(name, said) for name, said in self._said.items() if name not in there]
+
+
+def _locate(root: str, folder: str, name: str) -> str:
+    """Where a table in `folder` says an image lies: its name below the root, or a whole address outside of it."""
+    if "://" in name:
+        return name.removeprefix(root)
+    if name.startswith("/"):
+        return name.removeprefix(os.path.abspath(root).rstrip("/") + "/")
+    return posixpath.normpath(posixpath.join(folder, name))
 
 
 def _read_table(uri: str, caption_column: str) -> dict[str, object]:
@@ -181,7 +179,7 @@ def _read_table(uri: str, caption_column: str) -> dict[str, object]:
     caption = choose_caption_column(types, caption_column, uri)
     found: dict[str, Any] = {}
     for row in rows:
-        name, said = str(row.get(name_column)).removeprefix("./"), row.get(caption)
+        name, said = str(row.get(name_column)).replace("\\", "/"), row.get(caption)
         found[name] = said if name not in found else _join(found[name], said)
     return found
 
@@ -189,14 +187,17 @@ def _read_table(uri: str, caption_column: str) -> dict[str, object]:
 def _read_lines(uri: str) -> list[dict[str, Any]]:
     """The rows of a table. Lines of JSON that cannot be read are told; their images then have no caption."""
     data = storage.read_bytes(uri)
-    if uri.endswith(".parquet"):
+    if uri.lower().endswith(".parquet"):
         return decode_table(data, uri).to_pylist()
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
+        if uri.lower().endswith(".csv"):
+            csv.field_size_limit(len(text) + 1)  # a caption may be longer than the module's limit
+            return [{name: value for name, value in row.items() if name} for row in csv.DictReader(io.StringIO(text))]
     except UnicodeError as error:
         raise UserError(f"{uri}: a table of captions that is not UTF-8") from error
-    if uri.endswith(".csv"):
-        return [{name: value for name, value in row.items() if name} for row in csv.DictReader(io.StringIO(text))]
+    except csv.Error as error:
+        raise UserError(f"{uri}: no table of comma-separated values ({error})") from error
     rows, bad = [], 0
     for line in filter(str.strip, text.split("\n")):
         try:
@@ -216,10 +217,9 @@ def _infer_type(values: Sequence[object]) -> pa.DataType:
     """Arrow type of a column. If values have several types and one is a text, the column counts as text; the other
     values are then set aside row by row."""
     try:
-        kind = pa.infer_type(values)
+        return pa.string() if any(isinstance(value, str) for value in values) else pa.infer_type(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.string() if any(isinstance(value, str | list) for value in values) else pa.null()
-    return kind
+        return pa.string() if any(isinstance(value, list) for value in values) else pa.null()
 
 
 def _join(first: Any, second: Any) -> list[Any]:
@@ -228,13 +228,20 @@ def _join(first: Any, second: Any) -> list[Any]:
 
 def _read_sidecar(uri: str) -> object:
     data = storage.read_bytes(uri)
-    if not uri.lower().endswith(".json"):
-        return data
-    try:
-        held = json.loads(data)
-    except ValueError:
-        return {"a file that is no JSON": None}
-    return find_caption(held) if isinstance(held, dict) else held
+    return parse_fields(data)[1] if uri.lower().endswith(".json") else data
+
+
+def _is_table(uri: str) -> bool:
+    return posixpath.basename(uri).lower() in TABLES
+
+
+def _count_by_suffix(names: Sequence[str]) -> str:
+    """`2 .xml (a.xml), 1 .tsv (all.tsv)`: the first of each as an example."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in names:
+        by_suffix.setdefault(posixpath.splitext(name)[1].lower() or "no suffix", []).append(posixpath.basename(name))
+    ordered = sorted(by_suffix.items(), key=lambda item: -len(item[1]))
+    return ", ".join(f"{len(found)} {suffix} ({found[0]})" for suffix, found in ordered[:8])
 
 
 def _where(row: Sequence[Any]) -> tuple[Any, ...]:

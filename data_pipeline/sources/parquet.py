@@ -25,10 +25,15 @@ from data_pipeline.sources.source import (
     stamp_file,
 )
 from infra import storage
-from infra.errors import UserError, nearest
+from infra.errors import MissingError, UserError, nearest
 
 URLS_AT_ONCE, IMAGES_AT_ONCE = 1000, 64
+_URL_NAMES = ("url", "URL", "Url", "image_url", "img_url")
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "bytes", "path", "image_path", "file")
+
+
+class DamagedTable(UserError):
+    """A file that is no whole table."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,41 @@ class ParquetSource:
     def list_units(self) -> list[SourceUnit]:
         units, etags = [], list_etags(self.uri)
         for file in list_existing(self.uri, (".parquet",), "parquet files"):
-            with storage.open_read(file) as stream:
-                parquet = _open_parquet(stream, file)
-                image, caption = self._columns(parquet.schema_arrow, file)
-                for group in range(parquet.num_row_groups):
-                    where = {"file": file, "group": group, "image": image, "caption": caption}
-                    relative = file.removeprefix(self.uri.rstrip("/") + "/")
-                    stem = posixpath.basename(file).rsplit(".", 1)[0]
-                    split = split_from_path(relative) or (parse_split(stem.split("-")[0]) if "-" in stem else "")
-                    mark = fingerprint([relative, where, stamp_file(file, etags)])[:10]
-                    label = f"{split or 'all'}-{stem[-40:]}-{group:04d}-{mark}"
-                    units.append(SourceUnit(label.replace(".", "_"), split, where))
+            for where in self._list_groups(file):
+                relative = file.removeprefix(self.uri.rstrip("/") + "/")
+                stem = posixpath.basename(file).rsplit(".", 1)[0]
+                split = split_from_path(relative) or (parse_split(stem.split("-")[0]) if "-" in stem else "")
+                mark = fingerprint([relative, where, stamp_file(file, etags)])[:10]
+                label = f"{split or 'all'}-{stem[-40:]}-{where['group']:04d}-{mark}"
+                units.append(SourceUnit(label.replace(".", "_"), split, where))
         return units
 
+    def _list_groups(self, file: str) -> list[dict[str, Any]]:
+        """The row groups of a file, or what is wrong with it: one file that is damaged must not hold up the others."""
+        try:
+            stream = storage.open_read(file)
+        except MissingError as error:  # a link to nothing
+            return [{"file": file, "group": 0, "damage": str(error)}]
+        with stream:
+            try:
+                parquet = _open_parquet(stream, file)
+            except DamagedTable as error:
+                return [{"file": file, "group": 0, "damage": str(error), "bytes": storage.size(file)}]
+            image, caption = self._columns(parquet.schema_arrow, file)
+            groups = range(parquet.num_row_groups)
+            return [{"file": file, "group": group, "image": image, "caption": caption} for group in groups]
+
     def list_fields(self) -> list[FoundField]:
-        """Columns of the first file, with the first value of each that is no picture."""
-        file = list_existing(self.uri, (".parquet",), "parquet files")[0]
+        """Columns of the first whole file, with the first value of each that is no picture."""
+        for file in list_existing(self.uri, (".parquet",), "parquet files"):
+            try:
+                return self._list_fields(file)
+            except (DamagedTable, MissingError):
+                continue
+        return []
+
+    @staticmethod
+    def _list_fields(file: str) -> list[FoundField]:
         with storage.open_read(file) as stream:
             parquet = _open_parquet(stream, file)
             shown = [column.name for column in parquet.schema_arrow if not _may_hold_bytes(column.type)]
@@ -68,7 +92,7 @@ class ParquetSource:
         """Names of the image and the caption column."""
         types = {field.name: field.type for field in schema}
         image = self.options.image_column or next((name for name in IMAGE_COLUMNS if name in types), "")
-        urls = [name for name in types if name.lower() == "url"]
+        urls = [name for name in types if name in _URL_NAMES]
         if not image and urls:
             if not self.options.fetch_urls:
                 raise UserError(
@@ -91,7 +115,11 @@ class ParquetSource:
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         """A row group may be larger than memory, and so may the images behind its URLs: some rows at a time."""
         where, number = unit.where, 0
-        urls = self.options.fetch_urls and where["image"].lower() == "url"
+        if "damage" in where:
+            unit.seen.update({"unreadable ranges": 1, "unreadable bytes": where.get("bytes", 0)})
+            yield RawRow(posixpath.basename(where["file"]), None, None, "unreadable", where["damage"])
+            return
+        urls = self.options.fetch_urls and where["image"] in _URL_NAMES
         with storage.open_read(where["file"]) as stream:
             parquet = _open_parquet(stream, where["file"])
             has_key = "key" in parquet.schema_arrow.names
@@ -108,7 +136,8 @@ class ParquetSource:
                     own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
                     keys = [_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
                     number += len(rows)
-                    yield from self._fetched(keys, rows, where) if urls else self._found(keys, rows, where)
+                    asked = urls or (self.options.fetch_urls and any(_is_address(row[where["image"]]) for row in rows))
+                    yield from self._fetched(keys, rows, where) if asked else self._found(keys, rows, where)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -143,6 +172,8 @@ class ParquetSource:
     def _found_one(key: str, image: Any, caption: object, file: str) -> RawRow:
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
+        if _is_address(image):
+            return RawRow(key, None, caption, "no_image", "an address: --fetch-urls fetches some, img2dataset many")
         if isinstance(image, str) and image:
             near = storage.is_remote(image) or image.startswith("/")
             return read_row(key, image if near else storage.join(posixpath.dirname(file), image), caption)
@@ -158,6 +189,10 @@ def _key(value: object, made: str) -> str:
     """The key that a row brings, or the one made for it where its cell is null, NaN or empty."""
     given = value is not None and value == value and str(value).strip() != ""
     return str(value) if given else made
+
+
+def _is_address(image: object) -> bool:
+    return isinstance(image, str) and image.startswith(("http://", "https://"))
 
 
 def _may_hold_bytes(kind: pa.DataType) -> bool:
@@ -181,4 +216,5 @@ def _open_parquet(stream: Any, uri: str) -> pq.ParquetFile:
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{uri}: not a readable parquet file ({str(error).splitlines()[0][:120]})") from error
+        reason = str(error).splitlines()[0][:120]
+        raise DamagedTable(f"{uri}: not a readable parquet file ({reason})") from error

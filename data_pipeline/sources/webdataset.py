@@ -1,7 +1,5 @@
 """WebDataset tars, as img2dataset writes them: KEY.jpg, KEY.txt and, if there is one, KEY.json with `caption`."""
 
-import contextlib
-import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -10,7 +8,7 @@ from typing import Any
 
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
-from data_pipeline.sources.captions import find_caption
+from data_pipeline.sources.captions import parse_fields
 from data_pipeline.sources.samples import VOLUME_LABEL, Dropping, Sample, group_members
 from data_pipeline.sources.seen import DROPPING, FOLDER, LABEL, Seen, check_members, count_file
 from data_pipeline.sources.source import (
@@ -162,13 +160,11 @@ def _judge_member(member: Member) -> tuple[str, str]:
 
 
 def _make_row(key: str, sample: Sample) -> RawRow:
-    parts, info = sample.parts, {}
-    if "json" in parts:
-        with contextlib.suppress(ValueError):
-            loaded = json.loads(parts["json"])
-            info = loaded if isinstance(loaded, dict) else {}
+    parts = sample.parts
+    info, in_json = parse_fields(parts["json"]) if "json" in parts else ({}, None)
     image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
-    text: Any = parts[written] if written else find_caption(info)
+    blank = not written or ("json" in parts and not parts[written].strip())
+    text: Any = in_json if blank else parts[written]
     if sample.doubtful:
         return RawRow(key, None, text, "truncated_tar", sample.doubtful, info)
     if not image:
