@@ -19,7 +19,7 @@ from data_pipeline.plans import world
 from data_pipeline.sources.registry import SOURCES, guess_kind, open_source
 from data_pipeline.stages.row_status import count_by_status
 from infra.codec import from_json
-from infra.errors import run_cli
+from infra.errors import UserError, run_cli
 from infra.runner import WorkerPool
 
 
@@ -193,3 +193,19 @@ def test_reading_stops_where_the_sample_ends(tmp_path):
         path.rename(tmp_path / path.name)
     found = lint_source(Endless(), "x:y", str(tmp_path), rows=30)
     assert (found.rows, found.whole) == (30, False)
+
+
+def test_places_of_another_layout_are_one_line_that_says_what_lies_there(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    for kind in ("folder", "wds", "parquet", "hf", "cc12m"):
+        with pytest.raises(UserError, match=r"nothing to do; it holds 1 .mp4 \(clip.mp4\)"):
+            open_source(f"{kind}:{tmp_path}").list_units()
+    (tmp_path / "data.arrow").write_bytes(b"junk")
+    for broken in ("{broken", "[]", '{"features": 3}'):
+        (tmp_path / "dataset_info.json").write_text(broken)
+        source = open_source(f"hf:{tmp_path}")
+        for look in (source.list_units, source.list_fields):  # type: ignore[attr-defined]
+            with pytest.raises(UserError, match="not what save_to_disk writes"):
+                look()
+    with pytest.raises(UserError, match="no source is named"):
+        guess_kind("")

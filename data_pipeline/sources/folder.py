@@ -23,6 +23,7 @@ from data_pipeline.sources.source import (
     RawRow,
     SourceOptions,
     SourceUnit,
+    count_by_suffix,
     find_examples,
     is_dropping,
     list_etags,
@@ -107,7 +108,7 @@ class FolderSource:
         read = {*names, *filter(_is_table, files)}
         rest = [name for name in files if name not in read and not name.lower().endswith(_dotted(SIDECARS))]
         if rest:
-            log.info("%s: %d files were not looked at: %s", self.uri, len(rest), _count_by_suffix(rest))
+            log.info("%s: %d files were not looked at: %s", self.uri, len(rest), count_by_suffix(rest))
         used = {row[1] for rows in by_split.values() for row in rows}
         root = self.uri.rstrip("/") + "/"
         texts = [name for name in files if name not in read and name.lower().endswith(_dotted(SIDECARS))]
@@ -119,7 +120,7 @@ class FolderSource:
             log.warning(
                 "%s: %d of %d images have no caption. Read are NAME.%s and %s; found beside the images: %s", self.uri,
                 silent, len(names), ", NAME.".join(SIDECARS), ", ".join(TABLES),
-                _count_by_suffix(rest + alone) or "nothing else",
+                count_by_suffix(rest + alone) or "nothing else",
             )  # fmt: skip
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
@@ -233,15 +234,6 @@ def _read_sidecar(uri: str) -> object:
 
 def _is_table(uri: str) -> bool:
     return posixpath.basename(uri).lower() in TABLES
-
-
-def _count_by_suffix(names: Sequence[str]) -> str:
-    """`2 .xml (a.xml), 1 .tsv (all.tsv)`: the first of each as an example."""
-    by_suffix: dict[str, list[str]] = {}
-    for name in names:
-        by_suffix.setdefault(posixpath.splitext(name)[1].lower() or "no suffix", []).append(posixpath.basename(name))
-    ordered = sorted(by_suffix.items(), key=lambda item: -len(item[1]))
-    return ", ".join(f"{len(found)} {suffix} ({found[0]})" for suffix, found in ordered[:8])
 
 
 def _where(row: Sequence[Any]) -> tuple[Any, ...]:

@@ -53,14 +53,14 @@ class HuggingFaceSource:
     def list_fields(self) -> list[FoundField]:
         """Features of the first folder that has them."""
         found = [name for name in storage.list_files(self.uri) if posixpath.basename(name) == "dataset_info.json"]
-        features = json.loads(storage.read_bytes(found[0])).get("features") or {} if found else {}
+        features = _read_features(found[0]) if found else {}
         kinds = {name: kind if isinstance(kind, Mapping) else {} for name, kind in features.items()}
         return [FoundField(name, str(kind.get("dtype") or kind.get("_type") or "list")) for name, kind in kinds.items()]
 
     def _columns(self, folder: str) -> tuple[str, str, list[str]]:
         """(image column, caption column, class names where the caption is a label)."""
         uri = storage.join(folder, "dataset_info.json")
-        features: Mapping[str, Any] = json.loads(storage.read_bytes(uri)).get("features") or {}
+        features = _read_features(uri)
         kinds = {name: str(f.get("_type", "")) if isinstance(f, dict) else "" for name, f in features.items()}
         images = [name for name, kind in kinds.items() if kind == "Image"]
         labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
@@ -106,6 +106,17 @@ class HuggingFaceSource:
             return RawRow(key, value, caption)
         absolute = storage.is_remote(value) or value.startswith("/")
         return read_row(key, value if absolute else storage.join(posixpath.dirname(file), value), caption)
+
+
+def _read_features(uri: str) -> Mapping[str, Any]:
+    try:
+        features = json.loads(storage.read_bytes(uri)).get("features") or {}
+        return dict(features)
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{uri}: not what save_to_disk writes ({reason}): save it again") from error
 
 
 def _arrow_type(feature: object) -> pa.DataType:

@@ -42,9 +42,9 @@ def open_source(text: str, options: SourceOptions = SourceOptions()) -> Source: 
 
 def guess_kind(uri: str) -> str:
     """The layout of a place by the names that lie there; UserError where there is nothing."""
-    names = [uri] if "{" in uri else storage.list_files(uri, links=True)
+    names = [uri] if "{" in uri else storage.list_files(uri, links=True) if uri else []
     if not names:
-        raise MissingError(f"{uri}: no such file or folder, or nothing in it")
+        raise MissingError(f"{uri or 'no source is named'}: no such file or folder, or nothing in it")
     relative = {name.removeprefix(uri.rstrip("/") + "/") for name in names}
     marks = {"LOC_synset_mapping.txt": "imagenet", "synset_words.txt": "imagenet",
              "annotations/captions_train2014.json": "coco", "annotations/captions_val2014.json": "coco"}  # fmt: skip

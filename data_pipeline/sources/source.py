@@ -3,6 +3,7 @@
 A unit's id names what it holds (path, size, time): a changed file is a new unit, an unchanged one is never redone.
 """
 
+import posixpath
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,8 +156,18 @@ def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     if not found:
         if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
             raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
-        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do")
+        held = count_by_suffix(listed) or "nothing"
+        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do; it holds {held}")
     return found
+
+
+def count_by_suffix(names: Sequence[str]) -> str:
+    """`2 .xml (a.xml), 1 .tsv (all.tsv)`: the first of each as an example."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in names:
+        by_suffix.setdefault(posixpath.splitext(name)[1].lower() or "no suffix", []).append(posixpath.basename(name))
+    ordered = sorted(by_suffix.items(), key=lambda item: -len(item[1]))
+    return ", ".join(f"{len(found)} {suffix} ({found[0]})" for suffix, found in ordered[:8])
 
 
 def read_row(key: str, uri: str, caption: object) -> RawRow:
