@@ -307,6 +307,7 @@ def drive(root: Path, rows: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_of_the_driver_does_not_grow_with_rows(tmp_path):
     few, many = (drive(tmp_path / str(rows), rows) for rows in (100_000, 400_000))
     held = [found["mib"] - found["mib_before"] for found in (few, many)]

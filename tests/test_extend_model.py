@@ -137,6 +137,7 @@ def test_a_backbone_from_outside_is_described_and_has_recipes(beeline):
     assert "world-mixer" in beeline(BACKBONE, "trainer", "ladder", "--help")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_all_three_train_and_are_exported(beeline, tmp_path):
     data, out = tmp_path / "data", tmp_path / "runs"

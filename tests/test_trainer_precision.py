@@ -95,6 +95,7 @@ def test_plans_are_for_the_precision_of_their_machine(best_on_cpu, best):
     assert detect_machine("fp32").name == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_on_unlike_machines_take_the_answer_of_the_first_and_a_resume_keeps_it(data, tmp_path, best_on_cpu):
     cache = {}

@@ -95,6 +95,7 @@ def test_costs_lie_on_a_line():
     assert Cost(1.0, 2.0).interpolate(Cost(3.0, 3.0), 2.5) == Cost(6, 4.5)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_try_a_step():
     found = time_step(recipe(), micro_batch=2, ranks=2)
