@@ -95,7 +95,7 @@ class Progress:
         if self._silent:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(self._extra(), refresh=False)
+            self._bar.set_postfix_str(self._format_fields(), refresh=False)
             self._bar.update(count)
         elif time.monotonic() - self._last >= self.every_s:
             self._say()
@@ -110,7 +110,7 @@ class Progress:
         elif not self._silent and self.done != self._said:
             self._say()
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """The plain line: `encode: 1,200/20,000 images (6%), 75.1 images/s, 4m10s left, corrupt=1`."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self.initial) / elapsed
@@ -122,15 +122,15 @@ class Progress:
             left = (self.total or 0) - self.done
             parts.append(f"{format_duration(left / rate)} left" if left > 0 else f"{format_duration(elapsed)} taken")
         if self.fields:
-            parts.append(self._extra())
+            parts.append(self._format_fields())
         return (f"{self.desc}: " if self.desc else "") + ", ".join(parts)
 
-    def _extra(self) -> str:
+    def _format_fields(self) -> str:
         return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.fields.items())
 
     def _say(self) -> None:
         self._last, self._said = time.monotonic(), self.done
-        print(self.line(), file=self._stream, flush=True)
+        print(self.format_line(), file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

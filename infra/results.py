@@ -93,7 +93,7 @@ class ResultStore:
 
     def append(self, rows: Iterable[ResultRow]) -> None:
         """Write the rows as one new object; the same rows again change nothing."""
-        lines = [_to_line(self._plain(row)) for row in rows]
+        lines = [_to_line(self._to_plain(row)) for row in rows]
         if not lines:
             return
         data = ("\n".join(lines) + "\n").encode()
@@ -112,7 +112,7 @@ class ResultStore:
 
         `metric` is an exact name, `prefix` a slash path with everything beneath it.
         """
-        found = sorted(self._all(), key=lambda row: (row.created, row.key))
+        found = sorted(self._read_all(), key=lambda row: (row.created, row.key))
         if latest:
             found = keep_newest(found)
         return [
@@ -142,7 +142,7 @@ class ResultStore:
         schema = pa.schema([(f.name, kinds.get(f.type, pa.float64())) for f in dataclasses.fields(ResultRow)])
         return pa.Table.from_pylist([to_json(row) for row in self.rows()], schema=schema)
 
-    def _plain(self, row: ResultRow) -> ResultRow:
+    def _to_plain(self, row: ResultRow) -> ResultRow:
         """Numpy and torch scalars become plain numbers; anything else of a wrong type is refused."""
         try:
             return dataclasses.replace(
@@ -157,7 +157,7 @@ class ResultStore:
         except (TypeError, ValueError) as error:
             raise UserError(f"result {row.metric} of run {row.run} is not a number: value={row.value!r}") from error
 
-    def _all(self) -> list[ResultRow]:
+    def _read_all(self) -> list[ResultRow]:
         names = storage.list_files(self.uri, suffix=".jsonl", recursive=False)
         new = [name for name in names if name not in self._parsed]
         if len(new) > 1 and storage.is_remote(self.uri):

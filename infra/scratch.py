@@ -39,7 +39,7 @@ class Spool:
             self._file.write(data.tobytes())
         self._count += data.size
 
-    def array(self) -> np.ndarray:
+    def read_array(self) -> np.ndarray:
         """(N,) or (N, width), of what was appended so far."""
         shape = (self._count,) if self._width is None else (self._count // self._width, self._width)
         if not self._count:
@@ -59,12 +59,12 @@ def allocate(shape: int | tuple[int, ...], dtype: npt.DTypeLike, fill: int = 0) 
         os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         made = np.memmap(file, np.dtype(dtype), "r+", shape=shape)
     if fill:
-        for block in blocks(len(made)):
+        for block in iterate_blocks(len(made)):
             made[block] = fill
     return made
 
 
-def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
+def iterate_blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     """Slices of `size` that cover range(count)."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -72,7 +72,7 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
 def gather(values_N: np.ndarray, at_N: np.ndarray) -> np.ndarray:
     """`values_N[at_N]`, on disk."""
     found = allocate((len(at_N), *values_N.shape[1:]), values_N.dtype)
-    for block in blocks(len(at_N)):
+    for block in iterate_blocks(len(at_N)):
         found[block] = values_N[at_N[block]]
     return found
 

@@ -51,19 +51,19 @@ def exists(uri: str) -> bool:
                 return True
             return next(list_objects(fs, bucket, key, page_size=1), None) is not None
     path = local_path(uri)
-    with _local(uri):
+    with _convert_errors(uri):
         return path.is_file() or (path.is_dir() and any(True for _ in os.scandir(path)))
 
 
-def size(uri: str) -> int:
+def get_size(uri: str) -> int:
     """Bytes of a file."""
     if is_remote(uri):
         with on_s3(uri) as (fs, bucket, key):
-            told = head_object(fs, bucket, key)
-            if told is None:
+            head = head_object(fs, bucket, key)
+            if head is None:
                 raise FileNotFoundError(uri)
-            return int(told["ContentLength"])
-    with _local(uri):
+            return int(head["ContentLength"])
+    with _convert_errors(uri):
         return local_path(uri).stat().st_size
 
 
@@ -83,7 +83,7 @@ def read_bytes(uri: str, start: int | None = None, length: int | None = None) ->
                 if find_error_code(error) in ("InvalidRange", "416"):  # start lies behind the end of the object
                     return b""
                 raise
-    with _local(uri), local_path(uri).open("rb") as file:
+    with _convert_errors(uri), local_path(uri).open("rb") as file:
         file.seek(first)
         return file.read(-1 if length is None else length)
 
@@ -94,7 +94,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.pipe_file(f"{bucket}/{key}", data)
         return
-    with _local(uri, len(data)), new_file(local_path(uri)) as file:
+    with _convert_errors(uri, len(data)), open_new_file(local_path(uri)) as file:
         file.write(data)
 
 
@@ -104,7 +104,7 @@ def upload(path: str | Path, uri: str) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.put_file(str(path), f"{bucket}/{key}", chunksize=UPLOAD_PART, max_concurrency=4)
         return
-    with _local(uri), open(path, "rb") as source, new_file(local_path(uri)) as file:
+    with _convert_errors(uri), open(path, "rb") as source, open_new_file(local_path(uri)) as file:
         shutil.copyfileobj(source, file, READ_AHEAD)
 
 
@@ -124,7 +124,7 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
                     if find_error_code(error) not in ("ConditionalRequestConflict", "409"):
                         raise
             return False
-    with _local(uri, len(data)), temp_beside(local_path(uri)) as temp:
+    with _convert_errors(uri, len(data)), reserve_temp_path(local_path(uri)) as temp:
         with temp.open("wb") as file:
             file.write(data)
             _sync(file)
@@ -147,7 +147,7 @@ def list_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: 
 def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: bool = False) -> Iterator[str]:
     """As `list_files`, unsorted and one by one: of a million names only one page is in memory."""
     if not is_remote(prefix):
-        with _local(prefix):
+        with _convert_errors(prefix):
             walked = _walk(local_path(prefix), prefix.rstrip("/") or "/", recursive=recursive, links=links)
             yield from (uri for uri in walked if uri.endswith(suffix))
         return
@@ -161,11 +161,11 @@ def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: 
             yield f"s3://{bucket}/{key}"
 
 
-def etags(uri: str) -> dict[str, str]:
+def read_etags(uri: str) -> dict[str, str]:
     """ETags (content hashes by S3) of an s3:// object, or of all objects below a prefix, by full URI."""
     with on_s3(uri) as (fs, bucket, key):
-        told = head_object(fs, bucket, key) if key else None
-        items = [{"Key": key, **told}] if told else list_objects(fs, bucket, key)
+        head = head_object(fs, bucket, key) if key else None
+        items = [{"Key": key, **head}] if head else list_objects(fs, bucket, key)
         return {f"s3://{bucket}/{i['Key']}": i["ETag"] for i in items if not i["Key"].endswith("/")}
 
 
@@ -175,7 +175,7 @@ def delete(uri: str) -> None:
         with on_s3(uri) as (fs, bucket, key):
             fs.call_s3("delete_object", Bucket=bucket, Key=key)
         return
-    with _local(uri):
+    with _convert_errors(uri):
         local_path(uri).unlink(missing_ok=True)
 
 
@@ -183,7 +183,7 @@ def open_read(uri: str) -> BinaryIO:
     """A seekable stream; s3:// objects are read in ranges of some MiB, each with retries."""
     if is_remote(uri):
         return cast(BinaryIO, io.BufferedReader(_Ranges(uri), READ_AHEAD))
-    with _local(uri):
+    with _convert_errors(uri):
         return local_path(uri).open("rb")
 
 
@@ -196,7 +196,7 @@ def localize(uri: str, cache_dir: str | Path | None = None) -> Path:
         return path
     root = Path(cache_dir) if cache_dir else cache_folder()
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    found = {name.removeprefix(f"s3://{bucket}/"): etag for name, etag in etags(uri).items()}
+    found = {name.removeprefix(f"s3://{bucket}/"): etag for name, etag in read_etags(uri).items()}
     if not found:
         raise MissingError(f"{uri}: no such object or prefix")
     folder = root / sha256_hex(repr((get_endpoint(), uri, sorted(found.items()))).encode())[:32]
@@ -214,7 +214,7 @@ def cache_folder() -> Path:
 
 def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) -> None:
     """Download objects (`names`: key to path below `name`) to a temporary folder, then rename it to `folder`."""
-    with _local(str(folder)):
+    with _convert_errors(str(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(suffix=TEMP_SUFFIX, dir=folder.parent))
     try:
@@ -222,11 +222,11 @@ def _download(names: dict[str, str], *, bucket: str, name: str, folder: Path) ->
             target = (temp / name / below) if below else temp / name
             if ".." in Path(below).parts:
                 raise UserError(f"s3://{bucket}/{key}: a key with '..' cannot become a local path; rename the object")
-            with _local(str(target)), open_read(f"s3://{bucket}/{key}") as source:
+            with _convert_errors(str(target)), open_read(f"s3://{bucket}/{key}") as source:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as out:
                     shutil.copyfileobj(source, out, READ_AHEAD)
-        with _local(str(folder)):
+        with _convert_errors(str(folder)):
             try:
                 temp.rename(folder)
             except OSError:
@@ -245,7 +245,7 @@ def local_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def temp_beside(path: Path) -> Iterator[Path]:
+def reserve_temp_path(path: Path) -> Iterator[Path]:
     """A free temporary name in the folder of `path`. The folder is made if it is missing. A file of that name is
     removed at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,11 +257,11 @@ def temp_beside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def open_new_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to. When the block ends it is synced to disk and replaces `path` atomically.
 
     OSErrors are not converted: `write_bytes` and `upload` make them a UserError."""
-    with temp_beside(path) as temp:
+    with reserve_temp_path(path) as temp:
         with temp.open("wb") as file:
             yield file
             _sync(file)
@@ -302,7 +302,7 @@ def _walk(path: Path, uri: str, *, recursive: bool, links: bool, above: tuple[st
 
 
 @contextlib.contextmanager
-def _local(uri: str, num_bytes: int | None = None) -> Iterator[None]:
+def _convert_errors(uri: str, num_bytes: int | None = None) -> Iterator[None]:
     """Inside the block OSErrors become a UserError of one line."""
     try:
         yield
@@ -325,7 +325,7 @@ class _Ranges(io.RawIOBase):
     """A remote object as a raw stream; BufferedReader around it asks for READ_AHEAD bytes at a time."""
 
     def __init__(self, uri: str) -> None:
-        self._uri, self._size, self._at = uri, size(uri), 0
+        self._uri, self._size, self._at = uri, get_size(uri), 0
 
     def readable(self) -> bool:
         return True

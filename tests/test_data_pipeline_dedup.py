@@ -132,8 +132,8 @@ def test_a_crop_is_nearer_than_another_picture():
 
 def test_dedup_prefers_rows_that_will_be_kept_and_says_which_pass_found_what():
     table = pa.table({"row": pa.array([0, 1], pa.int32()), "exact": ["x", "x"], "perceptual": [0, 0]})
-    assert dict(Dedup().run([("s", table)]).tables())["s"]["status"].to_pylist() == ["ok", "duplicate"]
-    found = dict(Dedup().run([("s", table)], preferred={"s": np.array([1])}.__getitem__).tables())["s"]
+    assert dict(Dedup().run([("s", table)]).iterate_tables())["s"]["status"].to_pylist() == ["ok", "duplicate"]
+    found = dict(Dedup().run([("s", table)], preferred={"s": np.array([1])}.__getitem__).iterate_tables())["s"]
     assert found["status"].to_pylist() == ["duplicate", "ok"]
     assert found["reason"].to_pylist() == ["equal: of s row 1", ""]
 

@@ -25,7 +25,7 @@ from data_pipeline.captions.stage import CaptionStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.scores import ScoreStage
 from data_pipeline.flow.pipeline import Pipeline, PipelineResult
-from data_pipeline.formats.schema import rejected_split
+from data_pipeline.formats.schema import name_rejected_split
 from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.pairs import PreferencePair, write_pairs
@@ -143,7 +143,7 @@ def test_preference_pairs(tmp_path, exact):
     given = {"text_spec": WORLD_TEXT, "vae": read_vae_meta("world:vae"), "resolution": 64, "made_by": {}}
     write_pairs(str(tmp_path / "ours"), {"train": pairs}, **given)
     write_pairs(str(tmp_path / "theirs"), {"train": pairs}, device=DEVICE, **given)
-    for split in ("train", rejected_split("train")):
+    for split in ("train", name_rejected_split("train")):
         compare(tmp_path / "ours", tmp_path / "theirs", split, 6, rtol=2 * HALF, atol=2e-3)
 
 

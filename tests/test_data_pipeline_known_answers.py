@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from data_pipeline.curation.filters import NO_LIMITS, Thresholds
-from data_pipeline.formats.schema import encoding_fingerprint
+from data_pipeline.formats.schema import hash_encoding
 from data_pipeline.plans import build_columns, read_vae_meta, world
 
 WORLD = {
@@ -54,5 +54,5 @@ def test_fingerprints_of_columns_and_encoding_stay_as_they_are(plan, columns, en
     found = build_columns(plan, "root").fingerprints
     assert found == columns
     vae, captions = read_vae_meta(plan.vae), ("original", "synthetic")
-    made = encoding_fingerprint(plan.text_spec, vae, plan.resolution, captions, found, plan.int8_seats)
+    made = hash_encoding(plan.text_spec, vae, plan.resolution, captions, found, plan.int8_seats)
     assert made == encoding

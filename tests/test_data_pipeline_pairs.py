@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.formats.schema import read_dataset_info, rejected_split
+from data_pipeline.formats.schema import name_rejected_split, read_dataset_info
 from data_pipeline.inspection.verify import verify_dataset
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import RejectedLatents
@@ -38,7 +38,7 @@ def first_batch(uri: str, *, rank: int = 0, world: int = 1, micro: int | None = 
 def test_each_sample_meets_the_one_with_its_key_and_draws(uri):
     """The pair as if its rejected half had stood at the same position: caption, dropout and posterior noise alike."""
     [batch] = first_batch(uri)
-    other = open_dataset(uri, split=rejected_split("train"))
+    other = open_dataset(uri, split=name_rejected_split("train"))
     places = {key: (shard, row) for shard in range(len(other.index.tars))
               for row, key in enumerate(other._reader.table(shard).keys)}  # fmt: skip
     for i, key in enumerate(batch.keys):

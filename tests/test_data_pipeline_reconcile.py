@@ -70,7 +70,7 @@ def read_source(text: str) -> tuple[list[RawRow], Seen]:
     return rows, seen
 
 
-def is_dropping(name: str) -> bool:
+def is_system_file(name: str) -> bool:
     return name.rsplit("/", 1)[-1].startswith("._")
 
 
@@ -106,9 +106,9 @@ def test_every_member_and_byte_of_a_random_tar_is_a_row_or_a_number(tmp_path_fac
     files = [(name, body) for name, body in whole if len(body) > 1]
     assert seen["passed folder"] == sum(body == tarfile.DIRTYPE for _, body in whole)
     assert seen["passed member of a desktop system"] == sum(
-        is_dropping(name) for name, body in whole if body != tarfile.DIRTYPE
+        is_system_file(name) for name, body in whole if body != tarfile.DIRTYPE
     )
-    pictures = [body for name, body in files if name.lower().endswith(IMAGES) and not is_dropping(name)]
+    pictures = [body for name, body in files if name.lower().endswith(IMAGES) and not is_system_file(name)]
     shown = [row.image for row in rows if row.image]
     assert len(set(shown)) == len(shown)
     assert set(shown) <= set(pictures)

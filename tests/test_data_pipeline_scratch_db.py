@@ -239,7 +239,7 @@ def test_statuses_and_reasons_of_duplicates_equal_a_plain_search(shards, distanc
         return np.array([row[1] for row in rows if row[0] == name and row[4]], int)
 
     made = Dedup(distance).run(iter(signatures), preferred=preferred if preferring else None)
-    tables = list(made.tables())
+    tables = list(made.iterate_tables())
     assert [name for name, _ in tables] == [name for name, _ in signatures]
     assert {(n, r["row"]): (r["status"], r["reason"]) for n, t in tables for r in t.to_pylist()} == expected
 

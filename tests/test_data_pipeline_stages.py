@@ -195,7 +195,7 @@ def signatures(images: list[Image.Image]) -> dict[str, pa.Table]:
 
 
 def duplicates(dedup: Dedup, found: dict[str, pa.Table]) -> dict[str, pa.Table]:
-    return dict(dedup.run(found.items()).tables())
+    return dict(dedup.run(found.items()).iterate_tables())
 
 
 def test_exact_and_perceptual_duplicates():

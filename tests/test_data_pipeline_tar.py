@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.sources.registry import open_source
-from data_pipeline.sources.samples import Dropping, Sample, group_members
+from data_pipeline.sources.samples import Sample, SystemFile, group_members
 from data_pipeline.sources.tar import BLOCK, MAX_PADDING, Gap, Member, read_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -116,13 +116,13 @@ def test_a_hole_of_zeros_costs_only_what_lies_in_it(members, draw):
     length = draw.draw(st.integers(MAX_PADDING + 2 * BLOCK, len(whole)))
     data = whole[:first] + bytes(len(whole[first : first + length])) + whole[first + length :]
     found, gaps = read(data)
-    good = [m for m in found if not m.doubtful]
+    good = [m for m in found if not m.damage]
     touched = [m for m in full if m.offset < first + length and m.info.offset_data + m.info.size > first]
     untouched = [m.info.name for m in full if m not in touched]
     assert set(untouched) <= {m.info.name for m in good}
     # beside these, at most one member is taken for good: one whose header stands and whose last byte lies behind
     assert len(good) <= len(untouched) + 1
-    assert len(gaps) + sum(bool(m.doubtful) for m in found) >= 1 or len(good) == len(full)
+    assert len(gaps) + sum(bool(m.damage) for m in found) >= 1 or len(good) == len(full)
 
 
 def test_padding_of_any_usual_record_size_is_no_gap():
@@ -215,7 +215,7 @@ def test_no_member_is_lost_or_used_twice(drawn):
     names = [f"{stem}.{suffix}" for stem, suffix in drawn]
     members, _ = read(make_tar([(name, f"{n}".encode()) for n, name in enumerate(names)]) if names else b"")
     items = list(group_members(members))
-    assert not any(isinstance(item, Dropping) for item in items)
+    assert not any(isinstance(item, SystemFile) for item in items)
     used = [data for item in items for data in item.parts.values()]
     assert sorted(used) == sorted(f"{n}".encode() for n in range(len(names)))
 

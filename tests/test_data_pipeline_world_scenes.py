@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.world import grammar
 from data_pipeline.world.classes import BACKGROUNDS, CLASSES, COLORS, DRAWINGS, FILLS
-from data_pipeline.world.scenes import Scene, detailed_caption, make_scene, scene_of
+from data_pipeline.world.scenes import Scene, detailed_caption, make_scene, make_scene_for
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def test_colors_are_what_they_are_called() -> None:
 
 def test_held_out_compositions_never_occur_in_training(scenes: list[Scene]) -> None:
     assert all(scene.seen for scene in scenes)
-    held = {f"{color} {name}" for name in CLASSES for color in COLORS if grammar.held_out_color(name, color)}
+    held = {f"{color} {name}" for name in CLASSES for color in COLORS if grammar.is_held_out_color(name, color)}
     held |= {
         f"{grammar.NUMBERS[n]} {grammar.plural(name)}"
         for name in CLASSES
         for n in (2, 3, 4)
-        if grammar.held_out_count(name, n)
+        if grammar.is_held_out_count(name, n)
     }
-    pairs = [(a, b) for a in CLASSES for b in CLASSES if grammar.held_out_pair(a, b)]
+    pairs = [(a, b) for a in CLASSES for b in CLASSES if grammar.is_held_out_pair(a, b)]
     for scene in scenes:
         for caption in (scene.caption, *scene.alt_captions, detailed_caption(scene)):
             assert not any(f" {words} " in f" {caption.replace(',', ' ')} " for words in held), caption
@@ -112,12 +112,12 @@ def test_held_out_compositions_never_occur_in_training(scenes: list[Scene]) -> N
 
 
 def test_held_out_shares_are_near_the_promise() -> None:
-    colors = [grammar.held_out_color(n, c) for n in CLASSES for c in COLORS if c != DRAWINGS[n].natural]
-    counts = [grammar.held_out_count(n, k) for n in CLASSES for k in (2, 3, 4)]
-    pairs = [grammar.held_out_pair(a, b) for i, a in enumerate(CLASSES) for b in CLASSES[i + 1 :]]
+    colors = [grammar.is_held_out_color(n, c) for n in CLASSES for c in COLORS if c != DRAWINGS[n].natural]
+    counts = [grammar.is_held_out_count(n, k) for n in CLASSES for k in (2, 3, 4)]
+    pairs = [grammar.is_held_out_pair(a, b) for i, a in enumerate(CLASSES) for b in CLASSES[i + 1 :]]
     for flags in (colors, counts, pairs):
         assert 0.10 <= np.mean(flags) <= 0.20
-    assert all(any(grammar.held_out_color(n, c) for n in CLASSES) for c in COLORS)
+    assert all(any(grammar.is_held_out_color(n, c) for n in CLASSES) for c in COLORS)
 
 
 def test_unseen_scenes_are_unseen() -> None:
@@ -160,7 +160,7 @@ def test_converse_paraphrases_say_the_same() -> None:
 def test_a_prompt_can_be_drawn() -> None:
     for tag in grammar.TAGS:
         for row in grammar.world_prompts(tag, 5, 1, True):
-            scene = scene_of(row, 0, 0, split="truth")
+            scene = make_scene_for(row, 0, 0, split="truth")
             assert scene.alt_captions[0] == row["prompt"]
 
 

@@ -8,7 +8,14 @@ import pytest
 from eval_service_runs import app_on, small_ladder, write_gallery
 from openapi import CheckedClient
 
-from eval.studies.human import HumanStudies, StudySide, Vote, compute_win_rate, estimate_effective_size, wilson
+from eval.studies.human import (
+    HumanStudies,
+    StudySide,
+    Vote,
+    compute_win_rate,
+    estimate_effective_size,
+    wilson,
+)
 from infra import storage
 from infra.errors import UserError
 
@@ -26,19 +33,19 @@ def study(studies):
 
 
 def test_left_and_right_are_balanced_and_each_rater_has_an_order_of_their_own(study):
-    sides = [study.left(f"rater {r}", item) for r in range(200) for item in range(13)]
+    sides = [study.choose_left(f"rater {r}", item) for r in range(200) for item in range(13)]
     assert 0.46 < sides.count("a") / len(sides) < 0.54
-    assert study.left("ann", 3) == study.left("ann", 3)
+    assert study.choose_left("ann", 3) == study.choose_left("ann", 3)
     assert study.order("ann") != study.order("bob")
     assert sorted(study.order("ann")) == list(range(13))
 
 
 def test_typography_is_asked_where_words_are_quoted(studies, study):
-    assert study.asked(12) == ("prompt_following", "aesthetics", "typography")
-    assert "typography" not in study.asked(0)
+    assert study.list_questions(12) == ("prompt_following", "aesthetics", "typography")
+    assert "typography" not in study.list_questions(0)
     apostrophes = ["a dog's bone", "the cats' house"]
     plain = studies.create("plain", StudySide("a", 1), StudySide("b", 1), prompts=apostrophes, gallery="g")
-    assert all("typography" not in plain.asked(item) for item in range(2))
+    assert all("typography" not in plain.list_questions(item) for item in range(2))
     with pytest.raises(UserError, match="nothing to ask"):
         studies.create(
             "none",
@@ -55,24 +62,28 @@ def test_an_answer_is_kept_once_and_says_which_side_it_meant(studies, study):
     assert studies.vote(study, "ann", 3, answers)
     for again in (" ann ", "Ann"):  # as a phone's keyboard writes it
         assert not studies.vote(study, again, 3, {"prompt_following": "right", "aesthetics": "right"})
-        assert studies.next(study, again)[1] == 1
-    (vote,) = studies.votes(study)
-    assert vote.answers == {"prompt_following": study.left("ann", 3), "aesthetics": "same"}
-    item, done, total = studies.next(study, "ann")
+        assert studies.find_next(study, again)[1] == 1
+    (vote,) = studies.read_votes(study)
+    assert vote.answers == {"prompt_following": study.choose_left("ann", 3), "aesthetics": "same"}
+    item, done, total = studies.find_next(study, "ann")
     assert item != 3
     assert (done, total) == (1, 13)
     for item in range(13):
-        studies.vote(study, "ann", item, dict.fromkeys(study.asked(item), "left"))
-    assert studies.next(study, "ann") == (None, 13, 13)
-    assert len(studies.votes(study)) == 13
-    assert HumanStudies(studies.root.removesuffix("/human")).votes(study) == studies.votes(study)  # all is in the store
+        studies.vote(study, "ann", item, dict.fromkeys(study.list_questions(item), "left"))
+    assert studies.find_next(study, "ann") == (None, 13, 13)
+    assert len(studies.read_votes(study)) == 13
+    assert HumanStudies(studies.root.removesuffix("/human")).read_votes(study) == studies.read_votes(
+        study
+    )  # all is in the store
 
 
 def test_of_many_tabs_one_answer_is_kept(studies, study):
     with ThreadPoolExecutor(8) as pool:
-        kept = list(pool.map(lambda _: studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left")), range(16)))
+        kept = list(
+            pool.map(lambda _: studies.vote(study, "ann", 0, dict.fromkeys(study.list_questions(0), "left")), range(16))
+        )
     assert kept.count(True) == 1
-    assert len(studies.votes(study)) == 1
+    assert len(studies.read_votes(study)) == 1
 
 
 def test_bad_answers_raters_and_names_are_refused(studies, study):
@@ -97,12 +108,12 @@ def test_bad_answers_raters_and_names_are_refused(studies, study):
 
 
 def test_torn_and_foreign_votes_are_skipped(studies, study):
-    studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left"))
+    studies.vote(study, "ann", 0, dict.fromkeys(study.list_questions(0), "left"))
     votes = storage.join(studies.root, "study-one", "votes")
     storage.write_bytes(f"{votes}/torn.json", b'{"rater": "b')
     forged = {"rater": "ann", "item": 0, "answers": {"aesthetics": "a"}, "created": ""}
     storage.write_bytes(f"{votes}/{'0' * 32}.json", json.dumps(forged).encode())  # a second vote under another name
-    assert len(studies.votes(study)) == 1
+    assert len(studies.read_votes(study)) == 1
 
 
 def test_win_rate_counts_ties_half_and_agreement_is_not_certainty():

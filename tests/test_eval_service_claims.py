@@ -54,9 +54,9 @@ def test_a_claim_of_a_dead_process_on_this_machine_is_abandoned_at_once(tmp_path
     run = str(tmp_path / "run")
     program = f"from eval.service.claims import claim; claim({run!r}, 's', 7)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    assert ClaimMonitor().abandoned(run, "s", 7, 1)
+    assert ClaimMonitor().is_abandoned(run, "s", 7, 1)
     claim(run, "s", 8)
-    assert not ClaimMonitor().abandoned(run, "s", 8, 1)  # ours, and we live
+    assert not ClaimMonitor().is_abandoned(run, "s", 8, 1)  # ours, and we live
 
 
 def test_a_claim_from_another_machine_is_abandoned_when_its_beat_stands_still(tmp_path, monkeypatch):
@@ -68,14 +68,14 @@ def test_a_claim_from_another_machine_is_abandoned_when_its_beat_stands_still(tm
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
     watch = ClaimMonitor()
     for beat in range(4):
-        assert not watch.abandoned(run, "s", 7, 1)
+        assert not watch.is_abandoned(run, "s", 7, 1)
         storage.write_bytes(folder + "/0001.beat.json", json.dumps({"beat": beat}).encode())
         clock[0] += claims.STANDS_STILL - 1
-    assert not watch.abandoned(run, "s", 7, 1)  # a new beat starts the wait anew
+    assert not watch.is_abandoned(run, "s", 7, 1)  # a new beat starts the wait anew
     clock[0] += claims.STANDS_STILL + 1
-    assert watch.abandoned(run, "s", 7, 1)
+    assert watch.is_abandoned(run, "s", 7, 1)
     storage.write_bytes(folder + "/0001.claim.json", b'{"owner": "torn')
-    assert not ClaimMonitor().abandoned(run, "s", 7, 1)
+    assert not ClaimMonitor().is_abandoned(run, "s", 7, 1)
 
 
 class Counting:
@@ -163,7 +163,7 @@ def test_a_failure_is_kept_with_its_reason_and_tried_again_only_when_asked(ladde
 def test_a_checkpoint_that_kills_its_evaluation_again_and_again_is_given_up(ladder):
     done = []
     watcher = Watcher(Index(ladder), settings(ladder), worker=Counting(done, threading.Lock()))
-    gone = {"owner": asdict(ClaimOwner(ClaimOwner.here().host, ClaimOwner.here().boot, 2**22 + 1, "1.00"))}
+    gone = {"owner": asdict(ClaimOwner(ClaimOwner.find_own().host, ClaimOwner.find_own().boot, 2**22 + 1, "1.00"))}
     run = storage.join(ladder, "world-d2")
     for attempt in range(claims.MOST_ATTEMPTS):
         folder = storage.join(run, "evaluations", watcher.settings.hash, "step_0000020")

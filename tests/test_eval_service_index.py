@@ -33,13 +33,13 @@ def test_it_says_what_the_report_says(tmp_path):
     data = read_runs(root)
     assert [run.name for run in index.snapshot.runs] == [run.name for run in data.runs]
     for metric in ("val_loss/sd3", "world_geneval/overall/seen", "val_loss/sd3/t0.5", "world_fid"):
-        theirs, ours = compare(data.runs, metric), index.snapshot.curves(metric)
+        theirs, ours = compare(data.runs, metric), index.snapshot.select_curves(metric)
         assert theirs.protocol == ours.protocol
         assert {left.run for left in theirs.left_out} == set(ours.left_out)
         for run, points in theirs.points.items():
             assert ours.by_run[run].images_P.tolist() == [p.images for p in points]
             np.testing.assert_array_equal(ours.by_run[run].value_P, [p.value for p in points])
-    assert index.snapshot.curves("no/such") is None
+    assert index.snapshot.select_curves("no/such") is None
     assert list_calibration(index.snapshot).lines[0].ground_truth.value == pytest.approx(0.972)
 
 
@@ -79,13 +79,13 @@ def test_a_service_that_only_shows_tells_what_others_evaluated(tmp_path):
     index = Index(str(tmp_path))
     index.refresh()
     [run] = index.snapshot.runs
-    assert run.states("theirs") == {10: "done", 20: "failed"}
-    assert run.states("") == {10: "done", 20: "done"}
+    assert run.list_states("theirs") == {10: "done", 20: "failed"}
+    assert run.list_states("") == {10: "done", 20: "done"}
     assert list_runs(index.snapshot, "").runs[0].evaluated == 2
     assert list_runs(index.snapshot, "mine").runs[0].evaluated == 0
     ResultStore(f"{uri}/results").append([row("world-d2", "world_fid", 9.0, images=30 * 64)])  # by `eval run`
     index.refresh()
-    assert index.snapshot.runs[0].states("") == {10: "done", 20: "done", 30: "done"}
+    assert index.snapshot.runs[0].list_states("") == {10: "done", 20: "done", 30: "done"}
 
 
 def test_torn_rows_and_recipes_are_told_and_the_rest_is_shown(tmp_path):
@@ -161,9 +161,9 @@ def test_a_store_on_s3_is_read_claimed_and_judged_alike(s3):
     assert read_outcomes(index.snapshot.by_name["world-d2"].evaluations, "s")[100].state == "done"
     studies = HumanStudies(root)
     study = studies.create("one", StudySide("a", 1), StudySide("b", 1), prompts=["a", "b"], gallery="g")
-    assert studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "left"))
-    assert not studies.vote(study, "ann", 0, dict.fromkeys(study.asked(0), "right"))
-    assert studies.names() == ["one"]
+    assert studies.vote(study, "ann", 0, dict.fromkeys(study.list_questions(0), "left"))
+    assert not studies.vote(study, "ann", 0, dict.fromkeys(study.list_questions(0), "right"))
+    assert studies.list_names() == ["one"]
     assert not index.refresh()  # studies are no runs
 
 

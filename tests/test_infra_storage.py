@@ -45,7 +45,7 @@ def test_round_trip_ranges_and_replacement(root):
     assert storage.read_bytes(uri, 8, 100) == b"89"
     assert storage.read_bytes(uri, 50, 3) == b""
     assert storage.read_bytes(uri, 2, 0) == b""
-    assert storage.size(uri) == 10
+    assert storage.get_size(uri) == 10
     assert storage.exists(uri)
     assert storage.exists(root)
     storage.write_bytes(uri, b"")
@@ -68,7 +68,7 @@ def test_a_file_is_uploaded_as_it_is(root, tmp_path, monkeypatch):
 
 def test_missing_things_are_named(root):
     uri = storage.join(root, "nothing.bin")
-    for look in (storage.read_bytes, storage.size, storage.localize, storage.open_read):
+    for look in (storage.read_bytes, storage.get_size, storage.localize, storage.open_read):
         with pytest.raises(MissingError) as caught:
             look(uri)
         assert uri in str(caught.value)

@@ -34,7 +34,7 @@ def identify_weights(spec: CaptionerSpec) -> str:
     """
     own = getattr(get_captioner(spec.name), "identify_weights", None)
     if spec.url:
-        spec.address()  # refused before any work, and before plan.yaml holds a secret
+        spec.check_address()  # refused before any work, and before plan.yaml holds a secret
     if own is not None:
         return own(spec)
     return hash_weights(resolve(spec.checkpoint)) if spec.checkpoint else "none"

@@ -34,12 +34,12 @@ class ServerCaptioner:
 
     def __init__(self, spec: CaptionerSpec, device: str) -> None:
         self._spec, self._request = spec, spec.make_request()
-        self._address = spec.address() + "/chat/completions"
+        self._address = spec.check_address() + "/chat/completions"
 
     @staticmethod
     def identify_weights(spec: CaptionerSpec) -> str:
         """The weights lie on the server: the model's name stands for them (`spec.revision` enters on its own)."""
-        spec.address()
+        spec.check_address()
         return f"served:{spec.checkpoint}"
 
     def caption(self, images: Sequence[Image.Image]) -> list[str | NoCaption]:

@@ -115,7 +115,7 @@ class CaptionerSpec:
             raise UserError(f"--captioner.request: expected an object without {', '.join(sorted(reserved))}")
         return {**(get_preset(self.preset).request if self.preset else {}), **own}
 
-    def address(self) -> str:
+    def check_address(self) -> str:
         """`url`, checked; it is printed and stored in plan.yaml, so that it must not hold a secret."""
         shown = hide_password(self.url).partition("?")[0]
         if "@" in self.url or "?" in self.url:

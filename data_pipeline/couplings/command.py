@@ -156,9 +156,10 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
         student.check(steps=options.steps, guidance=guidance, solver=options.solver)
     return Couplings(
         teacher=teacher.sha256, formulation=teacher.meta["formulation"], solver=options.solver, steps=options.steps,
-        grid=options.grid, shift=_shift(options, teacher), guidance=guidance,
+        grid=options.grid, shift=_choose_shift(options, teacher), guidance=guidance,
         unconditional=options.unconditional, precision=resolve_precision(options.precision, _worker_device(options)),
-        seed=options.seed, captions=_weigh_captions(options, told), bucket="" if of_dataset else _square(teacher),
+        seed=options.seed, captions=_weigh_captions(options, told),
+        bucket="" if of_dataset else _name_square_bucket(teacher),
         val_every=options.val_every, prompts_split=split, prompts_index=told.splits[split].index, prompts=where,
         count=options.count, tolerance=options.tolerance, round=1 + int(teacher.few_step.get("round", 0)),
         baked_guidance=teacher.baked_guidance,
@@ -175,11 +176,11 @@ def choose_guidance(options: CoupleOptions, teacher: TeacherFile) -> float:
     return 1.0
 
 
-def _shift(options: CoupleOptions, teacher: TeacherFile) -> float:
+def _choose_shift(options: CoupleOptions, teacher: TeacherFile) -> float:
     return float(teacher.meta.get("shift", 1.0) if options.shift is None else options.shift)
 
 
-def _square(teacher: TeacherFile) -> str:
+def _name_square_bucket(teacher: TeacherFile) -> str:
     return f"{teacher.resolution}x{teacher.resolution}"
 
 
@@ -201,9 +202,9 @@ def format_estimate(options: CoupleOptions, teacher: TeacherFile, workers: Worke
         names, counts = np.unique(prompts.buckets_of(np.arange(options.count)), return_counts=True)
         number = prompts.dataset.num_samples
     else:
-        names, counts = np.array([_square(teacher)]), np.array([options.count])
+        names, counts = np.array([_name_square_bucket(teacher)]), np.array([options.count])
         number = len(read_prompts(options.prompts))
-    shapes = [_latent_shape(str(name), teacher.vae) for name in names]
+    shapes = [_get_latent_shape(str(name), teacher.vae) for name in names]
     total = sum(count * (2 * int(np.prod(shape)) + TAR_BYTES) for shape, count in zip(shapes, counts.tolist()))
     head = f"{options.count:,} couplings of {number:,} prompts: {total / 1e9:,.3f} GB, and no bytes of their text"
     forwards = count_forwards(options.solver, options.steps, guidance=choose_guidance(options, teacher),
@@ -228,6 +229,6 @@ def format_estimate(options: CoupleOptions, teacher: TeacherFile, workers: Worke
     )
 
 
-def _latent_shape(bucket: str, vae: Latents) -> tuple[int, int, int]:
+def _get_latent_shape(bucket: str, vae: Latents) -> tuple[int, int, int]:
     height, width = (int(side) // vae.factor for side in bucket.split("x"))
     return vae.channels, height, width

@@ -89,13 +89,14 @@ class Teacher:
 
     def _solve(self, noise_BCHW: Tensor, text: TextCond) -> Tensor:
         c = self._couplings
+        uncond = None if c.guidance == 1.0 else self._make_unconditional(text)
         return solve(
-            self._network, noise_BCHW.to(self.device), text, self._unconditional(text) if c.guidance != 1.0 else None,
+            self._network, noise_BCHW.to(self.device), text, uncond,
             steps=c.steps, guidance=c.guidance, shift=c.shift, solver=c.solver, formulation=c.formulation, grid=c.grid,
             tolerance=c.tolerance, student=self._student,
         ).latents.float().cpu()  # fmt: skip
 
-    def _unconditional(self, text: TextCond) -> TextCond:
+    def _make_unconditional(self, text: TextCond) -> TextCond:
         if self._couplings.unconditional == "zeros":
             return text.zeros_like()
         return self._empty_prompt[torch.zeros(len(text), dtype=torch.long)].to(self.device)

@@ -15,7 +15,7 @@ from data_pipeline.curation.hash_matching import find_first_equal, find_first_ne
 from data_pipeline.curation.semantic import Load, SemanticDedup
 from data_pipeline.images import ImageError
 from data_pipeline.stages.stage import OK, ShardView, StageFunction, stage_table
-from infra.scratch import Spool, allocate, blocks, concatenate, gather
+from infra.scratch import Spool, allocate, concatenate, gather, iterate_blocks
 
 VERSION = 1
 KINDS = ("equal", "perceptual", "semantic")
@@ -119,12 +119,12 @@ class Duplicates:
             names.append(np.frombuffer(name.encode(), np.uint8))
             name_ends.append(letters)
             ends.append(count)
-        self.row_N, self.exact_NK, self.hash_N = row.array(), exact.array(), near.array()
-        self._names, self._name_ends, self._ends = names.array(), name_ends.array(), ends.array()
-        self._preferred = len(given.array())
-        self.number_R = concatenate([given.array(), others.array()])
+        self.row_N, self.exact_NK, self.hash_N = row.read_array(), exact.read_array(), near.read_array()
+        self._names, self._name_ends, self._ends = names.read_array(), name_ends.read_array(), ends.read_array()
+        self._preferred = len(given.read_array())
+        self.number_R = concatenate([given.read_array(), others.read_array()])
         self._rank_N = allocate(count, np.int64)
-        for block in blocks(count):
+        for block in iterate_blocks(count):
             self._rank_N[self.number_R[block]] = np.arange(block.start, block.stop)
         self.first_R, self._kind_R = allocate(count, np.int64, -1), allocate(count, np.uint8)
 
@@ -139,7 +139,7 @@ class Duplicates:
     def merge(self, kind: str, first_R: np.ndarray) -> None:
         """Add the duplicates that a pass found, for rows that are kept so far. `first_R`: for each rank the rank of the
         row that it duplicates, or -1."""
-        for block in blocks(len(self)):
+        for block in iterate_blocks(len(self)):
             new_B = (self.first_R[block] < 0) & (first_R[block] >= 0)
             self.first_R[block] = np.where(new_B, first_R[block], self.first_R[block])
             self._kind_R[block] = np.where(new_B, KINDS.index(kind), self._kind_R[block])
@@ -148,43 +148,43 @@ class Duplicates:
         """(shard, rows, their ranks) of rows that no pass has set aside; shards with the first ranks come first."""
         for preferred in (True, False):
             for shard in range(self.num_shards):
-                rank_S = np.sort(self._rank_N[self._range(shard)])
+                rank_S = np.sort(self._rank_N[self._get_range(shard)])
                 rank_S = rank_S[self.first_R[rank_S] < 0]
                 if len(rank_S) and (rank_S[0] < self._preferred) == preferred:
-                    yield self._name(shard), self.row_N[self.number_R[rank_S]], rank_S
+                    yield self._get_name(shard), self.row_N[self.number_R[rank_S]], rank_S
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Sixteen hex digits that name the answer."""
         found = hashlib.sha256()
-        for block in blocks(len(self)):
+        for block in iterate_blocks(len(self)):
             found.update(self.first_R[block].tobytes() + self._kind_R[block].tobytes())
         return found.hexdigest()[:16]
 
-    def tables(self) -> Iterator[tuple[str, pa.Table]]:
+    def iterate_tables(self) -> Iterator[tuple[str, pa.Table]]:
         """Each shard with the status of its rows, in the order in which they came."""
         for shard in range(self.num_shards):
-            rank_S = self._rank_N[self._range(shard)]
+            rank_S = self._rank_N[self._get_range(shard)]
             first_S, kind_S = self.first_R[rank_S], self._kind_R[rank_S]
             origin_S = self.number_R[np.maximum(first_S, 0)]
             shard_S, row_S = np.searchsorted(self._ends, origin_S, side="right"), self.row_N[origin_S]
             origins = zip(first_S.tolist(), kind_S.tolist(), shard_S.tolist(), row_S.tolist())
             reasons = [
-                "" if first < 0 else f"{KINDS[kind]}: of {self._name(there)} row {row}"
+                "" if first < 0 else f"{KINDS[kind]}: of {self._get_name(there)} row {row}"
                 for first, kind, there, row in origins
             ]
             yield (
-                self._name(shard),
+                self._get_name(shard),
                 stage_table(
-                    self.row_N[self._range(shard)].tolist(),
+                    self.row_N[self._get_range(shard)].tolist(),
                     np.where(first_S < 0, OK, "duplicate").tolist(),
                     reason=pa.array(reasons, pa.string()),
                 ),
             )
 
-    def _range(self, shard: int) -> slice:
+    def _get_range(self, shard: int) -> slice:
         return slice(int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard]))
 
-    def _name(self, shard: int) -> str:
+    def _get_name(self, shard: int) -> str:
         letters = slice(int(self._name_ends[shard - 1]) if shard else 0, int(self._name_ends[shard]))
         return self._names[letters].tobytes().decode()
 

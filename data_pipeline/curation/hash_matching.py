@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from infra.scratch import BLOCK, Spool, allocate, blocks
+from infra.scratch import BLOCK, Spool, allocate, iterate_blocks
 
 HASH_BITS = 64
 _NEAR_BLOCK = 2**16  # hashes of one block of find_first_near
@@ -26,15 +26,18 @@ def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
     count, width = key_NK.shape
     first_N = allocate(count, np.int64, -1)
     shift = np.uint64(64 - max(1, (count // block_rows).bit_length()))
-    size_P = sum((_deal(key_NK[block], shift)[1] for block in blocks(count, block_rows)), np.zeros(1, np.int64))
+    size_P = sum(
+        (_sort_into_parts(key_NK[block], shift)[1] for block in iterate_blocks(count, block_rows)),
+        np.zeros(1, np.int64),
+    )
     end_P = np.cumsum(size_P)
     start_P, filled_P = end_P - size_P, end_P - size_P
     dealt_NK = allocate((count, width + 1), np.uint64)  # keys and their numbers, part after part
-    for block in blocks(count, block_rows):
+    for block in iterate_blocks(count, block_rows):
         number_B = np.arange(block.start, block.stop)
         first_N[block] = first_B = _find_first_in_memory(key_NK[block], number_B)
         number_B = number_B[first_B < 0]
-        order, many_P = _deal(key_NK[number_B], shift)
+        order, many_P = _sort_into_parts(key_NK[number_B], shift)
         number_B = number_B[order]
         # the place of each: behind what its part has already, in order
         place_B = np.repeat(filled_P - np.cumsum(many_P) + many_P, many_P) + np.arange(len(order))
@@ -43,14 +46,14 @@ def find_first_equal(key_NK: np.ndarray, block_rows: int = BLOCK) -> np.ndarray:
     for start, end in zip(start_P.tolist(), filled_P.tolist()):
         number_M = dealt_NK[start:end, width].astype(np.int64)
         first_N[number_M] = _find_first_in_memory(dealt_NK[start:end, :width], number_M)
-    for block in blocks(count, block_rows):  # the first of a block may have turned out to be a later one of all
+    for block in iterate_blocks(count, block_rows):  # the first of a block may have turned out to be a later one of all
         first_B = np.array(first_N[block])
         above_B = first_N[np.maximum(first_B, 0)]
         first_N[block] = np.where((first_B >= block.start) & (above_B >= 0), above_B, first_B)
     return first_N
 
 
-def _deal(key_NK: np.ndarray, shift: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+def _sort_into_parts(key_NK: np.ndarray, shift: np.uint64) -> tuple[np.ndarray, np.ndarray]:
     """(indices that sort the keys by part and keep their order within a part; number of keys in each part)."""
     part_N = (key_NK[:, 0] >> shift).astype(np.int64)
     return np.argsort(part_N, kind="stable"), np.bincount(part_N, minlength=2 ** (64 - int(shift)))
@@ -73,23 +76,23 @@ def find_first_near(hash_N: np.ndarray, distance: int, block_rows: int = _NEAR_B
     """For each 64-bit hash the row number of the earliest kept hash within `distance` bits; -1 where it is kept itself.
 
     Greedy, in row order: a hash is kept if no kept hash is near. Each block is first compared with the kept hashes of
-    earlier blocks; the rest of the block is then compared one hash after the other.
+    earlier iterate_blocks; the rest of the block is then compared one hash after the other.
     """
     first_N = allocate(len(hash_N), np.int64, -1)
     # Pigeonhole principle: cut into d + 1 pieces, two hashes that differ in at most d bits agree in at least one piece.
     edges = np.linspace(0, HASH_BITS, distance + 2).astype(int).tolist()
     kept = _KeptHashes(edges)
-    for block in blocks(len(hash_N), block_rows):
+    for block in iterate_blocks(len(hash_N), block_rows):
         hash_B, first_B = np.array(hash_N[block]), np.full(block.stop - block.start, -1, np.int64)
-        for bands in kept.by_block():
+        for bands in kept.read_blocks():
             open_B = np.flatnonzero(first_B < 0)
             first_B[open_B] = _find_near_kept(hash_B[open_B], bands, edges, distance)
         open_B = np.flatnonzero(first_B < 0)
         first_O = _find_near_greedily(hash_B[open_B], edges, distance)
         first_B[open_B] = np.where(first_O < 0, -1, block.start + open_B[first_O])
         first_N[block] = first_B
-        mine = open_B[first_O < 0]
-        kept.add(hash_B[mine], block.start + mine)
+        new_B = open_B[first_O < 0]
+        kept.add(hash_B[new_B], block.start + new_B)
     return first_N
 
 
@@ -109,9 +112,9 @@ class _KeptHashes:
             numbers.append(number_K[order])
         self._ends.append(self._ends[-1] + len(hash_K))
 
-    def by_block(self) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    def read_blocks(self) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         """(hashes, numbers) in each band, block by block."""
-        bands = [(hashes.array(), numbers.array()) for *_, hashes, numbers in self._bands]
+        bands = [(hashes.read_array(), numbers.read_array()) for *_, hashes, numbers in self._bands]
         for start, end in pairwise(self._ends):
             yield [(np.array(hashes[start:end]), np.array(numbers[start:end])) for hashes, numbers in bands]
 

@@ -74,7 +74,7 @@ class SemanticDedup:
         sampled = Spool(np.float32, width)
         for shard, rows, _ in islice(places, None, None, max(1, every)):
             sampled.append(_take_vectors(load(shard), rows[::step]))
-        sample = sampled.array()
+        sample = sampled.read_array()
         clusters = min(clusters, len(sample))
         kmeans = faiss.Kmeans(
             width, clusters, niter=20, seed=self.seed, spherical=True, min_points_per_centroid=1,

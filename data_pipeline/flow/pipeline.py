@@ -184,9 +184,9 @@ class Pipeline:
             load=partial(self.state.read, "embed"),
             preferred=(lambda shard: ok_rows(self.strict[shard])) if preferring else None,
         )
-        tables, length = made.tables(), max(1, -(-made.num_shards // _DEDUP_SHARDS))
+        tables, length = made.iterate_tables(), max(1, -(-made.num_shards // _DEDUP_SHARDS))
         # parts of a series have one digest: two drivers that found different answers do not mix
-        series = f"{unit}-{made.digest()}-{length}"
+        series = f"{unit}-{made.compute_digest()}-{length}"
         for number in range(length):
             name = unit if length == 1 else f"{series}-{number:06d}"
             self.state.record(column.write(name, islice(tables, _DEDUP_SHARDS)))
@@ -354,7 +354,7 @@ class Pipeline:
         lost = find_lost_shards(self.root, proofs)
         full = {bucket: self._limit_rows(info.layout(bucket)) for bucket in accepted.buckets}
         published, plan, todo = PublishedShards(self.root, info), PackPlan(self.state.database), WorkList()
-        kept = keep_published(accepted, published.full_shards(proofs, shard_rows=full))
+        kept = keep_published(accepted, published.list_full_shards(proofs, shard_rows=full))
         # lazy, so in this order: what is kept leaves `accepted` before the rest is cut into new shards
         for output in chain(kept, plan_shards(accepted, {"encoding": info.encoding}, shard_rows=full)):
             plan.add(output)
@@ -364,7 +364,7 @@ class Pipeline:
         write_pack_plan(self.root, plan)
         for result in self.jobs.run_pass("pack", PackTask(self.root, info), todo):
             proofs[result["id"]] = from_json(ShardEntry, result["entry"], where=result["id"])
-        entries = [published.numbered(proofs[name]) for name in plan.ids() if name in proofs]
+        entries = [published.number_entry(proofs[name]) for name in plan.list_ids() if name in proofs]
         self.state.counts["pack"] = {OK: sum(entry.num_samples for entry in entries)}
         return info, entries
 

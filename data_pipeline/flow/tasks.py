@@ -16,24 +16,24 @@ from infra.codec import from_json, to_json
 from infra.runner import UnitResult, WorkUnit
 
 
-def _parts(raw: Sequence[Mapping[str, Any]]) -> list[ColumnPart]:
+def _read_parts(raw: Sequence[Mapping[str, Any]]) -> list[ColumnPart]:
     return [from_json(ColumnPart, part, where="a unit of work") for part in raw]
 
 
-def parts_by_shard(manifest: Manifest) -> dict[str, ColumnPart]:
+def group_parts(manifest: Manifest) -> dict[str, ColumnPart]:
     return {part.shard: part for part in manifest.parts}
 
 
 def _sum_counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for manifest in manifests:
-        mine = counts.setdefault(manifest.stage, {})
+        of_stage = counts.setdefault(manifest.stage, {})
         for status, count in manifest.counts.items():
-            mine[status] = mine.get(status, 0) + count
+            of_stage[status] = of_stage.get(status, 0) + count
     return counts
 
 
-def _result(rows: int, manifests: Sequence[Manifest]) -> UnitResult:
+def _make_result(rows: int, manifests: Sequence[Manifest]) -> UnitResult:
     return {"rows": rows, "counts": _sum_counts(manifests), "manifests": [to_json(m) for m in manifests]}
 
 
@@ -57,7 +57,7 @@ class IngestTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             known = {
-                shard: {stage: _parts(parts) for stage, parts in stages.items()}
+                shard: {stage: _read_parts(parts) for stage, parts in stages.items()}
                 for shard, stages in unit["known"].items()
             }
             tables: dict[str, Any] = {}
@@ -73,7 +73,7 @@ class IngestTask:
                     view.tables["ingest"] = tables.pop(shard)
                 made += self._compute_columns(view, workers)
             rows = sum(part.num_rows for parts in known.values() for part in parts["ingest"])
-            return _result(rows, made) | {"split": unit["split"]}
+            return _make_result(rows, made) | {"split": unit["split"]}
 
         return run
 
@@ -88,7 +88,7 @@ class IngestTask:
             view.tables[column.stage] = table
             manifest = column.write(view.shard, [(view.shard, table)])
             made.append(manifest)
-            parts[column.stage] = [parts_by_shard(manifest)[view.shard]]
+            parts[column.stage] = [group_parts(manifest)[view.shard]]
             view.parts = dict(parts)
         return made
 
@@ -105,7 +105,7 @@ class ColumnTask:
 
         def run(unit: WorkUnit) -> UnitResult:
             shard = unit["shard"]
-            parts = {stage: _parts(found) for stage, found in unit["parts"].items()}
+            parts = {stage: _read_parts(found) for stage, found in unit["parts"].items()}
             view, made = ShardView(self.root, shard, parts), []
             for worker, column in workers:
                 rows = expand_ranges(unit["missing"].get(column.stage, []))
@@ -115,9 +115,9 @@ class ColumnTask:
                 number = len(parts.get(column.stage, ()))
                 manifest = column.write(shard, [(shard, worker(view))], number=number)
                 made.append(manifest)
-                parts.setdefault(column.stage, []).append(parts_by_shard(manifest)[shard])
+                parts.setdefault(column.stage, []).append(group_parts(manifest)[shard])
                 view.tables.pop(column.stage, None)
-            return _result(max((len(expand_ranges(found)) for found in unit["missing"].values()), default=0), made)
+            return _make_result(max((len(expand_ranges(found)) for found in unit["missing"].values()), default=0), made)
 
         return run
 
@@ -134,7 +134,7 @@ class PackTask:
             rows = tuple((shard, np.array(expand_ranges(ranges), np.int32)) for shard, ranges in unit["rows"])
             output = PlannedShard(unit["id"], unit["split"], unit["bucket"], rows)
             parts = {
-                stage: {shard: _parts(found) for shard, found in shards.items()}
+                stage: {shard: _read_parts(found) for shard, found in shards.items()}
                 for stage, shards in unit["parts"].items()
             }
             entry = pack_shard(self.root, self.info, output, parts)

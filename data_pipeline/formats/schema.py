@@ -125,9 +125,7 @@ class DatasetInfo:
     @property
     def encoding(self) -> str:
         """Fingerprint of everything a sample's bytes depend on apart from the images and captions themselves."""
-        return encoding_fingerprint(
-            self.text_spec, self.vae, self.resolution, self.captions, self.columns, self.int8_seats
-        )
+        return hash_encoding(self.text_spec, self.vae, self.resolution, self.captions, self.columns, self.int8_seats)
 
     def layout(self, bucket: str) -> SampleLayout:
         """The byte layout of the samples of a bucket, which is named HEIGHTxWIDTH in pixels. A coupling's latent has no
@@ -158,7 +156,7 @@ class DatasetInfo:
         return from_json(DatasetInfo, told, where=uri, advice=advice)
 
 
-def encoding_fingerprint(
+def hash_encoding(
     text_spec: TextSpec,
     vae: Latents,
     resolution: int,
@@ -171,7 +169,7 @@ def encoding_fingerprint(
     return fingerprint([*found, int8_seats] if int8_seats else found)
 
 
-def rejected_split(split: str) -> str:
+def name_rejected_split(split: str) -> str:
     """The split that holds the rejected pictures of this split's preference pairs."""
     return f"{split}_rejected"
 

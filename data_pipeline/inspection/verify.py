@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.formats.index import ShardEntry, decode_rows, read_split
 from data_pipeline.formats.layout import checksum
 from data_pipeline.formats.parquet_io import decode_table
-from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, read_dataset_info, rejected_split
+from data_pipeline.formats.schema import ColumnPart, DatasetInfo, Manifest, name_rejected_split, read_dataset_info
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.stages.columns import count_statuses
@@ -58,7 +58,7 @@ def verify_dataset(uri: str, *, columns: bool = True) -> VerificationResult:
     if twice:
         findings.problems.append(f"{len(twice)} rows were packed more than once, e.g. {twice[0][0]} row {twice[0][1]}")
     for split in info.splits:
-        if not findings.problems and rejected_split(split) in info.splits:
+        if not findings.problems and name_rejected_split(split) in info.splits:
             try:
                 RejectedLatents(open_dataset(uri, split=split))
             except UnavailableError:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from data_pipeline.formats.schema import rejected_split
+from data_pipeline.formats.schema import name_rejected_split
 from data_pipeline.loading.batch import LatentBatch
 from data_pipeline.loading.collate import DrawSettings
 from data_pipeline.loading.index import RowTables
@@ -14,7 +14,7 @@ class RejectedLatents:
     """The rejected half of each preferred sample, found by its key; UserError unless the two splits fit together."""
 
     def __init__(self, preferred: Dataset) -> None:
-        split = rejected_split(preferred.split)
+        split = name_rejected_split(preferred.split)
         if split not in preferred.info.splits:
             raise UserError(
                 f"{preferred.uri}: no preference pairs, it has splits {', '.join(preferred.info.splits)}; make some "

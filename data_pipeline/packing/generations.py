@@ -31,7 +31,9 @@ class PublishedShards:
         self._generation_of = {entry.tar: entry.generation for entry in _list_published(root, info.encoding)}
         self._next = max(self._generation_of.values(), default=-1) + 1
 
-    def full_shards(self, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]) -> Iterator[PlannedShard]:
+    def list_full_shards(
+        self, proofs: Mapping[str, ShardEntry], *, shard_rows: Mapping[str, int]
+    ) -> Iterator[PlannedShard]:
         """Its full shards, out of the plans that made them. `shard_rows`: samples of a full shard, by bucket."""
         full = {name for name, entry in proofs.items() if entry.num_samples == shard_rows.get(entry.bucket)}
         missing = {name for name in full if proofs[name].tar in self._generation_of}
@@ -41,7 +43,7 @@ class PublishedShards:
                     missing.discard(output.id)
                     yield output
 
-    def numbered(self, entry: ShardEntry) -> ShardEntry:
+    def number_entry(self, entry: ShardEntry) -> ShardEntry:
         """The entry with its generation. Shards that are not published yet form the next generation."""
         return replace(entry, generation=self._generation_of.get(entry.tar, self._next))
 

@@ -85,7 +85,7 @@ class PackPlan:
         rows = [(shard, rows.tolist()) for shard, rows in output.rows]
         self._map[output.id,] = json.dumps([output.split, output.bucket, rows]).encode()
 
-    def ids(self) -> Iterator[str]:
+    def list_ids(self) -> Iterator[str]:
         """Ascending, as iteration gives the shards."""
         return (str(name) for (name,) in self._map)
 

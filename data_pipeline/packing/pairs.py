@@ -13,7 +13,7 @@ import torch
 from data_pipeline.checkpoints import hash_weights, resolve
 from data_pipeline.formats.index import ShardEntry
 from data_pipeline.formats.layout import TextFeatures
-from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, rejected_split
+from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, name_rejected_split
 from data_pipeline.images import ImageError, cover_crop, decode, stack_pixels
 from data_pipeline.packing.publish import publish
 from data_pipeline.packing.shards import TrainingSample, write_shard
@@ -74,7 +74,7 @@ def write_pairs(
                 text = encoder.text([pair.caption for pair in chosen])
                 for name, images in (
                     (split, [pair.preferred for pair in chosen]),
-                    (rejected_split(split), [pair.rejected for pair in chosen]),
+                    (name_rejected_split(split), [pair.rejected for pair in chosen]),
                 ):
                     samples = _make_samples(chosen, encoder.latents(images), text)
                     entries.append(

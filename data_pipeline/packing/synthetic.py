@@ -12,8 +12,8 @@ from data_pipeline.formats.schema import (
     DATASET_FILE,
     DatasetInfo,
     SplitInfo,
-    encoding_fingerprint,
-    rejected_split,
+    hash_encoding,
+    name_rejected_split,
 )
 from data_pipeline.packing.shards import TrainingSample, write_shard
 from infra import storage
@@ -60,12 +60,12 @@ def write_synthetic(
     resolution = int(np.sqrt(np.prod([int(n) for n in buckets[0].split("x")])))
     vae = Latents(autoencoder, channels, factor, shift=0.1, scale=0.9)
     columns = dict.fromkeys(("latents", *(f"text_{e.seat}" for e in text_spec.encoders)), f"synthetic-{seed}")
-    encoding = encoding_fingerprint(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
+    encoding = hash_encoding(text_spec, vae, resolution, CAPTIONS, columns, int8_seats)
     splits = {}
     wanted = [(source, total, rejected) for rejected in ((False, True) if pairs else (False,))
               for source, total in (("train", num_samples), ("val", val_samples))]  # fmt: skip
     for source, total, rejected in wanted:
-        split = rejected_split(source) if rejected else source
+        split = name_rejected_split(source) if rejected else source
         entries: list[ShardEntry] = []
         for bucket, count in _share_out(total, buckets).items():
             height, width = (int(n) // factor for n in bucket.split("x"))

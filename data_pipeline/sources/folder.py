@@ -25,7 +25,7 @@ from data_pipeline.sources.source import (
     SourceUnit,
     count_by_suffix,
     find_examples,
-    is_dropping,
+    is_system_file,
     list_etags,
     list_existing,
     split_from_path,
@@ -54,17 +54,17 @@ class FolderSource:
     def list_units(self) -> list[SourceUnit]:
         root, etags = self.uri.rstrip("/") + "/", list_etags(self.uri)
         listed = storage.list_files(self.uri, links=True)
-        files = [name for name in listed if not is_dropping(name.removeprefix(root))]
+        files = [name for name in listed if not is_system_file(name.removeprefix(root))]
         if len(listed) > len(files):
             log.info("%s: %d files of desktop systems passed over", self.uri, len(listed) - len(files))
-        names = [name for name in files if name.lower().endswith(_dotted(IMAGE_SUFFIXES))]
-        names = names or list_existing(self.uri, _dotted(IMAGE_SUFFIXES), "images")  # which says what is wrong
-        sidecars = {name.lower(): name for name in files if name.lower().endswith(_dotted(SIDECARS))}
+        names = [name for name in files if name.lower().endswith(_add_dots(IMAGE_SUFFIXES))]
+        names = names or list_existing(self.uri, _add_dots(IMAGE_SUFFIXES), "images")  # which says what is wrong
+        sidecars = {name.lower(): name for name in files if name.lower().endswith(_add_dots(SIDECARS))}
         by_uri = {name: _read_table(name, self.options.caption_column) for name in files if _is_table(name)}
         tables = Tables(root, by_uri)
         by_split: dict[str, list[list[object]]] = {}
         for name in names:
-            row = self._row(name, root, sidecars, tables, etags)
+            row = self._describe_row(name, root, sidecars, tables, etags)
             by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
         # what a table names and nobody finds is a row that says so
         for name, said in tables.find_missing({file.removeprefix(root) for file in files}):
@@ -75,7 +75,7 @@ class FolderSource:
             for first in range(0, len(found), ROWS_PER_UNIT):
                 rows = found[first : first + ROWS_PER_UNIT]
                 label = f"{split or 'all'}-{first // ROWS_PER_UNIT:05d}-{fingerprint(rows)[:10]}"
-                units.append(SourceUnit(label, split, {"rows": [_where(row) for row in rows]}))
+                units.append(SourceUnit(label, split, {"rows": [_select_parts(row) for row in rows]}))
         return units
 
     def list_fields(self) -> list[FoundField]:
@@ -91,7 +91,7 @@ class FolderSource:
                     found.setdefault(column, FoundField(f"{name}: {column}", kind, examples.get(column, ""), len(rows)))
         return list(found.values())
 
-    def _row(
+    def _describe_row(
         self, name: str, root: str, sidecars: Mapping[str, str], tables: "Tables", etags: Mapping[str, str]
     ) -> list[object]:
         """Image, text file, stamps of both and, last, the caption of a table: what names the row's content."""
@@ -106,12 +106,12 @@ class FolderSource:
     def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
         """One line for files that are passed over, one for captions without an image, one for images without one."""
         read = {*names, *filter(_is_table, files)}
-        rest = [name for name in files if name not in read and not name.lower().endswith(_dotted(SIDECARS))]
+        rest = [name for name in files if name not in read and not name.lower().endswith(_add_dots(SIDECARS))]
         if rest:
             log.info("%s: %d files were not looked at: %s", self.uri, len(rest), count_by_suffix(rest))
         used = {row[1] for rows in by_split.values() for row in rows}
         root = self.uri.rstrip("/") + "/"
-        texts = [name for name in files if name not in read and name.lower().endswith(_dotted(SIDECARS))]
+        texts = [name for name in files if name not in read and name.lower().endswith(_add_dots(SIDECARS))]
         alone = [name for name in texts if name.removeprefix(root) not in used]
         if alone:
             log.info("%s: %d caption files belong to no image, e.g. %s", self.uri, len(alone), alone[0])
@@ -236,11 +236,11 @@ def _is_table(uri: str) -> bool:
     return posixpath.basename(uri).lower() in TABLES
 
 
-def _where(row: Sequence[Any]) -> tuple[Any, ...]:
+def _select_parts(row: Sequence[Any]) -> tuple[Any, ...]:
     """The part of a listed row that is needed to read it: its image, its text file and, if a table has one, its
     caption."""
     return (row[0], row[1], *(part["caption"] for part in row[2:] if isinstance(part, dict)))
 
 
-def _dotted(suffixes: Sequence[str]) -> tuple[str, ...]:
+def _add_dots(suffixes: Sequence[str]) -> tuple[str, ...]:
     return tuple(f".{suffix}" for suffix in suffixes)

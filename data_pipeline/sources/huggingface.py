@@ -68,7 +68,7 @@ class HuggingFaceSource:
         if image not in features:
             raise UserError(f"{uri}: no image column {image}; it has {', '.join(features)}: name it with "
                             f"--image-column{nearest(image, features) if image else ''}")  # fmt: skip
-        types = {name: _arrow_type(feature) for name, feature in features.items()}
+        types = {name: _to_arrow_type(feature) for name, feature in features.items()}
         asked = self.options.caption_column
         if asked in labels or (not asked and len(labels) == 1 and not any(map(is_text, types.values()))):
             caption = asked or labels[0]
@@ -86,19 +86,19 @@ class HuggingFaceSource:
                     columns = (batch.column(where[name]).to_pylist() for name in ("image", "caption"))
                     for image, said in zip(*columns):
                         caption = f"a photo of a {names[said]}" if names and said is not None else said
-                        yield self._row(f"{unit.id}-{number:06d}", image, caption, where["file"])
+                        yield self._make_row(f"{unit.id}-{number:06d}", image, caption, where["file"])
                         number += 1
                         seen["record"] += 1
         except (pa.ArrowException, OSError) as error:  # a body that breaks off is an OSError
             if isinstance(error, UserError):
                 raise
-            rest = storage.size(where["file"]) - end
+            rest = storage.get_size(where["file"]) - end
             reason = f"readable up to row {number} at byte {end:,}, then: {str(error).splitlines()[0][:120]}"
             seen.update({"unreadable ranges": 1, "unreadable bytes": rest})
             yield RawRow(posixpath.basename(where["file"]), None, None, "truncated_arrow", reason)
 
     @staticmethod
-    def _row(key: str, image: Any, caption: object, file: str) -> RawRow:
+    def _make_row(key: str, image: Any, caption: object, file: str) -> RawRow:
         value = (image or {}).get("bytes") or (image or {}).get("path") if isinstance(image, dict) else image
         if not value:
             return RawRow(key, None, caption, "no_image", "the cell is empty")
@@ -119,14 +119,14 @@ def _read_features(uri: str) -> Mapping[str, Any]:
         raise UserError(f"{uri}: not what save_to_disk writes ({reason}): save it again") from error
 
 
-def _arrow_type(feature: object) -> pa.DataType:
+def _to_arrow_type(feature: object) -> pa.DataType:
     """What `datasets` calls a Value of strings, or a list or Sequence of them, in pyarrow's terms; null for others."""
     if isinstance(feature, list) and feature:
-        return pa.list_(_arrow_type(feature[0]))
+        return pa.list_(_to_arrow_type(feature[0]))
     if not isinstance(feature, Mapping):
         return pa.null()
     if feature.get("_type") in ("Sequence", "List", "LargeList"):
-        return pa.list_(_arrow_type(feature.get("feature")))
+        return pa.list_(_to_arrow_type(feature.get("feature")))
     if feature.get("_type") == "Value":
         return pa.string() if feature.get("dtype") in ("string", "large_string") else pa.float64()
     return pa.null()

@@ -36,7 +36,7 @@ class ImageNetSource:
     options: SourceOptions = SourceOptions()  # noqa: RUF009 - frozen
 
     def list_units(self) -> list[SourceUnit]:
-        names, solution, etags = self._names(), self._solution(), list_etags(self.uri)
+        names, solution, etags = self._read_names(), self._read_solution(), list_etags(self.uri)
         root = self.uri.rstrip("/") + "/"
         rows: dict[tuple[str, str], list[list[str]]] = {}
         for file in list_existing(self.uri, tuple(f".{s}" for s in IMAGE_SUFFIXES), "images"):
@@ -57,7 +57,7 @@ class ImageNetSource:
                 units.append(SourceUnit(label, split, {"rows": chosen}))
         return units
 
-    def _names(self) -> dict[str, list[str]]:
+    def _read_names(self) -> dict[str, list[str]]:
         for name in ("LOC_synset_mapping.txt", "synset_words.txt"):
             uri = storage.join(self.uri, name)
             if storage.exists(uri):
@@ -67,7 +67,7 @@ class ImageNetSource:
         raise MissingError(f"{self.uri}: no LOC_synset_mapping.txt (or synset_words.txt), so no class has a name: "
                            "it lies in ImageNet's archive beside ILSVRC/")  # fmt: skip
 
-    def _solution(self) -> dict[str, str]:
+    def _read_solution(self) -> dict[str, str]:
         uri = storage.join(self.uri, "LOC_val_solution.csv")
         if not storage.exists(uri):
             return {}

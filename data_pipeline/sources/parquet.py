@@ -65,7 +65,7 @@ class ParquetSource:
             try:
                 parquet = _open_parquet(stream, file)
             except DamagedTable as error:
-                return [{"file": file, "group": 0, "damage": str(error), "bytes": storage.size(file)}]
+                return [{"file": file, "group": 0, "damage": str(error), "bytes": storage.get_size(file)}]
             image, caption = self._columns(parquet.schema_arrow, file)
             groups = range(parquet.num_row_groups)
             return [{"file": file, "group": group, "image": image, "caption": caption} for group in groups]
@@ -134,10 +134,10 @@ class ParquetSource:
                     rows = batch.to_pylist()
                     unit.seen["record"] += len(rows)
                     own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
-                    keys = [_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
+                    keys = [_choose_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
                     number += len(rows)
                     asked = urls or (self.options.fetch_urls and any(_is_address(row[where["image"]]) for row in rows))
-                    yield from self._fetched(keys, rows, where) if asked else self._found(keys, rows, where)
+                    yield from self._fetch_rows(keys, rows, where) if asked else self._read_cells(keys, rows, where)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -147,29 +147,29 @@ class ParquetSource:
                 said = f"{where['file']}: row group {where['group']} is readable up to row {number}, then: {reason}"
                 yield RawRow(f"{where['group']:04d}-{lost:06d}", None, None, "unreadable", said)
 
-    def _fetched(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
+    def _fetch_rows(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
         return fetch_rows(items, self.options.fetch, where["file"])
 
-    def _found(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
+    def _read_cells(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         for key, row in zip(keys, rows):
             image, caption = row[where["image"]], row[where["caption"]]
             if isinstance(image, list) and not (image and isinstance(image[0], int)):
-                yield from self._found_list(key, image, caption, where["file"])
+                yield from self._read_list(key, image, caption, where["file"])
             else:
-                yield self._found_one(key, image, caption, where["file"])
+                yield self._read_cell(key, image, caption, where["file"])
 
-    def _found_list(self, key: str, images: Sequence[Any], caption: object, file: str) -> Iterator[RawRow]:
+    def _read_list(self, key: str, images: Sequence[Any], caption: object, file: str) -> Iterator[RawRow]:
         """Each picture of a list is a row; captions of equal number are dealt one by one, others go to all."""
         if not images:
             yield RawRow(key, None, caption, "no_image", "the list is empty")
         dealt = isinstance(caption, list) and len(caption) == len(images)
         for number, image in enumerate(images):
             said = caption[number] if dealt and isinstance(caption, list) else caption
-            yield self._found_one(f"{key}-{number}" if len(images) > 1 else key, image, said, file)
+            yield self._read_cell(f"{key}-{number}" if len(images) > 1 else key, image, said, file)
 
     @staticmethod
-    def _found_one(key: str, image: Any, caption: object, file: str) -> RawRow:
+    def _read_cell(key: str, image: Any, caption: object, file: str) -> RawRow:
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
         if _is_address(image):
@@ -185,7 +185,7 @@ class ParquetSource:
             return RawRow(key, None, caption, "no_image", f"the cell holds a {type(image).__name__}, no image file")
 
 
-def _key(value: object, made: str) -> str:
+def _choose_key(value: object, made: str) -> str:
     """The key that a row brings, or the one made for it where its cell is null, NaN or empty."""
     given = value is not None and value == value and str(value).strip() != ""
     return str(value) if given else made

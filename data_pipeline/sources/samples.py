@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline.sources.source import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_dropping
+from data_pipeline.sources.source import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_system_file
 from data_pipeline.sources.tar import Gap, Member
 
 VOLUME_LABEL = b"V"  # of the whole archive, in GNU tar
@@ -19,16 +19,16 @@ _LARGEST_GROUP, _LARGEST_GROUP_BYTES = 64, 256 * 2**20
 
 @dataclass(frozen=True)
 class Sample:
-    """Parts of one sample by suffix (lower case). `doubtful` says why they are not to be trusted."""
+    """Parts of one sample by suffix (lower case). `damage` says why they are not to be trusted."""
 
     key: str
     archive: int
     parts: dict[str, bytes]
-    doubtful: str = ""
+    damage: str = ""
 
 
 @dataclass(frozen=True)
-class Dropping:
+class SystemFile:
     """A member that a desktop system adds beside the user's files."""
 
     name: str
@@ -47,8 +47,8 @@ class _Group:
         self.num_bytes += len(member.data or b"")
 
 
-def group_members(items: Iterable[Member | Gap]) -> Iterator[Sample | Member | Gap | Dropping]:
-    """Samples in the order of the tar; members that can be part of none, gaps and droppings as they come."""
+def group_members(items: Iterable[Member | Gap]) -> Iterator[Sample | Member | Gap | SystemFile]:
+    """Samples in the order of the tar. Gaps, files of desktop systems and members of no sample pass unchanged."""
     group = _Group((0, ""))
     for item in items:
         if isinstance(item, Gap) or item.info.isdir() or item.info.type == VOLUME_LABEL:
@@ -58,8 +58,8 @@ def group_members(items: Iterable[Member | Gap]) -> Iterator[Sample | Member | G
                 yield item
             continue
         name = item.info.name.removeprefix("./")
-        if is_dropping(name):
-            yield Dropping(name)
+        if is_system_file(name):
+            yield SystemFile(name)
             continue
         if item.data is None or name.startswith("/") or ".." in name.split("/"):
             yield item
@@ -119,7 +119,7 @@ def _make_sample(key: str, archive: int, parts: list[tuple[str, Member]], *, cut
     for suffix, member in parts:  # a.txt and a.jpg.txt are both texts of a
         free = (suffix, *(f"{suffix}#{number}" for number in range(2, 2 + len(parts))))
         found[next(name for name in free if name not in found)] = member.data or b""
-    doubtful = next((f"{member.info.name}: {member.doubtful}" for _, member in parts if member.doubtful), "")
-    if cut and not doubtful and not found.keys() & {*TEXT_SUFFIXES, "json"}:
-        doubtful = "the file breaks off before a caption"
-    return Sample(key, archive, found, doubtful)
+    damage = next((f"{member.info.name}: {member.damage}" for _, member in parts if member.damage), "")
+    if cut and not damage and not found.keys() & {*TEXT_SUFFIXES, "json"}:
+        damage = "the file breaks off before a caption"
+    return Sample(key, archive, found, damage)

@@ -40,15 +40,15 @@ def format_seen(seen: Mapping[str, int], statuses: Mapping[str, int]) -> list[st
         rows += f"; {seen['unreadable bytes']:,} bytes in {ranges:,} ranges are unreadable"
     found = [rows]
     if members := sum_kind(seen, "member"):
-        found.append(f"{members:,} files or members seen: {_list(_of_kind(seen, 'member'))}")
+        found.append(f"{members:,} files or members seen: {_list(_select_kind(seen, 'member'))}")
     if records := seen.get("record", 0):
         found.append(f"{records:,} records of tables")
-    rest = [(name, _of_kind(seen, kind)) for kind, name in (("passed", "passed over"), ("unread", "not read"))]
+    rest = [(name, _select_kind(seen, kind)) for kind, name in (("passed", "passed over"), ("unread", "not read"))]
     told = "; ".join(f"{name} {_list(counts)}" for name, counts in rest if counts)
     return [*found, told] if told else found
 
 
-def _of_kind(seen: Mapping[str, int], kind: str) -> dict[str, int]:
+def _select_kind(seen: Mapping[str, int], kind: str) -> dict[str, int]:
     split = [(*name.partition(" "), count) for name, count in seen.items()]
     return {rest: count for first, _, rest, count in split if first == kind and rest}
 

@@ -25,8 +25,8 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "test", "testing"), "val"),
 }
-_DROPPING_FOLDERS = ("__macosx", "@eadir", ".spotlight-v100", ".trashes", ".fseventsd")
-_DROPPING_FILES = (".ds_store", "thumbs.db", "desktop.ini", "ehthumbs.db")
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", ".spotlight-v100", ".trashes", ".fseventsd")
+_SYSTEM_FILES = (".ds_store", "thumbs.db", "desktop.ini", "ehthumbs.db")
 ROWS_PER_UNIT = 500  # of sources that list single files
 MAX_IMAGE_BYTES = 256 * 2**20
 _DEAD_ROWS = 10  # with so many URLs of a file and not one answer, the network is down, not the images gone
@@ -102,13 +102,13 @@ class Source(Protocol):
 
 def list_etags(uri: str) -> Mapping[str, str]:
     """ETags of all objects below an s3:// prefix, from one listing, for `stamp_file`; empty for local files."""
-    return storage.etags(uri) if storage.is_remote(uri) else {}
+    return storage.read_etags(uri) if storage.is_remote(uri) else {}
 
 
 def stamp_file(uri: str, etags: Mapping[str, str] = {}) -> list[object]:
     """A stamp that changes when a file changes, made without reading it: files of equal name and stamp are equal."""
     if storage.is_remote(uri):
-        return [etags[uri] if uri in etags else storage.etags(uri)[uri]]
+        return [etags[uri] if uri in etags else storage.read_etags(uri)[uri]]
     path = storage.local_path(uri)
     if path.is_symlink() and not path.exists():
         return ["a link to nothing"]  # reading it says so
@@ -140,17 +140,17 @@ def split_from_path(relative: str) -> str:
     return parse_split(first) if slash else ""
 
 
-def is_dropping(name: str) -> bool:
+def is_system_file(name: str) -> bool:
     """AppleDouble files (._NAME), __MACOSX/, .DS_Store, Thumbs.db and the like."""
     *folders, file = name.lower().split("/")
-    return file.startswith("._") or file in _DROPPING_FILES or any(folder in _DROPPING_FOLDERS for folder in folders)
+    return file.startswith("._") or file in _SYSTEM_FILES or any(folder in _SYSTEM_FOLDERS for folder in folders)
 
 
 def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     """Files of a folder with these endings, or the file itself; UserError when there are none."""
     root, listed = uri.rstrip("/") + "/", storage.list_files(uri, links=True)
     named = [name for name in listed if name.lower().endswith(suffixes)]
-    found = [name for name in named if not is_dropping(name.removeprefix(root))]
+    found = [name for name in named if not is_system_file(name.removeprefix(root))]
     if len(named) > len(found):
         log.info("%s: %d files of desktop systems passed over", uri, len(named) - len(found))
     if not found:

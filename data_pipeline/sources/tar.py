@@ -27,7 +27,7 @@ _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\
 class Member:
     """A regular file of the archive; `archive` counts the archives that are joined in one file, from 0.
 
-    `data` is None for what is no file or exceeds the caller's limit, and that of its target for a hard link; `doubtful`
+    `data` is None for what is no file or exceeds the caller's limit, and that of its target for a hard link; `damage`
     says why the data is not to be trusted.
     """
 
@@ -35,7 +35,7 @@ class Member:
     offset: int
     archive: int
     data: bytes | None
-    doubtful: str = ""
+    damage: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def _read_archive(
             stop = info.offset_data + info.size
             if info.isreg() and not info.issparse() and info.size and not stream.read_at(stop - 1, 1):
                 break  # its data is not all there
-            doubtful = _describe_hole(stream, data, stop)
+            damage = _describe_hole(stream, data, stop)
             end = archive.offset
-            yield Member(info, info.offset, number, data, doubtful)
+            yield Member(info, info.offset, number, data, damage)
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import parse_fields
-from data_pipeline.sources.samples import VOLUME_LABEL, Dropping, Sample, group_members
+from data_pipeline.sources.samples import VOLUME_LABEL, Sample, SystemFile, group_members
 from data_pipeline.sources.seen import DROPPING, FOLDER, LABEL, Seen, check_members, count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
@@ -113,7 +113,7 @@ def _read_tar_rows(uri: str, keys: set[str], seen: Seen) -> Iterator[RawRow]:
                 name = posixpath.basename(uri) + (f"#{item.offset}" if told > 1 else "")
                 status = "truncated_tar" if item.cut else "unreadable_bytes"
                 yield RawRow(name, None, None, status, f"{uri}: {item.reason}")
-            elif isinstance(item, Dropping):
+            elif isinstance(item, SystemFile):
                 seen[DROPPING] += 1
             elif isinstance(item, Member):
                 used += 1
@@ -165,8 +165,8 @@ def _make_row(key: str, sample: Sample) -> RawRow:
     image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
     blank = not written or ("json" in parts and not parts[written].strip())
     text: Any = in_json if blank else parts[written]
-    if sample.doubtful:
-        return RawRow(key, None, text, "truncated_tar", sample.doubtful, info)
+    if sample.damage:
+        return RawRow(key, None, text, "truncated_tar", sample.damage, info)
     if not image:
         reason = str(info.get("error_message") or f"only {', '.join(sorted(parts)) or 'nothing'}")
         return RawRow(key, None, text, "no_image", reason, info)

@@ -43,32 +43,32 @@ def pick(rng: RandomSource, items: Sequence[Item]) -> Item:
 
 
 @cache
-def _held_out(*parts: str) -> bool:
+def _is_held_out(*parts: str) -> bool:
     digest = hashlib.sha256((_SALT + "/".join(parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
-def held_out_color(name: str, color: str) -> bool:
+def is_held_out_color(name: str, color: str) -> bool:
     """A drawing's natural color is never held out: uncolored scenes show it anyway."""
-    return color != DRAWINGS[name].natural and _held_out("color", name, color)
+    return color != DRAWINGS[name].natural and _is_held_out("color", name, color)
 
 
-def held_out_pair(first: str, second: str) -> bool:
-    return first != second and _held_out("pair", *sorted((first, second)))
+def is_held_out_pair(first: str, second: str) -> bool:
+    return first != second and _is_held_out("pair", *sorted((first, second)))
 
 
-def held_out_count(name: str, count: int) -> bool:
-    return count > 1 and _held_out("count", name, str(count))
+def is_held_out_count(name: str, count: int) -> bool:
+    return count > 1 and _is_held_out("count", name, str(count))
 
 
 def is_seen(include: Sequence[dict[str, Any]]) -> bool:
     """True when no class-color pair, class pair or (class, count) of the composition is held out of training."""
     names = [str(item["class"]) for item in include]
-    if any("color" in item and held_out_color(item["class"], item["color"]) for item in include):
+    if any("color" in item and is_held_out_color(item["class"], item["color"]) for item in include):
         return False
-    if any(held_out_count(item["class"], int(item.get("count", 1))) for item in include):
+    if any(is_held_out_count(item["class"], int(item.get("count", 1))) for item in include):
         return False
-    return not any(held_out_pair(a, b) for i, a in enumerate(names) for b in names[i + 1 :])
+    return not any(is_held_out_pair(a, b) for i, a in enumerate(names) for b in names[i + 1 :])
 
 
 def article(phrase: str) -> str:

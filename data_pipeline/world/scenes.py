@@ -26,7 +26,7 @@ __all__ = [
     "detailed_caption",
     "is_seen",
     "make_scene",
-    "scene_of",
+    "make_scene_for",
     "world_prompts",
 ]
 
@@ -64,7 +64,7 @@ class Scene:
     alt_captions: tuple[str, ...]
 
 
-def _stream(seed: int, split: str, index: int) -> random.Random:
+def _seed_rng(seed: int, split: str, index: int) -> random.Random:
     digest = hashlib.sha256(f"beeline scene/{split}/{seed}/{index}".encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
 
@@ -86,7 +86,7 @@ def make_scene(seed: int, index: int, *, split: str, seen: bool | None = True, t
     """
     if tag == "single_object" and seen is False:
         raise ValueError("a single uncolored object is always a seen composition: ask for another task")
-    rng = _stream(seed, split, index)
+    rng = _seed_rng(seed, split, index)
     task = tag or _draw_tag(rng, seen)
     include = grammar.draw_include(rng, task)
     while seen is not None and is_seen(include) is not seen:
@@ -94,9 +94,9 @@ def make_scene(seed: int, index: int, *, split: str, seen: bool | None = True, t
     return _compose(rng, task, include)
 
 
-def scene_of(metadata: dict[str, Any], seed: int, index: int, *, split: str) -> Scene:
+def make_scene_for(metadata: dict[str, Any], seed: int, index: int, *, split: str) -> Scene:
     """A scene that shows the given GenEval metadata row (ground truth for a prompt)."""
-    return _compose(_stream(seed, split, index), metadata["tag"], metadata["include"])
+    return _compose(_seed_rng(seed, split, index), metadata["tag"], metadata["include"])
 
 
 def _compose(rng: random.Random, tag: str, include: list[dict[str, Any]]) -> Scene:
@@ -104,7 +104,7 @@ def _compose(rng: random.Random, tag: str, include: list[dict[str, Any]]) -> Sce
     image_HW3 = np.empty((SIZE, SIZE, 3), np.uint16)
     image_HW3[:] = pick(rng, BACKGROUNDS)
     objects = []
-    for (name, color), cell in zip(wanted, _cells(rng, tag, include, len(wanted))):
+    for (name, color), cell in zip(wanted, _place_cells(rng, tag, include, len(wanted))):
         objects.append(_paste(rng, image_HW3, name=name, color=color, cell=cell, count=len(wanted)))
     official = grammar.official_prompt(tag, include)
     caption, *others = (grammar.paraphrase(rng, tag, include) for _ in range(3))
@@ -120,7 +120,7 @@ def _compose(rng: random.Random, tag: str, include: list[dict[str, Any]]) -> Sce
     )
 
 
-def _cells(
+def _place_cells(
     rng: random.Random, tag: str, include: Sequence[dict[str, Any]], count: int
 ) -> list[tuple[int, int, int, int]]:
     """One cell (x, y, width, height) per object, in the order of the objects."""

@@ -118,7 +118,7 @@ class SpacyReader:
 
     def pair(self, prompt: str, *, complex_prompt: bool = False) -> Pair:
         doc = self._nlp(prompt)
-        found = self._around_prepositions(doc) if complex_prompt else [t.text for t in doc if t.pos_ == "NOUN"]
+        found = self._join_around_prepositions(doc) if complex_prompt else [t.text for t in doc if t.pos_ == "NOUN"]
         if complex_prompt:
             return (found[0], found[1]) if len(found) == 2 else (None, None)
         return (found[0], found[-1]) if found else (None, None)
@@ -129,7 +129,7 @@ class SpacyReader:
     def without_adjectives(self, prompt: str) -> str:
         return " ".join(token.text for token in self._nlp(prompt) if token.pos_ != "ADJ")
 
-    def _around_prepositions(self, doc: Any) -> list[str]:
+    def _join_around_prepositions(self, doc: Any) -> list[str]:
         """Nearest noun (or proper noun) before, first noun after each preposition: the official --complex branch."""
         found: list[str] = []
         for i in range(len(doc)):

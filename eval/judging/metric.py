@@ -148,7 +148,7 @@ class Clusters:
             sums = np.array([np.sum(v) for v in self._values[name].values()])
             sizes = np.array([len(v) for v in self._values[name].values()])
             shares = all(x in (0, 1) for v in self._values[name].values() for x in v)
-            if all_alike(sums / sizes) and not (shares and sums.sum() in (0, sizes.sum())):
+            if are_all_alike(sums / sizes) and not (shares and sums.sum() in (0, sizes.sum())):
                 return None
             if shares:
                 total += _draw_shares(sums, sizes, 0.5 / len(names), rng)
@@ -185,7 +185,7 @@ def _draw_shares(sums_P: np.ndarray, sizes_P: np.ndarray, prior: float, rng: np.
     return weights @ [*sums_P, size, 0.0] / (weights @ [*sizes_P, size, size])
 
 
-def all_alike(values: np.ndarray) -> bool:
+def are_all_alike(values: np.ndarray) -> bool:
     """Resampling them would give an interval without width (but for the rounding of a mean)."""
     return bool(np.ptp(values) <= 1e-12)
 

@@ -163,7 +163,7 @@ def render_world_references(count: int) -> Iterator[np.ndarray]:
 
 def render_scene(prompt: Prompt, index: int) -> np.ndarray:
     """A ground-truth scene of a world prompt; `index` chooses among the many that show it."""
-    from data_pipeline.world.scenes import scene_of
+    from data_pipeline.world.scenes import make_scene_for
 
     record = dict(prompt.metadata)
-    return scene_of(record, WORLD_SEED, index, split=f"{TRUTH_SPLIT}/{prompt.text}").image
+    return make_scene_for(record, WORLD_SEED, index, split=f"{TRUTH_SPLIT}/{prompt.text}").image

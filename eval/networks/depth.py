@@ -45,9 +45,9 @@ class DptDepth:
 
     @torch.inference_mode()
     def of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self._one(image) for image in images]
+        return [self._estimate_one(image) for image in images]
 
-    def _one(self, image: np.ndarray) -> np.ndarray:
+    def _estimate_one(self, image: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(image).resize((self._side, self._side), Image.Resampling.BILINEAR)
         x_1CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().div(255).sub(0.5).div(0.5)
         near_HW = self._model(pixel_values=x_1CHW.to(self._device)).predicted_depth[0].float().cpu()

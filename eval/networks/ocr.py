@@ -37,9 +37,9 @@ class RapidReader:
         self.version = version("rapidocr-onnxruntime")
 
     def read(self, images: Sequence[np.ndarray]) -> list[str]:
-        return [self._one(image) for image in images]
+        return [self._read_one(image) for image in images]
 
-    def _one(self, image: np.ndarray) -> str:
+    def _read_one(self, image: np.ndarray) -> str:
         from PIL import Image
 
         factor = SMALLEST_SIDE / min(image.shape[:2])
@@ -57,14 +57,14 @@ def _in_order(found: Sequence[Any]) -> list[Any]:
     A box is four corners, first the upper left one.
     """
     lines: list[list[Any]] = []
-    for item in sorted(found, key=lambda item: _middle(item[0])):
+    for item in sorted(found, key=lambda item: _find_middle(item[0])):
         height = item[0][3][1] - item[0][0][1]
-        if lines and abs(_middle(item[0]) - _middle(lines[-1][0][0])) < height / 2:
+        if lines and abs(_find_middle(item[0]) - _find_middle(lines[-1][0][0])) < height / 2:
             lines[-1].append(item)
         else:
             lines.append([item])
     return [item for line in lines for item in sorted(line, key=lambda item: item[0][0][0])]
 
 
-def _middle(box: Any) -> float:
+def _find_middle(box: Any) -> float:
     return (box[0][1] + box[3][1]) / 2

@@ -38,9 +38,9 @@ class OpenVocabularyDetector:
             self._processor: Any = AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        return [self._one(image) for image in images]
+        return [self._detect_one(image) for image in images]
 
-    def _one(self, image: np.ndarray) -> Detections:
+    def _detect_one(self, image: np.ndarray) -> Detections:
         names = list(self.classes)
         with self._torch.inference_mode():
             inputs = self._processor(text=[names], images=[image], return_tensors="pt").to(self._device)

@@ -69,7 +69,7 @@ def _encode_uri(uri: str) -> tuple[str, int, int]:
 
 def open_picture(uri: str) -> Image.Image:
     """The pixels alone, whatever else the file holds; UserError for what no page can show."""
-    if storage.size(uri) > MOST_BYTES:
+    if storage.get_size(uri) > MOST_BYTES:
         raise UserError(f"{uri}: over {MOST_BYTES >> 20} MB, too large for a page")
     try:
         with Image.open(io.BytesIO(storage.read_bytes(uri)), formats=("PNG", "JPEG", "WEBP")) as opened:

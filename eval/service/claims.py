@@ -37,7 +37,7 @@ class ClaimOwner:
     started: str
 
     @staticmethod
-    def here() -> "ClaimOwner":
+    def find_own() -> "ClaimOwner":
         return ClaimOwner(socket.gethostname(), _identify_boot(), os.getpid(), _find_process_start(os.getpid()))
 
     @property
@@ -118,7 +118,7 @@ class Claim:
 def claim(run_uri: str, settings: str, step: int, *, after: int = 0) -> Claim | None:
     """The next attempt after number `after`, or None where somebody else was first."""
     folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
-    record = ClaimRecord(ClaimOwner.here(), format_now())
+    record = ClaimRecord(ClaimOwner.find_own(), format_now())
     if storage.write_bytes_if_absent(_locate(folder, after + 1, "claim"), _encode(record)):
         return Claim(folder, after + 1)
     return None
@@ -130,7 +130,7 @@ class ClaimMonitor:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
-    def abandoned(self, run_uri: str, settings: str, step: int, attempt: int) -> bool:
+    def is_abandoned(self, run_uri: str, settings: str, step: int, attempt: int) -> bool:
         folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
         if _is_surely_gone(_read(_locate(folder, attempt, "claim"))):
             return True

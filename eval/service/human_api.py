@@ -93,7 +93,7 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
     def listed() -> Response:
         found: list[StudyLine] = []
         unreadable: list[str] = []
-        for name in or_400(studies.names):
+        for name in or_400(studies.list_names):
             try:
                 found.append(describe_study(studies.get(name)))
             except UserError as error:  # one torn study hides no other
@@ -112,10 +112,10 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
              summary="A rater's next pair, blind", responses=MISTAKE)  # fmt: skip
     def following(study: str, rater: str) -> Response:
         found = or_400(lambda: studies.get(study))
-        item, done, total = or_400(lambda: studies.next(found, rater))
+        item, done, total = or_400(lambda: studies.find_next(found, rater))
         if item is None:
             return JsonAnswer(NextPair(None, done, total, "", {}))
-        asked = {question: QUESTIONS[question] for question in found.asked(item)}
+        asked = {question: QUESTIONS[question] for question in found.list_questions(item)}
         return JsonAnswer(NextPair(item, done, total, found.prompts[item], asked))
 
     @app.get("/api/human/picture", tags=["side by side"], summary="The left or right picture of a pair, as WEBP",
@@ -124,7 +124,7 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
         found = or_400(lambda: studies.get(study))
         if item not in range(len(found.prompts)):
             raise HTTPException(404, "no such pair")
-        left = found.left(or_400(lambda: clean_rater(rater)), item)
+        left = found.choose_left(or_400(lambda: clean_rater(rater)), item)
         pair = or_400(lambda: _cut_pair(index, found, item))
         shown = "a" if (side == "left") == (left == "a") else "b"
         return answer_webp(lambda: pair[shown], cache="no-store", status=400)
@@ -142,7 +142,7 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
              summary="Win rates with intervals (no longer blind)", responses=MISTAKE)  # fmt: skip
     def results(study: str) -> Response:
         found = or_400(lambda: studies.get(study))
-        rates = or_400(lambda: studies.results(found))
+        rates = or_400(lambda: studies.compute_results(found))
         return JsonAnswer(StudyResults(**vars(describe_study(found)), a=found.a, b=found.b, rates=rates))
 
 

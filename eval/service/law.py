@@ -80,7 +80,7 @@ class LawFitter:
 
     def find(self, snapshot: Snapshot, names: Sequence[str] | None) -> FittedLadder | FittingLadder:
         loss = snapshot.main_loss
-        curves = snapshot.curves(loss) if loss else None
+        curves = snapshot.select_curves(loss) if loss else None
         if curves is None:
             return _refuse("no run has a validation loss yet")
         mine = [run.name for run in snapshot.choose(names) if run.name in curves.by_run]
@@ -129,7 +129,7 @@ def fit_laws(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> 
 
 def compose_comparison(curves: MetricCurves, names: Sequence[str]) -> Comparison:
     """The curves of these runs as the report's `Comparison`."""
-    points = {name: curves.by_run[name].points() for name in names}
+    points = {name: curves.by_run[name].to_points() for name in names}
     return Comparison(curves.metric, curves.protocol, curves.higher_is_better, points)
 
 

@@ -132,7 +132,7 @@ def add_number_routes(app: FastAPI, answers: Answers) -> None:
 
 def list_series(snapshot: Snapshot, metric: str, names: Sequence[str] | None, *, points: int) -> SeriesList:
     """A metric's points per run, at most `points` of each, and which runs were measured otherwise."""
-    found = snapshot.curves(metric)
+    found = snapshot.select_curves(metric)
     if found is None:
         return SeriesList(metric, None, False, {}, [])
     runs = snapshot.choose(names)
@@ -166,10 +166,10 @@ def list_levels(snapshot: Snapshot, names: Sequence[str] | None, images: int | N
     """Loss at each noise level, per run, at its last checkpoint or at `images`."""
     loss = snapshot.main_loss
     levels = find_noise_levels(snapshot.metrics, loss) if loss else {}
-    found = {t: curves for t, metric in levels.items() if (curves := snapshot.curves(metric))}
+    found = {t: curves for t, metric in levels.items() if (curves := snapshot.select_curves(metric))}
     runs = []
     for run in snapshot.choose(names):
-        points = {t: point for t, curves in found.items() if (point := curves.point(run.name, images))}
+        points = {t: point for t, curves in found.items() if (point := curves.find_point(run.name, images))}
         if points:
             first, values = next(iter(points.values())), [point.value for point in points.values()]
             runs.append(RunLevels(run.name, first.images, list(points), values))
@@ -182,8 +182,8 @@ def list_scores(snapshot: Snapshot, family: str, names: Sequence[str] | None, im
     lines = []
     for task in snapshot.families.get(family, []):
         for split, metric in sorted(task.metrics.items()):
-            if found := snapshot.curves(metric):
-                points = {run.name: point for run in runs if (point := found.point(run.name, images))}
+            if found := snapshot.select_curves(metric):
+                points = {run.name: point for run in runs if (point := found.find_point(run.name, images))}
                 left_out = _list_left_out(found, runs)
                 lines.append(compose_score_line(task, split, points, left_out, higher=found.higher_is_better))
     # Only the official benchmark may have the paper's own figures beside it.

@@ -179,15 +179,17 @@ def list_runs(snapshot: Snapshot, settings: str) -> RunList:
     """One line per run: size, progress, last loss, overall scores, how far its evaluation is."""
     loss = snapshot.main_loss
     overall = [tasks[0] for tasks in snapshot.families.values() if tasks[0].task == "overall"]
-    headlines = [curves for task in overall for metric in task.metrics.values() if (curves := snapshot.curves(metric))]
-    losses = snapshot.curves(loss) if loss else None
+    headlines = [
+        curves for task in overall for metric in task.metrics.values() if (curves := snapshot.select_curves(metric))
+    ]
+    losses = snapshot.select_curves(loss) if loss else None
     return RunList([_describe_line(run, settings, losses, headlines) for run in snapshot.runs], loss)
 
 
 def _describe_line(
     run: IndexedRun, settings: str, losses: MetricCurves | None, headlines: Sequence[MetricCurves]
 ) -> RunLine:
-    states = list(run.states(settings).values())
+    states = list(run.list_states(settings).values())
     return RunLine(
         name=run.name,
         depth=run.run.depth,
@@ -197,8 +199,8 @@ def _describe_line(
         planned_images=parse_positive(run.run.recipe.get("images")),
         recipe_hash=run.recipe_hash,
         last=run.last,
-        loss=losses.point(run.name) if losses else None,
-        scores={curves.metric: point for curves in headlines if (point := curves.point(run.name))},
+        loss=losses.find_point(run.name) if losses else None,
+        scores={curves.metric: point for curves in headlines if (point := curves.find_point(run.name))},
         cost=run.cost,
         checkpoints=len(run.weights),
         evaluated=states.count("done"),
@@ -219,8 +221,8 @@ def describe_run(snapshot: Snapshot, name: str, settings: str) -> RunDetails | N
     run = snapshot.by_name.get(name)
     if run is None:
         return None
-    points = {metric: c.point(name) for metric in run.series if (c := snapshot.curves(metric))}
-    states = run.states(settings)
+    points = {metric: c.find_point(name) for metric in run.series if (c := snapshot.select_curves(metric))}
+    states = run.list_states(settings)
     return RunDetails(
         name=name,
         depth=run.run.depth,
@@ -274,7 +276,7 @@ def list_failures(now: Snapshot, settings: str, problem: str) -> FailureList:
     failed: list[EvaluationFailure] = []
     unread: list[UnreadableFile] = []
     for run in now.runs:
-        for step, outcome in run.outcomes(settings).items():
+        for step, outcome in run.read_outcomes(settings).items():
             if outcome.state == "failed":
                 reason, at = read_reason(run.run.uri, settings, step, outcome.attempt)
                 failed.append(EvaluationFailure(run.name, step, reason, at, outcome.attempt))

@@ -34,7 +34,7 @@ class MetricSeries:
     high_P: NDArray[np.float64]
     count_P: NDArray[np.int64]
 
-    def points(self) -> list[MetricPoint]:
+    def to_points(self) -> list[MetricPoint]:
         """All points with all their digits, as a report has them."""
         columns = zip(*(a.tolist() for a in (self.images_P, self.value_P, self.low_P, self.high_P, self.count_P)))
         return [MetricPoint(i, v, _blank_nan(low), _blank_nan(high), n) for i, v, low, high, n in columns]
@@ -62,18 +62,18 @@ class IndexedRun:
     def name(self) -> str:
         return self.run.name
 
-    def outcomes(self, settings: str) -> dict[int, EvaluationOutcome]:
+    def read_outcomes(self, settings: str) -> dict[int, EvaluationOutcome]:
         """Step -> how its evaluation under these settings stands; nothing where `settings` is empty."""
         if settings not in self._outcomes:
             self._outcomes[settings] = read_outcomes(self.evaluations, settings) if settings else {}
         return self._outcomes[settings]
 
-    def states(self, settings: str) -> dict[int, EvaluationState]:
+    def list_states(self, settings: str) -> dict[int, EvaluationState]:
         """Step -> how its evaluation stands; where `settings` is empty, whether any service or `eval run` judged it."""
         if settings:
-            return {step: outcome.state for step, outcome in self.outcomes(settings).items()}
+            return {step: outcome.state for step, outcome in self.read_outcomes(settings).items()}
         known = {path.split("/")[1] for path in self.evaluations}
-        done = (step for one in known for step, state in self.states(one).items() if state == "done")
+        done = (step for one in known for step, state in self.list_states(one).items() if state == "done")
         return dict.fromkeys((*done, *self._judged), "done")
 
     @cached_property
@@ -102,7 +102,7 @@ class MetricCurves:
     by_run: Mapping[str, MetricSeries]
     left_out: Mapping[str, str]
 
-    def point(self, run: str, images: int | None = None) -> MetricPoint | None:
+    def find_point(self, run: str, images: int | None = None) -> MetricPoint | None:
         """The run's point at that many images, or its last, in six digits."""
         series = self.by_run.get(run)
         if series is None or not len(series.images_P):
@@ -148,7 +148,7 @@ class Snapshot:
         """The named runs, in the order of the pages (by size); all where none is named."""
         return tuple(run for run in self.runs if run.name in set(names)) if names else self.runs
 
-    def curves(self, metric: str) -> MetricCurves | None:
+    def select_curves(self, metric: str) -> MetricCurves | None:
         """The metric under the protocol that most runs have: numbers of other protocols never stand beside it."""
         if metric not in self._curves:
             self._curves[metric] = self._choose(metric)

@@ -53,7 +53,7 @@ class EvaluationStatus:
 class Evaluator(Protocol):
     """Who does the work: an `EvaluationWorker`. Returns reasons of the failed, raises WorkerDied or JudgesNotReady."""
 
-    def evaluate(self, checkpoints: Sequence[Checkpoint], alive: Callable[[], None], /) -> dict[str, str]: ...
+    def evaluate(self, checkpoints: Sequence[Checkpoint], keep_alive: Callable[[], None], /) -> dict[str, str]: ...
 
     def stop(self) -> None: ...
 
@@ -147,7 +147,7 @@ class Watcher:
     def _list_open(self, run: IndexedRun) -> dict[int, EvaluationOutcome]:
         """The checkpoints of a run that nobody has evaluated or is evaluating, the newest first."""
         assert self.settings is not None
-        known = run.outcomes(self.settings.hash)
+        known = run.read_outcomes(self.settings.hash)
         steps = sorted(run.weights, reverse=True)
         if self.settings.options.checkpoints == "last":
             steps = steps[:1]
@@ -163,7 +163,7 @@ class Watcher:
         if outcome.state == "failed":
             return self._retry and (run.name, step) not in self._tried
         if outcome.state == "running":
-            return self._watch.abandoned(run.run.uri, self.settings.hash, step, outcome.attempt)
+            return self._watch.is_abandoned(run.run.uri, self.settings.hash, step, outcome.attempt)
         return outcome.state == "new"
 
     def _evaluate(self, batch: Sequence[ClaimedCheckpoint]) -> bool:
@@ -180,7 +180,7 @@ class Watcher:
         self.working, self.since, began = tuple(mine.checkpoint for mine in batch), time.time(), time.monotonic()
         log.info("evaluating %s", ", ".join(map(name_checkpoint, self.working)))
 
-        def alive() -> None:
+        def keep_alive() -> None:
             with contextlib.suppress(UserError, OSError):  # the work goes on while the store does not answer
                 for mine in batch:
                     mine.claim.beat()
@@ -190,7 +190,7 @@ class Watcher:
                     self.waiting = len(self._list_waiting())
 
         try:
-            reasons = self._worker.evaluate(self.working, alive)
+            reasons = self._worker.evaluate(self.working, keep_alive)
             for mine in batch:
                 reason = reasons.get(name_checkpoint(mine.checkpoint), "")
                 mine.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
@@ -216,7 +216,7 @@ class Watcher:
         """The state of the evaluation, for the status line of the pages."""
         runs, working = self.index.snapshot.runs, self.working
         settings = self.settings.hash if self.settings is not None else ""
-        states = [(run.name, step, state) for run in runs for step, state in run.states(settings).items()]
+        states = [(run.name, step, state) for run in runs for step, state in run.list_states(settings).items()]
         running = {(run, step) for run, step, state in states if state == "running"}
         return EvaluationStatus(
             evaluates=self.settings is not None,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from eval.judging.metric import RESAMPLES, all_alike
+from eval.judging.metric import RESAMPLES, are_all_alike
 from eval.metrics.frechet import resample_distances
 from infra import storage
 from infra.codec import to_json
@@ -189,7 +189,7 @@ def draw_paired(a: PromptValues, b: PromptValues, row: ResultRow, *, seed: int =
         reference = {"mean_ref_E": a["reference_mean"], "cov_ref_EE": a["reference_covariance"]}
         first, second = (resample_distances(k["features"], k["cluster"], **reference, seed=seed) for k in (a, b))
         apart = second - first
-        return np.full(RESAMPLES, np.nan) if all_alike(apart) else apart - apart.mean()
+        return np.full(RESAMPLES, np.nan) if are_all_alike(apart) else apart - apart.mean()
     split, tasks = _parse_path(row)
     if not tasks:
         return None
@@ -214,7 +214,7 @@ def _draw_difference(one: np.ndarray, two: np.ndarray, rng: np.random.Generator)
     +-0.22. Differences that all agree on another value (one prompt) leave the spread unknown: NaN.
     """
     apart = two[:, 1] / two[:, 2] - one[:, 1] / one[:, 2]
-    if all_alike(apart) and not np.isin(apart, (-1.0, 0.0, 1.0)).all():
+    if are_all_alike(apart) and not np.isin(apart, (-1.0, 0.0, 1.0)).all():
         return np.full(RESAMPLES, np.nan)
     size = float(np.abs(apart).max()) or 1.0
     weights = rng.dirichlet(np.append(np.ones(len(apart)), [0.5, 0.5, 0.5]), size=RESAMPLES)

@@ -64,17 +64,17 @@ class HumanStudy:
         if not self.order(""):
             raise UserError("nothing to ask: no prompt quotes words, and typography is the only question")
 
-    def asked(self, item: int) -> tuple[str, ...]:
+    def list_questions(self, item: int) -> tuple[str, ...]:
         """Typography is asked only where the prompt quotes words."""
         quoted = bool(_QUOTED.search(self.prompts[item]))
         return tuple(question for question in self.questions if question != "typography" or quoted)
 
     def order(self, rater: str) -> list[int]:
         """Each rater's own order of the pairs."""
-        items = [item for item in range(len(self.prompts)) if self.asked(item)]
+        items = [item for item in range(len(self.prompts)) if self.list_questions(item)]
         return sorted(items, key=lambda item: self._draw("order", rater, item))
 
-    def left(self, rater: str, item: int) -> Literal["a", "b"]:
+    def choose_left(self, rater: str, item: int) -> Literal["a", "b"]:
         """Which side this rater sees on the left of this pair."""
         return "a" if self._draw("side", rater, item)[0] % 2 else "b"
 
@@ -116,7 +116,7 @@ class HumanStudies:
         self.root = storage.join(runs.rstrip("/") or runs, "human")
         self._votes: dict[str, Vote | None] = {}  # objects never change, so each is read once
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Names of all studies, sorted."""
         found = [uri.removeprefix(self.root + "/") for uri in storage.list_files(self.root, suffix="/study.json")]
         return sorted(path.split("/")[0].removeprefix("study-") for path in found if path.startswith("study-"))
@@ -126,10 +126,10 @@ class HumanStudies:
         if not _NAME.match(name):
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
         try:
-            data = storage.read_bytes(self._uri(name, "study.json"))
+            data = storage.read_bytes(self._locate(name, "study.json"))
         except MissingError as error:
-            raise UserError(f"no study named {name!r}{nearest(name, self.names())}") from error
-        return replace(from_json(HumanStudy, data, where=self._uri(name, "study.json")), name=name)
+            raise UserError(f"no study named {name!r}{nearest(name, self.list_names())}") from error
+        return replace(from_json(HumanStudy, data, where=self._locate(name, "study.json")), name=name)
 
     def create(self, name: str, a: StudySide, b: StudySide, *, prompts: Sequence[str], gallery: str,
                questions: Sequence[str] = tuple(QUESTIONS)) -> HumanStudy:  # fmt: skip
@@ -138,7 +138,7 @@ class HumanStudies:
             raise UserError(f"study {name!r}: expected small letters, digits and dashes, at most 40")
         study = HumanStudy(name, a, b, tuple(prompts), tuple(questions), gallery, secrets.token_hex(16), format_now())
         data = json.dumps(to_json(study), indent=1).encode()
-        if not storage.write_bytes_if_absent(self._uri(name, "study.json"), data):
+        if not storage.write_bytes_if_absent(self._locate(name, "study.json"), data):
             raise UserError(f"a study named {name!r} is there already: choose another name")
         return study
 
@@ -147,38 +147,38 @@ class HumanStudies:
         rater = clean_rater(rater)
         if item not in study.order(rater):
             raise UserError(f"study {study.name} has no pair {item}")
-        asked = study.asked(item)
+        asked = study.list_questions(item)
         if set(answers) != set(asked) or not set(answers.values()) <= {"left", "right", "same"}:
             raise UserError(f"expected left, right or same for each of: {', '.join(asked)}")
-        left = study.left(rater, item)
+        left = study.choose_left(rater, item)
         sides: dict[str, Literal["a", "b", "same"]]
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}
         meant = {question: sides[choice] for question, choice in answers.items()}
         vote = Vote(rater, item, meant, left, study.name, format_now())
         data = json.dumps(to_json(vote)).encode()
-        return storage.write_bytes_if_absent(self._uri(study.name, "votes", _name_vote(rater, item)), data)
+        return storage.write_bytes_if_absent(self._locate(study.name, "votes", _name_vote(rater, item)), data)
 
-    def votes(self, study: HumanStudy) -> list[Vote]:
+    def read_votes(self, study: HumanStudy) -> list[Vote]:
         """All answers so far; torn ones are left out with a warning."""
-        uris = storage.list_files(self._uri(study.name, "votes"), suffix=".json", recursive=False)
+        uris = storage.list_files(self._locate(study.name, "votes"), suffix=".json", recursive=False)
         for uri in uris:
             if uri not in self._votes:
                 self._votes[uri] = _read_vote(uri, study)
         return [vote for uri in uris if (vote := self._votes[uri]) is not None]
 
-    def next(self, study: HumanStudy, rater: str) -> tuple[int | None, int, int]:
+    def find_next(self, study: HumanStudy, rater: str) -> tuple[int | None, int, int]:
         """(the rater's next pair or None, pairs done, pairs in all)."""
         rater = clean_rater(rater)
         order = study.order(rater)
-        done = {vote.item for vote in self.votes(study) if vote.rater == rater}
+        done = {vote.item for vote in self.read_votes(study) if vote.rater == rater}
         return next((item for item in order if item not in done), None), len(done & set(order)), len(order)
 
-    def results(self, study: HumanStudy) -> list[WinRate]:
+    def compute_results(self, study: HumanStudy) -> list[WinRate]:
         """One win rate per question."""
-        votes = self.votes(study)
+        votes = self.read_votes(study)
         return [compute_win_rate(question, votes) for question in study.questions]
 
-    def _uri(self, name: str, *parts: str) -> str:
+    def _locate(self, name: str, *parts: str) -> str:
         return storage.join(self.root, f"study-{name}", *parts)
 
 
@@ -189,15 +189,15 @@ def compute_win_rate(question: str, votes: Sequence[Vote]) -> WinRate:
     prompt counts once.
     """
     worth = {"a": 1.0, "b": 0.0, "same": 0.5}
-    mine = [(vote.item, vote.answers[question], vote.rater) for vote in votes if question in vote.answers]
-    counts = [sum(1 for _, answer, _ in mine if answer == side) for side in ("a", "b", "same")]
+    answers = [(vote.item, vote.answers[question], vote.rater) for vote in votes if question in vote.answers]
+    counts = [sum(1 for _, answer, _ in answers if answer == side) for side in ("a", "b", "same")]
     prompts: dict[int, list[float]] = {}
-    for item, answer, _ in mine:
+    for item, answer, _ in answers:
         prompts.setdefault(item, []).append(worth[answer])
-    raters = len({rater for _, _, rater in mine})
-    if not mine:
+    raters = len({rater for _, _, rater in answers})
+    if not answers:
         return WinRate(question, None, None, None, 0, 0, 0, 0, 0)
-    rate = sum(sum(values) for values in prompts.values()) / len(mine)
+    rate = sum(sum(values) for values in prompts.values()) / len(answers)
     low, high = wilson(rate, estimate_effective_size(list(prompts.values()), rate))
     return WinRate(question, rate, low, high, counts[0], counts[1], counts[2], len(prompts), raters)
 

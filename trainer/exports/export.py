@@ -162,7 +162,7 @@ def _copy(source: str, target: str) -> None:
             put_hashed(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
     here, there = storage.local_path(source), storage.local_path(target)
-    with storage.temp_beside(there) as temp:
+    with storage.reserve_temp_path(there) as temp:
         try:
             os.link(here, temp)
         except OSError:

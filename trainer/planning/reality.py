@@ -42,7 +42,7 @@ def read_costs(run: str) -> dict[str, float]:
     if not found:
         raise UserError(f"{run}: no measured costs there yet: they are written with the first checkpoint")
     files = [uri for name in ("checkpoints", "weights") for uri in storage.list_files(storage.join(run, name))]
-    return found | {"cost/storage_bytes": float(sum(storage.size(uri) for uri in files))}
+    return found | {"cost/storage_bytes": float(sum(storage.get_size(uri) for uri in files))}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def read_index(folder: str, rank: int) -> dict[str, Any]:
 
 def hash_file(uri: str) -> str:
     """sha256 of a file, read in pieces."""
-    digest, left, at = hashlib.sha256(), storage.size(uri), 0
+    digest, left, at = hashlib.sha256(), storage.get_size(uri), 0
     while left > 0:
         piece = storage.read_bytes(uri, at, min(CHUNK, left))
         if not piece:
@@ -194,7 +194,7 @@ def put_hashed(uri: str, pieces: Iterable[bytes | memoryview]) -> bytes:
             storage.upload(staged, uri)
         return written
     digest = hashlib.sha256()
-    with storage.new_file(storage.local_path(uri)) as file:
+    with storage.open_new_file(storage.local_path(uri)) as file:
         for piece in pieces:
             digest.update(piece)
             file.write(piece)

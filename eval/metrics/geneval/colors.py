@@ -36,10 +36,10 @@ class ClipColors:
             crop_masked(image, item.box_5, None if detections.masks_NHW is None else detections.masks_NHW[item.row])
             for item in kept
         ]
-        logits_NC = normalize_rows(self._clip.images(crops)) @ self._head(label).T
+        logits_NC = normalize_rows(self._clip.images(crops)) @ self._make_head(label).T
         return [COLORS[int(index)] for index in logits_NC.argmax(1)]
 
-    def _head(self, name: str) -> Tensor:
+    def _make_head(self, name: str) -> Tensor:
         """Class embeddings (10, E): unit templates averaged, then made unit again, as clip_benchmark does."""
         if name not in self._heads:
             prompts = [template.format(c=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
