@@ -268,6 +268,24 @@ def test_an_index_or_a_single_file_decides_which_weights_a_folder_holds(tmp_path
         assert torch.equal(state[name], tensor), name
 
 
+def test_of_a_tensor_in_two_shards_the_one_counts_that_the_index_names(tmp_path):
+    tensors = write_transformer(tmp_path / "t", {SHARDS[0]: 1, SHARDS[1]: 1}, {INDEX: list(SHARDS)})
+    where = json.loads((tmp_path / "t" / INDEX).read_text())["weight_map"]
+    for shard in SHARDS:  # each shard also has an old copy of what the other one holds
+        old = {
+            name: tensor * (1 if "pos_embed.pos_embed" in name or where[name] == shard else 9)
+            for name, tensor in tensors.items()
+        }
+        save_file(old, tmp_path / "t" / shard)
+    convert(tmp_path / "t", tmp_path / "out.safetensors")
+    state, _ = load_weights(tmp_path / "out.safetensors")
+    for name, tensor in weights_of().items():
+        assert torch.equal(state[name], tensor), name
+    (tmp_path / "t" / INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(UserError, match="no weight_map of file names"):
+        convert(tmp_path / "t", tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize(
     ("files", "indices", "says"),
     [

@@ -113,10 +113,15 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
     config = read_diffusers_config(told, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
+    spare: dict[str, Tensor] = {}
+    index = _find_index(folder)
+    file_of = _read_weight_map(index) if index else {}
     for file in list_weight_files(folder):
         more, part = _read_safetensors(file)
-        metadata, tensors = metadata | more, tensors | part
-    return "diffusers", *_restore(config, from_diffusers(config, tensors, str(folder)), metadata, kind)
+        metadata = metadata | more
+        for name, tensor in part.items():  # of a tensor in several files the one that the index names counts
+            (tensors if file_of.get(name, file.name) == file.name else spare)[name] = tensor
+    return "diffusers", *_restore(config, from_diffusers(config, spare | tensors, str(folder)), metadata, kind)
 
 
 def list_weight_files(folder: Path) -> list[Path]:
@@ -125,18 +130,14 @@ def list_weight_files(folder: Path) -> list[Path]:
     An index decides alone, whatever else lies beside it. Without one there must be a single candidate: variants
     (fp16, non_ema) and left-over shards are other weights.
     """
-    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
-    plain, single = folder / f"{TRANSFORMER}.safetensors.index.json", folder / f"{TRANSFORMER}.safetensors"
-    if plain in indices or (len(indices) == 1 and not single.is_file()):
-        index = plain if plain in indices else indices[0]
-        told = from_json(dict[str, Any], index.read_bytes(), where=str(index)).get("weight_map")
-        if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
-            raise UserError(f"{index}: no weight_map of file names; download the folder again")
-        files = [folder / name for name in sorted(set(told.values()))]
+    if index := _find_index(folder):
+        files = [folder / name for name in sorted(set(_read_weight_map(index).values()))]
         missing = [file.name for file in files if not file.is_file() or file.parent != folder]
         if missing:
             raise UserError(f"{index.name} names files that {folder} lacks: {list_some(missing)}")
         return files
+    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
+    single = folder / f"{TRANSFORMER}.safetensors"
     found = sorted(folder.glob(f"{TRANSFORMER}*.safetensors"))
     candidates = (
         [file.name for file in (*indices, *([single] if single in found else []))]
@@ -147,12 +148,28 @@ def list_weight_files(folder: Path) -> list[Path]:
         raise UserError(f"no {TRANSFORMER}*.safetensors in {folder}")
     if len(candidates) > 1:
         raise UserError(
-            f"{folder} holds several candidates and no {plain.name} that decides: {list_some(candidates)}; keep one, "
-            "or give the file itself"
+            f"{folder} holds several candidates and no {single.name}.index.json that decides: {list_some(candidates)}; "
+            "keep one, or give the file itself"
         )
     if _SHARD.search(found[0].name):
         raise UserError(f"{folder} holds {found[0].name} without an index: other shards are missing")
     return found
+
+
+def _find_index(folder: Path) -> Path | None:
+    """The index that decides: the plain one, or that of a variant where there is nothing else."""
+    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
+    plain, single = folder / f"{TRANSFORMER}.safetensors.index.json", folder / f"{TRANSFORMER}.safetensors"
+    if plain in indices:
+        return plain
+    return indices[0] if len(indices) == 1 and not single.is_file() else None
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    told = from_json(dict[str, Any], index.read_bytes(), where=str(index)).get("weight_map")
+    if not told or not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise UserError(f"{index}: no weight_map of file names; download the folder again")
+    return told
 
 
 def _restore(
