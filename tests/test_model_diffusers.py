@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from infra.errors import UserError
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 from model.files.convert import convert
 from model.files.weights import load_model, load_weights
@@ -67,7 +67,9 @@ def test_ten_steps_of_theirs_are_ten_of_ours(tmp_path: Path, changes: dict, size
                 theirs(latents, c.context_BLD, c.pooled_BP, t.expand(2), return_dict=False)[0] for c in (text, uncond)
             )
             latents = scheduler.step(without + 4.0 * (with_text - without), t, latents, return_dict=False)[0]
-    ours = sample(model, noise, text, uncond, steps=10, guidance=4.0, shift=3.0, formulation="rf", grid="released")
+    ours = solve(
+        model, noise, text, uncond, steps=10, guidance=4.0, shift=3.0, formulation="rf", grid="released"
+    ).latents
     assert float((ours - latents).abs().max()) <= 1e-4
     assert float((ours - noise).std()) > 0.1
     # ... and back into its own class, tensor for tensor.

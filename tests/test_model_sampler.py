@@ -15,7 +15,7 @@ from infra.errors import UserError
 from model.diffusion.flow import TARGETS, Formulation, broadcast_like, get_formulation
 from model.diffusion.grids import make_sampling_grid
 from model.diffusion.paths import EDM, Linear
-from model.diffusion.sampler import sample, solve
+from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 
 # A mixture of two Gaussians in one dimension: the flow is the quantile map, so single answers are known too.
@@ -102,7 +102,7 @@ def test_order_of_the_solvers(name: str) -> None:
     exact = solve(network, noise, no_text(3), solver="rk", tolerance=1e-9, formulation=form).latents
     for solver, low, high in (("euler", 1.6, 2.4), ("heun", 1.6 if isinstance(form.path, Linear) else 3.0, 5.5)):
         coarse, fine = (
-            sample(network, noise, no_text(3), steps=n, solver=solver, formulation=form) for n in (100, 200)
+            solve(network, noise, no_text(3), steps=n, solver=solver, formulation=form).latents for n in (100, 200)
         )
         errors = [float((out - exact).norm()) for out in (coarse, fine)]
         assert low < errors[0] / errors[1] < high, (solver, errors)
@@ -110,10 +110,10 @@ def test_order_of_the_solvers(name: str) -> None:
 
 def test_euler_recovers_a_known_flow() -> None:
     velocity = lambda x, t_B, text: (3 * t_B**2).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731  exact answer: x - 1
-    out = sample(velocity, torch.zeros(2, 1, 2, 2), no_text(2), steps=1000, formulation="rf")
+    out = solve(velocity, torch.zeros(2, 1, 2, 2), no_text(2), steps=1000, formulation="rf").latents
     torch.testing.assert_close(out, -torch.ones(2, 1, 2, 2), atol=2e-3, rtol=0)
     # rk chooses its own steps: one point of the grid is enough.
-    out = sample(velocity, torch.zeros(2, 1, 2, 2), no_text(2), steps=1, solver="rk", formulation="rf")
+    out = solve(velocity, torch.zeros(2, 1, 2, 2), no_text(2), steps=1, solver="rk", formulation="rf").latents
     torch.testing.assert_close(out, -torch.ones(2, 1, 2, 2), atol=1e-3, rtol=0)
 
 
@@ -138,13 +138,13 @@ def test_guidance_takes_both_branches_in_one_batch() -> None:
         return text.pooled_BP.view(-1, 1, 1, 1).expand_as(x).to(x.dtype)
 
     text = TextCond(torch.zeros(2, 1, 1), torch.full((2, 1), 3.0))
-    out = sample(model, torch.zeros(2, 1, 1, 1), text, no_text(2), steps=4, guidance=2.5, formulation="rf")
+    out = solve(model, torch.zeros(2, 1, 1, 1), text, no_text(2), steps=4, guidance=2.5, formulation="rf").latents
     torch.testing.assert_close(out, torch.full_like(out, -7.5))
     assert seen == [4] * 4
-    sample(model, torch.zeros(2, 1, 1, 1), text, steps=1, formulation="rf")
+    solve(model, torch.zeros(2, 1, 1, 1), text, steps=1, formulation="rf")
     assert seen[-1] == 2
     with pytest.raises(UserError, match="unconditional"):
-        sample(model, torch.zeros(2, 1, 1, 1), text, guidance=2.0)
+        solve(model, torch.zeros(2, 1, 1, 1), text, guidance=2.0)
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(28, 3.0), (10, 1.0), (1, 3.0)])
@@ -185,15 +185,15 @@ def test_wrong_requests_are_named() -> None:
     zero = lambda x, t_B, text: torch.zeros_like(x)  # noqa: E731
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(UserError, match="did you mean 'euler'"):
-        sample(zero, x, no_text(1), solver="eulr")  # type: ignore[arg-type]
+        solve(zero, x, no_text(1), solver="eulr")  # type: ignore[arg-type]
     for steps in (0, 2.5):
         with pytest.raises(UserError, match=rf"{steps} steps; expected an integer"):
-            sample(zero, x, no_text(1), steps=steps)  # type: ignore[arg-type]
+            solve(zero, x, no_text(1), steps=steps)  # type: ignore[arg-type]
     for guidance in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"guidance is {guidance}"):
-            sample(zero, x, no_text(1), no_text(1), guidance=guidance)
+            solve(zero, x, no_text(1), no_text(1), guidance=guidance)
     longer = TextCond(torch.zeros(1, 2, 1), torch.zeros(1, 1))
     with pytest.raises(UserError, match=r"\(1, 1, 1\).* unconditional input of .*\(1, 2, 1\)"):
-        sample(zero, x, no_text(1), longer, guidance=2.0)
+        solve(zero, x, no_text(1), longer, guidance=2.0)
     with pytest.raises(UserError, match="rectified flow"):
-        sample(zero, x, no_text(1), grid="released", formulation="v/cos")
+        solve(zero, x, no_text(1), grid="released", formulation="v/cos")

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import TextCond, TextSpec, make_sd3_text_spec
 from model.files.convert import convert
@@ -171,7 +171,7 @@ def test_exported_pipeline_loads_silently_and_denoises_alike(tmp_path: Path) -> 
         output_type="latent",
     ).images
     model, _ = load_model(path)
-    ours = sample(model, noise, text, uncond, steps=10, guidance=3.0, formulation="rf", grid="released")
+    ours = solve(model, noise, text, uncond, steps=10, guidance=3.0, formulation="rf", grid="released").latents
     assert float((ours - theirs).abs().max()) <= 1e-4
     assert float(ours.std()) > 0.1
 
@@ -223,9 +223,9 @@ def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) 
     )  # fmt: skip
     text = load_text_encoders(spec, lambda name: tmp_path / "pipe" / name)
     model, _ = load_model(path)
-    ours = sample(
+    ours = solve(
         model, noise, text.condition(["a b"]), text.encode_empty_prompt(1), steps=10, guidance=3.0, formulation="rf",
         grid="released",
-    )  # fmt: skip
+    ).latents  # fmt: skip
     assert float((ours - theirs).abs().max()) <= 1e-4
     assert float((ours - noise).std()) > 0.1

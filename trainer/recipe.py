@@ -21,6 +21,7 @@ from infra.errors import UserError, UserErrors
 from model.backbone import read_config
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
+from model.diffusion.validation import ValSettings
 from model.lora import count_adapter_parameters
 
 # What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
@@ -200,16 +201,11 @@ class LoRA:
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(ValSettings):
     """Loss of the EMA weights on the val split, with noise fixed per sample."""
 
     every: int | Literal["auto"] | None = "auto"
     """auto: eight times a run; None: never."""
-    samples: int = 2048
-    batch: int = 32
-    """Images per forward pass: fixed, so that the figures do not depend on the number of ranks."""
-    protocol: str = "sd3"
-    seed: int = 0
 
 
 @dataclass(frozen=True)

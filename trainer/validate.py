@@ -5,8 +5,6 @@ order in float64.
 """
 # Shapes: B batch, V noise levels.
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.pairs import CAPTION
 from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.diffusion.validation import compute_validation_losses, get_protocol
 from trainer.exports.card import describe_student
 from trainer.feed import draw_noise
@@ -53,7 +51,7 @@ class Validator:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset = recipe, dataset
-        self.batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self.batches = dataset.cut_batches(recipe.validation.samples, size=recipe.validation.batch)
         self.formulation = get_formulation(recipe.formulation)
         self.protocol = get_protocol(recipe.validation.protocol, self.formulation)
         self.held_out = choose_held_out(recipe, dataset)
@@ -66,16 +64,10 @@ class Validator:
     def protocol_hash(self) -> str:
         """Hash of all that the loss depends on besides the weights: protocol, levels, samples, seed, formulation,
         data."""
-        v = self.recipe.validation
-        told = [
-            v.protocol,
-            get_protocol(v.protocol).levels,
-            self.sample_count,
-            v.seed,
-            self.recipe.formulation,
-            self.dataset.fingerprint,
-        ]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        recipe, fingerprint = self.recipe, self.dataset.fingerprint
+        return recipe.validation.hash(
+            samples=self.sample_count, formulation=recipe.formulation, fingerprint=fingerprint
+        )
 
     def run(self, engine: ZeroEngine, group: Group) -> ValidationResult:
         """Validation loss of the weights that the engine's forward passes use now. Collective: every rank makes the
@@ -115,7 +107,7 @@ class HeldOutPairs:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset, self._partners = recipe, dataset, RejectedLatents(dataset)
-        self._batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self._batches = dataset.cut_batches(recipe.validation.samples, size=recipe.validation.batch)
         self.count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
@@ -149,7 +141,7 @@ class HeldOutCouplings:
     def __init__(self, recipe: Recipe, dataset: Dataset, student: FewStep) -> None:
         self.recipe, self.dataset, self._student = recipe, dataset, student
         self._steps = student.steps or 1
-        self._batches = cut_batches(dataset, recipe.validation.samples, recipe.validation.batch)
+        self._batches = dataset.cut_batches(recipe.validation.samples, size=recipe.validation.batch)
         self.count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
@@ -159,10 +151,10 @@ class HeldOutCouplings:
             for number, mine in take_turns(len(self._batches), group):
                 batch = self.dataset.read(self._batches[number], seed=self.recipe.validation.seed)
                 assert batch.noise_BCHW is not None
-                latent_BCHW = sample(
+                latent_BCHW = solve(
                     engine, batch.noise_BCHW.to(group.device), batch.text.to(group.device), steps=self._steps,
                     shift=self.recipe.shift, formulation=self.recipe.formulation, student=self._student,
-                )  # fmt: skip
+                ).latents  # fmt: skip
                 error_BCHW = latent_BCHW.double() - batch.latent_BCHW.to(latent_BCHW).double()
                 total += error_BCHW.square().flatten(1).mean(1).sum().item() * mine
         [total] = group.sum([total])
@@ -185,13 +177,3 @@ def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
     for first in range(0, count, group.world_size):
         number = first + group.rank
         yield (number, True) if number < count else (0, False)
-
-
-def cut_batches(dataset: Dataset, samples: int, size: int) -> list[range]:
-    """Sample numbers of each micro-batch: the first samples, evenly from the buckets, never two buckets in one."""
-    found: list[range] = []
-    wanted = min(samples, dataset.num_samples)
-    for numbers in dataset.bucket_ranges.values():
-        share = numbers[: math.ceil(wanted * len(numbers) / dataset.num_samples)]
-        found += [share[i : i + size] for i in range(0, len(share), size)]
-    return found

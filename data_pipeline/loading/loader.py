@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,15 @@ class Dataset:
     @property
     def num_samples(self) -> int:
         return self.index.num_samples
+
+    def cut_batches(self, samples: int, *, size: int) -> list[range]:
+        """Sample numbers of batches for `read`: the first samples, evenly from the buckets, never two in one batch."""
+        batches: list[range] = []
+        wanted = min(samples, self.num_samples)
+        for numbers in self.bucket_ranges.values():
+            share = numbers[: math.ceil(wanted * len(numbers) / self.num_samples)]
+            batches += [share[i : i + size] for i in range(0, len(share), size)]
+        return batches
 
     @cached_property
     def buckets(self) -> dict[str, int]:

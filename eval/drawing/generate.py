@@ -20,7 +20,7 @@ from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
 from model.bfloat16 import convert_to_bfloat16
 from model.diffusion.few_step import FewStep
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.encoders.networks import TextEncoders, load_text_encoders
 from model.encoders.text import TextCond, TextSpec, assemble, make_unconditional
 from model.encoders.vae import Latents, load_vae
@@ -173,7 +173,7 @@ class Painter:
     def solve(self, inputs: SolverInputs, sampling: Sampling) -> Tensor:
         """Normalised latents B x C x H x W; UserError where they are not finite."""
         network = self._half if sampling.precision == "bf16" else self.model
-        latent_BCHW = sample(
+        latent_BCHW = solve(
             network,
             inputs.noise_BCHW,
             inputs.text,
@@ -184,7 +184,7 @@ class Painter:
             solver=sampling.solver,
             formulation=self.meta["formulation"],
             student=self.student,
-        )
+        ).latents
         if not torch.isfinite(latent_BCHW).all():
             raise UserError(f"{self.meta.get('run', 'these weights')}: sampling gave numbers that are not finite")
         return latent_BCHW

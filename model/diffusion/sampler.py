@@ -49,36 +49,6 @@ class Trajectory:
     straightness_B: Tensor
 
 
-def sample(
-    model_fn: Predict,
-    noise_BCHW: Tensor,
-    text: TextCond,
-    uncond: TextCond | None = None,
-    *,
-    steps: int = 25,
-    guidance: float = 1.0,
-    shift: float = 1.0,
-    solver: Solver = "euler",
-    formulation: Formulation | str = "rf/lognorm(0.00,1.00)",
-    grid: Grid = "default",
-    student: FewStep | None = None,
-) -> Tensor:
-    """Latents for `text` from `noise_BCHW`; see `solve` for the arguments."""
-    return solve(
-        model_fn,
-        noise_BCHW,
-        text,
-        uncond,
-        steps=steps,
-        guidance=guidance,
-        shift=shift,
-        solver=solver,
-        formulation=formulation,
-        grid=grid,
-        student=student,
-    ).latents
-
-
 @torch.no_grad()
 def solve(
     model_fn: Predict,

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,6 +85,23 @@ def get_protocol(name: str, formulation: Formulation | None = None) -> ValProtoc
         _require_level(formulation, level)
     averaged, rest = protocol.levels[: protocol.averaged], protocol.levels[protocol.averaged :]
     return ValProtocol((*averaged, *(level for level in rest if _has_level(formulation, level))), protocol.averaged)
+
+
+@dataclass(frozen=True)
+class ValSettings:
+    """What a validation loss is measured with. Trainer and eval share the defaults: rows of both are one curve."""
+
+    samples: int = 2048
+    batch: int = 32
+    """Images per forward pass: fixed, so that the figures do not depend on the number of ranks."""
+    protocol: str = "sd3"
+    seed: int = 0
+
+    def hash(self, *, samples: int, formulation: str, fingerprint: str) -> str:
+        """16 hex digits that name everything that a loss depends on besides the weights. `samples`: how many the data
+        had; `fingerprint`: the dataset's."""
+        stated = [self.protocol, get_protocol(self.protocol).levels, samples, self.seed, formulation, fingerprint]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
 
 
 def _has_level(formulation: Formulation, t: float) -> bool:

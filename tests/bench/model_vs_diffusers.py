@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from model.backbones.mmdit import MMDiTConfig
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 from model.files.names import make_diffusers_config, to_diffusers
 
@@ -68,9 +68,9 @@ def runs_of(config: MMDiTConfig, dtype: torch.dtype) -> dict[str, dict[str, Run]
         return latents
 
     def sampled() -> Tensor:
-        return sample(
+        return solve(
             ours, x, text, nothing, steps=STEPS, guidance=GUIDANCE, shift=3.0, formulation="rf", grid="released"
-        )
+        ).latents
 
     def predict() -> dict[str, Run]:
         return {"beeline": lambda: ours(x, t_B, text), "diffusers": lambda: call(x, text, 1000 * t_B)}

@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
 from model.diffusion.few_step import FewStep
-from model.diffusion.sampler import sample
+from model.diffusion.sampler import solve
 from model.encoders.vae import load_vae
 from model.seeding import keyed_normal
 from trainer.exports.card import describe_student
@@ -57,7 +57,7 @@ class Sampler:
         else:
             noise_BCHW = batch.noise_BCHW[rows]  # of couplings: what the teacher started from
         with engine.inference():
-            mine_BCHW = sample(
+            mine_BCHW = solve(
                 engine,
                 noise_BCHW.to(group.device),
                 text,
@@ -67,7 +67,7 @@ class Sampler:
                 shift=self.recipe.shift,
                 formulation=self.recipe.formulation,
                 student=self.student,
-            )
+            ).latents
         all_BCHW = torch.zeros(group.world_size * self.share, *mine_BCHW.shape[1:], device=group.device)
         all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = mine_BCHW
         latents_BCHW = group.sum_(all_BCHW).cpu()[: len(batch.keys)]
