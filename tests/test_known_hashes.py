@@ -16,7 +16,8 @@ from eval.judging.judges import OfficialPaths, build_judges
 from eval.metrics.registry import METRICS
 from eval.protocol import describe_protocol, hash_protocol
 from infra.results import ResultRow, ResultStore
-from trainer.recipe import Recipe
+from model.diffusion.validation import ValSettings
+from trainer.recipe import Recipe, Student
 from trainer.recipes import get_recipe
 
 RECIPES = {  # with the precision that stands beside the hash: a recipe may leave it to the machine
@@ -72,6 +73,21 @@ def test_a_recipes_hash_keeps_whole_numbers_where_it_has_them_and_one_name_for_e
     assert whole.hash == "2c042ad4a53bb6f0"
     assert replace(base, formulation="rf/lognorm(0,1)").hash == base.hash
     assert replace(base, shift=3).hash == "8bbe200f1e4d449f"
+
+
+def test_fields_younger_than_stored_hashes_count_where_they_differ_from_their_default():
+    base = replace(get_recipe("world-d2"), precision="bf16")
+    weighted = replace(base, data=replace(base.data, caption_weights=("original=1", "short=2")))
+    assert weighted.hash == "6a2ff191efdaa186"
+    assert replace(base, student=Student(loss="huber")).hash == "eafba13bd008472b"
+    assert replace(base, student=Student(steps=1, difference=0.005)).hash == base.hash
+    changed = replace(base, student=Student(steps=4))
+    assert changed.hash == "43181e12c162908a"
+
+
+def test_the_hash_of_what_a_validation_loss_is_measured_with():
+    settings = ValSettings()
+    assert settings.hash(samples=2048, formulation="rf/lognorm(0.00,1.00)", fingerprint="f") == "6f7058f15ab7f7e5"
 
 
 def test_texts_and_networks_as_weights_name_them():

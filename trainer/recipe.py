@@ -5,11 +5,13 @@ which is written to RUN/recipe.json.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, getitem
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -27,13 +29,13 @@ from model.lora import count_adapter_parameters
 # What decides the weights that come out. The rest (name, parallel, validation, logging) does not change them.
 HASHED = (
     "model", "formulation", "shift", "images", "global_batch", "seed", "precision", "optimizer", "schedule", "ema",
-    "data", "init_weights", "guard", "objective", "dpo", "lora",
+    "data", "init_weights", "guard", "objective", "dpo", "lora", "student",
 )  # fmt: skip
-
-
-# Fields of `student` that are younger than its first hashes: they enter a hash where they differ from the default.
+# Fields that are younger than the first stored hashes: each is hashed only where it differs from its default, so that
+# recipes of before keep their hash. A new field goes here.
 YOUNGER = (
-    "steps", "states", "perceptual", "perceptual_weight", "latent_weight", "equal_times", "to_zero", "difference",
+    "data.caption_weights", "student.steps", "student.states", "student.perceptual", "student.perceptual_weight",
+    "student.latent_weight", "student.equal_times", "student.to_zero", "student.difference", "student",
 )  # fmt: skip
 
 
@@ -475,14 +477,12 @@ def find_differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _collect_hashed(recipe: Recipe) -> dict[str, Any]:
     """What the identity of a run is made of."""
-    told = recipe.to_json()
+    fields = recipe.to_json()
     with contextlib.suppress(UserError):  # of several ways to write it; an unknown one is refused where it is used
-        told["formulation"] = get_formulation(recipe.formulation).name
-    if not recipe.data.caption_weights:  # this field and `student` are younger than the first hashes, which stay
-        del told["data"]["caption_weights"]
-    default = Student()
-    for name in YOUNGER:
-        if getattr(recipe.student, name) == getattr(default, name):
-            del told["student"][name]
-    student = {} if recipe.student == default else {"student": told["student"]}
-    return {name: told[name] for name in HASHED} | student
+        fields["formulation"] = get_formulation(recipe.formulation).name
+    default = Recipe(name="", model=recipe.model, images=0, global_batch=0)
+    for path in YOUNGER:
+        if attrgetter(path)(recipe) == attrgetter(path)(default):
+            *parents, last = path.split(".")
+            del functools.reduce(getitem, parents, fields)[last]
+    return {name: fields[name] for name in HASHED if name in fields}
