@@ -62,7 +62,7 @@ def section(build: Callable[..., Recipe], names: list[str]) -> Iterator[str]:
         yield (
             f"| `{name}` | {recipe.model.depth} | {recipe.trained_parameters:,} | {recipe.data.resolution} "
             f"| {recipe.images:,} | {recipe.global_batch:,} | {recipe.steps:,} | {recipe.precision} "
-            f"| {recipe.objective} `{recipe.formulation}` |"
+            f"|{recipe.objective} `{recipe.formulation}`|"
         )
     yield ""
 
