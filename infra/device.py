@@ -124,11 +124,11 @@ def get_cpu_speed() -> CpuSpeed:
     except OSError:
         pass
     speed = _measure_cpu()
-    told = to_json(speed) | {"unit": "GFLOP/s of one core", **_describe_machine()}
+    record = to_json(speed) | {"unit": "GFLOP/s of one core", **_describe_machine()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Of two processes that measure at once, the first decides for both.
-        if not storage.write_bytes_if_absent(str(file), (json.dumps(told, indent=1) + "\n").encode()):
+        if not storage.write_bytes_if_absent(str(file), (json.dumps(record, indent=1) + "\n").encode()):
             return get_cpu_speed()
     except (OSError, UserError) as error:
         log.debug("%s cannot be kept: %s", file, error)

@@ -41,17 +41,17 @@ SHARD_ROWS = 500
 
 def describe_dataset(couplings: Couplings, teacher: TeacherFile, prompts: Prompts) -> DatasetInfo:
     """dataset.json without its splits; UserError where teacher and prompts do not fit together."""
-    told = prompts.dataset.info
-    if _without_addresses(told.text_spec) != _without_addresses(teacher.text_spec):
+    info = prompts.dataset.info
+    if _without_addresses(info.text_spec) != _without_addresses(teacher.text_spec):
         raise UserError(
             f"{prompts.uri} holds text of another layout or other encoders than the teacher {teacher.uri} was trained "
             "with: give prompts encoded as its training data were, or a file of prompts"
         )
-    columns = {name: value for name, value in told.columns.items() if name.startswith("text_")}
+    columns = {name: value for name, value in info.columns.items() if name.startswith("text_")}
     return DatasetInfo(
-        teacher.text_spec, teacher.vae, teacher.resolution, told.captions,
-        columns | {"latents": fingerprint(couplings.identity)}, {}, int8_seats=told.int8_seats,
-        settings={name: told.settings[name] for name in columns if name in told.settings}
+        teacher.text_spec, teacher.vae, teacher.resolution, info.captions,
+        columns | {"latents": fingerprint(couplings.identity)}, {}, int8_seats=info.int8_seats,
+        settings={name: info.settings[name] for name in columns if name in info.settings}
         | {"latents": couplings.identity},
         code_version=code_version(), couplings=couplings,
     )  # fmt: skip

@@ -42,8 +42,8 @@ def read_prompts(uri: str) -> list[str]:
 def _read_line(uri: str, number: int, line: str) -> str:
     expected = 'expected {"prompt": TEXT} or {"caption": TEXT}'
     try:
-        told = json.loads(line)
-        text = told.get("prompt", told.get("caption"))
+        record = json.loads(line)
+        text = record.get("prompt", record.get("caption"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{uri}, line {number + 1}: {error}; {expected}") from error
     if not isinstance(text, str) or not text.strip():

@@ -17,8 +17,8 @@ def format_summary(root: str, outcome: PipelineResult) -> str:
         others = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if name != OK)
         lines.append(f"{stage:<14}{sum(counts.values()):>10,}{counts.get(OK, 0):>10,}   {others}".rstrip())
     lines.append("-" * 72)
-    told = format_seen(outcome.seen, outcome.counts.get("ingest", {}))
-    lines += [f"{'source' if number == 0 else '':<14}{line}" for number, line in enumerate(told)]
+    source_lines = format_seen(outcome.seen, outcome.counts.get("ingest", {}))
+    lines += [f"{'source' if number == 0 else '':<14}{line}" for number, line in enumerate(source_lines)]
     for name, split in outcome.info.splits.items():
         shapes = ", ".join(f"{bucket} {count:,}" for bucket, count in sorted(split.buckets.items()))
         shards = "shard" if split.num_shards == 1 else "shards"

@@ -152,8 +152,8 @@ class DatasetInfo:
         if raw.get("format") != FORMAT:
             raise UserError(f"{uri}: format {raw.get('format')}, this version reads {FORMAT}: {advice}")
         derived = ("format", "fingerprint", "encoding")
-        told = {name: value for name, value in raw.items() if name not in derived}
-        return from_json(DatasetInfo, told, where=uri, advice=advice)
+        fields = {name: value for name, value in raw.items() if name not in derived}
+        return from_json(DatasetInfo, fields, where=uri, advice=advice)
 
 
 def hash_encoding(

@@ -313,8 +313,8 @@ def _compare(one: DatasetInfo, two: DatasetInfo) -> list[tuple[str, object, obje
     ]
     for field in ("channels", "factor", "shift", "scale", "checkpoint"):
         pairs.append((f"vae.{field}", getattr(one.vae, field), getattr(two.vae, field)))
-    told = [_describe_text(info) for info in (one, two)]
-    pairs += [(f"text_spec.{key}", told[0].get(key), told[1].get(key)) for key in {**told[0], **told[1]}]
+    texts = [_describe_text(info) for info in (one, two)]
+    pairs += [(f"text_spec.{key}", texts[0].get(key), texts[1].get(key)) for key in {**texts[0], **texts[1]}]
     stages = [
         {k: v for k, v in info.settings.items() if k == "latents" or k.startswith("text_")} for info in (one, two)
     ]

@@ -142,9 +142,9 @@ def read_pairs(uri: str) -> list[PreferencePair]:
         if not line.strip():
             continue
         try:
-            told = json.loads(line)
-            caption = str(told["caption"])
-            better, worse = (_read_picture(storage.join(folder, str(told[name]))) for name in ("preferred", "rejected"))
+            pair = json.loads(line)
+            caption = str(pair["caption"])
+            better, worse = (_read_picture(storage.join(folder, str(pair[name]))) for name in ("preferred", "rejected"))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:

@@ -31,8 +31,8 @@ def settle_precision(precision: Precision, device: str, *, results: str) -> Reso
     uri = storage.join(results, KEPT)
     if not storage.exists(uri):
         found = resolve_precision("auto", device)
-        told = to_json(KeptPrecision(found, device, socket.gethostname()))
-        if storage.write_bytes_if_absent(uri, (json.dumps(told, indent=1) + "\n").encode()):
+        record = to_json(KeptPrecision(found, device, socket.gethostname()))
+        if storage.write_bytes_if_absent(uri, (json.dumps(record, indent=1) + "\n").encode()):
             return found
     advice = "give --precision fp32 or bf16, or remove it"
     kept = from_json(KeptPrecision, storage.read_bytes(uri), where=uri, advice=advice)

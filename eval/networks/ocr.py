@@ -1,24 +1,13 @@
 """Reads what is written in pictures: rapidocr-onnxruntime, whose package carries its models."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from infra.errors import UserError
 
 SMALLEST_SIDE = 256  # smaller pictures are enlarged before they are read: OCR models expect letters of some 20 pixels
-
-
-class Ocr(Protocol):
-    """Reads the writing in pictures, in reading order."""
-
-    name: str
-    version: str
-
-    def read(self, images: Sequence[np.ndarray]) -> list[str]:
-        """The writing of each picture as one line; "" where nothing is found."""
-        ...
 
 
 class RapidReader:
@@ -37,6 +26,7 @@ class RapidReader:
         self.version = version("rapidocr-onnxruntime")
 
     def read(self, images: Sequence[np.ndarray]) -> list[str]:
+        """The writing of each picture (uint8 RGB, H x W x 3) as one line in reading order; "" where none is found."""
         return [self._read_one(image) for image in images]
 
     def _read_one(self, image: np.ndarray) -> str:

@@ -159,9 +159,9 @@ def describe_scores(
     for split, metric in sorted(overall.metrics.items()):
         points = [point for point in (found[metric].at(name) for name in first) if point is not None]
         if points:
-            told = dict.fromkeys(_format_point(point) for point in points)  # runs that share one value may differ here
+            texts = dict.fromkeys(_format_point(point) for point in points)  # runs that share one value may differ here
             where = {"seen": " on seen compositions", "unseen": " on unseen ones"}.get(split, "")
-            said.append(f"{' and '.join(told)}{where}")
+            said.append(f"{' and '.join(texts)}{where}")
     direction = "highest" if comparison.higher_is_better else "lowest"
     names = join_names([labels[name] for name in first])
     verb = f"{'has' if len(first) == 1 else 'share'} the {direction}" if len(ends) > 1 else "gets"

@@ -176,8 +176,8 @@ def _choose_backbone(runs: Sequence[RunFolder], curves: Sequence[LossCurve]) -> 
         groups.setdefault(kinds[curve.run], []).append(curve)
     chosen = max(groups, key=lambda kind: (len({c.parameters for c in groups[kind]}), len(groups[kind])), default="")
     others = [f"{kind} ({', '.join(c.run for c in groups[kind])})" for kind in groups if kind != chosen]
-    told = (f"The law is of {chosen} alone; other backbones are not under it: {'; '.join(others)}.",) if others else ()
-    return groups.get(chosen, []), told
+    note = (f"The law is of {chosen} alone; other backbones are not under it: {'; '.join(others)}.",) if others else ()
+    return groups.get(chosen, []), note
 
 
 def _describe_unlike_runs(runs: Sequence[RunFolder], curves: Sequence[LossCurve], images: float) -> Iterator[str]:
@@ -187,9 +187,9 @@ def _describe_unlike_runs(runs: Sequence[RunFolder], curves: Sequence[LossCurve]
         names = {curve.run for curve in curves if curve.parameters == size}
         recipes = [run for run in runs if run.name in names]
         fields |= {line.field for line in compare_recipes(recipes)}
-    told = sorted(field for field in fields if field not in LIKE_SEEDS and not field.startswith(LIKE_SEEDS_UNDER))
-    if told:
-        yield f"Runs of one size differ in more than their seed ({', '.join(told)}); the law takes that for noise."
+    differing = sorted(field for field in fields if field not in LIKE_SEEDS and not field.startswith(LIKE_SEEDS_UNDER))
+    if differing:
+        yield f"Runs of one size differ in more than their seed ({', '.join(differing)}); the law takes that for noise."
     last = max(float(curve.images[-1]) for curve in curves)
     if last > images:
         yield (

@@ -112,8 +112,8 @@ def _choose_rung(runs: Sequence[RunFolder], fit: LadderFit, depth: int | None) -
 
 def _hash_curves(curves: Sequence[LossCurve]) -> str:
     """A hash of the curves that the law was fitted to: predictions from the same data have the same hash."""
-    told = [[c.run, c.parameters, c.images.tolist(), c.loss.tolist()] for c in curves]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    content = [[c.run, c.parameters, c.images.tolist(), c.loss.tolist()] for c in curves]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_prediction(row: ResultRow) -> GradedPrediction | None:
@@ -121,14 +121,14 @@ def read_prediction(row: ResultRow) -> GradedPrediction | None:
     if row.low is None or row.high is None:
         return None
     try:
-        told = from_json(PredictionDetails, row.details, where="details of a prediction")
+        details = from_json(PredictionDetails, row.details, where="details of a prediction")
     except UserError:
         return None
     return GradedPrediction(
-        told.depth, told.parameters, float(row.images_seen), Interval(row.value, row.low, row.high),
+        details.depth, details.parameters, float(row.images_seen), Interval(row.value, row.low, row.high),
         actual=None, inside=None,
         metric=row.metric.removeprefix(PREFIX).rsplit("/", 1)[0], created=row.created,
-        fitted_to=told.fitted_to, backbone=told.backbone, run=None, first=None, reason="",
+        fitted_to=details.fitted_to, backbone=details.backbone, run=None, first=None, reason="",
     )  # fmt: skip
 
 

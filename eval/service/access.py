@@ -64,8 +64,8 @@ class Access:
         held = bearer.strip() if kind.lower() == "bearer" else request.cookies.get(COOKIE, "")
         if self._is_token(held):
             return None
-        told = "a token is needed: open /?token=TOKEN once, or send Authorization: Bearer TOKEN"
-        return JSONResponse({"detail": told}, 401, headers={"WWW-Authenticate": "Bearer"})
+        message = "a token is needed: open /?token=TOKEN once, or send Authorization: Bearer TOKEN"
+        return JSONResponse({"detail": message}, 401, headers={"WWW-Authenticate": "Bearer"})
 
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), (self.token or "").encode())

@@ -79,9 +79,9 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/api", include_in_schema=False)
     def api() -> Response:
         listed = [
-            {"path": path, "method": method.upper(), **told}
+            {"path": path, "method": method.upper(), **about}
             for path, methods in sorted(app.openapi()["paths"].items(), key=lambda item: natural_key(item[0]))
-            for method, told in methods.items()
+            for method, about in methods.items()
         ]
         html = environment.get_template("api.html.j2").render(
             title="API", page="api", path="api", menu=menu, version=app.version, routes=listed,

@@ -51,8 +51,8 @@ class GallerySheet:
 
     @property
     def key(self) -> str:
-        told = to_json([self.tiles, self.sampling])
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        content = to_json([self.tiles, self.sampling])
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def choose_world_prompts(count: int) -> list[str]:
@@ -81,8 +81,8 @@ def draw_gallery(run_uri: str, step: int, painter: Painter, prompts: Sequence[st
     sheet = GallerySheet(tiles, COLUMNS, width, height, int(painter.meta["images_seen"]), sampling.protocol())
     uri = locate_sheet(run_uri, step)
     storage.write_bytes(uri, _encode_sheet(images))
-    told = to_json(sheet) | {"key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
-    storage.write_bytes(locate_description(uri), (json.dumps(told, indent=1) + "\n").encode())
+    record = to_json(sheet) | {"key": sheet.key, "run": painter.meta.get("run", ""), "step": step}
+    storage.write_bytes(locate_description(uri), (json.dumps(record, indent=1) + "\n").encode())
 
 
 def locate_sheet(run_uri: str, step: int) -> str:

@@ -46,8 +46,8 @@ class Index:
 
     def _refresh(self) -> bool:
         inside = [file.removeprefix(self.uri).lstrip("/") for file in storage.list_files(self.uri)]
-        told = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
-        folders = {_escape_surrogates(name): found for name, found in find_run_folders(self.uri, told).items()}
+        paths = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
+        folders = {_escape_surrogates(name): found for name, found in find_run_folders(self.uri, paths).items()}
         signatures = {name: _hash_names(files) for name, (_, files) in folders.items()}
         changed = [name for name, signature in signatures.items() if signature != self._seen.get(name)]
         gone = set(self._runs) - set(folders)

@@ -157,11 +157,11 @@ def _draw_frontier(fit: LadderFit) -> FrontierCurve | None:
 
 def _hash_inputs(snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> str:
     """A hash of all data that the fit uses."""
-    told = [f"{curves.metric} {curves.protocol} {len(snapshot.shared)}"]
+    parts = [f"{curves.metric} {curves.protocol} {len(snapshot.shared)}"]
     digest = hashlib.sha256()
     for name in names:
         run, series = snapshot.by_name[name].run, curves.by_run[name]
-        told.append(f"{name} {run.parameters} {run.flops_per_image} {run.depth}")
+        parts.append(f"{name} {run.parameters} {run.flops_per_image} {run.depth}")
         digest.update(series.images_P.tobytes() + series.value_P.tobytes())
-    digest.update("\n".join(told).encode("utf-8", "backslashreplace"))
+    digest.update("\n".join(parts).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()

@@ -39,11 +39,11 @@ class EvaluationSettings:
     @property
     def hash(self) -> str:
         """A hash of all settings that change the scores. Places of runs, batch sizes and devices are not part of it."""
-        told = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
-        del told["official"]["device"]
-        told["metrics"] = ",".join(self.options.metrics)
-        told |= {"sampling": self.options.sampling.describe(), "gallery": self.gallery}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        settings = {name: value for name, value in asdict(self.options).items() if name not in NOT_IN_HASH}
+        del settings["official"]["device"]
+        settings["metrics"] = ",".join(self.options.metrics)
+        settings |= {"sampling": self.options.sampling.describe(), "gallery": self.gallery}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class WorkerDied(Exception):
@@ -52,8 +52,8 @@ class WorkerDied(Exception):
     `stopped`: by a SIGTERM, as service managers and batch systems send it to a service and all that it started.
     """
 
-    def __init__(self, told: str, *, stopped: bool = False) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, *, stopped: bool = False) -> None:
+        super().__init__(message)
         self.stopped = stopped
 
 
@@ -177,8 +177,8 @@ def _evaluate_and_draw(
             measure(unit)
         _draw_missing_gallery(Checkpoint(**unit["checkpoint"]), settings)
     except MissingError as error:
-        told = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
-        raise UserError(told) from error
+        message = f"{error}: it was there when the evaluation began (removed meanwhile, or being replaced)"
+        raise UserError(message) from error
     return {}
 
 

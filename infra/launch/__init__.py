@@ -25,6 +25,6 @@ def describe_targets() -> str:
     lines = []
     for name, target in TARGETS.items():
         options = {"any option of the scheduler": ""} if target.options is None else target.options
-        told = [f"{key} ({text})" if text else key for key, text in options.items()]
-        lines.append(f"{name}: {target.about}." + (f" --option: {', '.join(told)}." if told else ""))
+        texts = [f"{key} ({text})" if text else key for key, text in options.items()]
+        lines.append(f"{name}: {target.about}." + (f" --option: {', '.join(texts)}." if texts else ""))
     return "\n\n".join(lines)
