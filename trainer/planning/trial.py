@@ -3,9 +3,9 @@
     python -m trainer plan d38 --gpus 64 --trial
 
 Two shallow models of the recipe's own width take real steps, under its ZeRO stage and switches, on made-up batches.
-What the deeper one takes beyond the other is what further blocks take, by their FLOPs and parameters. On a CPU, where
-exchanges, copies and fresh memory are work of the same cores, that is the whole step, on as many ranks as there are
-cores for; on a GPU it is how near one device comes to its peak.
+The difference of their times is the cost of the additional blocks, by FLOPs and by parameters. On a GPU the trial
+tells which share of its peak FLOP/s one device reaches. On a CPU it times the whole step, on as many ranks as there
+are cores, because exchanges and copies are work of the same cores.
 """
 
 import dataclasses
