@@ -96,5 +96,5 @@ def test_a_tracker_that_fails_is_told_once_and_left(module, tmp_path, capsys):
 
 def test_what_is_not_installed_is_refused_before_any_work():
     with pytest.raises(UserError, match=r"asks for --logging.wandb, but wandb is not installed: pip install wandb"):
-        check_trackers(recipe(wandb="bees"))
-    check_trackers(recipe())
+        check_trackers(recipe(wandb="bees").logging)
+    check_trackers(recipe().logging)

@@ -243,8 +243,8 @@ def _check_plan(args: PlanArgs) -> None:
     found.collect(check, args.recipe)
     found.collect(check_objective, args.recipe)
     found.raise_any()
-    for question in (count_micro_batches, check_ranks):
-        found.collect(question, args.recipe, args.gpus)
+    found.collect(count_micro_batches, args.recipe, args.gpus)
+    found.collect(check_ranks, args.recipe.parallel.hpz, args.gpus)
     found.raise_any()
 
 

@@ -16,7 +16,7 @@ import torch
 from infra import storage
 from infra.errors import UserError
 from trainer.launchers import is_launcher
-from trainer.recipe import Recipe
+from trainer.recipe import Parallel
 from trainer.zero.group import PORT_IN_USE
 from trainer.zero.optim import check_aio
 
@@ -67,38 +67,37 @@ def check_out(out: str) -> None:
         raise UserError(f"--out {out}: {there} takes no file ({error.strerror}): choose another --out") from error
 
 
-def check_swapping(recipe: Recipe) -> None:
+def check_swapping(p: Parallel) -> None:
     """The folder that parameters are swapped to must take a file, and DeepSpeed must be able to write it."""
-    path = recipe.parallel.nvme_path
-    if recipe.parallel.offload_parameters != "nvme" or not path:
+    path = p.nvme_path
+    if p.offload_parameters != "nvme" or not path:
         return
     try:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise UserError(
-            f"recipe {recipe.name}: parallel.nvme_path {path} takes no file ({error.strerror}): "
+            f"parallel.nvme_path {path} takes no file ({error.strerror}): "
             "give --parallel.nvme-path a folder that exists and is writable on every machine"
         ) from error
-    check_aio(recipe)
+    check_aio()
 
 
-def check_compiler(recipe: Recipe) -> None:
+def check_compiler(p: Parallel) -> None:
     """torch.compile writes C++ (on a GPU the C of its launchers) and calls a compiler."""
-    if not recipe.parallel.compile:
+    if not p.compile:
         return
     gpu = torch.cuda.is_available()
     wanted = os.environ.get("CC" if gpu else "CXX", "gcc" if gpu else "g++")
     if shutil.which(wanted) is None:
         raise UserError(
-            f"recipe {recipe.name}: parallel.compile needs a compiler, but there is no {wanted} here: "
+            f"parallel.compile needs a compiler, but there is no {wanted} here: "
             "install one, or use --no-parallel.compile"
         )
 
 
-def check_gpu(recipe: Recipe) -> None:
+def check_gpu(p: Parallel) -> None:
     """ZeRO++'s kernels that quantize are written in CUDA alone."""
-    p = recipe.parallel
     asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(p, name)]
     if asked and not torch.cuda.is_available():
-        raise UserError(f"recipe {recipe.name}: parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")
+        raise UserError(f"parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")

@@ -153,8 +153,9 @@ def prepare(
     recipe = found.collect(settle_precision, recipe, out, resume) or dataclasses.replace(recipe, precision="fp32")
     found.collect_here(check_hostfile)
     _check_recipe(found, recipe, world_size)
-    for question in (check_gpu, check_compiler, check_kernel, check_swapping):
-        found.collect_here(question, recipe)
+    for question in (check_gpu, check_compiler, check_swapping):
+        found.collect_here(question, recipe.parallel)
+    found.collect_here(check_kernel, recipe.optimizer.kernel)
     found.collect_here(check_out, out)
     resume = found.collect(prefer_own_checkpoint, out, resume) or resume
     started, dataset = found.collect(set_init_weights, recipe, init_from), found.collect(data.open)
@@ -189,7 +190,7 @@ def prepare(
 def _check_recipe(found: Mistakes, recipe: Recipe, world_size: int) -> None:
     found.collect(check, recipe)
     found.collect(check_objective, recipe)
-    found.collect(check_trackers, recipe)
+    found.collect(check_trackers, recipe.logging)
     formulation = found.collect(get_formulation, recipe.formulation)
     if formulation is not None:
         found.collect(get_protocol, recipe.validation.protocol, formulation)
@@ -197,15 +198,12 @@ def _check_recipe(found: Mistakes, recipe: Recipe, world_size: int) -> None:
         found.collect(parse_profile, profile)
     if recipe.global_batch > 0 and (recipe.parallel.micro_batch or 1) > 0:
         found.collect(count_micro_batches, recipe, world_size)
-    found.collect(check_ranks, recipe, world_size)
+    found.collect(check_ranks, recipe.parallel.hpz, world_size)
 
 
-def check_ranks(recipe: Recipe, world_size: int) -> None:
-    hpz = recipe.parallel.hpz
+def check_ranks(hpz: int, world_size: int) -> None:
     if hpz > 1 and world_size % hpz:
-        raise UserError(
-            f"recipe {recipe.name}: parallel.hpz {hpz} does not divide the {world_size} ranks: use the ranks of a node"
-        )
+        raise UserError(f"parallel.hpz {hpz} does not divide the {world_size} ranks: use the ranks of a node")
 
 
 def _check_splits(found: Mistakes, recipe: Recipe, data: DataChoice, dataset: Dataset) -> Dataset | None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
-from trainer.recipe import Recipe
+from trainer.recipe import Logging, Recipe
 
 log = get_logger("trackers")
 
@@ -67,11 +67,11 @@ class Mlflow:
 TRACKERS: dict[str, Callable[[Recipe, str, str], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
-def check_trackers(recipe: Recipe) -> None:
+def check_trackers(logging: Logging) -> None:
     """UserError for a tracker that the recipe asks for and that is not installed."""
     for name in TRACKERS:
-        if getattr(recipe.logging, name) is not None and importlib.util.find_spec(name) is None:
-            asked = f"recipe {recipe.name} asks for --logging.{name}, but {name} is not installed"
+        if getattr(logging, name) is not None and importlib.util.find_spec(name) is None:
+            asked = f"the recipe asks for --logging.{name}, but {name} is not installed"
             raise UserError(f"{asked}: pip install {name}, or leave it out")
 
 

@@ -76,7 +76,7 @@ class ZeroEngine:
         else:
             model = model.to(group.device, self.dtype)
         self.model = model
-        optimizer = build_adamw([p for p in model.parameters() if p.requires_grad], recipe)
+        optimizer = build_adamw([p for p in model.parameters() if p.requires_grad], recipe.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
