@@ -9,12 +9,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from eval_runs import write_ladder
 from test_eval_run import export
 
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.metrics.diversity import Diversity
 from eval.metrics.saturation import Saturation, measure_contrast, measure_saturation
+from eval.report.build import write_report
+from eval.report.fewstep_plots import cut_strips
+from eval.report.fewsteps import FewStepLine, compose_few_steps, compose_findings, read_sheet
+from eval.report.runs import read_runs
+from eval.report.series import MetricPoint
 from eval.studies.fewstep import FewStepOptions, measure_few_steps
 from eval.studies.fewstep_sheet import FewStepSheet, project_paths
 from infra.codec import from_json
@@ -187,3 +193,76 @@ def test_what_is_stored_of_a_measurement_can_be_compared_by_prompt(runs):
     assert len(kept) == 1
     protocol = json.loads((runs / "teacher/results/protocols" / f"{row.protocol_hash}.json").read_text())
     assert (protocol["sampling"]["steps"], protocol["sampling"]["guidance"]) == (2, 1.0)
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    write_report(str(runs), str(out))
+    return out
+
+
+def test_the_report_has_a_page_of_few_steps(runs, page):
+    told = json.loads((page / "few_steps.json").read_text())
+    names = [(line["run"], line["guidance"], line["teacher"]) for line in told["lines"]]
+    assert names[0] == ("teacher", 1.0, None), "the teacher comes first"
+    assert {("same", 1.0, "teacher"), ("other", 3.0, "teacher"), ("teacher", 3.0, None)} < set(names)
+    lines = {(line["run"], line["guidance"]): line for line in told["lines"]}
+    assert lines["same", 1.0]["kind"] == "reflow, round 1, guidance 3 baked in"
+    assert lines["teacher", 1.0]["kind"] == "teacher"
+    row = read_rows(runs, "other")["fewstep/2x3.0/world_fid"]
+    cell = lines["other", 3.0]["cells"]["2"]["fid"]
+    assert (cell["value"], cell["low"], cell["high"]) == (row.value, row.low, row.high)
+    assert told["protocols"]["fewstep/2x3.0/world_fid"] == row.protocol_hash
+    figures = {file.stem for file in (page / "figures").glob("fewstep_*.svg")}
+    assert figures == {f"fewstep_{name}" for name in ("quality", "time", "flow", "paths", "strips")}
+    html, markdown = ((page / f"few_steps.{kind}").read_text() for kind in ("html", "md"))
+    assert html.count('<div class="wide"><svg') == 5
+    assert "http" not in html.replace("http://www.w3.org", ""), "nothing comes from elsewhere"
+    assert all(f"figures/{name}.png" in markdown for name in figures)
+    assert 'href="few_steps.html"' in (page / "report.html").read_text()
+    assert "fewstep" not in (page / "report.json").read_text(), "its rows are no scores of the ladder"
+
+
+def test_a_students_numbers_are_told_apart_only_beyond_the_intervals(page):
+    found = json.loads((page / "few_steps.json").read_text())["findings"]
+    same = [line for line in found if line.startswith("FID") and ": same at guidance 1 has" in line]
+    assert len(same) == 2
+    assert all(line.endswith("not told apart.") for line in same), "the same tensors"
+    better = [make_line("student", 1.0), make_line("teacher", 3.0)]
+    assert compose_findings(better, {"fid": False}) == [
+        "FID in 1 step: student at guidance 1 has 1 (0.5 to 1.5), teacher at guidance 1 has 3 (2.5 to 3.5): better by "
+        "more than the intervals."
+    ]
+    near = [make_line("student", 3.2), make_line("teacher", 3.0)]
+    assert compose_findings(near, {"fid": False})[0].endswith("not told apart.")
+    worse = [make_line("student", 5.0), make_line("teacher", 3.0)]
+    assert compose_findings(worse, {"fid": False})[0].endswith("worse by more than the intervals.")
+
+
+def make_line(run, fid):
+    cells = {1: {"fid": MetricPoint(10, fid, fid - 0.5, fid + 0.5, 4)}}
+    return FewStepLine(run, run, "", 1.0, "teacher" if run == "student" else None, cells, {})
+
+
+def test_strips_are_cut_where_the_sheet_says(runs):
+    analysed = read_runs(str(runs))
+    found = compose_few_steps(analysed.runs, {run.name: run.name for run in analysed.runs})
+    sheets = {run.name: read_sheet(run) for run in analysed.runs}
+    (prompt, block), *_ = cut_strips(found, sheets)
+    assert prompt == sheets["teacher"][0].prompts[0]
+    tiles = dict(block)
+    from eval.drawing.generate import ImageRequest, Painter, Sampling
+
+    painter = Painter(runs / "teacher/weights/step_0000010/ema.safetensors")
+    request = ImageRequest(prompt, "0")
+    ((_, image),) = painter.paint([request], Sampling(steps=1, guidance=3.0, precision="fp32"))
+    shown = tiles["teacher, guidance 3"][1].astype(int)
+    assert np.abs(shown - image.astype(int)).max() <= 1, "drawn in another batch"
+    assert (tiles["same, guidance 1"][2] == tiles["teacher, guidance 1"][2]).all()
+
+
+def test_a_report_without_such_rows_has_no_such_page(tmp_path):
+    write_ladder(str(tmp_path / "runs"), depths=(2, 3))
+    analysed = read_runs(str(tmp_path / "runs"))
+    assert compose_few_steps(analysed.runs, {run.name: run.name for run in analysed.runs}) is None

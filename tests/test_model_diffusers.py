@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_files import CONFIG, META, load_pipeline, weights_of, write_vae
 from torch import nn
 
 from infra.errors import UserError
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.flow import get_formulation
+from model.diffusion.grids import sampling_grid
 from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 from model.files.convert import convert
-from model.files.weights import load_model, load_weights
+from model.files.pipeline import scheduler_config
+from model.files.weights import load_model, load_weights, read_meta, save_weights
 
 BORN = {
     "sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 64,
@@ -90,3 +95,80 @@ def test_foreign_shapes_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "short", tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="no weights file"):
         load_weights(tmp_path / "x.safetensors")
+
+
+STUDENT = {"objective": "distil", "round": 1, "solver": "euler", "guidance": 1.5, "guidance_kind": "baked"}
+
+
+def export_student(tmp_path: Path, steps: int | None, shift: float) -> Path:
+    """A pipeline folder of random weights that call themselves a student."""
+    config = MMDiTConfig.from_json({**CONFIG.to_json(), "pos_tokens": 4})
+    told = STUDENT | ({} if steps is None else {"steps": steps, "sigmas": student_grid(steps, shift).tolist()})
+    meta = {**META, "config": config.to_json(), "shift": shift, "formulation": "rf", "few_step": told}
+    save_weights(tmp_path / "student.safetensors", weights_of(config), meta)
+    convert(tmp_path / "student.safetensors", tmp_path / "pipeline", vae=write_vae(tmp_path / "vae"))
+    return tmp_path / "pipeline"
+
+
+def student_grid(steps: int, shift: float) -> torch.Tensor:
+    return sampling_grid(get_formulation("rf"), steps, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "plain"),
+    [(1, 1.0, True), (2, 1.0, True), (4, 1.0, True), (8, 1.0, True), (1, 3.0, True), (2, 3.0, True), (4, 3.0, False)],
+)
+def test_a_students_pipeline_draws_its_own_latents(tmp_path: Path, steps: int, shift: float, plain: bool) -> None:
+    """`plain`: num_inference_steps alone is enough, as the exported scheduler has the student's grid."""
+    folder = export_student(tmp_path, steps, shift)
+    absent = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    pipeline = load_pipeline(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(6)
+    noise, context, pooled = (torch.randn(*s, generator=g) for s in ((2, 4, 8, 8), (2, 6, 48), (2, 24)))
+    model, meta = load_model(tmp_path / "student.safetensors")
+    assert meta["few_step"]["sigmas"] == student_grid(steps, shift).tolist()
+    ours = sample(model, noise, TextCond(context, pooled), steps=steps, shift=shift, formulation="rf")
+
+    def draw(**more: object) -> torch.Tensor:
+        side = 8 * pipeline.vae_scale_factor
+        return pipeline(
+            prompt_embeds=context, pooled_prompt_embeds=pooled, latents=noise.clone(), guidance_scale=1.0, height=side,
+            width=side, num_inference_steps=steps, output_type="latent", **more,
+        ).images  # fmt: skip
+
+    assert float((draw(sigmas=[1 - i / steps for i in range(steps)]) - ours).abs().max()) <= 1e-4, "as the card says"
+    assert (float((draw() - ours).abs().max()) <= 1e-4) == plain
+    assert float((ours - noise).std()) > 0.1
+    card = (folder / "README.md").read_text()
+    assert f"steps = {steps}\nsigmas = [1 - i / steps for i in range(steps)]\n" in card
+    assert ("alone gives the same" in card) == plain
+    assert "Guidance 1.5 is baked in" in card
+
+
+def test_a_scheduler_of_its_own_grid_would_end_a_student_of_two_steps_at_a_thousandth(tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(2)
+    assert theirs.sigmas.tolist() == pytest.approx([1, 0.001, 0])
+    assert scheduler_config({"shift": 1.0}) == {"shift": 1.0}, "no student: as released models have it"
+    assert scheduler_config({"few_step": STUDENT}) == {"shift": 1.0}, "any number of steps"
+    for steps in (2, 3, 4, 8):
+        student = FlowMatchEulerDiscreteScheduler(**scheduler_config({"few_step": {"steps": steps}}))
+        student.set_timesteps(steps)
+        torch.testing.assert_close(student.sigmas, student_grid(steps, 1.0).float(), atol=1e-6, rtol=0)
+
+
+def test_exports_in_every_dialect_carry_how_a_student_is_sampled(tmp_path: Path) -> None:
+    folder = export_student(tmp_path, 4, 1.0)
+    convert(tmp_path / "student.safetensors", tmp_path / "single.safetensors", to="sd3")
+    wanted = read_meta(tmp_path / "student.safetensors")["few_step"]
+    assert (wanted["sigmas"], wanted["steps"]) == ([1.0, 0.75, 0.5, 0.25, 0.0], 4)
+    for file in (tmp_path / "single.safetensors", folder / "transformer" / "diffusion_pytorch_model.safetensors"):
+        assert read_meta(file)["few_step"] == wanted
+    for source, name in ((folder, "a"), (tmp_path / "single.safetensors", "b")):
+        convert(source, tmp_path / f"{name}.safetensors", to="beeline")
+        assert read_meta(tmp_path / f"{name}.safetensors")["few_step"] == wanted

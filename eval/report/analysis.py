@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from eval.report import findings as words
 from eval.report import tables
+from eval.report.fewsteps import FewSteps, compose_few_steps
 from eval.report.headline import list_missing
 from eval.report.law import LadderFit, fit_ladder
 from eval.report.predict import GradedPrediction, grade
@@ -50,6 +51,7 @@ class Analysis:
     graded: list[GradedPrediction]
     findings: list[words.ReportFinding]
     missing: list[str]
+    few_steps: FewSteps | None = None
 
     @property
     def runs(self) -> tuple[RunFolder, ...]:
@@ -83,8 +85,9 @@ def analyse(data: StoredRuns) -> Analysis:
     ]
     missing = list_missing(runs, labels, families, calibration)
     return Analysis(
-        data, labels, losses, levels, families, found, fit, correlations, calibration, costs, graded, findings, missing
-    )
+        data, labels, losses, levels, families, found, fit, correlations, calibration, costs, graded, findings,
+        missing, compose_few_steps(runs, labels),
+    )  # fmt: skip
 
 
 def label_runs(runs: Sequence[RunFolder]) -> dict[str, str]:

@@ -5,6 +5,7 @@ composes report.json; figures.py decides on figures, which plots.py draws. Missi
 says so.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from eval.report import tables
 from eval.report.analysis import Analysis, analyse
 from eval.report.document import Report, compose_report, encode_report
+from eval.report.fewstep_plots import draw_few_steps
+from eval.report.fewsteps import COLUMNS, PAPER_LOSS, FewSteps
 from eval.report.figures import draw_figures, name_score_figure
 from eval.report.headline import choose_headlines
 from eval.report.pictures import choose_progress_pictures, choose_rung_pictures
@@ -23,6 +26,7 @@ from eval.report.text import format_count, format_duration, format_markdown, for
 from infra import storage
 from infra.codec import to_json
 from infra.errors import UserError
+from infra.version import code_version
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_IS_COUNTED = (
@@ -43,19 +47,56 @@ def write_report(runs: str, out: str) -> Path:
 
 
 def render_files(analysis: Analysis, drawn: Sequence[RenderedFigure]) -> dict[str, bytes]:
-    """Every file of the report by its path, report.html last: whoever sees it has the rest."""
-    light, dark = make_themes(max(len(analysis.runs), 1))
-    files: dict[str, bytes] = {}
+    """Every file of the report by its path, report.html last: whoever sees it has the rest. few_steps.* are there where
+    `eval fewstep` measured something."""
+    files = name_figure_files(drawn, len(analysis.runs))
+    report = compose_report(analysis)
+    files["report.json"] = encode_report(report)
+    context = make_page_context(analysis, report, drawn)
+    pages = [("report.md", context), ("report.html", context)]
+    if analysis.few_steps is not None:
+        few = draw_few_steps(analysis.few_steps, analysis.runs)
+        files |= name_figure_files(few, len(analysis.few_steps.lines))
+        files["few_steps.json"] = (json.dumps(to_json(analysis.few_steps, finite=True), indent=1) + "\n").encode()
+        told = make_few_steps_context(analysis.few_steps, few, source=analysis.data.uri)
+        pages = [("few_steps.md", told), ("few_steps.html", told), *pages]
+    for name, told in pages:
+        files[name] = render_page(name, told).encode()
+    return files
+
+
+def name_figure_files(drawn: Sequence[RenderedFigure], num_series: int) -> dict[str, bytes]:
+    """Each figure as PNG for light and for dark ground and as SVG for both, by path."""
+    light, dark = make_themes(max(num_series, 1))
+    files = {}
     for figure in drawn:
         files[f"figures/{figure.name}.png"] = figure.light_png
         files[f"figures/{figure.name}-dark.png"] = figure.dark_png
         files[f"figures/{figure.name}.svg"] = wrap_svg(figure.wide_svg, light, dark).encode()
-    report = compose_report(analysis)
-    files["report.json"] = encode_report(report)
-    context = make_page_context(analysis, report, drawn)
-    for name in ("report.md", "report.html"):
-        files[name] = render_page(name, context).encode()
     return files
+
+
+def make_few_steps_context(found: FewSteps, drawn: Sequence[RenderedFigure], *, source: str) -> dict[str, Any]:
+    """What the templates few_steps.* read."""
+    light, dark = make_themes(max(len(found.lines), 1))
+    return {
+        "source": source,
+        "code_version": code_version(),
+        "lines": found.lines,
+        "flows": [line for line in found.lines if line.flow],
+        "order": {line.name: number for number, line in enumerate(found.lines)},
+        "all_steps": found.steps,
+        "shown": found.figures,
+        "columns": COLUMNS,
+        "best": found.best,
+        "findings": found.findings,
+        "left_out": found.left_out,
+        "worldly": any("/world_" in metric for metric in found.protocols),
+        "figures": {figure.name: figure for figure in drawn},
+        "paper_loss": PAPER_LOSS,
+        "light": light.variables(),
+        "dark": dark.variables(),
+    }
 
 
 def make_page_context(analysis: Analysis, report: Report, drawn: Sequence[RenderedFigure]) -> dict[str, Any]:
@@ -80,6 +121,7 @@ def make_page_context(analysis: Analysis, report: Report, drawn: Sequence[Render
         "tiles": choose_headlines(analysis.losses, analysis.families, analysis.found, analysis.costs, analysis.labels),
         "light": light.variables(),
         "dark": dark.variables(),
+        "few_steps": analysis.few_steps is not None,
         "paper_tasks": tables.PAPER_TASKS,
         "paper_geneval": tables.PAPER_GENEVAL,
     }

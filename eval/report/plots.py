@@ -71,7 +71,7 @@ def plot_loss_curves(
     def draw(theme: Theme, narrow: bool) -> "Figure":
         figure, ax = _make_axes(narrow, height=3.6)
         for line in lines:
-            _draw_line(ax, line, theme)
+            draw_line(ax, line, theme)
         ys = [v for line in lines for v in line.y]
         set_log_axis(ax, "x", [v for line in lines for v in line.x], format_power if compute else format_count)
         set_log_axis(ax, "y", ys, lambda v: f"{v:.3g}", pad=(0.06, 0.06))
@@ -99,12 +99,12 @@ def plot_noise_levels(lines: Sequence[PlotLine], base: str) -> Draw:
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         both = len(lines) > 1
-        figure, axes = _make_panels(2 if both else 1, narrow, columns=2, height=3.0)
+        figure, axes = make_panels(2 if both else 1, narrow, columns=2, height=3.0)
         for line in lines:
-            _draw_line(axes[0], line, theme)
+            draw_line(axes[0], line, theme)
             if both:
                 change = tuple(100 * (a / b - 1) for a, b in zip(line.y, lines[0].y))
-                _draw_line(axes[1], PlotLine(line.label, line.order, line.x, change), theme)
+                draw_line(axes[1], PlotLine(line.label, line.order, line.x, change), theme)
         axes[0].set_title("Loss at noise level t")
         for ax in axes:
             ax.set_xlabel("t (0 data, 1 noise)")
@@ -137,7 +137,7 @@ def plot_size_law(fit: LadderFit, lines: Sequence[PlotLine]) -> Draw:
         ax.plot(grid, fit.size.law(grid), color=theme["accent"], lw=1.3, ls=(0, (4, 2)))
         values = [line.y[0] for line in lines]
         for line in lines:
-            _draw_line(ax, line, theme, size=6.5)
+            draw_line(ax, line, theme, size=6.5)
         for line in pick_evenly(lines, MOST_NAMED):
             ax.annotate(
                 line.label, (line.x[0], line.y[0]), (5, 6), textcoords="offset points", color=theme["ink"], fontsize=7.5
@@ -169,7 +169,7 @@ def plot_scores(rows: Sequence[ScoreDots], tasks: Sequence[str], splits: Sequenc
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         step = 0.30 + 0.085 * len(rows)
-        figure, axes = _make_panels(len(splits), narrow, columns=2, height=0.75 + step * len(tasks))
+        figure, axes = make_panels(len(splits), narrow, columns=2, height=0.75 + step * len(tasks))
         offsets = np.linspace(-0.3, 0.3, len(rows)) if len(rows) > 1 else np.zeros(1)
         for ax, split in zip(axes, splits):
             for dots, offset in zip(rows, offsets):
@@ -196,10 +196,10 @@ def plot_progress(panels: Sequence[tuple[str, Sequence[PlotLine]]]) -> Draw:
     """Overall scores against images seen, one panel per score."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
-        figure, axes = _make_panels(len(panels), narrow, columns=2, height=2.5)
+        figure, axes = make_panels(len(panels), narrow, columns=2, height=2.5)
         for ax, (title, lines) in zip(axes, panels):
             for line in lines:
-                _draw_line(ax, line, theme)
+                draw_line(ax, line, theme)
             set_log_axis(ax, "x", [v for line in lines for v in line.x], format_count)
             ax.margins(y=0.12)
             if min(v for line in lines for v in line.y) >= 0 > ax.get_ylim()[0]:
@@ -216,12 +216,12 @@ def plot_correlations(panels: Sequence[CorrelationPanel]) -> Draw:
     """Validation loss against each score: big dots are runs at equal images, thin lines their own way there."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
-        figure, axes = _make_panels(len(panels), narrow, columns=2, height=2.6)
+        figure, axes = make_panels(len(panels), narrow, columns=2, height=2.6)
         for ax, panel in zip(axes, panels):
             for line in panel.paths:
                 ax.plot(line.x, line.y, color=choose_color(theme, line.order), lw=0.9, alpha=0.45, zorder=1)
             for line in panel.dots:
-                _draw_line(ax, line, theme, size=6.5)
+                draw_line(ax, line, theme, size=6.5)
             ax.margins(x=0.08, y=0.12)
             ax.set_title(panel.title + (f"\n{panel.note}" if panel.note else ""))
             ax.set_xlabel("validation loss (lower is better)")
@@ -232,11 +232,11 @@ def plot_correlations(panels: Sequence[CorrelationPanel]) -> Draw:
 
 
 def _make_axes(narrow: bool, *, height: float) -> tuple["Figure", "Axes"]:
-    figure, axes = _make_panels(1, narrow, columns=1, height=height)
+    figure, axes = make_panels(1, narrow, columns=1, height=height)
     return figure, axes[0]
 
 
-def _make_panels(count: int, narrow: bool, *, columns: int, height: float) -> tuple["Figure", list["Axes"]]:
+def make_panels(count: int, narrow: bool, *, columns: int, height: float) -> tuple["Figure", list["Axes"]]:
     """Panels side by side on a desktop, below each other on a phone."""
     import matplotlib.pyplot as plt
 
@@ -251,7 +251,7 @@ def _make_panels(count: int, narrow: bool, *, columns: int, height: float) -> tu
     return figure, axes[:count]
 
 
-def _draw_line(ax: "Axes", line: PlotLine, theme: Theme, *, size: float = 4.5) -> None:
+def draw_line(ax: "Axes", line: PlotLine, theme: Theme, *, size: float = 4.5) -> None:
     color = choose_color(theme, line.order)
     crowded = len(line.x) > 24
     ax.plot(

@@ -31,6 +31,8 @@ class RunFolder:
     rows: tuple[ResultRow, ...]
     samples: tuple[str, ...]
     missing: tuple[str, ...] = ()
+    few_steps: tuple[str, ...] = ()
+    """sheets of `eval fewstep` (JSON, a picture beside each)"""
     began: str = ""
     """when its first row was written (ISO time), also one that a later row replaced; "" before that"""
 
@@ -152,7 +154,8 @@ def read_run(name: str, uri: str, inside: Sequence[str], *, store: ResultStore |
     samples = sorted((p for p in inside if p.startswith("samples/") and p.lower().endswith(".png")), key=natural_key)
     pictures = tuple(storage.join(uri, path) for path in samples)
     began = min((row.created for row in written), default="")
-    return RunFolder(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), began)
+    sheets = tuple(storage.join(uri, p) for p in inside if p.startswith("fewstep/") and p.endswith(".json"))
+    return RunFolder(name, uri, recipe, plan, tuple(rows), pictures, tuple(missing), sheets, began)
 
 
 def _read_json(uri: str, file: str, inside: Sequence[str], missing: list[str]) -> Mapping[str, Any]:

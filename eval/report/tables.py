@@ -220,8 +220,13 @@ def _judge(
 
 
 def _find_best(points: Mapping[str, MetricPoint], higher: bool) -> tuple[str, ...]:
-    """Runs whose value lies inside the best run's interval. None at all where runs are not at equal images."""
-    if len(points) < 2 or len({point.images for point in points.values()}) > 1:
+    """`find_best`, but none at all where runs are not at equal images."""
+    return find_best(points, higher) if len({point.images for point in points.values()}) == 1 else ()
+
+
+def find_best(points: Mapping[str, MetricPoint], higher: bool) -> tuple[str, ...]:
+    """Names whose value lies inside the best one's interval; none where there is nothing to compare."""
+    if len(points) < 2:
         return ()
     top = (max if higher else min)(points.values(), key=lambda point: point.value)
     edge = top.low if higher else top.high

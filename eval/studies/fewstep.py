@@ -4,7 +4,7 @@ Rows are `fewstep/<steps>x<guidance>/<metric>` of each run and `fewstep/flow/<gu
 is not measured again. `python -m eval report` makes a page of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -95,10 +95,11 @@ class FewStepOptions:
         found = settle(self.as_run())
         return replace(self, device=found.sampling.device, precision=found.sampling.precision, official=found.official)
 
-    def samplings(self, guidance: float) -> list[Sampling]:
-        """The settings of one guidance, from most steps to fewest."""
+    def samplings(self) -> list[Sampling]:
+        """All settings, those of one guidance from most steps to fewest."""
         base = self.as_run().sampling
-        return [replace(base, steps=steps, guidance=guidance) for steps in sorted(self.steps, reverse=True)]
+        each = [(steps, guidance) for guidance in self.guidance for steps in sorted(self.steps, reverse=True)]
+        return [replace(base, steps=steps, guidance=guidance) for steps, guidance in each]
 
 
 def measure_few_steps(options: FewStepOptions) -> None:
@@ -107,8 +108,7 @@ def measure_few_steps(options: FewStepOptions) -> None:
     options.as_run().check()
     checkpoints = find_checkpoints(options.runs, "last")
     options = options.settle()
-    for guidance in options.guidance:
-        plan_settings(build_judges(options.judges, options.official), options, guidance)  # refuses before any work
+    plan_setting(build_judges(options.judges, options.official), options, options.samplings()[0])  # refuses at once
     units = [{"id": checkpoint.run, "checkpoint": asdict(checkpoint)} for checkpoint in checkpoints]
     failed = run_units(FewStepTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
     if failed:
@@ -123,70 +123,56 @@ class FewStepTask:
     options: FewStepOptions
 
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        asked = self.options
-        judges = build_judges(asked.judges, asked.official)
+        options = self.options
+        judges = build_judges(options.judges, options.official)
 
         def measure(unit: Mapping[str, Any]) -> dict[str, Any]:
-            subject = Subject(Checkpoint(**unit["checkpoint"]), asked.device)
-            options = keep_steps(subject.painter, asked)
-            allowed = choose_guidance(subject.painter, options.guidance, steps=options.steps[0])
-            for guidance in allowed:
-                planned = plan_settings(judges, options, guidance)
+            subject = Subject(Checkpoint(**unit["checkpoint"]), options.device)
+            allowed = choose_settings(subject.painter, options)
+            for guidance in dict.fromkeys(sampling.guidance for sampling in allowed):
+                samplings = [sampling for sampling in allowed if sampling.guidance == guidance]
+                planned = [plan_setting(judges, options, sampling) for sampling in samplings]
                 measure_pictures(subject, [m for of_setting in planned for m in of_setting], judges)
                 compare_clip_scores(subject, planned)
-                samplings = options.samplings(guidance)
                 if options.flows:
                     flow = replace(samplings[0], precision="fp32")
                     measure_flow(subject, choose_captions(judges, options.flows), flow)
                 for sampling in samplings if options.repeats else []:
                     captions = choose_captions(judges, options.speed_batch)
                     measure_times(subject, captions, sampling, repeats=options.repeats, batch=options.speed_batch)
-            shown = [sampling for guidance in allowed for sampling in reversed(options.samplings(guidance))]
-            keep_sheet(subject, choose_captions(judges, options.shown), shown, flows=options.flows > 0)
+            captions = choose_captions(judges, options.shown)
+            keep_sheet(subject, captions, sorted(allowed, key=_rank_setting), flows=options.flows > 0)
             return {}
 
         return measure
 
 
-def keep_steps(painter: Painter, options: FewStepOptions) -> FewStepOptions:
-    """The options with those numbers of steps that lie on the grid of these weights; UserError where none does."""
-    student = painter.student
-    if student is None or student.steps is None:
-        return options
-    kept = tuple(steps for steps in options.steps if steps in student.step_counts)
-    if not kept:
-        painter.check(Sampling(guidance=1.0, steps=options.steps[0]))  # says why
-    return replace(options, steps=kept)
+def _rank_setting(sampling: Sampling) -> tuple[float, int]:
+    return sampling.guidance, sampling.steps
 
 
-def choose_guidance(painter: Painter, asked: Sequence[float], *, steps: int) -> list[float]:
-    """The guidances with which these weights may be drawn."""
-    found = list(_allowed(painter, asked, steps=steps))
-    if not found:
-        painter.check(Sampling(guidance=asked[0], steps=steps))  # says why
-    return found
-
-
-def _allowed(painter: Painter, asked: Sequence[float], *, steps: int) -> Iterator[float]:
-    for guidance in asked:
+def choose_settings(painter: Painter, options: FewStepOptions) -> list[Sampling]:
+    """The settings with which these weights may be drawn, those of one guidance from most steps to fewest."""
+    found, reasons = [], []
+    for sampling in options.samplings():
         try:
-            painter.check(Sampling(guidance=guidance, steps=steps))
+            painter.check(sampling)
+            found.append(sampling)
         except UserError as error:
-            log.info("guidance %g is left out: %s", guidance, error)
-        else:
-            yield guidance
-
-
-def plan_settings(judges: Judges, options: FewStepOptions, guidance: float) -> list[list[Measurement]]:
-    """For each number of steps, most first: every metric, with rows `fewstep/<steps>x<guidance>/<metric>`."""
-    base = options.as_run()
-    found = []
-    for sampling in options.samplings(guidance):
-        row = f"fewstep/{sampling.steps}x{guidance}"
-        metrics = [build_picture_metric(name, judges) for name in options.metrics]
-        planned = [
-            plan(metric, judges, base, sampling=sampling, row=f"{row}/{judges.prefix}{metric.name}")
-            for metric in metrics
-        ]
-        found.append([replace(measurement, headline_only=False) for measurement in planned])
+            reasons.append(str(error))
+    for reason in dict.fromkeys(reasons):
+        log.info("left out: %s", reason)
+    if not found:
+        raise UserError(reasons[0])
     return found
+
+
+def plan_setting(judges: Judges, options: FewStepOptions, sampling: Sampling) -> list[Measurement]:
+    """Every metric for one setting, with rows `fewstep/<steps>x<guidance>/<metric>`."""
+    row = f"fewstep/{sampling.steps}x{sampling.guidance}"
+    metrics = [build_picture_metric(name, judges) for name in options.metrics]
+    planned = [
+        plan(metric, judges, options.as_run(), sampling=sampling, row=f"{row}/{judges.prefix}{metric.name}")
+        for metric in metrics
+    ]
+    return [replace(measurement, headline_only=False) for measurement in planned]

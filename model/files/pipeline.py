@@ -82,7 +82,7 @@ def write_pipeline(
         transformer: Any = SD3Transformer2DModel(**make_diffusers_config(config))
     transformer.save_config(target / "transformer")
     _write_transformer(target / "transformer", config, state, add_config(config, meta), save)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=meta.get("shift", 1.0))
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**scheduler_config(meta))
     scheduler.save_pretrained(target / "scheduler")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -109,6 +109,59 @@ def write_pipeline(
     (target / "README.md").write_text(
         _write_card(config, meta, [name for name, entry in index.items() if entry == [None, None]])
     )
+
+
+def scheduler_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of FlowMatchEulerDiscreteScheduler.
+
+    Its own grid of n steps goes from t = 1 to 1/1000 and then to 0; a student of n steps knows 1, (n-1)/n ... 1/n, 0.
+    `shift_terminal` stretches the one to the other, for those n steps alone. Under a shift that is so for two steps
+    only, so others need `sigmas`, as the card says; one step needs neither.
+    """
+    shift = float(meta.get("shift", 1.0))
+    steps = _count_steps(meta)
+    if steps is None or steps == 1 or (shift != 1.0 and steps > 2):
+        return {"shift": shift}
+    last = 1.0 / steps
+    return {"shift": shift, "shift_terminal": shift * last / (1 + (shift - 1) * last)}
+
+
+def _count_steps(meta: Mapping[str, Any]) -> int | None:
+    """The steps of a student's grid; None where any number will do."""
+    steps = dict(meta.get("few_step") or {}).get("steps")
+    return steps if type(steps) is int and steps > 0 else None
+
+
+def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
+    """Lines of the card: what makes the pipeline give the pictures of `python -m eval sample`."""
+    told = dict(meta.get("few_step") or {})
+    baked = told.get("guidance_kind") == "baked"
+    steps = _count_steps(meta)
+    guidance = "1.0" if told else "4.0"
+    lines = [
+        "The pictures of `python -m eval sample` (Euler) need its times. The scheduler shifts them by itself:",
+        "",
+        "```python",
+        f"steps = {steps or (4 if told else 25)}",
+        "sigmas = [1 - i / steps for i in range(steps)]",
+        f"pipeline(PROMPT, num_inference_steps=steps, sigmas=sigmas, guidance_scale={guidance})",
+        "```",
+        "",
+    ]
+    if steps is not None:
+        plain = "`num_inference_steps` alone gives the same" if _is_plain(meta, steps) else "`sigmas` are needed"
+        lines += [f"This student knows the grid of {steps} steps alone; {plain}.", ""]
+    if baked:
+        lines += [
+            f"Guidance {told.get('guidance', 1.0):g} is baked in. So `guidance_scale` must be 1, as another one "
+            "multiplies with it. The pipeline's own default is 7.",
+            "",
+        ]
+    return lines
+
+
+def _is_plain(meta: Mapping[str, Any], steps: int) -> bool:
+    return steps == 1 or "shift_terminal" in scheduler_config(meta)
 
 
 def _write_transformer(
@@ -229,5 +282,6 @@ def _write_card(config: MMDiTConfig, meta: Mapping[str, Any], absent: list[str])
             f"Not included, hence passed as None: {', '.join(needed)}. Pass prompt embeddings or latents instead.",
             "",
         ]
+    lines += _describe_sampling(meta)
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     return "\n".join(lines) + "\n"
