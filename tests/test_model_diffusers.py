@@ -13,11 +13,13 @@ from torch import nn
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
-from model.diffusion.grids import sampling_grid
+from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.flow import get_formulation
+from model.diffusion.grids import make_sampling_grid
 from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 from model.files.convert import convert
-from model.files.pipeline import scheduler_config
+from model.files.pipeline import make_scheduler_config
 from model.files.weights import load_model, load_weights, read_meta, save_weights
 
 BORN = {
@@ -111,7 +113,7 @@ def export_student(tmp_path: Path, steps: int | None, shift: float) -> Path:
 
 
 def student_grid(steps: int, shift: float) -> torch.Tensor:
-    return sampling_grid(get_formulation("rf"), steps, shift=shift)
+    return make_sampling_grid(get_formulation("rf"), steps, shift=shift)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_students_pipeline_draws_its_own_latents(tmp_path: Path, steps: int, s
     noise, context, pooled = (torch.randn(*s, generator=g) for s in ((2, 4, 8, 8), (2, 6, 48), (2, 24)))
     model, meta = load_model(tmp_path / "student.safetensors")
     assert meta["few_step"]["sigmas"] == student_grid(steps, shift).tolist()
-    ours = sample(model, noise, TextCond(context, pooled), steps=steps, shift=shift, formulation="rf")
+    ours = solve(model, noise, TextCond(context, pooled), steps=steps, shift=shift, formulation="rf").latents
 
     def draw(**more: object) -> torch.Tensor:
         side = 8 * pipeline.vae_scale_factor
@@ -154,10 +156,10 @@ def test_a_scheduler_of_its_own_grid_would_end_a_student_of_two_steps_at_a_thous
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(2)
     assert theirs.sigmas.tolist() == pytest.approx([1, 0.001, 0])
-    assert scheduler_config({"shift": 1.0}) == {"shift": 1.0}, "no student: as released models have it"
-    assert scheduler_config({"few_step": STUDENT}) == {"shift": 1.0}, "any number of steps"
+    assert make_scheduler_config({"shift": 1.0}) == {"shift": 1.0}, "no student: as released models have it"
+    assert make_scheduler_config({"few_step": STUDENT}) == {"shift": 1.0}, "any number of steps"
     for steps in (2, 3, 4, 8):
-        student = FlowMatchEulerDiscreteScheduler(**scheduler_config({"few_step": {"steps": steps}}))
+        student = FlowMatchEulerDiscreteScheduler(**make_scheduler_config({"few_step": {"steps": steps}}))
         student.set_timesteps(steps)
         torch.testing.assert_close(student.sigmas, student_grid(steps, 1.0).float(), atol=1e-6, rtol=0)
 

@@ -82,7 +82,7 @@ def write_pipeline(
         transformer: Any = SD3Transformer2DModel(**make_diffusers_config(config))
     transformer.save_config(target / "transformer")
     _write_transformer(target / "transformer", config, state, add_config(config, meta), save)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(**scheduler_config(meta))
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**make_scheduler_config(meta))
     scheduler.save_pretrained(target / "scheduler")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -111,7 +111,7 @@ def write_pipeline(
     )
 
 
-def scheduler_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+def make_scheduler_config(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of FlowMatchEulerDiscreteScheduler.
 
     Its own grid of n steps goes from t = 1 to 1/1000 and then to 0; a student of n steps knows 1, (n-1)/n ... 1/n, 0.
@@ -161,7 +161,7 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _is_plain(meta: Mapping[str, Any], steps: int) -> bool:
-    return steps == 1 or "shift_terminal" in scheduler_config(meta)
+    return steps == 1 or "shift_terminal" in make_scheduler_config(meta)
 
 
 def _write_transformer(
