@@ -13,8 +13,6 @@ from torch import nn
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
-from model.backbones.mmdit import MMDiTConfig
-from model.diffusion.flow import get_formulation
 from model.diffusion.grids import make_sampling_grid
 from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
