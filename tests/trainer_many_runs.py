@@ -60,8 +60,8 @@ class Observed:
 
         return to
 
-    def bind_objective(self, recipe):
-        plain = self._bind_objective(recipe)
+    def bind_objective(self, recipe, **more):
+        plain = self._bind_objective(recipe, **more)
 
         def compute(engine, batch):
             if "hold" in self.job and len(self.seen) == 3 and self.group.rank == self.group.world_size - 1:
