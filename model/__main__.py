@@ -1,4 +1,4 @@
-"""The command line: `python -m model ...` describes models and objectives and converts weights."""
+"""The command line: `python -m model ...` describes models and formulations, converts weights, merges LoRA adapters."""
 
 from infra.cli import Command, run_commands
 from infra.errors import run_cli

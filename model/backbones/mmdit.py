@@ -3,7 +3,7 @@
 `MMDiTConfig(depth=d)` gives width 64*d and d heads. `dual_attention` names the blocks with SD3.5-medium's extra image
 self-attention (MMDiT-X). Blocks are modules called with tensors only, as DeepSpeed's hooks and torch.compile want.
 """
-# Shapes: B batch, N image tokens, L text tokens, D width, C channels of the latents, P pooled text width.
+# Shapes: B batch, N image tokens, L text tokens, D width, C channels of the latents. Symbols in counts: h the width.
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ class MMDiTConfig(TokenConfig):
 
     def count_block_parameters(self) -> int:
         h, qk = self.width, self.qk_parameters
+        # A stream: modulation 6 h h + 6 h, qkv 3 h h + 3 h, output h h + h, MLP 8 h h + 5 h. The last block's text
+        # stream: modulation 2 h h + 2 h and qkv. A second attention: three vectors more, qkv and output.
         stream, final_text = 18 * h * h + 15 * h + qk, 5 * h * h + 5 * h + qk
         dual = len(self.dual_attention) * (3 * h * h + 3 * h + 4 * h * h + 4 * h + qk)
         return (2 * self.depth - 1) * stream + final_text + dual
 
     def count_block_multiply_adds(self, tokens: int, text_tokens: int) -> int:
         h, s = self.width, tokens + text_tokens
+        # A token takes 12 h h: qkv 3, output 1, MLP 8. An image takes h h for each modulation vector of its streams,
+        # and h s s for each of two products in attention (queries with keys, weights with values).
         joint = 12 * h * h * s + 12 * h * h + 2 * h * s * s
         last = 12 * h * h * tokens + 3 * h * h * text_tokens + 8 * h * h + 2 * h * s * s
         dual = len(self.dual_attention) * (4 * h * h * tokens + 3 * h * h + 2 * h * tokens * tokens)
@@ -58,7 +62,10 @@ class MMDiTConfig(TokenConfig):
 
 
 class Stream(nn.Module):
-    """One modality's weights in a joint block. Not called itself: the block calls its parts in order."""
+    """One modality's weights in a joint block. It has no `forward`: the block calls its parts in order.
+
+    `vectors`: modulation vectors from the conditioning; 6, or 9 with a second attention.
+    """
 
     def __init__(self, config: TokenConfig, *, vectors: int = 6):
         super().__init__()
@@ -70,11 +77,13 @@ class Stream(nn.Module):
         self.mlp = MLP(width)
 
     def add_mlp(self, x_BND: Tensor, ada: Modulation) -> Tensor:
+        """x + gate * MLP(norm(x) * (1 + scale) + shift)."""
         return torch.addcmul(x_BND, ada.gate, self.mlp(scale_shift(self.norm(x_BND), ada.shift, ada.scale)))
 
 
 class FinalTextStream(nn.Module):
-    """The last block's text stream ("pre-only"): it gives keys and values, its own output is dropped."""
+    """The last block's text stream ("pre-only" in the reference). Image tokens attend to its keys and values; nothing
+    follows its attention."""
 
     def __init__(self, config: TokenConfig):
         super().__init__()
@@ -84,7 +93,7 @@ class FinalTextStream(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """MMDiT-X's second attention, over image tokens only."""
+    """MMDiT-X's second attention, over image tokens only: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: TokenConfig):
         super().__init__()
@@ -96,7 +105,11 @@ class SelfAttention(nn.Module):
 
 
 class MMDiTBlock(nn.Module):
-    """Joint attention over image and text tokens, then one MLP per stream."""
+    """Joint attention over image and text tokens, then one MLP per stream: (x_BND, y_BLD) -> (x_BND, y_BLD).
+
+    In this and the other blocks the conditioning is c_BD, or (B, N + L, D) where image tokens have times of their own.
+    `bias`: (B, 1, 1, N + L), -inf at text tokens that are padding; None: no token is.
+    """
 
     def __init__(self, config: TokenConfig):
         super().__init__()
@@ -127,6 +140,8 @@ class DualMMDiTBlock(nn.Module):
         self.self_attention = SelfAttention(config)
 
     def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # Nine vectors for the image, in the order of the reference: shift, scale and gate of the joint attention, of
+        # the MLP, of the second attention. Both attentions read the same normalised input.
         c_x, c_y = split_condition(c_BD, x_BND.shape[1], y_BLD.shape[1])
         x_shift, x_scale, x_gate, *x_mlp, s_shift, s_scale, s_gate = self.image.modulate(c_x)
         y_shift, y_scale, y_gate, *y_mlp = self.text.modulate(c_y)
@@ -141,7 +156,7 @@ class DualMMDiTBlock(nn.Module):
 
 
 class FinalMMDiTBlock(nn.Module):
-    """The last block: image tokens attend to the text, whose own output is not used."""
+    """The last block: image tokens attend to the text, which has no output of its own. (x_BND, y_BLD) -> x_BND."""
 
     def __init__(self, config: TokenConfig):
         super().__init__()
@@ -162,7 +177,11 @@ class FinalMMDiTBlock(nn.Module):
 
 
 class MMDiT(TokenBackbone):
-    """(x_BCHW, t, text, r) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW: noised latents, network times, text conditioning, second times.
+
+    `t` is (B), or (B, N) where image tokens have times of their own. `r` has the shape of `t`; only a network with
+    `second_time` takes it. UserError for inputs that do not fit the config.
+    """
 
     config: MMDiTConfig
 

@@ -1,8 +1,12 @@
-"""UViT after Hoogeboom et al. (simple diffusion): convolutions at the latent's own resolution around a transformer.
+"""UViT after Hoogeboom et al. (simple diffusion, arXiv 2301.11093): convolutions around a transformer.
 
-Residual blocks of half the width, a patch to tokens, DiT blocks over image and text tokens, back up with a skip.
+1. Residual blocks at the latents' own resolution, with half as many channels as the transformer's width.
+2. A patch embedding makes tokens of their output; DiT blocks run over image and text tokens together.
+3. The image tokens become a map of the latents' resolution again and are added to the output of step 1 (the skip).
+4. Residual blocks as in step 1, then the prediction.
 """
-# Shapes: B batch, C channels, H and W of the latents, N image tokens, S all tokens, D width. Counts: g = h/2 channels.
+# Shapes: B batch, C channels, H and W of the latents, N image tokens, L text tokens, S = N + L, D width.
+# Symbols in counts: h the width, g = h/2 the channels of the residual blocks.
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from model.backbones.trunk import MultiplyAdds, TokenBackbone
 from model.encoders.text import TextCond
 from model.seeding import draw_
 
-GROUPS = 32
+GROUPS = 32  # of each GroupNorm; they divide its channels, which are 32 * depth
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,13 @@ class UViTConfig(DiTBlockCounts):
 
     def count_parameters(self) -> int:
         h, g = self.width, self.channels
+        # Time and pooled text: each Linear, SiLU, Linear. Then the context, one Linear.
         embed = (TIME_CHANNELS + self.pooled_width + 2) * h + 2 * (h * h + h) + (self.context_width + 1) * h
+        # Of one residual block: two convolutions, two GroupNorms, the Linear to shift and scale.
         residual = 2 * (9 * g * g + g) + 4 * g + 2 * g * h + 2 * g
+        # Of the network: its first convolution, its last GroupNorm and convolution.
         ends = 9 * self.in_channels * g + g + 2 * g + 9 * g * self.in_channels + self.in_channels
+        # Patches to tokens, tokens to patches. The LayerNorm between has no parameters.
         patches = self.patch**2 * g * h + h + h * self.patch**2 * g + self.patch**2 * g
         embed += self.interval_parameters
         return embed + ends + patches + 2 * self.res_blocks * residual + self.count_block_parameters()
@@ -52,10 +60,11 @@ class UViTConfig(DiTBlockCounts):
     def count_multiply_adds(self, height: int, width: int, text_tokens: int) -> MultiplyAdds:
         h, g, area = self.width, self.channels, height * width
         tokens = area // self.patch**2
-        conv_in = 9 * self.in_channels * g * area
+        conv_in = 9 * self.in_channels * g * area  # the last convolution costs as much: it has the transposed shape
         stem = conv_in + (TIME_CHANNELS + self.pooled_width) * h + self.context_width * h * text_tokens
         interval = h if self.second_time else 0
         residual = 2 * self.res_blocks * (18 * g * g * area + 2 * g * h)
+        # To tokens and back; 2 h h below: the second Linears of time and pooled text.
         patches = 2 * self.patch**2 * g * h * tokens
         return MultiplyAdds(
             stem + TIME_CHANNELS * interval,
@@ -69,7 +78,10 @@ class UViTConfig(DiTBlockCounts):
 
 
 class Conv3(nn.Conv2d):
-    """3x3, same size, Xavier; `zero` for the last one of a residual branch or of the network."""
+    """A 3x3 convolution that keeps height and width; Xavier weights, zero bias.
+
+    `zero`: its weights start at zero too, as in the last layer of a residual branch and of the network.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, zero: bool = False):
         self.zero = zero
@@ -82,9 +94,9 @@ class Conv3(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv; GroupNorm with shift and scale from c, SiLU, conv; plus the input.
+    """x + conv(SiLU(shift + (1 + scale) * GroupNorm(y))), where y = conv(SiLU(GroupNorm(x))).
 
-    From c_BND each token's shift and scale serve its patch of the latent.
+    Shift and scale of each channel come from the conditioning, by the Linear `film` (FiLM, arXiv 1709.07871).
     """
 
     def __init__(self, channels: int, width: int, patch: int):
@@ -97,10 +109,13 @@ class ResBlock(nn.Module):
         self.conv_out = Conv3(channels, channels, zero=True)
 
     def forward(self, x_BCHW: Tensor, c_BD: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W). The conditioning is c_BD, or c_BND where image tokens have times of their own;
+        then the shift and scale of a token are used at all pixels of its patch."""
         film = self.film(F.silu(c_BD))
         if film.ndim == 2:
-            film = film[..., None, None]
+            film = film[..., None, None]  # (B, 2C, 1, 1)
         else:
+            # (B, N, 2C) -> (B, 2C, rows, columns) -> (B, 2C, H, W)
             rows, columns = x_BCHW.shape[-2] // self.patch, x_BCHW.shape[-1] // self.patch
             film = film.mT.unflatten(-1, (rows, columns))
             film = film.repeat_interleave(self.patch, -2).repeat_interleave(self.patch, -1)
@@ -110,7 +125,11 @@ class ResBlock(nn.Module):
 
 
 class UViT(TokenBackbone):
-    """(x_BCHW, t, text, r) -> prediction_BCHW."""
+    """(x_BCHW, t, text, r) -> prediction_BCHW: noised latents, network times, text conditioning, second times.
+
+    `t` is (B), or (B, N) where image tokens have times of their own. `r` has the shape of `t`; only a network with
+    `second_time` takes it. UserError for inputs that do not fit the config.
+    """
 
     config: UViTConfig
 

@@ -1,4 +1,4 @@
-"""How a student of few steps is sampled, as its weights say it (`few_step` in their metadata)."""
+"""How a student of few steps must be sampled: the key `few_step` in the metadata of its weights, and its checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from infra.errors import UserError
 
 @dataclass(frozen=True)
 class FewStep:
-    """The part of `few_step` that decides how latents are drawn; the rest says where the student comes from."""
+    """The entries of `few_step` that decide how latents are drawn. Its other entries say how the student was made.
+
+    `guidance`: the scale of classifier-free guidance in the couplings that the student learnt from; 1: none.
+    `guidance_kind`: "baked", the weights reproduce that guidance and are sampled with guidance 1; "kept", the couplings
+    had no guidance, so the student may be sampled with any.
+    """
 
     objective: str
     guidance: float = 1.0
@@ -24,17 +29,21 @@ class FewStep:
 
     @staticmethod
     def of(meta: Mapping[str, Any]) -> FewStep | None:
-        """From the metadata of weights; None for those that are no student."""
-        told = meta.get("few_step")
-        return from_json(FewStep, told, where="few_step of the weights", extra="ignore") if told else None
+        """Read from the metadata of a weights file; None where the weights are no student of few steps. UserError where
+        an entry has a wrong type."""
+        entries = meta.get("few_step")
+        return from_json(FewStep, entries, where="few_step of the weights", extra="ignore") if entries else None
 
     @property
     def step_counts(self) -> list[int]:
-        """The numbers of steps whose times all lie on the student's grid; empty: any number."""
+        """The numbers of steps that may be taken, ascending; empty: any number.
+
+        They are the divisors of `steps`: then each time of the coarser grid is also a time of the student's grid.
+        """
         return [n for n in range(1, (self.steps or 0) + 1) if self.steps is not None and self.steps % n == 0]
 
     def check(self, *, steps: int, guidance: float, solver: str) -> None:
-        """UserError where a student of few steps is not to be sampled so."""
+        """UserError for a guidance, a number of steps or a solver that this student was not trained for."""
         if self.guidance_kind == "baked" and guidance != 1.0:
             raise UserError(
                 f"this student has guidance {self.guidance:g} baked in, and guidance {guidance:g} would multiply with "

@@ -1,6 +1,7 @@
-"""A StableDiffusion3Pipeline folder from our weights; encoders and autoencoder join it where given.
+"""Writes a folder for diffusers' StableDiffusion3Pipeline: our weights; encoders and autoencoder where given.
 
-All parts are checked before anything is written: diffusers and transformers fill what does not fit with random weights.
+All parts are checked before anything is written. The trap: diffusers and transformers give random weights to every
+tensor that a file lacks or has in another shape.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ Save = Callable[[Path, Mapping[str, Tensor], Iterator[tuple[str, Tensor]], Mappi
 def save_at_once(
     path: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], meta: Mapping[str, Any]
 ) -> None:
-    """Tensors that are in memory anyway."""
+    """A `Save` for tensors that are in memory anyway: all tensors of a file are collected, then written."""
     write_safetensors(path, dict(tensors), meta)
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A transformers folder that was checked; `width` of its states, `pooled` of its pooled vector."""
+    """A text encoder's transformers folder that was checked. `width`: features of a token's hidden state. `pooled`:
+    features of the pooled vector; 0 for T5, which has none."""
 
     files: tuple[Path, ...]
     architecture: str
@@ -66,9 +68,12 @@ def write_pipeline(
     encoders: Mapping[str, Path],
     save: Save = save_at_once,
 ) -> None:
-    """A folder for StableDiffusion3Pipeline.from_pretrained; parts that are not given are stated as absent.
+    """Write a folder for StableDiffusion3Pipeline.from_pretrained. model_index.json names parts that are not given as
+    absent.
 
-    `state` is asked for one tensor after the other, those of a file when `save` takes them.
+    `state`: our tensors by our names. They are read one by one, while `save` writes the file that they belong to.
+    `vae`: an autoencoder's folder. `encoders`: seat -> a transformers folder. UserError where a part is damaged or does
+    not fit `config`.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, __version__
 
@@ -112,17 +117,20 @@ def write_pipeline(
 
 
 def make_scheduler_config(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of FlowMatchEulerDiscreteScheduler.
+    """Arguments of diffusers' FlowMatchEulerDiscreteScheduler, for times that our weights were trained at.
 
-    Its own grid of n steps goes from t = 1 to 1/1000 and then to 0; a student of n steps knows 1, (n-1)/n ... 1/n, 0.
-    `shift_terminal` stretches the one to the other, for those n steps alone. Under a shift that is so for two steps
-    only, so others need `sigmas`, as the card says; one step needs neither.
+    Before the shift, the scheduler's n times go evenly from 1 to nearly 0. A student on a grid of n steps knows the
+    times 1, (n-1)/n ... 1/n. `shift_terminal` stretches the scheduler's times linearly until the last one is the
+    student's. Without a shift all n times are then the student's; with a shift they are for n = 2 alone. So a student
+    of 3 or more steps with a shift needs `sigmas` in the call, as the model card says. One step needs neither: its time
+    is 1 in both.
     """
     shift = float(meta.get("shift", 1.0))
     steps = _count_steps(meta)
     if steps is None or steps == 1 or (shift != 1.0 and steps > 2):
         return {"shift": shift}
     last = 1.0 / steps
+    # The resolution shift of the last time (SD3, eq. 23).
     return {"shift": shift, "shift_terminal": shift * last / (1 + (shift - 1) * last)}
 
 
@@ -134,15 +142,15 @@ def _count_steps(meta: Mapping[str, Any]) -> int | None:
 
 def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
     """Lines of the card: what makes the pipeline give the pictures of `python -m eval sample`."""
-    told = dict(meta.get("few_step") or {})
-    baked = told.get("guidance_kind") == "baked"
+    student = dict(meta.get("few_step") or {})
+    baked = student.get("guidance_kind") == "baked"
     steps = _count_steps(meta)
-    guidance = "1.0" if told else "4.0"
+    guidance = "1.0" if student else "4.0"
     lines = [
         "The pictures of `python -m eval sample` (Euler) need its times. The scheduler shifts them by itself:",
         "",
         "```python",
-        f"steps = {steps or (4 if told else 25)}",
+        f"steps = {steps or (4 if student else 25)}",
         "sigmas = [1 - i / steps for i in range(steps)]",
         f"pipeline(PROMPT, num_inference_steps=steps, sigmas=sigmas, guidance_scale={guidance})",
         "```",
@@ -153,7 +161,7 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
         lines += [f"This student knows the grid of {steps} steps alone; {plain}.", ""]
     if baked:
         lines += [
-            f"Guidance {told.get('guidance', 1.0):g} is baked in. So `guidance_scale` must be 1, as another one "
+            f"Guidance {student.get('guidance', 1.0):g} is baked in. So `guidance_scale` must be 1, as another one "
             "multiplies with it. The pipeline's own default is 7.",
             "",
         ]
@@ -161,17 +169,22 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _is_plain(meta: Mapping[str, Any], steps: int) -> bool:
+    """Does the scheduler take a student's own times without `sigmas`?"""
     return steps == 1 or "shift_terminal" in make_scheduler_config(meta)
 
 
 def _write_transformer(
     folder: Path, config: MMDiTConfig, state: Mapping[str, Tensor], meta: Mapping[str, Any], save: Save
 ) -> None:
+    """Write the transformer's weights, in several files with an index where one would exceed MAX_FILE.
+
+    The layout on the meta device comes first: the files are planned before a tensor is read.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     dtype = state["context_embed.weight"].dtype
-    ours = {name: like.to(dtype) for name, like in list_expected_tensors(meta).items()}
-    layout = {name: torch.empty_like(like, device="meta") for name, like in to_diffusers(config, ours)}
+    expected = {name: tensor.to(dtype) for name, tensor in list_expected_tensors(meta).items()}
+    layout = {name: torch.empty_like(tensor, device="meta") for name, tensor in to_diffusers(config, expected)}
     pattern = TRANSFORMER + "{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=MAX_FILE)
     for old in folder.glob(f"{TRANSFORMER}*"):
@@ -194,20 +207,24 @@ def _load_autoencoder(path: Path, config: MMDiTConfig) -> Any:
 
 
 def _read_encoder(seat: str, source: Path) -> _Encoder:
-    """Refuse another class than the seat's, weights that transformers would not find, tensors that it would miss."""
+    """Check a text encoder's folder and load its tokenizer.
+
+    UserError for a model type that is not the seat's, for weights under names that transformers does not read, and for
+    tensors that are absent or of another shape.
+    """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from model.encoders.networks import load_tokenizer
 
     if not (source / "config.json").is_file():
         raise UserError(f"no config.json in {source}; the {seat} encoder must be a transformers folder")
-    told = from_json(dict[str, Any], (source / "config.json").read_bytes(), where=f"{source}/config.json")
+    config = from_json(dict[str, Any], (source / "config.json").read_bytes(), where=f"{source}/config.json")
     wanted = "clip_text_model"
     architecture, kind = CLIPTextModelWithProjection, CLIPTextConfig
     if seat == "t5":
         wanted, architecture, kind = "t5", T5EncoderModel, T5Config
-    if told.get("model_type") != wanted:
-        raise UserError(f"{source}: model_type {told.get('model_type')!r}, the {seat} encoder must be {wanted!r}")
+    if config.get("model_type") != wanted:
+        raise UserError(f"{source}: model_type {config.get('model_type')!r}, the {seat} encoder must be {wanted!r}")
     weights = [file for file in sorted(source.iterdir()) if _WEIGHTS.fullmatch(file.name)]
     if not weights:
         raise UserError(f"no model.safetensors in {source}; save_pretrained of {architecture.__name__} writes it")
@@ -234,17 +251,22 @@ def _list_missing(architecture: Any, settings: Any, files: list[Path]) -> list[s
             raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     with torch.device("meta"):
         model = architecture(settings)
-    # Target -> source of tied parameters; a file may carry either.
+    # Tied parameters are one tensor under two names, target -> source; a file may hold it under either name.
     tied = model.all_tied_weights_keys
 
-    def there(name: str, shape: tuple[int, ...]) -> bool:
+    def tensor_fits(name: str, shape: tuple[int, ...]) -> bool:
         names = [name, tied.get(name), *(target for target, source in tied.items() if source == name)]
         return any(shapes.get(known) == shape for known in names if known)
 
-    return [name for name, parameter in model.named_parameters() if not there(name, tuple(parameter.shape))]
+    return [name for name, parameter in model.named_parameters() if not tensor_fits(name, tuple(parameter.shape))]
 
 
 def _check_widths(read: Mapping[str, _Encoder], config: MMDiTConfig) -> None:
+    """UserError where the encoders' features do not fit the model.
+
+    SD3 joins the hidden states of both CLIPs along the features and pads them with zeros to T5's width, which is
+    `context_width`. It joins the CLIPs' pooled vectors to one of `pooled_width`.
+    """
     clips = [encoder for seat, encoder in read.items() if seat != "t5"]
     states, pooled = sum(e.width for e in clips), sum(e.pooled for e in clips)
     if states > config.context_width or ("t5" in read and read["t5"].width != config.context_width):
