@@ -1,8 +1,11 @@
 """The order of samples: a pure function of (seed, position), whatever the ranks, workers or restarts.
 
-Per bucket one endless virtual sequence: pass after pass, each with its shards permuted and its samples shuffled inside
-blocks of several shards (so reads stay local). An epoch deals the buckets' next batches in shuffled order; a bucket
-whose size is no multiple of the batch carries its remainder into the next epoch, so none is starved or cut.
+Each bucket has an endless sequence of samples, which is computed and never stored. A virtual position is a place in it.
+The sequence is pass after pass over the bucket. In each pass the shards are permuted, and samples are shuffled inside
+blocks of several shards, so that reads stay local.
+
+An epoch is a shuffled list of the buckets' next batches. Where a bucket's size is no multiple of the batch, the samples
+that are left over begin its batches of the next epoch: no sample is left out.
 """
 # Shapes: G global batch.
 
@@ -39,7 +42,8 @@ class BatchLocations(NamedTuple):
 
 @dataclass(frozen=True)
 class DataExceptions:
-    """What a run leaves out: quarantined shards (their tar names) and skipped positions. Part of a checkpoint."""
+    """What a run leaves out: shards that could not be read (their tar names), and positions that were skipped. Part of
+    a checkpoint."""
 
     shards: frozenset[str] = frozenset()
     positions: frozenset[int] = frozenset()
@@ -47,17 +51,18 @@ class DataExceptions:
     """The position from which on each shard is left out."""
 
     def __or__(self, other: "DataExceptions") -> "DataExceptions":
+        """What either leaves out; a shard that both leave out, from the earlier position on."""
         both = [*self.since.items(), *other.since.items()]
         since = {name: min(position for shard, position in both if shard == name) for name, _ in both}
         return DataExceptions(self.shards | other.shards, self.positions | other.positions, since)
 
     def go_back_to(self, position: int) -> "DataExceptions":
         """What is left out by a run that continues at an earlier position."""
-        return replace(self, since={name: min(found, position) for name, found in self.since.items()})
+        return replace(self, since={name: min(first, position) for name, first in self.since.items()})
 
 
 class BucketOrder:
-    """The endless virtual sequence of one bucket."""
+    """The endless sequence of one bucket's samples: virtual position <-> (shard, row)."""
 
     def __init__(
         self,
@@ -70,7 +75,8 @@ class BucketOrder:
         uri: str = "URI",
         kept: KeptRows | None = None,
     ) -> None:
-        """`sizes`: of the rows that are `kept`, where not all are. `uri`: of the dataset, for messages."""
+        """`shards`: the bucket's shard numbers; `sizes`: the samples of each. With `kept` they are counts of kept rows.
+        `uri`: the dataset's, for messages."""
         self.bucket, self.shards, self.sizes = bucket, np.asarray(shards), np.asarray(sizes, np.int64)
         self.num_samples, self._kept = int(self.sizes.sum()), kept
         self._seed, self._block_shards, self._uri = seed, block_shards, uri
@@ -78,7 +84,11 @@ class BucketOrder:
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def locate(self, virtual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard number, row) of virtual positions."""
+        """Shard numbers and rows, both int64 (N), of N virtual positions.
+
+        `starts` counts the samples before each shard of a pass, in the pass's order. A block shuffles the samples of
+        its shards: the position inside the block gives a sample of the same block.
+        """
         shard = np.empty(len(virtual), np.int64)
         row = np.empty(len(virtual), np.int64)
         passes = virtual // self.num_samples
@@ -94,22 +104,25 @@ class BucketOrder:
                 last = min(first + self._block_shards, len(permuted))
                 shuffled = self._shuffle_block(int(number), int(block), int(starts[last] - starts[first]))
                 sample = starts[first] + shuffled[within[rows] - starts[first]]
-                at = np.searchsorted(starts, sample, side="right") - 1
-                shard[chosen[rows]] = self.shards[permuted[at]]
-                row[chosen[rows]] = sample - starts[at]
+                place = np.searchsorted(starts, sample, side="right") - 1  # of the sample's shard in this pass
+                shard[chosen[rows]] = self.shards[permuted[place]]
+                row[chosen[rows]] = sample - starts[place]
         return shard, row if self._kept is None else self._kept.to_rows(shard, row)
 
     def substitute(
         self, position: int, banned: frozenset[int], taken_down: Container[tuple[int, int]] = ()
     ) -> tuple[int, int]:
-        """The sample that stands in for a position whose own cannot be used: drawn anew from the bucket, from no
-        `banned` shard and none of the rows (shard, row) that were taken down."""
+        """(shard, row) of the sample that replaces the one at `position`, which cannot be used.
+
+        It is drawn from the same bucket, keyed by the position. It lies in no `banned` shard (by number) and is not
+        among the samples (shard, row) that were taken down. UserError where no such sample is found.
+        """
         draws = keyed_rng(self._seed, "substitute", self.bucket, position)
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         for _ in range(_ATTEMPTS):
             sample = int(draws.integers(self.num_samples))
-            at = int(np.searchsorted(starts, sample, side="right")) - 1
-            shard, row = int(self.shards[at]), sample - int(starts[at])
+            number = int(np.searchsorted(starts, sample, side="right")) - 1  # of the sample's shard in the bucket
+            shard, row = int(self.shards[number]), sample - int(starts[number])
             if self._kept is not None:
                 row = int(self._kept.rows_of(shard)[row])
             if shard not in banned and (shard, row) not in taken_down:
@@ -125,14 +138,15 @@ class BucketOrder:
         if self._kept is not None:
             row = self._kept.rows_of(shard).tolist().index(row)
         permuted, starts = self._permute_pass(number)
-        at = int(np.flatnonzero(self.shards[permuted] == shard)[0])
-        block = at // self._block_shards
+        place = int(np.flatnonzero(self.shards[permuted] == shard)[0])
+        block = place // self._block_shards
         first, last = block * self._block_shards, min((block + 1) * self._block_shards, len(permuted))
         shuffled = self._shuffle_block(number, block, int(starts[last] - starts[first]))
-        within = int(np.flatnonzero(shuffled == starts[at] + row - starts[first])[0])
+        within = int(np.flatnonzero(shuffled == starts[place] + row - starts[first])[0])
         return number * self.num_samples + int(starts[first]) + within
 
     def _permute_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the shards in a pass, and the samples before each shard in that order, with the total last."""
         if number not in self._passes:
             permuted = keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
             starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
@@ -142,6 +156,7 @@ class BucketOrder:
         return self._passes[number]
 
     def _shuffle_block(self, number: int, block: int, size: int) -> np.ndarray:
+        """A permutation of the `size` samples of a block of pass `number`."""
         key = number, block
         if key not in self._blocks:
             self._blocks[key] = keyed_rng(self._seed, "samples", self.bucket, number, block).permutation(size)
@@ -151,8 +166,10 @@ class BucketOrder:
 
 
 class BucketDeal:
-    """In which order the buckets' batches come: an epoch is a shuffled list of them. `sizes`: samples in an epoch,
-    of a mix exact shares."""
+    """The order in which the buckets' batches come: an epoch is a shuffled list of them.
+
+    `sizes`: the samples of each bucket in an epoch. Those of a mix of datasets are exact shares, so fractions.
+    """
 
     def __init__(self, sizes: Mapping[str, int] | Mapping[str, Fraction], *, seed: int, global_batch: int) -> None:
         self._seed, self.global_batch = seed, global_batch
@@ -165,7 +182,7 @@ class BucketDeal:
         return sum(self._bucket_batches_before(size, epoch) for size in self._sizes)
 
     def _bucket_batches_before(self, size: int | Fraction, epoch: int) -> int:
-        # floor of the samples seen over the batch: what is left over counts in the next epoch, so no sample is cut
+        # Rounded down over all epochs at once: samples left over by one epoch are in a batch of the next.
         return epoch * size // self.global_batch
 
     def epoch_of(self, step: int) -> int:
@@ -179,7 +196,7 @@ class BucketDeal:
         return low
 
     def find(self, step: int) -> tuple[str, int]:
-        """(bucket of global batch `step`, its number among the batches of that bucket)."""
+        """(bucket of global batch `step`, number of this batch among all batches of that bucket)."""
         epoch = self.epoch_of(step)
         labels, ranks = self._deal(epoch)
         entry = step - self.batches_before(epoch)
@@ -206,14 +223,14 @@ class BucketDeal:
                 labels = keyed_rng(self._seed, "epoch", epoch).permutation(labels)
             ranks = np.empty(len(labels), np.int64)
             for number in range(len(counts)):
-                mine = np.flatnonzero(labels == number)
-                ranks[mine] = np.arange(len(mine))
+                entries = np.flatnonzero(labels == number)
+                ranks[entries] = np.arange(len(entries))
             self._dealt = epoch, labels, ranks
         return self._dealt[1], self._dealt[2]
 
 
 class SampleOrder(BucketDeal):
-    """Which samples make global batch number `step`."""
+    """The samples of each global batch, by its number `step` (from 0)."""
 
     def __init__(
         self,
@@ -237,7 +254,7 @@ class SampleOrder(BucketDeal):
         super().__init__({b.bucket: b.num_samples for b in self.buckets}, seed=seed, global_batch=global_batch)
 
     def batch(self, step: int) -> BatchLocations:
-        """Arithmetic on prefix sums and two permutations; nothing is replayed."""
+        """The samples of global batch `step`. It takes prefix sums and two permutations; no earlier batch is made."""
         name, number = self.find(step)
         virtual = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
         return BatchLocations(name, *self.bucket(name).locate(virtual))
@@ -254,5 +271,6 @@ class SampleOrder(BucketDeal):
         banned: frozenset[int],
         taken_down: Container[tuple[int, int]],
     ) -> tuple[int, int]:
-        """What stands in for the sample at `place`, at a position of a batch of `bucket`."""
+        """(shard, row) of the sample that replaces the one at `place` (shard, row), at a position of a batch of
+        `bucket`. See `BucketOrder.substitute`."""
         return self.bucket(bucket).substitute(position, banned, taken_down)

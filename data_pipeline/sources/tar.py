@@ -1,7 +1,7 @@
-"""Tars as people really have them: joined, compressed under any name, padded, cut short, with holes.
+"""Reads tars as people really have them: joined, compressed under any name, padded, cut short, with holes.
 
-`tarfile` reads headers and members; what it would pass over without a word is found here. Every byte of a file becomes
-a `Member`, a `Gap` that says where and how long it is, or is the padding that the format asks for.
+`tarfile` reads headers and members, but passes over some damage without an error. This module finds all damage and goes
+on behind it. Every byte of a file belongs to a `Member`, to a `Gap`, or to the padding that the format asks for.
 """
 
 import tarfile
@@ -19,16 +19,18 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_PADDING = 2 * BLOCK + tarfile.RECORDSIZE - BLOCK
 _CHUNK = 2**20
 _REMEMBERED = 200_000  # members of an archive that hard links may name
-_MARK_AT = 257  # of "ustar" in a header
+_MARK_AT = 257  # offset of the magic "ustar" in a header
+# Magic numbers of formats that are not unpacked here.
 _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file of the archive; `archive` counts the archives that are joined in one file, from 0.
+    """A member of an archive: a regular file, a link, a folder. `offset`: of its header, in bytes.
 
-    `data` is None for what is no file or exceeds the caller's limit, and that of its target for a hard link; `damage`
-    says why the data is not to be trusted.
+    `archive`: the number (from 0) of its archive among those that are joined in one file. `data`: the file's bytes, for
+    a hard link those of its target; None for other kinds, for a file above the caller's limit, and for a link whose
+    target cannot be read again. `damage`: why the data is not to be trusted; "" if it is.
     """
 
     info: tarfile.TarInfo
@@ -40,7 +42,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes that belong to no member. `cut` is true where the file is incomplete rather than mixed with other data."""
+    """`length` bytes from `offset` on that belong to no member. `cut`: the file is incomplete; otherwise it holds other
+    data too."""
 
     offset: int
     length: int
@@ -48,7 +51,7 @@ class Gap:
     cut: bool = False
 
     def join(self, other: "Gap") -> "Gap":
-        """One gap for two neighbours."""
+        """One gap from the start of this one to the end of `other`, with both reasons."""
         length = other.offset + other.length - self.offset
         return Gap(self.offset, length, f"{self.reason}; {other.reason}", self.cut or other.cut)
 
@@ -56,7 +59,8 @@ class Gap:
 def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
     """Members and gaps in the order of their offsets (in the unpacked bytes, where the file is compressed).
 
-    Data of members above `max_bytes` is not read. Errors of the file end in a `Gap`; those of a store are raised.
+    Data of members above `max_bytes` is not read. Damage of the file gives a `Gap`. A UserError of the storage behind
+    `file` is raised.
     """
     gap: Gap | None = None
     for item in _read_parts(Unpacked(file), max_bytes):
@@ -74,10 +78,11 @@ def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
 
 
 def _read_parts(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
+    """As `read_tar`, but with neighbouring gaps apart: read an archive, look for the next header behind it, repeat."""
     at, archive = 0, 0
     while True:
         end = yield from _read_archive(stream, at, archive, max_bytes=max_bytes)
-        broken = end == at and _is_header(stream.read_at(at, BLOCK))  # else the search would find it again
+        broken = end == at and _is_header(stream.read_at(at, BLOCK))  # the search must not find this header again
         following = _find_header(stream, end, skip=BLOCK if broken else 0)
         yield from following.gaps(ended=end > 0)
         if following.header is None:
@@ -92,7 +97,8 @@ def _read_parts(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
 def _read_archive(
     stream: "Unpacked", start: int, number: int, *, max_bytes: int
 ) -> Generator[Member, None, int]:
-    """Members of the archive that begins at `start`; returns the offset behind the last whole one."""
+    """Yields the members of the archive that begins at `start`; returns the offset behind the last whole one. `number`:
+    of the archive in the file, from 0."""
     end, places = start, dict[str, tuple[int, int]]()
     stream.seek(start)
     try:
@@ -121,8 +127,8 @@ def _read_archive(
 
 
 def _describe_hole(stream: "Unpacked", data: bytes | None, stop: int) -> str:
-    """Why data that ends at `stop` is not to be trusted: its end is zeros, and so is the rest of the file or much of
-    it."""
+    """Why data that ends at offset `stop` is not to be trusted: its end is zeros, and only zeros follow, to the end of
+    the file or for more bytes than padding takes. "" if it is to be trusted."""
     zeros = count_hole(data or b"")
     if not zeros or any(stream.read_at(stop, MAX_PADDING + BLOCK)):
         return ""
@@ -131,7 +137,9 @@ def _describe_hole(stream: "Unpacked", data: bytes | None, stop: int) -> str:
 
 @dataclass(frozen=True)
 class _Following:
-    """What lies behind an archive: a run of zeros, then bytes that are no header, then perhaps another archive."""
+    """What lies behind an archive that ends at offset `at`: `zeros` bytes of zeros, then `other` bytes that are no
+    header, then at offset `header` another archive. `header` is None at the end of the file. `kind`: a known format of
+    the other bytes, in words."""
 
     at: int
     zeros: int
@@ -140,7 +148,8 @@ class _Following:
     kind: str = ""
 
     def gaps(self, *, ended: bool) -> Iterator[Gap]:
-        """`ended`: an archive came before, so that a run of zeros may be its end mark and padding."""
+        """The gaps behind an archive. `ended`: an archive came before, so a run of zeros may be its end mark and
+        padding."""
         last = self.header is None
         if self.zeros > MAX_PADDING:
             reason = f"{self.zeros:,} bytes of zeros from byte {self.at:,} on: an unfinished or preallocated file?"
@@ -154,7 +163,8 @@ class _Following:
 
 
 def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Following:
-    """The next header at or behind `at` + `skip`; a header in the skipped bytes is known to lead nowhere."""
+    """Look for the next header from offset `at` + `skip` on. `skip`: bytes of a header whose archive could not be
+    read."""
     start, zeros = (at + skip, 0) if skip else _skip_zeros(stream, at)
     if start is None:
         return _Following(at, zeros, 0, None)
@@ -162,9 +172,9 @@ def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Following:
     position = start
     while True:
         chunk = stream.read_at(position, _CHUNK + BLOCK)
-        found = _search(chunk, aligned=(at - position) % BLOCK)
-        if found is not None:
-            header = position + found
+        offset = _search(chunk, aligned=(at - position) % BLOCK)
+        if offset is not None:
+            header = position + offset
             return _Following(at, zeros, header - at - zeros, header, kind)
         if len(chunk) < _CHUNK + BLOCK:
             return _Following(at, zeros, position + len(chunk) - at - zeros, None, kind)
@@ -180,17 +190,21 @@ def _name_kind(beginning: bytes) -> str:
 
 
 def _search(chunk: bytes, *, aligned: int) -> int | None:
-    """Offset of the first whole header in a chunk: POSIX ones by their mark, older ones in the archive's blocks."""
-    found = [
+    """Offset of the first whole header in a chunk; None if there is none.
+
+    A POSIX header is found at any offset by its magic "ustar". An older header has no magic: it is found only at the
+    offsets `aligned`, `aligned` + BLOCK ..., where the blocks of the archive before it would go on.
+    """
+    in_blocks = [
         block for block in range(aligned, len(chunk) - BLOCK + 1, BLOCK)
         if chunk[block] and _is_header(chunk[block : block + BLOCK])
     ][:1]  # fmt: skip
     mark = chunk.find(b"ustar", _MARK_AT)
-    while mark >= 0 and not (found and found[0] <= mark - _MARK_AT):
+    while mark >= 0 and not (in_blocks and in_blocks[0] <= mark - _MARK_AT):
         if _is_header(chunk[mark - _MARK_AT : mark - _MARK_AT + BLOCK]):
             return mark - _MARK_AT
         mark = chunk.find(b"ustar", mark + 1)
-    return found[0] if found else None
+    return in_blocks[0] if in_blocks else None
 
 
 def _is_header(block: bytes) -> bool:

@@ -1,8 +1,9 @@
 """The world's detector: class, box, instance mask and calibrated score of each drawing in a 64x64 scene.
 
-Anchor-free, one grid of cells at stride 4. An object's centre spreads a weight of 1 over its four nearest cells
-(bilinear), the network learns those weights by cross entropy, and a detection's score is their sum around a peak:
-the probability that the object is there. Boxes are edge distances, masks a mix of shared prototypes (after YOLACT).
+Anchor-free, one grid of cells at stride 4. In training an object's centre spreads a weight of 1 over its four nearest
+cells (bilinear), and the network learns those weights by cross entropy. A detection's score is the sum of the weights
+around a peak: the probability that the object is there. A box is given by the distances from its cell to its four
+edges. A mask is a weighted sum of prototypes that all objects of the image share (after YOLACT, arXiv 1904.02689).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_DETECTIONS = 48
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: class name, box x1 y1 x2 y2 in pixels, mask (H, W) bool, score in 0..1."""
+    """One object: class name, box x1 y1 x2 y2 in pixels of the image, mask (H, W) bool, score in 0..1."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -48,8 +49,11 @@ class DetectorConfig:
 
 
 class DetectorOutput(NamedTuple):
+    """What the network computes for a batch: of each cell its class logits, edge distances and prototype weights; of
+    each image its prototypes."""
+
     logit_BKGG: Tensor
-    edges_B4GG: Tensor  # distances left, top, right, bottom of the cell's centre, in pixels
+    edges_B4GG: Tensor  # distances from the cell's centre to the left, top, right and bottom edge, in pixels
     coefficients_BPGG: Tensor
     prototypes_BPHW: Tensor
 
@@ -70,7 +74,7 @@ class _Residual(nn.Module):
 
 
 class WorldDetector(nn.Module):
-    """Call it on normalised float images for training, use `detect` on uint8 images otherwise."""
+    """For training call it on the float images that `normalise` gives; otherwise use `detect` on uint8 images."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -89,16 +93,17 @@ class WorldDetector(nn.Module):
         self.merge2 = _conv(narrow, narrow)
         self.prototypes = nn.Sequential(nn.Conv2d(narrow, 4 * config.num_prototypes, 3, 1, 1), nn.PixelShuffle(2))
         nn.init.constant_(self.logit.bias, -6.0)  # type: ignore[arg-type]  # the prior: most cells are empty
-        nn.init.constant_(self.edges.bias, 2.3)  # type: ignore[arg-type]  # about 10 pixels
+        nn.init.constant_(self.edges.bias, 2.3)  # type: ignore[arg-type]  # exp(2.3): 10 pixels
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_BCHW: Tensor) -> DetectorOutput:
+        # `at2` and `at4` are features at strides 2 and 4. Those of each coarser stride are added to the finer ones.
         at2 = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         at4 = self.down4(at2)
         at4 = self.merge4(at4 + F.interpolate(self.context(self.down8(at4)), scale_factor=2.0, mode="nearest"))
         at2 = self.merge2(at2 + F.interpolate(self.fine(at4), scale_factor=2.0, mode="nearest"))
         h = self.head(at4)
-        edges = self.edges(h).clamp(max=4.5).exp()
+        edges = self.edges(h).clamp(max=4.5).exp()  # at most 90 pixels, more than a scene is wide
         return DetectorOutput(self.logit(h), edges, self.coefficients(h), self.prototypes(at2))
 
     def mask_logits(self, output: DetectorOutput, cells_N3: Tensor) -> Tensor:
@@ -109,21 +114,27 @@ class WorldDetector(nn.Module):
 
     @torch.inference_mode()
     def detect(self, images: np.ndarray, *, min_score: float = 0.05, batch: int = 64) -> list[list[Detection]]:
-        """Detections of each uint8 image (N, H, W, 3), best score first; other sizes are resized and mapped back."""
+        """Detections of each uint8 image (N, H, W, 3), best score first; UserError for another shape or type.
+
+        Images of another size than the network's are resized for it; boxes (pixels) and masks are of the size given.
+        `min_score`: lower scores are left out. `batch`: images per forward pass.
+        """
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise UserError(f"detect() found {images.dtype} {images.shape}; it takes uint8 images (N, H, W, 3)")
         self.eval()
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         for start in range(0, len(images), batch):
             chunk = images[start : start + batch]
             output = self(normalise(chunk, self.config.image_size))
             peaks = _peaks(output.logit_BKGG / self.config.temperature, min_score)
-            found += [self._read(output, peaks, i, chunk.shape[1:3]) for i in range(len(chunk))]
-        return found
+            detections += [self._read(output, peaks, i, chunk.shape[1:3]) for i in range(len(chunk))]
+        return detections
 
     def _read(
         self, output: DetectorOutput, peaks: tuple[Tensor, Tensor], i: int, size: Sequence[int]
     ) -> list[Detection]:
+        """The detections of image `i` of a batch. `peaks`: what `_peaks` gave; `size`: height and width of the
+        image."""
         score_KGG, keep_KGG = peaks[0][i], peaks[1][i]
         cells_N3 = keep_KGG.nonzero()
         scores = score_KGG[keep_KGG]
@@ -131,7 +142,7 @@ class WorldDetector(nn.Module):
         cells_N3, scores = cells_N3[order], scores[order]
         if not len(cells_N3):
             return []
-        label, row, column = cells_N3.unbind(1)
+        class_N, row, column = cells_N3.unbind(1)
         boxes_N4 = edges_to_boxes(output.edges_B4GG[i, :, row, column].T, row, column)
         boxes_N4 = boxes_N4.clamp(0, self.config.image_size)
         image = torch.full_like(row, i)
@@ -142,12 +153,13 @@ class WorldDetector(nn.Module):
         scale = torch.tensor([size[1], size[0], size[1], size[0]]) / self.config.image_size
         kept: list[Detection] = []
         boxes = (boxes_N4 * scale).tolist()
-        for k, name in enumerate(label.tolist()):
+        for k, number in enumerate(class_N.tolist()):
             box = (boxes[k][0], boxes[k][1], boxes[k][2], boxes[k][3])
-            twin = any(d.name == self.config.classes[name] and box_iou(d.box, box) > 0.6 for d in kept)
-            if not twin:
+            # Non-maximum suppression within a class: a box of the same object with a better score is kept already.
+            duplicate = any(d.name == self.config.classes[number] and box_iou(d.box, box) > 0.6 for d in kept)
+            if not duplicate:
                 mask = masks_NHW[k].numpy()
-                kept.append(Detection(self.config.classes[name], box, mask, float(scores[k])))
+                kept.append(Detection(self.config.classes[number], box, mask, float(scores[k])))
         return kept
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -162,7 +174,8 @@ class WorldDetector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WorldDetector:
-        """The detector of a folder with config.json and model.safetensors, in fp32 and eval mode."""
+        """The detector of a folder with config.json and model.safetensors, in fp32 and eval mode. UserError where there
+        is no such folder."""
         from safetensors.torch import load_file
 
         file = Path(folder) / "config.json"
@@ -182,30 +195,32 @@ def normalise(images: np.ndarray, size: int) -> Tensor:
 
 
 def centre_weights(boxes_N4: Tensor, num_cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and weights (N, 4) of the four cells nearest to each box's centre; weights sum to 1."""
+    """Rows, columns and weights, each (N, 4), of the four cells nearest to each box's centre. The weights are bilinear
+    and sum to 1. Boxes are x1 y1 x2 y2 in pixels; `num_cells`: cells per side of the grid."""
+    # In units of cells, with 0 at the centre of the first. Below the last centre, so that low + 1 is a cell.
     centre_N2 = ((boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2 / STRIDE - 0.5).clamp(0, num_cells - 1.001)
     low_N2 = centre_N2.floor()
-    part_N2 = centre_N2 - low_N2
+    fraction_N2 = centre_N2 - low_N2
     dx = torch.tensor([0, 1, 0, 1])
     dy = torch.tensor([0, 0, 1, 1])
-    weight_x = torch.where(dx == 1, part_N2[:, :1], 1 - part_N2[:, :1])
-    weight_y = torch.where(dy == 1, part_N2[:, 1:], 1 - part_N2[:, 1:])
+    weight_x = torch.where(dx == 1, fraction_N2[:, :1], 1 - fraction_N2[:, :1])
+    weight_y = torch.where(dy == 1, fraction_N2[:, 1:], 1 - fraction_N2[:, 1:])
     return low_N2[:, 1:].long() + dy, low_N2[:, :1].long() + dx, weight_x * weight_y
 
 
 def edges_to_boxes(edges_N4: Tensor, row_N: Tensor, column_N: Tensor) -> Tensor:
-    """Boxes x1 y1 x2 y2 in pixels from edge distances at grid cells."""
+    """Boxes (N, 4), x1 y1 x2 y2 in pixels, from the edge distances (pixels) at cells of the grid."""
     x, y = (column_N + 0.5) * STRIDE, (row_N + 0.5) * STRIDE
     left, top, right, bottom = edges_N4.unbind(1)
     return torch.stack([x - left, y - top, x + right, y + bottom], 1)
 
 
 def box_windows(boxes_N4: Tensor, size: int, *, margin: float) -> Tensor:
-    """Boolean (N, size, size): pixels whose centre lies inside the box grown by `margin`."""
-    at = torch.arange(size) + 0.5
+    """Boolean (N, size, size): pixels whose centre lies inside the box grown by `margin` pixels on each side."""
+    centre = torch.arange(size) + 0.5
     x1, y1, x2, y2 = (boxes_N4 + torch.tensor([-margin, -margin, margin, margin])).unbind(1)
-    across = (at >= x1[:, None]) & (at <= x2[:, None])
-    down = (at >= y1[:, None]) & (at <= y2[:, None])
+    across = (centre >= x1[:, None]) & (centre <= x2[:, None])
+    down = (centre >= y1[:, None]) & (centre <= y2[:, None])
     return down[:, :, None] & across[:, None, :]
 
 
@@ -219,7 +234,11 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _peaks(logit_BKGG: Tensor, min_score: float) -> tuple[Tensor, Tensor]:
-    """Score of each cell (weights summed over 3x3) and which cells are peaks of their class above `min_score`."""
+    """The score of each cell and class, and which cells are peaks with a score above `min_score`; both (B, K, G, G).
+
+    A score is the sum of the weights in the 3x3 cells around: the four that an object's weight was spread over are
+    among them. A peak is the largest of its 3x3 cells.
+    """
     p_BKGG = logit_BKGG.sigmoid()
     score_BKGG = (F.avg_pool2d(p_BKGG, 3, 1, 1) * 9).clamp(max=1.0)
     is_peak = (p_BKGG == F.max_pool2d(p_BKGG, 3, 1, 1)) & (score_BKGG > min_score)
