@@ -7,6 +7,7 @@ from eval.judging.metric import Prompt
 from eval.judging.prompt_files import read_prompts
 from infra.errors import UserError
 
+# In double quotes, in curly ones, or in single ones that no letter touches from outside (those are apostrophes).
 _QUOTED = re.compile("\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\\w)'([^']+)'(?!\\w)")
 TEMPLATES = (
     'a photo of a sign that says "{}"',
@@ -22,17 +23,18 @@ WORDS = (
 
 
 def find_quoted_words(prompt: str) -> str:
-    """What a prompt wants to be written: its quoted parts, joined by spaces."""
+    """The words that a prompt asks for: its quoted parts, joined by spaces; "" if it quotes nothing."""
     return " ".join(next(part for part in groups if part) for groups in _QUOTED.findall(prompt))
 
 
 def normalize_text(text: str) -> str:
-    """Letters and digits in lower case, words parted by single spaces: what is compared."""
+    """The text as it is compared: letters and digits in lower case, single spaces between words, nothing else."""
     return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
 
 
 def list_typography_prompts(count: int | None = None) -> list[Prompt]:
-    """Our own prompts: each words once with each template, in a fixed order that mixes both."""
+    """The first `count` (None: all 80) of our own prompts: each entry of WORDS once with each of TEMPLATES, in a fixed
+    order in which neighbours differ in both."""
     pairs = [(template, words) for n in range(len(TEMPLATES)) for words, template in zip(WORDS, _rotate_templates(n))]
     return [Prompt(template.format(words), "typography") for template, words in pairs[:count]]
 
@@ -42,9 +44,9 @@ def _rotate_templates(start: int) -> list[str]:
 
 
 def read_prompts_with_words(path: str | Path, count: int | None) -> list[Prompt]:
-    """Prompts of a file, each of which must quote the words that it asks for."""
-    found = read_prompts(path, count)
-    silent = next((prompt.text for prompt in found if not normalize_text(find_quoted_words(prompt.text))), None)
-    if silent is not None:
-        raise UserError(f"{path}: {silent!r} quotes no words to be written; expected prompts like {TEMPLATES[0]!r}")
-    return [Prompt(prompt.text, "typography", source=prompt.source) for prompt in found]
+    """The first `count` (None: all) prompts of a file; UserError where one quotes no words to be written."""
+    prompts = read_prompts(path, count)
+    unquoted = next((prompt.text for prompt in prompts if not normalize_text(find_quoted_words(prompt.text))), None)
+    if unquoted is not None:
+        raise UserError(f"{path}: {unquoted!r} quotes no words to be written; expected prompts like {TEMPLATES[0]!r}")
+    return [Prompt(prompt.text, "typography", source=prompt.source) for prompt in prompts]

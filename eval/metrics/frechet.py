@@ -1,4 +1,4 @@
-"""The Frechet distance of two Gaussians, in float64, and bootstrap draws of it.
+"""The Frechet distance of two Gaussians (Dowson and Landau 1982; FID: arXiv 1706.08500), in float64, and its bootstrap.
 
 Shapes: N images, E width of the features.
 """
@@ -10,7 +10,8 @@ import numpy as np
 
 from infra.errors import UserError
 
-RESAMPLES, WIDE = 200, 1024  # draws; above this width a draw costs seconds, so there are a quarter as many
+# Bootstrap samples. Above the width WIDE one sample costs seconds, so there are a quarter as many.
+RESAMPLES, WIDE = 200, 1024
 
 
 class RankDeficientWarning(UserWarning):
@@ -18,7 +19,8 @@ class RankDeficientWarning(UserWarning):
 
 
 class Moments:
-    """Running mean and covariance: chunks merge exactly (Chan et al.), so nothing but E x E numbers is kept."""
+    """Running mean (E) and covariance (E, E) of features that arrive in chunks. Chunks are merged by the formula of
+    Chan, Golub and LeVeque (1979), so no feature is kept."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -26,6 +28,7 @@ class Moments:
         self._scatter_EE = np.zeros((width, width))
 
     def update(self, features_NE: np.ndarray) -> None:
+        """Add N rows of features; UserError for a number that is not finite."""
         x_NE = np.asarray(features_NE, dtype=np.float64)
         if not np.isfinite(x_NE).all():
             raise UserError("features hold a number that is not finite: the feature network or an image is broken")
@@ -41,17 +44,18 @@ class Moments:
 
     @property
     def covariance_EE(self) -> np.ndarray:
-        """Unbiased (divided by N - 1), as numpy.cov."""
+        """The unbiased covariance (divided by N - 1), as numpy.cov; UserError for fewer than 2 images."""
         if self.count < 2:
             raise UserError(f"a covariance needs 2 images or more, found {self.count}")
         return self._scatter_EE / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Frechet distance of two Gaussians.
 
-    S1 S2 is similar to the symmetric S2^(1/2) S1 S2^(1/2), so two symmetric eigenproblems give the trace of the root:
-    no complex numbers, and singular covariances need no jitter.
+    S1 S2 has the eigenvalues of the symmetric S2^(1/2) S1 S2^(1/2). So two symmetric eigenproblems give the trace of
+    the root, without complex numbers, and a singular covariance needs no added diagonal. Warns with
+    RankDeficientWarning where there are no more images than features.
     """
     for moments in (a, b):
         if moments.count <= len(moments.mean_E):
@@ -77,33 +81,36 @@ def _compute_root(covariance_EE: np.ndarray) -> np.ndarray:
 def resample_distances(
     features_NE: np.ndarray, cluster_N: np.ndarray, *, mean_ref_E: np.ndarray, cov_ref_EE: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Distances of bootstrap samples of the prompts (with their images) to the fixed reference, 200 of them or 50.
+    """Distances (200), or (50) for wide features, of bootstrap samples to the fixed reference.
 
-    The same seed draws the same prompts, so that two checkpoints are compared pair by pair. Repeated prompts make
-    every one of these distances larger than the distance itself: use their spread, not their level.
+    A bootstrap sample draws prompts with replacement, each with all its images; `cluster_N` is the prompt of each
+    image. The same seed draws the same prompts, so that two checkpoints are compared pair by pair. The trap: repeated
+    prompts make every one of these distances larger than the distance itself. Use their spread, not their level.
     """
     root_EE, x_NE, trace_ref = _compute_root(cov_ref_EE), features_NE.astype(np.float64), np.trace(cov_ref_EE)
-    found = []
+    distances = []
     for weight_N in _draw_counts(cluster_N, min(x_NE.shape), seed):
         mean_E, rows_NE = _weight_rows(x_NE, weight_N)
-        y_NE = rows_NE @ root_EE  # the root's trace is the nuclear norm of y: the smaller Gram matrix gives it
+        # Tr (R A'A R)^(1/2) is the sum of the singular values of y = A R; the smaller Gram matrix of y gives them.
+        y_NE = rows_NE @ root_EE
         gram = y_NE @ y_NE.T if len(y_NE) < y_NE.shape[1] else y_NE.T @ y_NE
         trace_root = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
         offset_E = mean_E - mean_ref_E
-        found.append(offset_E @ offset_E + (rows_NE**2).sum() + trace_ref - 2 * trace_root)
-    return np.array(found)
+        distances.append(offset_E @ offset_E + (rows_NE**2).sum() + trace_ref - 2 * trace_root)
+    return np.array(distances)
 
 
 def resample_pair_distances(a_NE: np.ndarray, b_NE: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Distances of two sets whose rows belong together (a picture and its reconstruction), drawn together."""
-    found = []
+    """Distances (200), or (50) for wide features, of bootstrap samples of two sets whose rows belong together, such as
+    a picture and its reconstruction: both rows of a pair are drawn together."""
+    distances = []
     for weight_N in _draw_counts(np.arange(len(a_NE)), min(a_NE.shape), seed):
         (mean_a, rows_a), (mean_b, rows_b) = (_weight_rows(x.astype(np.float64), weight_N) for x in (a_NE, b_NE))
-        # Covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm of A B'.
+        # Covariances A'A and B'B: Tr (A'A B'B)^(1/2) is the nuclear norm (sum of singular values) of A B'.
         trace_root = np.linalg.svdvals(_reduce_rows(rows_a) @ _reduce_rows(rows_b).T).sum()
         offset_E = mean_a - mean_b
-        found.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
-    return np.array(found)
+        distances.append(offset_E @ offset_E + (rows_a**2).sum() + (rows_b**2).sum() - 2 * trace_root)
+    return np.array(distances)
 
 
 def _reduce_rows(rows_NE: np.ndarray) -> np.ndarray:
@@ -112,7 +119,8 @@ def _reduce_rows(rows_NE: np.ndarray) -> np.ndarray:
 
 
 def _draw_counts(cluster_N: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each row counts in each bootstrap sample of the clusters; fewer samples where one costs seconds."""
+    """For each bootstrap sample of the clusters, how often each row counts in it (N). `size`: the smaller side of the
+    features, which decides the number of samples."""
     _, place_N = np.unique(cluster_N, return_inverse=True)
     rng, num = np.random.default_rng(seed), int(place_N.max()) + 1
     for _ in range(RESAMPLES if size <= WIDE else RESAMPLES // 4):
@@ -120,9 +128,9 @@ def _draw_counts(cluster_N: np.ndarray, size: int, seed: int) -> Iterator[np.nda
 
 
 def _weight_rows(x_NE: np.ndarray, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weighted mean, and rows whose products sum to the unbiased covariance."""
-    there = weight_N > 0
-    x_NE, weight_N = x_NE[there], weight_N[there]
+    """The weighted mean (E), and rows A such that A'A is the unbiased covariance. Rows of weight 0 are left out."""
+    drawn = weight_N > 0
+    x_NE, weight_N = x_NE[drawn], weight_N[drawn]
     total = weight_N.sum()
     mean_E = weight_N @ x_NE / total
     return mean_E, (x_NE - mean_E) * np.sqrt(weight_N / (total - 1))[:, None]

@@ -1,4 +1,4 @@
-"""The head of a report: its few main numbers, and what a reader would look for and not find."""
+"""The head of a report: its main numbers, and a list of what is missing in the report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,37 +17,43 @@ def list_missing(
     families: Mapping[str, Sequence[ScoreTask]],
     calibration: Sequence[Any],
 ) -> list[str]:
-    """What a reader would look for and not find."""
+    """Sentences, without a full stop, about what a reader would look for in the report and not find.
+
+    `labels`: name of a run -> how the report calls it. `families`: benchmark -> its tasks. `calibration`: lines about
+    the judges; [] if there are none.
+    """
 
     def name(run: RunFolder) -> str:
         return run.name if labels[run.name] == run.name else f"{labels[run.name]} ({run.name})"
 
-    said = [f"{name(run)}: no {piece}" for run in runs for piece in run.missing]
+    missing = [f"{name(run)}: no {piece}" for run in runs for piece in run.missing]
     for run in runs:
         bad = [row.images_seen for row in run.rows if is_loss(row.metric) and not is_number(row)]
         if bad:
-            said.append(
+            missing.append(
                 f"{name(run)}: no usable validation loss at {len(bad)} of its checkpoints (nan, infinite or not "
                 f"positive), the first at {format_count(min(bad))} images"
             )
-    said += [f"{name(run)}: no sample images" for run in runs if not run.samples]
+    missing += [f"{name(run)}: no sample images" for run in runs if not run.samples]
     judged = families.keys()
-    said += [
+    missing += [
         f"{name(run)}: no scores"
         for run in runs
         if judged and not judged & {metric.split("/")[0] for metric in run.metrics}
     ]
     if not families:
-        said.append("no scores (python -m eval run judges images of the checkpoints)")
+        missing.append("no scores (python -m eval run judges images of the checkpoints)")
     if families and not calibration:
-        said.append("no calibration of the judges (ground truth, shuffled scenes and noise)")
+        missing.append("no calibration of the judges (ground truth, shuffled scenes and noise)")
     if len(runs) == 1:
-        said.append("only one run, so nothing is compared")
-    return said
+        missing.append("only one run, so nothing is compared")
+    return missing
 
 
 @dataclass(frozen=True)
 class HeadlineNumber:
+    """A formatted number, and the words below it that say what it is."""
+
     value: str
     text: str
 
@@ -59,22 +65,26 @@ def choose_headlines(
     costs: Mapping[str, TrainingCost],
     labels: Mapping[str, str],
 ) -> list[HeadlineNumber]:
-    """The few numbers at the head of the page: best loss and scores, images, time."""
-    made = []
+    """At most five numbers: the lowest loss, the best overall scores of two benchmarks, images, time.
+
+    `families`: benchmark -> its tasks, overall first. `found`: metric -> its values. Scores of seen compositions are
+    preferred where a benchmark has them.
+    """
+    numbers = []
     if losses:
         run = min(losses.points, key=lambda name: losses.points[name][-1].value)
-        made.append(HeadlineNumber(f"{losses.points[run][-1].value:.4g}", f"lowest validation loss ({labels[run]})"))
+        numbers.append(HeadlineNumber(f"{losses.points[run][-1].value:.4g}", f"lowest validation loss ({labels[run]})"))
     for family, tasks in list(families.items())[:2]:
         metric = next(iter(sorted(tasks[0].metrics.items(), key=lambda item: item[0] != "seen")))[1]
         ends = {run: points[-1].value for run, points in found[metric].points.items()}
-        first = find_best_runs(ends, found[metric].higher_is_better)
+        best = find_best_runs(ends, found[metric].higher_is_better)
         where = ", seen compositions" if metric.endswith("/seen") else ""
-        whose = join_names([labels[run] for run in first]) if len(ends) == 1 or len(first) < len(ends) else "every run"
-        made.append(HeadlineNumber(f"{ends[first[0]]:.3g}", f"best {family}{where} ({whose})"))
+        whose = join_names([labels[run] for run in best]) if len(ends) == 1 or len(best) < len(ends) else "every run"
+        numbers.append(HeadlineNumber(f"{ends[best[0]]:.3g}", f"best {family}{where} ({whose})"))
     images = [cost.images for cost in costs.values() if cost.images]
     seconds = [cost.seconds for cost in costs.values() if cost.seconds is not None]
     if images:
-        made.append(HeadlineNumber(format_count(max(images)), f"images seen by the longest of {len(costs)} runs"))
+        numbers.append(HeadlineNumber(format_count(max(images)), f"images seen by the longest of {len(costs)} runs"))
     if seconds:
-        made.append(HeadlineNumber(format_duration(sum(seconds)), "training time of all runs"))
-    return made
+        numbers.append(HeadlineNumber(format_duration(sum(seconds)), "training time of all runs"))
+    return numbers

@@ -1,4 +1,7 @@
-"""The report's figures, drawn by matplotlib in one style: each function draws one at a given width and theme."""
+"""The report's figures, drawn by matplotlib in one style.
+
+Each `plot_*` function returns a function that draws the figure; `render` calls that for each width and theme.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Draw = Callable[[Theme, bool], "Figure"]
+Draw = Callable[[Theme, bool], "Figure"]  # (theme, narrow); narrow: for a phone, else for a desktop column
 
 
 @dataclass(frozen=True)
 class CorrelationPanel:
-    """Loss against one score: a dot per run at equal images, and each run's own path through its checkpoints."""
+    """Validation loss (x) against one score (y). `dots`: one point per run, all runs at equal images. `paths`: for each
+    run its checkpoints, in order. `note`: a line below the title, or ""."""
 
     title: str
     note: str
@@ -31,7 +35,7 @@ class CorrelationPanel:
 
 @dataclass(frozen=True)
 class RenderedFigure:
-    """One figure in all its forms. `alt` says in words what it shows."""
+    """One figure in all its forms. `alt`: what it shows, in words, for readers who do not see it."""
 
     name: str
     alt: str
@@ -43,7 +47,8 @@ class RenderedFigure:
 
 
 def render(name: str, draw: Draw, *, alt: str, caption: str, num_series: int) -> RenderedFigure:
-    """Wide and narrow SVG for the page, PNG for light and for dark ground."""
+    """Draw a figure in all its forms: SVG of both widths for the page, PNG for light and for dark backgrounds.
+    `num_series`: models in the figure, each of which gets a color of its own."""
     import matplotlib.pyplot as plt
 
     light, dark = make_themes(num_series)
@@ -66,7 +71,8 @@ def render(name: str, draw: Draw, *, alt: str, caption: str, num_series: int) ->
 def plot_loss_curves(
     lines: Sequence[PlotLine], *, xlabel: str, compute: bool, ylabel: str, fit: LadderFit | None = None
 ) -> Draw:
-    """Validation loss on log axes, every line labelled at its end; with a law for compute, its fitted frontier."""
+    """Validation loss on two log axes, one line per run with its name. `compute`: x is training FLOPs, else images; the
+    law L(C) of `fit` is then drawn too, if there is one."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         figure, ax = _make_axes(narrow, height=3.6)
@@ -95,14 +101,15 @@ def plot_loss_curves(
 
 
 def plot_noise_levels(lines: Sequence[PlotLine], base: str) -> Draw:
-    """Loss at each noise level, and how far below the smallest model the others are there."""
+    """Loss at each noise level, one line per run; beside it the difference of each run from the first one in percent.
+    `base`: the name of that first run."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
-        both = len(lines) > 1
-        figure, axes = make_panels(2 if both else 1, narrow, columns=2, height=3.0)
+        several = len(lines) > 1
+        figure, axes = make_panels(2 if several else 1, narrow, columns=2, height=3.0)
         for line in lines:
             draw_line(axes[0], line, theme)
-            if both:
+            if several:
                 change = tuple(100 * (a / b - 1) for a, b in zip(line.y, lines[0].y))
                 draw_line(axes[1], PlotLine(line.label, line.order, line.x, change), theme)
         axes[0].set_title("Loss at noise level t")
@@ -110,10 +117,10 @@ def plot_noise_levels(lines: Sequence[PlotLine], base: str) -> Draw:
             ax.set_xlabel("t (0 data, 1 noise)")
             ax.set_xlim(0, 1.02)
         axes[0].set_ylim(bottom=0)
-        if both:
+        if several:
             axes[1].set_title(f"Difference from {base}, %")
             label_line_ends(
-                axes[1], [PlotLine(n.label, n.order, n.x, _compute_change(n, lines[0])) for n in lines], theme
+                axes[1], [PlotLine(run.label, run.order, run.x, _compute_change(run, lines[0])) for run in lines], theme
             )
         else:
             label_line_ends(axes[0], lines, theme)
@@ -123,14 +130,17 @@ def plot_noise_levels(lines: Sequence[PlotLine], base: str) -> Draw:
 
 
 def plot_size_law(fit: LadderFit, lines: Sequence[PlotLine]) -> Draw:
-    """Loss against parameters at equal images, the fitted law with its 95 % band, and the predicted next rung."""
+    """Loss against parameters at equal images, the law L(N) with its 95 % band, and its prediction for the next rung.
+
+    `fit` must have that law. Each line is one run with a single point: parameters and loss.
+    """
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         assert fit.size is not None
         figure, ax = _make_axes(narrow, height=3.4)
         sizes = [line.x[0] for line in lines]
-        ahead = fit.summary.next_rung
-        last = max([*sizes, ahead.parameters if ahead else 0])
+        rung = fit.summary.next_rung
+        last = max([*sizes, rung.parameters if rung else 0])
         grid = np.geomspace(min(sizes) * 0.9, last * 1.1, 80)
         bands = [fit.size.loss(n) for n in grid]
         ax.fill_between(grid, [b.low for b in bands], [b.high for b in bands], color=theme["accent"], alpha=0.16, lw=0)
@@ -142,19 +152,19 @@ def plot_size_law(fit: LadderFit, lines: Sequence[PlotLine]) -> Draw:
             ax.annotate(
                 line.label, (line.x[0], line.y[0]), (5, 6), textcoords="offset points", color=theme["ink"], fontsize=7.5
             )
-        if ahead:
-            error = [[ahead.loss.value - ahead.loss.low], [ahead.loss.high - ahead.loss.value]]
+        if rung:
+            error = [[rung.loss.value - rung.loss.low], [rung.loss.high - rung.loss.value]]
             ax.errorbar(
-                [ahead.parameters], [ahead.loss.value], yerr=error, fmt="o", mfc=theme["page"], mec=theme["accent"],
+                [rung.parameters], [rung.loss.value], yerr=error, fmt="o", mfc=theme["page"], mec=theme["accent"],
                 ecolor=theme["accent"], ms=5, lw=1.2, capsize=2.5,
             )  # fmt: skip
-            name = f"depth {ahead.depth}, predicted" if ahead.depth else "predicted"
+            name = f"depth {rung.depth}, predicted" if rung.depth else "predicted"
             ax.annotate(
-                name, (ahead.parameters, ahead.loss.low), (0, -5), textcoords="offset points", ha="right", va="top",
+                name, (rung.parameters, rung.loss.low), (0, -5), textcoords="offset points", ha="right", va="top",
                 color=theme["accent"], fontsize=7.5,
             )  # fmt: skip
             # A prediction from four sizes can span everything; the frame then follows the measured points.
-            values += [max(ahead.loss.low, min(values) * 0.8), min(ahead.loss.high, max(values) * 1.05)]
+            values += [max(rung.loss.low, min(values) * 0.8), min(rung.loss.high, max(values) * 1.05)]
         set_log_axis(ax, "x", [*sizes, last], format_count, pad=(0.06, 0.08))
         set_log_axis(ax, "y", values, lambda v: f"{v:.3g}", pad=(0.1, 0.14))
         ax.set_xlabel("parameters")
@@ -165,7 +175,8 @@ def plot_size_law(fit: LadderFit, lines: Sequence[PlotLine]) -> Draw:
 
 
 def plot_scores(rows: Sequence[ScoreDots], tasks: Sequence[str], splits: Sequence[str], *, unit_range: bool) -> Draw:
-    """One line per task, one dot with its interval per run; seen and unseen compositions in panels side by side."""
+    """One row per task, in it one dot with its interval per run. One panel per split: seen and unseen compositions.
+    `unit_range`: scores lie between 0 and 1, and so does the axis."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         step = 0.30 + 0.085 * len(rows)
@@ -193,7 +204,7 @@ def plot_scores(rows: Sequence[ScoreDots], tasks: Sequence[str], splits: Sequenc
 
 
 def plot_progress(panels: Sequence[tuple[str, Sequence[PlotLine]]]) -> Draw:
-    """Overall scores against images seen, one panel per score."""
+    """Overall scores against images seen. `panels`: for each score its title and one line per run."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         figure, axes = make_panels(len(panels), narrow, columns=2, height=2.5)
@@ -213,7 +224,8 @@ def plot_progress(panels: Sequence[tuple[str, Sequence[PlotLine]]]) -> Draw:
 
 
 def plot_correlations(panels: Sequence[CorrelationPanel]) -> Draw:
-    """Validation loss against each score: big dots are runs at equal images, thin lines their own way there."""
+    """Each score against validation loss, one panel per score. Large dots are runs at equal images; thin lines join
+    each run's checkpoints."""
 
     def draw(theme: Theme, narrow: bool) -> "Figure":
         figure, axes = make_panels(len(panels), narrow, columns=2, height=2.6)
@@ -237,7 +249,7 @@ def _make_axes(narrow: bool, *, height: float) -> tuple["Figure", "Axes"]:
 
 
 def make_panels(count: int, narrow: bool, *, columns: int, height: float) -> tuple["Figure", list["Axes"]]:
-    """Panels side by side on a desktop, below each other on a phone."""
+    """A figure of `count` panels: in up to `columns` columns, in one if `narrow`. `height`: of a row, in inches."""
     import matplotlib.pyplot as plt
 
     columns = 1 if narrow else min(columns, count)
@@ -252,6 +264,7 @@ def make_panels(count: int, narrow: bool, *, columns: int, height: float) -> tup
 
 
 def draw_line(ax: "Axes", line: PlotLine, theme: Theme, *, size: float = 4.5) -> None:
+    """Draw a run's line in its color, with markers of `size` points unless they would be too many."""
     color = choose_color(theme, line.order)
     crowded = len(line.x) > 24
     ax.plot(
@@ -280,6 +293,7 @@ def _draw_point(ax: "Axes", dots: ScoreDots, point: MetricPoint | None, y: float
 
 
 def _compute_change(line: PlotLine, base: PlotLine) -> tuple[float, ...]:
+    """Difference of `line` from `base` in percent, point by point; both have the same x."""
     return tuple(100 * (a / b - 1) for a, b in zip(line.y, base.y))
 
 
