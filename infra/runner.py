@@ -1,9 +1,9 @@
 """Runs tasks over units of work, in this process or on Ray: the one module besides infra/launch/ that knows Ray.
 
-Three ways in. `run_tasks` is the data pipeline's: one Ray Data block per unit, a pool of actors, results as they come.
-`run_units` is the evaluation's: the same, with the failures as the answer. `RemoteCalls` are single calls that each
-reserve GPUs or cores, for trainings. What moves between processes are small descriptions; each worker reads and writes
-storage itself.
+There are three entry points. The data pipeline uses `run_tasks`: one Ray Data block per unit, a pool of actors, results
+as they come. Evaluation uses `run_units`: the same, but it returns the failures. Ladders of trainings use
+`RemoteCalls`: single calls that each reserve GPUs or cores. Only small descriptions move between processes; each worker
+reads and writes storage itself.
 """
 
 import json
@@ -23,14 +23,16 @@ from infra.log import get_logger
 
 log = get_logger("runner")
 
-_FIRST_CONTACT_S = 10.0  # with a cluster of RAY_ADDRESS
-_SOCKET_PATH = 107  # bytes: sizeof(sockaddr_un.sun_path) less one
+_FIRST_CONTACT_S = 10.0  # how long the cluster of RAY_ADDRESS may take to accept a connection
+_SOCKET_PATH = 107  # bytes: sizeof(sockaddr_un.sun_path) minus one for the final zero
 _SMALL_POOL = 8  # workers that are all waited for at the start; a larger pool starts with one and grows
-_WAVE = 10_000  # units: ten million rows between two starts of the workers
-_WAVE_BYTES = 256 * 2**20  # of their descriptions
+_WAVE = 10_000  # units in a wave; of 1,000 rows each: ten million rows between two starts of the workers
+_WAVE_BYTES = 256 * 2**20  # of the units' descriptions in a wave
 _LARGEST_POOL = 2000  # actors of one pass on a cluster that grows: 60 nodes of 32 CPUs
 
-WorkUnit = Mapping[str, Any]
+WorkUnit = Mapping[str, Any]  # JSON with the key `id`; the other keys are the task's
+# JSON: `id`; `error`, "" if there is none; `fatal`, true if the worker could not start; `seconds`; `rows` and `counts`
+# (0 and {} after a failure); the other keys are the task's.
 UnitResult = dict[str, Any]
 
 
@@ -55,10 +57,11 @@ class WorkerPool:
 def run_tasks(
     task: Task, units: Iterable[WorkUnit], workers: WorkerPool, *, runtime_env: Mapping[str, Any] | None = None
 ) -> Iterator[UnitResult]:
-    """One result per unit, in the order of completion. A result with `error` says what failed; others go on.
+    """Yield one result per unit, in the order of completion. A unit that fails gives a result with `error`; the others
+    go on. `workers.count` 0: in this process, without Ray.
 
-    Ray Data keeps the blocks of all units of a pass, so they go to it in waves, each with a new pool.
-    `runtime_env` is Ray's: the workers of this task get an environment of their own.
+    Ray Data keeps the blocks of all units that it is given. So it gets them in waves, each with a new pool.
+    `runtime_env`: Ray's, for workers with an environment of their own; UserError without Ray.
     """
     if workers.count == 0:
         if runtime_env:
@@ -72,7 +75,8 @@ def run_tasks(
 
 
 def run_units(task: Task, units: Iterable[WorkUnit], *, workers: int, gpus: float = 0) -> dict[str, str]:
-    """Run every unit; the reasons of those that failed, by id. `workers` 0: in this process, with all its threads."""
+    """Run every unit; returns the reasons of those that failed, by id. `workers` 0: in this process, with all its
+    threads. `gpus`: of each worker; a fraction lets several share one."""
     import torch
 
     pool = WorkerPool(workers, cpus=1, gpus=gpus) if workers else WorkerPool(0, cpus=torch.get_num_threads())
@@ -85,7 +89,7 @@ def run_units(task: Task, units: Iterable[WorkUnit], *, workers: int, gpus: floa
 
 
 def _split_into_waves(units: Iterable[WorkUnit]) -> Iterator[list[str]]:
-    """Units as JSON: as such they take a tenth of what their objects would."""
+    """Lists of units as JSON, which takes a tenth of the memory of their objects."""
     wave: list[str] = []
     size = 0
     for unit in units:
@@ -100,7 +104,8 @@ def _split_into_waves(units: Iterable[WorkUnit]) -> Iterator[list[str]]:
 
 
 class _OpenTask:
-    """A task opened in this process; failures become results."""
+    """A task opened in this process. An error becomes a result: of one unit, or of every unit where `open` failed.
+    `cpus`: torch's threads."""
 
     def __init__(self, task: Task, cpus: float) -> None:
         import torch
@@ -125,7 +130,7 @@ class _OpenTask:
             except UserError as error:
                 result["error"] = str(error)
             except Exception as error:
-                # one unit's failure must not end the others': it is listed, and tried again by the next run
+                # One unit's failure must not end the others: it is reported, and the next run tries the unit again.
                 result["error"] = f"{type(error).__name__}: {error}"
                 log.error("unit %s failed\n%s", unit["id"], traceback.format_exc())
         return result | {"seconds": time.monotonic() - started}
@@ -144,22 +149,23 @@ class _Actor:
 def _run_on_ray(
     task: Task, units: Sequence[str], workers: WorkerPool, runtime_env: Mapping[str, Any] | None
 ) -> Iterator[UnitResult]:
-    there = connect(workers)
+    """Yield the results of one wave."""
+    cluster = connect(workers)
     import ray
     from ray.data import ActorPoolStrategy
 
     quiet = logging.getLogger("ray.data")
     quiet.setLevel(logging.ERROR)
 
-    if workers.gpus > there.get("GPU", 0) and not os.environ.get("RAY_ADDRESS"):  # a cluster may still grow
+    if workers.gpus > cluster.get("GPU", 0) and not os.environ.get("RAY_ADDRESS"):  # a cluster may still grow
         raise UserError(
-            f"a worker asks for {workers.gpus:g} GPU(s), Ray here has {there.get('GPU', 0):g} and would wait for ever"
+            f"a worker asks for {workers.gpus:g} GPU(s), Ray here has {cluster.get('GPU', 0):g} and would wait for ever"
         )
-    smallest, largest = _size_pool(workers, len(units), there.get("CPU", 0), there.get("GPU", 0))
+    smallest, largest = _size_pool(workers, len(units), cluster.get("CPU", 0), cluster.get("GPU", 0))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # a block above 1.5 times the target would be split, and one block is one unit here
+    # No target: Ray splits blocks above 1.5 times the target, and here one block must stay one unit.
     context.target_max_block_size = None
     items = [{"unit": unit} for unit in units]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -178,22 +184,27 @@ def _run_on_ray(
 
 
 def _size_pool(workers: WorkerPool, units: int, cpus: float, gpus: float = 0) -> tuple[int, int]:
-    """Smallest and largest pool. One that grows pays off on a cluster; on one machine it only starts late."""
+    """The numbers of workers of the smallest and the largest pool. `cpus`, `gpus`: what the cluster has now.
+
+    A pool that grows pays off on a cluster. On one machine it would only start late.
+    """
     room = cpus / max(workers.cpus, 0.01)
     if workers.gpus:
         room = min(room, gpus / workers.gpus)  # of fractions, so that several share a GPU
-    here = max(1, int(room))
-    size = min(workers.count or here, units)
+    fitting = max(1, int(room))
+    size = min(workers.count or fitting, units)
     smallest = size if workers.count or size <= _SMALL_POOL else 1
-    # nodes that an autoscaler starts later have work only if the pool may be larger than what is there now
+    # Nodes that an autoscaler starts later have work only if the pool may be larger than what the cluster has now.
     grows = not workers.count and bool(os.environ.get("RAY_ADDRESS"))
     return smallest, min(units, max(size, _LARGEST_POOL)) if grows else size
 
 
 def connect(workers: WorkerPool) -> dict[str, float]:
-    """The cluster of this process, of RAY_ADDRESS (set in a submitted job), or a private one on this machine.
+    """Connect this process to a Ray cluster, once: to that of RAY_ADDRESS (set in a submitted job), or to a new one on
+    this machine.
 
-    Returns what the cluster has now, by Ray's names: "CPU", "GPU" ...
+    Returns the resources that the cluster has now, by Ray's names: "CPU", "GPU" ... UserError where RAY_ADDRESS names
+    no cluster, or where the folder for Ray's sockets has too long a name.
     """
     import ray
 
@@ -213,7 +224,7 @@ def connect(workers: WorkerPool) -> dict[str, float]:
 
 
 def _join_cluster(address: str, quiet: Mapping[str, Any]) -> None:
-    """Ray itself would go on trying for minutes where a cluster is gone."""
+    """UserError where no cluster answers. A connection is tried first, as Ray itself would try for minutes."""
     import ray
 
     advice = "unset RAY_ADDRESS to use this machine, or start that cluster again"
@@ -232,7 +243,7 @@ def _join_cluster(address: str, quiet: Mapping[str, Any]) -> None:
 
 
 def _refuse_long_folder() -> None:
-    """Ray puts sockets below its folder, and the system allows 107 bytes for the path of one."""
+    """UserError where paths of Ray's sockets, which lie below its folder, would be longer than Linux allows."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     longest = len(os.fsencode(f"{folder}/ray/session_2026-01-01_00-00-00_000000_{2**22}/sockets/plasma_store.1"))
     if longest > _SOCKET_PATH:
@@ -244,7 +255,7 @@ def _refuse_long_folder() -> None:
 
 
 class CallLost(RuntimeError):
-    """A remote call gave no value. `cancelled`: it was asked to end, else its worker was lost."""
+    """A remote call gave no value. `cancelled`: it was asked to end; otherwise its worker was lost."""
 
     def __init__(self, reason: str, *, cancelled: bool) -> None:
         super().__init__(reason)
@@ -252,16 +263,20 @@ class CallLost(RuntimeError):
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A call on a worker that `cancel` can interrupt. The trap: a shell starts a background job (`command &`, nohup)
-    with SIGINT ignored, Ray's workers inherit that, and Ray's own interrupt then does nothing."""
+    """Call `function` on a worker, so that `RemoteCalls.cancel` can interrupt it.
+
+    The trap: a shell starts a background job (`command &`, nohup) with SIGINT ignored. Ray's workers inherit that, and
+    Ray's own interrupt then does nothing.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return function(*arguments)
 
 
 class RemoteCalls:
-    """Calls of one function on Ray, each with `slots` GPUs of its own (cores where the cluster has no GPU).
+    """Calls of one function on Ray. Each call has `slots` GPUs of its own, or cores where the cluster has no GPU.
 
-    Nothing is called twice: a worker that is lost loses its call.
+    No call is repeated: a worker that is lost loses its call. `workers`: calls for which a new cluster on this machine
+    has room at once.
     """
 
     def __init__(self, function: Callable[..., Any], *, workers: int, slots: int) -> None:
@@ -277,10 +292,12 @@ class RemoteCalls:
         return len(self._running)
 
     def start(self, key: Any, *arguments: Any) -> None:
+        """Begin a call, or let it wait for a free worker. `wait` names it by `key`."""
         self._running[self._remote.remote(self._function, *arguments)] = key
 
     def wait(self, seconds: float) -> Iterator[tuple[Any, Any]]:
-        """(key, value) of a call that has ended, none if that takes longer. A lost call's value is its `CallLost`."""
+        """Wait up to `seconds` for a call to end, and yield its (key, value); nothing if none ended. The value of a
+        lost call is a `CallLost`."""
         import ray
 
         done, _ = ray.wait(list(self._running), timeout=seconds)
@@ -294,7 +311,7 @@ class RemoteCalls:
                 yield key, CallLost(f"its Ray worker was lost: {type(error).__name__}", cancelled=False)
 
     def cancel(self) -> None:
-        """Raise KeyboardInterrupt in each running call; calls that have not begun never do."""
+        """Raise KeyboardInterrupt in each running call. Calls that have not begun never begin."""
         import ray
 
         for reference in self._running:

@@ -1,4 +1,4 @@
-"""Where a job can run: `python -m infra launch TARGET`."""
+"""The targets of `python -m infra launch TARGET`: places where a job can run. A new target gets a line in TARGETS."""
 
 from infra.errors import UserError, nearest
 from infra.launch import kubernetes, local, ray_job, skypilot, slurm
@@ -14,7 +14,7 @@ TARGETS: dict[str, Target] = {
 
 
 def get_target(name: str) -> Target:
-    """The target of that name; an unknown one is refused with the nearest known."""
+    """The target of that name; UserError for an unknown name, with the nearest known one."""
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}{nearest(name, TARGETS)}: one of {', '.join(TARGETS)}")
     return TARGETS[name]

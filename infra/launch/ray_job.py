@@ -17,23 +17,25 @@ EXCLUDES = [".git", ".venv", "work-demo", "runs", "build", "**/__pycache__", "**
 
 
 def render(job: Job) -> str:
-    """The command line."""
+    """The command line that `submit` runs; UserError for a job that a running cluster cannot take."""
     return shlex.join(["ray", *_list_arguments(job)]) + "\n"
 
 
 def submit(job: Job) -> int:
-    """Submit the job, follow its log, and return its exit code."""
+    """Submit the job, follow its log, and return its exit code. UserError where a token is missing or no cluster
+    answers."""
     arguments = _list_arguments(job)
     _need_token()
     _need_answer(
         job.options.get("address") or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     )
     ray = "from ray.scripts.scripts import main; main()"  # the `ray` of this interpreter, whatever PATH says
-    environment = {"RAY_AUTH_MODE": "token", **os.environ}  # a token alone is not sent
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}  # without it Ray does not send the token
     return subprocess.run([sys.executable, "-c", ray, *arguments], env=environment, check=False).returncode
 
 
 def _list_arguments(job: Job) -> list[str]:
+    """The arguments of `ray`: the working folder is packed and sent, except for EXCLUDES."""
     if job.image or (job.nodes > 1 and job.on_every_node):
         raise UserError(
             "target ray uses the cluster as it is: image must be unset, and deepspeed over nodes needs slurm"

