@@ -1,6 +1,7 @@
 """Training: start reading here. `train` is the command, `assemble` puts a run together, `run` is its loop.
 
-Progress is counted in images.
+Progress is counted in images (for preference data: in pairs). A function that says "collective" must be called on all
+ranks, as the ranks exchange data in it.
 """
 
 import gc
@@ -52,7 +53,12 @@ def train(
     init_from: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train `recipe` on the data at `data` into the run folder `out`; an interrupted run continues."""
+    """Train `recipe` on `data` into the run folder `out` (a folder or s3://); an interrupted run continues.
+
+    `resume`: "latest" checkpoint, "none", or the folder of a checkpoint. `init_from`: exported weights to start from.
+    `dry_run`: check everything, print the plan, write nothing. UserError for what cannot be trained. SystemExit with
+    code PREEMPTED where the run was asked to stop: the same command continues it.
+    """
     world_size, launchers = int(os.environ.get("WORLD_SIZE", "1")), find_launchers()
     if launcher_has_ended(launchers):
         if os.environ.get("RANK", "0") == "0":
@@ -82,7 +88,7 @@ def train(
 
 @dataclass
 class Training:
-    """The parts of a run on this rank, and where it stands."""
+    """The parts of a run on this rank, and its state. `compute_losses` is the recipe's objective."""
 
     recipe: Recipe
     dataset: Dataset
@@ -105,8 +111,8 @@ class Training:
 
 
 def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Training:
-    """Build the parts of a run on this rank (model, EMA, data, monitor, writers), with the state of its checkpoint.
-    Collective."""
+    """Build the parts of a run on this rank (model, EMA, data, monitor, writers), and restore its checkpoint if there
+    is one. Rank 0 also writes recipe.json, plan.json and data.json. Collective."""
     recipe, dataset, val, out = prepared.recipe, prepared.dataset, prepared.val, prepared.out
     stop, plan = StopSignal(), make_hardware_plan(recipe, world_size=group.world_size)
     accumulation, passes = count_micro_batches(recipe, group.world_size), count_network_passes(recipe)
@@ -139,10 +145,10 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
 
 @contextmanager
 def freeze_garbage() -> Iterator[None]:
-    """Leave all objects that exist now out of garbage collection.
+    """Inside the block garbage collection leaves out all objects that exist now.
 
-    DeepSpeed's empty_partition_cache collects each time the weights are shown, and would walk modules, tables and
-    imported code for half a second, which no step made.
+    DeepSpeed's empty_partition_cache runs a collection each time forward passes change to other weights. Each would
+    walk the modules, tables and imported code for half a second, although no step makes garbage of them.
     """
     gc.collect()
     gc.freeze()
@@ -153,14 +159,18 @@ def freeze_garbage() -> Iterator[None]:
 
 
 def run(training: Training) -> bool:
-    """The training loop on each rank; False when it was asked to stop before the last image."""
+    """The training loop on each rank; False when it was asked to stop before the last image. Collective.
+
+    A step: read and compute `engine.accumulation` micro-batches, agree on the loss, step or go back, update the EMA,
+    then what is due: log, validation, samples, checkpoint.
+    """
     t, recipe, group, engine, ema = training, training.recipe, training.group, training.engine, training.ema
     state, monitor, run_log, batch = t.state, t.monitor, t.run_log, recipe.global_batch
     if state.images_seen >= recipe.images:
         log.info("%s is trained already: %s images", t.out, f"{state.images_seen:,}")
     with run_log:
         while state.images_seen < recipe.images:
-            seen_then = state.images_seen + batch
+            images_after = state.images_seen + batch  # this step
             loss_sum, keys = torch.zeros((), dtype=torch.float64, device=group.device), []
             for number in range(engine.accumulation):
                 with monitor.mark_phase("reading data", state.step):
@@ -168,8 +178,8 @@ def run(training: Training) -> bool:
                     keys += micro.batch.keys
                     state.exceptions = micro.exceptions
                 with monitor.mark_phase("computing", state.step):
-                    look = number == 0 and recipe.is_due("log", seen_then)
-                    with monitor.watch_forward(engine.model, attention=look):
+                    record_attention = number == 0 and recipe.is_due("log", images_after)
+                    with monitor.watch_forward(engine.model, attention=record_attention):
                         losses = t.compute_losses(engine, micro.to(group.device))
                     engine.backpropagate(losses)
                     loss_sum += losses.loss_B.detach().double().sum()
@@ -177,7 +187,7 @@ def run(training: Training) -> bool:
             with monitor.mark_phase("stepping", state.step):
                 # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
                 total, stop_votes = group.sum([loss_sum.item(), float(t.stop.asked)])
-                loss, lr = total / batch, recipe.compute_lr(seen_then)
+                loss, lr = total / batch, recipe.compute_lr(images_after)
                 problem = find_problem(loss, state.recent, recipe.guard, batch=batch)
                 result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
@@ -215,12 +225,13 @@ def run(training: Training) -> bool:
 
 
 def go_back(training: Training, problem: str, keys: list[str]) -> TrainingState:
-    """Go back to the last checkpoint instead of a step, and leave out the batch with these `keys`. Collective."""
+    """Go back to the last checkpoint instead of taking a step. `problem`: why, in words; `keys`: the samples of the bad
+    batch, which is left out from now on. UnstableRun after too many bad batches. Collective."""
     t = training
-    t.uploads.wait()  # it may be the checkpoint to go back to
+    t.uploads.wait()  # the checkpoint to go back to may still be on its way
     t.state = roll_back(problem, keys, t.recipe, t.engine, t.ema, t.state, out=t.out, free=t.free)
     t.micro_batches.close()
     t.micro_batches = open_feed(t.recipe, t.dataset, t.group, t.state)
     t.run_log.rewind(t.state.images_seen)
-    t.monitor.take()
+    t.monitor.take()  # figures of steps that do not count any more
     return t.state

@@ -1,9 +1,9 @@
-"""Validation loss of given weights on the val split, the same figure whatever the number of ranks.
+"""Validation loss on the val split: the same number for the same weights, whatever the number of ranks.
 
-Micro-batches have a fixed composition, whole ones go to the ranks in turn, and per-sample losses are summed in sample
-order in float64.
+Three things make it so. Each batch always has the same samples. A batch is computed by one rank; the ranks take turns.
+The losses are averaged over the samples in float64, exactly rounded.
 """
-# Shapes: B batch, V noise levels.
+# Shapes: B batch, V noise levels, P pairs, C latent channels, H and W latent height and width.
 
 import math
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from trainer.recipe import Recipe
 from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
-DRAWS = 4  # times and noises of each held-out pair
+DRAWS = 4  # draws of time and noise for each held-out pair
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """`per_level` maps noise levels to mean losses; `mean` is what the protocol reports. `by_sample`: what they
-    are means of; first the mean's, under the protocol's name, then each level's."""
+    """`per_level` maps noise levels t to mean losses; `mean` is the number that the protocol reports. `by_sample`: the
+    losses (samples) behind those means: first those of `mean`, under the protocol's name, then those of each level."""
 
     protocol: str
     protocol_hash: str
@@ -42,12 +42,12 @@ class ValidationResult:
     sample_count: int
     by_sample: dict[str, Tensor]
     held_out_figures: dict[str, float] = field(default_factory=dict)
-    """Mean figures of the objective's own on held-out pairs or couplings; of `held_out_count` samples."""
+    """Means of figures that only the recipe's objective has, over `held_out_count` held-out pairs or couplings."""
     held_out_count: int = 0
 
 
 class Validator:
-    """Fixed samples, captions and noise of one recipe."""
+    """Computes the validation loss of one recipe, on the same samples, captions and noise at each call."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset = recipe, dataset
@@ -62,8 +62,8 @@ class Validator:
 
     @property
     def protocol_hash(self) -> str:
-        """Hash of all that the loss depends on besides the weights: protocol, levels, samples, seed, formulation,
-        data."""
+        """Hash (16 hex digits) of all that the loss depends on besides the weights: protocol, levels, samples, seed,
+        formulation, data."""
         recipe, fingerprint = self.recipe, self.dataset.fingerprint
         return recipe.validation.hash(
             samples=self.sample_count, formulation=recipe.formulation, fingerprint=fingerprint
@@ -78,12 +78,15 @@ class Validator:
         for batch in self.batches:
             starts.append(starts[-1] + len(batch))
         with engine.inference():
-            for number, mine in take_turns(len(self.batches), group):
-                read = self.dataset.read(self.batches[number], seed=v.seed)
-                read = read._replace(latent_BCHW=read.latent_BCHW.to(group.device), text=read.text.to(group.device))
-                found = compute_validation_losses(engine, read, levels, v.seed, formulation=self.formulation)
-                if mine:
-                    losses[starts[number] : starts[number + 1]] = found.to(losses)
+            for number, counts in take_turns(len(self.batches), group):
+                samples = self.dataset.read(self.batches[number], seed=v.seed)
+                samples = samples._replace(
+                    latent_BCHW=samples.latent_BCHW.to(group.device), text=samples.text.to(group.device)
+                )
+                loss_BV = compute_validation_losses(engine, samples, levels, v.seed, formulation=self.formulation)
+                if counts:
+                    losses[starts[number] : starts[number + 1]] = loss_BV.to(losses)
+        # Each row was written by one rank and is zero on the others, so the sum over the ranks is exact.
         losses_BV = group.sum_(losses).cpu()
         return self._summarise(losses_BV, self.held_out.run(engine, group) if self.held_out is not None else {})
 
@@ -103,7 +106,8 @@ class Validator:
 
 
 class HeldOutPairs:
-    """The pairs of the val split, with the same times and noise at each call, whatever the number of ranks."""
+    """Figures of the objective on preference pairs of the val split, with the same times and noise at each call,
+    whatever the number of ranks. `count`: pairs."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self.dataset, self._partners = recipe, dataset, RejectedLatents(dataset)
@@ -111,12 +115,12 @@ class HeldOutPairs:
         self.count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
-        """Mean figures of the weights that the engine's forward passes use now. Collective."""
+        """Mean figures, by name, of the weights that the engine's forward passes use now. Collective."""
         sums: dict[str, float] = {}
         with engine.inference():
-            for number, mine in take_turns(len(self._batches), group):
+            for number, counts in take_turns(len(self._batches), group):
                 for name, value in self._sum_figures(engine, self._batches[number], group.device).items():
-                    sums[name] = sums.get(name, 0.0) + value * mine
+                    sums[name] = sums.get(name, 0.0) + value * counts
         totals = group.sum(list(sums.values()))  # the same names on all ranks
         return {name: total / (self.count * DRAWS) for name, total in zip(sums, totals)}
 
@@ -129,14 +133,15 @@ class HeldOutPairs:
         sums: dict[str, float] = {}
         for number in range(DRAWS):
             micro = draw_noise(pairs, formulation, seed=seed + number, shift=recipe.shift)
-            found = compute(engine, micro.to(device))
-            for name, value_P in {f"{recipe.objective}/loss": found.loss_B, **found.figures}.items():
+            losses = compute(engine, micro.to(device))
+            for name, value_P in {f"{recipe.objective}/loss": losses.loss_B, **losses.figures}.items():
                 sums[name] = sums.get(name, 0.0) + value_P.double().sum().item()
         return sums
 
 
 class HeldOutCouplings:
-    """How far a student of few steps arrives from the teacher's latents of the val split, from their own noise."""
+    """The distance between a student's latents and its teacher's, on couplings of the val split: both start from the
+    same noise, and the student takes its own few steps. `count`: couplings."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, student: FewStep) -> None:
         self.recipe, self.dataset, self._student = recipe, dataset, student
@@ -145,10 +150,11 @@ class HeldOutCouplings:
         self.count = sum(len(batch) for batch in self._batches)
 
     def run(self, engine: ZeroEngine, group: Group) -> dict[str, float]:
-        """`<objective>/error`: the mean squared error of the student's latents, in its steps. Collective."""
+        """`<objective>/error`: the mean squared error of the student's latents against the teacher's, over samples and
+        elements. Collective."""
         total = 0.0
         with engine.inference():
-            for number, mine in take_turns(len(self._batches), group):
+            for number, counts in take_turns(len(self._batches), group):
                 batch = self.dataset.read(self._batches[number], seed=self.recipe.validation.seed)
                 assert batch.noise_BCHW is not None
                 latent_BCHW = solve(
@@ -156,13 +162,14 @@ class HeldOutCouplings:
                     shift=self.recipe.shift, formulation=self.recipe.formulation, student=self._student,
                 ).latents  # fmt: skip
                 error_BCHW = latent_BCHW.double() - batch.latent_BCHW.to(latent_BCHW).double()
-                total += error_BCHW.square().flatten(1).mean(1).sum().item() * mine
+                total += error_BCHW.square().flatten(1).mean(1).sum().item() * counts
         [total] = group.sum([total])
         return {f"{self.recipe.objective}/error": total / self.count}
 
 
 def choose_held_out(recipe: Recipe, dataset: Dataset) -> "HeldOutPairs | HeldOutCouplings | None":
-    """What measures figures of the objective's own on the val split; None where it has none."""
+    """What measures the figures that only this objective has: pairs for a preference objective, couplings for a student
+    of whole steps; None for others."""
     if get_objective(recipe.objective).pairs:
         return HeldOutPairs(recipe, dataset)
     student = FewStep.of(describe_student(recipe, dataset.info))
@@ -171,9 +178,11 @@ def choose_held_out(recipe: Recipe, dataset: Dataset) -> "HeldOutPairs | HeldOut
 
 
 def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:
-    """Yields the batch numbers (of `count`) that this rank runs, each with True if the result counts. When fewer
-    batches than ranks are left, the other ranks run batch 0 again without counting it: under ZeRO-3 each pass is a
-    collective."""
+    """Yield the batch numbers (of `count`) that this rank runs, each with True if its result counts.
+
+    Under ZeRO-3 each forward pass is a collective. So when fewer batches than ranks are left, the other ranks run batch
+    0 again, and its result does not count.
+    """
     for first in range(0, count, group.world_size):
         number = first + group.rank
         yield (number, True) if number < count else (0, False)

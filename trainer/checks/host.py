@@ -1,6 +1,7 @@
-"""What a run asks of the machine it starts on: a hostfile, a port, compilers, kernels, folders, a GPU.
+"""Checks of the machine that a run starts on: its hostfile, a port, compilers, kernels, folders, a GPU.
 
-Each is true of one machine alone: on another node of the same run it may be otherwise.
+Each check raises a UserError where the machine lacks something. The answers hold for one machine: on another node of
+the same run they may differ.
 """
 
 import contextlib
@@ -22,16 +23,17 @@ from trainer.zero.optim import check_aio
 
 
 def check_hostfile() -> None:
-    """What the launchers let pass: DeepSpeed goes on with this machine alone where it does not find its hostfile."""
+    """UserError where a hostfile that was given to a launcher does not exist: DeepSpeed would train on this machine
+    alone. The command lines are those of the processes above this one."""
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
             words = parent.cmdline()
-            given = [b for a, b in itertools.pairwise(words) if a == "--hostfile"]
-            given += [word.partition("=")[2] for word in words if word.startswith("--hostfile=")]
-            if is_launcher(parent):  # others mean something else by -H
-                given += [b for a, b in itertools.pairwise(words) if a == "-H"]
-                given += [word[2:] for word in words if word.startswith("-H") and len(word) > 2]
-            for path in given:
+            hostfiles = [b for a, b in itertools.pairwise(words) if a == "--hostfile"]
+            hostfiles += [word.partition("=")[2] for word in words if word.startswith("--hostfile=")]
+            if is_launcher(parent):  # other programs mean something else by -H
+                hostfiles += [b for a, b in itertools.pairwise(words) if a == "-H"]
+                hostfiles += [word[2:] for word in words if word.startswith("-H") and len(word) > 2]
+            for path in hostfiles:
                 if not os.path.isfile(os.path.join(parent.cwd(), path)):
                     raise UserError(
                         f"--hostfile {path}: no such file; without it DeepSpeed trains on this machine alone: "
@@ -40,7 +42,8 @@ def check_hostfile() -> None:
 
 
 def check_port() -> None:
-    """Will rank 0 be able to open the port where the ranks meet? torchrun holds it itself."""
+    """UserError where rank 0 cannot open the port at which the ranks meet. Not checked under torchrun, which holds the
+    port open itself."""
     port = int(os.environ.get("MASTER_PORT", "0"))
     if not port or os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
@@ -53,22 +56,24 @@ def check_port() -> None:
 
 
 def check_out(out: str) -> None:
-    """A run folder on a disk must be a folder that takes files, or one that can be made."""
+    """UserError unless files can be written into the run folder `out` on a disk, or into the existing folder above it.
+    S3 is not checked here."""
     if storage.is_remote(out):
         return
     path = storage.local_path(out).absolute()
-    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise UserError(f"--out {out}: {there} is a file, not a folder: choose another --out")
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, not a folder: choose another --out")
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--out {out}: {there} takes no file ({error.strerror}): choose another --out") from error
+        raise UserError(f"--out {out}: {existing} takes no file ({error.strerror}): choose another --out") from error
 
 
 def check_swapping(p: Parallel) -> None:
-    """The folder that parameters are swapped to must take a file, and DeepSpeed must be able to write it."""
+    """UserError unless the folder that parameters are swapped to takes files, and DeepSpeed's library for reading and
+    writing there (aio) can be used."""
     path = p.nvme_path
     if p.offload_parameters != "nvme" or not path:
         return
@@ -84,7 +89,8 @@ def check_swapping(p: Parallel) -> None:
 
 
 def check_compiler(p: Parallel) -> None:
-    """torch.compile writes C++ (on a GPU the C of its launchers) and calls a compiler."""
+    """UserError where torch.compile would find no compiler. On a CPU it compiles kernels in C++; on a GPU it compiles
+    the C code that starts Triton's kernels."""
     if not p.compile:
         return
     gpu = torch.cuda.is_available()
@@ -97,7 +103,7 @@ def check_compiler(p: Parallel) -> None:
 
 
 def check_gpu(p: Parallel) -> None:
-    """ZeRO++'s kernels that quantize are written in CUDA alone."""
+    """UserError where ZeRO++'s quantization is asked for without a GPU: its kernels exist in CUDA alone."""
     asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(p, name)]
     if asked and not torch.cuda.is_available():
         raise UserError(f"parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")

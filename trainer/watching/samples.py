@@ -1,4 +1,4 @@
-"""Pictures while training: the EMA weights draw the same captions from the same noise at each save, as one grid."""
+"""A grid of sample pictures at each save: the EMA weights draw the same captions from the same noise."""
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
 import io
@@ -22,27 +22,30 @@ from trainer.zero.engine import ZeroEngine
 from trainer.zero.group import Group
 
 log = get_logger("samples")
-STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; eval has settings of its own
+STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; evaluation has settings of its own
 
 
 def choose_steps(student: FewStep | None) -> int:
-    """A student's own number of steps, one where it takes any number by averages."""
+    """The number of sampling steps: STEPS for a model that is no student. A student takes the steps of its grid, or one
+    step if it predicts average velocities."""
     if student is None:
         return STEPS
     return student.steps or (1 if student.average else STEPS)
 
 
 class Sampler:
-    """Draws the first captions of the val split; Euler with guidance towards the zeros input."""
+    """Draws the first captions of the val split by Euler's method, with classifier-free guidance whose unconditional
+    input is zeros."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, group: Group) -> None:
         self.recipe, self.dataset, self.group = recipe, dataset, group
         bucket = next(iter(dataset.bucket_ranges.values()))
         self.student = FewStep.of(describe_student(recipe, dataset.info))
-        # A guidance of the teacher is learnt with its couplings; another one would multiply it.
+        # A student with baked guidance has learnt its teacher's; guidance while sampling would multiply with it.
         self.guidance = GUIDANCE if self.student is None or self.student.guidance_kind == "kept" else 1.0
         self.steps = choose_steps(self.student)
         self.batch = dataset.read(bucket[: recipe.logging.samples])
+        # Captions that each rank draws.
         self.share = math.ceil(len(self.batch.keys) / group.world_size)
 
     def draw(self, engine: ZeroEngine, uri: str) -> None:
@@ -55,9 +58,9 @@ class Sampler:
         if batch.noise_BCHW is None:
             noise_BCHW = keyed_normal(self.recipe.seed, rows, "samples", batch.latent_BCHW.shape[1:])
         else:
-            noise_BCHW = batch.noise_BCHW[rows]  # of couplings: what the teacher started from
+            noise_BCHW = batch.noise_BCHW[rows]  # of couplings: the noise that the teacher started from
         with engine.inference():
-            mine_BCHW = solve(
+            drawn_BCHW = solve(
                 engine,
                 noise_BCHW.to(group.device),
                 text,
@@ -68,14 +71,15 @@ class Sampler:
                 formulation=self.recipe.formulation,
                 student=self.student,
             ).latents
-        all_BCHW = torch.zeros(group.world_size * self.share, *mine_BCHW.shape[1:], device=group.device)
-        all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = mine_BCHW
+        all_BCHW = torch.zeros(group.world_size * self.share, *drawn_BCHW.shape[1:], device=group.device)
+        all_BCHW[group.rank * self.share : (group.rank + 1) * self.share] = drawn_BCHW
         latents_BCHW = group.sum_(all_BCHW).cpu()[: len(batch.keys)]
         if group.rank == 0:
             self._write(latents_BCHW, uri)
 
     def _write(self, latents_BCHW: Tensor, uri: str) -> None:
-        """Nothing here may end a training: errors are logged and passed over."""
+        """Decode the latents and write the grid, and captions.txt beside it. A failure must not end the training: it is
+        logged."""
         try:
             vae = load_vae(resolve(self.dataset.vae.checkpoint))
             images = self.dataset.vae.decode(vae, latents_BCHW)
@@ -87,7 +91,7 @@ class Sampler:
 
 
 def draw_grid(images_BCHW: Tensor, *, columns: int = 4) -> bytes:
-    """Images in [-1, 1], row by row."""
+    """A PNG of the images (values from -1 to 1), row by row, `columns` in a row."""
     from PIL import Image
     from torchvision.utils import make_grid
 
