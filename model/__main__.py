@@ -5,7 +5,7 @@ from infra.errors import run_cli
 
 COMMANDS = {
     "info": Command("model.commands:info", "parameters, FLOPs and activation memory of a model"),
-    "formulations": Command("model.commands:formulations", "the 61 training objectives, and any added since"),
+    "formulations": Command("model.commands:formulations", "the 61 formulations, and any added since"),
     "plot-densities": Command(
         "model.commands:plot_densities", "draw timestep densities, the resolution shift and the loss weights"
     ),
@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    run_commands("python -m model", COMMANDS, "Describe models and objectives, convert weights.")
+    run_commands("python -m model", COMMANDS, "Describe models and formulations, convert weights.")
 
 
 if __name__ == "__main__":

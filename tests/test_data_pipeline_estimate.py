@@ -57,6 +57,6 @@ def test_an_index_of_a_hundred_million_rows_finds_its_samples(tmp_path):
     found = {bucket: index.shards_of(bucket) for bucket in index.bucket_ranges()}
     sizes = index.num_samples_per_shard
     order = SampleOrder({name: (numbers, sizes[numbers]) for name, numbers in found.items()}, seed=0, global_batch=4096)
-    plan = order.batch(10 * order.batches_before(1) + 17)
+    plan = order.batch(10 * order.count_batches_before(1) + 17)
     assert len(plan.shard_G) == 4096
     assert {index.buckets[shard] for shard in set(plan.shard_G.tolist())} == {plan.bucket}

@@ -100,7 +100,7 @@ def test_resume_at_a_position_equals_going_on(root):
 
 def test_an_epoch_shows_every_sample(root):
     dataset = open_dataset(root)
-    steps = dataset.order(seed=7, global_batch=6).batches_before(1)
+    steps = dataset.order(seed=7, global_batch=6).count_batches_before(1)
     batches = take(dataset, steps, global_batch=6)
     keys = [key for batch in batches for key in batch.keys]
     assert len(keys) == len(set(keys)) == 300

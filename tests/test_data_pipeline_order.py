@@ -38,7 +38,7 @@ def entries(order: SampleOrder, first: int, last: int) -> list[tuple[str, int, i
 def test_every_sample_comes_once_per_pass(buckets, seed, global_batch):
     order = make(buckets, seed, global_batch)
     epochs = 3
-    seen = Counter(entries(order, 0, order.batches_before(epochs)))
+    seen = Counter(entries(order, 0, order.count_batches_before(epochs)))
     first = 0
     for name, sizes in buckets.items():
         total = sum(sizes)
@@ -70,10 +70,10 @@ def test_one_bucket_reads_the_same_sequence_under_any_global_batch():
 
 def test_an_epoch_mixes_buckets_and_a_rare_bucket_is_not_starved():
     order = make({"64x64": [100] * 9, "48x80": [3]}, 1, 8)
-    buckets = [order.batch(step).bucket for step in range(order.batches_before(16))]
+    buckets = [order.batch(step).bucket for step in range(order.count_batches_before(16))]
     assert buckets.count("48x80") == 16 * 3 // 8
     other = make({"64x64": [80] * 3, "48x80": [80] * 3}, 1, 8)
-    labels = [other.batch(step).bucket for step in range(other.batches_before(1))]
+    labels = [other.batch(step).bucket for step in range(other.count_batches_before(1))]
     changes = sum(a != b for a, b in itertools.pairwise(labels))
     assert labels.count("48x80") == 30
     assert changes > 15

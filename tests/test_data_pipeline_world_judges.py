@@ -14,9 +14,9 @@ from data_pipeline.world.detector import (
     Detection,
     DetectorConfig,
     WorldDetector,
-    box_iou,
-    centre_weights,
-    edges_to_boxes,
+    compute_centre_weights,
+    compute_iou,
+    make_boxes,
 )
 from data_pipeline.world.scenes import SceneObject, make_scene
 from data_pipeline.world.training.judge_check import check, find_relations, passes
@@ -59,7 +59,7 @@ def detector():
 
 def test_centre_weights_are_a_bilinear_partition_of_one():
     boxes_N4 = torch.tensor([[10.0, 10, 30, 30], [0, 0, 3, 3], [60, 60, 64, 64], [5, 8, 20, 40]])
-    row_N4, column_N4, weight_N4 = centre_weights(boxes_N4, 16)
+    row_N4, column_N4, weight_N4 = compute_centre_weights(boxes_N4, 16)
     torch.testing.assert_close(weight_N4.sum(1), torch.ones(4))
     assert int(row_N4.min()) >= 0
     assert int(torch.maximum(row_N4, column_N4).max()) <= 15
@@ -69,7 +69,7 @@ def test_centre_weights_are_a_bilinear_partition_of_one():
 
 def test_presence_loss_is_least_at_the_weights_themselves():
     targets = collate(make_held_out_scenes(SEED, 4), None)
-    row_N4, column_N4, weight_N4 = centre_weights(targets.boxes_N4, 16)
+    row_N4, column_N4, weight_N4 = compute_centre_weights(targets.boxes_N4, 16)
     p = torch.full((4, len(CLASSES), 16, 16), 1e-6)
     p[targets.image_N[:, None], targets.label_N[:, None], row_N4, column_N4] = weight_N4.clamp(1e-6, 1 - 1e-6)
     best = presence_loss(p.logit(), targets)
@@ -78,10 +78,10 @@ def test_presence_loss_is_least_at_the_weights_themselves():
 
 
 def test_boxes_come_back_from_edge_distances():
-    boxes = edges_to_boxes(torch.tensor([[3.0, 4, 5, 6]]), torch.tensor([2]), torch.tensor([1]))
+    boxes = make_boxes(torch.tensor([[3.0, 4, 5, 6]]), torch.tensor([2]), torch.tensor([1]))
     assert boxes.tolist() == [[3.0, 6.0, 11.0, 16.0]]
-    assert box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert box_iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
+    assert compute_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert compute_iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
 
 
 def test_detector_is_the_same_after_saving(tmp_path):

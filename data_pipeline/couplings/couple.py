@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_pipeline.couplings.proofs import SetAside, ShardProof, prove_shard, read_shard_proofs
+from data_pipeline.couplings.proofs import SetAside, ShardProof, read_shard_proofs, write_shard_proof
 from data_pipeline.couplings.teacher import Teacher, TeacherFile
 from data_pipeline.formats.couplings import Couplings, CouplingShard, cut_shards, format_key
 from data_pipeline.formats.schema import (
@@ -165,7 +165,7 @@ class CoupleTask:
             if samples:
                 entry = write_shard(self.root, samples, split=unit["split"], resolution=info.resolution,
                                     bucket=unit["bucket"], layout=layout, encoding=info.encoding)  # fmt: skip
-            prove_shard(self.root, info.encoding, unit["id"], entry=entry, set_aside=aside)
+            write_shard_proof(self.root, info.encoding, unit["id"], entry=entry, set_aside=aside)
             return {"rows": len(index_I), "set_aside": len(aside)}
 
         return run

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.checkpoints import hash_weights, resolve
-from data_pipeline.couplings.proofs import prove_shard, read_shard_proofs
+from data_pipeline.couplings.proofs import read_shard_proofs, write_shard_proof
 from data_pipeline.formats.layout import TextFeatures
 from data_pipeline.formats.schema import DATASET_FILE, DatasetInfo, fingerprint, fingerprint_all
 from data_pipeline.packing.publish import publish
@@ -118,7 +118,7 @@ class PromptTask:
             samples = encode(unit["first"], unit["prompts"])
             entry = write_shard(self.root, samples, split="train", resolution=info.resolution, bucket=bucket,
                                 layout=layout, encoding=info.encoding)  # fmt: skip
-            prove_shard(self.root, info.encoding, unit["id"], entry=entry)
+            write_shard_proof(self.root, info.encoding, unit["id"], entry=entry)
             return {"rows": entry.num_samples}
 
         return run

@@ -29,7 +29,7 @@ class ShardProof:
     set_aside: tuple[SetAside, ...] = ()
 
 
-def _folder(encoding: str) -> str:
+def _name_folder(encoding: str) -> str:
     return f"proofs/{encoding}"
 
 
@@ -40,14 +40,14 @@ def read_shard_proofs(root: str, encoding: str) -> dict[str, ShardProof]:
     a proof that cannot be read.
     """
     proofs: dict[str, ShardProof] = {}
-    for uri in storage.list_files(storage.join(root, _folder(encoding)), suffix=".json"):
+    for uri in storage.list_files(storage.join(root, _name_folder(encoding)), suffix=".json"):
         proof = from_json(ShardProof, storage.read_bytes(uri), where=uri, advice="delete it and run the command again")
         proofs[uri.rsplit("/", 1)[-1].removesuffix(".json")] = proof
     lost = find_lost_shards(root, {name: proof.entry for name, proof in proofs.items() if proof.entry})
     return {name: proof for name, proof in proofs.items() if name not in lost}
 
 
-def prove_shard(
+def write_shard_proof(
     root: str, encoding: str, name: str, *, entry: ShardEntry | None, set_aside: Sequence[SetAside] = ()
 ) -> ShardProof:
     """Write the proof of the shard `name` and return the proof that counts from now on.
@@ -55,4 +55,4 @@ def prove_shard(
     Where another worker has proven the same shard already, its proof counts, unless objects that it names are gone.
     """
     proof = ShardProof(entry, tuple(set_aside))
-    return put_proof(root, f"{_folder(encoding)}/{name}.json", proof, lambda standing: standing.entry)
+    return put_proof(root, f"{_name_folder(encoding)}/{name}.json", proof, lambda standing: standing.entry)

@@ -25,7 +25,7 @@ BLOCK_SHARDS = 8  # shards whose samples are shuffled together
 _ATTEMPTS = 10_000  # draws for a substitute before all of a bucket counts as damaged
 
 
-def keyed_rng(seed: int, *purpose: object) -> np.random.Generator:
+def make_keyed_rng(seed: int, *purpose: object) -> np.random.Generator:
     """A generator that depends on nothing but the seed and the words of its purpose."""
     digest = hashlib.sha256(f"{seed}/order/{'/'.join(map(str, purpose))}".encode()).digest()
     # Philox is counter-based (Salmon et al. 2011): any key gives an independent stream, none has to be skipped ahead
@@ -117,7 +117,7 @@ class BucketOrder:
         It is drawn from the same bucket, keyed by the position. It lies in no `banned` shard (by number) and is not
         among the samples (shard, row) that were taken down. UserError where no such sample is found.
         """
-        draws = keyed_rng(self._seed, "substitute", self.bucket, position)
+        draws = make_keyed_rng(self._seed, "substitute", self.bucket, position)
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         for _ in range(_ATTEMPTS):
             sample = int(draws.integers(self.num_samples))
@@ -148,7 +148,7 @@ class BucketOrder:
     def _permute_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the shards in a pass, and the samples before each shard in that order, with the total last."""
         if number not in self._passes:
-            permuted = keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
+            permuted = make_keyed_rng(self._seed, "shards", self.bucket, number).permutation(len(self.shards))
             starts = np.concatenate([[0], np.cumsum(self.sizes[permuted])]).astype(np.int64)
             self._passes[number] = permuted, starts
             if len(self._passes) > 2:  # a batch may begin in one pass and end in the next
@@ -159,7 +159,7 @@ class BucketOrder:
         """A permutation of the `size` samples of a block of pass `number`."""
         key = number, block
         if key not in self._blocks:
-            self._blocks[key] = keyed_rng(self._seed, "samples", self.bucket, number, block).permutation(size)
+            self._blocks[key] = make_keyed_rng(self._seed, "samples", self.bucket, number, block).permutation(size)
             if len(self._blocks) > 4:
                 self._blocks.popitem(last=False)
         return self._blocks[key]
@@ -177,7 +177,7 @@ class BucketDeal:
         self._sizes: list[int | Fraction] = list(sizes.values())
         self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def batches_before(self, epoch: int) -> int:
+    def count_batches_before(self, epoch: int) -> int:
         """Global batches in all epochs before this one."""
         return sum(self._bucket_batches_before(size, epoch) for size in self._sizes)
 
@@ -185,29 +185,29 @@ class BucketDeal:
         # Rounded down over all epochs at once: samples left over by one epoch are in a batch of the next.
         return epoch * size // self.global_batch
 
-    def epoch_of(self, step: int) -> int:
+    def find_epoch(self, step: int) -> int:
         """The epoch that holds a step (the last one that starts at or before it)."""
         low, high = 0, 1
-        while self.batches_before(high) <= step:
+        while self.count_batches_before(high) <= step:
             high *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
+            low, high = (middle, high) if self.count_batches_before(middle) <= step else (low, middle)
         return low
 
     def find(self, step: int) -> tuple[str, int]:
         """(bucket of global batch `step`, number of this batch among all batches of that bucket)."""
-        epoch = self.epoch_of(step)
+        epoch = self.find_epoch(step)
         labels, ranks = self._deal(epoch)
-        entry = step - self.batches_before(epoch)
+        entry = step - self.count_batches_before(epoch)
         name = int(labels[entry])
         return self.names[name], self._bucket_batches_before(self._sizes[name], epoch) + int(ranks[entry])
 
     def count_before(self, step: int) -> dict[str, int]:
         """Batches of each bucket among the first `step` global batches."""
-        epoch = self.epoch_of(step)
+        epoch = self.find_epoch(step)
         labels, _ = self._deal(epoch)
-        dealt = np.bincount(labels[: step - self.batches_before(epoch)], minlength=len(self.names)).tolist()
+        dealt = np.bincount(labels[: step - self.count_batches_before(epoch)], minlength=len(self.names)).tolist()
         before = [self._bucket_batches_before(size, epoch) for size in self._sizes]
         return {name: before[number] + dealt[number] for number, name in enumerate(self.names)}
 
@@ -220,7 +220,7 @@ class BucketDeal:
             ]
             labels = np.repeat(np.arange(len(counts)), counts)
             if len(counts) > 1:
-                labels = keyed_rng(self._seed, "epoch", epoch).permutation(labels)
+                labels = make_keyed_rng(self._seed, "epoch", epoch).permutation(labels)
             ranks = np.empty(len(labels), np.int64)
             for number in range(len(counts)):
                 entries = np.flatnonzero(labels == number)

@@ -63,7 +63,7 @@ def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
     `file` is raised.
     """
     gap: Gap | None = None
-    for item in _read_parts(Unpacked(file), max_bytes):
+    for item in _read_archives(Unpacked(file), max_bytes):
         if isinstance(item, Gap) and gap is not None:
             gap = gap.join(item)
         elif isinstance(item, Gap):
@@ -77,14 +77,14 @@ def read_tar(file: BinaryIO, *, max_bytes: int) -> Iterator[Member | Gap]:
         yield gap
 
 
-def _read_parts(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
+def _read_archives(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]:
     """As `read_tar`, but with neighbouring gaps apart: read an archive, look for the next header behind it, repeat."""
     at, archive = 0, 0
     while True:
         end = yield from _read_archive(stream, at, archive, max_bytes=max_bytes)
         broken = end == at and _is_header(stream.read_at(at, BLOCK))  # the search must not find this header again
         following = _find_header(stream, end, skip=BLOCK if broken else 0)
-        yield from following.gaps(ended=end > 0)
+        yield from following.list_gaps(ended=end > 0)
         if following.header is None:
             if stream.error:
                 yield Gap(stream.size_read, stream.lost, stream.error, cut=True)
@@ -136,7 +136,7 @@ def _describe_hole(stream: "Unpacked", data: bytes | None, stop: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Following:
+class _Trailer:
     """What lies behind an archive that ends at offset `at`: `zeros` bytes of zeros, then `other` bytes that are no
     header, then at offset `header` another archive. `header` is None at the end of the file. `kind`: a known format of
     the other bytes, in words."""
@@ -147,7 +147,7 @@ class _Following:
     header: int | None
     kind: str = ""
 
-    def gaps(self, *, ended: bool) -> Iterator[Gap]:
+    def list_gaps(self, *, ended: bool) -> Iterator[Gap]:
         """The gaps behind an archive. `ended`: an archive came before, so a run of zeros may be its end mark and
         padding."""
         last = self.header is None
@@ -162,12 +162,12 @@ class _Following:
             yield Gap(self.at + self.zeros, self.other, reason, cut=last and not self.kind)
 
 
-def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Following:
+def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Trailer:
     """Look for the next header from offset `at` + `skip` on. `skip`: bytes of a header whose archive could not be
     read."""
     start, zeros = (at + skip, 0) if skip else _skip_zeros(stream, at)
     if start is None:
-        return _Following(at, zeros, 0, None)
+        return _Trailer(at, zeros, 0, None)
     kind = _name_kind(stream.read_at(start, 8)) if not skip else ""
     position = start
     while True:
@@ -175,9 +175,9 @@ def _find_header(stream: "Unpacked", at: int, *, skip: int) -> _Following:
         offset = _search(chunk, aligned=(at - position) % BLOCK)
         if offset is not None:
             header = position + offset
-            return _Following(at, zeros, header - at - zeros, header, kind)
+            return _Trailer(at, zeros, header - at - zeros, header, kind)
         if len(chunk) < _CHUNK + BLOCK:
-            return _Following(at, zeros, position + len(chunk) - at - zeros, None, kind)
+            return _Trailer(at, zeros, position + len(chunk) - at - zeros, None, kind)
         position += _CHUNK
 
 

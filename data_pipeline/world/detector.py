@@ -106,7 +106,7 @@ class WorldDetector(nn.Module):
         edges = self.edges(h).clamp(max=4.5).exp()  # at most 90 pixels, more than a scene is wide
         return DetectorOutput(self.logit(h), edges, self.coefficients(h), self.prototypes(at2))
 
-    def mask_logits(self, output: DetectorOutput, cells_N3: Tensor) -> Tensor:
+    def compute_mask_logits(self, output: DetectorOutput, cells_N3: Tensor) -> Tensor:
         """Mask logits (N, H, W) of the objects whose cells are given as (image, row, column)."""
         image, row, column = cells_N3.unbind(1)
         coefficients_NP = output.coefficients_BPGG[image, :, row, column]
@@ -126,14 +126,14 @@ class WorldDetector(nn.Module):
         for start in range(0, len(images), batch):
             chunk = images[start : start + batch]
             output = self(normalise(chunk, self.config.image_size))
-            peaks = _peaks(output.logit_BKGG / self.config.temperature, min_score)
+            peaks = _find_peaks(output.logit_BKGG / self.config.temperature, min_score)
             detections += [self._read(output, peaks, i, chunk.shape[1:3]) for i in range(len(chunk))]
         return detections
 
     def _read(
         self, output: DetectorOutput, peaks: tuple[Tensor, Tensor], i: int, size: Sequence[int]
     ) -> list[Detection]:
-        """The detections of image `i` of a batch. `peaks`: what `_peaks` gave; `size`: height and width of the
+        """The detections of image `i` of a batch. `peaks`: what `_find_peaks` gave; `size`: height and width of the
         image."""
         score_KGG, keep_KGG = peaks[0][i], peaks[1][i]
         cells_N3 = keep_KGG.nonzero()
@@ -143,11 +143,11 @@ class WorldDetector(nn.Module):
         if not len(cells_N3):
             return []
         class_N, row, column = cells_N3.unbind(1)
-        boxes_N4 = edges_to_boxes(output.edges_B4GG[i, :, row, column].T, row, column)
+        boxes_N4 = make_boxes(output.edges_B4GG[i, :, row, column].T, row, column)
         boxes_N4 = boxes_N4.clamp(0, self.config.image_size)
         image = torch.full_like(row, i)
-        masks_NHW = self.mask_logits(output, torch.stack([image, row, column], 1)) > 0
-        masks_NHW &= box_windows(boxes_N4, self.config.image_size, margin=1.0)
+        masks_NHW = self.compute_mask_logits(output, torch.stack([image, row, column], 1)) > 0
+        masks_NHW &= make_windows(boxes_N4, self.config.image_size, margin=1.0)
         if tuple(size) != masks_NHW.shape[1:]:
             masks_NHW = F.interpolate(masks_NHW[:, None].float(), size=tuple(size), mode="nearest")[:, 0] > 0.5
         scale = torch.tensor([size[1], size[0], size[1], size[0]]) / self.config.image_size
@@ -156,7 +156,7 @@ class WorldDetector(nn.Module):
         for k, number in enumerate(class_N.tolist()):
             box = (boxes[k][0], boxes[k][1], boxes[k][2], boxes[k][3])
             # Non-maximum suppression within a class: a box of the same object with a better score is kept already.
-            duplicate = any(d.name == self.config.classes[number] and box_iou(d.box, box) > 0.6 for d in kept)
+            duplicate = any(d.name == self.config.classes[number] and compute_iou(d.box, box) > 0.6 for d in kept)
             if not duplicate:
                 mask = masks_NHW[k].numpy()
                 kept.append(Detection(self.config.classes[number], box, mask, float(scores[k])))
@@ -194,7 +194,7 @@ def normalise(images: np.ndarray, size: int) -> Tensor:
     return x_BCHW
 
 
-def centre_weights(boxes_N4: Tensor, num_cells: int) -> tuple[Tensor, Tensor, Tensor]:
+def compute_centre_weights(boxes_N4: Tensor, num_cells: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and weights, each (N, 4), of the four cells nearest to each box's centre. The weights are bilinear
     and sum to 1. Boxes are x1 y1 x2 y2 in pixels; `num_cells`: cells per side of the grid."""
     # In units of cells, with 0 at the centre of the first. Below the last centre, so that low + 1 is a cell.
@@ -208,14 +208,14 @@ def centre_weights(boxes_N4: Tensor, num_cells: int) -> tuple[Tensor, Tensor, Te
     return low_N2[:, 1:].long() + dy, low_N2[:, :1].long() + dx, weight_x * weight_y
 
 
-def edges_to_boxes(edges_N4: Tensor, row_N: Tensor, column_N: Tensor) -> Tensor:
+def make_boxes(edges_N4: Tensor, row_N: Tensor, column_N: Tensor) -> Tensor:
     """Boxes (N, 4), x1 y1 x2 y2 in pixels, from the edge distances (pixels) at cells of the grid."""
     x, y = (column_N + 0.5) * STRIDE, (row_N + 0.5) * STRIDE
     left, top, right, bottom = edges_N4.unbind(1)
     return torch.stack([x - left, y - top, x + right, y + bottom], 1)
 
 
-def box_windows(boxes_N4: Tensor, size: int, *, margin: float) -> Tensor:
+def make_windows(boxes_N4: Tensor, size: int, *, margin: float) -> Tensor:
     """Boolean (N, size, size): pixels whose centre lies inside the box grown by `margin` pixels on each side."""
     centre = torch.arange(size) + 0.5
     x1, y1, x2, y2 = (boxes_N4 + torch.tensor([-margin, -margin, margin, margin])).unbind(1)
@@ -224,7 +224,7 @@ def box_windows(boxes_N4: Tensor, size: int, *, margin: float) -> Tensor:
     return down[:, :, None] & across[:, None, :]
 
 
-def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+def compute_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes x1 y1 x2 y2."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -233,7 +233,7 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return overlap / union if union > 0 else 0.0
 
 
-def _peaks(logit_BKGG: Tensor, min_score: float) -> tuple[Tensor, Tensor]:
+def _find_peaks(logit_BKGG: Tensor, min_score: float) -> tuple[Tensor, Tensor]:
     """The score of each cell and class, and which cells are peaks with a score above `min_score`; both (B, K, G, G).
 
     A score is the sum of the weights in the 3x3 cells around: the four that an object's weight was spread over are

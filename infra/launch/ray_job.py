@@ -25,8 +25,8 @@ def submit(job: Job) -> int:
     """Submit the job, follow its log, and return its exit code. UserError where a token is missing or no cluster
     answers."""
     arguments = _list_arguments(job)
-    _need_token()
-    _need_answer(
+    _check_token()
+    _check_cluster(
         job.options.get("address") or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     )
     ray = "from ray.scripts.scripts import main; main()"  # the `ray` of this interpreter, whatever PATH says
@@ -49,7 +49,7 @@ def _list_arguments(job: Job) -> list[str]:
     return ["job", "submit", *address, *where, *gpus, "--", *shlex.split(write_command(job))]
 
 
-def _need_answer(address: str | None) -> None:
+def _check_cluster(address: str | None) -> None:
     """UserError where no cluster answers: `ray job submit` itself would end with a traceback."""
     parts = urlsplit(address or "http://127.0.0.1:8265")
     if parts.scheme not in ("http", "https"):
@@ -63,7 +63,7 @@ def _need_answer(address: str | None) -> None:
         ) from error
 
 
-def _need_token() -> None:
+def _check_token() -> None:
     """UserError where a token is missing: Ray itself would end with a long traceback about code 401."""
     environment = os.environ
     if environment.get("RAY_AUTH_MODE", "token") != "token":

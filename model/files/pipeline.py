@@ -157,8 +157,9 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
         "",
     ]
     if steps is not None:
-        plain = "`num_inference_steps` alone gives the same" if _is_plain(meta, steps) else "`sigmas` are needed"
-        lines += [f"This student knows the grid of {steps} steps alone; {plain}.", ""]
+        suffices = _scheduler_suffices(meta, steps)
+        needed = "`num_inference_steps` alone gives the same" if suffices else "`sigmas` are needed"
+        lines += [f"This student knows the grid of {steps} steps alone; {needed}.", ""]
     if baked:
         lines += [
             f"Guidance {student.get('guidance', 1.0):g} is baked in. So `guidance_scale` must be 1, as another one "
@@ -168,7 +169,7 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _is_plain(meta: Mapping[str, Any], steps: int) -> bool:
+def _scheduler_suffices(meta: Mapping[str, Any], steps: int) -> bool:
     """Does the scheduler take a student's own times without `sigmas`?"""
     return steps == 1 or "shift_terminal" in make_scheduler_config(meta)
 

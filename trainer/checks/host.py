@@ -71,11 +71,11 @@ def check_out(out: str) -> None:
         raise UserError(f"--out {out}: {existing} takes no file ({error.strerror}): choose another --out") from error
 
 
-def check_swapping(p: Parallel) -> None:
+def check_swapping(parallel: Parallel) -> None:
     """UserError unless the folder that parameters are swapped to takes files, and DeepSpeed's library for reading and
     writing there (aio) can be used."""
-    path = p.nvme_path
-    if p.offload_parameters != "nvme" or not path:
+    path = parallel.nvme_path
+    if parallel.offload_parameters != "nvme" or not path:
         return
     try:
         with tempfile.TemporaryFile(dir=path):
@@ -88,10 +88,10 @@ def check_swapping(p: Parallel) -> None:
     check_aio()
 
 
-def check_compiler(p: Parallel) -> None:
+def check_compiler(parallel: Parallel) -> None:
     """UserError where torch.compile would find no compiler. On a CPU it compiles kernels in C++; on a GPU it compiles
     the C code that starts Triton's kernels."""
-    if not p.compile:
+    if not parallel.compile:
         return
     gpu = torch.cuda.is_available()
     wanted = os.environ.get("CC" if gpu else "CXX", "gcc" if gpu else "g++")
@@ -102,8 +102,8 @@ def check_compiler(p: Parallel) -> None:
         )
 
 
-def check_gpu(p: Parallel) -> None:
+def check_gpu(parallel: Parallel) -> None:
     """UserError where ZeRO++'s quantization is asked for without a GPU: its kernels exist in CUDA alone."""
-    asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(p, name)]
+    asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(parallel, name)]
     if asked and not torch.cuda.is_available():
         raise UserError(f"parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")

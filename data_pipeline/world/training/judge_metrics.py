@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.world.detector import Detection, box_iou
+from data_pipeline.world.detector import Detection, compute_iou
 from data_pipeline.world.scenes import SceneObject
 
 THRESHOLDS = np.round(np.arange(0.5, 1.0, 0.05), 2)
@@ -57,7 +57,7 @@ def compute_average_precision(
             real = [o for o in objects if o.name == name]
             num_true += len(real)
             scores += [d.score for d in mine]
-            boxes = np.array([[box_iou(d.box, o.box) for o in real] for d in mine]).reshape(len(mine), len(real))
+            boxes = np.array([[compute_iou(d.box, o.box) for o in real] for d in mine]).reshape(len(mine), len(real))
             masks = np.array([[_compute_mask_iou(d.mask, o.mask) for o in real] for d in mine]).reshape(
                 len(mine), len(real)
             )

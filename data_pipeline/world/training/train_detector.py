@@ -17,9 +17,9 @@ from data_pipeline.world.detector import (
     DetectorConfig,
     DetectorOutput,
     WorldDetector,
-    box_windows,
-    centre_weights,
-    edges_to_boxes,
+    compute_centre_weights,
+    make_boxes,
+    make_windows,
     normalise,
 )
 from data_pipeline.world.scenes import Scene
@@ -68,7 +68,7 @@ def collate(scenes: list[Scene], rng: np.random.Generator | None, size: int = 64
 
 def presence_loss(logit_BKGG: Tensor, targets: Targets) -> Tensor:
     """Cross entropy of every cell and class against the bilinear centre weights, summed, per object."""
-    row_N4, column_N4, weight_N4 = centre_weights(targets.boxes_N4, logit_BKGG.shape[2])
+    row_N4, column_N4, weight_N4 = compute_centre_weights(targets.boxes_N4, logit_BKGG.shape[2])
     wanted_BKGG = torch.zeros_like(logit_BKGG)
     where = (targets.image_N[:, None].expand(-1, 4), targets.label_N[:, None].expand(-1, 4), row_N4, column_N4)
     wanted_BKGG.index_put_(where, weight_N4, accumulate=True)
@@ -78,10 +78,10 @@ def presence_loss(logit_BKGG: Tensor, targets: Targets) -> Tensor:
 
 def box_loss(output: DetectorOutput, targets: Targets) -> Tensor:
     """UnitBox: -log IoU of the edge distances at each of the four cells, weighted by the cell's share."""
-    row_N4, column_N4, weight_N4 = centre_weights(targets.boxes_N4, output.edges_B4GG.shape[2])
+    row_N4, column_N4, weight_N4 = compute_centre_weights(targets.boxes_N4, output.edges_B4GG.shape[2])
     found_N44 = output.edges_B4GG[targets.image_N[:, None], :, row_N4, column_N4]
     zeros = torch.zeros(row_N4.numel(), 4)
-    centres = edges_to_boxes(zeros, row_N4.flatten(), column_N4.flatten())[:, :2].view(-1, 4, 2)
+    centres = make_boxes(zeros, row_N4.flatten(), column_N4.flatten())[:, :2].view(-1, 4, 2)
     low, high = targets.boxes_N4[:, None, :2], targets.boxes_N4[:, None, 2:]
     true_N44 = torch.cat([centres - low, high - centres], 2).clamp(min=0.5)
     shared_N44 = torch.minimum(found_N44, true_N44)
@@ -96,12 +96,12 @@ def box_loss(output: DetectorOutput, targets: Targets) -> Tensor:
 
 def mask_loss(detector: WorldDetector, output: DetectorOutput, targets: Targets) -> Tensor:
     """Cross entropy inside the box (grown a little) plus dice, at one cell per object drawn by its share."""
-    row_N4, column_N4, weight_N4 = centre_weights(targets.boxes_N4, output.logit_BKGG.shape[2])
+    row_N4, column_N4, weight_N4 = compute_centre_weights(targets.boxes_N4, output.logit_BKGG.shape[2])
     pick_N1 = weight_N4.multinomial(1)
     cells = [targets.image_N, row_N4.gather(1, pick_N1)[:, 0], column_N4.gather(1, pick_N1)[:, 0]]
-    logit_NHW = detector.mask_logits(output, torch.stack(cells, 1))
+    logit_NHW = detector.compute_mask_logits(output, torch.stack(cells, 1))
     true_NHW = targets.masks_NHW.float()
-    inside_NHW = box_windows(targets.boxes_N4, logit_NHW.shape[2], margin=2.0).float()
+    inside_NHW = make_windows(targets.boxes_N4, logit_NHW.shape[2], margin=2.0).float()
     pixel_NHW = F.binary_cross_entropy_with_logits(logit_NHW, true_NHW, reduction="none")
     entropy_N = (pixel_NHW * inside_NHW).sum((1, 2)) / inside_NHW.sum((1, 2))
     p_NHW = logit_NHW.sigmoid() * inside_NHW
