@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from infra.codec import from_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
-from model.files.adapters import read_foreign_adapter
+from model.files.adapters import CONFIG_FILE, read_foreign_adapter
 from model.files.weights import META_KEY, load_weights, save_weights
 from model.seeding import draw_, seeded
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from model.backbones.trunk import TokenConfig
 
 PART = ".lora."
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight"}
 _PREFIX = "base_model.model."
 
@@ -141,6 +141,7 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
     (peft's layout), or a file or folder with diffusers' or kohya's names."""
     state_dict, meta = load_weights(base)
     path = Path(adapter)
+    path = path / WEIGHTS_FILE if _has_diffusers_names(path) else path
     if path.is_dir() and (path / CONFIG_FILE).is_file():
         changes, trained = _read_changes(path, state_dict)
     else:
@@ -154,6 +155,17 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
         state_dict[name] = state_dict[name].float() + change_OI
     kept = {key: trained[key] for key in trained if key not in ("backbone", "config")}
     return save_weights(out, state_dict, {**meta, **kept})
+
+
+def _has_diffusers_names(folder: Path) -> bool:
+    """Did peft write an adapter of diffusers' transformer, rather than of our network?"""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+            return any(name.startswith(f"{_PREFIX}transformer_blocks.") for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False  # which reading it says
 
 
 def _find_file(path: Path) -> Path:

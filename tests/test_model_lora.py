@@ -11,10 +11,10 @@ from infra.errors import UserError
 from model.backbone import BACKBONES
 from model.backbones.mmdit import MMDiTConfig
 from model.encoders.text import TextCond
+from model.files.adapters import CONFIG_FILE
 from model.files.names import adapter_to_diffusers, make_diffusers_config, to_diffusers, to_sd3_name
 from model.files.weights import load_weights, save_weights
 from model.lora import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     add_adapters,
     count_adapter_parameters,
@@ -208,6 +208,44 @@ def test_adapters_from_elsewhere_merge_to_what_our_own_does(tmp_path, base, dial
     plain = build()
     plain.load_state_dict(load_weights(out)[0])
     torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["metadata", "beside", "folder"])
+@pytest.mark.parametrize("rooted", [False, True])
+def test_alpha_that_no_tensor_holds_is_read_from_pefts_settings(tmp_path, base, where, rooted):
+    """diffusers keeps them in the file's metadata, peft in a file beside; both scale by them."""
+    from safetensors.torch import save_file
+
+    model = adapted(trained=True)
+    state = {name: param.detach() for name, param in model.named_parameters()}
+    adapters = [(n, *(state[part] for part in name_adapter(n))) for n in state if name_adapter(n)[0] in state]
+    found = {n: x.clone() for n, x in adapter_to_diffusers(CONFIG, adapters, scale=1.0)}
+    alpha = ALPHA / RANK * (RANK**0.5 if rooted else RANK)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": alpha, "use_rslora": rooted}
+    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    if where != "metadata":
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+        found = {n.replace("transformer.", "base_model.model.", 1): x for n, x in found.items()}
+    save_file(found, tmp_path / WEIGHTS_FILE, metadata=told if where == "metadata" else None)
+    given = tmp_path if where == "folder" else tmp_path / WEIGHTS_FILE
+    merged = merge_files(base, given, tmp_path / "o" / "m.safetensors")
+    plain = build()
+    plain.load_state_dict(load_weights(merged)[0])
+    torch.testing.assert_close(plain(*inputs()), model(*inputs()), atol=1e-6, rtol=1e-5)
+
+
+def test_settings_of_another_method_and_ranks_that_differ_are_one_line(tmp_path, base):
+    from safetensors.torch import save_file
+
+    found = foreign("kohya", adapted(trained=True))
+    told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, "transformer.use_dora": True})}
+    save_file(found, tmp_path / "dora.safetensors", metadata=told)
+    with pytest.raises(UserError, match="use_dora is True: merge this adapter with peft"):
+        merge_files(base, tmp_path / "dora.safetensors", tmp_path / "out.safetensors")
+    short = {n: x[:2].clone() if n.endswith("down.weight") else x for n, x in found.items()}
+    save_file(short, tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match=f"has rank 2 on one side and {RANK} on the other"):
+        merge_files(base, tmp_path / "short.safetensors", tmp_path / "out.safetensors")
 
 
 def test_an_adapter_of_some_parts_of_qkv_changes_these_alone(tmp_path, base):

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from infra.codec import from_json
 from infra.errors import UserError, list_some, nearest
 from model.backbones.mmdit import MMDiTConfig
 from model.files.names import is_swapped, swap_halves, to_diffusers_names, to_sd3_name
@@ -16,7 +19,13 @@ from model.files.names import is_swapped, swap_halves, to_diffusers_names, to_sd
 # How the module's name and the role of a tensor are written: peft and diffusers; kohya; diffusers before peft.
 _DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
 _UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
-_PREFIXES = ("transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "model.diffusion_model.", "unet.")
+_PREFIXES = (
+    "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "model.diffusion_model.",
+    "diffusion_model.", "unet.",
+)  # fmt: skip
+# Where files without a tensor of alpha state it: peft's settings, in the metadata of diffusers or in a file beside.
+CONFIG_FILE = "adapter_config.json"
+_SETTINGS_KEY = "lora_adapter_metadata"
 _WHOLE = -1  # no part of a fused qkv
 
 
@@ -30,6 +39,7 @@ def read_foreign_adapter(path: Path, config: MMDiTConfig) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            settings = _read_settings(path, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     modules, strange = _collect(tensors)
@@ -42,7 +52,9 @@ def read_foreign_adapter(path: Path, config: MMDiTConfig) -> dict[str, Tensor]:
         if target is None:
             strange.append(name)
             continue
-        scale = 1.0 if alpha is None else alpha / down_RI.shape[0]
+        if down_RI.shape[0] != up_OR.shape[1]:
+            raise UserError(f"{path}: {name} has rank {down_RI.shape[0]} on one side and {up_OR.shape[1]} on the other")
+        scale = _find_scale(alpha, settings, down_RI.shape[0])
         ours, swapped, number = target
         parts.setdefault((ours, swapped), {})[number] = scale * (up_OR.float() @ down_RI.float())
     if strange:
@@ -52,6 +64,28 @@ def read_foreign_adapter(path: Path, config: MMDiTConfig) -> dict[str, Tensor]:
             f"{list_some(sorted(strange))}{hint}; prefixes that are read: {', '.join(_PREFIXES)}"
         )
     return {ours: _join(found, swapped) for (ours, swapped), found in parts.items()}
+
+
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings of the adapter; {} where none are stated. UserError for those that we do not compute."""
+    beside = path.with_name(CONFIG_FILE)
+    if _SETTINGS_KEY in metadata:
+        found = from_json(dict[str, Any], metadata[_SETTINGS_KEY], where=f"{path}: {_SETTINGS_KEY}")
+        found = {name.removeprefix("transformer."): value for name, value in found.items()}
+    else:
+        found = from_json(dict[str, Any], beside.read_bytes(), where=str(beside)) if beside.is_file() else {}
+    unusual = [name for name in ("use_dora", "alpha_pattern", "fan_in_fan_out") if found.get(name)]
+    if unusual:
+        raise UserError(f"{path}: {unusual[0]} is {found[unusual[0]]!r}: merge this adapter with peft itself")
+    return found
+
+
+def _find_scale(alpha: float | None, settings: Mapping[str, Any], rank: int) -> float:
+    """Alpha over the rank (rsLoRA, arXiv 2312.03732: over its root); a tensor of alpha goes before the settings."""
+    if alpha is None and settings.get("lora_alpha") is None:
+        return 1.0
+    rooted = alpha is None and settings.get("use_rslora")
+    return float(settings["lora_alpha"] if alpha is None else alpha) / (math.sqrt(rank) if rooted else rank)
 
 
 def _collect(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor, float | None]], list[str]]:
