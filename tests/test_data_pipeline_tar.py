@@ -298,3 +298,21 @@ def test_a_hard_link_has_the_data_of_its_target_and_other_links_are_told(tmp_pat
         ("bad_name", "a hard link to no member before it"),
         ("bad_name", "a symbolic link: `tar -h` writes what it points to"),
     ]
+
+
+@pytest.mark.parametrize(("zeros", "told"), [(100, 1), (512, 1), (9000, 1), (1024, 0), (10240, 0)])
+def test_a_file_of_zeros_alone_is_an_empty_archive_or_told(zeros, told):
+    gaps = list(read_tar(io.BytesIO(bytes(zeros)), max_bytes=10**6))
+    assert [gap.length for gap in gaps] == [zeros] * told
+    assert all(gap.cut for gap in gaps)
+
+
+def test_zeros_of_a_member_that_no_row_reads_cost_no_row_and_a_damaged_table_no_tar(tmp_path):
+    members = [("0001.png", b"picture"), ("0001.txt", b"a caption"), ("0001.mask.raw", b"x" + bytes(5000))]
+    (tmp_path / "00000.tar").write_bytes(make_tar(members))
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1 and then nothing")
+    source = open_source(f"wds:{tmp_path}")
+    (unit,) = source.list_units()
+    rows = list(source.read_rows(unit))
+    assert [(row.key, row.status) for row in rows] == [("0001", "ok"), ("00000.parquet", "unreadable")]
+    assert "not a readable parquet file" in rows[1].reason

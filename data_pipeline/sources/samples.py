@@ -119,7 +119,9 @@ def _make_sample(key: str, archive: int, parts: list[tuple[str, Member]], *, cut
     for suffix, member in parts:  # a.txt and a.jpg.txt are both texts of a
         free = (suffix, *(f"{suffix}#{number}" for number in range(2, 2 + len(parts))))
         found[next(name for name in free if name not in found)] = member.data or b""
-    damage = next((f"{member.info.name}: {member.damage}" for _, member in parts if member.damage), "")
+    # what no row reads may end in zeros: a mask of raw bytes
+    read = [member for suffix, member in parts if suffix in _KNOWN]
+    damage = next((f"{member.info.name}: {member.damage}" for member in read if member.damage), "")
     if cut and not damage and not found.keys() & {*TEXT_SUFFIXES, "json"}:
         damage = "the file breaks off before a caption"
     return Sample(key, archive, found, damage)

@@ -94,9 +94,7 @@ def _read_archives(stream: "Unpacked", max_bytes: int) -> Iterator[Member | Gap]
         at, archive = following.header, archive + 1
 
 
-def _read_archive(
-    stream: "Unpacked", start: int, number: int, *, max_bytes: int
-) -> Generator[Member, None, int]:
+def _read_archive(stream: "Unpacked", start: int, number: int, *, max_bytes: int) -> Generator[Member, None, int]:
     """Yields the members of the archive that begins at `start`; returns the offset behind the last whole one. `number`:
     of the archive in the file, from 0."""
     end, places = start, dict[str, tuple[int, int]]()
@@ -154,6 +152,8 @@ class _Trailer:
         if self.zeros > MAX_PADDING:
             reason = f"{self.zeros:,} bytes of zeros from byte {self.at:,} on: an unfinished or preallocated file?"
             yield Gap(self.at, self.zeros, reason, cut=True)
+        elif not ended and last and not self.other and self.zeros and (self.zeros % BLOCK or self.zeros < 2 * BLOCK):
+            yield Gap(self.at, self.zeros, f"{self.zeros:,} bytes of zeros are no archive: cut short?", cut=True)
         elif ended and last and not self.other and self.zeros < 2 * BLOCK:
             yield Gap(self.at, self.zeros, f"no end-of-archive mark at byte {self.at:,}: cut short?", cut=True)
         if self.other:

@@ -25,7 +25,7 @@ from data_pipeline.sources.source import (
 )
 from data_pipeline.sources.tar import Gap, Member, read_tar
 from infra import storage
-from infra.errors import MissingError
+from infra.errors import MissingError, UnavailableError, UserError
 from infra.log import get_logger
 
 log = get_logger("sources")
@@ -138,7 +138,13 @@ def _list_tables(folder: str) -> list[str]:
 
 def _read_failed_downloads(uri: str, keys: AbstractSet[str]) -> Iterator[RawRow]:
     """Rows of img2dataset's table that its tar lacks; another table that lies beside a tar has none."""
-    table = decode_table(storage.read_bytes(uri), uri)
+    try:
+        table = decode_table(storage.read_bytes(uri), uri)
+    except UnavailableError:
+        raise
+    except UserError as error:  # the tar's own rows count all the same
+        yield RawRow(posixpath.basename(uri), None, None, "unreadable", str(error))
+        return
     if not {"key", "status"} <= set(table.column_names):
         return
     for row in table.to_pylist():

@@ -12,9 +12,9 @@ from infra import storage
 from infra.codec import to_json
 from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
+from model.files.adapters import CONFIG_FILE
 from model.files.names import adapter_to_diffusers
 from model.files.weights import list_expected_tensors
-from model.files.adapters import CONFIG_FILE
 from model.lora import WEIGHTS_FILE, make_peft_config, name_adapter, to_peft_name
 from trainer.exports.card import describe_weights, format_model_card
 from trainer.exports.export import StoredWeights, Weights, stream_file
