@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 CROP_RULE = "cover-center/1"  # raise the number when pixels change
 MAX_PIXELS = 178_956_970  # a quarter of a gigabyte of RGB; Pillow's own warning threshold is half of that
 BACKGROUND = (255, 255, 255)
-_MAY_END_IN_ZEROS = (b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")  # uncompressed
+_MAY_END_IN_ZEROS = (b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY", b"P4", b"P5", b"P6")  # uncompressed
+# Of pictures these alone have an end of their own: black pixels at the end of the others are zeros.
+_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "JPEG2000", "AVIF", "HEIF", "JXL")
 _LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of JPEG (2000) and PNG
 _FEW_ZEROS = 16  # that data of other formats may end in
 # Formats whose decoders have copyleft parts or large libraries: a user installs them, this project never does.
@@ -55,7 +57,8 @@ def decode(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if width * height > max_pixels:
                 raise ImageError("too_large", f"{width}x{height} pixels, at most {max_pixels:,} are unpacked")
             image.load()
-            _refuse_hole(file)
+            if image.format in _COMPRESSED:
+                _refuse_hole(file)
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
@@ -128,8 +131,12 @@ def _name_format(start: bytes) -> ImageError:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits instead of scaling them
-        values = np.asarray(image).astype(np.float32) / 257
-        image = _with_profile(Image.fromarray(values.round().astype(np.uint8)), image)
+        values = np.asarray(image)
+        gray = _with_profile(Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8)), image)
+        if "transparency" in image.info:
+            alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+            gray = _with_profile(Image.merge("LA", (gray, alpha)), image)
+        image = gray
     elif image.mode in ("F", "I"):
         image = _with_profile(_scale_range(np.asarray(image, np.float64)), image)
     if image.mode in ("La", "RGBa"):  # premultiplied: Pillow knows one way back for each
@@ -137,7 +144,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         above = _with_profile(image.convert("RGBA"), image)
         alpha = above.getchannel("A")
-        above = _to_srgb(above)
+        # gray with alpha has a profile of gray
+        above = _to_srgb(_with_profile(above.getchannel("R"), image) if image.mode in ("L", "LA") else above)
         above.putalpha(alpha)
         below = Image.new("RGBA", above.size, (*BACKGROUND, 255))
         return Image.alpha_composite(below, above).convert("RGB")

@@ -1,6 +1,7 @@
 """One decoder for every picture: each mode that Pillow knows, profiles, deep pixels, holes, foreign formats."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -148,6 +149,48 @@ def test_a_profile_is_converted_to_srgb(make, kind):
     expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     assert np.abs(found[0, 0] - expected).max() <= 3
     assert np.abs(found[0, 0].astype(int) - rgb[0, 0]).max() > 8
+
+
+def make_gray_profile(gamma: float) -> bytes:
+    """A profile of gray: its curve alone says what a value means."""
+    rgb = make_profile((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), gamma)
+    count = int.from_bytes(rgb[128:132], "big")
+    entries = [rgb[132 + 12 * n : 144 + 12 * n] for n in range(count)]
+    kept = [(b"kTRC" if entry[:4] == b"rTRC" else entry[:4]) + entry[4:] for entry in entries]
+    kept = [entry for entry in kept if entry[:4] in (b"desc", b"wtpt", b"kTRC")]
+    table = len(kept).to_bytes(4, "big") + b"".join(kept)
+    return (
+        rgb[:16] + b"GRAY" + rgb[20:128] + table + bytes(132 + 12 * count - 128 - len(table)) + rgb[132 + 12 * count :]
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_profile_of_gray_counts_in_every_gray_mode(mode):
+    """Linear light of 60/255 in sRGB's curve."""
+    color = {"L": 60, "LA": (60, 255), "I;16": 60 * 257}[mode]
+    found = read(save(Image.new(mode, (8, 8), color), "PNG", icc_profile=make_gray_profile(1.0)))
+    expected = 255 * (1.055 * (60 / 255) ** (1 / 2.4) - 0.055)
+    assert np.abs(found - expected).max() <= 3
+
+
+def test_deep_gray_with_a_transparent_value_lies_over_white():
+    values = np.full((8, 8), 40_000, np.uint16)
+    values[:, :4] = 1000
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    data = out.getvalue()
+    chunk = b"tRNS" + (1000).to_bytes(2, "big")
+    put = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    at = data.index(b"IDAT") - 4
+    found = read(data[:at] + put + data[at:])
+    assert (found[:, :4] == 255).all()
+    assert (found[:, 4:] == 156).all()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "DIB", "TIFF", "PPM", "DDS", "SGI", "TGA"])
+def test_black_pictures_of_formats_without_an_end_are_read(kind):
+    options = {"big_tiff": True} if kind == "TIFF" else {}
+    assert read(save(Image.new("RGB", (64, 64)), kind, **options)).max() == 0
 
 
 def test_srgb_itself_and_broken_profiles_change_no_pixel():
