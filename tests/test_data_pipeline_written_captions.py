@@ -190,3 +190,17 @@ def test_the_case_of_a_column_does_not_matter(types, column):
 def test_two_columns_that_differ_in_case_are_a_guess():
     with pytest.raises(UserError, match="caption and Caption may each be the caption"):
         choose_caption_column({"caption": pa.string(), "Caption": pa.string()}, "", "t")
+
+
+def test_a_json_file_without_a_caption_hides_no_table_and_its_fields_are_kept(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"picture")
+        (tmp_path / f"{number}.json").write_text(json.dumps({"url": f"http://a/{number}", "id": number}))
+    (tmp_path / "2.json").write_text('{"caption": "of the file beside"}')
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"of the table {number}"}) for number in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(f"folder:{tmp_path}")
+    rows = [row for unit in source.list_units() for row in source.read_rows(unit)]
+    said = {row.key: row.caption for row in rows}
+    assert said == {"0.png": "of the table 0", "1.png": "of the table 1", "2.png": "of the file beside"}
+    assert rows[0].info == {"url": "http://a/0", "id": 0}

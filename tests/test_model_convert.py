@@ -258,6 +258,14 @@ OLD = tuple(f"diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n in (1,
         ({SHARDS[0]: 1, SHARDS[1]: 1, VARIANT: 3}, {INDEX: list(SHARDS)}),
         ({SHARDS[0]: 1, SHARDS[1]: 1, OLD[0]: 5, OLD[1]: 5, PLAIN: 7}, {INDEX: list(SHARDS)}),
         ({VARIANT: 1}, {}),
+        (
+            {SHARDS[0]: 1, SHARDS[1]: 1, VARIANT: 3},
+            {"diffusion_pytorch_model.safetensors.index.fp16.json": list(SHARDS)},
+        ),
+        (
+            {SHARDS[0]: 1, SHARDS[1]: 1},
+            {INDEX: list(SHARDS), "diffusion_pytorch_model.safetensors.index.fp16.json": [PLAIN, PLAIN]},
+        ),
     ],
 )
 def test_an_index_or_a_single_file_decides_which_weights_a_folder_holds(tmp_path, files, indices):

@@ -99,7 +99,8 @@ class FolderSource:
         wanted = (f"{base}.{suffix}".lower() for base in (stem, name) for suffix in SIDECARS)
         text = next((sidecars[low] for low in wanted if low in sidecars), None)
         stamps = stamp_files([uri for uri in (name, text) if uri], etags)
-        said = None if text else tables.find(name.removeprefix(root))
+        # a JSON file may hold no caption: a table's then counts
+        said = tables.find(name.removeprefix(root)) if not text or text.lower().endswith(".json") else None
         more = [] if said is None else [{"caption": said}]
         return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
 
@@ -129,7 +130,8 @@ class FolderSource:
             for file in filter(None, (name, text)):
                 count_file(seen, file)
             try:
-                caption = _read_sidecar(storage.join(self.uri, text)) if text else (table[0] if table else None)
+                info, caption = _read_sidecar(storage.join(self.uri, text)) if text else ({}, None)
+                caption = table[0] if caption is None and table else caption
                 whole = name.startswith("/") or "://" in name
                 image = storage.read_bytes(name if whole else storage.join(self.uri, name))
             except UnavailableError:
@@ -137,7 +139,7 @@ class FolderSource:
             except UserError as error:
                 yield RawRow(name, None, None, "unreadable", str(error))
                 continue
-            yield RawRow(name, image, caption)
+            yield RawRow(name, image, caption, info=info)
 
 
 class Tables:
@@ -227,9 +229,10 @@ def _join(first: Any, second: Any) -> list[Any]:
     return [*(first if isinstance(first, list) else [first]), *(second if isinstance(second, list) else [second])]
 
 
-def _read_sidecar(uri: str) -> object:
+def _read_sidecar(uri: str) -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file, the caption)."""
     data = storage.read_bytes(uri)
-    return parse_fields(data)[1] if uri.lower().endswith(".json") else data
+    return parse_fields(data) if uri.lower().endswith(".json") else ({}, data)
 
 
 def _is_table(uri: str) -> bool:

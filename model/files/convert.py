@@ -136,7 +136,7 @@ def list_weight_files(folder: Path) -> list[Path]:
         if missing:
             raise UserError(f"{index.name} names files that {folder} lacks: {list_some(missing)}")
         return files
-    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
+    indices = _list_indices(folder)
     single = folder / f"{TRANSFORMER}.safetensors"
     found = sorted(folder.glob(f"{TRANSFORMER}*.safetensors"))
     candidates = (
@@ -158,11 +158,16 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 def _find_index(folder: Path) -> Path | None:
     """The index that decides: the plain one, or that of a variant where there is nothing else."""
-    indices = sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index.json"))
+    indices = _list_indices(folder)
     plain, single = folder / f"{TRANSFORMER}.safetensors.index.json", folder / f"{TRANSFORMER}.safetensors"
     if plain in indices:
         return plain
     return indices[0] if len(indices) == 1 and not single.is_file() else None
+
+
+def _list_indices(folder: Path) -> list[Path]:
+    """diffusers puts the variant behind `index`: diffusion_pytorch_model.safetensors.index.fp16.json."""
+    return sorted(folder.glob(f"{TRANSFORMER}*.safetensors.index*.json"))
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
