@@ -31,6 +31,7 @@ PAYS = 1.2  # bf16 must be so many times as fast: what stands between the produc
 EMULATED = 2.0  # a first product so many times slower than in fp32 needs no second, longer look
 QUICK, LONG = 256, 512  # sides of the square matrices; 512 in emulated bf16 would take a third of a second
 REPEATS = 9
+MOST_THREADS = 4096  # more is a slip of the keyboard, and no system starts them
 # Limits that a user sets on what torch and oneDNN may use of a CPU; other limits, another measurement.
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
@@ -210,7 +211,7 @@ def choose_num_threads(default: int) -> int:
     parallelism, OpenMP 5.2, section 21.1.2), else `default`."""
     given = os.environ.get("OMP_NUM_THREADS", "").strip()
     first = given.split(",")[0].strip()
-    if first.isdecimal() and int(first) > 0:
+    if first.isdecimal() and 0 < int(first) <= MOST_THREADS:
         return int(first)
     if given and get_rank() == 0:
         log.warning("OMP_NUM_THREADS=%r is no number of threads: %d are used", given, default)

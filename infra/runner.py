@@ -24,6 +24,8 @@ from infra.log import get_logger
 log = get_logger("runner")
 
 _FIRST_CONTACT_S = 10.0  # how long the cluster of RAY_ADDRESS may take to accept a connection
+# What a client of HTTP/2 begins with (RFC 9113, sections 3.4 and 6.5), over which Ray speaks; its answer is SETTINGS.
+_HELLO, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\x04"
 _SOCKET_PATH = 107  # bytes: sizeof(sockaddr_un.sun_path) minus one for the final zero
 _SMALL_POOL = 8  # workers that are all waited for at the start; a larger pool starts with one and grows
 _WAVE = 10_000  # units in a wave; of 1,000 rows each: ten million rows between two starts of the workers
@@ -231,7 +233,7 @@ def _join_cluster(address: str, quiet: Mapping[str, Any]) -> None:
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if host and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_FIRST_CONTACT_S).close()
+            _greet((host.strip("[]"), int(port)))
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({reason}): {advice}") from error
@@ -240,6 +242,17 @@ def _join_cluster(address: str, quiet: Mapping[str, Any]) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"RAY_ADDRESS={address}: no Ray cluster there ({reason}): {advice}") from error
+
+
+def _greet(address: tuple[str, int]) -> None:
+    """OSError unless what listens there speaks as Ray does: a port may belong to another program by now."""
+    with socket.create_connection(address, timeout=_FIRST_CONTACT_S) as contact:
+        if os.environ.get("RAY_USE_TLS") == "1":
+            return
+        contact.sendall(_HELLO)
+        answer = contact.recv(9)
+        if answer[3:4] != _SETTINGS:
+            raise ConnectionError(0, "what listens there is no Ray")
 
 
 def _refuse_long_folder() -> None:

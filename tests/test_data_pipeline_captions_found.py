@@ -97,6 +97,7 @@ STRING, LIST, STRUCT = pa.string(), pa.list_(pa.string()), pa.struct({"en": pa.s
         ({"text": pa.large_string(), "url": STRING}, "text"),
         ({"TEXT": STRING, "id": pa.int64()}, "TEXT"),
         ({"caption": pa.dictionary(pa.int32(), STRING)}, "caption"),
+        ({"caption": pa.null(), "url": STRING}, "caption"),
     ],
 )
 def test_the_caption_column_is_known_by_name_and_type(types, expected):
@@ -225,6 +226,21 @@ def test_an_image_column_of_another_type_is_refused_with_its_type(tmp_path):
     pq.write_table(pa.table({"image": [1.5, 2.5], "caption": ["a", "b"]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="column image is of type double"):
         ingest(tmp_path, f"parquet:{tmp_path}/t.parquet")
+
+
+def test_pixels_are_no_list_of_pictures(tmp_path):
+    pixels = pa.array([[[[0, 0, 0]] * 8] * 8] * 2, pa.list_(pa.list_(pa.list_(pa.uint8()))))
+    pq.write_table(pa.table({"image": pixels, "caption": ["a", "b"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"column image is of type list<.*expected bytes"):
+        ingest(tmp_path, f"parquet:{tmp_path}/t.parquet")
+
+
+def test_a_file_with_a_column_of_nulls_holds_up_no_other(tmp_path):
+    pq.write_table(pa.table({"image": [png()], "caption": ["a"], "url": ["u"]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"image": [png()], "caption": pa.nulls(1), "url": ["u"]}), tmp_path / "2.parquet")
+    pq.write_table(pa.table({"image": pa.nulls(1), "caption": ["b"], "url": ["u"]}), tmp_path / "3.parquet")
+    found = ingest(tmp_path, f"parquet:{tmp_path}")
+    assert sorted((row["caption"], row["status"]) for row in found) == [("", "ok"), ("a", "ok"), ("b", "no_image")]
 
 
 @pytest.mark.parametrize("keys", [pa.array([None] * 4, pa.string()), pa.array([math.nan] * 4), pa.nulls(4)])

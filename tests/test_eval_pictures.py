@@ -50,6 +50,15 @@ def test_deep_and_plain_pictures_of_the_same_scene_have_no_distance(tmp_path):
     assert (read_picture(tmp_path / "8.png") == read_picture(tmp_path / "16.png")).all()
 
 
+def test_a_deep_depth_picture_is_scaled_and_not_clipped(tmp_path):
+    from eval.metrics.compbench.stored import _read_depth
+
+    gray = np.random.default_rng(1).integers(0, 256, (24, 24)).astype(np.uint16)
+    Image.fromarray(gray.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(gray * 257).save(tmp_path / "16.png")
+    assert (_read_depth(tmp_path / "8.png") == _read_depth(tmp_path / "16.png")).all()
+
+
 def test_a_bad_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"a\.png"):

@@ -127,6 +127,8 @@ def test_emulated_bf16_is_found_slow_by_measuring(tmp_path):
         ("-1", 7),
         ("2.5", 7),
         (",2", 7),
+        ("1000000", 7),
+        ("9" * 30, 7),
     ],
 )
 def test_threads_are_the_first_number_of_omp_num_threads(monkeypatch, caplog, given, expected):

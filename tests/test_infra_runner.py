@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ray import cloudpickle
 
 from infra import runner
 from infra.errors import UserError
-from infra.runner import CallLost, RemoteCalls, WorkerPool, _size_pool, connect, run_tasks, run_units
+from infra.runner import CallLost, RemoteCalls, WorkerPool, _greet, _size_pool, connect, run_tasks, run_units
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
 
@@ -159,6 +160,35 @@ def test_a_cluster_that_is_gone_is_one_line(monkeypatch, address):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match=r"RAY_ADDRESS=.*nothing answers there.*unset RAY_ADDRESS"):
         connect(WorkerPool(count=1))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad request\r\n", b"", None])
+def test_another_program_at_the_address_of_a_cluster_is_one_line(monkeypatch, answer):
+    """It answers otherwise, hangs up, or says nothing: Ray itself would wait for minutes."""
+    monkeypatch.setattr("infra.runner._FIRST_CONTACT_S", 0.5)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+
+        def serve():
+            contact, _ = server.accept()
+            held.append(contact)
+            if answer is not None:
+                contact.recv(100)
+                contact.sendall(answer)
+                contact.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match="nothing answers there"):
+            connect(WorkerPool(count=1))
+
+
+def test_a_cluster_that_is_there_is_greeted(ray_cluster):
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    _greet((host, int(port)))
 
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])

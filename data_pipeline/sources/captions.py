@@ -96,12 +96,13 @@ def choose_caption_column(types: Mapping[str, pa.DataType], asked: str, where: s
     if asked:
         if asked not in types:
             raise UserError(f"{where}: no caption column {asked}; it has {', '.join(types)}{nearest(asked, types)}")
-        if not is_text(types[asked]):
+        if not is_text(types[asked]) and not pa.types.is_null(types[asked]):
             raise UserError(f"{where}: column {asked} is of type {types[asked]}, no text; candidates: {listed}")
         return asked
     named = [name for name in types if name.lower() in CAPTION_NAMES]
     others = named or [name for name in types if name.lower() in OTHER_NAMES]
-    if len(others) == 1 and is_text(types[others[0]]):
+    # a column of nulls in one of many files: its rows have no caption
+    if len(others) == 1 and (is_text(types[others[0]]) or pa.types.is_null(types[others[0]])):
         return others[0]
     if len(others) == 1:
         reason = f"column {others[0]} is of type {types[others[0]]}, no text"

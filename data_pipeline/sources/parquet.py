@@ -105,7 +105,7 @@ class ParquetSource:
                 f"{file}: no image column {image or 'named ' + ' or '.join(IMAGE_COLUMNS[:4])}; "
                 f"it has {', '.join(types)}: name it with --image-column{nearest(image, types) if image else ''}"
             )
-        if not _may_hold_images(types[image]):
+        if not (_may_hold_images(types[image]) or pa.types.is_null(types[image])):
             raise UserError(
                 f"{file}: column {image} is of type {types[image]}: expected bytes, paths, {{bytes, path}} or a list "
                 "of these: name another with --image-column"
@@ -199,9 +199,15 @@ def _may_hold_bytes(kind: pa.DataType) -> bool:
     return "binary" in str(kind) or "uint8" in str(kind)
 
 
-def _may_hold_images(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.types.is_uint8(kind.value_type) or _may_hold_images(kind.value_type)
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _may_hold_images(kind: pa.DataType, *, lists: int = 2) -> bool:
+    """Lists of pictures, whose bytes may be a list, too; three lists in each other are the pixels of one picture."""
+    if _is_list(kind):
+        inner = kind.value_type
+        return lists > 0 and (pa.types.is_uint8(inner) or _may_hold_images(inner, lists=lists - 1))
     if pa.types.is_struct(kind):
         return any(field.name in ("bytes", "path") for field in kind)
     if pa.types.is_dictionary(kind):

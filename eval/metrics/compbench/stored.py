@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.drawing.pictures import read_picture
 from eval.judging.geneval_prompts import split_json_lines
 from eval.judging.language import LOCALITIES_2D, LOCALITIES_3D, Pair, PromptReader, find_locality
 from eval.judging.prompts import COMPBENCH_CATEGORIES
@@ -161,14 +162,11 @@ def _read_counts(record: Mapping[str, Any], prompt: str, words: PromptLookup) ->
 
 
 def _read_depth(path: Path) -> np.ndarray:
-    """An 8-bit depth picture as the official code saves it, brought to UniDet's frame as there."""
+    """A depth picture as the official code saves it (8 bits; deeper ones are scaled to them), brought to UniDet's frame
+    as there."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as picture:
-            return to_frame(np.asarray(picture.convert("L")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read depth picture {path}: {error}") from error
+    return to_frame(np.asarray(Image.fromarray(read_picture(path)).convert("L")))
 
 
 def _parse_finite(value: Any) -> float:
