@@ -163,6 +163,8 @@ def _scale_range(values: np.ndarray) -> Image.Image:
     if not np.isfinite(values).all():
         raise ImageError("bad_range", "pixels that are NaN or infinite")
     smallest, largest = float(values.min(initial=0)), float(values.max(initial=0))
+    if 1 < largest < 2:  # a scale to 1 that shoots over it would be black in one to 255
+        raise ImageError("bad_range", f"pixels up to {largest:g}: white may be 1 or 255")
     white = next((white for white in (1, 255, 65535) if largest <= white), None)
     if white is None or smallest < 0:
         raise ImageError("bad_range", f"pixels from {smallest:g} to {largest:g}: expected 0 to 1, 255 or 65535")

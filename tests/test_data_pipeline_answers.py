@@ -78,6 +78,23 @@ def test_quotes_and_fences_around_the_whole_are_taken_off(text, expected):
     assert unwrap(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\u25c1think\u25b7A cat?\u25c1/think\u25b7A cow.", "A cow."),
+        ("[THINK]A cat?[/THINK]A goat.", "A goat."),
+        ("<seed:think>A cat?</seed:think>A hen.", "A hen."),
+        ("[THINK]A cat? It ends here", ""),
+        ("<|begin_of_box|>A red car.<|end_of_box|>", "A red car."),
+        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>A dog.<|return|>", "A dog."),
+        ("A dog.<|im_end|>", "A dog."),
+        ("A sign says [think] in red.", "A sign says [think] in red."),
+    ],
+)
+def test_rarer_marks_and_tokens_of_templates_are_taken_off(text, expected):
+    assert strip_thoughts(text) == expected
+
+
 def test_of_a_cut_text_whole_sentences_stay():
     assert keep_sentences("A dog runs. It is brown. The sky") == "A dog runs. It is brown."
     assert keep_sentences("A dog that runs over") == ""

@@ -228,6 +228,19 @@ def test_an_image_column_of_another_type_is_refused_with_its_type(tmp_path):
         ingest(tmp_path, f"parquet:{tmp_path}/t.parquet")
 
 
+@pytest.mark.parametrize("feature", [[{"_type": "Image"}], {"_type": "List", "feature": {"_type": "Image"}}])
+def test_a_list_of_images_that_save_to_disk_wrote_gives_every_picture(tmp_path, feature):
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [[{"bytes": png(), "path": None}], [{"bytes": png(), "path": None}, {"bytes": png("blue"), "path": None}]]
+    table = pa.table({"images": pa.array(cells, pa.list_(struct)), "caption": ["a", "b"]})
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    features = {"images": feature, "caption": {"_type": "Value", "dtype": "string"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"features": features}))
+    found = ingest(tmp_path, f"hf:{tmp_path}")
+    assert [(row["caption"], row["status"]) for row in found] == [("a", "ok"), ("b", "ok"), ("b", "ok")]
+
+
 def test_pixels_are_no_list_of_pictures(tmp_path):
     pixels = pa.array([[[[0, 0, 0]] * 8] * 8] * 2, pa.list_(pa.list_(pa.list_(pa.uint8()))))
     pq.write_table(pa.table({"image": pixels, "caption": ["a", "b"]}), tmp_path / "t.parquet")

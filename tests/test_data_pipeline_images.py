@@ -116,7 +116,7 @@ def test_floats_and_large_integers_are_scaled_by_their_range(scale, dtype):
     assert np.abs(found[..., 0].astype(float) - np.linspace(0, 255, 64 * 64).reshape(64, 64)).max() <= 1
 
 
-@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1e9], [0.0, np.nan], [0.0, np.inf]])
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1.02], [0.0, 1e9], [0.0, np.nan], [0.0, np.inf]])
 def test_ranges_that_say_no_white_are_refused(values):
     image = Image.fromarray(np.resize(np.array(values, np.float32), (8, 8)))
     with pytest.raises(ImageError) as error:

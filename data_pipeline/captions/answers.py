@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning|reflection)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _END_OF_THOUGHTS = re.compile(r".*</(?:think|thinking|thought|reasoning|reflection)>", re.DOTALL | re.IGNORECASE)
 _OPEN_THOUGHTS = re.compile(r"<(?:think|thinking|thought|reasoning|reflection)>.*", re.DOTALL | re.IGNORECASE)
+# Kimi's, Magistral's and Seed's spelling of the same marks.
+_OTHER_MARKS = re.compile(r"\u25c1(/?)think\u25b7|\[(/?)THINK\]|<(/?)seed:think>")
+_CONTROL = re.compile(r"<\|[a-z_]+\|>")  # tokens that a server's template leaves: <|im_end|>, <|begin_of_box|>
 _FINAL = re.compile(r".*<\|channel\|>final<\|message\|>", re.DOTALL)  # gpt-oss' harmony format
 _FENCE = re.compile(r"\A```[a-z]*\n(.*?)\n?```\Z", re.DOTALL)
 _QUOTES = {'"': '"', "\u201c": "\u201d", "\u00ab": "\u00bb"}
@@ -57,10 +60,10 @@ def _part_text(part: Any) -> str:
 
 def strip_thoughts(text: str) -> str:
     """The text behind its thoughts; "" where the answer ended within them."""
-    text = _FINAL.sub("", text)
+    text = _OTHER_MARKS.sub(lambda mark: f"<{mark[1] or mark[2] or mark[3] or ''}think>", _FINAL.sub("", text))
     text = _THOUGHTS.sub("", text)
     text = _END_OF_THOUGHTS.sub("", text)
-    return _OPEN_THOUGHTS.sub("", text).strip()
+    return _CONTROL.sub("", _OPEN_THOUGHTS.sub("", text)).strip()
 
 
 def unwrap(text: str) -> str:

@@ -30,7 +30,7 @@ class ServerCaptioner:
     """`checkpoint` is the model's name on the server. A picture that the server rejects or has no caption for is set
     aside alone; a server that is down, or gives a caption for not one of several pictures, stops the run."""
 
-    name, version = "server", 2  # 1 took thoughts and lists of parts for captions
+    name, version = "server", 3  # 1 took thoughts and lists of parts for captions, 2 thoughts in rarer marks
 
     def __init__(self, spec: CaptionerSpec, device: str) -> None:
         self._spec, self._request = spec, spec.make_request()

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.captions import choose_caption_column, is_text
+from data_pipeline.sources.parquet import read_images
 from data_pipeline.sources.source import (
     FoundField,
     RawRow,
@@ -18,7 +19,6 @@ from data_pipeline.sources.source import (
     list_etags,
     list_existing,
     parse_split,
-    read_row,
     stamp_file,
 )
 from infra import storage
@@ -61,8 +61,9 @@ class HuggingFaceSource:
         """(image column, caption column, class names where the caption is a label)."""
         uri = storage.join(folder, "dataset_info.json")
         features = _read_features(uri)
-        kinds = {name: str(f.get("_type", "")) if isinstance(f, dict) else "" for name, f in features.items()}
+        kinds = {name: _name_kind(feature) for name, feature in features.items()}
         images = [name for name, kind in kinds.items() if kind == "Image"]
+        images.sort(key=lambda name: isinstance(features[name], list) or "feature" in features[name])  # lists last
         labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
         image = self.options.image_column or (images[0] if images else "")
         if image not in features:
@@ -86,7 +87,7 @@ class HuggingFaceSource:
                     columns = (batch.column(where[name]).to_pylist() for name in ("image", "caption"))
                     for image, said in zip(*columns):
                         caption = f"a photo of a {names[said]}" if names and said is not None else said
-                        yield self._make_row(f"{unit.id}-{number:06d}", image, caption, where["file"])
+                        yield from read_images(f"{unit.id}-{number:06d}", image, caption, where["file"])
                         number += 1
                         seen["record"] += 1
         except (pa.ArrowException, OSError) as error:  # a body that breaks off is an OSError
@@ -96,16 +97,6 @@ class HuggingFaceSource:
             reason = f"readable up to row {number} at byte {end:,}, then: {str(error).splitlines()[0][:120]}"
             seen.update({"unreadable ranges": 1, "unreadable bytes": rest})
             yield RawRow(posixpath.basename(where["file"]), None, None, "truncated_arrow", reason)
-
-    @staticmethod
-    def _make_row(key: str, image: Any, caption: object, file: str) -> RawRow:
-        value = (image or {}).get("bytes") or (image or {}).get("path") if isinstance(image, dict) else image
-        if not value:
-            return RawRow(key, None, caption, "no_image", "the cell is empty")
-        if isinstance(value, bytes):
-            return RawRow(key, value, caption)
-        absolute = storage.is_remote(value) or value.startswith("/")
-        return read_row(key, value if absolute else storage.join(posixpath.dirname(file), value), caption)
 
 
 def _read_features(uri: str) -> Mapping[str, Any]:
@@ -117,6 +108,18 @@ def _read_features(uri: str) -> Mapping[str, Any]:
             raise
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{uri}: not what save_to_disk writes ({reason}): save it again") from error
+
+
+def _name_kind(feature: object) -> str:
+    """Image also for a list of images."""
+    if isinstance(feature, list) and feature:
+        return _name_kind(feature[0])
+    if not isinstance(feature, Mapping):
+        return ""
+    if feature.get("_type") in ("Sequence", "List", "LargeList"):
+        inner = _name_kind(feature.get("feature"))
+        return inner if inner == "Image" else ""
+    return str(feature.get("_type", ""))
 
 
 def _to_arrow_type(feature: object) -> pa.DataType:

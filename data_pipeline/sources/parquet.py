@@ -151,38 +151,40 @@ class ParquetSource:
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
         return fetch_rows(items, self.options.fetch, where["file"])
 
-    def _read_cells(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
-        for key, row in zip(keys, rows):
-            image, caption = row[where["image"]], row[where["caption"]]
-            if isinstance(image, list) and not (image and isinstance(image[0], int)):
-                yield from self._read_list(key, image, caption, where["file"])
-            else:
-                yield self._read_cell(key, image, caption, where["file"])
-
-    def _read_list(self, key: str, images: Sequence[Any], caption: object, file: str) -> Iterator[RawRow]:
-        """Each picture of a list is a row; captions of equal number are dealt one by one, others go to all."""
-        if not images:
-            yield RawRow(key, None, caption, "no_image", "the list is empty")
-        dealt = isinstance(caption, list) and len(caption) == len(images)
-        for number, image in enumerate(images):
-            said = caption[number] if dealt and isinstance(caption, list) else caption
-            yield self._read_cell(f"{key}-{number}" if len(images) > 1 else key, image, said, file)
-
     @staticmethod
-    def _read_cell(key: str, image: Any, caption: object, file: str) -> RawRow:
-        if isinstance(image, Mapping):
-            image = image.get("bytes") or image.get("path")
-        if _is_address(image):
-            return RawRow(key, None, caption, "no_image", "an address: --fetch-urls fetches some, img2dataset many")
-        if isinstance(image, str) and image:
-            near = storage.is_remote(image) or image.startswith("/")
-            return read_row(key, image if near else storage.join(posixpath.dirname(file), image), caption)
-        if not image:
-            return RawRow(key, None, caption, "no_image", "the cell is empty")
-        try:
-            return RawRow(key, bytes(image), caption)
-        except (TypeError, ValueError):
-            return RawRow(key, None, caption, "no_image", f"the cell holds a {type(image).__name__}, no image file")
+    def _read_cells(keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
+        for key, row in zip(keys, rows):
+            yield from read_images(key, row[where["image"]], row[where["caption"]], where["file"])
+
+
+def read_images(key: str, image: Any, caption: object, file: str) -> Iterator[RawRow]:
+    """The rows of an image cell. Each picture of a list is a row; captions of equal number are dealt one by one, others
+    go to all."""
+    if not isinstance(image, list) or (image and isinstance(image[0], int)):
+        yield _read_image(key, image, caption, file)
+        return
+    if not image:
+        yield RawRow(key, None, caption, "no_image", "the list is empty")
+    dealt = isinstance(caption, list) and len(caption) == len(image)
+    for number, one in enumerate(image):
+        said = caption[number] if dealt and isinstance(caption, list) else caption
+        yield _read_image(f"{key}-{number}" if len(image) > 1 else key, one, said, file)
+
+
+def _read_image(key: str, image: Any, caption: object, file: str) -> RawRow:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if _is_address(image):
+        return RawRow(key, None, caption, "no_image", "an address: --fetch-urls fetches some, img2dataset many")
+    if isinstance(image, str) and image:
+        near = storage.is_remote(image) or image.startswith("/")
+        return read_row(key, image if near else storage.join(posixpath.dirname(file), image), caption)
+    if not image:
+        return RawRow(key, None, caption, "no_image", "the cell is empty")
+    try:
+        return RawRow(key, bytes(image), caption)
+    except (TypeError, ValueError):
+        return RawRow(key, None, caption, "no_image", f"the cell holds a {type(image).__name__}, no image file")
 
 
 def _choose_key(value: object, made: str) -> str:
