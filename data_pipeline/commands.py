@@ -344,8 +344,8 @@ def takedown(
     """
     from data_pipeline.selection.takedown import describe_takedown, find_runs, find_sightings, take_down
 
-    taken, new = take_down(uri, keys, hashes)
     folders = find_runs(runs)
+    taken, new = take_down(uri, keys, hashes)
     print(describe_takedown(uri, taken, new, find_sightings(uri, taken, folders), runs=len(folders)))
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.__main__ import COMMANDS
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.order import DataExceptions
-from data_pipeline.loading.taken_down import EFFECTIVE, note_takedowns
+from data_pipeline.loading.taken_down import EFFECTIVE, Takedown, note_takedowns
 from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.selection.choice import DataChoice, describe_choice
 from data_pipeline.selection.takedown import describe_takedown, find_runs, find_sightings, take_down
@@ -85,6 +85,12 @@ def test_the_same_request_again_changes_nothing(root, capsys):
         take_down(root, [], [])
     with pytest.raises(UserError, match="no hashes of pixels: give --keys"):
         take_down(root, [], ["00"])
+
+
+def test_runs_that_are_not_there_and_hashes_of_no_sample_are_told(root, tmp_path):
+    with pytest.raises(UserError, match=r"--runs .*nowhere: no run there"):
+        find_runs([str(tmp_path / "nowhere")])
+    assert "no sample has the hashes ff" in describe_takedown(root, Takedown((), ("ff",), (), "x"), True, [], runs=0)
 
 
 def _say(root: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:

@@ -92,8 +92,14 @@ def judge_taken_down(takedowns: Sequence[Takedown], measured: pa.Table, signatur
 
 def find_runs(places: Sequence[str]) -> list[str]:
     """Run folders at or below these, by their recipe.json."""
-    listed = (uri for place in places for uri in storage.iter_files(place, suffix="/recipe.json"))
-    return sorted({uri.rpartition("/")[0] for uri in listed if storage.exists(f"{uri.rpartition('/')[0]}/data.json")})
+    found: set[str] = set()
+    for place in places:
+        folders = {uri.rpartition("/")[0] for uri in storage.iter_files(place, suffix="/recipe.json")}
+        here = {folder for folder in folders if storage.exists(f"{folder}/data.json")}
+        if not here:  # of a name with a slip nobody must read that no run saw the image
+            raise UserError(f"--runs {place}: no run there, no folder with recipe.json and data.json")
+        found |= here
+    return sorted(found)
 
 
 def find_sightings(uri: str, taken: Takedown, runs: Sequence[str]) -> list[Sighting]:
@@ -227,6 +233,8 @@ def describe_takedown(uri: str, taken: Takedown, new: bool, sightings: Sequence[
     lost = sorted(set(taken.keys) - set(keys))
     if lost:
         lines.append(f"no sample has the keys {', '.join(lost[:5])}: a later pack leaves them out")
+    if taken.hashes and not taken.rows:
+        lines.append(f"no sample has the hashes {', '.join(taken.hashes[:5])}: a later pack leaves them out")
     lines.append(
         "trainings that start from now on read other images in their places; the next run of the pipeline packs "
         f"shards without them. Tars that {DATASET_FILE} no longer names, and columns/, keep the bytes: delete them"
