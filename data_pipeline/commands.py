@@ -47,7 +47,7 @@ class PipelineOptions:
     image_column: str = ""
     """parquet: the column with image bytes or a local path; found by name if left out."""
     caption_column: str = ""
-    """parquet: the column with the caption; found by name if left out."""
+    """The column of a table, or field of a JSON file, with the caption; found by name if left out."""
     images: int = 4000
     """Scenes to draw for training (plan `world` without --source)."""
     val_images: int | None = None
@@ -298,7 +298,7 @@ def lint(
         json: a file or URI to write all findings to.
         bucket_aspect: most elongated bucket; 1 crops everything square.
         image_column: tables: the column with image bytes or a path; found by name if left out.
-        caption_column: tables: the column with the caption; found by name if left out.
+        caption_column: the column of a table, or field of a JSON file, with the caption; found by name if left out.
         fetch_urls: parquet: fetch the images that a url column names.
     """
     from data_pipeline.formats.schema import canonical_json

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -204,3 +205,22 @@ def test_a_json_file_without_a_caption_hides_no_table_and_its_fields_are_kept(tm
     said = {row.key: row.caption for row in rows}
     assert said == {"0.png": "of the table 0", "1.png": "of the table 1", "2.png": "of the file beside"}
     assert rows[0].info == {"url": "http://a/0", "id": 0}
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds"])
+def test_another_field_of_a_json_file_is_the_caption_where_it_is_asked_for(tmp_path, kind):
+    fields = json.dumps({"alt_text": "a red fox", "width": 8, "page": "Foxes"})
+    place = fill(tmp_path / "own", {"a.png": b"1", "a.json": fields, "b.png": b"2", "b.json": '{"page": "x"}'})
+    if kind == "wds":
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            tar.add(tmp_path / "own", ".")
+        place = f"wds:{tmp_path}/0.tar"
+    guessed, _ = read(place)
+    assert all(status == "bad_caption" for status, *_ in guessed.values())
+    assert sum("no field is named caption, but alt_text, page" in reason for *_, reason in guessed.values()) == 1
+    asked, _ = read(place, SourceOptions(caption_column="alt_text"))
+    assert [caption for status, caption, _ in asked.values() if status == "ok"] == ["a red fox"]
+    assert any("no field alt_text, but page" in reason for *_, reason in asked.values())
+    labels = {unit.id for words in ("", "alt_text") for unit in
+              open_source(place, SourceOptions(caption_column=words)).list_units()}  # fmt: skip
+    assert len(labels) == 2

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -58,25 +58,38 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
 
 
-def parse_fields(data: bytes) -> tuple[dict[str, Any], object]:
-    """(fields of a JSON file beside a picture, its caption); what is no object is all caption."""
+def parse_fields(data: bytes, asked: str = "") -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file beside a picture, its caption); what is no object is all caption. `asked`: the field that
+    --caption-column names."""
     try:
         held = json.loads(decode_text(data))
     except ValueError:
         return {}, Caption("", problem="the file beside the picture is no JSON")
-    return (held, find_caption(held)) if isinstance(held, dict) else ({}, held)
+    return (held, find_caption(held, asked)) if isinstance(held, dict) else ({}, held)
 
 
-def find_caption(fields: Mapping[str, Any]) -> object:
-    """The caption in a JSON object, or why there is none: the candidates' names."""
+def find_caption(fields: Mapping[str, Any], asked: str = "") -> object:
+    """The caption in a JSON object, or why there is none: the candidates' names. `asked` names the only candidate."""
+    if asked:
+        return fields[asked] if asked in fields else Caption("", problem=f"no field {asked}, but {_list_names(fields)}")
     for names in (CAPTION_NAMES[:1], CAPTION_NAMES[1:]):
         for name in fields:
             if name.lower() in names and fields[name] is not None:
                 return fields[name]
-    held = [name for name in fields if name.lower() in OTHER_NAMES and fields[name] is not None]
+    known = [name for name in fields if name.lower() in (*CAPTION_NAMES, *OTHER_NAMES)]
+    held = [name for name in known if fields[name] is not None]
     if len(held) > 1:
-        return Caption("", problem=f"{' and '.join(held)} may each be the caption")
+        return Caption("", problem=f"{' and '.join(held)} may each be the caption: use --caption-column")
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip()]
+    if not known and texts:
+        return Caption("", problem=f"no field is named caption, but {_list_names(texts)}: use --caption-column")
     return fields[held[0]] if held else None
+
+
+def _list_names(names: Iterable[str]) -> str:
+    """At most eight names, for a row's reason."""
+    listed = list(names)
+    return ", ".join(listed[:8]) + (" ..." if len(listed) > 8 else "") if listed else "nothing"
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_pipeline.formats.parquet_io import decode_table
 from data_pipeline.formats.schema import fingerprint
-from data_pipeline.sources.captions import choose_caption_column, decode_text, parse_fields
+from data_pipeline.sources.captions import Caption, choose_caption_column, decode_text, parse_fields
 from data_pipeline.sources.seen import count_file
 from data_pipeline.sources.source import (
     IMAGE_SUFFIXES,
@@ -74,9 +74,14 @@ class FolderSource:
         for split, found in by_split.items():
             for first in range(0, len(found), ROWS_PER_UNIT):
                 rows = found[first : first + ROWS_PER_UNIT]
-                label = f"{split or 'all'}-{first // ROWS_PER_UNIT:05d}-{fingerprint(rows)[:10]}"
+                label = f"{split or 'all'}-{first // ROWS_PER_UNIT:05d}-{self._identify(rows)[:10]}"
                 units.append(SourceUnit(label, split, {"rows": [_select_parts(row) for row in rows]}))
         return units
+
+    def _identify(self, rows: list[list[object]]) -> str:
+        """The fingerprint of a unit's rows. A caption in a JSON file also depends on the field that is asked for."""
+        asked = self.options.caption_column if any(str(row[1]).lower().endswith(".json") for row in rows) else ""
+        return fingerprint([rows, asked] if asked else rows)
 
     def list_fields(self) -> list[FoundField]:
         """Columns of the tables, each under the name of its first table."""
@@ -130,8 +135,9 @@ class FolderSource:
             for file in filter(None, (name, text)):
                 count_file(seen, file)
             try:
-                info, caption = _read_sidecar(storage.join(self.uri, text)) if text else ({}, None)
-                caption = table[0] if caption is None and table else caption
+                asked = self.options.caption_column
+                info, caption = _read_sidecar(storage.join(self.uri, text), asked) if text else ({}, None)
+                caption = table[0] if table and (caption is None or isinstance(caption, Caption)) else caption
                 whole = name.startswith("/") or "://" in name
                 image = storage.read_bytes(name if whole else storage.join(self.uri, name))
             except UnavailableError:
@@ -229,10 +235,10 @@ def _join(first: Any, second: Any) -> list[Any]:
     return [*(first if isinstance(first, list) else [first]), *(second if isinstance(second, list) else [second])]
 
 
-def _read_sidecar(uri: str) -> tuple[dict[str, Any], object]:
-    """(fields of a JSON file, the caption)."""
+def _read_sidecar(uri: str, asked: str) -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file, the caption: the field `asked` where one is)."""
     data = storage.read_bytes(uri)
-    return parse_fields(data) if uri.lower().endswith(".json") else ({}, data)
+    return parse_fields(data, asked) if uri.lower().endswith(".json") else ({}, data)
 
 
 def _is_table(uri: str) -> bool:

@@ -63,7 +63,9 @@ class WebDatasetSource:
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
             stem = posixpath.basename(tar).split(".")[0]
             split = split_from_path(relative)
-            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint([relative, stamp_file(tar, etags)])[:10]}"
+            asked = self.options.caption_column
+            content = [relative, stamp_file(tar, etags), *([asked] if asked else [])]
+            label = f"{split or 'all'}-{stem[-40:]}-{fingerprint(content)[:10]}"
             table = posixpath.join(posixpath.dirname(tar), f"{stem}.parquet")
             # not part of the label: img2dataset writes both at once, and roots made before tables were read stay whole
             units.append(SourceUnit(label, split, {"tar": tar} | ({"table": table} if table in there else {})))
@@ -73,7 +75,7 @@ class WebDatasetSource:
         uri = unit.where["tar"]
         keys: set[str] = set()
         seen, whole = unit.seen, True
-        for row in _read_tar_rows(uri, keys, seen):
+        for row in _read_tar_rows(uri, keys, seen, asked=self.options.caption_column):
             whole = whole and row.status != "truncated_tar"
             yield row
         # of a tar that breaks off nobody knows which rows would have followed
@@ -98,7 +100,7 @@ def _count_members(items: Iterator[Member | Gap], seen: Seen) -> Iterator[Member
         yield item
 
 
-def _read_tar_rows(uri: str, keys: set[str], seen: Seen) -> Iterator[RawRow]:
+def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Iterator[RawRow]:
     """The rows of a tar and one for each range of its bytes that is none; `keys` collects the keys of the rows."""
     told = used = 0
     try:
@@ -125,7 +127,7 @@ def _read_tar_rows(uri: str, keys: set[str], seen: Seen) -> Iterator[RawRow]:
                 keys.add(key)
                 used += len(item.parts)
                 seen.update(f"unread .{suffix}" for suffix in item.parts.keys() - _list_read(item.parts))
-                yield _make_row(key, item)
+                yield _make_row(key, item, asked)
     check_members(seen, used, uri)
     if seen[DROPPING]:
         log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, seen[DROPPING])
@@ -165,9 +167,9 @@ def _judge_member(member: Member) -> tuple[str, str]:
     return "bad_name", "a name that leaves the folder"
 
 
-def _make_row(key: str, sample: Sample) -> RawRow:
+def _make_row(key: str, sample: Sample, asked: str) -> RawRow:
     parts = sample.parts
-    info, in_json = parse_fields(parts["json"]) if "json" in parts else ({}, None)
+    info, in_json = parse_fields(parts["json"], asked) if "json" in parts else ({}, None)
     image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
     blank = not written or ("json" in parts and not parts[written].strip())
     text: Any = in_json if blank else parts[written]
