@@ -166,7 +166,11 @@ def _read_depth(path: Path) -> np.ndarray:
     as there."""
     from PIL import Image
 
-    return to_frame(np.asarray(Image.fromarray(read_picture(path)).convert("L")))
+    try:
+        picture = read_picture(path)
+    except UserError as error:
+        raise UserError(f"cannot read depth: {error}") from error
+    return to_frame(np.asarray(Image.fromarray(picture).convert("L")))
 
 
 def _parse_finite(value: Any) -> float:
