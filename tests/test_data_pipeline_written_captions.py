@@ -224,3 +224,10 @@ def test_another_field_of_a_json_file_is_the_caption_where_it_is_asked_for(tmp_p
     labels = {unit.id for words in ("", "alt_text") for unit in
               open_source(place, SourceOptions(caption_column=words)).list_units()}  # fmt: skip
     assert len(labels) == 2
+
+
+@pytest.mark.parametrize(("text", "caption"), [(" \n", "a red fox"), ("a fox", "a fox")])
+def test_where_a_text_file_is_blank_the_json_file_beside_it_counts(tmp_path, text, caption):
+    place = fill(tmp_path, {"a.png": b"1", "a.txt": text, "a.json": '{"caption": "a red fox"}'})
+    found, _ = read(place)
+    assert found == {"a.png": ("ok", caption, "")}

@@ -80,7 +80,8 @@ class FolderSource:
 
     def _identify(self, rows: list[list[object]]) -> str:
         """The fingerprint of a unit's rows. A caption in a JSON file also depends on the field that is asked for."""
-        asked = self.options.caption_column if any(str(row[1]).lower().endswith(".json") for row in rows) else ""
+        texts = [str(file).lower() for row in rows for file in _select_parts(row)[1:3]]
+        asked = self.options.caption_column if any(text.endswith(".json") for text in texts) else ""
         return fingerprint([rows, asked] if asked else rows)
 
     def list_fields(self) -> list[FoundField]:
@@ -99,14 +100,19 @@ class FolderSource:
     def _describe_row(
         self, name: str, root: str, sidecars: Mapping[str, str], tables: "Tables", etags: Mapping[str, str]
     ) -> list[object]:
-        """Image, text file, stamps of both and, last, the caption of a table: what names the row's content."""
+        """Image, text file, their stamps, then a JSON file beside a text file and, last, the caption of a table: what
+        names the row's content."""
         stem = name.rsplit(".", 1)[0]
         wanted = (f"{base}.{suffix}".lower() for base in (stem, name) for suffix in SIDECARS)
-        text = next((sidecars[low] for low in wanted if low in sidecars), None)
-        stamps = stamp_files([uri for uri in (name, text) if uri], etags)
+        texts = [sidecars[low] for low in wanted if low in sidecars]
+        text = texts[0] if texts else None
+        # where the text file is blank, the JSON file counts
+        other = next((uri for uri in texts[1:] if uri.lower().endswith(".json")), None)
+        stamps = stamp_files([uri for uri in (name, text, other) if uri], etags)
         # a JSON file may hold no caption: a table's then counts
         said = tables.find(name.removeprefix(root)) if not text or text.lower().endswith(".json") else None
-        more = [] if said is None else [{"caption": said}]
+        more: list[object] = [] if other is None else [{"json": other.removeprefix(root)}]
+        more += [] if said is None else [{"caption": said}]
         return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
 
     def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
@@ -115,7 +121,7 @@ class FolderSource:
         rest = [name for name in files if name not in read and not name.lower().endswith(_add_dots(SIDECARS))]
         if rest:
             log.info("%s: %d files were not looked at: %s", self.uri, len(rest), count_by_suffix(rest))
-        used = {row[1] for rows in by_split.values() for row in rows}
+        used = {file for rows in by_split.values() for row in rows for file in _select_parts(row)[1:3]}
         root = self.uri.rstrip("/") + "/"
         texts = [name for name in files if name not in read and name.lower().endswith(_add_dots(SIDECARS))]
         alone = [name for name in texts if name.removeprefix(root) not in used]
@@ -131,12 +137,14 @@ class FolderSource:
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         seen = unit.seen
-        for name, text, *table in unit.where["rows"]:
-            for file in filter(None, (name, text)):
+        for name, text, other, *table in unit.where["rows"]:
+            for file in filter(None, (name, text, other)):
                 count_file(seen, file)
             try:
                 asked = self.options.caption_column
                 info, caption = _read_sidecar(storage.join(self.uri, text), asked) if text else ({}, None)
+                if other and isinstance(caption, bytes) and not caption.strip():
+                    info, caption = _read_sidecar(storage.join(self.uri, other), asked)
                 caption = table[0] if table and (caption is None or isinstance(caption, Caption)) else caption
                 whole = name.startswith("/") or "://" in name
                 image = storage.read_bytes(name if whole else storage.join(self.uri, name))
@@ -246,9 +254,10 @@ def _is_table(uri: str) -> bool:
 
 
 def _select_parts(row: Sequence[Any]) -> tuple[Any, ...]:
-    """The part of a listed row that is needed to read it: its image, its text file and, if a table has one, its
-    caption."""
-    return (row[0], row[1], *(part["caption"] for part in row[2:] if isinstance(part, dict)))
+    """The part of a listed row that is needed to read it: its image, its text file, a JSON file beside that and, if a
+    table has one, its caption."""
+    more = {name: value for part in row[2:] if isinstance(part, dict) for name, value in part.items()}
+    return (row[0], row[1], more.get("json"), *([more["caption"]] if "caption" in more else []))
 
 
 def _add_dots(suffixes: Sequence[str]) -> tuple[str, ...]:
