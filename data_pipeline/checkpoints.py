@@ -19,11 +19,11 @@ def resolve(name: str) -> Path:
         return _find_world(name.removeprefix("world:"))
     if storage.is_remote(name):
         return storage.localize(name)
-    require([name])
+    require_checkpoints([name])
     return Path(name).expanduser()
 
 
-def require(names: Sequence[str]) -> None:
+def require_checkpoints(names: Sequence[str]) -> None:
     """One UserError that names every local path among `names` where nothing is; world names and addresses pass."""
     local = [name for name in names if not name.startswith("world:") and not storage.is_remote(name)]
     missing = [repr(name) for name in dict.fromkeys(local) if not Path(name).expanduser().exists()]

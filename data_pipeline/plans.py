@@ -11,7 +11,7 @@ import tyro
 from data_pipeline.captions.registry import get_captioner, identify_weights
 from data_pipeline.captions.spec import CaptionerSpec, read_more_captions
 from data_pipeline.captions.stage import CaptionStage
-from data_pipeline.checkpoints import hash_weights, require, resolve
+from data_pipeline.checkpoints import hash_weights, require_checkpoints, resolve
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.embed import EmbedStage
 from data_pipeline.curation.filters import NO_LIMITS, FilterStage, MeasureStage, Thresholds
@@ -136,7 +136,8 @@ class DatasetPlan:
             ask(name, values[name] is None or values[name] >= 0, "0 or more")
         for name in ("max_aspect", "bucket_aspect"):
             ask(name, values[name] is None or values[name] >= 1, "1 or more: long side over short side")
-        _ = self.max_caption_chars
+        bounded = values["max_caption_chars"] is not None
+        ask("max_caption_chars", bounded, "a number: it bounds the bytes of a training shard")
         ask("val_fraction", 0 <= self.val_fraction < 1, "a share of the rows, from 0 to less than 1")
         ask("dedup_similarity", -1 <= self.dedup_similarity <= 1, "a cosine, from -1 to 1")
 
@@ -153,9 +154,8 @@ class DatasetPlan:
 
     @property
     def max_caption_chars(self) -> int:
-        """The strict limit of that name; UserError where there is none, as it bounds the bytes of a training shard."""
-        if self.strict.max_caption_chars is None:
-            raise UserError("--max-caption-chars None: expected a number: it bounds the bytes of a training shard")
+        """The strict limit of that name, which bounds the bytes of a training shard."""
+        assert self.strict.max_caption_chars is not None, "settle() refuses a plan without it"
         return self.strict.max_caption_chars
 
     @property
@@ -265,7 +265,7 @@ class PlanColumns:
 
 def build_columns(plan: DatasetPlan, root: str, *, device: str = "cpu", caption_device: str = "cpu") -> PlanColumns:
     """Stages with their fingerprints; UserError for a checkpoint that is not there."""
-    require(_list_checkpoints(plan))
+    require_checkpoints(_list_checkpoints(plan))
     made: dict[str, str] = {}
 
     def column(stage: Stage | Dedup) -> tuple:

@@ -24,6 +24,7 @@ from eval.report.runs import read_runs
 from eval.report.series import MetricPoint
 from eval.studies.fewstep import FewStepOptions, measure_few_steps
 from eval.studies.fewstep_sheet import FewStepSheet, project_paths
+from eval.studies.options import DrawingOptions
 from infra.codec import from_json
 from infra.errors import UserError
 from infra.results import ResultStore
@@ -54,7 +55,8 @@ def runs(tmp_path_factory):
 def options_for(root, **changes):
     settings = {
         "steps": (1, 2), "guidance": (1.0, 3.0), "captions": 4, "prompts_per_task": 1, "images_per_prompt": 2,
-        "flows": 2, "repeats": 1, "speed_batch": 2, "shown": 2, "precision": "fp32", "device": "cpu", "batch": 16,
+        "flows": 2, "repeats": 1, "speed_batch": 2, "shown": 2,
+        "drawing": DrawingOptions(precision="fp32", device="cpu", batch=16),
     }  # fmt: skip
     return FewStepOptions(str(root), **(settings | changes))
 

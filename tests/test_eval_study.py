@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_eval_run import export
 
 from eval.studies.formulations import StudyOptions, find_entries, parse_setting, study
+from eval.studies.options import DrawingOptions
 from eval.studies.ranking import TABLE_1, StudyCell, compare_with_paper, estimate_seed_noise, number_fronts, rank
 from infra.errors import UserError
 from infra.results import ResultRow, ResultStore
@@ -180,7 +181,8 @@ def test_a_study_of_tiny_real_runs_is_measured_once_and_resumed(tmp_path, monkey
     runs = tmp_path / "runs"
     for name, formulation, seed in (("a", "rf", 0), ("b", "v/cos", 0)):
         make_run(runs, name, formulation, seed)
-    options = StudyOptions(str(runs), str(tmp_path / "out"), captions=2, settings=("1x1.0", "2x5.0"), batch=4)
+    few = DrawingOptions(batch=4)
+    options = StudyOptions(str(runs), str(tmp_path / "out"), captions=2, settings=("1x1.0", "2x5.0"), drawing=few)
     study(options)
     printed = capsys.readouterr().out
     assert "One seed only" in printed

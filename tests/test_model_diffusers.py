@@ -157,7 +157,7 @@ def test_a_scheduler_of_its_own_grid_would_end_a_student_of_two_steps_at_a_thous
     assert make_scheduler_config({"shift": 1.0}) == {"shift": 1.0}, "no student: as released models have it"
     assert make_scheduler_config({"few_step": STUDENT}) == {"shift": 1.0}, "any number of steps"
     for steps in (2, 3, 4, 8):
-        student = FlowMatchEulerDiscreteScheduler(**make_scheduler_config({"few_step": {"steps": steps}}))
+        student = FlowMatchEulerDiscreteScheduler(**make_scheduler_config({"few_step": STUDENT | {"steps": steps}}))
         student.set_timesteps(steps)
         torch.testing.assert_close(student.sigmas, student_grid(steps, 1.0).float(), atol=1e-6, rtol=0)
 

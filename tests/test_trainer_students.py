@@ -274,13 +274,13 @@ def test_students_are_sampled_as_they_were_trained():
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("world-distil-d2", {"formulation": "rf/lognorm(0.00,1.00)"}, "give --formulation rf, or"),
+        ("world-distil-d2", {"formulation": "rf/lognorm(0.00,1.00)"}, "give --formulation 'rf', or"),
         ("world-distil-d2", {"student": Student(perceptual="vgg:FILE")}, "expected KIND:PATH with KIND features"),
         ("world-distil-d2", {"student": Student(perceptual="features:nowhere")}, "no checkpoint at 'nowhere'"),
         ("world-meanflow-d2", {"student": Student(perceptual="features:world:clip")}, "has no perceptual loss"),
         ("world-meanflow-d2", {"model": get_recipe("world-d2").model}, "give --model.second-time"),
         ("world-meanflow-d2", {"objective": "distil"}, "give --objective meanflow"),
-        ("world-d2", {"model": get_recipe("world-meanflow-d2").model}, "trains with objective meanflow alone"),
+        ("world-d2", {"model": get_recipe("world-meanflow-d2").model}, "give --objective meanflow"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(name, changes, says):

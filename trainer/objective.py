@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.checkpoints import require
+from data_pipeline.checkpoints import require_checkpoints
 from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
+from model.diffusion.grids import make_sampling_grid
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.validation import COUPLED
 from model.encoders.text import TextCond
@@ -49,6 +50,12 @@ class Objective:
     """A sample is a latent and the noise that a teacher made it of; the function takes a `StudentLoss` as `loss`."""
     passes: Callable[[Recipe], Passes] = lambda recipe: Passes()
     """For each sample."""
+    second_time: bool = False
+    """The network takes a second time and predicts average velocities (MeanFlow)."""
+    formulation: str = "rf/ushape(4)"
+    """With `couplings`: the formulation whose density of times it is made for."""
+    few_step: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}
+    """What the weights say under `few_step` for this objective alone (model/diffusion/few_step.py)."""
     reference: bool = False
     """True if each forward pass is repeated with the reference (the weights without adapters): the run needs
     adapters."""
@@ -118,6 +125,12 @@ def _count_rollout(recipe: Recipe) -> Passes:
     return Passes(2 * steps - 1, steps)
 
 
+def _describe_grid(recipe: Recipe) -> dict[str, Any]:
+    steps = recipe.student.steps
+    grid = make_sampling_grid(get_formulation(recipe.formulation), steps, shift=recipe.shift)
+    return {"steps": steps, "sigmas": grid.tolist(), "states": recipe.student.states}
+
+
 OBJECTIVES: dict[str, Objective] = {
     "pretrain": Objective(pretrain),
     "dpo": Objective(
@@ -126,13 +139,14 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "reflow": Objective(reflow, couplings=True),
     "distil": Objective(
-        distil, couplings=True, passes=_count_rollout,
+        distil, couplings=True, passes=_count_rollout, formulation="rf", few_step=_describe_grid,
         options=lambda recipe: {
             "steps": recipe.student.steps, "states": recipe.student.states, "shift": recipe.shift
         },
     ),
     "meanflow": Objective(
-        meanflow, couplings=True, passes=lambda recipe: Passes(forward=3),
+        meanflow, couplings=True, second_time=True, passes=lambda recipe: Passes(forward=3),
+        few_step=lambda recipe: {"average": True},
         options=lambda recipe: {"difference": recipe.student.difference},
     ),
 }  # fmt: skip
@@ -148,10 +162,13 @@ def get_objective(name: str) -> Objective:
 def check_objective(recipe: Recipe) -> None:
     """Refuse an objective that is unknown or that lacks the adapters, the path or the times it needs."""
     objective = get_objective(recipe.objective)
+    if recipe.model.second_time != objective.second_time:
+        raise UserError(
+            f"recipe {recipe.name}: objective meanflow and a network with a second time belong together: "
+            + ("give --objective meanflow" if recipe.model.second_time else "give --model.second-time")
+        )
     if objective.couplings:
         check_student(recipe)
-    elif recipe.model.second_time:
-        raise UserError(f"recipe {recipe.name}: a network with a second time trains with objective meanflow alone")
     if objective.reference and recipe.lora.rank is None:
         raise UserError(
             f"recipe {recipe.name}: objective {recipe.objective} takes the model without its adapters as reference: "
@@ -162,16 +179,11 @@ def check_objective(recipe: Recipe) -> None:
 def check_student(recipe: Recipe) -> None:
     """A student regresses velocities of straight lines, and its density of times is its own: the loss of reflow is
     highest at both ends, where the densities of pretraining are thin (2-rectified flow++)."""
-    formulation = get_formulation(recipe.formulation)
+    formulation, advised = get_formulation(recipe.formulation), get_objective(recipe.objective).formulation
     if not (isinstance(formulation.path, RectifiedFlow) and formulation.target == "velocity"):
         raise UserError(
             f"recipe {recipe.name}: objective {recipe.objective} regresses the velocity of a rectified flow, not "
-            f"{recipe.formulation}: give --formulation 'rf/ushape(4)'"
-        )
-    if recipe.model.second_time != (recipe.objective == "meanflow"):
-        raise UserError(
-            f"recipe {recipe.name}: objective meanflow and a network with a second time belong together: "
-            + ("give --objective meanflow" if recipe.model.second_time else "give --model.second-time")
+            f"{recipe.formulation}: give --formulation '{advised}'"
         )
     if recipe.student.perceptual is not None:
         check_perceptual(recipe)
@@ -179,9 +191,7 @@ def check_student(recipe: Recipe) -> None:
     if family not in ("ushape", "uniform") and not recipe.student.any_density:
         raise UserError(
             f"recipe {recipe.name}: {recipe.formulation} draws times as pretraining does, and objective "
-            f"{recipe.objective} has its own: give --formulation "
-            + ("rf" if recipe.objective == "distil" else "'rf/ushape(4)'")
-            + ", or --student.any-density to keep it"
+            f"{recipe.objective} has its own: give --formulation '{advised}', or --student.any-density to keep it"
         )
     if recipe.validation.every is not None and recipe.validation.protocol != COUPLED:
         raise UserError(
@@ -194,14 +204,15 @@ def check_student(recipe: Recipe) -> None:
 
 def check_perceptual(recipe: Recipe) -> None:
     """Refuse a perceptual loss that is not there, or that the objective has no picture for."""
-    if recipe.objective == "meanflow":
-        raise UserError(f"recipe {recipe.name}: objective meanflow has no perceptual loss: omit --student.perceptual")
+    name = recipe.objective
+    if get_objective(name).second_time:
+        raise UserError(f"recipe {recipe.name}: objective {name} has no perceptual loss: omit --student.perceptual")
     kind, _, path = str(recipe.student.perceptual).partition(":")
     if kind not in PERCEPTUAL or not path:
         raise UserError(
             f"--student.perceptual {recipe.student.perceptual}: expected KIND:PATH with KIND {', '.join(PERCEPTUAL)}"
         )
-    require([path])
+    require_checkpoints([path])
 
 
 def count_network_passes(recipe: Recipe) -> Passes:

@@ -145,7 +145,7 @@ class HeldOutCouplings:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, student: FewStep) -> None:
         self.recipe, self.dataset, self._student = recipe, dataset, student
-        self._steps = student.steps or 1
+        self._steps = student.default_steps or 1
         self._batches = dataset.cut_batches(recipe.validation.samples, size=recipe.validation.batch)
         self.count = sum(len(batch) for batch in self._batches)
 
@@ -173,8 +173,9 @@ def choose_held_out(recipe: Recipe, dataset: Dataset) -> "HeldOutPairs | HeldOut
     if get_objective(recipe.objective).pairs:
         return HeldOutPairs(recipe, dataset)
     student = FewStep.of(describe_student(recipe, dataset.info))
-    whole_steps = student is not None and (student.steps is not None or student.average)
-    return HeldOutCouplings(recipe, dataset, student) if student is not None and whole_steps else None
+    if student is None or student.default_steps is None:
+        return None
+    return HeldOutCouplings(recipe, dataset, student)
 
 
 def take_turns(count: int, group: Group) -> Iterator[tuple[int, bool]]:

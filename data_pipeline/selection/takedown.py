@@ -147,10 +147,10 @@ def _find_stand_ins(
     banned = {numbers[tar]: exceptions.since.get(tar, 0) for tar in exceptions.shards if tar in numbers}
     taken: dict[Place, int] = {}
     for own, start in dataset.list_parts():
-        for one in (one for one in own.takedowns if one.name in since):
-            for shard, row in find_taken_down([one], own.index):
-                place = start + shard, row
-                taken[place] = min(since[one.name], taken.get(place, since[one.name]))
+        effective = [takedown for takedown in own.takedowns if takedown.name in since]
+        for takedown in sorted(effective, key=lambda takedown: since[takedown.name]):
+            for shard, row in find_taken_down([takedown], own.index):
+                taken.setdefault((start + shard, row), since[takedown.name])
     batch = order.global_batch
     from_step = min([*banned.values(), *taken.values(), steps * batch]) // batch
     chosen = {position // batch for position in exceptions.positions} | set(range(from_step, steps))

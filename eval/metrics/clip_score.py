@@ -4,24 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score
-from eval.judging.prompt_files import choose_captions
+from eval.judging.metric import Clusters, JudgedImage, Score
+from eval.metrics.captioned import CaptionMetric
 from infra.values import PromptValues
 
 
-class ClipScore(PictureMetric):
+class ClipScore(CaptionMetric):
     """Row `clip_score`, and one row per category where prompts have categories (PartiPrompts)."""
 
     name = "clip_score"
     needs = ("clip", "captions")
-    draws_captions = True
 
     def __init__(self, judges: Judges) -> None:
-        self._judges = judges
+        super().__init__(judges)
         self._values = Clusters()
-
-    def prompts(self, count: int | None) -> list[Prompt]:
-        return choose_captions(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         return {"version": 1, "clip": describe_judge(self._judges.clip()), "scale": 1.0}

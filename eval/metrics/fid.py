@@ -17,10 +17,11 @@ import numpy as np
 
 from eval.drawing.pictures import read_picture
 from eval.judging.judges import Judges, describe_judge
-from eval.judging.metric import JudgedImage, PictureMetric, Prompt, Score
+from eval.judging.metric import JudgedImage, Score
 from eval.judging.official import OfficialPaths
-from eval.judging.prompt_files import choose_captions, find_reference_files, read_prompts
+from eval.judging.prompt_files import find_reference_files, read_prompts
 from eval.judging.prompts import render_world_references
+from eval.metrics.captioned import CaptionMetric
 from eval.metrics.frechet import Moments, RankDeficientWarning, frechet_distance, resample_distances
 from eval.networks.features import FeatureNetwork
 from eval.networks.inception import InceptionFeatures
@@ -33,7 +34,7 @@ REFERENCES = 1000  # real pictures of the world; of a folder, at most as many
 CHUNK = 256
 
 
-class FeatureDistance(PictureMetric):
+class FeatureDistance(CaptionMetric):
     """A Frechet distance as a metric, lower is better. `network` computes features (N, E); `judges` give the real
     pictures.
 
@@ -42,18 +43,15 @@ class FeatureDistance(PictureMetric):
     """
 
     higher_is_better = False
-    draws_captions = True
 
     def __init__(
         self, name: str, judges: Judges, network: Callable[[], FeatureNetwork], *, needs: Sequence[str] = ()
     ) -> None:
         self.needs = ("captions", "references", *needs)
-        self.name, self._judges, self._network = name, judges, network
+        super().__init__(judges)
+        self.name, self._network = name, network
         self._features: list[np.ndarray] = []
         self._prompts: list[int] = []
-
-    def prompts(self, count: int | None) -> list[Prompt]:
-        return choose_captions(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         found = {"version": 1, "features": describe_judge(self._network()), "references": REFERENCES}

@@ -6,28 +6,24 @@ from typing import Any
 import numpy as np
 
 from eval.judging.judges import Judges
-from eval.judging.metric import Clusters, JudgedImage, PictureMetric, Prompt, Score
-from eval.judging.prompt_files import choose_captions
+from eval.judging.metric import Clusters, JudgedImage, Score
+from eval.metrics.captioned import CaptionMetric
 from infra.values import PromptValues
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-class Saturation(PictureMetric):
+class Saturation(CaptionMetric):
     """Rows `saturation` and `saturation/contrast`, 0 to 1. Neither is good or bad by itself: they are compared with
     those of a teacher, or of real pictures (`calibration/saturation`)."""
 
     name = "saturation"
-    higher_is_better = False
+    higher_is_better = False  # no claim: rows must have a direction
     needs = ("captions",)
-    draws_captions = True
 
     def __init__(self, judges: Judges) -> None:
-        self._judges = judges
+        super().__init__(judges)
         self._values = Clusters()
-
-    def prompts(self, count: int | None) -> list[Prompt]:
-        return choose_captions(self._judges, count)
 
     def describe(self) -> dict[str, Any]:
         return {"version": 1, "saturation": "HSV, mean over pixels", "contrast": "deviation of BT.601 luma, 0 to 1"}

@@ -77,10 +77,10 @@ def compose_few_steps(runs: Sequence[RunFolder], labels: Mapping[str, str]) -> F
     teachers = {sheet.weights: run for run, (sheet, _) in sheets.items()}
     lines = []
     for run in only:
-        told: Mapping[str, Any] = sheets[run.name][0].student if run.name in sheets else {}
-        teacher = teachers.get(str(told.get("teacher")))
-        kind = _describe(told) if told else "teacher" if _is_taught_by(run.name, sheets) else ""
-        lines += _make_lines(run.name, found, (labels[run.name], kind, teacher))
+        student: Mapping[str, Any] = sheets[run.name][0].student if run.name in sheets else {}
+        teacher = teachers.get(str(student.get("teacher")))
+        kind = _describe(student) if student else "teacher" if _is_taught_by(run.name, sheets) else ""
+        lines += _make_lines(run.name, found, label=labels[run.name], kind=kind, teacher=teacher)
     lines.sort(key=lambda line: (line.kind != "teacher", line.label, line.guidance))
     figures = [name for name in COLUMNS if any(name in cell for line in lines for cell in line.cells.values())]
     higher = {_shorten(metric): comparison.higher_is_better for metric, comparison in found.items()}
@@ -101,10 +101,11 @@ def _is_taught_by(run: str, sheets: Mapping[str, tuple[FewStepSheet, str]]) -> b
     return any(sheet.student.get("teacher") == sheets[run][0].weights for sheet, _ in sheets.values() if run in sheets)
 
 
-def _make_lines(run: str, found: Mapping[str, Comparison], told: tuple[str, str, str | None]) -> list[FewStepLine]:
+def _make_lines(
+    run: str, comparisons: Mapping[str, Comparison], *, label: str, kind: str, teacher: str | None
+) -> list[FewStepLine]:
     lines: dict[float, FewStepLine] = {}
-    label, kind, teacher = told
-    for metric, comparison in found.items():
+    for metric, comparison in comparisons.items():
         point = comparison.at(run)
         setting = _SETTING.fullmatch(metric) or _FLOW.fullmatch(metric)
         if point is None or setting is None:
@@ -138,7 +139,7 @@ def _find_best_lines(
 
 def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -> list[str]:
     """Each student beside its teacher: straightness, and quality at the same number of steps."""
-    said = []
+    sentences = []
     for line in lines:
         rivals = [other for other in lines if other.run == line.teacher]
         if not rivals:
@@ -146,9 +147,9 @@ def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -
         flows = [other for other in rivals if "straightness" in other.flow]
         if "straightness" in line.flow and flows:
             rival = min(flows, key=lambda r: abs(r.guidance - line.guidance))
-            told = _tell(line, line.flow["straightness"]), _tell(rival, rival.flow["straightness"])
-            said.append(f"Straightness (0 is straight): {', '.join(told)}.")
-        said += _compare_saturation(line, rivals)
+            both = _tell(line, line.flow["straightness"]), _tell(rival, rival.flow["straightness"])
+            sentences.append(f"Straightness (0 is straight): {', '.join(both)}.")
+        sentences += _compare_saturation(line, rivals)
         for figure in ("fid", "geneval/overall/seen", "geneval/overall"):
             for steps in _list_steps([line])[:3]:
                 mine = line.cells[steps].get(figure)
@@ -156,8 +157,8 @@ def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -
                 if mine is None or not found or not any(point.value for point in (mine, *(p for _, p in found))):
                     continue
                 best, point = (max if higher[figure] else min)(found, key=lambda item: item[1].value)
-                said.append(_judge(line, best, steps, figure, (mine, point, higher[figure])))
-    return said
+                sentences.append(_judge(line, best, steps, figure, (mine, point, higher[figure])))
+    return sentences
 
 
 def _compare_saturation(line: FewStepLine, rivals: Sequence[FewStepLine]) -> list[str]:

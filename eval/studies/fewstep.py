@@ -6,19 +6,19 @@ is not measured again. `python -m eval report` makes a page of them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from eval.drawing.generate import Painter, Sampling
 from eval.judging.judges import Judges, build_judges
-from eval.judging.official import OfficialPaths
 from eval.judging.prompt_files import choose_captions
 from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures
 from eval.metrics.registry import METRICS, build_picture_metric
-from eval.run import RunOptions, plan, settle
+from eval.run import RunOptions, plan
 from eval.studies.fewstep_figures import compare_clip_scores, measure_flow, measure_times
 from eval.studies.fewstep_sheet import keep_sheet
-from infra.device import Precision
+from eval.studies.options import DrawingOptions
 from infra.errors import UserError
+from infra.help_text import FLAT
 from infra.log import get_logger
 from infra.runner import run_units
 
@@ -51,21 +51,7 @@ class FewStepOptions:
     """pictures at a time, where time per picture is told for a batch beside that of one"""
     shown: int = 4
     """captions whose pictures and paths the page shows"""
-    judges: str = "world"
-    """world, or official (needs local checkpoints)"""
-    workers: int = 0
-    """Ray workers that share the runs; 0 does all in this process"""
-    gpus_per_worker: float = 0
-    """with --device cuda: the share of a GPU that each worker gets"""
-    seed: int = 0
-    """of the noise, which is the same for all runs"""
-    precision: Precision = "auto"
-    """of the network: fp32, bf16, or auto: what this machine does best"""
-    batch: int = 64
-    """pictures drawn at a time"""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
-    official: OfficialPaths = field(default_factory=OfficialPaths)
+    drawing: Annotated[DrawingOptions, FLAT] = field(default_factory=DrawingOptions)
 
     def check(self) -> None:
         """Raises UserError for settings of which none or two could be meant."""
@@ -83,17 +69,10 @@ class FewStepOptions:
 
     def as_run(self) -> RunOptions:
         """What `eval run` would be told; steps and guidance are the settings' own."""
-        sampling = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
-        return RunOptions(
+        return self.drawing.make_run(
             self.runs, metrics=self.metrics, captions=self.captions, prompts_per_task=self.prompts_per_task,
-            images_per_prompt=self.images_per_prompt, judges=self.judges, official=self.official, sampling=sampling,
-            workers=self.workers, gpus_per_worker=self.gpus_per_worker,
+            images_per_prompt=self.images_per_prompt,
         )  # fmt: skip
-
-    def settle(self) -> "FewStepOptions":
-        """The options with device and precision resolved, the same for all workers."""
-        found = settle(self.as_run())
-        return replace(self, device=found.sampling.device, precision=found.sampling.precision, official=found.official)
 
     def samplings(self) -> list[Sampling]:
         """All settings, those of one guidance from most steps to fewest."""
@@ -107,10 +86,11 @@ def measure_few_steps(options: FewStepOptions) -> None:
     options.check()
     options.as_run().check()
     checkpoints = find_checkpoints(options.runs, "last")
-    options = options.settle()
-    plan_setting(build_judges(options.judges, options.official), options, options.samplings()[0])  # refuses at once
+    options = replace(options, drawing=options.drawing.settle(options.as_run()))
+    drawing = options.drawing
+    plan_setting(build_judges(drawing.judges, drawing.official), options, options.samplings()[0])  # refuses at once
     units = [{"id": checkpoint.run, "checkpoint": asdict(checkpoint)} for checkpoint in checkpoints]
-    failed = run_units(FewStepTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
+    failed = run_units(FewStepTask(options), units, workers=drawing.workers, gpus=drawing.gpus_per_worker)
     if failed:
         raise UserError(f"{len(failed)} of {len(units)} runs could not be measured; see the lines above")
     log.info("for the page: python -m eval report --runs %s", options.runs)
@@ -124,10 +104,10 @@ class FewStepTask:
 
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         options = self.options
-        judges = build_judges(options.judges, options.official)
+        judges = build_judges(options.drawing.judges, options.drawing.official)
 
         def measure(unit: Mapping[str, Any]) -> dict[str, Any]:
-            subject = Subject(Checkpoint(**unit["checkpoint"]), options.device)
+            subject = Subject(Checkpoint(**unit["checkpoint"]), options.drawing.device)
             allowed = choose_settings(subject.painter, options)
             for guidance in dict.fromkeys(sampling.guidance for sampling in allowed):
                 samplings = [sampling for sampling in allowed if sampling.guidance == guidance]

@@ -8,19 +8,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from eval.drawing.generate import Sampling
 from eval.judging.judges import Judges, build_judges
-from eval.judging.official import OfficialPaths
 from eval.measure import Checkpoint, Measurement, Subject, find_checkpoints, measure_pictures
 from eval.metrics.registry import build_picture_metric
-from eval.run import RunOptions, plan, settle
+from eval.run import RunOptions, plan
+from eval.studies.options import DrawingOptions
 from eval.studies.ranking import TABLE_1, Ranking, StudyCell, compare_with_paper, rank
 from infra import storage
 from infra.codec import from_json, to_json
-from infra.device import Precision
 from infra.errors import UserError
+from infra.help_text import FLAT
 from infra.log import get_logger
 from infra.results import ResultStore
 from infra.runner import run_units
@@ -44,36 +43,12 @@ class StudyOptions:
     """pictures per run, kind of weights and setting (the paper: 1000)"""
     settings: tuple[str, ...] = ("50x1.0", "50x2.5", "50x5.0", "5x5.0", "10x5.0", "25x5.0")
     """STEPSxGUIDANCE, each with the Euler solver"""
-    judges: str = "world"
-    """world, or official (needs --official.clip, .captions and .references)"""
-    workers: int = 0
-    """Ray workers that share the runs; 0 does all in this process"""
-    gpus_per_worker: float = 0
-    """with --device cuda: the share of a GPU that each worker gets"""
-    seed: int = 0
-    """of the pictures' noise"""
-    precision: Precision = "auto"
-    """of the network: fp32, bf16, or auto: what this machine does best"""
-    batch: int = 64
-    """pictures drawn at a time"""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
-    official: OfficialPaths = field(default_factory=OfficialPaths)
+    drawing: Annotated[DrawingOptions, FLAT] = field(default_factory=DrawingOptions)
 
     def as_run(self) -> RunOptions:
         """What `eval run` would be told; steps and guidance are the settings' own."""
-        sampling = Sampling(seed=self.seed, precision=self.precision, batch=self.batch, device=self.device)
-        return RunOptions(
-            self.runs, captions=self.captions, judges=self.judges, official=self.official, sampling=sampling,
-            workers=self.workers, gpus_per_worker=self.gpus_per_worker,
-        )  # fmt: skip
+        return self.drawing.make_run(self.runs, captions=self.captions)
 
-    def settle(self) -> "StudyOptions":
-        """The options with device and precision resolved, as `settle` of eval/run.py does it, the same for all
-        workers."""
-        found = settle(self.as_run())
-        sampling = found.sampling
-        return replace(self, device=sampling.device, precision=sampling.precision, official=found.official)
 
 
 @dataclass(frozen=True)
@@ -103,15 +78,15 @@ def study(options: StudyOptions) -> None:
         log.warning("%s is left out: %s", run, reason)
     if not entries:
         raise UserError(f"no run can be judged; {next(iter(unfit))}: {next(iter(unfit.values()))}")
-    options = options.settle()
-    judges = build_judges(options.judges, options.official)
+    options = replace(options, drawing=options.drawing.settle(options.as_run()))
+    judges = build_judges(options.drawing.judges, options.drawing.official)
     measurements = {kind: plan_settings(judges, options, kind) for kind in KINDS}
     units = [
         {"id": f"{e.checkpoint.run}/{kind}", "checkpoint": asdict(e.with_weights(kind)), "kind": kind}
         for e in entries
         for kind in KINDS
     ]
-    failed = run_units(StudyTask(options), units, workers=options.workers, gpus=options.gpus_per_worker)
+    failed = run_units(StudyTask(options), units, workers=options.drawing.workers, gpus=options.drawing.gpus_per_worker)
     cells = [cell for entry in entries for cell in _read_cells(entry, measurements)]
     if not cells:
         raise UserError("no run could be measured; see the lines above")
@@ -214,11 +189,11 @@ class StudyTask:
     options: StudyOptions
 
     def open(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        judges = build_judges(self.options.judges, self.options.official)
+        judges = build_judges(self.options.drawing.judges, self.options.drawing.official)
         measurements = {kind: plan_settings(judges, self.options, kind) for kind in KINDS}
 
         def measure(unit: Mapping[str, Any]) -> dict[str, Any]:
-            subject = Subject(Checkpoint(**unit["checkpoint"]), self.options.device)
+            subject = Subject(Checkpoint(**unit["checkpoint"]), self.options.drawing.device)
             measure_pictures(subject, measurements[unit["kind"]], judges)
             return {}
 
@@ -267,7 +242,7 @@ def format_markdown(
         )
     else:
         noise = "One seed only: the noise of a rank is not known, so this is no order."
-    amounts = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.judges}"
+    amounts = f"{ranking.controls} controls; {options.captions} pictures each; judges: {options.drawing.judges}"
     lines = [
         f"{noise} Seeds {seeds}; {amounts}.",
         "",

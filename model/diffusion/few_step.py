@@ -42,6 +42,12 @@ class FewStep:
         """
         return [n for n in range(1, (self.steps or 0) + 1) if self.steps is not None and self.steps % n == 0]
 
+    @property
+    def default_steps(self) -> int | None:
+        """Steps to take where nobody asks for a number: those of its grid, one with average velocities; None: as many
+        as other models."""
+        return self.steps or (1 if self.average else None)
+
     def check(self, *, steps: int, guidance: float, solver: str) -> None:
         """UserError for a guidance, a number of steps or a solver that this student was not trained for."""
         if self.guidance_kind == "baked" and guidance != 1.0:

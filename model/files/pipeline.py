@@ -21,6 +21,7 @@ from torch import Tensor
 from infra.codec import from_json
 from infra.errors import UserError, list_some
 from model.backbones.mmdit import MMDiTConfig
+from model.diffusion.few_step import FewStep
 from model.encoders.vae import load_vae
 from model.files.names import make_diffusers_config, to_diffusers
 from model.files.weights import add_config, apply_umask, list_expected_tensors, write_safetensors
@@ -136,8 +137,8 @@ def make_scheduler_config(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count_steps(meta: Mapping[str, Any]) -> int | None:
     """The steps of a student's grid; None where any number will do."""
-    steps = dict(meta.get("few_step") or {}).get("steps")
-    return steps if type(steps) is int and steps > 0 else None
+    student = FewStep.of(meta)
+    return student.steps if student else None
 
 
 def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:

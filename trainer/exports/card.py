@@ -7,8 +7,7 @@ from infra import storage
 from infra.codec import to_json
 from infra.results import ResultStore
 from infra.version import code_version
-from model.diffusion.flow import get_formulation
-from model.diffusion.grids import make_sampling_grid
+from trainer.objective import get_objective
 from trainer.recipe import Recipe
 
 Meta = dict[str, Any]
@@ -43,12 +42,6 @@ def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
     found = info.couplings
     if found is None:
         return {}
-    further: dict[str, Any] = {}
-    if recipe.objective == "distil":
-        grid = make_sampling_grid(get_formulation(recipe.formulation), recipe.student.steps, shift=recipe.shift)
-        further = {"steps": recipe.student.steps, "sigmas": grid.tolist(), "states": recipe.student.states}
-    if recipe.objective == "meanflow":
-        further = {"average": True}
     return {
         "few_step": {
             "objective": recipe.objective,
@@ -58,7 +51,7 @@ def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
             "solver": "euler",
             "guidance": found.guidance * found.baked_guidance,  # one of the two is 1
             "guidance_kind": "kept" if found.guidance == found.baked_guidance == 1.0 else "baked",
-            **further,
+            **get_objective(recipe.objective).few_step(recipe),
         }
     }
 

@@ -25,14 +25,6 @@ log = get_logger("samples")
 STEPS, GUIDANCE = 20, 4.0  # our choice, for a quick look; evaluation has settings of its own
 
 
-def choose_steps(student: FewStep | None) -> int:
-    """The number of sampling steps: STEPS for a model that is no student. A student takes the steps of its grid, or one
-    step if it predicts average velocities."""
-    if student is None:
-        return STEPS
-    return student.steps or (1 if student.average else STEPS)
-
-
 class Sampler:
     """Draws the first captions of the val split by Euler's method, with classifier-free guidance whose unconditional
     input is zeros."""
@@ -43,7 +35,7 @@ class Sampler:
         self.student = FewStep.of(describe_student(recipe, dataset.info))
         # A student with baked guidance has learnt its teacher's; guidance while sampling would multiply with it.
         self.guidance = GUIDANCE if self.student is None or self.student.guidance_kind == "kept" else 1.0
-        self.steps = choose_steps(self.student)
+        self.steps = (self.student and self.student.default_steps) or STEPS
         self.batch = dataset.read(bucket[: recipe.logging.samples])
         # Captions that each rank draws.
         self.share = math.ceil(len(self.batch.keys) / group.world_size)
