@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from data_pipeline.images import ImageError, count_hole, decode
+from data_pipeline.sources.registry import open_source
 
 GRADIENT = np.linspace(0, 255, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint8)
 # Saved as what keeps the mode; the color that (200, 100, 50) has in it is what must come back.
@@ -241,3 +242,14 @@ def test_formats_that_need_a_plugin_say_which(data, word):
     with pytest.raises(ImageError, match=word) as error:
         read(data)
     assert error.value.status == "no_decoder"
+
+
+@pytest.mark.parametrize("suffix", ["j2k", "jpx", "apng", "dib", "tga", "ppm", "pgm", "pbm", "pnm"])
+def test_further_names_that_pillow_reads_are_images_of_a_folder(tmp_path, suffix):
+    mode = {"pgm": "L", "pbm": "1"}.get(suffix, "RGB")
+    format = {"apng": "PNG", "jpx": "JPEG2000", "pnm": "PPM"}.get(suffix)
+    Image.new(mode, (40, 40), 1 if mode == "1" else "white").save(tmp_path / f"a.{suffix}", format=format)
+    (tmp_path / "a.txt").write_text("white")
+    source = open_source(f"folder:{tmp_path}")
+    [row] = [row for unit in source.list_units() for row in source.read_rows(unit)]
+    assert np.asarray(decode(io.BytesIO(row.image))).min() > 250

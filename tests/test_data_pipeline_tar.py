@@ -316,3 +316,15 @@ def test_zeros_of_a_member_that_no_row_reads_cost_no_row_and_a_damaged_table_no_
     rows = list(source.read_rows(unit))
     assert [(row.key, row.status) for row in rows] == [("0001", "ok"), ("00000.parquet", "unreadable")]
     assert "not a readable parquet file" in rows[1].reason
+
+
+def test_parts_of_a_sample_that_lie_apart_name_the_cause(tmp_path):
+    apart = [(f"{n}.{suffix}", data) for suffix, data in (("png", png()), ("txt", b"a cat")) for n in range(2)]
+    (tmp_path / "a.tar").write_bytes(make_tar(apart))
+    source = open_source(f"wds:{tmp_path}")
+    rows = [row for unit in source.list_units() for row in source.read_rows(unit)]
+    assert [row.status for row in rows if not row.image] == ["no_image"] * 2
+    assert all("tar them with --sort=name" in row.reason for row in rows if not row.image)
+    (tmp_path / "a.tar").write_bytes(make_tar(sorted(apart)))
+    rows = [row for unit in source.list_units() for row in source.read_rows(unit)]
+    assert [(row.image is not None, row.caption) for row in rows] == [(True, b"a cat")] * 2

@@ -18,6 +18,7 @@ from infra.log import get_logger
 
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "heic", "heif", "jxl",
+    "j2k", "j2c", "jpf", "jpx", "apng", "dib", "tga", "ppm", "pgm", "pbm", "pnm",
 )  # fmt: skip
 TEXT_SUFFIXES = ("txt", "text", "caption")
 SPLITS = ("train", "val")

@@ -124,10 +124,11 @@ def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Itera
             else:
                 # archives that were joined often count from zero each: the later one's rows get names of their own
                 key = item.key if item.key not in keys or not item.archive else f"{item.key}#{item.archive}"
+                apart = item.key in keys and key == item.key
                 keys.add(key)
                 used += len(item.parts)
                 seen.update(f"unread .{suffix}" for suffix in item.parts.keys() - _list_read(item.parts))
-                yield _make_row(key, item, asked)
+                yield _make_row(key, item, asked, apart=apart)
     check_members(seen, used, uri)
     if seen[DROPPING]:
         log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, seen[DROPPING])
@@ -167,7 +168,7 @@ def _judge_member(member: Member) -> tuple[str, str]:
     return "bad_name", "a name that leaves the folder"
 
 
-def _make_row(key: str, sample: Sample, asked: str) -> RawRow:
+def _make_row(key: str, sample: Sample, asked: str, *, apart: bool) -> RawRow:
     parts = sample.parts
     info, in_json = parse_fields(parts["json"], asked) if "json" in parts else ({}, None)
     image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
@@ -177,6 +178,7 @@ def _make_row(key: str, sample: Sample, asked: str) -> RawRow:
         return RawRow(key, None, text, "truncated_tar", sample.damage, info)
     if not image:
         reason = str(info.get("error_message") or f"only {', '.join(sorted(parts)) or 'nothing'}")
+        reason += ", apart from other files of this name: tar them with --sort=name" if apart else ""
         return RawRow(key, None, text, "no_image", reason, info)
     return RawRow(key, parts[image], text, info=info)
 
