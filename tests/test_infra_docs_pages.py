@@ -19,7 +19,7 @@ from data_pipeline.sources.registry import SOURCES
 DOCS = ROOT / "infra" / "docs"
 PACKAGES = ("model", "data_pipeline", "trainer", "eval", "infra")
 TOP = (*PACKAGES, "tests", ".github", ".ci")
-# Files that a command writes stay as it wrote them.
+# Files that a command wrote name what was there at that time.
 WRITTEN = re.compile(
     r"infra/docs/runs/.*/(report|study|isoflop|autoencoder)\.md|.*/checkpoints/\w+/README\.md|.*LICENSE\.md"
 )
@@ -30,7 +30,7 @@ def by_hand(pages: list[Path]) -> list[Path]:
     return [page for page in pages if not WRITTEN.fullmatch(name_of(page))]
 
 
-@pytest.mark.parametrize("page", by_hand(PAGES), ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if "LICENSE" not in page.name], ids=name_of)
 def test_lines_fit_120_columns(page):
     """Outside of tables, images and addresses of links."""
     long = [

@@ -22,10 +22,11 @@ from eval.report.pictures import choose_progress_pictures, choose_rung_pictures
 from eval.report.plots import RenderedFigure
 from eval.report.runs import read_runs
 from eval.report.style import make_themes, wrap_svg
-from eval.report.text import format_count, format_duration, format_markdown, format_power, format_significant
+from eval.report.text import escape_markdown, format_count, format_duration, format_power, format_significant
 from infra import storage
 from infra.codec import to_json
 from infra.errors import UserError
+from infra.markdown import wrap_prose
 from infra.version import code_version
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -143,11 +144,12 @@ def render_page(name: str, context: dict[str, Any]) -> str:
         duration=lambda v: "" if v is None else format_duration(v),
         sig=format_significant,
         words=lambda text: str(text).replace("_", " "),
-        cell=format_markdown,
+        cell=escape_markdown,
     )
     if html:
         environment.filters["drawing"] = lambda svg: Markup(svg)  # matplotlib has escaped its texts
-    return str(environment.get_template(f"{name}.j2").render(context))
+    page = environment.get_template(f"{name}.j2").render(context)
+    return page if html else wrap_prose(page)
 
 
 @dataclass(frozen=True)

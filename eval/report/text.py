@@ -45,7 +45,7 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
-def format_markdown(text: Any) -> str:
+def escape_markdown(text: Any) -> str:
     """One line that Markdown shows literally, also inside a table."""
     line = re.sub(r"([\\`*\[\]<>|$~])", r"\\\1", " ".join(str(text).split()))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", line)  # inside a word it is only an underscore

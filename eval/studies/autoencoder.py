@@ -28,6 +28,7 @@ from infra import storage
 from infra.device import resolve_device
 from infra.errors import UserError
 from infra.log import Progress
+from infra.markdown import wrap_prose
 from model.encoders.vae import Latents, load_vae
 from model.perceptual import LpipsNet
 
@@ -89,7 +90,7 @@ def measure_autoencoders(options: AutoencoderOptions) -> None:
         "lpips": [perceptual.name, perceptual.version] if perceptual else "not measured: --lpips gives no weights",
         "decoded_from": "mode of the posterior, 8 bits",
     }
-    text = format_markdown(found, protocol)
+    text = wrap_prose(format_markdown(found, protocol))
     print(text, end="")
     if options.out is not None:
         record = {"protocol": protocol, "autoencoders": [vars(figures) for figures in found]}

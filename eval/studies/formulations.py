@@ -21,6 +21,7 @@ from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.help_text import FLAT
 from infra.log import get_logger
+from infra.markdown import wrap_prose
 from infra.results import ResultStore
 from infra.runner import run_units
 from model.files.weights import read_meta
@@ -91,7 +92,7 @@ def study(options: StudyOptions) -> None:
     if not cells:
         raise UserError("no run could be measured; see the lines above")
     ranking = rank(cells)
-    text = format_markdown(ranking, options, entries=entries, unfit=unfit)
+    text = wrap_prose(format_markdown(ranking, options, entries=entries, unfit=unfit))
     print(text, end="")
     record = {
         "ranking": ranking,

@@ -42,6 +42,7 @@ import json
 import sys
 from pathlib import Path
 
+from infra.markdown import wrap_prose
 from trainer.ladders.verify import compare_bits
 
 out, folder, depth, files, size, stopped = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
@@ -57,7 +58,7 @@ text = [
     "command went on.", "",
     *[f"- {'kept' if v.kept else 'BROKEN'}: {v.promise} ({v.found})" for v in verdicts],
 ]  # fmt: skip
-(folder / "report.md").write_text("\n".join(text) + "\n")
+(folder / "report.md").write_text(wrap_prose("\n".join(text) + "\n"))
 print("\n".join(text))
 if not all(v.kept for v in verdicts):
     sys.exit(1)

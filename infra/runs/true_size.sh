@@ -104,8 +104,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.planning.reality import find_goal
+from infra.markdown import wrap_prose
 from trainer.ladders.verify import compare_bits
+from trainer.planning.reality import find_goal
 
 out, folder, depths = Path(sys.argv[1]), Path(sys.argv[2]), [int(d) for d in sys.argv[3:]]
 
@@ -174,7 +175,7 @@ for r in runs:
     for name, (before, after) in r["planned"].items():
         text.append(f"- depth {r['depth']}, {name}: planned {before:.3f} before the run, {after:.3f} after it")
 text += ["", *[f"Depth {r['depth']}: {r['calibration']}." for r in runs[-1:]]]
-(folder / "report.md").write_text("\n".join(text) + "\n")
+(folder / "report.md").write_text(wrap_prose("\n".join(text) + "\n"))
 (folder / "report.json").write_text(json.dumps(runs, indent=1) + "\n")
 print("\n".join(text))
 if not all(v.kept for v in verdicts):

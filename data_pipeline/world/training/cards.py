@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.world.classes import ATTRIBUTION
+from infra.markdown import read_items, wrap_prose
 
 LICENCE = f"""{ATTRIBUTION}.
 The weights were trained on scenes made from these drawings and are shared under the same licence, CC BY-SA 4.0."""
@@ -23,9 +24,9 @@ def read_training_line(folder: Path | None) -> str:
     """What the card of an earlier checkpoint says about its training, to begin the card of its continuation."""
     if folder is None:
         return ""
-    for line in (folder / "README.md").read_text(encoding="ascii").splitlines():
-        if line.startswith("- Trained by: "):
-            return line.removeprefix("- Trained by: ") + "; then "
+    for item in read_items((folder / "README.md").read_text(encoding="ascii")):
+        if item.startswith("Trained by: "):
+            return item.removeprefix("Trained by: ") + "; then "
     return ""
 
 
@@ -49,4 +50,4 @@ It knows the drawings of the world and nothing else; its scores say nothing abou
 
 {LICENCE}
 """
-    (folder / "README.md").write_text(text, encoding="ascii")
+    (folder / "README.md").write_text(wrap_prose(text), encoding="ascii")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.world.scenes import Scene, make_scene
 from data_pipeline.world.training.cards import LICENCE
 from infra.log import get_logger
+from infra.markdown import read_items, wrap_prose
 
 logger = get_logger("judges")
 
@@ -113,9 +114,9 @@ def read_earlier_runs(start_from: Path | None) -> list[str]:
     """Lines for a model card about the weights that this training continued from, taken from their own card."""
     if start_from is None:
         return []
-    told = (start_from / "README.md").read_text().splitlines()
-    lines = [line.removeprefix("- ") for line in told if line.startswith(("- Data:", "- Training:", "- Before"))]
-    return [line if line.startswith("Before") else f"Before that: {line}" for line in lines]
+    items = read_items((start_from / "README.md").read_text())
+    earlier = [item for item in items if item.startswith(("Data:", "Training:", "Before"))]
+    return [item if item.startswith("Before") else f"Before that: {item}" for item in earlier]
 
 
 def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, float]) -> None:
@@ -124,4 +125,4 @@ def write_card(folder: Path, title: str, facts: list[str], figures: dict[str, fl
     lines += ["| figure | value |", "|---|---|", *[f"| {name} | {value:.4f} |" for name, value in figures.items()], ""]
     lines += ["It judges images of the world only; its scores are named `world_*`, never after the benchmark.", ""]
     lines += [LICENCE, ""]
-    (folder / "README.md").write_text("\n".join(lines))
+    (folder / "README.md").write_text(wrap_prose("\n".join(lines)))
