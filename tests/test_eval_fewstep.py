@@ -1,6 +1,7 @@
 """Few steps compared: the same noise for teacher and students, rows once, known answers of each new figure."""
 
 import colorsys
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,16 +19,19 @@ from eval.judging.metric import JudgedImage, Prompt
 from eval.metrics.diversity import Diversity
 from eval.metrics.saturation import Saturation, measure_contrast, measure_saturation
 from eval.report.build import write_report
-from eval.report.fewstep_plots import cut_strips
-from eval.report.fewsteps import FewStepLine, compose_few_steps, compose_findings, read_sheet
-from eval.report.runs import read_runs
+from eval.report.fewstep_page import compose_page
+from eval.report.fewstep_plots import cut_strips, plot_chart
+from eval.report.fewsteps import FewStepLine, compare_few_steps, compose_few_steps, compose_findings
+from eval.report.runs import RunFolder, read_runs
+from eval.report.seeds import average_points, name_arm
 from eval.report.series import MetricPoint
+from eval.report.style import make_themes
 from eval.studies.fewstep import FewStepOptions, measure_few_steps
 from eval.studies.fewstep_sheet import FewStepSheet, project_paths
 from eval.studies.options import DrawingOptions
 from infra.codec import from_json
 from infra.errors import UserError
-from infra.results import ResultStore
+from infra.results import ResultRow, ResultStore
 
 METRICS = ("fid", "clip_score", "geneval", "diversity", "saturation")
 
@@ -251,10 +255,9 @@ def make_line(run, fid):
 
 def test_strips_are_cut_where_the_sheet_says(runs):
     analysed = read_runs(str(runs))
-    found = compose_few_steps(analysed.runs, {run.name: run.name for run in analysed.runs})
-    sheets = {run.name: read_sheet(run) for run in analysed.runs}
-    (prompt, block), *_ = cut_strips(found, sheets)
-    assert prompt == sheets["teacher"][0].prompts[0]
+    shown = compose_page(compose(analysed.runs), analysed.runs)
+    (prompt, block), *_ = cut_strips(shown.strips)
+    assert prompt == shown.strips[0].prompt
     tiles = dict(block)
     from eval.drawing.generate import ImageRequest, Painter, Sampling
 
@@ -269,4 +272,83 @@ def test_strips_are_cut_where_the_sheet_says(runs):
 def test_a_report_without_such_rows_has_no_such_page(tmp_path):
     write_ladder(str(tmp_path / "runs"), depths=(2, 3))
     analysed = read_runs(str(tmp_path / "runs"))
-    assert compose_few_steps(analysed.runs, {run.name: run.name for run in analysed.runs}) is None
+    assert compose(analysed.runs) is None
+
+
+def compose(runs):
+    return compose_few_steps(runs, compare_few_steps(runs), {run.name: run.name for run in runs})
+
+
+# --- means over seeds
+
+
+def fake_run(name, *, seed, values, recipe=()):
+    """A run with rows alone: steps -> FID, its interval over prompts from half to twice of it."""
+    judged = (("fid", False, values), ("geneval/overall/seen", True, dict.fromkeys(values, 0.0)))
+    rows = tuple(
+        ResultRow(name, "hash", "v", 1000, f"fewstep/{steps}x1.0/world_{figure}", value, higher, 8, "protocol",
+                  low=value / 2, high=2 * value)
+        for figure, higher, found in judged
+        for steps, value in found.items()
+    )  # fmt: skip
+    return RunFolder(name, name, {"seed": seed, "optimizer": {"lr": 1e-3}} | dict(recipe), {}, rows, ())
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_arm():
+    values = (10.0, 12.0, 17.0)
+    runs = [fake_run(f"seed{n}/reflow", seed=n, values={1: v, 2: 5.0}) for n, v in enumerate(values)]
+    found = compose([*runs, fake_run("teacher", seed=0, values={1: 30.0})])
+    arm, teacher = found.lines
+    assert (arm.run, arm.label, arm.runs) == ("reflow", "reflow (3 seeds)", tuple(run.name for run in runs))
+    assert [line.run for line in found.members] == [run.name for run in runs]
+    cell = arm.cells[1]["fid"]
+    half = 4.302653 * np.std(values, ddof=1) / math.sqrt(3)  # the 97.5 % point of Student's t with 2 degrees of freedom
+    assert (cell.value, cell.count) == (13, 3)
+    assert (cell.low, cell.high) == (pytest.approx(13 - half), pytest.approx(13 + half))
+    assert (arm.cells[2]["fid"].low, arm.cells[2]["fid"].high) == (5, 5), "no spread over seeds"
+    assert (arm.over_prompts[2]["fid"].low, arm.over_prompts[2]["fid"].high) == (2.5, 10), "the other interval"
+    assert (arm.find_widest(2, "fid").low, arm.find_widest(2, "fid").high) == (2.5, 10)
+    assert (teacher.label, teacher.cells[1]["fid"].low, teacher.over_prompts) == ("teacher", 15, {})
+
+
+def test_another_recipe_makes_another_arm():
+    alike = [fake_run(f"reflow-seed{n}", seed=n, values={1: 1.0 + n}) for n in range(2)]
+    assert len(compose(alike).lines) == 1
+    from_others = [fake_run(f"reflow-seed{n}", seed=n, values={1: 1.0}, recipe={"init_weights": n}) for n in range(2)]
+    assert len(compose(from_others).lines) == 1, "students of teachers of several seeds"
+    other = fake_run("reflow-seed2", seed=2, values={1: 1.0}, recipe={"optimizer": {"lr": 1e-4}})
+    assert [line.run for line in compose([*alike, other]).lines] == ["reflow-seed0", "reflow-seed1", "reflow-seed2"]
+    names = ["seed1/reflow", "reflow-seed10", "a/seed2/b", "seed3", "linseed4", "reseed5/x"]
+    assert [name_arm(name) for name in names] == ["reflow", "reflow", "a/b", "seed3", "linseed4", "reseed5/x"]
+
+
+def test_the_mean_of_intervals_is_none_where_one_has_none():
+    points = [MetricPoint(1, 1.0, None, None, 4), MetricPoint(1, 3.0, 2.0, 4.0, 4)]
+    over_seeds, over_prompts = average_points(points)
+    assert (over_seeds.value, over_seeds.count) == (2, 2)
+    assert (over_prompts.low, over_prompts.high, over_prompts.count) == (None, None, 4)
+
+
+def test_scores_that_are_all_zero_have_an_axis_from_zero_up():
+    import matplotlib.pyplot as plt
+
+    runs = [fake_run(f"seed{n}/reflow", seed=n, values={1: 3.0 + n, 2: 2.0}) for n in range(2)]
+    chart = compose_page(compose(runs), runs).charts[0]
+    assert [panel.title for panel in chart.panels] == ["FID", "GenEval, seen"]
+    assert chart.panels[0].lines[0].low[1] == 2
+    figure = plot_chart(chart)(make_themes(1)[0], False)
+    assert figure.axes[1].get_ylim() == (0, 0.1)
+    assert figure.axes[0].get_ylim()[0] < 2
+    assert len(figure.axes[0].collections) == 1, "intervals over seeds are drawn"
+    plt.close(figure)
+
+
+def test_students_are_compared_by_what_they_started_from():
+    direct, after = (
+        dataclasses.replace(make_line(name, fid), teacher="teacher", objective="distil", origin=origin)
+        for name, fid, origin in (("direct", 8.0, "teacher"), ("after", 4.0, "reflow"))
+    )
+    assert compose_findings([direct, after], {"fid": False}) == [
+        "FID in 1 step: after at guidance 1 has 4 (3.5 to 4.5), direct at guidance 1 has 8 (7.5 to 8.5): better by "
+        "more than the intervals."
+    ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from eval.report import findings as words
 from eval.report import tables
-from eval.report.fewsteps import FewSteps, compose_few_steps
+from eval.report.fewsteps import FewSteps, compare_few_steps, compose_few_steps
 from eval.report.headline import list_missing
 from eval.report.law import LadderFit, fit_ladder
 from eval.report.predict import GradedPrediction, grade
@@ -86,7 +86,7 @@ def analyse(data: StoredRuns) -> Analysis:
     missing = list_missing(runs, labels, families, calibration)
     return Analysis(
         data, labels, losses, levels, families, found, fit, correlations, calibration, costs, graded, findings,
-        missing, compose_few_steps(runs, labels),
+        missing, compose_few_steps(runs, compare_few_steps(runs), labels),
     )  # fmt: skip
 
 

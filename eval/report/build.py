@@ -14,8 +14,9 @@ from typing import Any
 from eval.report import tables
 from eval.report.analysis import Analysis, analyse
 from eval.report.document import Report, compose_report, encode_report
+from eval.report.fewstep_page import FewStepPage, compose_page
 from eval.report.fewstep_plots import draw_few_steps
-from eval.report.fewsteps import COLUMNS, PAPER_LOSS, FewSteps
+from eval.report.fewsteps import PAPER_LOSS
 from eval.report.figures import draw_figures, name_score_figure
 from eval.report.headline import choose_headlines
 from eval.report.pictures import choose_progress_pictures, choose_rung_pictures
@@ -56,10 +57,11 @@ def render_files(analysis: Analysis, drawn: Sequence[RenderedFigure]) -> dict[st
     context = make_page_context(analysis, report, drawn)
     pages = [("report.md", context), ("report.html", context)]
     if analysis.few_steps is not None:
-        few = draw_few_steps(analysis.few_steps, analysis.runs)
+        page = compose_page(analysis.few_steps, analysis.runs)
+        few = draw_few_steps(page)
         files |= name_figure_files(few, len(analysis.few_steps.lines))
         files["few_steps.json"] = (json.dumps(to_json(analysis.few_steps, finite=True), indent=1) + "\n").encode()
-        told = make_few_steps_context(analysis.few_steps, few, source=analysis.data.uri)
+        told = make_few_steps_context(page, few, source=analysis.data.uri)
         pages = [("few_steps.md", told), ("few_steps.html", told), *pages]
     for name, told in pages:
         files[name] = render_page(name, told).encode()
@@ -77,18 +79,20 @@ def name_figure_files(drawn: Sequence[RenderedFigure], num_series: int) -> dict[
     return files
 
 
-def make_few_steps_context(found: FewSteps, drawn: Sequence[RenderedFigure], *, source: str) -> dict[str, Any]:
+def make_few_steps_context(page: FewStepPage, drawn: Sequence[RenderedFigure], *, source: str) -> dict[str, Any]:
     """What the templates few_steps.* read."""
+    found = page.found
     light, dark = make_themes(max(len(found.lines), 1))
     return {
         "source": source,
         "code_version": code_version(),
         "lines": found.lines,
+        "members": found.members,
         "flows": [line for line in found.lines if line.flow],
         "order": {line.name: number for number, line in enumerate(found.lines)},
         "all_steps": found.steps,
         "shown": found.figures,
-        "columns": COLUMNS,
+        "columns": page.columns,
         "best": found.best,
         "findings": found.findings,
         "left_out": found.left_out,

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eval.report.runs import RunFolder
+from eval.report.seeds import average_points, group_seeds, spread_over
 from eval.report.series import Comparison, LeftOut, MetricPoint, compare, is_number
 from eval.report.tables import find_best
 from eval.report.text import format_significant
@@ -21,7 +22,7 @@ COLUMNS = {
     "fid": "FID", "clip_score": "CLIP score", "clip_loss": "CLIP loss, %", "geneval/overall/seen": "GenEval, seen",
     "geneval/overall/unseen": "GenEval, unseen", "geneval/overall": "GenEval", "diversity": "diversity",
     "saturation": "saturation", "seconds/latents": "latents, s", "seconds/pictures": "picture, s",
-    "seconds/pictures_batch": "picture of a batch, s",
+    "seconds/latents_batch": "latents of a batch, s", "seconds/pictures_batch": "picture of a batch, s",
 }  # fmt: skip
 QUALITY = ("fid", "clip_score", "geneval/overall/seen", "geneval/overall", "geneval/overall/unseen", "diversity")
 # SD3 (arXiv 2403.03206), Table 6: CLIP score lost against 50 steps, in %, by 5, 10 and 20 steps.
@@ -30,8 +31,12 @@ PAPER_LOSS = {15: (4.30, 0.86, 0.21), 30: (3.59, 0.70, 0.24), 38: (2.71, 0.14, 0
 
 @dataclass(frozen=True)
 class FewStepLine:
-    """One run at one guidance. `cells`: steps -> figure -> its point; `flow`: straightness, length, bend, whole and by
-    t. `teacher`: the run whose couplings taught it, where that run is here."""
+    """One arm at one guidance: a run, or the mean of runs that differ in their seed alone. `run`: its name.
+
+    `cells`: steps -> figure -> its point; `flow`: straightness, length, bend, whole and by t. Intervals are over
+    prompts, those of several runs over seeds. `teacher`: the arm whose couplings taught it, `origin`: the one whose
+    weights it started from; None where that is not here.
+    """
 
     run: str
     label: str
@@ -40,10 +45,20 @@ class FewStepLine:
     teacher: str | None
     cells: dict[int, dict[str, MetricPoint]]
     flow: dict[str, MetricPoint]
+    runs: tuple[str, ...] = ()
+    objective: str = ""
+    origin: str | None = None
+    over_prompts: dict[int, dict[str, MetricPoint]] = field(default_factory=dict)
+    """Of several runs: the mean of their intervals over prompts; what one set of prompts leaves open."""
 
     @property
     def name(self) -> str:
         return f"{self.label}, guidance {self.guidance:g}"
+
+    def find_widest(self, steps: int, figure: str) -> MetricPoint | None:
+        """The point with an interval that holds the one over seeds and the one over prompts."""
+        point, other = (cells.get(steps, {}).get(figure) for cells in (self.cells, self.over_prompts))
+        return point if point is None or other is None else spread_over(point, other)
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,8 @@ class FewSteps:
 
     format: int
     lines: list[FewStepLine]
+    members: list[FewStepLine]
+    """the single runs behind those lines that are means over seeds"""
     figures: list[str]
     higher_is_better: dict[str, bool]
     best: dict[int, dict[str, tuple[str, ...]]]
@@ -65,45 +82,81 @@ class FewSteps:
         return sorted({steps for line in self.lines for steps in line.cells})
 
 
-def compose_few_steps(runs: Sequence[RunFolder], labels: Mapping[str, str]) -> FewSteps | None:
-    """None where no run has such rows."""
-    only = [replace(run, rows=tuple(row for row in run.rows if row.metric.startswith("fewstep/"))) for run in runs]
-    only = [run for run in only if run.rows]
+def is_few_step(metric: str) -> bool:
+    """Does `eval fewstep` write rows of that name?"""
+    return metric.startswith("fewstep/")
+
+
+def compare_few_steps(runs: Sequence[RunFolder]) -> dict[str, Comparison]:
+    """Every metric of `eval fewstep`, from the runs' rows."""
+    only = [replace(run, rows=tuple(row for row in run.rows if is_few_step(row.metric))) for run in runs]
+    metrics = sorted({row.metric for run in only for row in run.rows if is_number(row)})
+    return {metric: comparison for metric in metrics if (comparison := compare(only, metric))}
+
+
+def compose_few_steps(
+    runs: Sequence[RunFolder], comparisons: Mapping[str, Comparison], labels: Mapping[str, str]
+) -> FewSteps | None:
+    """`comparisons`: metric -> the runs' points. None where no run has such rows."""
+    found = {metric: comparison for metric, comparison in sorted(comparisons.items()) if is_few_step(metric)}
+    having = {run for comparison in found.values() for run in comparison.points}
+    only = [run for run in runs if run.name in having]
     if not only:
         return None
-    metrics = sorted({row.metric for run in only for row in run.rows if is_number(row)})
-    found = {metric: comparison for metric in metrics if (comparison := compare(only, metric))}
-    sheets = {run.name: sheet for run in only if (sheet := read_sheet(run))}
-    teachers = {sheet.weights: run for run, (sheet, _) in sheets.items()}
-    lines = []
-    for run in only:
-        student: Mapping[str, Any] = sheets[run.name][0].student if run.name in sheets else {}
-        teacher = teachers.get(str(student.get("teacher")))
-        kind = _describe(student) if student else "teacher" if _is_taught_by(run.name, sheets) else ""
-        lines += _make_lines(run.name, found, label=labels[run.name], kind=kind, teacher=teacher)
-    lines.sort(key=lambda line: (line.kind != "teacher", line.label, line.guidance))
+    arms = group_seeds(only)
+    origins = _find_origins(only, arms)
+    singles = [
+        line for run in only for line in _make_lines(run.name, found, label=labels[run.name], **origins[run.name])
+    ]
+    lines = [line for arm, names in arms.items() for line in _make_arm(arm, names, singles)]
+    for each in (lines, singles):
+        each.sort(key=lambda line: (line.kind != "teacher", line.label, line.guidance))
     figures = [name for name in COLUMNS if any(name in cell for line in lines for cell in line.cells.values())]
     higher = {_shorten(metric): comparison.higher_is_better for metric, comparison in found.items()}
-    best = {steps: _find_best_lines(lines, steps, figures, higher) for steps in _list_steps(lines)}
-    left_out = [left for comparison in found.values() for left in comparison.left_out]
-    protocols = {metric: comparison.protocol for metric, comparison in found.items()}
-    return FewSteps(1, lines, figures, higher, best, compose_findings(lines, higher), left_out, protocols)
+    return FewSteps(
+        format=2,
+        lines=lines,
+        members=[line for line in singles if any(line.run in arm.runs and len(arm.runs) > 1 for arm in lines)],
+        figures=figures,
+        higher_is_better=higher,
+        best={steps: _find_best_lines(lines, steps, figures, higher) for steps in _list_steps(lines)},
+        findings=compose_findings(lines, higher),
+        left_out=[left for comparison in found.values() for left in comparison.left_out],
+        protocols={metric: comparison.protocol for metric, comparison in found.items()},
+    )
 
 
-def _describe(student: Mapping[str, Any]) -> str:
+def _find_origins(runs: Sequence[RunFolder], arms: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """For each run the fields of its lines that say what it is and whom it learnt from."""
+    sheets = {run.name: found[0] for run in runs if (found := read_sheet(run))}
+    arm_of = {name: arm for arm, names in arms.items() for name in names}
+    by_weights = {sheet.weights: arm_of[name] for name, sheet in sheets.items()}
+    taught = {str(sheet.student.get("teacher")) for sheet in sheets.values()}
+    found = {}
+    for run in runs:
+        student = sheets[run.name].student if run.name in sheets else {}
+        origin = by_weights.get(str(run.recipe_field("init_weights"))) if student else None
+        is_teacher = not student and run.name in sheets and sheets[run.name].weights in taught
+        found[run.name] = {
+            "kind": _describe(student, origin) if student else "teacher" if is_teacher else "",
+            "teacher": by_weights.get(str(student.get("teacher"))),
+            "objective": str(student.get("objective", "")),
+            "origin": origin,
+        }
+    return found
+
+
+def _describe(student: Mapping[str, Any], origin: str | None) -> str:
     """`reflow, round 1, guidance 1.5 baked in`."""
     baked = student.get("guidance_kind") == "baked"
-    parts = [str(student.get("objective", "student")), f"round {student['round']}" if "round" in student else ""]
-    return ", ".join([*filter(None, parts), *([f"guidance {student['guidance']:g} baked in"] if baked else [])])
+    parts = [
+        str(student.get("objective", "student")), f"round {student['round']}" if "round" in student else "",
+        f"from {origin}" if origin else "", f"guidance {student['guidance']:g} baked in" if baked else "",
+    ]  # fmt: skip
+    return ", ".join(filter(None, parts))
 
 
-def _is_taught_by(run: str, sheets: Mapping[str, tuple[FewStepSheet, str]]) -> bool:
-    return any(sheet.student.get("teacher") == sheets[run][0].weights for sheet, _ in sheets.values() if run in sheets)
-
-
-def _make_lines(
-    run: str, comparisons: Mapping[str, Comparison], *, label: str, kind: str, teacher: str | None
-) -> list[FewStepLine]:
+def _make_lines(run: str, comparisons: Mapping[str, Comparison], *, label: str, **origin: Any) -> list[FewStepLine]:
     lines: dict[float, FewStepLine] = {}
     for metric, comparison in comparisons.items():
         point = comparison.at(run)
@@ -111,12 +164,44 @@ def _make_lines(
         if point is None or setting is None:
             continue
         guidance = float(setting["guidance"])
-        line = lines.setdefault(guidance, FewStepLine(run, label, kind, guidance, teacher, {}, {}))
+        line = lines.setdefault(
+            guidance, FewStepLine(run, label, guidance=guidance, cells={}, flow={}, runs=(run,), **origin)
+        )
         if setting.re is _FLOW:
             line.flow[setting["figure"]] = point
         else:
             line.cells.setdefault(int(setting["steps"]), {})[setting["figure"].removeprefix("world_")] = point
     return list(lines.values())
+
+
+def _make_arm(arm: str, names: Sequence[str], singles: Sequence[FewStepLine]) -> list[FewStepLine]:
+    """The lines of an arm: those of its run, or the means of its runs, one for each guidance."""
+    mine = [line for line in singles if line.run in names]
+    if len(names) == 1:
+        return [replace(line, run=arm) for line in mine]
+    found = []
+    for guidance in sorted({line.guidance for line in mine}):
+        each = [line for line in mine if line.guidance == guidance]
+        if len(each) == 1:
+            found.append(replace(each[0], run=arm))
+            continue
+        cells = {steps: _average([line.cells.get(steps, {}) for line in each]) for steps in _list_steps(each)}
+        found.append(
+            replace(
+                each[0], run=arm, label=f"{arm} ({len(each)} seeds)", runs=tuple(line.run for line in each),
+                cells={steps: over_seeds for steps, (over_seeds, _) in cells.items()},
+                over_prompts={steps: over_prompts for steps, (_, over_prompts) in cells.items()},
+                flow=_average([line.flow for line in each])[0],
+            )
+        )  # fmt: skip
+    return found
+
+
+def _average(each: Sequence[Mapping[str, MetricPoint]]) -> tuple[dict[str, MetricPoint], dict[str, MetricPoint]]:
+    """For figures that two runs have at least: the mean with its interval over seeds, and the mean of intervals."""
+    points = {name: [cell[name] for cell in each if name in cell] for cell in each for name in cell}
+    averaged = {name: average_points(found) for name, found in points.items() if len(found) > 1}
+    return {name: found[0] for name, found in averaged.items()}, {name: found[1] for name, found in averaged.items()}
 
 
 def _shorten(metric: str) -> str:
@@ -138,7 +223,8 @@ def _find_best_lines(
 
 
 def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -> list[str]:
-    """Each student beside its teacher: straightness, and quality at the same number of steps."""
+    """Each student beside its teacher: straightness, and quality at the same number of steps. Then students of one
+    objective beside each other: those that started from another student against those from the teacher."""
     sentences = []
     for line in lines:
         rivals = [other for other in lines if other.run == line.teacher]
@@ -150,14 +236,31 @@ def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -
             both = _tell(line, line.flow["straightness"]), _tell(rival, rival.flow["straightness"])
             sentences.append(f"Straightness (0 is straight): {', '.join(both)}.")
         sentences += _compare_saturation(line, rivals)
-        for figure in ("fid", "geneval/overall/seen", "geneval/overall"):
-            for steps in _list_steps([line])[:3]:
-                mine = line.cells[steps].get(figure)
-                found = [(r, r.cells[steps][figure]) for r in rivals if figure in r.cells.get(steps, {})]
-                if mine is None or not found or not any(point.value for point in (mine, *(p for _, p in found))):
-                    continue
-                best, point = (max if higher[figure] else min)(found, key=lambda item: item[1].value)
-                sentences.append(_judge(line, best, steps, figure, (mine, point, higher[figure])))
+        sentences += _compare_quality(line, rivals, higher, most=3)
+    for line in lines:
+        direct = [
+            other for other in lines
+            if (other.objective, other.guidance, other.teacher) == (line.objective, line.guidance, line.teacher)
+            and other.origin == other.teacher != line.origin
+        ]  # fmt: skip
+        if line.teacher is not None and line.origin is not None and direct:
+            sentences += _compare_quality(line, direct, higher, most=2)
+    return sentences
+
+
+def _compare_quality(
+    line: FewStepLine, rivals: Sequence[FewStepLine], higher: Mapping[str, bool], *, most: int
+) -> list[str]:
+    """The line against the best of its rivals, in its `most` fewest numbers of steps."""
+    sentences = []
+    for figure in ("fid", "geneval/overall/seen", "geneval/overall"):
+        for steps in _list_steps([line])[:most]:
+            mine = line.find_widest(steps, figure)
+            found = [(r, point) for r in rivals if (point := r.find_widest(steps, figure))]
+            if mine is None or not found or not any(point.value for point in (mine, *(p for _, p in found))):
+                continue
+            best, point = (max if higher[figure] else min)(found, key=lambda item: item[1].value)
+            sentences.append(_judge(line, best, steps, figure, (mine, point, higher[figure])))
     return sentences
 
 

@@ -20,12 +20,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PlotLine:
-    """One run in a figure: its place in the ladder decides color and marker."""
+    """One run in a figure: its place in the ladder decides color and marker. `low`, `high`: ends of intervals, where
+    they are drawn."""
 
     label: str
     order: int
     x: tuple[float, ...]
     y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
