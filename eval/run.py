@@ -163,6 +163,6 @@ def name_row(metric: PictureMetric, judges: Judges, *, prompts: Sequence[Prompt]
     if judges.prefix or metric.official_images is None:
         return f"{judges.prefix}{metric.name}"
     tasks = {prompt.task for prompt in prompts}
-    whole = [prompt for prompt in metric.prompts(None) if prompt.task in tasks]
-    complete = len(prompts) == len(whole) and images_per_prompt >= metric.official_images
+    all_prompts = [prompt for prompt in metric.prompts(None) if prompt.task in tasks]
+    complete = len(prompts) == len(all_prompts) and images_per_prompt >= metric.official_images
     return metric.name if complete else f"{metric.name}_partial"

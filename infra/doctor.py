@@ -166,12 +166,12 @@ def check_storage(where: CheckedPlaces) -> Iterator[Diagnosis]:
     probe = storage.join(where.uri, f".doctor-{os.getpid()}-{time.time_ns()}")
     try:
         won = storage.write_bytes_if_absent(probe, b"doctor"), storage.write_bytes_if_absent(probe, b"again")
-        whole = storage.read_bytes(probe) == b"doctor"
+        read_back = storage.read_bytes(probe) == b"doctor"
         storage.delete(probe)
     except UserError as error:
         yield Diagnosis("storage", "bad", str(error).partition(": ")[2], "see the message")
         return
-    if won == (True, False) and whole:
+    if won == (True, False) and read_back:
         yield Diagnosis("storage", "ok", f"{where.uri}: writes, reads, keeps the first of two writers")
     else:
         yield Diagnosis("storage", "bad", f"{where.uri}: conditional writes do not hold", "use a newer S3 server")

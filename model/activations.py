@@ -45,7 +45,7 @@ def count_activations(
             block.register_forward_pre_hook(lambda module, given: calls.append((module, given)))
             for block in model.blocks
         ]
-        whole = _count_kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
+        all_kept = _count_kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
         for hook in hooks:
             hook.remove()
         found, of_class = calls, {}
@@ -55,7 +55,7 @@ def count_activations(
     each = [of_class[type(block)] for block, _ in found]
     # Tokens and text; conditioning and masks are shared by all blocks.
     size = sum(x.nbytes for _, given in found for x in given if isinstance(x, Tensor) and x.dim() == 3)
-    return Activations(whole, sum(each), max(each), size)
+    return Activations(all_kept, sum(each), max(each), size)
 
 
 @functools.lru_cache(maxsize=1)

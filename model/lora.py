@@ -198,7 +198,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
         config = from_json(PeftConfig, (folder / CONFIG_FILE).read_bytes(), where=CONFIG_FILE, extra="ignore")
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            told = from_json(dict[str, Any], (file.metadata() or {}).get(META_KEY, "{}"), where=f"{META_KEY} metadata")
+            meta = from_json(dict[str, Any], (file.metadata() or {}).get(META_KEY, "{}"), where=f"{META_KEY} metadata")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: no adapter there, expected {CONFIG_FILE} and {WEIGHTS_FILE} ({' '.join(str(error).split())})"
@@ -210,7 +210,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float, Mapping[str, 
                 ours[name.removeprefix(_PREFIX).removesuffix(f".{suffix}") + PART + part] = tensor
     if len(ours) < len(found):
         raise UserError(f"{folder}: {len(found) - len(ours)} tensors are no LoRA of a linear layer")
-    return ours, config.lora_alpha / config.r, told
+    return ours, config.lora_alpha / config.r, meta
 
 
 def merge_when_read(

@@ -138,8 +138,8 @@ def _load_transformers(folder: Path) -> VisionDistance:
 
     try:
         model: Any = AutoModel.from_pretrained(str(folder), local_files_only=True)
-        told = json.loads((folder / "preprocessor_config.json").read_bytes())
-        mean, std = told["image_mean"], told["image_std"]
+        preprocessing = json.loads((folder / "preprocessor_config.json").read_bytes())
+        mean, std = preprocessing["image_mean"], preprocessing["image_std"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the vision model at {folder}: {' '.join(str(error).split())[:300]}") from None
     vision = getattr(model, "vision_model", model)  # of CLIP and SigLIP; others are vision models themselves

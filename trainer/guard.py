@@ -106,18 +106,18 @@ def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:
 def _write_skipped_keys(problem: str, keys: list[str], state: TrainingState, group: Group, *, out: str) -> None:
     """Write the keys of the bad batch's images to RUN/skipped/, one file per rank."""
     uri = storage.join(out, "skipped", f"{name_step(state.step)}_{name_rank(group.rank)}.json")
-    told = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
+    record = {"problem": problem, "step": state.step, "images_seen": state.images_seen, "keys": keys}
     try:
-        storage.write_bytes(uri, json.dumps(told, indent=1).encode())
+        storage.write_bytes(uri, json.dumps(record, indent=1).encode())
     except (UserError, OSError) as error:
         log.warning("the keys of the bad batch are not written: %s", error)
 
 
-def _gather_exceptions(mine: DataExceptions, group: Group) -> DataExceptions:
+def _gather_exceptions(own: DataExceptions, group: Group) -> DataExceptions:
     """What any rank leaves out (quarantined shards): after going back all ranks must leave out the same."""
     if group.world_size == 1:
-        return mine
+        return own
     found = DataExceptions()
-    for told in group.gather(json.dumps(to_json(mine))):
-        found |= from_json(DataExceptions, told, where="what a rank left out")
+    for text in group.gather(json.dumps(to_json(own))):
+        found |= from_json(DataExceptions, text, where="what a rank left out")
     return found

@@ -348,14 +348,15 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_numbers(recipe: Recipe) -> Iterator[str]:
-    o, v, told, p = recipe.optimizer, recipe.validation, recipe.logging, recipe.parallel
+    o, v, p, logging = recipe.optimizer, recipe.validation, recipe.parallel, recipe.logging
     positive = {
         "images": recipe.images, "global_batch": recipe.global_batch, "shift": recipe.shift,
         "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _or_one(o.clip_norm),
         "validation.samples": v.samples, "validation.batch": v.batch,
         "validation.every": _or_one(recipe.get_cadence("validate")),
         "logging.log_every": recipe.get_cadence("log"), "logging.save_every": recipe.get_cadence("save"),
-        "logging.keep": told.keep, "logging.stall_s": told.stall_s, "logging.save_at": min(told.save_at, default=1),
+        "logging.keep": logging.keep, "logging.stall_s": logging.stall_s,
+        "logging.save_at": min(logging.save_at, default=1),
         "guard.spike": _or_one(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
         "parallel.micro_batch": _or_one(p.micro_batch), "parallel.hpz": p.hpz,
         "parallel.reduce_bucket": p.reduce_bucket, "data.resolution": recipe.data.resolution,
@@ -370,7 +371,7 @@ def _check_numbers(recipe: Recipe) -> Iterator[str]:
             yield f"{name} is {value}, expected a positive number"
     not_negative = {
         "seed": recipe.seed, "validation.seed": v.seed, "optimizer.weight_decay": o.weight_decay,
-        "schedule.warmup_images": recipe.schedule.warmup_images, "logging.samples": told.samples,
+        "schedule.warmup_images": recipe.schedule.warmup_images, "logging.samples": logging.samples,
         "parallel.persistence_threshold": p.persistence_threshold, "parallel.prefetch": p.prefetch,
         "parallel.max_live": p.max_live, "student.latent_weight": recipe.student.latent_weight,
     }  # fmt: skip

@@ -28,8 +28,9 @@ def read_answer(data: Any) -> str | NoCaption:
     """The caption in the JSON of an answer with status 200; of an answer cut at the token limit a `cut` NoCaption."""
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        told = data.get("error") if isinstance(data, dict) else None
-        return NoCaption("no_answer", f"no choices in the answer{f' ({str(told)[:120]})' if told else ''}", final=False)
+        error = data.get("error") if isinstance(data, dict) else None
+        reason = f" ({str(error)[:120]})" if error else ""
+        return NoCaption("no_answer", f"no choices in the answer{reason}", final=False)
     message, ending = choices[0].get("message"), choices[0].get("finish_reason")
     if not isinstance(message, dict):
         return NoCaption("no_answer", "a choice without a message", final=False)

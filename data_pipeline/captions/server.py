@@ -76,7 +76,7 @@ class ServerCaptioner:
         import httpx
 
         body, problem = self._make_body(image), ""
-        said: str | NoCaption = NoCaption("no_answer", "")
+        caption: str | NoCaption = NoCaption("no_answer", "")
         for attempt in range(self._spec.attempts):
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * (0.5 + random.random() / 2)
             try:
@@ -85,12 +85,12 @@ class ServerCaptioner:
                 problem = type(error).__name__
             else:
                 if answer.status_code == 200:
-                    said, problem = self._read(answer), ""
-                    if isinstance(said, str) or said.final:
-                        return said
-                    if said.status == "cut":
+                    caption, problem = self._read(answer), ""
+                    if isinstance(caption, str) or caption.final:
+                        return caption
+                    if caption.status == "cut":
                         if body["max_tokens"] > self._spec.max_new_tokens:  # once with twice as many is enough
-                            kept = keep_sentences(said.reason)
+                            kept = keep_sentences(caption.reason)
                             return kept or NoCaption("cut", f"no whole sentence in {body['max_tokens']} tokens")
                         body["max_tokens"] *= 2
                         continue
@@ -107,7 +107,7 @@ class ServerCaptioner:
                     wait = max(wait, _parse_retry_after(answer))
             await asyncio.sleep(min(wait, _LONGEST_WAIT_S))
         if not problem:  # it answers, but never with a caption: this picture alone is set aside
-            return said
+            return caption
         raise UnavailableError(
             f"caption server {self._spec.url}: {problem} after {self._spec.attempts} tries: "
             "start it again and run the same command; captions made so far are kept"

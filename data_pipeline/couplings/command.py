@@ -146,10 +146,10 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
             device=_worker_device(options),
         )  # fmt: skip
         root = storage.join(options.out, where)
-    told = read_dataset_info(root)
-    if split not in told.splits:
-        raise UserError(f"{options.prompts}: no split {split!r}, it has {', '.join(told.splits)}")
-    if told.couplings is not None:
+    info = read_dataset_info(root)
+    if split not in info.splits:
+        raise UserError(f"{options.prompts}: no split {split!r}, it has {', '.join(info.splits)}")
+    if info.couplings is not None:
         raise UserError(f"{options.prompts} holds couplings: give the dataset that their text is in")
     guidance, student = choose_guidance(options, teacher), FewStep.of(teacher.meta)
     if student is not None:
@@ -158,9 +158,9 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
         teacher=teacher.sha256, formulation=teacher.meta["formulation"], solver=options.solver, steps=options.steps,
         grid=options.grid, shift=_choose_shift(options, teacher), guidance=guidance,
         unconditional=options.unconditional, precision=resolve_precision(options.precision, _worker_device(options)),
-        seed=options.seed, captions=_weigh_captions(options, told),
+        seed=options.seed, captions=_weigh_captions(options, info),
         bucket="" if of_dataset else _name_square_bucket(teacher),
-        val_every=options.val_every, prompts_split=split, prompts_index=told.splits[split].index, prompts=where,
+        val_every=options.val_every, prompts_split=split, prompts_index=info.splits[split].index, prompts=where,
         count=options.count, tolerance=options.tolerance, round=1 + int(teacher.few_step.get("round", 0)),
         baked_guidance=teacher.baked_guidance,
     )  # fmt: skip
@@ -184,12 +184,12 @@ def _name_square_bucket(teacher: TeacherFile) -> str:
     return f"{teacher.resolution}x{teacher.resolution}"
 
 
-def _weigh_captions(options: CoupleOptions, told: DatasetInfo) -> Mapping[str, float]:
+def _weigh_captions(options: CoupleOptions, info: DatasetInfo) -> Mapping[str, float]:
     wanted = {"original": options.original_captions, "synthetic": 1 - options.original_captions}
-    found = {name: weight for name, weight in wanted.items() if weight > 0 and name in told.captions}
+    found = {name: weight for name, weight in wanted.items() if weight > 0 and name in info.captions}
     if not found:
         raise UserError(
-            f"{options.prompts} has captions {', '.join(told.captions)}, none of them is asked for by "
+            f"{options.prompts} has captions {', '.join(info.captions)}, none of them is asked for by "
             f"--original-captions {options.original_captions}"
         )
     return found

@@ -191,9 +191,9 @@ def _solve(
         latent_BCHW = teacher.solve(couplings.draw_noise(index_B.tolist(), shape), text)
         raw_BCHW = info.vae.denormalise(latent_BCHW).half()
         finite_B = torch.isfinite(raw_BCHW).flatten(1).all(1).tolist()
-        for index, name, said, raw_CHW, finite in zip(index_B.tolist(), names, words, raw_BCHW, finite_B):
+        for index, name, caption, raw_CHW, finite in zip(index_B.tolist(), names, words, raw_BCHW, finite_B):
             if not finite:
                 aside.append(SetAside(index, "the solver gave numbers that are not finite in fp16"))
                 continue
             number = int(prompts.order.prompts_of(np.array([index]))[0])
-            yield TrainingSample(format_key(index), raw_CHW.numpy(), {}, {name: said}, {"prompt": number})
+            yield TrainingSample(format_key(index), raw_CHW.numpy(), {}, {name: caption}, {"prompt": number})

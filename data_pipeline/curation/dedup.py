@@ -191,5 +191,5 @@ class Duplicates:
 
 def _hash_digests(digests: Sequence[str]) -> np.ndarray:
     """(N, 2) words, equal for equal digests only."""
-    whole = b"".join(hashlib.blake2b(digest.encode(), digest_size=16).digest() for digest in digests)
-    return np.frombuffer(whole, np.uint64).reshape(-1, 2)
+    digest_bytes = b"".join(hashlib.blake2b(digest.encode(), digest_size=16).digest() for digest in digests)
+    return np.frombuffer(digest_bytes, np.uint64).reshape(-1, 2)

@@ -156,9 +156,9 @@ def _read_members(
         thumbs_MP[at] = [np.frombuffer(cell, np.uint8) for cell in _take_cells(table, "thumb", rows[chosen])]
         filled += many
     for start, end in pairwise([0, *ends.tolist()]):
-        mine = start + np.argsort(number_M[start:end])
-        if len(mine):
-            yield number_M[mine], vectors_MD[mine].astype(np.float32), thumbs_MP[mine]
+        rows_M = start + np.argsort(number_M[start:end])
+        if len(rows_M):
+            yield number_M[rows_M], vectors_MD[rows_M].astype(np.float32), thumbs_MP[rows_M]
 
 
 def _take_cells(table: pa.Table, column: str, rows: np.ndarray) -> list[bytes]:

@@ -70,8 +70,8 @@ class Couplings:
 
     def differences(self, other: "Couplings") -> list[str]:
         """`["guidance: 1.5 -> 4.0"]`, fields of the identity alone."""
-        mine, theirs = self.identity, other.identity
-        return [f"{name}: {value} -> {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
+        old, new = self.identity, other.identity
+        return [f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
 
     def at(self, prompts: str) -> "Couplings":
         """The same couplings with their text at another address."""
@@ -127,7 +127,7 @@ def cut_shards(order: PromptOrder, count: int, bucket_I: np.ndarray, *, shard_ro
     val_I = order.is_val(index_I)
     for split, chosen_I in (("train", ~val_I), ("val", val_I)):
         for bucket in np.unique(bucket_I):
-            mine = index_I[chosen_I & (bucket_I == bucket)]
-            for first in range(0, len(mine), shard_rows):
-                part = mine[first : first + shard_rows]
+            indices = index_I[chosen_I & (bucket_I == bucket)]
+            for first in range(0, len(indices), shard_rows):
+                part = indices[first : first + shard_rows]
                 yield CouplingShard(f"{split}-{bucket}-{part[0]:010d}-{len(part)}", split, str(bucket), part)

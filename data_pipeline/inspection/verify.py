@@ -101,9 +101,9 @@ def _check_rejected(
     problems = [f"{path}: {len(both)} dead letters are samples, too, e.g. {both[0]}"] if both else []
     if len(dead) != len(table):
         problems.append(f"{path}: {len(table) - len(dead)} dead letters are listed twice")
-    said = {status: count for status, count in info.counts.items() if status != OK}
-    if count_statuses(table) != said:
-        problems.append(f"{path}: other dead letters than dataset.json counts ({said})")
+    counted = {status: count for status, count in info.counts.items() if status != OK}
+    if count_statuses(table) != counted:
+        problems.append(f"{path}: other dead letters than dataset.json counts ({counted})")
     ended = Counter(shard for shard, _ in [*samples, *dead])
     # shards of the column that neither has are of files that were changed or taken away since
     astray = [shard for shard, count in ended.items() if ingested and count != ingested.get(shard)]

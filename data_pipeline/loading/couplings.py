@@ -63,10 +63,10 @@ class Prompts:
         rows: list[int] = []
         places, names = self._places(index_B), np.array(captions)
         for name in dict.fromkeys(captions):
-            mine = np.flatnonzero(names == name)
+            rows_of_name = np.flatnonzero(names == name)
             chosen = replace(draws, caption_weights={name: 1.0})
-            for bucket in dict.fromkeys(self.dataset.index.buckets[places[b][0]] for b in mine):
-                part = [int(b) for b in mine if self.dataset.index.buckets[places[b][0]] == bucket]
+            for bucket in dict.fromkeys(self.dataset.index.buckets[places[b][0]] for b in rows_of_name):
+                part = [int(b) for b in rows_of_name if self.dataset.index.buckets[places[b][0]] == bucket]
                 found.append(self.dataset.at([places[b] for b in part], positions[part].tolist(), chosen))
                 rows += part
         back = torch.from_numpy(np.argsort(rows))

@@ -43,8 +43,8 @@ class KeptRows:
         """The row of each `number`-th kept row of a shard."""
         row_N = np.empty_like(number_N)
         for shard in np.unique(shard_N):
-            mine = shard_N == shard
-            row_N[mine] = self.rows_of(int(shard))[number_N[mine]]
+            in_shard_N = shard_N == shard
+            row_N[in_shard_N] = self.rows_of(int(shard))[number_N[in_shard_N]]
         return row_N
 
     def to_bytes(self, index: SplitIndex, about: Mapping[str, str]) -> bytes:

@@ -53,10 +53,10 @@ class ShareBlocks:
         owner_P, rank_P = np.empty(len(position_P), np.int64), np.empty(len(position_P), np.int64)
         blocks = position_P // self.length
         for block in np.unique(blocks):
-            mine = blocks == block
+            in_block_P = blocks == block
             owner_K, rank_K = self._lay_out(int(block))
-            within = position_P[mine] - block * self.length
-            owner_P[mine], rank_P[mine] = owner_K[within], rank_K[within]
+            within = position_P[in_block_P] - block * self.length
+            owner_P[in_block_P], rank_P[in_block_P] = owner_K[within], rank_K[within]
         return owner_P, rank_P
 
     def count_before(self, position: int) -> np.ndarray:
@@ -118,10 +118,10 @@ class MixedOrder:
         owner_G, rank_G = phase.blocks[bucket].locate(position_G)
         shard_G, row_G = np.empty(len(position_G), np.int64), np.empty(len(position_G), np.int64)
         for local, part in enumerate(phase.parts[bucket]):
-            mine = owner_G == local
-            virtual = rank_G[mine] + phase.taken.get((part, bucket), 0)
-            shard, row_G[mine] = self.orders[part].bucket(bucket).locate(virtual)
-            shard_G[mine] = shard + self._first[part]
+            in_part_G = owner_G == local
+            virtual = rank_G[in_part_G] + phase.taken.get((part, bucket), 0)
+            shard, row_G[in_part_G] = self.orders[part].bucket(bucket).locate(virtual)
+            shard_G[in_part_G] = shard + self._first[part]
         return BatchLocations(bucket, shard_G, row_G)
 
     def substitute(
@@ -299,8 +299,8 @@ def check_alike(infos: Mapping[str, DatasetInfo]) -> None:
     names = list(infos)
     wrong = []
     for name in names[1:]:
-        for what, mine, other in _compare(infos[names[0]], infos[name]):
-            wrong.append(f"datasets {names[0]} and {name} cannot be mixed: {what} {mine} and {other}: encode one anew")
+        for field, one, other in _compare(infos[names[0]], infos[name]):
+            wrong.append(f"datasets {names[0]} and {name} cannot be mixed: {field} {one} and {other}: encode one anew")
     if wrong:
         raise UserErrors(wrong)
 
@@ -319,8 +319,8 @@ def _compare(one: DatasetInfo, two: DatasetInfo) -> list[tuple[str, object, obje
         {k: v for k, v in info.settings.items() if k == "latents" or k.startswith("text_")} for info in (one, two)
     ]
     for stage in {**stages[0], **stages[1]}:
-        mine, other = (found.get(stage) or {} for found in stages)
-        pairs += [(f"{stage}.{key}", mine.get(key), other.get(key)) for key in {**mine, **other}]
+        one, other = (found.get(stage) or {} for found in stages)
+        pairs += [(f"{stage}.{key}", one.get(key), other.get(key)) for key in {**one, **other}]
     # where weights have hashes, the names of their files say nothing
     hashed = all(info.settings.get("latents") for info in (one, two))
     return [pair for pair in pairs if pair[1] != pair[2] and not (hashed and pair[0].endswith("checkpoint"))]

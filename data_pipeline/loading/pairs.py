@@ -21,14 +21,15 @@ class RejectedLatents:
                 "with `python -m eval pairs` or `python -m data_pipeline pairs`"
             )
         self._rejected = open_dataset(preferred.uri, split=split)
-        mine, others = _index_samples(preferred), _index_samples(self._rejected)
-        if {key: said for key, (_, said) in mine.items()} != {key: said for key, (_, said) in others.items()}:
-            odd = sorted(key for key in mine.keys() | others.keys() if mine.get(key, "")[1:] != others.get(key, "")[1:])
+        samples, partners = _index_samples(preferred), _index_samples(self._rejected)
+        both = samples.keys() | partners.keys()
+        odd = sorted(key for key in both if samples.get(key, "")[1:] != partners.get(key, "")[1:])
+        if odd:
             raise UserError(
                 f"{preferred.uri}: {len(odd)} of the samples in {preferred.split} and {split} have no partner with the "
                 f"same caption and bucket (first: {odd[0]}): make the pairs again"
             )
-        self._places = {key: place for key, (place, _) in others.items()}
+        self._places = {key: place for key, (place, _) in partners.items()}
 
     def __call__(self, batch: LatentBatch, draws: DrawSettings) -> Tensor:
         """Latents of the other halves, drawn with the same noise as the preferred ones."""

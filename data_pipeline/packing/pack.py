@@ -210,8 +210,8 @@ def _read_samples(
                     np.frombuffer(states[f"{caption}_pooled"], np.float32),
                     np.frombuffer(states[f"{caption}_scale"], np.float32) if small else None,
                 )
-        said = {name: tables[stage][row]["caption"] for name, stage in made.items()}
-        captions = {"original": facts["caption"], **said}
+        synthetic = {name: tables[stage][row]["caption"] for name, stage in made.items()}
+        captions = {"original": facts["caption"], **synthetic}
         info = {
             "source": facts["source"],
             "width": facts["width"],

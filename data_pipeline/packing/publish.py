@@ -61,11 +61,11 @@ def publish(
     """Write each split's index, then dataset.json, which makes all of it visible at once. `counts`: rows by status."""
     splits = {}
     for split in sorted({entry.tar.split("/", 1)[0] for entry in entries}):
-        mine = [entry for entry in entries if entry.tar.startswith(f"{split}/")]
+        of_split = [entry for entry in entries if entry.tar.startswith(f"{split}/")]
         buckets: Counter[str] = Counter()
-        for entry in mine:
+        for entry in of_split:
             buckets[entry.bucket] += entry.num_samples
-        splits[split] = SplitInfo(write_split(root, split, mine), buckets.total(), len(mine), dict(buckets))
+        splits[split] = SplitInfo(write_split(root, split, of_split), buckets.total(), len(of_split), dict(buckets))
     info = DatasetInfo(**{**vars(info), "splits": splits, "counts": dict(counts), "rejected": rejected})
     path, data = storage.join(root, DATASET_FILE), info.to_bytes()
     if not storage.exists(path) or storage.read_bytes(path) != data:

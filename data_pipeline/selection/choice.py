@@ -61,10 +61,10 @@ class DataChoice:
         tables = list(_assign(self.columns, _NAMED, uris, "--columns"))
         parts = {}
         for name, uri in uris.items():
-            mine = [[text for owner, text in pairs if owner in ("", name)] for pairs in (conditions, tables)]
-            if not mine[0] and not any(owner == name for owner, _ in tables):
-                mine[1] = []  # a table for all is for those that have a condition
-            parts[name] = select_rows(open_dataset(uri), *mine)
+            own_choice = [[text for owner, text in pairs if owner in ("", name)] for pairs in (conditions, tables)]
+            if not own_choice[0] and not any(owner == name for owner, _ in tables):
+                own_choice[1] = []  # a table for all is for those that have a condition
+            parts[name] = select_rows(open_dataset(uri), *own_choice)
         if len(parts) == 1:
             return next(iter(parts.values()))
         return MixedDataset(parts, weights, max_repeats=self.max_repeats)

@@ -59,10 +59,10 @@ def _find_rows(dataset: Dataset, conditions: Sequence[RowCondition], late: Seque
     for uri, missing in values.missing.items():
         if missing:
             log.warning("%s has no row for %s of %s samples: their columns are null", uri, f"{missing:,}", f"{total:,}")
-    told = " and ".join(repr(condition.given) for condition in conditions)
+    written = " and ".join(repr(condition.given) for condition in conditions)
     if not kept.num_kept:
-        raise UserError(f"--where {told} keeps none of the {total:,} samples in {dataset.uri}: loosen it")
-    log.info("%s keeps %s of %s samples (%.1f %%) of %s", told, f"{kept.num_kept:,}", f"{total:,}",
+        raise UserError(f"--where {written} keeps none of the {total:,} samples in {dataset.uri}: loosen it")
+    log.info("%s keeps %s of %s samples (%.1f %%) of %s", written, f"{kept.num_kept:,}", f"{total:,}",
              100 * kept.num_kept / total, dataset.uri)  # fmt: skip
     return kept
 

@@ -30,8 +30,8 @@ class LateColumns:
             digest.update(hashlib.sha256(data).digest())
             tables.append(decode_table(data, path))
             if tables[-1].schema.names != tables[0].schema.names:
-                mine, others = _list_names(tables[-1]), _list_names(tables[0])
-                raise UserError(f"{path}: columns {mine}, but {files[0]} has {others}")
+                names, first_names = _list_names(tables[-1]), _list_names(tables[0])
+                raise UserError(f"{path}: columns {names}, but {files[0]} has {first_names}")
         self.uri, self.fingerprint = uri, digest.hexdigest()[:16]
         if KEY not in tables[0].column_names:
             raise UserError(f"--columns {uri}: no column `{KEY}`, it has {_list_names(tables[0])}")

@@ -169,9 +169,9 @@ def _find_stand_ins(
 def _open_data_of(uri: str, run: str) -> tuple[Dataset | None, str]:
     """(the data of a run, the name in them of the dataset at `uri`); (None, "") where the run has nothing to do with
     it. A table of shards is named by its content and stays when a dataset grows: by it a dataset is recognised."""
-    told = storage.join(run, TRAINED_ON)
-    if storage.exists(told):
-        trained_on = from_json(TrainedOn, storage.read_bytes(told), where=told)
+    record = storage.join(run, TRAINED_ON)
+    if storage.exists(record):
+        trained_on = from_json(TrainedOn, storage.read_bytes(record), where=record)
         for name, part in trained_on.parts.items():
             if storage.exists(storage.join(uri, part.info.splits["train"].index)):
                 return trained_on.open({name: uri}), name
@@ -218,8 +218,8 @@ def _read_progress(run: str) -> tuple[int, DataExceptions, bool]:
     folder, exceptions = manifests[-1].rpartition("/")[0], DataExceptions()
     ranks = [uri for uri in storage.list_files(folder, suffix=".json") if "/rank_" in uri]
     for uri in ranks:
-        told = json.loads(storage.read_bytes(uri))
-        exceptions |= from_json(DataExceptions, told.get("extra", told).get("exceptions", {}), where=uri)
+        progress = json.loads(storage.read_bytes(uri))
+        exceptions |= from_json(DataExceptions, progress.get("extra", progress).get("exceptions", {}), where=uri)
     return int(state["images_seen"]), exceptions, len(ranks) > 1 and bool(exceptions.shards)
 
 

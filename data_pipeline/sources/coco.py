@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from data_pipeline.formats.schema import fingerprint
 from data_pipeline.sources.seen import count_file
@@ -54,8 +55,9 @@ class CocoSource:
             data = json.loads(storage.read_bytes(uri))
             files = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
             captions: dict[int, list[str]] = {}
-            for said in sorted(data["annotations"], key=lambda said: said["id"]):
-                captions.setdefault(int(said["image_id"]), []).append(" ".join(str(said["caption"]).split()))
+            for annotation in sorted(data["annotations"], key=itemgetter("id")):
+                text = " ".join(str(annotation["caption"]).split())
+                captions.setdefault(int(annotation["image_id"]), []).append(text)
             return files, captions
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{uri}: not COCO's captions ({type(error).__name__}: {error})") from error

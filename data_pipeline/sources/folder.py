@@ -67,8 +67,8 @@ class FolderSource:
             row = self._describe_row(name, root, sidecars, tables, etags)
             by_split.setdefault(split_from_path(name.removeprefix(root)), []).append(row)
         # what a table names and nobody finds is a row that says so
-        for name, said in tables.find_missing({file.removeprefix(root) for file in files}):
-            by_split.setdefault(split_from_path(name), []).append([name, None, None, {"caption": said}])
+        for name, caption_of_table in tables.find_missing({file.removeprefix(root) for file in files}):
+            by_split.setdefault(split_from_path(name), []).append([name, None, None, {"caption": caption_of_table}])
         self._tell_rest(files, names, by_split)
         units = []
         for split, found in by_split.items():
@@ -110,9 +110,9 @@ class FolderSource:
         other = next((uri for uri in texts[1:] if uri.lower().endswith(".json")), None)
         stamps = stamp_files([uri for uri in (name, text, other) if uri], etags)
         # a JSON file may hold no caption: a table's then counts
-        said = tables.find(name.removeprefix(root)) if not text or text.lower().endswith(".json") else None
+        caption_of_table = tables.find(name.removeprefix(root)) if not text or text.lower().endswith(".json") else None
         more: list[object] = [] if other is None else [{"json": other.removeprefix(root)}]
-        more += [] if said is None else [{"caption": said}]
+        more += [] if caption_of_table is None else [{"caption": caption_of_table}]
         return [name.removeprefix(root), text.removeprefix(root) if text else None, *stamps, *more]
 
     def _tell_rest(self, files: Sequence[str], names: Sequence[str], by_split: Mapping[str, list]) -> None:
@@ -146,8 +146,8 @@ class FolderSource:
                 if other and isinstance(caption, bytes) and not caption.strip():
                     info, caption = _read_sidecar(storage.join(self.uri, other), asked)
                 caption = table[0] if table and (caption is None or isinstance(caption, Caption)) else caption
-                whole = name.startswith("/") or "://" in name
-                image = storage.read_bytes(name if whole else storage.join(self.uri, name))
+                is_absolute = name.startswith("/") or "://" in name
+                image = storage.read_bytes(name if is_absolute else storage.join(self.uri, name))
             except UnavailableError:
                 raise
             except UserError as error:
@@ -163,7 +163,7 @@ class Tables:
         self._said: dict[str, object] = {}
         for uri, captions in sorted(by_uri.items(), key=lambda item: item[0].count("/")):
             folder = posixpath.dirname(uri.removeprefix(root))
-            self._said.update({_locate(root, folder, name): said for name, said in captions.items()})
+            self._said.update({_locate(root, folder, name): text for name, text in captions.items()})
 
     def find(self, relative: str) -> object:
         """The caption of an image by its name below the root; None where no table lists it."""
@@ -171,7 +171,7 @@ class Tables:
 
     def find_missing(self, there: AbstractSet[str]) -> list[tuple[str, object]]:
         """Names and captions of the images that a table lists and that are not there."""
-        return [(name, said) for name, said in self._said.items() if name not in there]
+        return [(name, text) for name, text in self._said.items() if name not in there]
 
 
 def _locate(root: str, folder: str, name: str) -> str:
@@ -196,8 +196,8 @@ def _read_table(uri: str, caption_column: str) -> dict[str, object]:
     caption = choose_caption_column(types, caption_column, uri)
     found: dict[str, Any] = {}
     for row in rows:
-        name, said = str(row.get(name_column)).replace("\\", "/"), row.get(caption)
-        found[name] = said if name not in found else _join(found[name], said)
+        name, text = str(row.get(name_column)).replace("\\", "/"), row.get(caption)
+        found[name] = text if name not in found else _join(found[name], text)
     return found
 
 

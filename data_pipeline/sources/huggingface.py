@@ -85,8 +85,8 @@ class HuggingFaceSource:
                 for batch in reader:
                     end = stream.tell()
                     columns = (batch.column(where[name]).to_pylist() for name in ("image", "caption"))
-                    for image, said in zip(*columns):
-                        caption = f"a photo of a {names[said]}" if names and said is not None else said
+                    for image, label in zip(*columns):
+                        caption = f"a photo of a {names[label]}" if names and label is not None else label
                         yield from read_images(f"{unit.id}-{number:06d}", image, caption, where["file"])
                         number += 1
                         seen["record"] += 1

@@ -76,7 +76,7 @@ class Ingest:
 
 def _make_table(rows: list[RawRow]) -> pa.Table:
     captions = [read_caption(row.caption, row.key) for row in rows]
-    problems = [("bad_caption", said.problem) if said.problem else ("ok", "") for said in captions]
+    problems = [("bad_caption", caption.problem) if caption.problem else ("ok", "") for caption in captions]
     judged = [problem if row.status == "ok" else (row.status, row.reason) for row, problem in zip(rows, problems)]
     return pa.table(
         {
@@ -86,8 +86,8 @@ def _make_table(rows: list[RawRow]) -> pa.Table:
             "key": pa.array([make_plain_key(row.key) for row in rows], pa.string()),
             "source": pa.array([_encode_plain(row.key) for row in rows], pa.string()),
             "image": pa.array([row.image for row in rows], pa.large_binary()),
-            "caption": pa.array([said.text for said in captions], pa.string()),
-            "info": pa.array([_encode_info(row, said) for row, said in zip(rows, captions)], pa.string()),
+            "caption": pa.array([caption.text for caption in captions], pa.string()),
+            "info": pa.array([_encode_info(row, caption) for row, caption in zip(rows, captions)], pa.string()),
         }
     )
 
@@ -96,6 +96,6 @@ def _encode_plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:500]
 
 
-def _encode_info(row: RawRow, said: Caption) -> str:
-    more = {"captions": said.all} if len(said.all) > 1 else {}
+def _encode_info(row: RawRow, caption: Caption) -> str:
+    more = {"captions": caption.all} if len(caption.all) > 1 else {}
     return json.dumps({key: row.info[key] for key in _INFO_KEYS if key in row.info} | more)

@@ -144,8 +144,8 @@ class ParquetSource:
                 reason = str(error).splitlines()[0][:120]
             for lost in range(number, total):
                 unit.seen["record"] += 1
-                said = f"{where['file']}: row group {where['group']} is readable up to row {number}, then: {reason}"
-                yield RawRow(f"{where['group']:04d}-{lost:06d}", None, None, "unreadable", said)
+                problem = f"{where['file']}: row group {where['group']} is readable up to row {number}, then: {reason}"
+                yield RawRow(f"{where['group']:04d}-{lost:06d}", None, None, "unreadable", problem)
 
     def _fetch_rows(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]
@@ -167,8 +167,8 @@ def read_images(key: str, image: Any, caption: object, file: str) -> Iterator[Ra
         yield RawRow(key, None, caption, "no_image", "the list is empty")
     dealt = isinstance(caption, list) and len(caption) == len(image)
     for number, one in enumerate(image):
-        said = caption[number] if dealt and isinstance(caption, list) else caption
-        yield _read_image(f"{key}-{number}" if len(image) > 1 else key, one, said, file)
+        text = caption[number] if dealt and isinstance(caption, list) else caption
+        yield _read_image(f"{key}-{number}" if len(image) > 1 else key, one, text, file)
 
 
 def _read_image(key: str, image: Any, caption: object, file: str) -> RawRow:

@@ -44,8 +44,8 @@ def format_seen(seen: Mapping[str, int], statuses: Mapping[str, int]) -> list[st
     if records := seen.get("record", 0):
         found.append(f"{records:,} records of tables")
     rest = [(name, _select_kind(seen, kind)) for kind, name in (("passed", "passed over"), ("unread", "not read"))]
-    told = "; ".join(f"{name} {_list(counts)}" for name, counts in rest if counts)
-    return [*found, told] if told else found
+    listed = "; ".join(f"{name} {_list(counts)}" for name, counts in rest if counts)
+    return [*found, listed] if listed else found
 
 
 def _select_kind(seen: Mapping[str, int], kind: str) -> dict[str, int]:

@@ -74,12 +74,12 @@ class WebDatasetSource:
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         uri = unit.where["tar"]
         keys: set[str] = set()
-        seen, whole = unit.seen, True
+        seen, complete = unit.seen, True
         for row in _read_tar_rows(uri, keys, seen, asked=self.options.caption_column):
-            whole = whole and row.status != "truncated_tar"
+            complete = complete and row.status != "truncated_tar"
             yield row
         # of a tar that breaks off nobody knows which rows would have followed
-        if whole and "table" in unit.where:
+        if complete and "table" in unit.where:
             yield from _read_failed_downloads(unit.where["table"], keys)
 
 
@@ -102,7 +102,7 @@ def _count_members(items: Iterator[Member | Gap], seen: Seen) -> Iterator[Member
 
 def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Iterator[RawRow]:
     """The rows of a tar and one for each range of its bytes that is none; `keys` collects the keys of the rows."""
-    told = used = 0
+    num_gaps = used = 0
     try:
         stream = storage.open_read(uri)
     except MissingError as error:  # a link to nothing
@@ -111,8 +111,8 @@ def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Itera
     with stream as file:
         for item in group_members(_count_members(read_tar(file, max_bytes=MAX_IMAGE_BYTES), seen)):
             if isinstance(item, Gap):
-                told += 1
-                name = posixpath.basename(uri) + (f"#{item.offset}" if told > 1 else "")
+                num_gaps += 1
+                name = posixpath.basename(uri) + (f"#{item.offset}" if num_gaps > 1 else "")
                 status = "truncated_tar" if item.cut else "unreadable_bytes"
                 yield RawRow(name, None, None, status, f"{uri}: {item.reason}")
             elif isinstance(item, SystemFile):

@@ -61,9 +61,9 @@ class ColumnState:
 
     def record(self, manifest: Manifest) -> None:
         """Note the parts and counts of a manifest. The parts of a shard keep the order in which they are recorded."""
-        mine = self.counts.setdefault(manifest.stage, {})
+        by_status = self.counts.setdefault(manifest.stage, {})
         for status, count in manifest.counts.items():
-            mine[status] = mine.get(status, 0) + count
+            by_status[status] = by_status.get(status, 0) + count
         for part in manifest.parts:
             if set(manifest.counts) - {OK}:
                 self._with_bad_rows[manifest.stage, part.shard] = b""

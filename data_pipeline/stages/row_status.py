@@ -56,14 +56,14 @@ def status_table(rows: Sequence[int], statuses: Sequence[str], reasons: Sequence
     )
 
 
-def override_statuses(mine: pa.Table, said: pa.Table) -> pa.Table:
-    """`mine`, changed where `said` objects to rows that were ok so far: the first stage that objects decides."""
-    objections = {row: (status, reason) for row, status, reason in _iterate_rows(said) if status != OK}
+def override_statuses(statuses: pa.Table, newer: pa.Table) -> pa.Table:
+    """`statuses`, changed where `newer` objects to rows that were ok so far: the first stage that objects decides."""
+    objections = {row: (status, reason) for row, status, reason in _iterate_rows(newer) if status != OK}
     if not objections:
-        return mine
+        return statuses
     words = [
         (row, *(objections.get(row, (status, reason)) if status == OK else (status, reason)))
-        for row, status, reason in _iterate_rows(mine)
+        for row, status, reason in _iterate_rows(statuses)
     ]
     return status_table(*zip(*words))
 

@@ -61,10 +61,10 @@ def render_files(analysis: Analysis, drawn: Sequence[RenderedFigure]) -> dict[st
         few = draw_few_steps(page)
         files |= name_figure_files(few, len(analysis.few_steps.lines))
         files["few_steps.json"] = (json.dumps(to_json(analysis.few_steps, finite=True), indent=1) + "\n").encode()
-        told = make_few_steps_context(page, few, source=analysis.data.uri)
-        pages = [("few_steps.md", told), ("few_steps.html", told), *pages]
-    for name, told in pages:
-        files[name] = render_page(name, told).encode()
+        few_context = make_few_steps_context(page, few, source=analysis.data.uri)
+        pages = [("few_steps.md", few_context), ("few_steps.html", few_context), *pages]
+    for name, page_context in pages:
+        files[name] = render_page(name, page_context).encode()
     return files
 
 
@@ -110,16 +110,16 @@ def make_page_context(analysis: Analysis, report: Report, drawn: Sequence[Render
     with_samples = [run for run in analysis.runs if run.samples]
     strip, strip_notes = choose_progress_pictures(with_samples[-1]) if with_samples else ([], [])
     light, dark = make_themes(max(len(analysis.runs), 1))
-    told = to_json(report, finite=True)
+    fields = to_json(report, finite=True)
     return {
-        **told,
+        **fields,
         "created": report.created[:16].replace("T", " ") + " UTC",
         "missing": [*report.missing, *picture_notes, *strip_notes],
         "figures": {figure.name: figure for figure in drawn},
         "pictures": pictures,
         "strip": strip,
         "cooldown": any(run.recipe_field("schedule", "cooldown") for run in analysis.runs),
-        "single_scores": [lines[0] for lines in told["scores"].values() if len(lines) == 1],
+        "single_scores": [lines[0] for lines in fields["scores"].values() if len(lines) == 1],
         "figure_names": {family: name_score_figure(family) for family in report.scores},
         "n_is_counted": N_IS_COUNTED,
         "worldly": any(family.startswith("world_") for family in report.scores),

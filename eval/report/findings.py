@@ -155,13 +155,13 @@ def describe_scores(
         return [ReportFinding(kind, f"{family} is {value:.3g} for every run: no order to speak of.")]
     first = find_best_runs({run: end.value for run, end in ends.items()}, comparison.higher_is_better)
     run = first[0]
-    said = []
+    clauses = []
     for split, metric in sorted(overall.metrics.items()):
         points = [point for point in (found[metric].at(name) for name in first) if point is not None]
         if points:
             texts = dict.fromkeys(_format_point(point) for point in points)  # runs that share one value may differ here
             where = {"seen": " on seen compositions", "unseen": " on unseen ones"}.get(split, "")
-            said.append(f"{' and '.join(texts)}{where}")
+            clauses.append(f"{' and '.join(texts)}{where}")
     direction = "highest" if comparison.higher_is_better else "lowest"
     names = join_names([labels[name] for name in first])
     verb = f"{'has' if len(first) == 1 else 'share'} the {direction}" if len(ends) > 1 else "gets"
@@ -171,7 +171,7 @@ def describe_scores(
     others = {labels[n]: end.value for n, end in ends.items() if n not in first}
     close = [label for label, value in others.items() if edge is not None and sign * (value - edge) >= 0]
     tie = f" Its interval also holds the value of {join_names(close)}." if close else ""
-    return [ReportFinding("note", f"{who}: {', '.join(said)}, at {format_count(ends[run].images)} images.{tie}")]
+    return [ReportFinding("note", f"{who}: {', '.join(clauses)}, at {format_count(ends[run].images)} images.{tie}")]
 
 
 def find_best_runs(values: Mapping[str, float], higher_is_better: bool) -> list[str]:
@@ -208,8 +208,8 @@ def describe_calibration(lines: Sequence[CalibrationLine], judged: bool) -> list
         else:
             found.append(ReportFinding("bad", f"{line.metric}: {line.verdict}."))
     if good:
-        said = "; ".join(good)
-        found.append(ReportFinding("good", f"The judges can tell right from wrong: {said}."))
+        listed = "; ".join(good)
+        found.append(ReportFinding("good", f"The judges can tell right from wrong: {listed}."))
     return found
 
 
@@ -217,11 +217,11 @@ def describe_correlations(lines: Sequence[tuple[str, Correlation]]) -> list[Repo
     known = [(metric, c) for metric, c in lines if c.pearson]
     if not known:
         return []
-    said = []
+    clauses = []
     for metric, c in known:
         assert c.pearson is not None
         interval = "" if c.pearson.low is None else f" ({c.pearson.low:+.2f} to {c.pearson.high:+.2f})"
-        said.append(f"{metric} {c.pearson.value:+.2f}{interval}")
+        clauses.append(f"{metric} {c.pearson.value:+.2f}{interval}")
     runs = max(c.num_runs for _, c in known)
     caution = (
         " With so few runs this shows a direction, no strength."
@@ -230,7 +230,7 @@ def describe_correlations(lines: Sequence[tuple[str, Correlation]]) -> list[Repo
     )
     return [
         ReportFinding(
-            "note", f"Correlation of validation loss across {runs} runs at equal images: {', '.join(said)}.{caution}"
+            "note", f"Correlation of validation loss across {runs} runs at equal images: {', '.join(clauses)}.{caution}"
         )
     ]
 

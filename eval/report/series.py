@@ -89,10 +89,10 @@ def compare(runs: Sequence[RunFolder], metric: str) -> Comparison | None:
     for row in sorted(rows, key=lambda row: row.images_seen):
         if row.protocol_hash == kept:
             # A store may hold two recipes of one run name (it was started anew): the later row stands.
-            mine = points.setdefault(owner[id(row)], [])
-            if mine and mine[-1].images == row.images_seen:
-                mine.pop()
-            mine.append(MetricPoint.of(row))
+            points_of_run = points.setdefault(owner[id(row)], [])
+            if points_of_run and points_of_run[-1].images == row.images_seen:
+                points_of_run.pop()
+            points_of_run.append(MetricPoint.of(row))
         else:
             others[owner[id(row)]] = row
     left = tuple(

@@ -122,8 +122,8 @@ def choose_log_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
 
 
 def _thin_ticks(ticks: list[float], most: int) -> list[float]:
-    whole = [t for t in ticks if math.isclose(math.log10(t), round(math.log10(t)))]
-    return whole if len(whole) >= 2 else ticks[:: math.ceil(len(ticks) / most)]
+    decades = [t for t in ticks if math.isclose(math.log10(t), round(math.log10(t)))]
+    return decades if len(decades) >= 2 else ticks[:: math.ceil(len(ticks) / most)]
 
 
 def set_log_axis(

@@ -75,7 +75,7 @@ class Index:
                 self._stores.popitem(last=False)
         # A store that is kept has said so before and does not look at the object again.
         before = self._runs[name].skipped if name in self._runs else ()
-        skipped += [said for said in before if said not in skipped and any(path in said for path in files)]
+        skipped += [line for line in before if line not in skipped and any(path in line for path in files)]
         return index_run(run, files, skipped)
 
     def _read_shared(self, inside: Iterable[str]) -> tuple[ResultRow, ...]:

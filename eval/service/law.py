@@ -83,17 +83,17 @@ class LawFitter:
         curves = snapshot.select_curves(loss) if loss else None
         if curves is None:
             return _refuse("no run has a validation loss yet")
-        mine = [run.name for run in snapshot.choose(names) if run.name in curves.by_run]
-        if len(mine) > MOST_RUNS:
-            return _refuse(f"{len(mine)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
-        key = _hash_inputs(snapshot, curves, mine)
+        chosen = [run.name for run in snapshot.choose(names) if run.name in curves.by_run]
+        if len(chosen) > MOST_RUNS:
+            return _refuse(f"{len(chosen)} runs are chosen; choose at most {MOST_RUNS} (one ladder) for a fit")
+        key = _hash_inputs(snapshot, curves, chosen)
         with self._lock:
             if key in self._done:
                 return self._done[key]
             if key not in self._running:
                 self._running.add(key)
-                threading.Thread(target=self._fit, args=(key, snapshot, curves, mine), daemon=True).start()
-        return FittingLadder("fitting", mine)
+                threading.Thread(target=self._fit, args=(key, snapshot, curves, chosen), daemon=True).start()
+        return FittingLadder("fitting", chosen)
 
     def _fit(self, key: str, snapshot: Snapshot, curves: MetricCurves, names: Sequence[str]) -> None:
         try:

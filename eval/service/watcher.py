@@ -124,10 +124,10 @@ class Watcher:
         for run, step, outcome in waiting:
             if len(batch) == self.together or self._stopping.is_set():
                 break
-            mine = claim(run.run.uri, self.settings.hash, step, after=outcome.attempt)
-            if mine is not None:
+            won = claim(run.run.uri, self.settings.hash, step, after=outcome.attempt)
+            if won is not None:
                 checkpoint = Checkpoint(run.name, run.run.uri, step, run.weights[step])
-                batch.append(ClaimedCheckpoint(checkpoint, mine, outcome.deaths + (outcome.state == "running")))
+                batch.append(ClaimedCheckpoint(checkpoint, won, outcome.deaths + (outcome.state == "running")))
         self.waiting = len(waiting) - len(batch)
         return bool(batch) and self._evaluate(batch)
 
@@ -169,21 +169,21 @@ class Watcher:
     def _evaluate(self, batch: Sequence[ClaimedCheckpoint]) -> bool:
         """Every claim ends here: done, failed with its reason, or given back. False: better wait before the next."""
         assert self._worker is not None
-        self._tried.update((mine.checkpoint.run, mine.checkpoint.step) for mine in batch)
-        for mine in batch:
-            if mine.deaths >= MOST_ATTEMPTS:
-                reason = f"{mine.deaths} evaluations of it died without a word (often a lack of memory)"
-                mine.claim.end("failed", reason=reason)
-        batch = [mine for mine in batch if mine.deaths < MOST_ATTEMPTS]
+        self._tried.update((claimed.checkpoint.run, claimed.checkpoint.step) for claimed in batch)
+        for claimed in batch:
+            if claimed.deaths >= MOST_ATTEMPTS:
+                reason = f"{claimed.deaths} evaluations of it died without a word (often a lack of memory)"
+                claimed.claim.end("failed", reason=reason)
+        batch = [claimed for claimed in batch if claimed.deaths < MOST_ATTEMPTS]
         if not batch:
             return True
-        self.working, self.since, began = tuple(mine.checkpoint for mine in batch), time.time(), time.monotonic()
+        self.working, self.since, began = tuple(claimed.checkpoint for claimed in batch), time.time(), time.monotonic()
         log.info("evaluating %s", ", ".join(map(name_checkpoint, self.working)))
 
         def keep_alive() -> None:
             with contextlib.suppress(UserError, OSError):  # the work goes on while the store does not answer
-                for mine in batch:
-                    mine.claim.beat()
+                for claimed in batch:
+                    claimed.claim.beat()
             if time.monotonic() >= self._look_again:  # pages follow runs that train meanwhile
                 with self._note_problems():
                     self._look()
@@ -191,9 +191,9 @@ class Watcher:
 
         try:
             reasons = self._worker.evaluate(self.working, keep_alive)
-            for mine in batch:
-                reason = reasons.get(name_checkpoint(mine.checkpoint), "")
-                mine.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
+            for claimed in batch:
+                reason = reasons.get(name_checkpoint(claimed.checkpoint), "")
+                claimed.claim.end("failed" if reason else "done", reason=reason, seconds=time.monotonic() - began)
         except JudgesNotReady as error:
             self.broken = f"nothing is evaluated: {error}; repair that and start the service again"
             log.error("%s", self.broken)
@@ -232,5 +232,5 @@ class Watcher:
 
 
 def _give_back(batch: Sequence[ClaimedCheckpoint], reason: str) -> None:
-    for mine in batch:
-        mine.claim.end("released", reason=reason)
+    for claimed in batch:
+        claimed.claim.end("released", reason=reason)

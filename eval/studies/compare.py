@@ -235,10 +235,10 @@ def _parse_path(row: ResultRow) -> tuple[str, list[str]]:
 
 def _select_rows(kept: PromptValues, split: str, stratum: str) -> np.ndarray:
     """(cluster, sum, count) of one task, by cluster."""
-    mine = kept["stratum"] == stratum
+    chosen_rows = kept["stratum"] == stratum
     if "split" in kept:
-        mine &= kept["split"] == split
-    table = np.stack([kept[key][mine] for key in ("cluster", "sum", "count")], axis=1)
+        chosen_rows &= kept["split"] == split
+    table = np.stack([kept[key][chosen_rows] for key in ("cluster", "sum", "count")], axis=1)
     return table[np.argsort(table[:, 0], kind="stable")]
 
 

@@ -45,16 +45,16 @@ def draw_prediction() -> None:
 
     prediction, losses = read_prediction()
     details = json.loads(prediction["details"])
-    size, said, floor = details["parameters"], prediction["value"], details["floor"]
+    size, predicted, floor = details["parameters"], prediction["value"], details["floor"]
     sizes = np.geomspace(1.2e5, 2.4e7, 200)
-    law = floor + (said - floor) * (sizes / size) ** -details["exponents"][0]
+    law = floor + (predicted - floor) * (sizes / size) ** -details["exponents"][0]
     plt.rcParams.update({"font.size": 16, "font.family": "DejaVu Sans"})
     figure, axes = plt.subplots(figsize=(9.6, 4.7), facecolor=PAPER)
     axes.set_facecolor(PAPER)
     axes.plot(sizes, law, "--", color=RED, label="law fitted to depths 1 to 4")
-    low, high = said - prediction["low"], prediction["high"] - said
-    axes.errorbar([size], [said], [[low], [high]], fmt="o", ms=17, mfc=PAPER, color=RED, capsize=6,
-                  label=f"predicted for depth 5 before training: {said:.3f}")  # fmt: skip
+    low, high = predicted - prediction["low"], prediction["high"] - predicted
+    axes.errorbar([size], [predicted], [[low], [high]], fmt="o", ms=17, mfc=PAPER, color=RED, capsize=6,
+                  label=f"predicted for depth 5 before training: {predicted:.3f}")  # fmt: skip
     for depth, (size, loss) in losses.items():
         if depth < 5:
             axes.plot([size], [loss], "o", color=BLUE, ms=10)

@@ -118,10 +118,10 @@ class TokenConfig(ABC):
         return (TIME_CHANNELS + 1) * h + h * h + h if self.second_time else 0
 
     def to_json(self) -> dict[str, Any]:
-        told = to_json(self)
+        fields = to_json(self)
         if not self.second_time:  # this field is younger than the first hashes and weights files, which stay
-            del told["second_time"]
-        return told
+            del fields["second_time"]
+        return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -212,17 +212,17 @@ def _open_clip(
     # OpenCLIP's own tokenizer pads with 0, as SD3 does for CLIP-G; CLIP-L is padded with the end token (a folder that
     # brings another tokenizer says itself how it pads). Causal attention: only states past the end notice.
     pads_with_end = encoder.seat == "clip_l" and isinstance(tokenizer, open_clip.SimpleTokenizer)
-    told = False
+    warned = False
 
     def encode(captions: Sequence[str]) -> EncodedText:
-        nonlocal told
+        nonlocal warned
         ids_BL = tokenizer(list(captions)).to(device)
         length = ids_BL.shape[1]
         # The end token has the highest id in every CLIP vocabulary; the first one counts where it also pads.
         end_B = ids_BL.argmax(dim=1)
-        if not told:
+        if not warned:
             full = [caption for caption, end in zip(captions, end_B.tolist()) if end == length - 1]
-            told = tell_cut(encoder, full, lambda text: _count_open_clip(tokenizer, text))
+            warned = tell_cut(encoder, full, lambda text: _count_open_clip(tokenizer, text))
         if pads_with_end:
             past_BL = torch.arange(length, device=ids_BL.device) > end_B[:, None]
             ids_BL = ids_BL.masked_fill(past_BL, tokenizer.eot_token_id)

@@ -25,9 +25,9 @@ def load_vae(path: str | Path) -> Any:
 
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"no autoencoder at {path}: expected a diffusers folder with config.json and weights")
-    told = from_json(dict[str, Any], (Path(path) / "config.json").read_bytes(), where=f"{path}/config.json")
-    if told.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{path}: config.json of class {told.get('_class_name')!r}, expected 'AutoencoderKL'")
+    config = from_json(dict[str, Any], (Path(path) / "config.json").read_bytes(), where=f"{path}/config.json")
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{path}: config.json of class {config.get('_class_name')!r}, expected 'AutoencoderKL'")
     try:
         vae, found = AutoencoderKL.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -103,11 +103,11 @@ def _collect(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Ten
         else:
             strange.append(name)
     strange += sorted((downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys()))
-    whole = {
+    complete = {
         name: (down.flatten(1), ups[name].flatten(1), float(alphas[name]) if name in alphas else None)
         for name, down in downs.items() if name in ups
     }  # fmt: skip
-    return whole, strange
+    return complete, strange
 
 
 def _list_targets(config: MMDiTConfig) -> dict[str, tuple[str, bool, int]]:

@@ -109,8 +109,8 @@ def _read_folder(source: Path, kind: str) -> tuple[Dialect, MMDiTConfig, dict[st
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}; expected a diffusers transformer or pipeline folder")
-    told = from_json(dict[str, Any], (folder / "config.json").read_bytes(), where=f"{folder}/config.json")
-    config = read_diffusers_config(told, str(folder))
+    fields = from_json(dict[str, Any], (folder / "config.json").read_bytes(), where=f"{folder}/config.json")
+    config = read_diffusers_config(fields, str(folder))
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     spare: dict[str, Tensor] = {}
@@ -171,10 +171,10 @@ def _list_indices(folder: Path) -> list[Path]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    told = from_json(dict[str, Any], index.read_bytes(), where=str(index)).get("weight_map")
-    if not told or not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+    weight_map = from_json(dict[str, Any], index.read_bytes(), where=str(index)).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise UserError(f"{index}: no weight_map of file names; download the folder again")
-    return told
+    return weight_map
 
 
 def _restore(

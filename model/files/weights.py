@@ -60,10 +60,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        save_file(whole, partial, metadata={META_KEY: json.dumps(dict(meta)), "format": "pt"})
+        save_file(contiguous, partial, metadata={META_KEY: json.dumps(dict(meta)), "format": "pt"})
         apply_umask(partial)
         with partial.open("rb") as written:
             os.fsync(written.fileno())

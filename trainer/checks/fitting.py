@@ -22,8 +22,8 @@ def check_data(recipe: Recipe, dataset: Dataset) -> None:
     wrong = [*_compare_shapes(recipe, dataset), *_check_buckets(recipe, dataset), *_check_captions(recipe, dataset)]
     wanted, found = recipe.data.fingerprint, dataset.fingerprint
     if wanted not in (None, found):
-        told = f"fingerprint {found}, recipe {recipe.name} was made for {wanted}: use the data it was made for"
-        wrong.append(f"{dataset.uri}: {told}")
+        difference = f"fingerprint {found}, recipe {recipe.name} was made for {wanted}: use the data it was made for"
+        wrong.append(f"{dataset.uri}: {difference}")
     if wrong:
         raise UserErrors(wrong)
 

@@ -78,9 +78,9 @@ def check_start(recipe: Recipe, init_from: str | None) -> None:
     objective = OBJECTIVES.get(recipe.objective)
     if init_from is None or objective is None or objective.couplings or recipe.student.any_teacher:
         return
-    told: dict[str, Any] = dict(read_meta(find_weights(init_from)).get("few_step") or {})
-    if told:
+    few_step: dict[str, Any] = dict(read_meta(find_weights(init_from)).get("few_step") or {})
+    if few_step:
         raise UserError(
-            f"{init_from} is a student of few steps (objective {told.get('objective')}), which objective "
+            f"{init_from} is a student of few steps (objective {few_step.get('objective')}), which objective "
             f"{recipe.objective} would undo: start from its teacher, or give --student.any-teacher"
         )

@@ -74,16 +74,16 @@ def export(
         def trained(name: str) -> Tensor:
             return engine.gather_whole(next(asked), tensors)
 
-        whole: Callable[[str], Tensor] = trained
+        read_merged: Callable[[str], Tensor] = trained
 
         def read(name: str) -> Tensor:
-            return buffers[name] if name in buffers else whole(name)
+            return buffers[name] if name in buffers else read_merged(name)
 
         try:
             if recipe.lora.rank is not None:
                 assert base is not None, "a run with adapters keeps the file of its frozen weights"
                 scale = recipe.lora_alpha / recipe.lora.rank
-                whole = merge_when_read(open_weights(base, engine.shapes), trained, engine.trained, scale=scale)
+                read_merged = merge_when_read(open_weights(base, engine.shapes), trained, engine.trained, scale=scale)
             write(uris, Weights(shapes, read, meta))
         except (UserError, OSError) as error:
             problem = str(error)
@@ -200,10 +200,11 @@ def read_stored_weights(
     recipe = stored.recipe
     with torch.device("meta"):
         shapes = {name: tuple(param.shape) for name, param in recipe.model.build().named_parameters()}
-    whole: Callable[[str], Tensor] = stored
+    read_merged: Callable[[str], Tensor] = stored
     if recipe.lora.rank is not None:
         scale = recipe.lora_alpha / recipe.lora.rank
-        whole = merge_when_read(open_weights(check_base(recipe, base), shapes), stored, stored.shapes, scale=scale)
+        frozen = open_weights(check_base(recipe, base), shapes)
+        read_merged = merge_when_read(frozen, stored, stored.shapes, scale=scale)
     elif base is not None:
         raise UserError(f"{folder}: this run trained all of its weights, there is nothing to merge: omit --base")
     buffers = {POSITIONS: make_position_table(recipe.model).axes_2PD} if recipe.model.pos_stored else {}
@@ -212,7 +213,7 @@ def read_stored_weights(
         meta["ema_profile"] = profile
     return Weights(
         shapes | {n: tuple(b.shape) for n, b in buffers.items()},
-        lambda name: buffers[name] if name in buffers else whole(name),
+        lambda name: buffers[name] if name in buffers else read_merged(name),
         meta,
     )
 

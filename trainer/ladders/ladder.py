@@ -123,8 +123,8 @@ def train_missing(tasks: Sequence[TrainingTask], launch: ManyRuns, *, unstable_i
     if launch.workers and missing:
         _train_on_ray(missing, workers=launch.workers, ranks=ranks, unstable_is_a_result=unstable_is_a_result)
     else:
-        for run, command, told in missing:
-            print(told, flush=True)
+        for run, command, announcement in missing:
+            print(announcement, flush=True)
             with _pass_over(run, unstable_is_a_result):
                 run_command(command, run)
     return [task.run for task in tasks]
@@ -164,14 +164,14 @@ def _train_on_ray(
     def begin(index: int) -> None:
         print(missing[index][2], flush=True)
 
-    def ended(index: int, code: int, said: str) -> bool:
+    def ended(index: int, code: int, output: str) -> bool:
         run = missing[index][0]
         try:
             with _pass_over(run, unstable_is_a_result):
                 check_finished(run, code)
                 log.info("%s is trained", run)
         except (UserError, SystemExit) as error:
-            print(said, end="", file=sys.stderr, flush=True)
+            print(output, end="", file=sys.stderr, flush=True)
             wrong.append(error)
         return not wrong
 

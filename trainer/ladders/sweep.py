@@ -46,8 +46,8 @@ def sweep_rates(family: str, depths: Sequence[int], rates: Sequence[float], laun
     train_missing(tasks, launch, unstable_is_a_result=True)
     points = [RateResult(r.model.depth, r.model.width, rate, read_final_loss(run, r)) for r, rate, run in places]
     law = fit_transfer_law(points)
-    told = {"points": [vars(point) for point in points], "law": law}
-    storage.write_bytes(storage.join(launch.out, "sweep.json"), json.dumps(told, indent=1).encode())
+    record = {"points": [vars(point) for point in points], "law": law}
+    storage.write_bytes(storage.join(launch.out, "sweep.json"), json.dumps(record, indent=1).encode())
     storage.write_bytes(storage.join(launch.out, "sweep.png"), draw_curves(points))
     return format_table(points, law)
 

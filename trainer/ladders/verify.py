@@ -111,8 +111,9 @@ def compare_bits(one: Path, two: Path, what: str) -> list[CheckedPromise]:
     for kind in ("raw", "ema"):
         pair = [load_weights(run / "weights" / f"{kind}.safetensors")[0] for run in (one, two)]
         wrong = [name for name in pair[0] if not torch.equal(pair[0][name], pair[1][name])]
-        told = f"{len(wrong)} of {len(pair[0])} tensors differ ({wrong[0]} ...)" if wrong else f"{len(pair[0])} tensors"
-        found.append(CheckedPromise(f"{what}: {kind} weights bit-equal", not wrong, told))
+        count = f"{len(pair[0])} tensors"
+        figures = f"{len(wrong)} of {count} differ ({wrong[0]} ...)" if wrong else count
+        found.append(CheckedPromise(f"{what}: {kind} weights bit-equal", not wrong, figures))
     return found
 
 
@@ -151,13 +152,13 @@ def compare_drift(one: Path, two: Path, exchanged: Path | None, what: str, *, fi
     verdicts = [CheckedPromise(f"{what}: first step within {CLOSE:g}", after[0] <= CLOSE, f"{after[0]:.2g}")]
     if exchanged is not None:
         allowed = max(list(measure_loss_gaps(one, exchanged).values())[first - 1 :])
-        told = f"{max(after):.2g}, rounding alone {allowed:.2g}"
+        figures = f"{max(after):.2g}, rounding alone {allowed:.2g}"
         kept = max(after) <= max(TWICE * allowed, CLOSE)
-        verdicts.append(CheckedPromise(f"{what}: drift at most twice that of rounding", kept, told))
+        verdicts.append(CheckedPromise(f"{what}: drift at most twice that of rounding", kept, figures))
         weights, allowed = measure_weight_distance(one, two), measure_weight_distance(one, exchanged)
         kept = weights <= max(TWICE * allowed, CLOSE_WEIGHTS)
-        told = f"{weights:.2g} of their size, rounding alone {allowed:.2g}"
-        verdicts.append(CheckedPromise(f"{what}: ema weights no further than that either", kept, told))
+        figures = f"{weights:.2g} of their size, rounding alone {allowed:.2g}"
+        verdicts.append(CheckedPromise(f"{what}: ema weights no further than that either", kept, figures))
     return verdicts
 
 

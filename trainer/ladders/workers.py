@@ -75,10 +75,10 @@ def _await_end(process: subprocess.Popen[bytes]) -> int:
 
 def take_my_gpus(command: list[str]) -> list[str]:
     """`deepspeed --num_gpus N` forgets CUDA_VISIBLE_DEVICES and takes the first N: name those that Ray gave."""
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not mine or command[:2] != ["deepspeed", "--num_gpus"]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or command[:2] != ["deepspeed", "--num_gpus"]:
         return command
-    return ["deepspeed", "--include", f"localhost:{mine}", *command[3:]]
+    return ["deepspeed", "--include", f"localhost:{visible}", *command[3:]]
 
 
 def _read_exit(outcome: tuple[int, str] | CallLost) -> tuple[int, str]:

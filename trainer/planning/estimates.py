@@ -94,10 +94,10 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
         found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world_size > 1 else 0
         found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
     found["activations"] = activations
-    whole = {name: math.ceil(value) for name, value in found.items()}
-    return whole | {
-        "total": sum(whole[name] for name in MODEL_STATES),
-        "device": sum(whole.values()),
+    num_bytes = {name: math.ceil(value) for name, value in found.items()}
+    return num_bytes | {
+        "total": sum(num_bytes[name] for name in MODEL_STATES),
+        "device": sum(num_bytes.values()),
         "host": math.ceil(host),
     }
 
@@ -137,9 +137,9 @@ def estimate_step_time(
     parts = [estimate_transfer(machine, nbytes, over[name]) for name, nbytes in moved.items()]
     communication = sum(max(part) for part in parts)
     copying = count_bytes_copied(recipe, world_size=world_size) / machine.bandwidth
-    mine = recipe.trained_parameters / (world_size if p.zero_stage else 1)
+    own_parameters = recipe.trained_parameters / (world_size if p.zero_stage else 1)
     # AdamW reads the gradient, the master and two moments and writes three of them; an EMA reads two and writes one.
-    updating = mine * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
+    updating = own_parameters * 4 * (7 + 3 * len(recipe.ema.profiles)) / machine.bandwidth
     exchange = communication + copying
     work = (max(compute, exchange) if machine.overlap else compute + exchange) + updating
     step = Cost(work + machine.waiting * communication, work)

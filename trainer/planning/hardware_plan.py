@@ -221,14 +221,14 @@ def advise(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machin
     """The cheapest stage that fits: each higher one communicates more or earlier."""
     room = USABLE * machine.memory
     fitting = [stage for stage in range(recipe.lowest_stage, 4) if per_stage[f"stage{stage}"]["device"] <= room]
-    mine = per_stage[f"stage{recipe.parallel.zero_stage}"]
+    own_bytes = per_stage[f"stage{recipe.parallel.zero_stage}"]
     if not fitting:
-        largest = max((n for n in mine if n not in ("total", "device", "host")), key=lambda n: mine[n])
+        largest = max((n for n in own_bytes if n not in ("total", "device", "host")), key=lambda n: own_bytes[n])
         how = {"activations": "a smaller --parallel.micro-batch or --parallel.checkpoint-blocks"}.get(
             largest, "more ranks or --parallel.offload-optimizer"
         )
         return f"no stage fits {room / 2**30:.0f} GiB of a {machine.name}, most of it {largest}: use {how}"
-    if mine["device"] > room:
+    if own_bytes["device"] > room:
         return f"stage {recipe.parallel.zero_stage} does not fit {room / 2**30:.0f} GiB; stage {fitting[0]} does"
     used = per_stage[f"stage{fitting[0]}"]["device"] / 2**30
     return f"stage {fitting[0]} is enough: {used:.1f} of {room / 2**30:.0f} GiB"

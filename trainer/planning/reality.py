@@ -82,15 +82,15 @@ def calibrate(run: str) -> Calibration:
     if "cost/step_seconds" not in costs:
         raise UserError(f"{run}: no steps were measured there: run one rung again")
     machine, world_size = get_machine(plan.machine), plan.world_size
-    whole = costs["cost/images_per_second"] * plan.train_flops_per_image / plan.device_peak_flops
+    utilisation = costs["cost/images_per_second"] * plan.train_flops_per_image / plan.device_peak_flops
     if detect_machine(recipe.precision) != machine:
-        return Calibration(run, machine, whole)
+        return Calibration(run, machine, utilisation)
     trial = run_trial(recipe, machine, world_size=world_size)
     time = make_hardware_plan(recipe, world_size=world_size, machine=machine, **trial).time
     seconds = costs["cost/step_seconds"]
     beyond = seconds - time.step_seconds, costs.get("cost/step_cpu_seconds", seconds) - time.work_seconds
     extra = Cost(*(max(0.0, value) / count_passes(recipe, world_size) for value in beyond))
-    return Calibration(run, machine, whole, extra, by_trial=True)
+    return Calibration(run, machine, utilisation, extra, by_trial=True)
 
 
 def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def compare(run: str, calibration: Calibration | None = None) -> str:
     for name, (planned, found) in rows.items():
         error = f"{planned / found - 1:+9.1%}" if found else f"{'':9}"
         goal = find_goal(name)
-        told = "" if goal is None else f"{goal:9.0%}" + ("  MISSED" if name in beyond else "")
-        lines.append(f"{name:30}{planned:16,.6g}{found:16,.6g}{error}{told}".rstrip())
+        limit = "" if goal is None else f"{goal:9.0%}" + ("  MISSED" if name in beyond else "")
+        lines.append(f"{name:30}{planned:16,.6g}{found:16,.6g}{error}{limit}".rstrip())
     if calibration is not None:
         lines.append(calibration.describe())
     elif any(name.startswith("step_") for name in rows):

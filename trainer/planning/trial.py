@@ -119,9 +119,9 @@ def _try_model(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> 
     words = [Path(sys.executable).name, "-W", "ignore", "-m", "trainer.planning.trial", str(blocks), str(micro_batch)]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "TRIAL_RECIPE": json.dumps(recipe.to_json())}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         processes = [
-            start_training(words, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=said)
+            start_training(words, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=output)
             for rank in range(ranks)
         ]
         try:
@@ -130,13 +130,13 @@ def _try_model(recipe: Recipe, blocks: int, *, micro_batch: int, ranks: int) -> 
             for process in processes:
                 process.kill()
                 process.wait()
-        said.seek(0)
-        lines = said.read().splitlines()
-    told = next((line.removeprefix(ANSWER) for line in lines if line.startswith(ANSWER)), None)
-    if told is None or any(codes):
+        output.seek(0)
+        lines = output.read().splitlines()
+    answer = next((line.removeprefix(ANSWER) for line in lines if line.startswith(ANSWER)), None)
+    if answer is None or any(codes):
         why = lines[-1] if lines else f"exit codes {codes}"
         raise UserError(f"the trial of {blocks} blocks on {ranks} rank(s) did not end well: {why}")
-    return from_json(StepCost, told, where="the answer of the trial")
+    return from_json(StepCost, answer, where="the answer of the trial")
 
 
 def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -> StepCost:
@@ -163,8 +163,8 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
         updates.append(timer.take())
     # The first round makes Adam's moments and compiles; of work the busier rank's counts, as in a run's log.
     medians = [statistics.median(values) for found in (passes[PASSES:], updates[1:]) for values in zip(*found)]
-    told = group.max(medians)
-    return StepCost(Cost(*told[:2]), Cost(*told[2:]))
+    slowest = group.max(medians)
+    return StepCost(Cost(*slowest[:2]), Cost(*slowest[2:]))
 
 
 class Timer:

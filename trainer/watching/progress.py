@@ -85,8 +85,8 @@ class RunLog:
             self._cpu.append(seconds * figures["cpu_cores"])
             stolen = seconds * figures["stolen_cores"]
             self._own.append(subtract_stolen(seconds, stolen=stolen, work=self._cpu[-1], ranks=ranks))
-        told = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
-        self._write("train", told, step=step)
+        training_figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate, **figures}
+        self._write("train", training_figures, step=step)
         self._row("train_loss", loss, self.images_seen - images)
 
     def add_validation(self, found: ValidationResult, *, profile: str) -> None:

@@ -114,8 +114,8 @@ class Watchdog:
             self._report_stall()
 
     def _beat(self, count: int) -> None:
-        told = json.dumps([count, self._step, self._doing, self._done, self._state, waits_for_others()])
-        self._store.set(f"beeline/beat/{self.group.rank}", told)
+        heartbeat = json.dumps([count, self._step, self._doing, self._done, self._state, waits_for_others()])
+        self._store.set(f"beeline/beat/{self.group.rank}", heartbeat)
 
     def _listen(self) -> None:
         now = time.monotonic()
@@ -189,8 +189,8 @@ class Watchdog:
         least = min(seen.done for seen in self._seen.values())
         behind = [rank for rank, seen in self._seen.items() if seen.done == least]
         stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
-        told = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
-        return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(told)
+        described = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
+        return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(described)
 
 
 def waits_for_others() -> bool:

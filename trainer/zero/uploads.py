@@ -90,14 +90,14 @@ class Uploads:
     def _agree(self, number: int, problem: str, publish: Callable[[], None]) -> bool:
         """Report how this rank's upload ended, wait for the reports of the others, publish (rank 0); True if the
         checkpoint is published."""
-        mine, verdict = f"beeline/upload/{number}/{self.group.rank}", f"beeline/upload/{number}/verdict"
+        own_key, verdict = f"beeline/upload/{number}/{self.group.rank}", f"beeline/upload/{number}/verdict"
         try:
             if self._store is not None:
-                self._store.set(mine, json.dumps(problem))
+                self._store.set(own_key, json.dumps(problem))
             if self.group.rank > 0:
                 return not self._hear(verdict)
-            told = [problem] + [self._hear(f"beeline/upload/{number}/{r}") for r in range(1, self.group.world_size)]
-            problem = next(filter(None, told), "")
+            problems = [problem] + [self._hear(f"beeline/upload/{number}/{r}") for r in range(1, self.group.world_size)]
+            problem = next(filter(None, problems), "")
             if not problem:
                 try:
                     publish()

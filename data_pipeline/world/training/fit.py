@@ -97,8 +97,8 @@ def fit(
 
 @torch.no_grad()
 def _update_average(average: nn.Module, module: nn.Module, *, rate: float) -> None:
-    for mine, theirs in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if mine.is_floating_point():
-            mine.lerp_(theirs, rate)
+    for mean, value in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, rate)
         else:
-            mine.copy_(theirs)
+            mean.copy_(value)

@@ -53,14 +53,13 @@ def compute_average_precision(
         hits: dict[str, list[list[bool]]] = {"box": [], "mask": []}
         num_true = 0
         for detections, objects in zip(found, truth, strict=True):
-            mine = [d for d in detections if d.name == name]
+            found_of_name = [d for d in detections if d.name == name]
             real = [o for o in objects if o.name == name]
             num_true += len(real)
-            scores += [d.score for d in mine]
-            boxes = np.array([[compute_iou(d.box, o.box) for o in real] for d in mine]).reshape(len(mine), len(real))
-            masks = np.array([[_compute_mask_iou(d.mask, o.mask) for o in real] for d in mine]).reshape(
-                len(mine), len(real)
-            )
+            scores += [d.score for d in found_of_name]
+            shape = len(found_of_name), len(real)
+            boxes = np.array([[compute_iou(d.box, o.box) for o in real] for d in found_of_name]).reshape(shape)
+            masks = np.array([[_compute_mask_iou(d.mask, o.mask) for o in real] for d in found_of_name]).reshape(shape)
             for kind, overlaps in (("box", boxes), ("mask", masks)):
                 hits[kind] += [list(row) for row in zip(*[_match(overlaps, t) for t in THRESHOLDS])]
         for kind in areas:

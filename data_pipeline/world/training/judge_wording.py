@@ -115,8 +115,8 @@ def _ask_class(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) 
     present = {o.name for o in objects}
     name = pick(rng, sorted(present)) if wanted else pick(rng, [c for c in CLASSES if c not in present])
     counted = sum(o.name == name for o in objects)
-    said = article(name) if counted > 1 else _add_article(rng, name)
-    return Question(f"{said}?", wanted, "class")
+    noun = article(name) if counted > 1 else _add_article(rng, name)
+    return Question(f"{noun}?", wanted, "class")
 
 
 def _ask_count(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) -> Question:
@@ -139,13 +139,13 @@ def _ask_color(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) 
     if wanted:
         return Question(f"{_add_article(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None
     natural = DRAWINGS[obj.name].natural
-    mine = (obj.color,) if obj.color else (natural, *_NEAR.get(natural, ()))
-    others = [o for o in objects if o.name != obj.name and o.color and o.color not in mine]
+    own_colors = (obj.color,) if obj.color else (natural, *_NEAR.get(natural, ()))
+    others = [o for o in objects if o.name != obj.name and o.color and o.color not in own_colors]
     u = rng.random()
     if others and u < 0.6:
         return Question(f"{_add_article(rng, f'{others[0].color} {obj.name}')}?", False, "swapped color")
     if obj.color is None or u < 0.8:
-        color = pick(rng, [c for c in COLORS if c not in mine])
+        color = pick(rng, [c for c in COLORS if c not in own_colors])
         return Question(f"{_add_article(rng, f'{color} {obj.name}')}?", False, "wrong color")
     name = pick(rng, [c for c in CLASSES if all(c != o.name for o in objects)])
     return Question(f"{_add_article(rng, f'{obj.color} {name}')}?", False, "wrong class in that color")

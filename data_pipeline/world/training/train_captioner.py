@@ -97,10 +97,10 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600)
     figures = {}
     for group, seen in (("seen", True), ("unseen", False)):
         scenes = [make_scene(seed, i, split=f"captioner_val_{group}", seen=seen) for i in range(num_scenes // 2)]
-        said = [parse_facets(text) for text in write_captions(model, tokenizer, [scene.image for scene in scenes])]
+        spoken = [parse_facets(text) for text in write_captions(model, tokenizer, [scene.image for scene in scenes])]
         true = [parse_facets(detailed_caption(scene)) for scene in scenes]
         for facet in true[0]:
-            right = sum(a[facet] == b[facet] for a, b in zip(said, true, strict=True))
+            right = sum(a[facet] == b[facet] for a, b in zip(spoken, true, strict=True))
             figures[f"{facet}/{group}"] = right / len(scenes)
     return figures
 

@@ -149,10 +149,10 @@ def make_crop_batch(scenes: Iterator[Scene], rng: np.random.Generator, words: ra
     texts, says = [], []
     for name, color in labels:
         wrong = words.sample([c for c in COLORS if c != color], 2)
-        for said in (color, *wrong):
-            text, named = write_crop_prompt(words, name, said)
+        for asked_color in (color, *wrong):
+            text, named = write_crop_prompt(words, name, asked_color)
             texts.append(text)
-            says.append((name if named else None, said))
+            says.append((name if named else None, asked_color))
     return CropBatch(images, labels, texts, says)
 
 

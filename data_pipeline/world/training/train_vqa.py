@@ -153,9 +153,9 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
         tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
         answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
         logits_Q2V = compute_first_logits(vqa, image_BPD.repeat_interleave(NUM_QUESTIONS, 0), tokens, answers_Q)
-        told = F.cross_entropy(logits_Q2V[:, 0], answers_Q)
+        answer_loss = F.cross_entropy(logits_Q2V[:, 0], answers_Q)
         stopped = F.cross_entropy(logits_Q2V[:, 1], torch.full_like(answers_Q, stop))
-        return 2 * told + 0.1 * stopped + patch_loss(module, image_BPD[:, 1:], batch)
+        return 2 * answer_loss + 0.1 * stopped + patch_loss(module, image_BPD[:, 1:], batch)
 
     averaged, num_steps = fit(module, loss_of_step, minutes=minutes, muon_lr=2.5e-3 if start_from else 4e-3)
     save(averaged.get_submodule("vqa"), out)

@@ -51,8 +51,8 @@ class CompBench(PictureMetric):
 
     def update(self, images: Sequence[JudgedImage]) -> None:
         for category in dict.fromkeys(item.prompt.task for item in images):
-            mine = [item for item in images if item.prompt.task == category]
-            for item, evidence in zip(mine, gather(self._judges, category, mine)):
+            of_category = [item for item in images if item.prompt.task == category]
+            for item, evidence in zip(of_category, gather(self._judges, category, of_category)):
                 values = self._by_split.setdefault(item.prompt.seen, Clusters())
                 values.add(category, item.prompt_index, answer(evidence, self._judges.paths.compbench_rules))
 

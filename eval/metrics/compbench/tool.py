@@ -69,9 +69,9 @@ def judge(
     if not found:
         raise UserError(f"{stored} holds no images; expected one JSON object per line")
     for category in _list_categories(found):
-        mine = [item for item in found if item.evidence.category == category]
-        _check(category, mine, dataset, images_per_prompt, allow_partial, give="--dataset")
-        _finish(category, mine, rules, out)
+        of_category = [item for item in found if item.evidence.category == category]
+        _check(category, of_category, dataset, images_per_prompt, allow_partial, give="--dataset")
+        _finish(category, of_category, rules, out)
 
 
 def score(
