@@ -95,8 +95,8 @@ def run(words: list[str]) -> None:
         run_plan(options, plan.settle())
         if options.until == "pack":
             # consent to one rebuild is not consent to the next
-            asked = encode_plan_file(name, replace(options, rebuild=()), plan, (PipelineOptions(out=""), default))
-            storage.write_bytes(storage.join(options.out, "plan.yaml"), asked)
+            encoded = encode_plan_file(name, replace(options, rebuild=()), plan, (PipelineOptions(out=""), default))
+            storage.write_bytes(storage.join(options.out, "plan.yaml"), encoded)
 
     parse(call, rest, prog=f"{prog} {words[0]}", description=run.__doc__)
 
@@ -172,8 +172,8 @@ def _source_of(options: PipelineOptions) -> "Source":
 
     if not options.source:
         return world_source(options)
-    how = SourceOptions(options.image_column, options.caption_column, options.fetch_urls, options.fetch)
-    return open_sources(options.source, how)
+    reading = SourceOptions(options.image_column, options.caption_column, options.fetch_urls, options.fetch)
+    return open_sources(options.source, reading)
 
 
 def _print_gate(pipeline: "Pipeline") -> None:
@@ -345,8 +345,8 @@ def takedown(
     from data_pipeline.selection.takedown import describe_takedown, find_runs, find_sightings, take_down
 
     folders = find_runs(runs)
-    taken, new = take_down(uri, keys, hashes)
-    print(describe_takedown(uri, taken, new, find_sightings(uri, taken, folders), runs=len(folders)))
+    record, new = take_down(uri, keys, hashes)
+    print(describe_takedown(uri, record, new, find_sightings(uri, record, folders), runs=len(folders)))
 
 
 def report(uri: Annotated[str, tyro.conf.Positional]) -> None:

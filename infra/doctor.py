@@ -197,8 +197,8 @@ def check_launchers(_: CheckedPlaces) -> Iterator[Diagnosis]:
     """The targets of `python -m infra launch` that can be reached from here."""
     from infra.launch import TARGETS
 
-    here = [name for name, target in TARGETS.items() if target.is_reachable]
-    yield Diagnosis("launch targets", "ok", ", ".join(here), "others: launch TARGET --dry-run")
+    reachable = [name for name, target in TARGETS.items() if target.is_reachable]
+    yield Diagnosis("launch targets", "ok", ", ".join(reachable), "others: launch TARGET --dry-run")
     if ctypes.util.find_library("ibverbs"):
         yield Diagnosis("RDMA", "ok", "libibverbs found")
 

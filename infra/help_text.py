@@ -181,9 +181,9 @@ def _wrap_entry(entry: Entry) -> list[str]:
     return [f"{head:<{INDENT}}{wrapped[0]}".rstrip(), *(" " * INDENT + line for line in wrapped[1:])]
 
 
-def _wrap_names(group: HelpGroup, held: Sequence[Entry]) -> list[str]:
+def _wrap_names(group: HelpGroup, entries: Sequence[Entry]) -> list[str]:
     """`model  --model.depth .patch .qk-norm`: the prefix once."""
-    flags = [entry.flag for entry in held]
+    flags = [entry.flag for entry in entries]
     if group.prefix:
         flags = [flags[0], *(flag.removeprefix(f"--{group.prefix}") for flag in flags[1:])]
     head = f"  {group.title.partition(':')[0]:<12}"

@@ -30,9 +30,9 @@ class _CurrentStderr(logging.Handler):
 class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        who = f"[rank {get_rank()}] " if get_rank() else ""
+        prefix = f"[rank {get_rank()}] " if get_rank() else ""
         name = record.name.removeprefix("beeline.")
-        line = f"{self.formatTime(record, '%H:%M:%S')} {who}{name}: {level}{record.getMessage()}"
+        line = f"{self.formatTime(record, '%H:%M:%S')} {prefix}{name}: {level}{record.getMessage()}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

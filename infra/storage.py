@@ -152,12 +152,12 @@ def iter_files(prefix: str, *, suffix: str = "", recursive: bool = True, links: 
             yield from (uri for uri in walked if uri.endswith(suffix))
         return
     with on_s3(prefix) as (fs, bucket, key):
-        there = False
+        found_any = False
         for name in (item["Key"] for item in list_objects(fs, bucket, key, recursive=recursive)):
-            there = there or not name.endswith("/")
+            found_any = found_any or not name.endswith("/")
             if name.endswith(suffix) and not name.endswith("/"):
                 yield f"s3://{bucket}/{name}"
-        if not there and key and key.endswith(suffix) and head_object(fs, bucket, key) is not None:
+        if not found_any and key and key.endswith(suffix) and head_object(fs, bucket, key) is not None:
             yield f"s3://{bucket}/{key}"
 
 
@@ -316,8 +316,8 @@ def _convert_errors(uri: str, num_bytes: int | None = None) -> Iterator[None]:
         raise UserError(f"{uri}: permission denied: choose another place or change its owner") from error
     except OSError as error:
         if error.errno in DISK_FULL:
-            what = f"{num_bytes:,} bytes" if num_bytes is not None else "the file"
-            raise UserError(f"{uri}: disk full: {what} did not fit; free some space or choose another place") from error
+            size = f"{num_bytes:,} bytes" if num_bytes is not None else "the file"
+            raise UserError(f"{uri}: disk full: {size} did not fit; free some space or choose another place") from error
         raise UserError(f"{uri}: {error.strerror or error}") from error
 
 

@@ -264,12 +264,12 @@ def test_further_captions_are_counted_in_the_estimate():
 def test_a_recipe_weighs_captions_by_name_and_its_hash_knows_only_weights_that_are_given(dataset):
     recipe = replace(get_recipe("world-d2"), precision="fp32")
     others = dict.fromkeys(("synthetic", "short", "again", "rare"), 0.125)
-    assert choose_caption_weights(recipe, dataset) == {"original": 0.5, **others}
+    assert choose_caption_weights(recipe.data, dataset) == {"original": 0.5, **others}
     words = ("original=1", "short=3")
-    weighed = replace(recipe, data=replace(recipe.data, caption_weights=words))
+    weighed = replace(recipe.data, caption_weights=words)
     assert choose_caption_weights(weighed, dataset) == read_caption_weights(words) == {"original": 1.0, "short": 3.0}
-    assert weighed.hash != recipe.hash
-    unknown = replace(recipe, data=replace(recipe.data, caption_weights=("shrt=1",)))
+    assert replace(recipe, data=weighed).hash != recipe.hash
+    unknown = replace(recipe.data, caption_weights=("shrt=1",))
     with pytest.raises(UserError, match=r"no caption 'shrt' .did you mean 'short'"):
         choose_caption_weights(unknown, dataset)
 

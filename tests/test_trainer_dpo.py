@@ -27,11 +27,12 @@ from model.lora import add_adapters, is_adapter, merge_files, switch_off_adapter
 from model.seeding import keyed_normal, keyed_uniform
 from trainer.__main__ import main
 from trainer.checks.preflight import set_init_weights
+from trainer.checks.values import check_values
 from trainer.exports.adapter import DIFFUSERS_ADAPTER
 from trainer.feed import draw_noise
 from trainer.objective import check_objective, prefer
 from trainer.planning.hardware_plan import make_hardware_plan
-from trainer.recipe import DPO, LoRA, Recipe, check
+from trainer.recipe import DPO, LoRA, Recipe
 from trainer.recipes import get_recipe
 
 CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
@@ -165,9 +166,9 @@ def test_a_batch_without_pairs_is_refused(batch):
     [
         (check_objective, {"objective": "dpo"}, "give --lora.rank"),
         (check_objective, {"objective": "dop"}, r"unknown objective 'dop' .did you mean 'dpo'"),
-        (check, {"lora": LoRA(rank=0)}, "lora.rank is 0"),
-        (check, {"lora": LoRA(rank=4, alpha=-1.0)}, "lora.alpha"),
-        (check, {"objective": "dpo", "lora": LoRA(rank=4), "dpo": DPO(beta=0.0)}, "dpo.beta"),
+        (check_values, {"lora": LoRA(rank=0)}, "lora.rank is 0"),
+        (check_values, {"lora": LoRA(rank=4, alpha=-1.0)}, "lora.alpha"),
+        (check_values, {"objective": "dpo", "lora": LoRA(rank=4), "dpo": DPO(beta=0.0)}, "dpo.beta"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(question, changes, says):

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.seeding import keyed_normal
-from trainer.feed import MicroBatch, Prefetcher, draw_noise
+from trainer.feed import MicroBatch, Prefetcher, draw_for, draw_noise
 from trainer.recipe import Recipe
 
 RECIPE = Recipe(name="r", model=MMDiTConfig(2), images=64, global_batch=8, seed=3, shift=2.0)
@@ -33,7 +34,7 @@ def no_gpu(monkeypatch):
 
 
 def feed(dataset, device: torch.device) -> Prefetcher:
-    return Prefetcher(dataset.batches(seed=3, global_batch=8, micro_batch=4), RECIPE, device)
+    return Prefetcher(dataset.batches(seed=3, global_batch=8, micro_batch=4), partial(draw_for, RECIPE), device=device)
 
 
 def test_a_feed_ahead_gives_what_a_feed_beside_does(dataset, no_gpu):

@@ -16,6 +16,7 @@ from model.backbones.dit import DiTConfig
 from model.backbones.mmdit import MMDiTConfig
 from trainer import recipes
 from trainer.__main__ import main
+from trainer.checks.values import check_values
 from trainer.commands import TrainArgs, parse_options
 from trainer.machines import estimate_transfer, get_machine
 from trainer.planning.estimates import estimate_bytes_per_rank
@@ -29,7 +30,6 @@ from trainer.recipe import (
     Recipe,
     Schedule,
     Validation,
-    check,
     count_micro_batches,
     find_differences,
 )  # fmt: skip
@@ -75,7 +75,7 @@ LARGE = [name for name, size in SIZES if size in ("d21", "d24", "d30", "d38")]
 def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
     """Built, validated, run forward on the meta device (where activations are counted) and planned."""
     r = get_recipe(name)
-    check(r)
+    check_values(r)
     assert r.name == name
     assert Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
     with torch.device("meta"):
@@ -264,7 +264,7 @@ def test_cadences():
 )
 def test_values_that_cannot_work_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
-        check(recipe(**changes))
+        check_values(recipe(**changes))
 
 
 def test_batches_must_divide():

@@ -26,9 +26,10 @@ from model.encoders.text import TextCond
 from model.files.weights import load_weights, read_meta, save_weights
 from trainer.checks.preflight import set_init_weights
 from trainer.checks.students import check_couplings, check_start
+from trainer.checks.values import check_values
 from trainer.feed import DeviceBatch, draw_noise
 from trainer.objective import check_objective
-from trainer.recipe import LoRA, Student, Validation, check
+from trainer.recipe import LoRA, Student, Validation
 from trainer.recipes import get_recipe
 from trainer.regression import compute_regression_loss
 from trainer.students import StudentLoss, reflow
@@ -128,7 +129,7 @@ def test_recipes_that_work():
     kept = dataclasses.replace(recipe, formulation="rf/lognorm(0,1)", student=Student(any_density=True))
     check_objective(kept)
     with pytest.raises(UserError, match=r"student.huber is 0"):
-        check(dataclasses.replace(recipe, student=Student(huber=0.0)))
+        check_values(dataclasses.replace(recipe, student=Student(huber=0.0)))
     for depth in (24, 38):
         large = get_recipe(f"reflow-d{depth}")
         check_objective(large)

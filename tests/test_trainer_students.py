@@ -170,16 +170,16 @@ def test_second_times_have_their_shares_and_depend_on_positions_alone(folder):
     many = batch._replace(
         positions=torch.arange(4000), latent_BCHW=torch.zeros(4000, 1, 1, 1), noise_BCHW=torch.zeros(4000, 1, 1, 1)
     )
-    micro = draw_for(recipe, many, FORM)
+    micro = draw_for(recipe, many)
     assert (micro.r_B <= micro.t_B).all()
     assert (micro.r_B == micro.t_B).double().mean().item() == pytest.approx(0.5, abs=0.03)
     assert (micro.r_B == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
     between = (micro.r_B > 0) & (micro.r_B < micro.t_B)
     assert (micro.r_B / micro.t_B)[between].mean().item() == pytest.approx(0.5, abs=0.03)
-    part = draw_for(recipe, many._replace(positions=many.positions[1000:]), FORM)
+    part = draw_for(recipe, many._replace(positions=many.positions[1000:]))
     assert torch.equal(part.r_B, micro.r_B[1000:])
     assert torch.equal(micro.to(torch.device("cpu")).r_B, micro.r_B)
-    assert draw_for(get_recipe("world-reflow-d2"), many, FORM).r_B is None
+    assert draw_for(get_recipe("world-reflow-d2"), many).r_B is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,8 @@ from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.files.weights import load_model, load_weights
+from trainer.checks.values import check_values
 from trainer.exports.export import Weights, write
-from trainer.recipe import check
 from trainer.validate import Validator
 from trainer.zero.engine import make_deepspeed_config
 from trainer.zero.group import Group
@@ -198,7 +198,7 @@ def test_deepspeed_takes_the_switches_of_many_nodes(changes, says):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     recipe = dataclasses.replace(RECIPE, parallel=dataclasses.replace(RECIPE.parallel, **changes))
-    check(recipe)
+    check_values(recipe)
     config = make_deepspeed_config(recipe, Group(0, 1, torch.device("cpu")), accumulation=1)["zero_optimization"]
     taken = DeepSpeedZeroConfig(**config)
     for name, value in says.items():

@@ -9,9 +9,10 @@ import tyro
 from data_pipeline.selection.choice import DataChoice
 from infra.cli import FLAT, parse, take_name
 from infra.errors import UserError
+from trainer.checks.values import check_values
 from trainer.ladders.launch import ManyRuns
 from trainer.overrides import drop_options, expand_exponents, list_option_names
-from trainer.recipe import Recipe, check
+from trainer.recipe import Recipe
 from trainer.recipes import FAMILIES, RECIPES, get_family, get_recipe
 
 SHOWN_DEPTH = 2  # of the rung whose fields --help shows
@@ -192,7 +193,7 @@ def _parse_many(kind: type, words: list[str], prog: str, recipe: Recipe) -> Any:
     args = parse_options(kind, words, prog, recipe=recipe)
     _require_positive(args, "num_ranks")
     _require_not_negative(args, "workers")
-    check(args.recipe)
+    check_values(args.recipe)
     return replace(args, overrides=tuple(drop_options(words, list_option_names(kind))))
 
 
@@ -240,7 +241,7 @@ def _check_plan(args: PlanArgs) -> None:
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")
     found = Mistakes()
-    found.collect(check, args.recipe)
+    found.collect(check_values, args.recipe)
     found.collect(check_objective, args.recipe)
     found.raise_any()
     found.collect(count_micro_batches, args.recipe, args.gpus)

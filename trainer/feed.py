@@ -2,7 +2,7 @@
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from infra.errors import UserError, nearest
 from model.diffusion.flow import Formulation, get_formulation
 from model.encoders.text import TextCond
 from model.seeding import keyed_normal, keyed_uniform
-from trainer.recipe import Recipe, read_caption_weights
+from trainer.recipe import Data, Recipe, read_caption_weights
 
 AHEAD = 2  # micro-batches that are made while the GPU computes
 
@@ -83,11 +83,11 @@ def draw_noise(batch: LatentBatch, formulation: Formulation, *, seed: int, shift
     return MicroBatch(batch, t_B, keyed_normal(seed, batch.positions, "noise", batch.latent_BCHW.shape[1:]))
 
 
-def draw_for(recipe: Recipe, batch: LatentBatch, formulation: Formulation) -> MicroBatch:
+def draw_for(recipe: Recipe, batch: LatentBatch) -> MicroBatch:
     """The batch with all that the recipe's objective draws: times and noise, and second times r <= t where its network
     takes them: r = t for a share `equal_times` (there the loss is flow matching's), r = 0 for a share `to_zero` (what
     the last step asks), else uniform between."""
-    micro = draw_noise(batch, formulation, seed=recipe.seed, shift=recipe.shift)
+    micro = draw_noise(batch, get_formulation(recipe.formulation), seed=recipe.seed, shift=recipe.shift)
     if not recipe.model.second_time:
         return micro
     equal, zero = recipe.student.equal_times, recipe.student.to_zero
@@ -97,15 +97,15 @@ def draw_for(recipe: Recipe, batch: LatentBatch, formulation: Formulation) -> Mi
     return micro._replace(r_B=torch.where(u_B < equal, micro.t_B, r_B))
 
 
-def choose_caption_weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+def choose_caption_weights(data: Data, dataset: Dataset) -> dict[str, float]:
     """The probability of each caption by name, for those that the dataset has. Not normalised."""
-    there = dataset.info.captions
-    if not recipe.data.caption_weights:
-        return share_captions(there, original=recipe.data.original_captions)
-    wanted = read_caption_weights(recipe.data.caption_weights)
-    missing = next((name for name in wanted if name not in there), None)
+    names = dataset.info.captions
+    if not data.caption_weights:
+        return share_captions(names, original=data.original_captions)
+    wanted = read_caption_weights(data.caption_weights)
+    missing = next((name for name in wanted if name not in names), None)
     if missing is not None:
-        known = f"{nearest(missing, there)}: one of {', '.join(there)}"
+        known = f"{nearest(missing, names)}: one of {', '.join(names)}"
         raise UserError(f"--data.caption-weights: {dataset.uri} has no caption {missing!r}{known}")
     return {name: weight for name, weight in wanted.items() if weight > 0}
 
@@ -115,9 +115,9 @@ class Prefetcher(Iterator[MicroBatch]):
     loop. Without it a pass of 64 images (d15 on an H200) took 148 ms, of which copies from ordinary memory took 13 ms
     and other work of the CPU 28 ms."""
 
-    def __init__(self, batches: Batches, recipe: Recipe, device: torch.device) -> None:
-        self._batches, self._recipe = batches, recipe
-        self._formulation = get_formulation(recipe.formulation)
+    def __init__(self, batches: Batches, draw: Callable[[LatentBatch], MicroBatch], *, device: torch.device) -> None:
+        """`draw` gives a batch its times and noise (`draw_for` of a recipe)."""
+        self._batches, self._draw = batches, draw
         self._pinned = device.type == "cuda"
         # One thread, so that micro-batches stay in order.
         self._made = ReadAhead(
@@ -129,8 +129,7 @@ class Prefetcher(Iterator[MicroBatch]):
         return next(self._made)
 
     def _make(self, _: None) -> MicroBatch:
-        micro = draw_for(self._recipe, next(self._batches), self._formulation)
-        micro = micro._replace(exceptions=self._batches.exceptions)
+        micro = self._draw(next(self._batches))._replace(exceptions=self._batches.exceptions)
         return micro.pin_memory() if self._pinned else micro
 
     def close(self) -> None:

@@ -79,16 +79,16 @@ def roll_back(
             "from the last checkpoint with a lower --optimizer.lr"
         )
     found = restore(recipe, engine, ema, out=out, resume="latest", free=free)
-    back = found if found.step else state
-    back.exceptions, back.skips = back.exceptions | exceptions.go_back_to(back.images_seen), skips
+    at = found if found.step else state
+    at.exceptions, at.skips = at.exceptions | exceptions.go_back_to(at.images_seen), skips
     if group.rank == 0:
-        then = f"back to the checkpoint at {back.images_seen:,} images" if found.step else "no checkpoint yet: going on"
+        then = f"back to the checkpoint at {at.images_seen:,} images" if found.step else "no checkpoint yet: going on"
         left = f"that batch and the {before} before it: with other images it failed again" if before else "that batch"
         log.warning(
             "%s at %s: the step was not taken; %s, without %s (%d of %d)",
             problem, where, then, left, skips, recipe.guard.max_skips,
         )  # fmt: skip
-    return back
+    return at
 
 
 def find_suspects(first: int, batch: int, left_out: Set[int]) -> range:

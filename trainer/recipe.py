@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, getitem
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from pydantic import PlainValidator
 
 from infra.codec import from_json, to_json
 from infra.device import Precision
-from infra.errors import UserError, UserErrors
+from infra.errors import UserError
 from model.backbone import read_config
 from model.backbones.trunk import TokenConfig
 from model.diffusion.flow import get_formulation
@@ -299,8 +299,8 @@ class Recipe:
 
     def get_cadence(self, what: Literal["log", "validate", "save"]) -> int | None:
         """Images between two log lines, validations or checkpoints; None: never."""
-        asked = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}
-        every, times_a_run = asked[what], {"log": 100, "validate": 8, "save": 4}[what]
+        cadences = {"log": self.logging.log_every, "validate": self.validation.every, "save": self.logging.save_every}
+        every, times_a_run = cadences[what], {"log": 100, "validate": 8, "save": 4}[what]
         return max(self.global_batch, self.images // times_a_run) if every == "auto" else every
 
     def is_due(self, what: Literal["log", "validate", "save"], images_seen: int) -> bool:
@@ -338,93 +338,6 @@ class Recipe:
 
 def _fall_as_cosine(left: float) -> float:
     return 0.5 * (1 - math.cos(math.pi * left))
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse values that cannot work, all at once, before anything is built."""
-    wrong = [*_check_numbers(recipe), *_check_parallel(recipe), *_check_adapters(recipe)]
-    if wrong:
-        raise UserErrors(f"recipe {recipe.name}: {line}" for line in wrong)
-
-
-def _check_numbers(recipe: Recipe) -> Iterator[str]:
-    o, v, p, logging = recipe.optimizer, recipe.validation, recipe.parallel, recipe.logging
-    positive = {
-        "images": recipe.images, "global_batch": recipe.global_batch, "shift": recipe.shift,
-        "optimizer.lr": o.lr, "optimizer.eps": o.eps, "optimizer.clip_norm": _or_one(o.clip_norm),
-        "validation.samples": v.samples, "validation.batch": v.batch,
-        "validation.every": _or_one(recipe.get_cadence("validate")),
-        "logging.log_every": recipe.get_cadence("log"), "logging.save_every": recipe.get_cadence("save"),
-        "logging.keep": logging.keep, "logging.stall_s": logging.stall_s,
-        "logging.save_at": min(logging.save_at, default=1),
-        "guard.spike": _or_one(recipe.guard.spike), "guard.max_skips + 1": recipe.guard.max_skips + 1,
-        "parallel.micro_batch": _or_one(p.micro_batch), "parallel.hpz": p.hpz,
-        "parallel.reduce_bucket": p.reduce_bucket, "data.resolution": recipe.data.resolution,
-        "data.text_tokens": recipe.data.text_tokens,
-        "data.latent_shape": min(recipe.data.latent_shape), "dpo.beta": recipe.dpo.beta,
-        "student.huber": recipe.student.huber, "student.steps": recipe.student.steps,
-        "student.perceptual_weight": recipe.student.perceptual_weight, "student.difference": recipe.student.difference,
-        "lora.rank": _or_one(recipe.lora.rank), "lora.alpha": _or_one(recipe.lora.alpha),
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value is None or not (math.isfinite(value) and value > 0):
-            yield f"{name} is {value}, expected a positive number"
-    not_negative = {
-        "seed": recipe.seed, "validation.seed": v.seed, "optimizer.weight_decay": o.weight_decay,
-        "schedule.warmup_images": recipe.schedule.warmup_images, "logging.samples": logging.samples,
-        "parallel.persistence_threshold": p.persistence_threshold, "parallel.prefetch": p.prefetch,
-        "parallel.max_live": p.max_live, "student.latent_weight": recipe.student.latent_weight,
-    }  # fmt: skip
-    for name, value in not_negative.items():
-        if not (math.isfinite(value) and value >= 0):
-            yield f"{name} is {value}, expected zero or more"
-    shares = {
-        "schedule.cooldown": recipe.schedule.cooldown, "schedule.final": recipe.schedule.final,
-        "data.original_captions": recipe.data.original_captions, "data.encoder_dropout": recipe.data.encoder_dropout,
-        "student.equal_times": recipe.student.equal_times, "student.to_zero": recipe.student.to_zero,
-        "student.equal_times + student.to_zero": recipe.student.equal_times + recipe.student.to_zero,
-    }  # fmt: skip
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            yield f"{name} is {value}, expected a share between 0 and 1"
-    if not all(0 <= beta < 1 for beta in o.betas):
-        yield f"optimizer.betas are {' '.join(map(str, o.betas))}, expected numbers from 0 to below 1"
-    if not recipe.ema.profiles or len(set(recipe.ema.profiles)) != len(recipe.ema.profiles):
-        yield f"ema.profiles {recipe.ema.profiles}: expected at least one, all different"
-
-
-def _or_one(value: float | None) -> float:
-    """A number that may be left out (None), for the check of those that are given."""
-    return 1 if value is None else value
-
-
-def _check_parallel(recipe: Recipe) -> list[str]:
-    p = recipe.parallel
-    wrong = [
-        (p.zero_stage == 0 and recipe.precision == "bf16",
-         "bf16 needs fp32 master weights: use --parallel.zero-stage 2 or 3"),
-        (0 < p.zero_stage < recipe.lowest_stage,
-         "stage 1 accumulates bf16 gradients in bf16 only: use --parallel.zero-stage 2, or --no-parallel.fp32-reduce"),
-        (p.zero_stage == 0 and p.offload_optimizer, "offload_optimizer needs --parallel.zero-stage 1, 2 or 3"),
-        (p.zero_stage != 3 and p.offload_parameters != "no", "offload_parameters needs --parallel.zero-stage 3"),
-        (p.zero_stage != 3 and (p.hpz > 1 or p.quantized_weights or p.quantized_gradients),
-         "hpz, quantized_weights and quantized_gradients need --parallel.zero-stage 3"),
-        (p.offload_parameters == "nvme" and not p.nvme_path,
-         "offload_parameters nvme needs --parallel.nvme-path, a folder on a fast local disk"),
-        (p.offload_parameters != "no" and not p.offload_optimizer,
-         "offload_parameters keeps shards on the host, their masters belong there too: --parallel.offload-optimizer"),
-    ]  # fmt: skip
-    return [says for found, says in wrong if found]
-
-
-def _check_adapters(recipe: Recipe) -> list[str]:
-    p, lora = recipe.parallel, recipe.lora
-    wrong = [
-        (lora.rank is not None and (p.hpz > 1 or p.quantized_weights or p.offload_parameters != "no" or p.compile),
-         "frozen weights under adapters do not go with hpz, quantized_weights, offload_parameters or compile: "
-         "leave these out"),
-    ]  # fmt: skip
-    return [says for found, says in wrong if found]
 
 
 def count_micro_batches(recipe: Recipe, world_size: int) -> int:

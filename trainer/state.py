@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from infra.errors import UserError
 from infra.log import get_logger
 from trainer.exports.card import describe_weights
 from trainer.exports.export import export, open_weights
-from trainer.feed import Prefetcher, choose_caption_weights
+from trainer.feed import Prefetcher, choose_caption_weights, draw_for
 from trainer.objective import get_objective
 from trainer.recipe import Recipe
 from trainer.runfolder import get_checkpoints_folder, name_step
@@ -251,11 +252,11 @@ def open_feed(recipe: Recipe, dataset: Dataset, group: Group, state: TrainingSta
         global_batch=recipe.global_batch,
         rank=group.rank,
         world_size=group.world_size,
-        caption_weights=choose_caption_weights(recipe, dataset),
+        caption_weights=choose_caption_weights(recipe.data, dataset),
         encoder_dropout=recipe.data.encoder_dropout,
         exceptions=state.exceptions,
         micro_batch=recipe.parallel.micro_batch,
         read_rejected=RejectedLatents(dataset) if get_objective(recipe.objective).pairs else None,
         dealt=os.environ.get(DEAL_LANES) == "1",
     )
-    return Prefetcher(batches, recipe, group.device)
+    return Prefetcher(batches, partial(draw_for, recipe), device=group.device)

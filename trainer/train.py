@@ -164,34 +164,35 @@ def run(training: Training) -> bool:
     A step: read and compute `engine.accumulation` micro-batches, agree on the loss, step or go back, update the EMA,
     then what is due: log, validation, samples, checkpoint.
     """
-    t, recipe, group, engine, ema = training, training.recipe, training.group, training.engine, training.ema
-    state, monitor, run_log, batch = t.state, t.monitor, t.run_log, recipe.global_batch
+    recipe, group, engine, ema = training.recipe, training.group, training.engine, training.ema
+    state, monitor, run_log, batch = training.state, training.monitor, training.run_log, recipe.global_batch
+    validator, sampler, uploads = training.validator, training.sampler, training.uploads
     if state.images_seen >= recipe.images:
-        log.info("%s is trained already: %s images", t.out, f"{state.images_seen:,}")
+        log.info("%s is trained already: %s images", training.out, f"{state.images_seen:,}")
     with run_log:
         while state.images_seen < recipe.images:
             images_after = state.images_seen + batch  # this step
             loss_sum, keys = torch.zeros((), dtype=torch.float64, device=group.device), []
             for number in range(engine.accumulation):
                 with monitor.mark_phase("reading data", state.step):
-                    micro = next(t.micro_batches)
+                    micro = next(training.micro_batches)
                     keys += micro.batch.keys
                     state.exceptions = micro.exceptions
                 with monitor.mark_phase("computing", state.step):
                     record_attention = number == 0 and recipe.is_due("log", images_after)
                     with monitor.watch_forward(engine.model, attention=record_attention):
-                        losses = t.compute_losses(engine, micro.to(group.device))
+                        losses = training.compute_losses(engine, micro.to(group.device))
                     engine.backpropagate(losses)
                     loss_sum += losses.loss_B.detach().double().sum()
                     monitor.add(micro.t_B, losses, dataset_B=micro.batch.dataset_B)
             with monitor.mark_phase("stepping", state.step):
                 # One small collective a step: the loss of the whole batch, and whether anyone was asked to stop.
-                total, stop_votes = group.sum([loss_sum.item(), float(t.stop.asked)])
+                total, stop_votes = group.sum([loss_sum.item(), float(training.stop.asked)])
                 loss, lr = total / batch, recipe.compute_lr(images_after)
                 problem = find_problem(loss, state.recent, recipe.guard, batch=batch)
                 result = engine.discard() if problem else engine.step(lr)
             if problem or not result.applied:
-                state = go_back(t, problem or "the gradient is not finite", keys)
+                state = go_back(training, problem or "the gradient is not finite", keys)
                 continue
             state.advance(loss, batch)
             with monitor.mark_phase("averaging", state.step):
@@ -202,36 +203,36 @@ def run(training: Training) -> bool:
             last = state.images_seen >= recipe.images
             if last or recipe.is_due("log", state.images_seen):
                 run_log.add_training(lr=lr, grad_norm=result.grad_norm, step=state.step, **monitor.take())
-            if t.validator is not None and (last or recipe.is_due("validate", state.images_seen)):
+            if validator is not None and (last or recipe.is_due("validate", state.images_seen)):
                 with monitor.mark_phase("validating", state.step), engine.use_weights(ema.first):
-                    run_log.add_validation(t.validator.run(engine, group), profile=recipe.ema.profiles[0])
-            if t.sampler is not None and (last or recipe.is_due("save", state.images_seen)):
+                    run_log.add_validation(validator.run(engine, group), profile=recipe.ema.profiles[0])
+            if sampler is not None and (last or recipe.is_due("save", state.images_seen)):
                 with monitor.mark_phase("sampling", state.step), engine.use_weights(ema.first):
-                    t.sampler.draw(engine, storage.join(t.uploads.place, "samples", f"{name_step(state.step)}.png"))
+                    sampler.draw(engine, storage.join(uploads.place, "samples", f"{name_step(state.step)}.png"))
             if last or stop_votes or recipe.is_due("save", state.images_seen):
                 with monitor.mark_phase("saving", state.step):
                     final = last or stop_votes > 0
-                    written = t.saver.save(state, final=final, activations=monitor.activations)
+                    written = training.saver.save(state, final=final, activations=monitor.activations)
                 if last and not written:
                     what = "the end of the run could not be written"
-                    raise UserError(f"{t.out}: {what}; make room, then run the same command again")
+                    raise UserError(f"{training.out}: {what}; make room, then run the same command again")
             if stop_votes and not last:
                 how = "saved" if written else "NOT saved: the last good checkpoint counts"
                 log.info("stopped by signal at %s images, %s; the same command continues", state.images_seen, how)
                 break
-    t.micro_batches.close()
-    t.uploads.close()
+    training.micro_batches.close()
+    uploads.close()
     return state.images_seen >= recipe.images
 
 
 def go_back(training: Training, problem: str, keys: list[str]) -> TrainingState:
     """Go back to the last checkpoint instead of taking a step. `problem`: why, in words; `keys`: the samples of the bad
     batch, which is left out from now on. UnstableRun after too many bad batches. Collective."""
-    t = training
-    t.uploads.wait()  # the checkpoint to go back to may still be on its way
-    t.state = roll_back(problem, keys, t.recipe, t.engine, t.ema, t.state, out=t.out, free=t.free)
-    t.micro_batches.close()
-    t.micro_batches = open_feed(t.recipe, t.dataset, t.group, t.state)
-    t.run_log.rewind(t.state.images_seen)
-    t.monitor.take()  # figures of steps that do not count any more
-    return t.state
+    training.uploads.wait()  # the checkpoint to go back to may still be on its way
+    recipe, engine, out = training.recipe, training.engine, training.out
+    training.state = roll_back(problem, keys, recipe, engine, training.ema, training.state, out=out, free=training.free)
+    training.micro_batches.close()
+    training.micro_batches = open_feed(recipe, training.dataset, training.group, training.state)
+    training.run_log.rewind(training.state.images_seen)
+    training.monitor.take()  # figures of steps that do not count any more
+    return training.state

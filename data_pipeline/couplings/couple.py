@@ -65,14 +65,15 @@ def check_out(out: str, couplings: Couplings) -> None:
     """Refuse a root that holds something else."""
     if not storage.exists(storage.join(out, DATASET_FILE)):
         return
-    there = read_dataset_info(out).couplings
-    if there is None:
+    existing = read_dataset_info(out).couplings
+    if existing is None:
         raise UserError(f"{out} holds a data set that is no couplings: choose another --out")
-    changed = there.differences(couplings)
+    changed = existing.differences(couplings)
     if changed:
         raise UserError(f"{out} holds other couplings ({'; '.join(changed)}): choose another --out or the same options")
-    if there.count > couplings.count:
-        raise UserError(f"{out} holds {there.count:,} couplings, --count is {couplings.count:,}: give at least as many")
+    num_old = existing.count
+    if num_old > couplings.count:
+        raise UserError(f"{out} holds {num_old:,} couplings, --count is {couplings.count:,}: give at least as many")
 
 
 def list_shards(couplings: Couplings, prompts: Prompts, *, shard_rows: int) -> list[CouplingShard]:
@@ -98,8 +99,8 @@ def make_couplings(
     ]  # fmt: skip
     failed: dict[str, str] = {}
     total, lost = sum(len(shard.index_I) for shard in shards), 0
-    there = sum(len(shard.index_I) for shard in shards if shard.id in proofs)
-    with Progress(total, "couplings", desc="couple", initial=there) as progress:
+    num_done = sum(len(shard.index_I) for shard in shards if shard.id in proofs)
+    with Progress(total, "couplings", desc="couple", initial=num_done) as progress:
         for result in run_tasks(CoupleTask(out, weights, info, batch, device), todo, workers):
             if result["error"]:
                 failed[result["id"]] = result["error"]

@@ -70,8 +70,8 @@ def write_prompts(
              for first in range(0, len(prompts), SHARD_ROWS)}  # fmt: skip
     proofs = read_shard_proofs(out, info.encoding)
     todo = [{"id": key, **unit} for key, unit in units.items() if key not in proofs]
-    there = sum(proof.entry.num_samples for proof in proofs.values() if proof.entry)
-    with Progress(len(prompts), "prompts", desc="encode prompts", initial=there) as progress:
+    num_done = sum(proof.entry.num_samples for proof in proofs.values() if proof.entry)
+    with Progress(len(prompts), "prompts", desc="encode prompts", initial=num_done) as progress:
         for result in run_tasks(PromptTask(out, info, device), todo, workers):
             if result["error"]:
                 raise UserError(f"prompts {result['id']}: {result['error']}; run the same command again")

@@ -123,10 +123,10 @@ def time_pass(file: TeacherFile, shape: tuple[int, int, int], *, batch: int, pre
     model = model.to(device)
     network: Callable[..., Tensor] = convert_to_bfloat16(model, device) if precision == "bf16" else model
     text, x_BCHW = make_unconditional(file.text_spec, batch).to(device), torch.zeros(batch, *shape, device=device)
-    taken = []
+    seconds = []
     with torch.inference_mode():
         for _ in range(2):
             began = time.monotonic()
             network(x_BCHW, torch.ones(batch, device=device), text).sum().item()
-            taken.append(time.monotonic() - began)
-    return min(taken) / batch
+            seconds.append(time.monotonic() - began)
+    return min(seconds) / batch

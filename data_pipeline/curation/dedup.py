@@ -104,14 +104,14 @@ class Duplicates:
         self, signatures: Iterable[tuple[str, pa.Table]], preferred: Callable[[str], np.ndarray] | None
     ) -> None:
         names, name_ends, ends = Spool(np.uint8), Spool(np.int64), Spool(np.int64)
-        row, exact, near = Spool(np.int32), Spool(np.uint64, 2), Spool(np.uint64)
+        row, exact, perceptual = Spool(np.int32), Spool(np.uint64, 2), Spool(np.uint64)
         given, others = Spool(np.int64), Spool(np.int64)
         count = letters = 0
         for name, table in signatures:
             rows = table["row"].to_numpy()
             row.append(rows)
             exact.append(_hash_digests(table["exact"].to_pylist()))
-            near.append(table["perceptual"].to_numpy())
+            perceptual.append(table["perceptual"].to_numpy())
             first = np.ones(len(rows), bool) if preferred is None else np.isin(rows, preferred(name))
             given.append(count + np.flatnonzero(first))
             others.append(count + np.flatnonzero(~first))
@@ -119,7 +119,7 @@ class Duplicates:
             names.append(np.frombuffer(name.encode(), np.uint8))
             name_ends.append(letters)
             ends.append(count)
-        self.row_N, self.exact_NK, self.hash_N = row.read_array(), exact.read_array(), near.read_array()
+        self.row_N, self.exact_NK, self.hash_N = row.read_array(), exact.read_array(), perceptual.read_array()
         self._names, self._name_ends, self._ends = names.read_array(), name_ends.read_array(), ends.read_array()
         self._preferred = len(given.read_array())
         self.number_R = concatenate([given.read_array(), others.read_array()])

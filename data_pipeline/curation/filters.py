@@ -101,9 +101,9 @@ class Thresholds:
         for name, value in looser.items():
             limit = getattr(self, name)
             if limit is None or (value < limit if name.startswith("max") else value > limit):
-                asked = "no such limit" if limit is None else f"the strict limit {limit:g}"
+                strict = "no such limit" if limit is None else f"the strict limit {limit:g}"
                 option = name.replace("_", "-")
-                raise UserError(f"--gate.{option} {value:g} is tighter than {asked}: loosen it, or set --{option} too")
+                raise UserError(f"--gate.{option} {value:g} is tighter than {strict}: loosen it, or set --{option} too")
         return replace(self, **looser)
 
     def judge(self, row: Mapping[str, Any]) -> tuple[str, str]:

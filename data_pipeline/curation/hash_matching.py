@@ -152,8 +152,8 @@ def _find_near_greedily(hash_N: np.ndarray, edges: Sequence[int], distance: int)
     values = hash_N.tolist()
     pieces_N = zip(*(_take_piece(hash_N, *band).tolist() for band in pairwise(edges)))
     for number, (value, pieces) in enumerate(zip(values, pieces_N)):
-        near = {n for table, piece in zip(tables, pieces) for n in table.get(piece, ())}
-        matches = [n for n in near if (values[n] ^ value).bit_count() <= distance]
+        candidates = {n for table, piece in zip(tables, pieces) for n in table.get(piece, ())}
+        matches = [n for n in candidates if (values[n] ^ value).bit_count() <= distance]
         if matches:
             first_N[number] = min(matches)
             continue

@@ -125,12 +125,12 @@ class _PictureComparer:
 
 def _group_clusters(size_K: np.ndarray, row_bytes: int, max_bytes: int) -> Iterator[range]:
     """Clusters in groups whose rows fit into memory (one cluster at least)."""
-    start = held = 0
+    start = num_bytes = 0
     for cluster, size in enumerate(size_K.tolist()):
-        if cluster > start and held + size * row_bytes > max_bytes:
+        if cluster > start and num_bytes + size * row_bytes > max_bytes:
             yield range(start, cluster)
-            start, held = cluster, 0
-        held += size * row_bytes
+            start, num_bytes = cluster, 0
+        num_bytes += size * row_bytes
     yield range(start, len(size_K))
 
 

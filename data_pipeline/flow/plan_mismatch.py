@@ -41,7 +41,7 @@ def _shorten(value: Any) -> str:
 
 
 def describe_mismatches(found: Mapping[str, str]) -> str:
-    return "; ".join(f"column {name} ({what})" for name, what in found.items())
+    return "; ".join(f"column {name} ({change})" for name, change in found.items())
 
 
 def check_rebuild(root: str, stands: DatasetInfo, wanted: DatasetInfo, rebuild: Sequence[str]) -> None:

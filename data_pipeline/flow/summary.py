@@ -14,8 +14,8 @@ def format_summary(root: str, outcome: PipelineResult) -> str:
     stages += sorted(name for name in outcome.counts if name not in (*_ORDER, "pack")) + ["pack"]
     for stage in stages:
         counts = outcome.counts[stage]
-        others = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if name != OK)
-        lines.append(f"{stage:<14}{sum(counts.values()):>10,}{counts.get(OK, 0):>10,}   {others}".rstrip())
+        not_ok = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if name != OK)
+        lines.append(f"{stage:<14}{sum(counts.values()):>10,}{counts.get(OK, 0):>10,}   {not_ok}".rstrip())
     lines.append("-" * 72)
     source_lines = format_seen(outcome.seen, outcome.counts.get("ingest", {}))
     lines += [f"{'source' if number == 0 else '':<14}{line}" for number, line in enumerate(source_lines)]

@@ -35,17 +35,17 @@ def write_tables(root: str, stem: str, tables: Iterable[pa.Table]) -> str:
     Up to a row group of `_GROUP_BYTES` is in memory. What fits into one gives the bytes of `encode_table`.
     """
     with refuse_full_disk(), tempfile.NamedTemporaryFile() as file:
-        writer, held, size = None, [], 0
+        writer, waiting, size = None, [], 0
         for table in chain(tables, [None]):
             if table is not None:
-                held.append(table)
+                waiting.append(table)
                 size += table.nbytes
-                if len(held) == _HELD:  # small ones, or without rows: each takes kilobytes beside its values
-                    held = [pa.concat_tables(held).combine_chunks()]
-            if held and (table is None or size >= _GROUP_BYTES):
-                writer = writer or pq.ParquetWriter(file, held[0].schema, compression="zstd")
-                writer.write_table(pa.concat_tables(held).combine_chunks())
-                held, size = [], 0
+                if len(waiting) == _HELD:  # small ones, or without rows: each takes kilobytes beside its values
+                    waiting = [pa.concat_tables(waiting).combine_chunks()]
+            if waiting and (table is None or size >= _GROUP_BYTES):
+                writer = writer or pq.ParquetWriter(file, waiting[0].schema, compression="zstd")
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting, size = [], 0
         assert writer is not None, stem
         writer.close()
         file.seek(0)

@@ -31,8 +31,8 @@ class Prompts:
 
     def __init__(self, root: str, couplings: Couplings) -> None:
         self.uri, split = locate_prompts(root, couplings), couplings.prompts_split
-        there = (storage.exists(storage.join(self.uri, name)) for name in (DATASET_FILE, couplings.prompts_index))
-        if not all(there):
+        exist = (storage.exists(storage.join(self.uri, name)) for name in (DATASET_FILE, couplings.prompts_index))
+        if not all(exist):
             raise UserError(
                 f"{root}: the text of these couplings is not at {self.uri}: bring that dataset back, or say where it "
                 "is by `python -m data_pipeline couple` with the same options and another --prompts"
@@ -69,10 +69,10 @@ class Prompts:
                 part = [int(b) for b in rows_of_name if self.dataset.index.buckets[places[b][0]] == bucket]
                 found.append(self.dataset.at([places[b] for b in part], positions[part].tolist(), chosen))
                 rows += part
-        back = torch.from_numpy(np.argsort(rows))
+        order_B = torch.from_numpy(np.argsort(rows))
         words = [word for batch in found for word in batch.captions]
         text = found[0].text if len(found) == 1 else TextCond.cat([batch.text for batch in found])
-        return text if len(found) == 1 else text[back], [words[at] for at in back.tolist()]
+        return text if len(found) == 1 else text[order_B], [words[at] for at in order_B.tolist()]
 
     def _places(self, index_B: np.ndarray) -> list[tuple[int, int]]:
         shards, rows = self.dataset.index.locate(self.order.prompts_of(index_B))
@@ -107,8 +107,8 @@ class CoupledDataset(Dataset):
         self._reader.spread(len(rows), fill)
         index_B = np.array([parse_key(key) for key in keys])
         # Of each coupling one caption is stored, the one that the teacher drew.
-        taken = [next(name for name, words in table.captions.items() if words[row]) for table, row in rows]
-        text, captions = self.prompts.read(index_B, taken, positions, draws)
+        caption_names = [next(name for name, words in table.captions.items() if words[row]) for table, row in rows]
+        text, captions = self.prompts.read(index_B, caption_names, positions, draws)
         return LatentBatch(
             latent_BCHW=self.vae.normalise(latent_BCHW),
             text=text,

@@ -268,10 +268,10 @@ class Dataset:
         )  # fmt: skip
 
 
-def share_captions(there: Sequence[str], *, original: float) -> dict[str, float]:
+def share_captions(names: Sequence[str], *, original: float) -> dict[str, float]:
     """How often each caption is taken: a share for the original, the rest dealt equally to the synthetic ones."""
-    synthetic = [name for name in there if name != "original"]
-    wanted = {name: original if name == "original" else (1 - original) / len(synthetic) for name in there}
+    synthetic = [name for name in names if name != "original"]
+    wanted = {name: original if name == "original" else (1 - original) / len(synthetic) for name in names}
     return {name: weight for name, weight in wanted.items() if weight > 0}
 
 

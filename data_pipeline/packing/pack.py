@@ -121,9 +121,9 @@ def read_planned_shards(batches: Iterable[pa.RecordBatch], wanted: AbstractSet[s
     chosen = pa.array(sorted(wanted), pa.string())
     lines = (line for batch in batches for line in batch.filter(pc.is_in(batch["output"], chosen)).to_pylist())
     for name, group in groupby(lines, lambda line: line["output"]):
-        mine = list(group)
-        rows = tuple((line["shard"], np.array(line["rows"], np.int32)) for line in mine)
-        yield PlannedShard(name, mine[0]["split"], mine[0]["bucket"], rows)
+        group_lines = list(group)
+        rows = tuple((line["shard"], np.array(line["rows"], np.int32)) for line in group_lines)
+        yield PlannedShard(name, group_lines[0]["split"], group_lines[0]["bucket"], rows)
 
 
 def proof_name(encoding: str, output: str) -> str:
@@ -143,11 +143,11 @@ def read_proofs(root: str, encoding: str) -> dict[str, ShardEntry]:
 def find_lost_shards(root: str, proofs: Mapping[str, ShardEntry]) -> set[str]:
     """Proven shards of which an object is gone (one listing per folder): these are to be packed again."""
     folders = {entry.tar.rpartition("/")[0] for entry in proofs.values()}
-    there = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
+    existing = {uri for folder in folders for uri in storage.list_files(storage.join(root, folder), recursive=False)}
     return {
         name
         for name, entry in proofs.items()
-        if not {storage.join(root, entry.tar), storage.join(root, entry.rows)} <= there
+        if not {storage.join(root, entry.tar), storage.join(root, entry.rows)} <= existing
     }
 
 

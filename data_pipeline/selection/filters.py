@@ -30,17 +30,17 @@ def select_rows(dataset: Dataset, where: Sequence[str], columns: Sequence[str] =
             raise UserError(f"--columns {columns[0]}: a table that no --where reads: give a condition, or leave it out")
         return dataset
     conditions, late = [RowCondition(text) for text in where], [LateColumns(uri) for uri in columns]
-    asked = {
+    selection = {
         "dataset": dataset.info.fingerprint, "split": dataset.split,
         "where": [condition.text for condition in conditions], "columns": [one.fingerprint for one in late],
     }  # fmt: skip
-    name = fingerprint(asked)
+    name = fingerprint(selection)
     uri = storage.join(dataset.uri, FOLDER, f"{name}.parquet")
     if storage.exists(uri):
         kept, _ = read_kept_rows(uri, dataset.index)
         return dataset.keep(kept, name)
     kept = _find_rows(dataset, conditions, late)
-    _publish(uri, kept.to_bytes(dataset.index, {"asked": json.dumps(asked)}))
+    _publish(uri, kept.to_bytes(dataset.index, {"asked": json.dumps(selection)}))
     return dataset.keep(kept, name)
 
 

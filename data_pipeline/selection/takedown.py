@@ -95,20 +95,20 @@ def find_runs(places: Sequence[str]) -> list[str]:
     found: set[str] = set()
     for place in places:
         folders = {uri.rpartition("/")[0] for uri in storage.iter_files(place, suffix="/recipe.json")}
-        here = {folder for folder in folders if storage.exists(f"{folder}/data.json")}
-        if not here:  # of a name with a slip nobody must read that no run saw the image
+        with_data = {folder for folder in folders if storage.exists(f"{folder}/data.json")}
+        if not with_data:  # of a name with a slip nobody must read that no run saw the image
             raise UserError(f"--runs {place}: no run there, no folder with recipe.json and data.json")
-        found |= here
+        found |= with_data
     return sorted(found)
 
 
-def find_sightings(uri: str, taken: Takedown, runs: Sequence[str]) -> list[Sighting]:
+def find_sightings(uri: str, takedown: Takedown, runs: Sequence[str]) -> list[Sighting]:
     """Of the runs that trained on this dataset. From recipe, images seen and order alone: no sample is read."""
-    found = [_find_sighting(uri, taken, run) for run in runs]
+    found = [_find_sighting(uri, takedown, run) for run in runs]
     return [sighting for sighting in found if sighting is not None]
 
 
-def _find_sighting(uri: str, taken: Takedown, run: str) -> Sighting | None:
+def _find_sighting(uri: str, takedown: Takedown, run: str) -> Sighting | None:
     dataset, part = _open_data_of(uri, run)
     if dataset is None:
         return None
@@ -116,12 +116,12 @@ def _find_sighting(uri: str, taken: Takedown, run: str) -> Sighting | None:
     seed, batch = int(recipe["seed"]), int(recipe["global_batch"])
     images, exceptions, unsure = _read_progress(run)
     since = read_noted(storage.join(run, EFFECTIVE))
-    steps = min(images, since.get(taken.name, images)) // batch
+    steps = min(images, since.get(takedown.name, images)) // batch
     order = dataset.order(seed=seed, global_batch=batch)
     own, first_shard = dataset.list_parts()[dataset.datasets.index(part) if dataset.datasets else 0]
     counts = _count_samples(dataset, order, part, steps)
     times: Counter[str] = Counter()
-    wanted = _locate(own, taken)
+    wanted = _locate(own, takedown)
     for shard, row, key in wanted:
         bucket_order = _order_of(dataset, order, part).bucket(own.index.buckets[shard])
         given = counts.get(bucket_order.bucket, 0)
@@ -183,12 +183,12 @@ def _open_data_of(uri: str, run: str) -> tuple[Dataset | None, str]:
     return None, ""
 
 
-def _locate(dataset: Dataset, taken: Takedown) -> list[tuple[int, int, str]]:
+def _locate(dataset: Dataset, takedown: Takedown) -> list[tuple[int, int, str]]:
     """(shard, row, key) in the shards that a run read, which may be those of an earlier pack; only kept rows."""
     numbers = {tar: number for number, tar in enumerate(dataset.index.tars)}
-    known = [(numbers[tar], row, key) for tar, row, key in taken.rows if tar in numbers]
+    known = [(numbers[tar], row, key) for tar, row, key in takedown.rows if tar in numbers]
     if not known:
-        places = _find_samples(dataset, taken.keys, taken.hashes)
+        places = _find_samples(dataset, takedown.keys, takedown.hashes)
         known = [(numbers[tar], row, key) for tar, row, key in places]
     return [place for place in known if dataset.kept is None or place[1] in dataset.kept.rows_of(place[0])]
 
@@ -223,18 +223,18 @@ def _read_progress(run: str) -> tuple[int, DataExceptions, bool]:
     return int(state["images_seen"]), exceptions, len(ranks) > 1 and bool(exceptions.shards)
 
 
-def describe_takedown(uri: str, taken: Takedown, new: bool, sightings: Sequence[Sighting], *, runs: int) -> str:
+def describe_takedown(uri: str, takedown: Takedown, new: bool, sightings: Sequence[Sighting], *, runs: int) -> str:
     """What was done, for people."""
-    keys = sorted({key for _, _, key in taken.rows})
+    keys = sorted({key for _, _, key in takedown.rows})
     lines = [
-        f"{uri}: {len(taken.rows)} samples {'are taken down' if new else 'were taken down before'} "
-        f"({', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}): {FOLDER}/{taken.name}.json"
+        f"{uri}: {len(takedown.rows)} samples {'are taken down' if new else 'were taken down before'} "
+        f"({', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}): {FOLDER}/{takedown.name}.json"
     ]
-    lost = sorted(set(taken.keys) - set(keys))
+    lost = sorted(set(takedown.keys) - set(keys))
     if lost:
         lines.append(f"no sample has the keys {', '.join(lost[:5])}: a later pack leaves them out")
-    if taken.hashes and not taken.rows:
-        lines.append(f"no sample has the hashes {', '.join(taken.hashes[:5])}: a later pack leaves them out")
+    if takedown.hashes and not takedown.rows:
+        lines.append(f"no sample has the hashes {', '.join(takedown.hashes[:5])}: a later pack leaves them out")
     lines.append(
         "trainings that start from now on read other images in their places; the next run of the pipeline packs "
         f"shards without them. Tars that {DATASET_FILE} no longer names, and columns/, keep the bytes: delete them"

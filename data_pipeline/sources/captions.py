@@ -58,32 +58,32 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
 
 
-def parse_fields(data: bytes, asked: str = "") -> tuple[dict[str, Any], object]:
-    """(fields of a JSON file beside a picture, its caption); what is no object is all caption. `asked`: the field that
+def parse_fields(data: bytes, field: str = "") -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file beside a picture, its caption); what is no object is all caption. `field`: the field that
     --caption-column names."""
     try:
-        held = json.loads(decode_text(data))
+        content = json.loads(decode_text(data))
     except ValueError:
         return {}, Caption("", problem="the file beside the picture is no JSON")
-    return (held, find_caption(held, asked)) if isinstance(held, dict) else ({}, held)
+    return (content, find_caption(content, field)) if isinstance(content, dict) else ({}, content)
 
 
-def find_caption(fields: Mapping[str, Any], asked: str = "") -> object:
-    """The caption in a JSON object, or why there is none: the candidates' names. `asked` names the only candidate."""
-    if asked:
-        return fields[asked] if asked in fields else Caption("", problem=f"no field {asked}, but {_list_names(fields)}")
+def find_caption(fields: Mapping[str, Any], field: str = "") -> object:
+    """The caption in a JSON object, or why there is none: the candidates' names. `field` names the only candidate."""
+    if field:
+        return fields[field] if field in fields else Caption("", problem=f"no field {field}, but {_list_names(fields)}")
     for names in (CAPTION_NAMES[:1], CAPTION_NAMES[1:]):
         for name in fields:
             if name.lower() in names and fields[name] is not None:
                 return fields[name]
     known = [name for name in fields if name.lower() in (*CAPTION_NAMES, *OTHER_NAMES)]
-    held = [name for name in known if fields[name] is not None]
-    if len(held) > 1:
-        return Caption("", problem=f"{' and '.join(held)} may each be the caption: use --caption-column")
+    not_null = [name for name in known if fields[name] is not None]
+    if len(not_null) > 1:
+        return Caption("", problem=f"{' and '.join(not_null)} may each be the caption: use --caption-column")
     texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip()]
     if not known and texts:
         return Caption("", problem=f"no field is named caption, but {_list_names(texts)}: use --caption-column")
-    return fields[held[0]] if held else None
+    return fields[not_null[0]] if not_null else None
 
 
 def _list_names(names: Iterable[str]) -> str:
@@ -102,16 +102,16 @@ def is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (*strings, pa.types.is_binary, pa.types.is_large_binary))
 
 
-def choose_caption_column(types: Mapping[str, pa.DataType], asked: str, where: str) -> str:
+def choose_caption_column(types: Mapping[str, pa.DataType], column: str, where: str) -> str:
     """The caption column of a table; UserError that lists the candidates where it would be a guess."""
     candidates = [name for name, kind in types.items() if is_text(kind) and not pa.types.is_binary(kind)]
     listed = ", ".join(f"{name} ({kind})" for name, kind in types.items() if name in candidates) or "none of text"
-    if asked:
-        if asked not in types:
-            raise UserError(f"{where}: no caption column {asked}; it has {', '.join(types)}{nearest(asked, types)}")
-        if not is_text(types[asked]) and not pa.types.is_null(types[asked]):
-            raise UserError(f"{where}: column {asked} is of type {types[asked]}, no text; candidates: {listed}")
-        return asked
+    if column:
+        if column not in types:
+            raise UserError(f"{where}: no caption column {column}; it has {', '.join(types)}{nearest(column, types)}")
+        if not is_text(types[column]) and not pa.types.is_null(types[column]):
+            raise UserError(f"{where}: column {column} is of type {types[column]}, no text; candidates: {listed}")
+        return column
     named = [name for name in types if name.lower() in CAPTION_NAMES]
     others = named or [name for name in types if name.lower() in OTHER_NAMES]
     # a column of nulls in one of many files: its rows have no caption

@@ -30,10 +30,10 @@ class Cc12mSource:
     def list_units(self) -> list[SourceUnit]:
         units, etags = [], list_etags(self.uri)
         for file in list_existing(self.uri, (".tsv",), "TSV files of url and caption"):
-            offsets, held = self._offsets(storage.read_bytes(file)), stamp_file(file, etags)
+            offsets, stamp = self._offsets(storage.read_bytes(file)), stamp_file(file, etags)
             stem = posixpath.basename(file).rsplit(".", 1)[0]
             for number, (first, behind) in enumerate(pairwise(offsets)):
-                mark = fingerprint([posixpath.basename(file), held, first])[:10]
+                mark = fingerprint([posixpath.basename(file), stamp, first])[:10]
                 where = {"file": file, "start": first, "length": behind - first, "number": number}
                 units.append(SourceUnit(f"all-{stem[-40:]}-{number:06d}-{mark}", "", where))
         return units

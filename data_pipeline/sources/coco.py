@@ -42,8 +42,8 @@ class CocoSource:
             ]
             for first in range(0, len(rows), ROWS_PER_UNIT):
                 chosen = rows[first : first + ROWS_PER_UNIT]
-                held = stamp_files([storage.join(self.uri, relative) for relative, _ in chosen], etags)
-                label = f"{split}-coco2014-{first // ROWS_PER_UNIT:05d}-{fingerprint([chosen, held])[:10]}"
+                stamp = stamp_files([storage.join(self.uri, relative) for relative, _ in chosen], etags)
+                label = f"{split}-coco2014-{first // ROWS_PER_UNIT:05d}-{fingerprint([chosen, stamp])[:10]}"
                 units.append(SourceUnit(label, split, {"rows": chosen}))
         if not units:
             raise MissingError(f"{self.uri}: no annotations/captions_val2014.json there: expected COCO-2014's layout")

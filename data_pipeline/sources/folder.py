@@ -81,8 +81,8 @@ class FolderSource:
     def _identify(self, rows: list[list[object]]) -> str:
         """The fingerprint of a unit's rows. A caption in a JSON file also depends on the field that is asked for."""
         texts = [str(file).lower() for row in rows for file in _select_parts(row)[1:3]]
-        asked = self.options.caption_column if any(text.endswith(".json") for text in texts) else ""
-        return fingerprint([rows, asked] if asked else rows)
+        field = self.options.caption_column if any(text.endswith(".json") for text in texts) else ""
+        return fingerprint([rows, field] if field else rows)
 
     def list_fields(self) -> list[FoundField]:
         """Columns of the tables, each under the name of its first table."""
@@ -141,10 +141,10 @@ class FolderSource:
             for file in filter(None, (name, text, other)):
                 count_file(seen, file)
             try:
-                asked = self.options.caption_column
-                info, caption = _read_sidecar(storage.join(self.uri, text), asked) if text else ({}, None)
+                field = self.options.caption_column
+                info, caption = _read_sidecar(storage.join(self.uri, text), field) if text else ({}, None)
                 if other and isinstance(caption, bytes) and not caption.strip():
-                    info, caption = _read_sidecar(storage.join(self.uri, other), asked)
+                    info, caption = _read_sidecar(storage.join(self.uri, other), field)
                 caption = table[0] if table and (caption is None or isinstance(caption, Caption)) else caption
                 is_absolute = name.startswith("/") or "://" in name
                 image = storage.read_bytes(name if is_absolute else storage.join(self.uri, name))
@@ -169,9 +169,9 @@ class Tables:
         """The caption of an image by its name below the root; None where no table lists it."""
         return self._said.get(relative)
 
-    def find_missing(self, there: AbstractSet[str]) -> list[tuple[str, object]]:
+    def find_missing(self, files: AbstractSet[str]) -> list[tuple[str, object]]:
         """Names and captions of the images that a table lists and that are not there."""
-        return [(name, text) for name, text in self._said.items() if name not in there]
+        return [(name, text) for name, text in self._said.items() if name not in files]
 
 
 def _locate(root: str, folder: str, name: str) -> str:
@@ -243,10 +243,10 @@ def _join(first: Any, second: Any) -> list[Any]:
     return [*(first if isinstance(first, list) else [first]), *(second if isinstance(second, list) else [second])]
 
 
-def _read_sidecar(uri: str, asked: str) -> tuple[dict[str, Any], object]:
-    """(fields of a JSON file, the caption: the field `asked` where one is)."""
+def _read_sidecar(uri: str, field: str) -> tuple[dict[str, Any], object]:
+    """(fields of a JSON file, the caption: the field `field` where one is)."""
     data = storage.read_bytes(uri)
-    return parse_fields(data, asked) if uri.lower().endswith(".json") else ({}, data)
+    return parse_fields(data, field) if uri.lower().endswith(".json") else ({}, data)
 
 
 def _is_table(uri: str) -> bool:

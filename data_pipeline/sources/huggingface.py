@@ -70,11 +70,11 @@ class HuggingFaceSource:
             raise UserError(f"{uri}: no image column {image}; it has {', '.join(features)}: name it with "
                             f"--image-column{nearest(image, features) if image else ''}")  # fmt: skip
         types = {name: _to_arrow_type(feature) for name, feature in features.items()}
-        asked = self.options.caption_column
-        if asked in labels or (not asked and len(labels) == 1 and not any(map(is_text, types.values()))):
-            caption = asked or labels[0]
+        column = self.options.caption_column
+        if column in labels or (not column and len(labels) == 1 and not any(map(is_text, types.values()))):
+            caption = column or labels[0]
             return image, caption, list(features[caption].get("names") or [])
-        return image, choose_caption_column(types, asked, uri), []
+        return image, choose_caption_column(types, column, uri), []
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         where, names = unit.where, unit.where["names"]

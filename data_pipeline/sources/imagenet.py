@@ -51,8 +51,8 @@ class ImageNetSource:
         for (split, synset), found in sorted(rows.items()):
             for first in range(0, len(found), ROWS_PER_UNIT):
                 chosen = found[first : first + ROWS_PER_UNIT]
-                held = stamp_files([root + relative for relative, _ in chosen], etags)
-                mark = fingerprint([chosen, held])[:10]
+                stamp = stamp_files([root + relative for relative, _ in chosen], etags)
+                mark = fingerprint([chosen, stamp])[:10]
                 label = f"{split or 'all'}-{synset or 'none'}-{first // ROWS_PER_UNIT:05d}-{mark}"
                 units.append(SourceUnit(label, split, {"rows": chosen}))
         return units

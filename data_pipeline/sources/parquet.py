@@ -136,8 +136,8 @@ class ParquetSource:
                     own = [f"{where['group']:04d}-{number + n:06d}" for n in range(len(rows))]
                     keys = [_choose_key(row["key"], made) if has_key else made for row, made in zip(rows, own)]
                     number += len(rows)
-                    asked = urls or (self.options.fetch_urls and any(_is_address(row[where["image"]]) for row in rows))
-                    yield from self._fetch_rows(keys, rows, where) if asked else self._read_cells(keys, rows, where)
+                    fetch = urls or (self.options.fetch_urls and any(_is_address(row[where["image"]]) for row in rows))
+                    yield from self._fetch_rows(keys, rows, where) if fetch else self._read_cells(keys, rows, where)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -177,8 +177,8 @@ def _read_image(key: str, image: Any, caption: object, file: str) -> RawRow:
     if _is_address(image):
         return RawRow(key, None, caption, "no_image", "an address: --fetch-urls fetches some, img2dataset many")
     if isinstance(image, str) and image:
-        near = storage.is_remote(image) or image.startswith("/")
-        return read_row(key, image if near else storage.join(posixpath.dirname(file), image), caption)
+        has_address = storage.is_remote(image) or image.startswith("/")
+        return read_row(key, image if has_address else storage.join(posixpath.dirname(file), image), caption)
     if not image:
         return RawRow(key, None, caption, "no_image", "the cell is empty")
     try:

@@ -157,8 +157,8 @@ def list_existing(uri: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     if not found:
         if not storage.exists(uri) and (storage.is_remote(uri) or not storage.local_path(uri).is_dir()):
             raise MissingError(f"{uri}: no such file or folder; the source must name existing {what}")
-        held = count_by_suffix(listed) or "nothing"
-        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do; it holds {held}")
+        suffixes_found = count_by_suffix(listed) or "nothing"
+        raise UserError(f"{uri}: holds no {what} ({', '.join(suffixes[:4])}): nothing to do; it holds {suffixes_found}")
     return found
 
 

@@ -157,8 +157,8 @@ class _Trailer:
         elif ended and last and not self.other and self.zeros < 2 * BLOCK:
             yield Gap(self.at, self.zeros, f"no end-of-archive mark at byte {self.at:,}: cut short?", cut=True)
         if self.other:
-            what = self.kind or ("no whole member: cut short?" if last else "no part of a tar")
-            reason = f"{self.other:,} bytes from byte {self.at + self.zeros:,} on are {what}"
+            content = self.kind or ("no whole member: cut short?" if last else "no part of a tar")
+            reason = f"{self.other:,} bytes from byte {self.at + self.zeros:,} on are {content}"
             yield Gap(self.at + self.zeros, self.other, reason, cut=last and not self.kind)
 
 

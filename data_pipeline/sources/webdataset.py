@@ -57,7 +57,7 @@ class WebDatasetSource:
         else:
             tars, root = list_existing(self.uri, TAR_SUFFIXES, "tars"), self.uri
             etags = list_etags(self.uri)
-        there = {uri for folder in {posixpath.dirname(tar) for tar in tars} for uri in _list_tables(folder)}
+        tables = {uri for folder in {posixpath.dirname(tar) for tar in tars} for uri in _list_tables(folder)}
         units = []
         for tar in dict.fromkeys(tars):  # a shard listed twice is read once
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
@@ -68,14 +68,14 @@ class WebDatasetSource:
             label = f"{split or 'all'}-{stem[-40:]}-{fingerprint(content)[:10]}"
             table = posixpath.join(posixpath.dirname(tar), f"{stem}.parquet")
             # not part of the label: img2dataset writes both at once, and roots made before tables were read stay whole
-            units.append(SourceUnit(label, split, {"tar": tar} | ({"table": table} if table in there else {})))
+            units.append(SourceUnit(label, split, {"tar": tar} | ({"table": table} if table in tables else {})))
         return units
 
     def read_rows(self, unit: SourceUnit) -> Iterator[RawRow]:
         uri = unit.where["tar"]
         keys: set[str] = set()
         seen, complete = unit.seen, True
-        for row in _read_tar_rows(uri, keys, seen, asked=self.options.caption_column):
+        for row in _read_tar_rows(uri, keys, seen, field=self.options.caption_column):
             complete = complete and row.status != "truncated_tar"
             yield row
         # of a tar that breaks off nobody knows which rows would have followed
@@ -100,7 +100,7 @@ def _count_members(items: Iterator[Member | Gap], seen: Seen) -> Iterator[Member
         yield item
 
 
-def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Iterator[RawRow]:
+def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, field: str) -> Iterator[RawRow]:
     """The rows of a tar and one for each range of its bytes that is none; `keys` collects the keys of the rows."""
     num_gaps = used = 0
     try:
@@ -128,7 +128,7 @@ def _read_tar_rows(uri: str, keys: set[str], seen: Seen, *, asked: str) -> Itera
                 keys.add(key)
                 used += len(item.parts)
                 seen.update(f"unread .{suffix}" for suffix in item.parts.keys() - _list_read(item.parts))
-                yield _make_row(key, item, asked, apart=apart)
+                yield _make_row(key, item, field, apart=apart)
     check_members(seen, used, uri)
     if seen[DROPPING]:
         log.info("%s: %d members that desktop systems add (._*, __MACOSX, .DS_Store) passed over", uri, seen[DROPPING])
@@ -168,9 +168,9 @@ def _judge_member(member: Member) -> tuple[str, str]:
     return "bad_name", "a name that leaves the folder"
 
 
-def _make_row(key: str, sample: Sample, asked: str, *, apart: bool) -> RawRow:
+def _make_row(key: str, sample: Sample, field: str, *, apart: bool) -> RawRow:
     parts = sample.parts
-    info, in_json = parse_fields(parts["json"], asked) if "json" in parts else ({}, None)
+    info, in_json = parse_fields(parts["json"], field) if "json" in parts else ({}, None)
     image, written = (_find_part(parts, suffixes) for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES))
     blank = not written or ("json" in parts and not parts[written].strip())
     text: Any = in_json if blank else parts[written]

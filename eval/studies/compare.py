@@ -126,8 +126,8 @@ def _is_under(name: str, wanted: str) -> bool:
 
 def _match_protocols(a: Sequence[ResultRow], b: Sequence[ResultRow]) -> tuple[ResultRow, ResultRow] | None:
     """The newest rows that were measured the same way."""
-    theirs = {row.protocol_hash: row for row in b}
-    return next(((row, theirs[row.protocol_hash]) for row in reversed(a) if row.protocol_hash in theirs), None)
+    rows_b = {row.protocol_hash: row for row in b}
+    return next(((row, rows_b[row.protocol_hash]) for row in reversed(a) if row.protocol_hash in rows_b), None)
 
 
 def _explain(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: ResultRow) -> str:

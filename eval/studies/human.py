@@ -147,9 +147,9 @@ class HumanStudies:
         rater = clean_rater(rater)
         if item not in study.order(rater):
             raise UserError(f"study {study.name} has no pair {item}")
-        asked = study.list_questions(item)
-        if set(answers) != set(asked) or not set(answers.values()) <= {"left", "right", "same"}:
-            raise UserError(f"expected left, right or same for each of: {', '.join(asked)}")
+        questions = study.list_questions(item)
+        if set(answers) != set(questions) or not set(answers.values()) <= {"left", "right", "same"}:
+            raise UserError(f"expected left, right or same for each of: {', '.join(questions)}")
         left = study.choose_left(rater, item)
         sides: dict[str, Literal["a", "b", "same"]]
         sides = {"left": left, "right": "b" if left == "a" else "a", "same": "same"}

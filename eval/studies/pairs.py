@@ -110,12 +110,12 @@ def draw_world_prompts(count: int) -> list[str]:
     """Captions of scenes of a split of their own, in the words of training, without those that evaluations draw."""
     from data_pipeline.world.scenes import make_scene
 
-    asked = {p.text for p in list_world_geneval_prompts(EVALUATED_PER_TASK)}
-    asked |= {p.text for p in list_world_compbench_prompts(EVALUATED_PER_TASK)}
+    evaluated = {p.text for p in list_world_geneval_prompts(EVALUATED_PER_TASK)}
+    evaluated |= {p.text for p in list_world_compbench_prompts(EVALUATED_PER_TASK)}
     found: dict[str, None] = {}
     for index in range(20 * count):
         text = make_scene(WORLD_SEED, index, split=SPLIT).caption
-        if len(found) < count and text not in asked:
+        if len(found) < count and text not in evaluated:
             found.setdefault(text)
         if len(found) == count:
             break

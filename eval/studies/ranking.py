@@ -151,11 +151,11 @@ def compare_with_paper(ranking: Ranking, *, resamples: int = 2000, seed: int = 0
     both = [row for row in ranking.rows if row.variant in TABLE_1]
     if len(both) < 4:
         return None
-    ours, theirs = np.array([row.overall for row in both]), np.array([TABLE_1[row.variant] for row in both])
+    ours, paper = np.array([row.overall for row in both]), np.array([TABLE_1[row.variant] for row in both])
     rng = np.random.default_rng(seed)
-    drawn = [_spearman(ours[i], theirs[i]) for i in rng.integers(len(both), size=(resamples, len(both)))]
+    drawn = [_spearman(ours[i], paper[i]) for i in rng.integers(len(both), size=(resamples, len(both)))]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return {"spearman": _spearman(ours, theirs), "low": float(low), "high": float(high), "variants": len(both)}
+    return {"spearman": _spearman(ours, paper), "low": float(low), "high": float(high), "variants": len(both)}
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -143,8 +143,8 @@ def _keep_origin(root: Path, origin: Mapping[str, Any]) -> None:
     """
     file = root.with_name(f"{root.name}.json")
     text = json.dumps(origin, indent=1) + "\n"
-    others = file.exists() and file.read_text(encoding="utf-8") != text
-    if others and next(root.rglob("*.png"), None) is not None:
+    differs = file.exists() and file.read_text(encoding="utf-8") != text
+    if differs and next(root.rglob("*.png"), None) is not None:
         raise UserError(f"{root} holds pictures of other weights, settings or prompts ({file}): choose another folder")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

@@ -74,7 +74,7 @@ def _check_buckets(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
 
 
 def _check_captions(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    if not choose_caption_weights(recipe, dataset):
+    if not choose_caption_weights(recipe.data, dataset):
         yield f"{dataset.uri} has captions {', '.join(dataset.info.captions)} only: set --data.original-captions"
 
 

@@ -104,6 +104,6 @@ def check_compiler(parallel: Parallel) -> None:
 
 def check_gpu(parallel: Parallel) -> None:
     """UserError where ZeRO++'s quantization is asked for without a GPU: its kernels exist in CUDA alone."""
-    asked = [name for name in ("quantized_weights", "quantized_gradients") if getattr(parallel, name)]
-    if asked and not torch.cuda.is_available():
-        raise UserError(f"parallel.{' and '.join(asked)} need a GPU, and there is none: omit it")
+    quantized = [name for name in ("quantized_weights", "quantized_gradients") if getattr(parallel, name)]
+    if quantized and not torch.cuda.is_available():
+        raise UserError(f"parallel.{' and '.join(quantized)} need a GPU, and there is none: omit it")

@@ -29,8 +29,9 @@ from model.files.weights import read_meta
 from trainer.checks.fitting import check_data, check_made_alike, check_mix, check_same_choice, check_val
 from trainer.checks.host import check_compiler, check_gpu, check_hostfile, check_out, check_port, check_swapping
 from trainer.checks.students import check_couplings, check_start
+from trainer.checks.values import check_values
 from trainer.objective import OBJECTIVES, check_objective
-from trainer.recipe import Recipe, check, count_micro_batches, find_differences
+from trainer.recipe import Recipe, count_micro_batches, find_differences
 from trainer.runfolder import RECIPE, get_checkpoints_folder, read_kept_precision, read_recipe
 from trainer.watching.trackers import check_trackers
 from trainer.zero import checkpoint
@@ -188,7 +189,7 @@ def prepare(
 
 
 def _check_recipe(found: Mistakes, recipe: Recipe, world_size: int) -> None:
-    found.collect(check, recipe)
+    found.collect(check_values, recipe)
     found.collect(check_objective, recipe)
     found.collect(check_trackers, recipe.logging)
     formulation = found.collect(get_formulation, recipe.formulation)
@@ -275,12 +276,12 @@ def check_run_folder(
         found.collect(_check_started, recipe, out, unknown)
     elif resume == "latest":
         found.collect(_check_copy, root)
-    there = bool(folders)
+    started = bool(folders)
     if resume not in ("latest", "none"):
-        there = found.collect(_check_copied, resume) is not None
-        if there:
+        started = found.collect(_check_copied, resume) is not None
+        if started:
             found.collect(_check_branch, recipe, resume, unknown)
-    continues_at = found.collect(_look_through, root, resume) if thorough and there else ""
+    continues_at = found.collect(_look_through, root, resume) if thorough and started else ""
     found.raise_any()
     return continues_at or ""
 
@@ -295,8 +296,8 @@ def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:
         raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
     changed = [line for line in find_differences(old, recipe) if not line.startswith(unknown)]
     if changed:
-        what = "; ".join(changed)
-        raise UserError(f"{out} was started with another recipe ({what}): choose another --out or the same options")
+        change = "; ".join(changed)
+        raise UserError(f"{out} was started with another recipe ({change}): choose another --out or the same options")
 
 
 def _check_copy(root: str) -> None:

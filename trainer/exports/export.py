@@ -64,7 +64,7 @@ def export(
     the file of the frozen weights; adapters are merged into its tensors.
     """
     problem = ""
-    asked = iter(engine.trained)  # in the order in which `write` asks: that of the network's layers
+    ordered = iter(engine.trained)  # in the order in which `write` asks: that of the network's layers
     if group.rank == 0:
         recipe = engine.recipe
         known = engine.shapes | engine.trained
@@ -72,7 +72,7 @@ def export(
         shapes = engine.shapes | {n: tuple(b.shape) for n, b in buffers.items()}
 
         def trained(name: str) -> Tensor:
-            return engine.gather_whole(next(asked), tensors)
+            return engine.gather_whole(next(ordered), tensors)
 
         read_merged: Callable[[str], Tensor] = trained
 
@@ -88,7 +88,7 @@ def export(
         except (UserError, OSError) as error:
             problem = str(error)
             log.warning("weights not exported: %s", problem)
-    for name in asked:  # the other ranks, and rank 0 after a failure: whatever happens, all take part in each gather
+    for name in ordered:  # the other ranks, and rank 0 after a failure: whatever happens, all take part in each gather
         engine.gather_whole(name, tensors)
     return not group.any(bool(problem))
 
@@ -161,13 +161,13 @@ def _copy(source: str, target: str) -> None:
         with storage.open_read(source) as file:
             put_hashed(target, iter(lambda: file.read(storage.READ_AHEAD), b""))
         return
-    here, there = storage.local_path(source), storage.local_path(target)
-    with storage.reserve_temp_path(there) as temp:
+    source_path, target_path = storage.local_path(source), storage.local_path(target)
+    with storage.reserve_temp_path(target_path) as temp:
         try:
-            os.link(here, temp)
+            os.link(source_path, temp)
         except OSError:
-            shutil.copyfile(here, temp)
-        temp.replace(there)
+            shutil.copyfile(source_path, temp)
+        temp.replace(target_path)
 
 
 class StoredWeights:

@@ -136,12 +136,12 @@ def measure_weight_distance(one: Path, two: Path) -> float:
 def compare_closely(one: Path, two: Path, what: str) -> list[CheckedPromise]:
     """Promises for two runs that may differ only by the order in which floats are added."""
     largest, weights = max(measure_loss_gaps(one, two).values()), measure_weight_distance(one, two)
-    near = weights <= CLOSE_WEIGHTS
+    close = weights <= CLOSE_WEIGHTS
     return [
         CheckedPromise(
             f"{what}: losses within {CLOSE:g}", largest <= CLOSE, f"largest relative difference {largest:.2g}"
         ),
-        CheckedPromise(f"{what}: ema weights within {CLOSE_WEIGHTS:g}", near, f"{weights:.2g} of their size"),
+        CheckedPromise(f"{what}: ema weights within {CLOSE_WEIGHTS:g}", close, f"{weights:.2g} of their size"),
     ]
 
 

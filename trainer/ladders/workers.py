@@ -30,7 +30,7 @@ def train_on_ray(
     calls = RemoteCalls(train_here, workers=workers, slots=ranks)
     # A core was reserved for each rank; Ray would give each as many threads as there are ranks.
     threads = os.environ.get("OMP_NUM_THREADS", None if calls.on_gpus else "1")
-    waiting, asked = deque(range(len(commands))), False
+    waiting, terminated = deque(range(len(commands))), False
     with call_on_stop(lambda: log.info("asking the trainings to save and stop")) as stopped:
         while calls or (waiting and not stopped):
             while waiting and not stopped and len(calls) < workers:
@@ -40,8 +40,8 @@ def train_on_ray(
             for index, outcome in calls.wait(1.0):
                 if not ended(index, *_read_exit(outcome)):
                     waiting.clear()
-            if stopped and not asked:
-                asked = True
+            if stopped and not terminated:
+                terminated = True
                 calls.cancel()
     if stopped:
         raise SystemExit(PREEMPTED)
@@ -63,14 +63,14 @@ def train_here(command: list[str], threads: str | None) -> tuple[int, str]:
 
 
 def _await_end(process: subprocess.Popen[bytes]) -> int:
-    asked = False
+    terminated = False
     while True:
         try:
             return wait_for_end(process)
         except KeyboardInterrupt:  # this is how ray.cancel comes; a second one must not cut the saving off
-            if not asked:
+            if not terminated:
                 ask_to_stop(process.pid)
-            asked = True
+            terminated = True
 
 
 def take_my_gpus(command: list[str]) -> list[str]:

@@ -224,10 +224,10 @@ def advise(recipe: Recipe, per_stage: dict[str, dict[str, int]], machine: Machin
     own_bytes = per_stage[f"stage{recipe.parallel.zero_stage}"]
     if not fitting:
         largest = max((n for n in own_bytes if n not in ("total", "device", "host")), key=lambda n: own_bytes[n])
-        how = {"activations": "a smaller --parallel.micro-batch or --parallel.checkpoint-blocks"}.get(
+        advice = {"activations": "a smaller --parallel.micro-batch or --parallel.checkpoint-blocks"}.get(
             largest, "more ranks or --parallel.offload-optimizer"
         )
-        return f"no stage fits {room / 2**30:.0f} GiB of a {machine.name}, most of it {largest}: use {how}"
+        return f"no stage fits {room / 2**30:.0f} GiB of a {machine.name}, most of it {largest}: use {advice}"
     if own_bytes["device"] > room:
         return f"stage {recipe.parallel.zero_stage} does not fit {room / 2**30:.0f} GiB; stage {fitting[0]} does"
     used = per_stage[f"stage{fitting[0]}"]["device"] / 2**30

@@ -97,9 +97,9 @@ def run_trial(recipe: Recipe, machine: Machine, *, world_size: int) -> dict[str,
     """What `make_hardware_plan` is to know of a recipe's steps on this device, in micro-batches as `world_size` ranks
     run them: on a CPU all that they take, on as many ranks as there are cores; on a GPU how fast it computes."""
     recipe = plan_precision(recipe, machine)
-    here = detect_machine(recipe.precision)
-    if here != machine:
-        raise UserError(f"a trial tells of the devices that are here, {here.name}, not of {machine.name}")
+    machine_here = detect_machine(recipe.precision)
+    if machine_here != machine:
+        raise UserError(f"a trial tells of the devices that are here, {machine_here.name}, not of {machine.name}")
     micro = choose_micro_batch(recipe, world_size)
     if not machine.overlap:
         ranks = min(world_size, len(os.sched_getaffinity(0)))

@@ -27,7 +27,6 @@ from infra.errors import UserError
 from infra.log import get_logger
 from infra.steal import read_stolen_seconds, subtract_stolen
 from model.backbones.trunk import TokenConfig
-from model.diffusion.flow import get_formulation
 from model.encoders.text import TextCond
 from trainer.feed import MicroBatch, draw_for
 from trainer.launchers import start_training
@@ -198,7 +197,7 @@ def make_up_batch(recipe: Recipe, count: int) -> MicroBatch:
     places, words = torch.LongTensor(range(count)), [""] * count
     other = torch.randn(shape) if get_objective(recipe.objective).pairs else None
     batch = LatentBatch(torch.randn(shape), text, places, words, words, other)
-    return draw_for(recipe, batch, get_formulation(recipe.formulation))
+    return draw_for(recipe, batch)
 
 
 def main() -> None:

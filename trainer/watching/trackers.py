@@ -71,8 +71,8 @@ def check_trackers(logging: Logging) -> None:
     """UserError for a tracker that the recipe asks for and that is not installed."""
     for name in TRACKERS:
         if getattr(logging, name) is not None and importlib.util.find_spec(name) is None:
-            asked = f"the recipe asks for --logging.{name}, but {name} is not installed"
-            raise UserError(f"{asked}: pip install {name}, or leave it out")
+            problem = f"the recipe asks for --logging.{name}, but {name} is not installed"
+            raise UserError(f"{problem}: pip install {name}, or leave it out")
 
 
 class Trackers:

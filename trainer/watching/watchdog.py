@@ -130,8 +130,8 @@ class Watchdog:
         now = time.monotonic()
         if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
             return [0]
-        others = [(rank, seen) for rank, seen in self._seen.items() if rank != self.group.rank]
-        return [r for r, s in others if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
+        other_ranks = [(rank, seen) for rank, seen in self._seen.items() if rank != self.group.rank]
+        return [r for r, s in other_ranks if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
 
     def wait_for_verdict(self) -> list[int]:
         """After a collective failed: wait until heartbeats show which ranks are gone; [] if none is (24 s)."""
@@ -161,10 +161,10 @@ class Watchdog:
 
     def _report_stall(self) -> None:
         still = time.monotonic() - self._moved
-        here = self._step, self._doing
-        if still < self.stall_s or self._told == here:
+        phase = self._step, self._doing
+        if still < self.stall_s or self._told == phase:
             return
-        self._told = here
+        self._told = phase
         name = f"stall_{name_rank(self.group.rank)}_{name_step(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
@@ -212,9 +212,10 @@ def report_lost(dead: list[int], group: Group, step: int, *, failed: bool) -> No
     """Print one line that names the dead ranks, on the lowest rank that is alive."""
     alive = [rank for rank in range(group.world_size) if rank not in dead]
     if alive and group.rank == alive[0]:
-        who = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
-        how = "stopped with an error of its own" if failed else "ended without a word (killed, stopped or out of reach)"
-        line = f"error: {who} {how} at step {step}"
+        ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead[:8]))}"
+        ended = "ended without a word (killed, stopped or out of reach)"
+        ending = "stopped with an error of its own" if failed else ended
+        line = f"error: {ranks} {ending} at step {step}"
         print(f"{line}: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
 
 

@@ -57,7 +57,7 @@ def _import_apex() -> Any:
     return FusedAdam
 
 
-def _compile(name: str, asked: str, instead: str) -> None:
+def _compile(name: str, kernel: str, instead: str) -> None:
     choose_accelerator()
     from deepspeed.accelerator import get_accelerator
 
@@ -69,5 +69,5 @@ def _compile(name: str, asked: str, instead: str) -> None:
     except Exception as error:  # of compilers, linkers, loaders, DeepSpeed's own checks
         reasons = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"the recipe asks for {asked}, which DeepSpeed cannot compile here ({reasons[0]}): use {instead}"
+            f"the recipe asks for {kernel}, which DeepSpeed cannot compile here ({reasons[0]}): use {instead}"
         ) from error
