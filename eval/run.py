@@ -80,12 +80,12 @@ def run(options: RunOptions) -> None:
 
 def settle(options: RunOptions) -> RunOptions:
     """The options with a device and a precision that mean the same to each worker, and to whoever goes on later."""
-    given = options.sampling
-    device = choose_device(given.device, workers=options.workers, gpus_each=options.gpus_per_worker)
-    precision = settle_precision(given.precision, device, results=storage.join(options.runs, "results"))
+    asked_sampling = options.sampling
+    device = choose_device(asked_sampling.device, workers=options.workers, gpus_each=options.gpus_per_worker)
+    precision = settle_precision(asked_sampling.precision, device, results=storage.join(options.runs, "results"))
     return replace(
         options,
-        sampling=replace(given, device=device, precision=precision),
+        sampling=replace(asked_sampling, device=device, precision=precision),
         official=replace(options.official, device=device),
     )
 

@@ -66,8 +66,8 @@ def _fake_model(config: TokenConfig, dtype: torch.dtype) -> tuple[FakeTensorMode
         return mode, config.build()
 
 
-def _bind(block: nn.Module, given: tuple[Any, ...]) -> Callable[[], Any]:
-    fresh = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in given]
+def _bind(block: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    fresh = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
     return lambda: block(*fresh)
 
 

@@ -87,13 +87,13 @@ class Dedup:
 
         Rows that are `preferred` (they will pass the strict thresholds too) come before all others.
         """
-        seen = Duplicates(signatures, preferred)
-        seen.merge("equal", find_first_equal(gather(seen.exact_NK, seen.number_R)))
+        groups = Duplicates(signatures, preferred)
+        groups.merge("equal", find_first_equal(gather(groups.exact_NK, groups.number_R)))
         if self.distance is not None:
-            seen.merge("perceptual", find_first_near(gather(seen.hash_N, seen.number_R), self.distance))
+            groups.merge("perceptual", find_first_near(gather(groups.hash_N, groups.number_R), self.distance))
         if self.semantic is not None and load is not None:
-            seen.merge("semantic", self.semantic.find_firsts(seen, len(seen), load))
-        return seen
+            groups.merge("semantic", self.semantic.find_firsts(groups, len(groups), load))
+        return groups
 
 
 class Duplicates:
@@ -105,7 +105,7 @@ class Duplicates:
     ) -> None:
         names, name_ends, ends = Spool(np.uint8), Spool(np.int64), Spool(np.int64)
         row, exact, perceptual = Spool(np.int32), Spool(np.uint64, 2), Spool(np.uint64)
-        given, others = Spool(np.int64), Spool(np.int64)
+        preferred_numbers, other_numbers = Spool(np.int64), Spool(np.int64)
         count = letters = 0
         for name, table in signatures:
             rows = table["row"].to_numpy()
@@ -113,16 +113,16 @@ class Duplicates:
             exact.append(_hash_digests(table["exact"].to_pylist()))
             perceptual.append(table["perceptual"].to_numpy())
             first = np.ones(len(rows), bool) if preferred is None else np.isin(rows, preferred(name))
-            given.append(count + np.flatnonzero(first))
-            others.append(count + np.flatnonzero(~first))
+            preferred_numbers.append(count + np.flatnonzero(first))
+            other_numbers.append(count + np.flatnonzero(~first))
             count, letters = count + len(rows), letters + len(name.encode())
             names.append(np.frombuffer(name.encode(), np.uint8))
             name_ends.append(letters)
             ends.append(count)
         self.row_N, self.exact_NK, self.hash_N = row.read_array(), exact.read_array(), perceptual.read_array()
         self._names, self._name_ends, self._ends = names.read_array(), name_ends.read_array(), ends.read_array()
-        self._preferred = len(given.read_array())
-        self.number_R = concatenate([given.read_array(), others.read_array()])
+        self._preferred = len(preferred_numbers.read_array())
+        self.number_R = concatenate([preferred_numbers.read_array(), other_numbers.read_array()])
         self._rank_N = allocate(count, np.int64)
         for block in iterate_blocks(count):
             self._rank_N[self.number_R[block]] = np.arange(block.start, block.stop)
@@ -169,8 +169,8 @@ class Duplicates:
             shard_S, row_S = np.searchsorted(self._ends, origin_S, side="right"), self.row_N[origin_S]
             origins = zip(first_S.tolist(), kind_S.tolist(), shard_S.tolist(), row_S.tolist())
             reasons = [
-                "" if first < 0 else f"{KINDS[kind]}: of {self._get_name(there)} row {row}"
-                for first, kind, there, row in origins
+                "" if first < 0 else f"{KINDS[kind]}: of {self._get_name(shard_number)} row {row}"
+                for first, kind, shard_number, row in origins
             ]
             yield (
                 self._get_name(shard),

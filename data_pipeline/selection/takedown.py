@@ -124,9 +124,9 @@ def _find_sighting(uri: str, takedown: Takedown, run: str) -> Sighting | None:
     wanted = _locate(own, takedown)
     for shard, row, key in wanted:
         bucket_order = _order_of(dataset, order, part).bucket(own.index.buckets[shard])
-        given = counts.get(bucket_order.bucket, 0)
-        passes = range(-(-given // bucket_order.num_samples))
-        times[key] += sum(bucket_order.invert(shard, row, number) < given for number in passes)
+        num_given = counts.get(bucket_order.bucket, 0)
+        passes = range(-(-num_given // bucket_order.num_samples))
+        times[key] += sum(bucket_order.invert(shard, row, number) < num_given for number in passes)
     undone: Counter[str] = Counter()
     key_of = {(first_shard + shard, row): key for shard, row, key in wanted}
     for position, place, stand_in in _find_stand_ins(dataset, order, exceptions, since, steps):

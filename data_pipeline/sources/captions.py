@@ -113,14 +113,14 @@ def choose_caption_column(types: Mapping[str, pa.DataType], column: str, where: 
             raise UserError(f"{where}: column {column} is of type {types[column]}, no text; candidates: {listed}")
         return column
     named = [name for name in types if name.lower() in CAPTION_NAMES]
-    others = named or [name for name in types if name.lower() in OTHER_NAMES]
+    named_alike = named or [name for name in types if name.lower() in OTHER_NAMES]
     # a column of nulls in one of many files: its rows have no caption
-    if len(others) == 1 and (is_text(types[others[0]]) or pa.types.is_null(types[others[0]])):
-        return others[0]
-    if len(others) == 1:
-        reason = f"column {others[0]} is of type {types[others[0]]}, no text"
-    elif others:
-        reason = f"{' and '.join(others)} may each be the caption"
+    if len(named_alike) == 1 and (is_text(types[named_alike[0]]) or pa.types.is_null(types[named_alike[0]])):
+        return named_alike[0]
+    if len(named_alike) == 1:
+        reason = f"column {named_alike[0]} is of type {types[named_alike[0]]}, no text"
+    elif named_alike:
+        reason = f"{' and '.join(named_alike)} may each be the caption"
     else:
         reason = f"no caption column named {', '.join((*CAPTION_NAMES, *OTHER_NAMES))}"
     raise UserError(f"{where}: {reason}: name it with --caption-column; candidates: {listed}")

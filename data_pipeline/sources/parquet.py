@@ -142,10 +142,10 @@ class ParquetSource:
                 if isinstance(error, UserError):
                     raise
                 reason = str(error).splitlines()[0][:120]
-            for lost in range(number, total):
+            for row_number in range(number, total):
                 unit.seen["record"] += 1
                 problem = f"{where['file']}: row group {where['group']} is readable up to row {number}, then: {reason}"
-                yield RawRow(f"{where['group']:04d}-{lost:06d}", None, None, "unreadable", problem)
+                yield RawRow(f"{where['group']:04d}-{row_number:06d}", None, None, "unreadable", problem)
 
     def _fetch_rows(self, keys: Sequence[str], rows: Sequence[Mapping], where: Mapping[str, Any]) -> Iterator[RawRow]:
         items = [(key, str(row[where["image"]] or ""), row[where["caption"]]) for key, row in zip(keys, rows)]

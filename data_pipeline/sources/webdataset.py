@@ -63,8 +63,8 @@ class WebDatasetSource:
             relative = tar.removeprefix(root.rstrip("/") + "/") if root else posixpath.basename(tar)
             stem = posixpath.basename(tar).split(".")[0]
             split = split_from_path(relative)
-            asked = self.options.caption_column
-            content = [relative, stamp_file(tar, etags), *([asked] if asked else [])]
+            column = self.options.caption_column
+            content = [relative, stamp_file(tar, etags), *([column] if column else [])]
             label = f"{split or 'all'}-{stem[-40:]}-{fingerprint(content)[:10]}"
             table = posixpath.join(posixpath.dirname(tar), f"{stem}.parquet")
             # not part of the label: img2dataset writes both at once, and roots made before tables were read stay whole

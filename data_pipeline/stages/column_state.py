@@ -42,22 +42,22 @@ class ColumnState:
 
         `heal` deletes those that name an object which is gone: their rows are then made again.
         """
-        found, there = self.database.new_map("unit", "number"), self.database.new_map("object")
+        found, objects = self.database.new_map("unit", "number"), self.database.new_map("object")
         for unit, number, data in column.manifests(prefix=prefix):
             found[unit, number] = data
         # listed last: objects are written before the manifest that names them
         for name in column.objects() if heal else ():
-            there[name,] = b""
+            objects[name,] = b""
         for key in found:
             unit, number = str(key[0]), int(key[1])
             manifest = column.manifest(unit, number, found[key])
-            if heal and not all((part.object,) in there for part in manifest.parts):
+            if heal and not all((part.object,) in objects for part in manifest.parts):
                 log.warning("%s names an object that is gone; its rows are made again", column.uri(unit, number))
                 storage.delete(column.uri(unit, number))
                 continue
             yield manifest
         found.drop()
-        there.drop()
+        objects.drop()
 
     def record(self, manifest: Manifest) -> None:
         """Note the parts and counts of a manifest. The parts of a shard keep the order in which they are recorded."""

@@ -149,9 +149,9 @@ def grade(rows: Iterable[ResultRow], runs: Sequence[RunFolder], losses: Comparis
 def _grade(
     found: GradedPrediction, row: ResultRow, runs: Sequence[RunFolder], losses: Comparison | None
 ) -> GradedPrediction:
-    there = [run for run in runs if run.depth == found.depth and run.backbone == found.backbone]
-    there = [run for run in there if losses is not None and run.name in losses.points] or there
-    target = min(there, key=lambda run: run.began or "~", default=None)
+    candidates = [run for run in runs if run.depth == found.depth and run.backbone == found.backbone]
+    candidates = [run for run in candidates if losses is not None and run.name in losses.points] or candidates
+    target = min(candidates, key=lambda run: run.began or "~", default=None)
     if target is None:
         return replace(found, reason="not trained yet")
     if losses is None or losses.metric != found.metric or losses.protocol != row.protocol_hash:

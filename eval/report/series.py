@@ -85,7 +85,7 @@ def compare(runs: Sequence[RunFolder], metric: str) -> Comparison | None:
     owner = {id(row): run.name for run in runs for row in run.rows}
     kept = pick_protocol([(owner[id(row)], row.protocol_hash, 1, row.sample_count) for row in rows])
     points: dict[str, list[MetricPoint]] = {}
-    others: dict[str, ResultRow] = {}
+    other_rows: dict[str, ResultRow] = {}
     for row in sorted(rows, key=lambda row: row.images_seen):
         if row.protocol_hash == kept:
             # A store may hold two recipes of one run name (it was started anew): the later row stands.
@@ -94,9 +94,9 @@ def compare(runs: Sequence[RunFolder], metric: str) -> Comparison | None:
                 points_of_run.pop()
             points_of_run.append(MetricPoint.of(row))
         else:
-            others[owner[id(row)]] = row
+            other_rows[owner[id(row)]] = row
     left = tuple(
-        LeftOut(metric, run, row.value, row.protocol_hash, kept) for run, row in others.items() if run not in points
+        LeftOut(metric, run, row.value, row.protocol_hash, kept) for run, row in other_rows.items() if run not in points
     )
     ordered = {run.name: points[run.name] for run in runs if run.name in points}
     return Comparison(metric, kept, rows[0].higher_is_better, ordered, left)

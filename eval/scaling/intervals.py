@@ -118,8 +118,8 @@ def bootstrap_law(points: FitPoints, law: PowerLaw, *, replicates: int = REPLICA
     # The fit has absorbed part of the patterns, P / (P - Q) of their variance, and their size is estimated from R runs
     # of which one run's worth of freedom pays for the exponent in images, which all runs share.
     spare = max(len(runs) - 1, 1)
-    taken = len(points.y_P) / max(len(points.y_P) - len(law.theta_Q), 1)
-    more_B = np.sqrt(taken * len(runs) / rng.chisquare(spare, replicates))
+    inflation = len(points.y_P) / max(len(points.y_P) - len(law.theta_Q), 1)
+    more_B = np.sqrt(inflation * len(runs) / rng.chisquare(spare, replicates))
     wiggle_BR = more_B[:, None] * rng.standard_normal((replicates, len(runs)))
     center_K = points.x_KP.mean(axis=1)
     x_KP = points.x_KP - center_K[:, None]

@@ -52,23 +52,23 @@ class Access:
         return None if self.token is None else self._check(request)
 
     def _check(self, request: Request) -> Response | None:
-        given = request.query_params.get("token")
-        if given is not None and self._is_token(given) and request.method == "GET":
+        token = request.query_params.get("token")
+        if token is not None and self._is_token(token) and request.method == "GET":
             # Into a cookie, so that the token does not stay in the address bar and the history.
-            rest = request.url.remove_query_params("token").query
-            response: Response = RedirectResponse("/" + request.url.path.lstrip("/") + (f"?{rest}" if rest else ""))
+            query = request.url.remove_query_params("token").query
+            response: Response = RedirectResponse("/" + request.url.path.lstrip("/") + (f"?{query}" if query else ""))
             secure = request.url.scheme == "https"
-            response.set_cookie(COOKIE, given, httponly=True, samesite="strict", secure=secure, max_age=30 * 86400)
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure, max_age=30 * 86400)
             return response
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
-        held = bearer.strip() if kind.lower() == "bearer" else request.cookies.get(COOKIE, "")
-        if self._is_token(held):
+        token = bearer.strip() if kind.lower() == "bearer" else request.cookies.get(COOKIE, "")
+        if self._is_token(token):
             return None
         message = "a token is needed: open /?token=TOKEN once, or send Authorization: Bearer TOKEN"
         return JSONResponse({"detail": message}, 401, headers={"WWW-Authenticate": "Bearer"})
 
-    def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), (self.token or "").encode())
+    def _is_token(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode(), (self.token or "").encode())
 
 
 def choose_access(host: str, token_file: str | None) -> Access:

@@ -115,8 +115,8 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
         item, done, total = or_400(lambda: studies.find_next(found, rater))
         if item is None:
             return JsonAnswer(NextPair(None, done, total, "", {}))
-        asked = {question: QUESTIONS[question] for question in found.list_questions(item)}
-        return JsonAnswer(NextPair(item, done, total, found.prompts[item], asked))
+        questions = {question: QUESTIONS[question] for question in found.list_questions(item)}
+        return JsonAnswer(NextPair(item, done, total, found.prompts[item], questions))
 
     @app.get("/api/human/picture", tags=["side by side"], summary="The left or right picture of a pair, as WEBP",
              response_class=WebpAnswer, responses=MISTAKE | describe_refusals(_404="no such pair"))  # fmt: skip
@@ -132,9 +132,9 @@ def add_human_routes(app: FastAPI, index: Index) -> None:
     @app.post("/api/human/votes", response_model=VoteReceipt, tags=["side by side"],
               summary="Keep a rater's answers; a second time is refused", status_code=201,
               responses=MISTAKE | describe_refusals(_409="this rater answered this pair before"))  # fmt: skip
-    def vote(given: NewVote) -> Response:
-        found = or_400(lambda: studies.get(given.study))
-        if not or_400(lambda: studies.vote(found, given.rater, given.item, given.answers)):
+    def vote(new_vote: NewVote) -> Response:
+        found = or_400(lambda: studies.get(new_vote.study))
+        if not or_400(lambda: studies.vote(found, new_vote.rater, new_vote.item, new_vote.answers)):
             raise HTTPException(409, "this rater has answered this pair already; the first answer stands")
         return JsonAnswer(VoteReceipt(True), 201)
 

@@ -90,8 +90,8 @@ def _listen(host: str, port: int) -> socket.socket:
         found.listen(128)  # whoever reads our address may connect at once, and waits until the server answers
         return found
     except OSError as error:
-        what = error.strerror or str(error)
-        raise UserError(f"cannot listen on {host} port {port} ({what}): choose another --port") from error
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot listen on {host} port {port} ({reason}): choose another --port") from error
 
 
 def _format_address(listening: socket.socket) -> str:

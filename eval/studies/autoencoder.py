@@ -185,8 +185,8 @@ def _measure_rfid(again_NE: np.ndarray, real_NE: np.ndarray) -> tuple[float, flo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankDeficientWarning)  # the count stands in the report
         value = frechet_distance(again, real)
-    drawn = resample_pair_distances(again_NE, real_NE)
-    low, high = np.percentile(drawn - drawn.mean(), [2.5, 97.5])
+    resampled = resample_pair_distances(again_NE, real_NE)
+    low, high = np.percentile(resampled - resampled.mean(), [2.5, 97.5])
     return value, max(0.0, value + float(low)), value + float(high)
 
 

@@ -160,12 +160,12 @@ def _compare_rows(a: EvaluatedRun, b: EvaluatedRun, row_a: ResultRow, row_b: Res
         read_values(side.store, row.protocol_hash, row.recipe_hash, row.images_seen)
         for side, row in ((a, row_a), (b, row_b))
     ]
-    drawn = draw_paired(kept[0], kept[1], row_a) if kept[0] and kept[1] else None
+    resampled = draw_paired(kept[0], kept[1], row_a) if kept[0] and kept[1] else None
     change = row_b.value - row_a.value
-    if drawn is not None and np.isnan(drawn).any():
+    if resampled is not None and np.isnan(resampled).any():
         return _make_difference(row_a, row_b, -np.inf, np.inf, "paired; all prompts agree")
-    if drawn is not None:
-        low, high = (float(x) for x in np.percentile(drawn, [2.5, 97.5]))
+    if resampled is not None:
+        low, high = (float(x) for x in np.percentile(resampled, [2.5, 97.5]))
         return _make_difference(row_a, row_b, change + min(low, 0.0), change + max(high, 0.0), "paired")
     if None in (row_a.low, row_a.high, row_b.low, row_b.high):
         return _make_difference(row_a, row_b, -np.inf, np.inf, "no interval was stored")

@@ -130,7 +130,7 @@ class Watchdog:
         now = time.monotonic()
         if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
             return [0]
-        other_ranks = [(rank, seen) for rank, seen in self._seen.items() if rank != self.group.rank]
+        other_ranks = [(rank, last) for rank, last in self._seen.items() if rank != self.group.rank]
         return [r for r, s in other_ranks if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
 
     def wait_for_verdict(self) -> list[int]:

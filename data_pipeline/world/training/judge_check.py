@@ -89,10 +89,10 @@ def ask_colors(scene: Scene) -> list[str]:
 def score_compbench_color(vqa_folder: Path, images: list[np.ndarray], claims: list[Scene]) -> float:
     """Mean over images of the product of P(yes) over the claims' chunks."""
     vqa, tokenizer = load_vqa(vqa_folder)
-    asked = [(i, text) for i, claim in enumerate(claims) for text in ask_colors(claim)]
-    p = compute_yes_probabilities(vqa, tokenizer, [images[i] for i, _ in asked], [text for _, text in asked])
+    questions = [(i, text) for i, claim in enumerate(claims) for text in ask_colors(claim)]
+    p = compute_yes_probabilities(vqa, tokenizer, [images[i] for i, _ in questions], [text for _, text in questions])
     products = np.ones(len(images))
-    for (i, _), value in zip(asked, p):
+    for (i, _), value in zip(questions, p):
         products[i] *= value
     return float(products.mean())
 
@@ -105,11 +105,11 @@ def check(checkpoints: Path, *, per_task: int, seed: int = 90) -> dict[str, floa
         [make_scene(seed, i, split="judge_val", seen=None, tag=tag) for i in range(per_task)] for tag in grammar.TAGS
     ]
     scenes = [scene for row in rows for scene in row]
-    others = [scene for row in rows for scene in (*row[1:], row[0])]  # the prompts of the same task, moved by one
+    wrong_scenes = [scene for row in rows for scene in (*row[1:], row[0])]  # the prompts of the same task, moved by one
     colored = [i for i, scene in enumerate(scenes) if "color" in scene.include[0]]
-    for kind, claims in (("truth", scenes), ("shuffled", others)):
+    for kind, claims in (("truth", scenes), ("shuffled", wrong_scenes)):
         scores = score_geneval(detector, checkpoints / "judge_clip", [s.image for s in scenes], claims)
         figures |= {f"{kind}/geneval/{name}": value for name, value in scores.items()}
-        shown, asked = [scenes[i].image for i in colored], [claims[i] for i in colored]
-        figures[f"{kind}/compbench/color"] = score_compbench_color(checkpoints / "vqa", shown, asked)
+        shown, colored_scenes = [scenes[i].image for i in colored], [claims[i] for i in colored]
+        figures[f"{kind}/compbench/color"] = score_compbench_color(checkpoints / "vqa", shown, colored_scenes)
     return figures

@@ -140,10 +140,10 @@ def _ask_color(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) 
         return Question(f"{_add_article(rng, f'{obj.color} {obj.name}')}?", True, "color") if obj.color else None
     natural = DRAWINGS[obj.name].natural
     own_colors = (obj.color,) if obj.color else (natural, *_NEAR.get(natural, ()))
-    others = [o for o in objects if o.name != obj.name and o.color and o.color not in own_colors]
+    other_objects = [o for o in objects if o.name != obj.name and o.color and o.color not in own_colors]
     u = rng.random()
-    if others and u < 0.6:
-        return Question(f"{_add_article(rng, f'{others[0].color} {obj.name}')}?", False, "swapped color")
+    if other_objects and u < 0.6:
+        return Question(f"{_add_article(rng, f'{other_objects[0].color} {obj.name}')}?", False, "swapped color")
     if obj.color is None or u < 0.8:
         color = pick(rng, [c for c in COLORS if c not in own_colors])
         return Question(f"{_add_article(rng, f'{color} {obj.name}')}?", False, "wrong color")
@@ -153,29 +153,29 @@ def _ask_color(rng: RandomSource, objects: Sequence[SceneObject], wanted: bool) 
 
 def ask_questions(rng: RandomSource, scene: Scene, num: int) -> list[Question]:
     """`num` questions about a scene, yes and no in equal shares, hard wrong ones included."""
-    asked: list[Question] = []
+    questions: list[Question] = []
     colored = any(o.color for o in scene.objects)
-    while len(asked) < num:
+    while len(questions) < num:
         wanted, u = rng.random() < 0.5, rng.random()
         if u < 0.02:
-            asked.append(Question(pick(rng, ("a photo?", "a picture?", "an image?", "a drawing?")), True, "photo"))
+            questions.append(Question(pick(rng, ("a photo?", "a picture?", "an image?", "a drawing?")), True, "photo"))
         elif u < 0.30:
-            asked.append(_ask_class(rng, scene.objects, wanted))
+            questions.append(_ask_class(rng, scene.objects, wanted))
         elif u < (0.50 if colored else 0.80):
-            asked.append(_ask_count(rng, scene.objects, wanted))
+            questions.append(_ask_count(rng, scene.objects, wanted))
         elif colored or not wanted:
             question = _ask_color(rng, scene.objects, wanted)
-            asked += [question] if question else []
-    return asked
+            questions += [question] if question else []
+    return questions
 
 
 def ask_absent(rng: RandomSource, num: int) -> list[Question]:
     """Questions about an image that shows nothing: all answers are no."""
-    asked = []
+    questions = []
     for _ in range(num):
         name, u = pick(rng, CLASSES), rng.random()
         color = pick(rng, COLORS)
         thing = _add_article(rng, name) if u < 0.3 else _add_article(rng, f"{color} {name}")
         text = thing if u < 0.8 else f"{pick(rng, grammar.NUMBERS[2:])} {plural(name)}"
-        asked.append(Question(f"{text}?", False, "nothing"))
-    return asked
+        questions.append(Question(f"{text}?", False, "nothing"))
+    return questions
