@@ -279,6 +279,33 @@ def compose(runs):
     return compose_few_steps(runs, compare_few_steps(runs), {run.name: run.name for run in runs})
 
 
+# --- the live service
+
+
+def test_the_service_shows_the_report_s_own_page(runs, page):
+    from eval_service_runs import app_on
+    from openapi import CheckedClient
+
+    client = CheckedClient(app_on(str(runs)), base_url="http://127.0.0.1")
+    shown = client.get("/api/few_steps").json()["page"]
+    assert shown["found"] == json.loads((page / "few_steps.json").read_text())
+    assert [chart["name"] for chart in shown["charts"]] == ["fewstep_quality", "fewstep_time", "fewstep_flow"]
+    row = next(row for row in shown["strips"][0]["rows"] if row["run"] == "same")
+    picture = client.get("/api/picture", params={"run": "same", "file": row["picture"], "width": 2400})
+    assert picture.status_code == 200
+    only = client.get("/api/few_steps", params={"run": "other"}).json()["page"]["found"]["lines"]
+    assert {line["run"] for line in only} == {"other"}
+
+
+def test_the_service_says_where_nothing_was_measured(tmp_path):
+    from eval_service_runs import app_on
+    from openapi import CheckedClient
+
+    write_ladder(str(tmp_path / "runs"), depths=(2, 3))
+    client = CheckedClient(app_on(str(tmp_path / "runs")), base_url="http://127.0.0.1")
+    assert client.get("/api/few_steps").json() == {"page": None}
+
+
 # --- means over seeds
 
 

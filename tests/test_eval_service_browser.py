@@ -11,8 +11,8 @@ from infra import storage
 from infra.results import ResultRow, ResultStore
 
 XSS = "<img src=x onerror='document.title=1'>"
-PAGES = ("", "losses", "losses?axis=compute", "scores", "samples", "scaling", "plans", "compare", "failures",
-         "run?name=world-d2", "api")  # fmt: skip
+PAGES = ("", "losses", "losses?axis=compute", "scores", "samples", "few_steps", "scaling", "plans", "compare",
+         "failures", "run?name=world-d2", "api")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def _compose_charts(found: FewSteps) -> Iterator[FewStepChart]:
             "seconds", timed,
         )  # fmt: skip
     flows = [
-        FewStepPanel(title, "t (0 data, 1 noise)", lines, from_zero=True)
+        FewStepPanel(title, "t (0 data, 1 noise)", lines)
         for name, title in (("straightness", "|Z1 - Z0 - v|\u00b2 per number"), ("bend", "bend |dv/dt|"))
         if (lines := _collect_flow(found, name))
     ]

@@ -53,6 +53,8 @@ def plot_chart(chart: FewStepChart) -> Draw:
             ax.margins(y=0.12)
             if panel.from_zero:
                 ax.set_ylim(0, max(ax.get_ylim()[1], 0.1))
+            elif chart.axis == "t":
+                ax.set_ylim(bottom=0)
             ax.set_title(panel.title)
             ax.set_xlabel(panel.xlabel)
         add_legend(figure, max((panel.lines for panel in chart.panels), key=len), theme)

@@ -9,6 +9,7 @@ from fastapi.staticfiles import StaticFiles
 from eval.report.runs import natural_key
 from eval.service.access import Access
 from eval.service.answers import Answers, JsonAnswer, add_refusal_handlers, describe_refusals
+from eval.service.few_steps_api import add_few_step_routes
 from eval.service.human_api import add_human_routes
 from eval.service.index import Index
 from eval.service.law import LawFitter
@@ -24,6 +25,7 @@ PAGES = {
     "losses": ("Losses", "losses"),
     "scores": ("Scores", "scores"),
     "samples": ("Samples", "samples"),
+    "few_steps": ("Few steps", "few_steps"),
     "scaling": ("Scaling", "scaling"),
     "plans": ("Plans", "plans"),
     "compare": ("Side by side", "human"),
@@ -48,6 +50,7 @@ def build_app(index: Index, watcher: Watcher, access: Access) -> FastAPI:
     add_refusal_handlers(app)
     add_run_routes(app, answers)
     add_number_routes(app, answers)
+    add_few_step_routes(app, answers)
     add_picture_routes(app, answers)
     add_human_routes(app, index)
     _add_pages(app)

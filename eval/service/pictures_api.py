@@ -101,7 +101,8 @@ def _find_picture(now: Snapshot, run: str, file: str) -> str:
     """The URI of a picture that the index lists, else 404. A name from a request never becomes part of a path."""
     found = or_404(now.by_name.get(run), f"no run named {run!r}")
     listed = {str(step): uri for step, uri in found.gallery.items()}
-    listed |= {uri.rsplit("/", 1)[-1]: uri for uri in found.run.samples}
+    sheets = (uri.removesuffix(".json") + ".png" for uri in found.run.few_steps)
+    listed |= {uri.rsplit("/", 1)[-1]: uri for uri in (*found.run.samples, *sheets)}
     return or_404(listed.get(file), f"no picture named {file!r} in {run!r}")
 
 

@@ -104,13 +104,13 @@ const base = (scales, tooltip, plugins = [intervals]) => ({
 
 const interval = (point) => (point.low === null || point.low === undefined ? "" : ` (${sig(point.low)} to ${sig(point.high)})`);
 
-// series: [{name, points: [{x, y, low, high}], order, total, dashed, quiet}]
-export function lines(series, { x, y, xTitle, yTitle, xForm = count, label, height = 380, band = null, whiskers = false, xRange = null, fromZero = false }) {
+// `fromZero`: the least top of the y axis, true for shares. series: [{name, points: [{x, y, low, high}], order, dashed, quiet}]; `order` of `total`: color and mark, where a chart lacks some lines of others
+export function lines(series, { x, y, xTitle, yTitle, xForm = count, label, height = 380, band = null, whiskers = false, xRange = null, fromZero = false, total = series.length, legend = true }) {
   return show(() => {
-    const colors = ramp(series.length), crowded = series.length > 40;
+    const colors = ramp(total), crowded = series.length > 40;
     const datasets = series.map((line, i) => ({
-      type: "line", label: line.name, data: line.points, borderColor: line.accent ? style("--accent") : colors[i], backgroundColor: line.accent ? style("--accent") : colors[i],
-      borderWidth: line.dashed ? 1.4 : crowded ? 1 : 2, borderDash: line.dashed ? [5, 3] : [], pointStyle: MARKS[i % MARKS.length],
+      type: "line", label: line.name, data: line.points, borderColor: line.accent ? style("--accent") : colors[line.order ?? i], backgroundColor: line.accent ? style("--accent") : colors[line.order ?? i],
+      borderWidth: line.dashed ? 1.4 : crowded ? 1 : 2, borderDash: line.dashed ? [5, 3] : [], pointStyle: MARKS[(line.order ?? i) % MARKS.length],
       pointRadius: line.dashed ? 0 : line.points.length > 40 || crowded ? 0 : line.points.length === 1 ? 5 : 3, pointHitRadius: 6, whiskers: whiskers && series.length <= 12 && line.points.length <= 40 ? "y" : null,
       quiet: line.quiet, showLine: !line.dots, fill: false, clip: 6,
     }));
@@ -128,9 +128,9 @@ export function lines(series, { x, y, xTitle, yTitle, xForm = count, label, heig
     if (whiskers && x === "log" && !xRange) [scales.x.min, scales.x.max] = [0.94 * Math.min(...places), 1.06 * Math.max(...places)]; // off the frame
     const ends = datasets.filter((set) => set.whiskers).flatMap((set) => set.data).filter((point) => point.high !== null && point.high !== undefined);
     if (ends.length) Object.assign(scales.y, { suggestedMin: Math.min(...ends.map((p) => p.low)), suggestedMax: Math.max(...ends.map((p) => p.high)) });
-    if (fromZero) Object.assign(scales.y, { min: 0, suggestedMax: Math.max(0.1, scales.y.suggestedMax ?? 0) });
+    if (fromZero) Object.assign(scales.y, { min: 0, suggestedMax: Math.max(fromZero === true ? 0.1 : fromZero, scales.y.suggestedMax ?? 0) });
     return { ...base(scales, tooltip), data: { datasets } };
-  }, { height: innerWidth < 700 ? Math.min(height, 300) : height, label });
+  }, { height: innerWidth < 700 ? Math.min(height, 300) : height, label, legend });
 }
 
 // rows: task names; series: [{name, points: [{row, value, low, high}]}]

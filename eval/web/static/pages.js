@@ -2,6 +2,7 @@
 import { address, api, bytes, cell, chooser, chosen, count, duration, el, keepChoiceInMenu, note, power, range, segments, select, sig, steady, table, words } from "./core.js";
 import { dots, lines } from "./charts.js";
 import { compare } from "./compare.js";
+import { fewSteps } from "./few_steps.js";
 
 const MOST_DOTS = 8;
 const content = document.getElementById("content");
@@ -200,6 +201,8 @@ async function samples() {
   );
 }
 
+const few_steps = async () => fewSteps(fill, (await pickedRuns()).query);
+
 async function scaling() {
   const { query } = await pickedRuns();
   const told = await api("scaling", { run: query });
@@ -337,7 +340,7 @@ async function run() {
   );
 }
 
-const PAGES = { overview, losses, scores, samples, scaling, plans, failures, run, human: () => compare(fill) };
+const PAGES = { overview, losses, scores, samples, few_steps, scaling, plans, failures, run, human: () => compare(fill) };
 const page = PAGES[document.body.dataset.page];
 let drawing = null, again = false;
 
