@@ -83,7 +83,8 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
     plan = make_hardware_plan(r, world_size=8)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     if r.lora.rank is None:
-        passes = 5 if r.objective == "meanflow" else 3  # the forward and backward pass, and two of a difference
+        # Beside the forward and the backward pass: two of a difference, or eight of the teacher.
+        passes = 3 + {"meanflow": 2, "perflow": 8}.get(r.objective, 0)
         assert plan.train_flops_per_image == passes * plan.forward_flops_per_image
         assert plan.trained_parameters == plan.parameters
     kept = plan.activation_bytes_per_image
@@ -93,8 +94,8 @@ def test_every_recipe_survives_json_and_is_dry_run_on_the_meta_device(name):
 
 
 def test_every_docstring_says_command_hardware_and_what_to_expect():
-    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo", "reflow", "distil", "meanflow")
-    students = ("world_reflow", "world_distil", "world_meanflow")
+    paper = ("pretrain_256", "high_resolution", "captions", "study", "dpo", "reflow", "distil", "meanflow", "perflow")
+    students = ("world_reflow", "world_distil", "world_meanflow", "world_perflow")
     for name in ("world", "world_backbone", "world_captions", "world_dpo", *students, *paper):
         text = getattr(recipes, name).__doc__
         assert "Command: " in text, name

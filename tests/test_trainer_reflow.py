@@ -213,6 +213,29 @@ def test_a_student_meets_its_teacher_s_couplings(folder):
         check_couplings(other, open_dataset(str(folder / "data")), None)
 
 
+def test_a_frozen_teacher_is_asked_on_ordinary_data(folder):
+    """Objectives that ask the weights they start from: which data and which weights they take."""
+    ordinary, coupled = (open_dataset(str(folder / name)) for name in ("data", "coupled"))
+    recipe = dataclasses.replace(get_recipe("world-perflow-d2"), model=CONFIG)
+    teacher = str(folder / "teacher.safetensors")
+    check_couplings(recipe, ordinary, teacher)
+    with pytest.raises(UserError, match=r"objective perflow with --student\.guidance does not train on"):
+        check_couplings(recipe, coupled, teacher)
+    averages = dataclasses.replace(recipe, objective="meanflow", student=Student(guidance=1.5))
+    check_couplings(averages, ordinary, teacher)
+    with pytest.raises(UserError, match=r"objective meanflow with --student\.guidance does not train on"):
+        check_couplings(averages, coupled, teacher)
+    with pytest.raises(UserError, match=r"starts from the teacher's weights: give --init-from WEIGHTS$"):
+        check_couplings(recipe, ordinary, None)
+    student = str(write_weights(folder / "few.safetensors", folder, few_step={"teacher": "0", "objective": "distil"}))
+    with pytest.raises(UserError, match=r"student of few steps .objective distil.*ask its teacher"):
+        check_couplings(recipe, ordinary, student)
+    check_couplings(dataclasses.replace(recipe, student=Student(guidance=1.0, any_teacher=True)), ordinary, student)
+    eps = str(write_weights(folder / "eps2.safetensors", folder, formulation="eps/linear"))
+    with pytest.raises(UserError, match="predicts eps on the path of eps/linear"):
+        check_couplings(recipe, ordinary, eps)
+
+
 def test_another_teacher_or_formulation_is_refused(folder):
     dataset = open_dataset(str(folder / "coupled"))
     write_weights(folder / "other.safetensors", folder, run="another run")

@@ -1,6 +1,7 @@
-"""Distillation and MeanFlow on couplings: exact on straight and analytic flows, what is refused, runs on two ranks."""
+"""Distillation, MeanFlow and PeRFlow: exact on straight and analytic flows, what is refused, runs on two ranks."""
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -22,30 +23,40 @@ from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
 from model.diffusion.grids import make_sampling_grid
 from model.diffusion.sampler import solve
+from model.encoders.text import TextCond
 from model.encoders.vae import Latents, load_vae
 from model.files.weights import read_meta
 from model.float32 import InFloat32
 from model.perceptual import load_perceptual
 from trainer.checks.students import check_start
 from trainer.exports.card import describe_student
-from trainer.feed import draw_for
+from trainer.feed import DeviceBatch, draw_for
 from trainer.objective import bind_objective, check_objective, count_train_flops
 from trainer.perceptual import PerceptualLoss
 from trainer.recipe import Student
 from trainer.recipes import get_recipe
-from trainer.students import StudentLoss, differ, distil, meanflow, round_up
+from trainer.students import StudentLoss, differ, distil, find_window, meanflow, perflow, round_up
+from trainer.zero.rankfile import hash_file
 
 L2 = StudentLoss("l2", 1.0)
 
 
 class Plain:
-    """A function as the network of an objective; double precision needs no more of it."""
+    """A function as the network of an objective; double precision needs no more of it. `taught`: the frozen teacher, of
+    (x, t, text)."""
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, taught=None):
+        self.function, self._taught, self._asks_teacher = function, taught, False
 
     def __call__(self, x, t, text, r=None):
-        return self.function(x, t, r)
+        return self._taught(x, t, text) if self._asks_teacher else self.function(x, t, r)
+
+    @contextlib.contextmanager
+    def teacher(self):
+        self._asks_teacher = True
+        with torch.no_grad():
+            yield
+        self._asks_teacher = False
 
     def precise(self):
         return torch.no_grad()
@@ -161,6 +172,95 @@ def test_meanflow_of_a_straight_flow_is_at_zero():
     field = straight(0.2)
     found = meanflow(Plain(lambda x, t, r: field(x, t, None)), given, formulation=FORM, loss=L2, difference=0.005)
     assert found.loss_B.abs().max() < 1e-20
+
+
+# --- a frozen teacher on ordinary data
+
+
+def guided(rate, with_text, without):
+    """A linear velocity field, `rate` x; guidance changes the rate from `without` text to `with_text`."""
+
+    def velocity(x, t, text):
+        told_B = (text.pooled_BP.abs().sum(1) > 0).to(x)
+        return rate * (without + (with_text - without) * told_B).view(-1, 1, 1, 1) * x
+
+    return velocity
+
+
+def worded(batch: DeviceBatch) -> DeviceBatch:
+    """The batch with text that is not the unconditional input."""
+    count = len(batch.t_B)
+    return batch._replace(text=TextCond(torch.ones(count, 3, 4), torch.ones(count, 2)))
+
+
+@pytest.mark.parametrize(("guidance", "rate"), [(1.0, 0.7), (3.0, 0.7 + 2 * (0.7 - 0.2)), (0.0, 0.2)])
+@pytest.mark.parametrize(("windows", "shift"), [(1, 1.0), (4, 1.0), (4, 3.0)])
+def test_perflow_regresses_the_line_that_the_guided_teacher_s_steps_end_on(windows, shift, guidance, rate):
+    batch, steps = worded(batch_of(0.5)), 3
+    grid = make_sampling_grid(FORM, windows, shift=shift)
+    upper_B, lower_B = (t_B.view(-1, 1, 1, 1) for t_B in find_window(batch.t_B, grid))
+    start = (1 - upper_B) * batch.x0_BCHW + upper_B * batch.noise_BCHW
+    end = start * (1 - rate * (upper_B - lower_B) / steps) ** steps
+    asked = {}
+
+    def student(x, t, r):
+        asked["x"] = x
+        return 0 * x
+
+    network = Plain(student, guided(1.0, 0.7, 0.2))
+    options = {"windows": windows, "shift": shift, "guidance": guidance, "teacher_steps": steps}
+    found = perflow(network, batch, formulation=FORM, loss=L2, **options)
+    target = (start - end) / (upper_B - lower_B)
+    torch.testing.assert_close(found.loss_B, target.square().mean((1, 2, 3)))
+    share = (batch.t_B.view(-1, 1, 1, 1) - lower_B) / (upper_B - lower_B)
+    torch.testing.assert_close(asked["x"], (1 - share) * end + share * start)
+
+
+def test_a_straight_teacher_stays_as_it_is_under_perflow():
+    def velocity(x, t, text):
+        return torch.full_like(x, 0.3)
+
+    network = Plain(lambda x, t, r: torch.full_like(x, 0.3), velocity)
+    batch = worded(batch_of(0.5))
+    found = perflow(
+        network, batch, formulation=FORM, loss=L2, windows=2, shift=1.0, guidance=1.0, teacher_steps=2
+    )  # fmt: skip
+    assert found.loss_B.abs().max() < 1e-28
+
+
+def test_a_time_lies_in_the_window_whose_upper_end_it_may_be():
+    grid = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    upper_B, lower_B = find_window(torch.tensor([0.0, 0.1, 0.5, 0.6, 1.0], dtype=torch.float64), grid)
+    assert upper_B.tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
+    assert lower_B.tolist() == [0.0, 0.0, 0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("guidance", "rate"), [(1.0, 0.7), (3.0, 1.7)])
+def test_meanflow_of_a_teacher_is_at_zero_for_the_mean_velocity_of_its_flow(guidance, rate):
+    """dx/dt = a x has u(x, r, t) = x (1 - exp(-a (t - r))) / (t - r)."""
+    t_B = torch.linspace(0.2, 0.8, 6, dtype=torch.float64)
+    batch = worded(batch_of(0.5))._replace(t_B=t_B, r_B=t_B / 3)
+
+    def mean_velocity(x, t, r):
+        span = (t - r).view(-1, 1, 1, 1)
+        return x * (1 - torch.exp(-rate * span)) / span
+
+    network = Plain(mean_velocity, guided(1.0, 0.7, 0.2))
+    errors = [
+        meanflow(network, batch, formulation=FORM, loss=L2, difference=h, guidance=guidance).loss_B.sqrt().max().item()
+        for h in (1e-2, 1e-3)
+    ]
+    assert errors[1] < 1e-6
+    assert errors[1] < errors[0] / 50  # of second order in the difference
+
+
+def test_the_teacher_s_tangent_is_the_pair_s_own_line_where_the_teacher_knows_the_pair():
+    batch = worded(batch_of(0.5))
+    batch = batch._replace(r_B=batch.t_B / 3)
+    network = Plain(lambda x, t, r: 0.1 * x, lambda x, t, text: batch.noise_BCHW - batch.x0_BCHW)
+    options = {"formulation": FORM, "loss": L2, "difference": 0.01}
+    asked, coupled = (meanflow(network, batch, **options, guidance=each).loss_B for each in (1.0, None))
+    torch.testing.assert_close(asked, coupled)
 
 
 def test_second_times_have_their_shares_and_depend_on_positions_alone(folder):
@@ -280,6 +380,14 @@ def test_students_are_sampled_as_they_were_trained():
         ("world-meanflow-d2", {"student": Student(perceptual="features:world:clip")}, "has no perceptual loss"),
         ("world-meanflow-d2", {"model": get_recipe("world-d2").model}, "give --model.second-time"),
         ("world-meanflow-d2", {"objective": "distil"}, "give --objective meanflow"),
+        ("world-meanflow-d2", {"student": Student(guidance=1.5)}, "validated on ordinary held-out data"),
+        ("world-perflow-d2", {"student": Student()}, "asks a frozen teacher: give --student.guidance, 1 for none"),
+        ("world-perflow-d2", {"student": Student(guidance=math.nan)}, "expected a finite number"),
+        ("world-perflow-d2", {"formulation": "eps/cos"}, "regresses the velocity of a rectified flow"),
+        ("world-perflow-d2", {"student": Student(guidance=1.0, perceptual="features:world:clip")}, "no perceptual"),
+        ("world-perflow-d2", {"validation": get_recipe("world-reflow-d2").validation}, "ordinary held-out data"),
+        ("world-distil-d2", {"student": Student(guidance=1.5)}, "asks no teacher in training"),
+        ("world-d2", {"student": Student(guidance=1.5)}, "asks no teacher in training"),
         ("world-d2", {"model": get_recipe("world-meanflow-d2").model}, "give --objective meanflow"),
     ],
 )
@@ -294,12 +402,18 @@ def test_recipes_that_work_and_what_they_cost():
     rolled = dataclasses.replace(distilled, student=student)
     check_objective(rolled)
     check_objective(get_recipe("world-meanflow-d2"))
+    asking = get_recipe("world-perflow-d2")
+    guided_one = dataclasses.replace(asking, student=dataclasses.replace(asking.student, guidance=1.5))
+    forward = asking.model.count_forward_flops(16, 16, 32)
+    assert count_train_flops(asking) == count_train_flops(get_recipe("world-d2")) + 8 * forward
+    assert count_train_flops(guided_one) == count_train_flops(asking) + 8 * forward
     assert count_train_flops(rolled) == 5 * count_train_flops(distilled)  # 3 passes more, 4 with a gradient
     base = dataclasses.replace(distilled, precision="fp32")
     variants = [dataclasses.replace(base, student=Student(**each)) for each in (
         {"steps": 2}, {"states": "rollout"}, {"perceptual": "features:world:clip"}, {"difference": 0.01},
-        {"equal_times": 0.6}, {"to_zero": 0.1}, {"latent_weight": 0.0}, {"perceptual_weight": 2.0})]  # fmt: skip
-    assert len({recipe.hash for recipe in [base, *variants]}) == 9
+        {"equal_times": 0.6}, {"to_zero": 0.1}, {"latent_weight": 0.0}, {"perceptual_weight": 2.0},
+        {"guidance": 1.0}, {"teacher_steps": 4})]  # fmt: skip
+    assert len({recipe.hash for recipe in [base, *variants]}) == 11
 
 
 def test_the_loss_of_a_recipe_is_bound_with_its_options():
@@ -338,9 +452,9 @@ def test_weights_say_how_a_student_is_sampled(folder):
         check_start(dataclasses.replace(get_recipe("world-d2"), model=CONFIG), str(path))
 
 
-def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str) -> list[float]:
+def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str, data: str = "coupled") -> list[float]:
     run_ranks([
-        "-m", "trainer", "train", name, "--data", str(folder / "coupled"), "--out", str(folder / out), *TINY,
+        "-m", "trainer", "train", name, "--data", str(folder / data), "--out", str(folder / out), *TINY,
         "--init-from", str(folder / "teacher.safetensors"), "--images", "48", "--schedule.warmup-images", "0",
         "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "48",
         "--parallel.zero-stage", str(stage), "--optimizer.lr", "1e-3", *more,
@@ -351,18 +465,31 @@ def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str) -
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options", "steps"),
-    [("world-distil-d2", ["--student.steps", "2", "--student.states", "rollout"], 2), ("world-meanflow-d2", [], None)],
-)
-def test_zero_3_on_two_ranks_takes_the_steps_of_one_process_without_it(folder, name, options, steps):
-    """Several passes in a step: their gradients are summed alike."""
-    sharded, alone = (run(folder, name, f"{name}-{ranks}", ranks, stage, *options) for ranks, stage in ((2, 3), (1, 0)))
+    ("name", "data", "options", "said"),
+    [
+        ("world-distil-d2", "coupled", ["--student.steps", "2", "--student.states", "rollout"], ("kept", 1.0, 2)),
+        ("world-meanflow-d2", "coupled", [], ("kept", 1.0, None)),
+        ("world-meanflow-d2", "data", ["--student.guidance", "1.5", "--validation.protocol", "sd3"],
+         ("baked", 1.5, None)),
+        ("world-perflow-d2", "data", ["--student.teacher-steps", "2", "--parallel.micro-batch", "2"],
+         ("kept", 1.0, 4)),
+    ],
+)  # fmt: skip
+def test_zero_3_on_two_ranks_takes_the_steps_of_one_process_without_it(folder, name, data, options, said):
+    """Several passes in a step, some of them with other weights: their gradients are summed alike."""
+    sharded, alone = (
+        run(folder, name, f"{name}-{data}-{ranks}", ranks, stage, *options, data=data)
+        for ranks, stage in ((2, 3), (1, 0))
+    )
     assert len(sharded) == 6
     assert sharded == pytest.approx(alone, rel=1e-4)
-    weights = folder / f"{name}-2" / "weights" / "ema.safetensors"
+    made = folder / f"{name}-{data}-2"
     objective = name.split("-")[1]
-    few = read_meta(weights)["few_step"]
-    assert (few["objective"], few.get("steps")) == (objective, steps)
-    rows = ResultStore(str(folder / f"{name}-2" / "results")).rows(metric=f"val_{objective}/error")
-    assert rows[-1].sample_count == 16
-    assert math.isfinite(rows[-1].value)
+    few = read_meta(made / "weights" / "ema.safetensors")["few_step"]
+    assert few["objective"] == objective
+    assert (few["guidance_kind"], few["guidance"], few.get("steps")) == said
+    assert few["teacher"] == hash_file(str(folder / "teacher.safetensors"))
+    if data == "coupled":
+        rows = ResultStore(str(made / "results")).rows(metric=f"val_{objective}/error")
+        assert rows[-1].sample_count == 16
+        assert math.isfinite(rows[-1].value)

@@ -169,6 +169,9 @@ def test_every_way_to_spread_the_work_gives_the_same_run(found, name):
     assert other["validation"] == pytest.approx(found["validation"][0], rel=1e-4)
     assert other["zero_output"] == 0.0
     assert other["restored"]
+    assert other["teacher"], "the weights of the start, as they were kept"
+    # Shares, 4 bytes a number, and under stages 1 to 3 DeepSpeed's padding.
+    assert 0 <= other["teacher_bytes"] - 4 * other["local"] < 4096
     assert other["adam_steps"] == 4
     share = PARAMETERS if name == "stage0" else PARAMETERS / 2
     assert other["local"] == pytest.approx(share, rel=0.2 if name in ("stage1", "stage2") else 1e-3)

@@ -112,11 +112,11 @@ def steps(engine: ZeroEngine, group: Group, data: str, count: int, ema: ShardedE
     return losses, seen
 
 
-def probe(engine: ZeroEngine) -> torch.Tensor:
-    """A fixed forward pass."""
+def probe(engine: ZeroEngine, *, teacher: bool = False) -> torch.Tensor:
+    """A fixed forward pass, of the frozen teacher if asked."""
     g = torch.Generator().manual_seed(1)
     text = TextCond(torch.randn(3, 16, 48, generator=g), torch.randn(3, 32, generator=g))
-    with engine.inference():
+    with engine.teacher() if teacher else engine.inference():
         return engine(torch.randn(3, 4, 8, 8, generator=g), torch.rand(3, generator=g), text).double()
 
 
@@ -240,8 +240,11 @@ def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
     micro = 2 if name == "accumulate" else 1
     engine = ZeroEngine(dataclasses.replace(RECIPE, parallel=VARIANTS[name]), group, accumulation=micro)
     ema = ShardedEMA(RECIPE.ema.profiles, engine.masters)
+    start = probe(engine)
+    engine.keep_teacher()
     losses, _ = steps(engine, group, data, 4, ema, micro)
     here = probe(engine)
+    taught = probe(engine, teacher=True)
     with engine.use_weights([torch.zeros_like(m) for m in engine.masters]):
         zero = probe(engine).abs().max().item()
     with engine.use_weights(ema.first):
@@ -250,6 +253,8 @@ def train_variant(name: str, group: Group, data: str) -> dict[str, Any]:
         "losses": losses,
         "zero_output": zero,
         "restored": torch.equal(probe(engine), here),
+        "teacher": torch.equal(taught, start) and not torch.equal(taught, here),
+        "teacher_bytes": engine.count_bytes_by_category()["teacher"],
         "validation": mean,
         "local": engine.describe()["local"],
         "adam_steps": engine.adam_steps,

@@ -19,6 +19,9 @@ class Network(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """Inside the block forward passes use the frozen weights alone, without adapters and without gradients."""
 
+    def teacher(self) -> AbstractContextManager[None]:
+        """Inside the block forward passes use the weights that the run started from, without gradients."""
+
     def without_gradients(self) -> AbstractContextManager[None]:
         """Inside the block a forward pass keeps nothing for a gradient."""
 

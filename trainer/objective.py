@@ -5,6 +5,7 @@ selects it by name (`--objective NAME`). Loop, engine, validation and planner lo
 """
 # Shapes: B batch, P pairs, C latent channels, H and W latent height and width.
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from model.perceptual import PERCEPTUAL
 from trainer.feed import DeviceBatch
 from trainer.network import Losses, Network
 from trainer.recipe import Recipe
-from trainer.students import StudentLoss, distil, meanflow, reflow
+from trainer.students import StudentLoss, distil, meanflow, perflow, reflow
 
 
 class Passes(NamedTuple):
@@ -47,13 +48,16 @@ class Objective:
     pairs: bool = False
     """A sample is a preferred and a rejected image; `images`, `global_batch` and `micro_batch` then count pairs."""
     couplings: bool = False
-    """A sample is a latent and the noise that a teacher made it of; the function takes a `StudentLoss` as `loss`."""
+    """It learns from couplings: a sample is a latent and the noise that a teacher made it of."""
+    asks_teacher: bool = False
+    """It learns from the frozen weights that the run started from, on ordinary data. Where `couplings` is True as well,
+    --student.guidance chooses this."""
     passes: Callable[[Recipe], Passes] = lambda recipe: Passes()
     """For each sample."""
     second_time: bool = False
     """The network takes a second time and predicts average velocities (MeanFlow)."""
     formulation: str = "rf/ushape(4)"
-    """With `couplings`: the formulation whose density of times it is made for."""
+    """Of a student: the formulation whose density of times it is made for."""
     few_step: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}
     """What the weights say under `few_step` for this objective alone (model/diffusion/few_step.py)."""
     reference: bool = False
@@ -65,6 +69,11 @@ class Objective:
     @property
     def images_per_sample(self) -> int:
         return 2 if self.pairs else 1
+
+    @property
+    def student(self) -> bool:
+        """It learns from a teacher, and the function takes a `StudentLoss` as `loss`."""
+        return self.couplings or self.asks_teacher
 
 
 def pretrain(network: Network, batch: DeviceBatch, *, formulation: Formulation) -> Losses:
@@ -125,10 +134,16 @@ def _count_rollout(recipe: Recipe) -> Passes:
     return Passes(2 * steps - 1, steps)
 
 
+def _count_teacher(recipe: Recipe, steps: int) -> int:
+    """Passes of a teacher that takes `steps` steps: none on couplings, two a step where it is guided."""
+    guidance = recipe.student.guidance
+    return 0 if guidance is None else steps * (1 if guidance == 1 else 2)
+
+
 def _describe_grid(recipe: Recipe) -> dict[str, Any]:
     steps = recipe.student.steps
     grid = make_sampling_grid(get_formulation(recipe.formulation), steps, shift=recipe.shift)
-    return {"steps": steps, "sigmas": grid.tolist(), "states": recipe.student.states}
+    return {"steps": steps, "sigmas": grid.tolist()}
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -139,15 +154,24 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "reflow": Objective(reflow, couplings=True),
     "distil": Objective(
-        distil, couplings=True, passes=_count_rollout, formulation="rf", few_step=_describe_grid,
+        distil, couplings=True, passes=_count_rollout, formulation="rf",
+        few_step=lambda recipe: _describe_grid(recipe) | {"states": recipe.student.states},
         options=lambda recipe: {
             "steps": recipe.student.steps, "states": recipe.student.states, "shift": recipe.shift
         },
     ),
     "meanflow": Objective(
-        meanflow, couplings=True, second_time=True, passes=lambda recipe: Passes(forward=3),
-        few_step=lambda recipe: {"average": True},
-        options=lambda recipe: {"difference": recipe.student.difference},
+        meanflow, couplings=True, asks_teacher=True, second_time=True, few_step=lambda recipe: {"average": True},
+        passes=lambda recipe: Passes(forward=3 + _count_teacher(recipe, 1)),
+        options=lambda recipe: {"difference": recipe.student.difference, "guidance": recipe.student.guidance},
+    ),
+    "perflow": Objective(
+        perflow, asks_teacher=True, formulation="rf", few_step=_describe_grid,
+        passes=lambda recipe: Passes(forward=1 + _count_teacher(recipe, recipe.student.teacher_steps)),
+        options=lambda recipe: {
+            "windows": recipe.student.steps, "shift": recipe.shift, "guidance": recipe.student.guidance,
+            "teacher_steps": recipe.student.teacher_steps,
+        },
     ),
 }  # fmt: skip
 
@@ -167,7 +191,8 @@ def check_objective(recipe: Recipe) -> None:
             f"recipe {recipe.name}: objective meanflow and a network with a second time belong together: "
             + ("give --objective meanflow" if recipe.model.second_time else "give --model.second-time")
         )
-    if objective.couplings:
+    check_teacher(recipe)
+    if objective.student:
         check_student(recipe)
     if objective.reference and recipe.lora.rank is None:
         raise UserError(
@@ -176,9 +201,31 @@ def check_objective(recipe: Recipe) -> None:
         )
 
 
+def reads_couplings(recipe: Recipe) -> bool:
+    """Is a sample of the run a coupling?"""
+    return get_objective(recipe.objective).couplings and recipe.student.guidance is None
+
+
+def asks_teacher(recipe: Recipe) -> bool:
+    """Are the weights that the run starts from asked in training, as a frozen teacher?"""
+    return get_objective(recipe.objective).asks_teacher and recipe.student.guidance is not None
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Refuse an objective without what it learns from: couplings, or a guidance of the teacher that it asks."""
+    objective, guidance = get_objective(recipe.objective), recipe.student.guidance
+    start = f"recipe {recipe.name}: objective {recipe.objective}"
+    if guidance is None and objective.asks_teacher and not objective.couplings:
+        raise UserError(f"{start} asks a frozen teacher: give --student.guidance, 1 for none")
+    if guidance is not None and not objective.asks_teacher:
+        raise UserError(f"{start} asks no teacher in training: leave --student.guidance out")
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--student.guidance {guidance}: expected a finite number")
+
+
 def check_student(recipe: Recipe) -> None:
-    """A student regresses velocities of straight lines, and its density of times is its own: the loss of reflow is
-    highest at both ends, where the densities of pretraining are thin (2-rectified flow++)."""
+    """A student regresses velocities of straight lines. On couplings its density of times is its own: the loss of
+    reflow is highest at both ends, where the densities of pretraining are thin (2-rectified flow++)."""
     formulation, advised = get_formulation(recipe.formulation), get_objective(recipe.objective).formulation
     if not (isinstance(formulation.path, RectifiedFlow) and formulation.target == "velocity"):
         raise UserError(
@@ -188,16 +235,17 @@ def check_student(recipe: Recipe) -> None:
     if recipe.student.perceptual is not None:
         check_perceptual(recipe)
     family = formulation.density.name.partition("(")[0]
-    if family not in ("ushape", "uniform") and not recipe.student.any_density:
+    coupled, protocol = reads_couplings(recipe), recipe.validation.protocol
+    if coupled and family not in ("ushape", "uniform") and not recipe.student.any_density:
         raise UserError(
             f"recipe {recipe.name}: {recipe.formulation} draws times as pretraining does, and objective "
             f"{recipe.objective} has its own: give --formulation '{advised}', or --student.any-density to keep it"
         )
-    if recipe.validation.every is not None and recipe.validation.protocol != COUPLED:
-        raise UserError(
-            f"recipe {recipe.name}: objective {recipe.objective} is validated on held-out couplings: give "
-            f"--validation.protocol {COUPLED}"
-        )
+    if recipe.validation.every is not None and coupled != (protocol == COUPLED):
+        where = f"held-out couplings: give --validation.protocol {COUPLED}" if coupled else (
+            "ordinary held-out data: give another --validation.protocol"
+        )  # fmt: skip
+        raise UserError(f"recipe {recipe.name}: objective {recipe.objective} is validated on {where}")
     if recipe.lora.rank is not None:
         raise UserError(f"recipe {recipe.name}: objective {recipe.objective} trains all weights: leave --lora.rank out")
 
@@ -205,7 +253,7 @@ def check_student(recipe: Recipe) -> None:
 def check_perceptual(recipe: Recipe) -> None:
     """Refuse a perceptual loss that is not there, or that the objective has no picture for."""
     name = recipe.objective
-    if get_objective(name).second_time:
+    if get_objective(name).asks_teacher:
         raise UserError(f"recipe {recipe.name}: objective {name} has no perceptual loss: omit --student.perceptual")
     kind, _, path = str(recipe.student.perceptual).partition(":")
     if kind not in PERCEPTUAL or not path:
@@ -227,7 +275,7 @@ def bind_objective(
     students."""
     objective, student = get_objective(recipe.objective), recipe.student
     options = dict(objective.options(recipe))
-    if objective.couplings:
+    if objective.student:
         options["loss"] = StudentLoss(
             student.loss, student.huber, student.latent_weight, student.perceptual_weight, perceptual
         )

@@ -35,7 +35,8 @@ HASHED = (
 # recipes of before keep their hash. A new field goes here.
 YOUNGER = (
     "data.caption_weights", "student.steps", "student.states", "student.perceptual", "student.perceptual_weight",
-    "student.latent_weight", "student.equal_times", "student.to_zero", "student.difference", "student",
+    "student.latent_weight", "student.equal_times", "student.to_zero", "student.difference", "student.guidance",
+    "student.teacher_steps", "student",
 )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ class DPO:
 
 @dataclass(frozen=True)
 class Student:
-    """A student of couplings: objectives reflow, distil and meanflow."""
+    """A student of a teacher: objectives reflow, distil, meanflow and perflow."""
 
     loss: Literal["l2", "huber"] = "l2"
     """Of velocities, or of latents where distil rolls out."""
@@ -174,7 +175,7 @@ class Student:
     any_teacher: bool = False
     """Allow couplings of another teacher than --init-from, and other training of a student of few steps."""
     steps: int = 1
-    """distil: steps of the student's grid."""
+    """distil: steps of the student's grid; perflow: its windows, each of which the student crosses in one step."""
     states: Literal["line", "rollout"] = "line"
     """distil: the student is asked at points of the pair's straight line, or takes all its steps from the noise, and
     the gradient goes back through them."""
@@ -190,6 +191,11 @@ class Student:
     """meanflow: share of samples with r = 0."""
     difference: float = 0.005
     """meanflow: half the step in t over which du/dt is taken."""
+    guidance: float | None = None
+    """Guidance of the frozen teacher, the weights of --init-from, where it is asked in training, on ordinary data
+    (perflow, meanflow); 1: none, the student may be guided. None: couplings teach (reflow, distil, meanflow)."""
+    teacher_steps: int = 8
+    """perflow: Euler steps of the teacher through a window."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +261,8 @@ class Recipe:
     guard: Guard = field(default_factory=Guard)
     objective: str = "pretrain"
     """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
-    global_batch and micro_batch count pairs. reflow, distil, meanflow: a teacher's couplings. Others:
-    trainer/objective.py."""
+    global_batch and micro_batch count pairs. reflow, distil, meanflow: a teacher's couplings; perflow, meanflow: a
+    frozen teacher. Others: trainer/objective.py."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
     student: Student = field(default_factory=Student)

@@ -1,4 +1,5 @@
-"""Objectives of students: they learn from couplings, a noise and the latent that a teacher's solver made of it."""
+"""Objectives of students: they learn from couplings (a noise and the latent that a teacher's solver made of it), or
+from a frozen teacher that is asked in training."""
 # Shapes: B batch, C latent channels, H and W latent height and width, K steps of the student.
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from model.diffusion.flow import FlowSample, Formulation, broadcast_like
 from model.diffusion.grids import make_sampling_grid
+from model.diffusion.sampler import add_guidance
 from trainer.feed import DeviceBatch
 from trainer.network import Losses, Network
 from trainer.regression import RegressionLoss, compute_regression_loss
@@ -80,8 +82,15 @@ def round_up(t_B: Tensor, grid: Tensor) -> Tensor:
 
     With uniform times, shifted as the grid is, all times of the grid are equally likely.
     """
-    rising = grid[:-1].flip(0).to(t_B)
-    return rising[torch.searchsorted(rising, t_B).clamp(max=len(rising) - 1)]
+    return find_window(t_B, grid)[0]
+
+
+def find_window(t_B: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The neighbouring times of a grid (which falls from noise to 0) between which each time lies, the upper one
+    first; a time of the grid is an upper one."""
+    rising = grid.flip(0).to(t_B)
+    upper_B = torch.searchsorted(rising, t_B).clamp(1, len(rising) - 1)
+    return rising[upper_B], rising[upper_B - 1]
 
 
 class Rollout:
@@ -116,14 +125,49 @@ class Rollout:
             yield (self.step(number) * (wanted_BCHW / scale)).sum()
 
 
-def meanflow(
-    network: Network, batch: DeviceBatch, *, formulation: Formulation, loss: StudentLoss, difference: float
-) -> Losses:
-    """MeanFlow (arXiv 2505.13447) on couplings: u(x_t, r, t) is the mean velocity from t down to r <= t.
+def perflow(
+    network: Network, batch: DeviceBatch, *, formulation: Formulation, loss: StudentLoss, windows: int, shift: float,
+    guidance: float, teacher_steps: int,
+) -> Losses:  # fmt: skip
+    """PeRFlow (arXiv 2405.07510): the flow is made straight in each of `windows` windows of time, on ordinary data.
 
-    The velocity is the pair's own, e - x0 (Re-MeanFlow, arXiv 2511.23342), and the path is the pair's line. Passes of
-    the difference compute in fp32 without gradient. All passes have the same text and so the same dropped encoders.
+    A noised latent at the upper end of a window is taken to its lower end by `teacher_steps` Euler steps of the guided
+    teacher. The student regresses the velocity of the line between the two. Windows are the steps of the sampling grid.
     """
+    grid = make_sampling_grid(formulation, windows, shift=shift)
+    upper_B, lower_B = find_window(batch.t_B, grid)
+    start_BCHW = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, upper_B).x_t
+    end_BCHW, step_B = start_BCHW, (lower_B - upper_B) / teacher_steps
+    with network.teacher():
+        predict = add_guidance(network, batch.text, batch.text.zeros_like(), guidance)
+        for number in range(teacher_steps):
+            velocity_BCHW = predict(end_BCHW, _to_network_time(upper_B + number * step_B, end_BCHW))
+            end_BCHW = end_BCHW + broadcast_like(step_B, end_BCHW) * velocity_BCHW
+    target_BCHW = (start_BCHW - end_BCHW) / broadcast_like(upper_B - lower_B, start_BCHW)
+    x_BCHW = end_BCHW + broadcast_like(batch.t_B - lower_B, end_BCHW) * target_BCHW
+    v_BCHW = network(x_BCHW, _to_network_time(batch.t_B, x_BCHW), batch.text)
+    reached_BCHW = x_BCHW - broadcast_like(batch.t_B - lower_B, v_BCHW) * v_BCHW
+    return loss(v_BCHW, target_BCHW, x0_hat_BCHW=reached_BCHW, x0_BCHW=end_BCHW)
+
+
+def _to_network_time(t_B: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Times as a network of a rectified flow reads them: never below fp32."""
+    return t_B.to(x_BCHW.device, torch.promote_types(x_BCHW.dtype, torch.float32))
+
+
+def meanflow(
+    network: Network, batch: DeviceBatch, *, formulation: Formulation, loss: StudentLoss, difference: float,
+    guidance: float | None = None,
+) -> Losses:  # fmt: skip
+    """MeanFlow (arXiv 2505.13447): u(x_t, r, t) is the mean velocity from t down to r <= t.
+
+    On couplings (`guidance` None) the velocity is the pair's own, e - x0 (Re-MeanFlow, arXiv 2511.23342), and the path
+    is the pair's line. On ordinary data the velocity is the guided teacher's at x_t, and the path is the tangent that
+    it gives there. Passes of the difference compute in fp32 without gradient. All passes have the same text and so the
+    same dropped encoders.
+    """
+    if guidance is not None:
+        batch = _replace_by_tangent(network, batch, formulation=formulation, guidance=guidance)
     if batch.r_B is None:
         raise ValueError("meanflow needs second times: the recipe's network has second_time")
     t_B, r_B = batch.t_B, batch.r_B
@@ -142,6 +186,18 @@ def meanflow(
     target_BCHW = sample.target - broadcast_like(t_B - r_B, change_BCHW) * change_BCHW
     x0_hat_BCHW = sample.x_t - broadcast_like(t_B, u_BCHW) * u_BCHW
     return loss(u_BCHW, target_BCHW, x0_hat_BCHW=x0_hat_BCHW, x0_BCHW=batch.x0_BCHW)
+
+
+def _replace_by_tangent(
+    network: Network, batch: DeviceBatch, *, formulation: Formulation, guidance: float
+) -> DeviceBatch:
+    """The batch whose latent and noise are the ends of the line through x_t along the guided teacher's velocity."""
+    sample = formulation.sample(batch.x0_BCHW, batch.noise_BCHW, batch.t_B)
+    with network.teacher():
+        predict = add_guidance(network, batch.text, batch.text.zeros_like(), guidance)
+        v_BCHW = predict(sample.model_input, sample.network_time_B)
+    t_BCHW = broadcast_like(batch.t_B, v_BCHW)
+    return batch._replace(x0_BCHW=sample.x_t - t_BCHW * v_BCHW, noise_BCHW=sample.x_t + (1 - t_BCHW) * v_BCHW)
 
 
 def differ(u: Callable[[Tensor], Tensor], t_B: Tensor, r_B: Tensor, *, difference: float) -> Tensor:

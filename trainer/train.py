@@ -25,7 +25,7 @@ from trainer.guard import find_problem, roll_back
 from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
 from trainer.machines import detect_machine
 from trainer.network import Losses, Network
-from trainer.objective import bind_objective, count_network_passes
+from trainer.objective import asks_teacher, bind_objective, count_network_passes
 from trainer.perceptual import open_perceptual
 from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
@@ -119,6 +119,8 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     engine = ZeroEngine(recipe, group, accumulation=accumulation, passes=passes.backward)
     if prepared.init_from is not None:
         load_init(engine, prepared.init_from)  # under adapters these weights stay, and no checkpoint holds them
+    if asks_teacher(recipe):
+        engine.keep_teacher()
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     state = restore(recipe, engine, ema, out=out, resume=prepared.resume, free=prepared.free)
     if group.rank == 0:

@@ -172,7 +172,7 @@ def choose_held_out(recipe: Recipe, dataset: Dataset) -> "HeldOutPairs | HeldOut
     of whole steps; None for others."""
     if get_objective(recipe.objective).pairs:
         return HeldOutPairs(recipe, dataset)
-    student = FewStep.of(describe_student(recipe, dataset.info))
+    student = FewStep.of(describe_student(recipe, dataset.info)) if dataset.info.couplings is not None else None
     if student is None or student.default_steps is None:
         return None
     return HeldOutCouplings(recipe, dataset, student)

@@ -6,27 +6,31 @@ from data_pipeline.checkpoints import find_weights
 from data_pipeline.formats.couplings import Couplings
 from data_pipeline.loading.loader import Dataset
 from infra.errors import UserError, UserErrors
+from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.validation import COUPLED
 from model.files.weights import read_meta
-from trainer.objective import OBJECTIVES
+from trainer.objective import OBJECTIVES, asks_teacher, reads_couplings
 from trainer.recipe import Recipe
 
 
 def check_couplings(recipe: Recipe, dataset: Dataset, init_from: str | None) -> None:
     """Refuse data of another kind than the objective reads, and couplings of another teacher or shift."""
-    objective, found = OBJECTIVES.get(recipe.objective), dataset.info.couplings
-    if objective is None:
+    found = dataset.info.couplings
+    if recipe.objective not in OBJECTIVES:
         return
     if found is not None and dataset.datasets:
         raise UserError(f"{dataset.uri} holds couplings, which do not mix with other data: train on them alone")
-    if not objective.couplings:
+    if not reads_couplings(recipe):
         if found is not None:
+            asked = " with --student.guidance" if asks_teacher(recipe) else ""
             raise UserError(
-                f"{dataset.uri} holds couplings, which objective {recipe.objective} does not train on: give "
+                f"{dataset.uri} holds couplings, which objective {recipe.objective}{asked} does not train on: give "
                 "--objective reflow, or the data that the teacher was trained on"
             )
+        if asks_teacher(recipe) and (wrong := _compare_start(recipe, init_from)):
+            raise UserErrors(wrong)
         if recipe.validation.protocol == COUPLED and recipe.validation.every is not None:
             raise UserError(f"--validation.protocol {COUPLED} needs couplings, which {dataset.uri} does not hold")
         return
@@ -49,11 +53,12 @@ def _compare_shift(recipe: Recipe, uri: str, found: Couplings) -> list[str]:
     ]
 
 
-def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str | None) -> list[str]:
+def _compare_start(recipe: Recipe, init_from: str | None) -> list[str]:
+    """What is wrong with the weights that a student starts from."""
     if init_from is None:
         return [
             f"recipe {recipe.name}: objective {recipe.objective} starts from the teacher's weights: give --init-from "
-            "WEIGHTS, those that made the couplings"
+            "WEIGHTS" + (", those that made the couplings" if reads_couplings(recipe) else "")
         ]
     meta = read_meta(find_weights(init_from))
     wrong = []
@@ -61,8 +66,22 @@ def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str 
     if not (isinstance(started.path, RectifiedFlow) and started.target == "velocity"):
         wrong.append(
             f"{init_from} predicts {started.target} on the path of {started.name}; a student starts from weights that "
-            "predict the velocity of a rectified flow: its couplings may teach another network that does"
+            "predict the velocity of a rectified flow: couplings of this teacher may teach another network that does"
         )
+    student = FewStep.of(meta)
+    if student is not None and asks_teacher(recipe) and not recipe.student.any_teacher:
+        wrong.append(
+            f"{init_from} is a student of few steps (objective {student.objective}), whose velocity at a time is not "
+            "that of its flow: ask its teacher, or give --student.any-teacher"
+        )
+    return wrong
+
+
+def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str | None) -> list[str]:
+    wrong = _compare_start(recipe, init_from)
+    if init_from is None:
+        return wrong
+    meta = read_meta(find_weights(init_from))
     known = {recipe.init_weights, dict(meta.get("few_step") or {}).get("teacher")}
     if found.teacher not in known and not recipe.student.any_teacher:
         wrong.append(
@@ -76,7 +95,7 @@ def check_start(recipe: Recipe, init_from: str | None) -> None:
     """Ordinary training from a student of few steps takes its few steps away again (as users of DMD2 found): refused
     unless it is asked for."""
     objective = OBJECTIVES.get(recipe.objective)
-    if init_from is None or objective is None or objective.couplings or recipe.student.any_teacher:
+    if init_from is None or objective is None or objective.student or recipe.student.any_teacher:
         return
     few_step: dict[str, Any] = dict(read_meta(find_weights(init_from)).get("few_step") or {})
     if few_step:

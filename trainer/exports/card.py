@@ -7,7 +7,7 @@ from infra import storage
 from infra.codec import to_json
 from infra.results import ResultStore
 from infra.version import code_version
-from trainer.objective import get_objective
+from trainer.objective import asks_teacher, get_objective
 from trainer.recipe import Recipe
 
 Meta = dict[str, Any]
@@ -36,21 +36,24 @@ def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_see
 
 
 def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
-    """How a student of couplings is sampled: by Euler on the teacher's shifted times, on a grid of its own where it was
-    distilled to some steps. A guidance that the teacher used is baked into what the student learnt, and would multiply
-    with another one."""
+    """How a student is sampled: by Euler on the teacher's shifted times, on a grid of its own where it was distilled to
+    some steps. A guidance that the teacher used is baked into what the student learnt, and would multiply with another
+    one."""
     found = info.couplings
-    if found is None:
+    if found is not None:
+        made_of = {"round": found.round, "teacher": found.teacher, "couplings": info.fingerprint}
+        guidance = found.guidance * found.baked_guidance  # one of the two is 1
+    elif asks_teacher(recipe) and recipe.student.guidance is not None:
+        made_of, guidance = {"teacher": recipe.init_weights}, recipe.student.guidance
+    else:
         return {}
     return {
         "few_step": {
             "objective": recipe.objective,
-            "round": found.round,
-            "teacher": found.teacher,
-            "couplings": info.fingerprint,
+            **made_of,
             "solver": "euler",
-            "guidance": found.guidance * found.baked_guidance,  # one of the two is 1
-            "guidance_kind": "kept" if found.guidance == found.baked_guidance == 1.0 else "baked",
+            "guidance": guidance,
+            "guidance_kind": "kept" if guidance == 1.0 else "baked",
             **get_objective(recipe.objective).few_step(recipe),
         }
     }

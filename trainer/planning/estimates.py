@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from trainer.machines import Machine, estimate_transfer
-from trainer.objective import count_network_passes, count_train_flops, get_objective
+from trainer.objective import asks_teacher, count_network_passes, count_train_flops, get_objective
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
-MODEL_STATES = ("weights", "masters", "moments", "gradients", "ema")
+MODEL_STATES = ("weights", "masters", "moments", "gradients", "ema", "teacher")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StepTime:
 def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, activations: int = 0) -> dict[str, int]:
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
     except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
-    what may stay for its next use."""
+    what may stay for its next use. `teacher`: the frozen weights that an objective asks."""
     p, parameters, trained = recipe.parallel, recipe.model.count_parameters(), recipe.trained_parameters
     compute, gradient = count_element_bytes(recipe)
     frozen = 0 if recipe.lora.rank is None else parameters
@@ -82,10 +82,13 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
         "gradients": trained * gradient * share(stage >= 2),
         "ema": trained * 4 * len(recipe.ema.profiles) * share(stage >= 1),
     }
+    if asks_teacher(recipe):
+        found["teacher"] = trained * compute * share(stage >= 1)
     host = 0.0
     if stage and p.offload_optimizer:
-        host += found["masters"] + found["moments"] + found["ema"] + trained * 4 * share(stage >= 1)
-        found |= {"masters": 0, "moments": 0, "ema": 0}
+        moved = {name: found[name] for name in ("masters", "moments", "ema", "teacher") if name in found}
+        host += sum(moved.values()) + trained * 4 * share(stage >= 1)
+        found |= dict.fromkeys(moved, 0.0)
     if stage == 3 and p.offload_parameters != "no":
         host += found["weights"]
         found["weights"] = 0
@@ -96,7 +99,7 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
     found["activations"] = activations
     num_bytes = {name: math.ceil(value) for name, value in found.items()}
     return num_bytes | {
-        "total": sum(num_bytes[name] for name in MODEL_STATES),
+        "total": sum(num_bytes.get(name, 0) for name in MODEL_STATES),
         "device": sum(num_bytes.values()),
         "host": math.ceil(host),
     }

@@ -26,7 +26,7 @@ USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels an
 STORED_BYTES_PER_IMAGE = 65_536 + 121_344 + 202_240 + 630_784  # SD3 paper, table 7: latent, CLIP-L, CLIP-G, T5
 DOLLARS_PER_GB_MONTH = 0.023  # of object storage: a list price from memory
 HOURS_PER_MONTH = 730
-MEASURED = ("weights", "masters", "moments", "gradients", "ema", "activations")  # bytes that a run counts, too
+MEASURED = ("weights", "masters", "moments", "gradients", "ema", "teacher", "activations")  # a run counts these too
 
 
 @dataclass(frozen=True)

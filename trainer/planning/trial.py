@@ -30,7 +30,7 @@ from model.backbones.trunk import TokenConfig
 from model.encoders.text import TextCond
 from trainer.feed import MicroBatch, draw_for
 from trainer.launchers import start_training
-from trainer.objective import bind_objective, count_network_passes, count_train_flops, get_objective
+from trainer.objective import asks_teacher, bind_objective, count_network_passes, count_train_flops, get_objective
 from trainer.planning.estimates import Cost, StepCost
 from trainer.recipe import Recipe
 from trainer.zero.ema import ShardedEMA
@@ -144,6 +144,8 @@ def take_steps(recipe: Recipe, group: Group, *, blocks: int, micro_batch: int) -
     batch = micro_batch * PASSES * group.world_size
     recipe = replace(recipe, model=make_shallow(recipe.model, blocks), global_batch=batch, parallel=parallel)
     engine = ZeroEngine(recipe, group, accumulation=PASSES, passes=count_network_passes(recipe).backward)
+    if asks_teacher(recipe):
+        engine.keep_teacher()
     ema = ShardedEMA(recipe.ema.profiles, engine.masters)
     compute, micro = bind_objective(recipe), make_up_batch(recipe, micro_batch)
     if group.device.type == "cuda":

@@ -84,6 +84,8 @@ class ZeroEngine:
             skip_overflow_scan(self._engine)
         self.partition = view_partition(self._engine, model, stage=self.stage)
         self._gradient_bytes = 0
+        self._teacher: list[Tensor] = []
+        self._within_step = False
         self._adam = get_adam(self._engine, stage=self.stage)
 
     # --- training
@@ -91,7 +93,10 @@ class ZeroEngine:
     def __call__(self, x_BCHW: Tensor, t: Tensor, text: TextCond, r: Tensor | None = None) -> Tensor:
         """The network's prediction, shaped as `x_BCHW`, in fp32 whatever precision the model computes in."""
         second = () if r is None else (r,)
-        return self._engine(x_BCHW.to(self.dtype), t, text.to(dtype=self.dtype), *second).float()
+        predicted_BCHW = self._engine(x_BCHW.to(self.dtype), t, text.to(dtype=self.dtype), *second)
+        if self._within_step:
+            self.partition.continue_step()
+        return predicted_BCHW.float()
 
     def backpropagate(self, losses: Losses) -> None:
         """Add the gradients of this micro-batch's mean loss, in as many backward passes as it takes."""
@@ -150,16 +155,31 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
-        """Inside the block a forward pass keeps no gradients; the next one belongs to the same training step."""
-        with self.inference():
-            yield
-        self.partition.continue_step()
+        """Inside the block forward passes keep no gradients; the next one belongs to the same training step."""
+        self._within_step = True
+        try:
+            with self.inference():
+                yield
+        finally:
+            self._within_step = False
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside the block a forward pass uses the frozen weights alone, without adapters or gradients: the reference
         of DPO."""
         with self.without_gradients(), switch_off_adapters(self.model):
+            yield
+
+    def keep_teacher(self) -> None:
+        """Keep the weights of now as the frozen teacher's: this rank's share of them, in the precision of forward
+        passes."""
+        self._teacher = [master.detach().to(self.dtype, copy=True) for master in self.masters]
+
+    @contextlib.contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside the block forward passes use the weights that `keep_teacher` kept, without gradients. The network is
+        the same one, so a teacher takes no more memory than its shares. Collective."""
+        with self.without_gradients(), self.use_weights(self._teacher):
             yield
 
     @contextlib.contextmanager
@@ -258,12 +278,13 @@ class ZeroEngine:
         step)."""
         moments = sum(m.numel() * m.element_size() for name in MOMENTS for m in self.read_moments(name))
         masters = sum(m.numel() * m.element_size() for m in self.masters) if self.stage else 0
+        teacher = sum(t.numel() * t.element_size() for t in self._teacher)
         return {
             "weights": self.partition.count_weight_bytes(),
             "masters": masters,
             "moments": moments,
             "gradients": self._gradient_bytes,
-        }
+        } | ({"teacher": teacher} if teacher else {})
 
     def describe(self) -> dict[str, int]:
         """Numbers of elements: `local`, in this rank's masters; `parameters`, in the whole network."""

@@ -56,7 +56,7 @@ class Partition(Protocol):
         """Make forward passes use the masters again, with the same bits as before. Collective."""
 
     def continue_step(self) -> None:
-        """Say that the next forward pass belongs to the same step as the last one (DPO makes two in a step)."""
+        """Say after a forward pass that the next one belongs to the same step (DPO makes two in a step)."""
 
 
 class Stage3Partition:
