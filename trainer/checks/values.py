@@ -12,7 +12,7 @@ POSITIVE = (
     "validation.batch", "validation.every", "logging.log_every", "logging.save_every", "logging.save_at",
     "logging.keep", "logging.stall_s", "guard.spike", "parallel.micro_batch", "parallel.hpz", "parallel.reduce_bucket",
     "data.resolution", "data.text_tokens", "data.latent_shape", "dpo.beta", "student.huber", "student.steps",
-    "student.perceptual_weight", "student.difference", "lora.rank", "lora.alpha",
+    "student.teacher_steps", "student.perceptual_weight", "student.difference", "lora.rank", "lora.alpha",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "validation.seed", "optimizer.weight_decay", "schedule.warmup_images", "logging.samples",
