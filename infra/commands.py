@@ -2,12 +2,14 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from infra.cli import parse
 from infra.errors import UserError
+
+Options = TypeVar("Options")
 
 
 def doctor(*, uri: str | None = None, folder: str = ".") -> None:
@@ -40,9 +42,38 @@ def make_bucket(uri: Annotated[str, tyro.conf.Positional]) -> None:
     make(uri)
 
 
+SUPERVISE_HELP = """Start ranks, pass SIGTERM on to them, and stay until all have saved:
+python -m infra supervise [--ranks 8 [--nodes 4]] -- COMMAND ... It is PID 1 of the containers that `launch` writes.
+
+Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving, 76 a rank was lost, else that of the command."""
+
+
+@dataclass(frozen=True)
+class SuperviseOptions:
+    """How often a command is to run on this node."""
+
+    ranks: int | None = None
+    """Start it so many times, each with its RANK, LOCAL_RANK and WORLD_SIZE; without: once."""
+    nodes: int = 1
+    """How many machines do the same; BEELINE_NODE_RANK and MASTER_ADDR say which this one is, and where the first."""
+
+
+def supervise(words: list[str]) -> None:
+    """The command `supervise`. All words after the first `--` are the command to run."""
+    from infra.launch.supervise import supervise as run
+
+    options, command = _split_command(words, SuperviseOptions, "python -m infra supervise", SUPERVISE_HELP)
+    if not command:
+        raise UserError("no command to run: write it after '--'")
+    if options.nodes < 1 or (options.ranks is not None and options.ranks < 1):
+        raise UserError(f"--ranks {options.ranks} --nodes {options.nodes}: at least 1 of each")
+    sys.exit(run(command, ranks=options.ranks, nodes=options.nodes))
+
+
 LAUNCH_HELP = """Run a command somewhere: python -m infra launch TARGET [options] -- COMMAND ...
 
-`deepspeed ...` starts on every node; anything else runs once, over several nodes inside a Ray cluster of its own."""
+`python -m trainer train ...` starts once per rank, `deepspeed ...` and `torchrun ...` on every node; anything else runs
+once, over several nodes inside a Ray cluster of its own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +88,12 @@ class LaunchOptions:
     """How many machines."""
     gpus_per_node: int = 0
     """GPUs of each; 0 for CPU machines."""
+    ranks_per_node: int | None = None
+    """Training processes of each; one per GPU where it is not given."""
+    grace_seconds: int | None = None
+    """From SIGTERM to SIGKILL; for a training the planner's time of a save where it is not given."""
+    max_restarts: int | None = None
+    """How often what failed is started again."""
     env: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Environment of the job. Written into scripts: no secrets here."""
     option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
@@ -74,15 +111,16 @@ def launch(words: list[str]) -> None:
     from infra.launch import describe_targets, get_target
     from infra.launch.job import Job
 
-    at = words.index("--") if "--" in words else len(words)
     help_text = f"{LAUNCH_HELP}\n\n{describe_targets()}"
-    options = parse(LaunchOptions, words[:at], prog="python -m infra launch", description=help_text)
+    options, command = _split_command(words, LaunchOptions, "python -m infra launch", help_text)
     target = get_target(options.target)
     job = Job(
         name=options.name,
-        command=tuple(words[at + 1 :]),
+        command=tuple(command),
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
+        ranks_per_node=options.ranks_per_node,
+        max_restarts=options.max_restarts,
         env=_parse_pairs("--env", options.env),
         image=options.image,
         working_dir=options.working_dir,
@@ -95,6 +133,12 @@ def launch(words: list[str]) -> None:
     code = target.submit(job)
     if code:
         sys.exit(code)
+
+
+def _split_command(words: list[str], kind: type[Options], prog: str, help_text: str) -> tuple[Options, list[str]]:
+    """The options before the first `--`, and the words after it, which are not parsed."""
+    at = words.index("--") if "--" in words else len(words)
+    return parse(kind, words[:at], prog=prog, description=help_text), words[at + 1 :]
 
 
 def _parse_pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from infra.launch import TARGETS, get_target
 from infra.launch.job import Job
 
 ROOT = Path(__file__).parent.parent
+RANKS = ("python", "-m", "trainer", "train", "d15", "--data", "s3://b/it's here")
+TORCHRUN = ("torchrun", "-m", "trainer", "train", "d15", "--data", "s3://b/it's here")
 TRAIN = ("deepspeed", "--num_gpus", "8", "--module", "trainer", "train", "d15", "--data", "s3://b/it's here")
 DATA = ("python", "-m", "data_pipeline", "run", "sd3", "--out", "s3://b/x y")
 OPTIONS = {"slurm": {"partition": "gpu"}, "skypilot": {"accelerator": "H100"}, "kubernetes": {"namespace": "team"}}
@@ -41,13 +44,25 @@ def sky(**options: str) -> str:
     return TARGETS["skypilot"].render(Job(name="x", command=("x",), options=options))
 
 
+def rdma(value: str) -> str:
+    return TARGETS["kubernetes"].render(Job(name="x", command=("x",), image="b:1", options={"rdma": value}))
+
+
+def batch_spec(document: dict) -> dict:
+    """Of a Job, or of the one Job in a JobSet."""
+    if document["kind"] == "JobSet":
+        (replicated,) = document["spec"]["replicatedJobs"]
+        return replicated["template"]["spec"]
+    return document["spec"]
+
+
 def check_shell(text: str) -> None:
     done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
-@pytest.mark.parametrize("command", [TRAIN, DATA], ids=["deepspeed", "ray"])
+@pytest.mark.parametrize("command", [RANKS, TORCHRUN, TRAIN, DATA], ids=["ranks", "torchrun", "deepspeed", "ray"])
 @pytest.mark.parametrize("target", ["slurm", "kubernetes", "skypilot"])
 def test_clusters_get_what_they_can_read(target, command, nodes):
     text = get_target(target).render(job(target, command, nodes))
@@ -64,25 +79,59 @@ def test_clusters_get_what_they_can_read(target, command, nodes):
         assert task["num_nodes"] == nodes
         assert task["resources"]["accelerators"] == "H100:8"
         assert task["envs"] == {"NOTE": "two words $HOME 'q'"}
-        assert ("deepspeed" in task["run"]) == (command is TRAIN)
+        assert ("infra supervise" in task["run"]) == (command is not DATA)
         return
-    assert {document["metadata"]["namespace"] for document in documents} == {"team"}
-    kinds = [document["kind"] for document in documents]
-    if nodes == 1:
-        assert kinds == ["Job"]
-    else:
-        assert kinds == (["Service", "Job"] if command is TRAIN else ["RayJob"])
-    if kinds[-1] == "Job":
-        (container,) = documents[-1]["spec"]["template"]["spec"]["containers"]
-        check_shell(container["command"][2])
-        assert documents[-1]["spec"]["completions"] == nodes
-    else:
-        workers = documents[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    (document,) = documents
+    assert document["metadata"]["namespace"] == "team"
+    assert document["kind"] == ("JobSet" if command is not DATA else "Job" if nodes == 1 else "RayJob")
+    if document["kind"] == "RayJob":
+        workers = document["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
         (container,) = workers["template"]["spec"]["containers"]
         assert workers["replicas"] == 2
-        assert shlex.split(documents[0]["spec"]["entrypoint"]) == list(DATA)
+        assert shlex.split(document["spec"]["entrypoint"]) == list(DATA)
+    else:
+        spec = batch_spec(document)
+        (container,) = spec["template"]["spec"]["containers"]
+        check_shell(container["command"][2])
+        assert container["command"][2].splitlines()[-1].startswith("exec python -m infra supervise")
+        assert (spec["completions"], spec["parallelism"]) == (nodes, nodes)
     assert container["env"] == [{"name": "NOTE", "value": "two words $HOME 'q'"}]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
+def test_pods_that_saved_or_were_evicted_do_not_count_and_mistakes_end_the_job():
+    wanted = Job(name="d15", command=RANKS, nodes=2, gpus_per_node=4, image="b:1", grace_s=900, max_restarts=5)
+    document = yaml.safe_load(TARGETS["kubernetes"].render(wanted))
+    assert document["spec"]["failurePolicy"]["maxRestarts"] == 5
+    (mistake,) = document["spec"]["failurePolicy"]["rules"]
+    assert (mistake["action"], mistake["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    spec = batch_spec(document)
+    assert (spec["backoffLimit"], spec["podReplacementPolicy"]) == (0, "Failed")
+    rules = spec["podFailurePolicy"]["rules"]
+    codes = {value: rule["action"] for rule in rules for value in rule.get("onExitCodes", {}).get("values", [])}
+    assert codes == {2: "FailJob", 75: "Ignore"}
+    assert [rule["action"] for rule in rules if "onPodConditions" in rule] == ["Ignore"]
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 900
+    (container,) = spec["template"]["spec"]["containers"]
+    assert "MASTER_ADDR=d15-ranks-0-0.d15 " in container["command"][2]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["resources"]["limits"] == {"cpu": "40", "memory": "256Gi", "nvidia.com/gpu": "4"}
+
+
+def test_a_cluster_with_a_fast_network_and_a_queue():
+    options = {"rdma": "vpc.amazonaws.com/efa=32", "queue": "gpu", "topology": "rack", "cpu": "90", "shm": "9Gi"}
+    wanted = Job(name="d15", command=RANKS, nodes=2, gpus_per_node=8, image="b:1", options=options)
+    document = yaml.safe_load(TARGETS["kubernetes"].render(wanted))
+    assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu"
+    template = batch_spec(document)["template"]
+    assert template["metadata"]["annotations"] == {"kueue.x-k8s.io/podset-preferred-topology": "rack"}
+    (container,) = template["spec"]["containers"]
+    assert container["resources"]["limits"]["vpc.amazonaws.com/efa"] == "32"
+    assert container["resources"]["limits"]["cpu"] == "90"
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    assert template["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == "9Gi"
+    alone = yaml.safe_load(TARGETS["kubernetes"].render(replace(wanted, options={"topology": "rack"})))
+    assert alone["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "rack"}
 
 
 def test_ray_command_line(tmp_path):
@@ -124,6 +173,8 @@ def test_a_ray_that_does_not_answer_is_named(free_port, monkeypatch):
         (lambda: TARGETS["skypilot"].render(Job(name="x", command=("x",), gpus_per_node=1)), "accelerator=H100"),
         (lambda: TARGETS["ray"].refuse_unknown("ray", {"adress": "y"}), "'adress' .*'address'.*: it knows address"),
         (lambda: TARGETS["local"].refuse_unknown("local", {"a": "y"}), "it takes none"),
+        (lambda: Job(name="x", command=("x",), ranks_per_node=0), "at least 1 rank"),
+        (lambda: rdma("efa"), "expected RESOURCE=COUNT"),
         (lambda: sky(disk_size="much"), "--option disk_size=much: expected a whole number of GB"),
         (lambda: sky(use_spot="maybe"), "--option use_spot=maybe: expected true or false"),
     ],

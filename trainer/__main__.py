@@ -6,6 +6,7 @@ import time
 
 from infra.cli import HELP, Command, CommandGroup, Commands, UsageError, run_commands
 from infra.errors import run_cli
+from infra.outcome import report_outcome
 
 DOC = """Train SD3-class text-to-image models with DeepSpeed ZeRO.
 
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    with report_outcome():
+        run_cli(main)

@@ -17,7 +17,8 @@ from typing import IO
 
 import psutil
 
-PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
+from infra import outcome
+
 COMMANDS = {"deepspeed", "torchrun", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
 TOLD = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")  # in the environment of deepspeed's ranks and of torchrun's
 MANY_RUNS = {"ladder", "sweep", "verify-resume"}
@@ -31,11 +32,12 @@ def start_training(
     command: list[str], *, environment: Mapping[str, str | None] = {}, output: IO[str] | None = None
 ) -> subprocess.Popen[bytes]:
     """The command in a session of its own, by which `find_trainers` knows it. `environment`: what differs from this
-    process's; None: unset."""
+    process's; None: unset. What comes of its ranks is no part of what comes of this process."""
     folder = Path(sys.executable).parent
     ours = os.environ | {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
     ours.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
     ours.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
+    ours.pop(outcome.FOLDER, None)
     changed = {name: value for name, value in {**ours, **environment}.items() if value is not None}
     return subprocess.Popen(
         [str(folder / command[0]), *command[1:]], env=changed, start_new_session=True, stdout=output,
@@ -99,11 +101,13 @@ def _runs_python(process: psutil.Process) -> bool:
 
 
 def is_launcher(process: psutil.Process | None) -> bool:
-    """Does this process start ranks? Its command line decides; `ladder`, `sweep` and `verify-resume` count too."""
+    """Does this process start ranks? Its command line decides; `supervise`, `ladder`, `sweep` and `verify-resume`
+    count too."""
     words: set[str] = set()
     with contextlib.suppress(psutil.Error):
         words = {Path(word).name for word in process.cmdline()[:6]} if process is not None else words
-    return bool(words & {*COMMANDS, RAY_WORKER} or ("trainer" in words and words & MANY_RUNS))
+    own = ("trainer" in words and words & MANY_RUNS) or {"infra", "supervise"} <= words
+    return bool(words & {*COMMANDS, RAY_WORKER} or own)
 
 
 def has_ended(launchers: list[psutil.Process]) -> bool:

@@ -15,6 +15,7 @@ from infra import storage
 from infra.codec import from_json, to_json
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.outcome import report_saved
 from trainer.exports.card import describe_weights
 from trainer.exports.export import export, open_weights
 from trainer.feed import Prefetcher, choose_caption_weights, draw_for
@@ -158,6 +159,7 @@ class Saver:
             return False
         if group.rank == 0:
             log.info("%s", _describe_save(state))
+            report_saved(state.step)
         return not group.any(not flushed)
 
     def _upload(self, share: checkpoint.RankShare, state: TrainingState) -> bool:
@@ -173,6 +175,7 @@ class Saver:
         def publish() -> None:
             checkpoint.publish(root, manifest, keep=keep)
             log.info("%s", saved)
+            report_saved(step)
 
         self.uploads.start([lambda: checkpoint.withdraw(root, step), self.run_log.flush], publish)
         return True

@@ -19,10 +19,11 @@ from infra import storage
 from infra.codec import to_json
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.outcome import PREEMPTED
 from trainer.checks.preflight import PreparedRun, agree_on_precision, prepare, report_once
 from trainer.feed import DeviceBatch, Prefetcher
 from trainer.guard import find_problem, roll_back
-from trainer.launchers import PREEMPTED, find_launchers, launcher_has_ended
+from trainer.launchers import find_launchers, launcher_has_ended
 from trainer.machines import detect_machine
 from trainer.network import Losses, Network
 from trainer.objective import asks_teacher, bind_objective, count_network_passes

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from infra.errors import UserError
@@ -14,7 +15,7 @@ def render(job: Job) -> str:
     """The job as a shell script."""
     _check(job)
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(job.working_dir)}", *write_exports(job)]
-    return "\n".join([*lines, f"exec {write_command(job)}"]) + "\n"
+    return "\n".join([*lines, f"exec {shlex.join(_list_words(job))}"]) + "\n"
 
 
 def submit(job: Job) -> int:
@@ -23,7 +24,7 @@ def submit(job: Job) -> int:
     if not Path(job.working_dir).is_dir():
         raise UserError(f"working_dir {job.working_dir}: no such folder")
     try:
-        process = subprocess.Popen(job.command, cwd=job.working_dir, env={**os.environ, **job.env})
+        process = subprocess.Popen(_list_words(job), cwd=job.working_dir, env={**os.environ, **job.env})
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot run {job.command[0]!r} ({error.strerror}): is it installed and on PATH?") from error
     while True:
@@ -31,6 +32,13 @@ def submit(job: Job) -> int:
             return process.wait()
         except KeyboardInterrupt:  # the terminal sent it to the job as well: let it finish its last checkpoint
             continue
+
+
+def _list_words(job: Job) -> list[str]:
+    """What the user wrote; several ranks below our own supervisor."""
+    if job.is_ranks and job.num_ranks > 1:
+        return [sys.executable, *shlex.split(write_command(job))[1:]]
+    return list(job.command)
 
 
 def _check(job: Job) -> None:

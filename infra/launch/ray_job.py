@@ -38,7 +38,7 @@ def _list_arguments(job: Job) -> list[str]:
     """The arguments of `ray`: the working folder is packed and sent, except for EXCLUDES."""
     if job.image or (job.nodes > 1 and job.on_every_node):
         raise UserError(
-            "target ray uses the cluster as it is: image must be unset, and deepspeed over nodes needs slurm"
+            "target ray uses the cluster as it is: image must be unset, and ranks over nodes need slurm or kubernetes"
         )
     if not Path(job.working_dir).is_dir():
         raise UserError(f"working_dir {job.working_dir}: no such folder")

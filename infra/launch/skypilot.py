@@ -10,7 +10,16 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
-from infra.launch.job import MASTER_ADDR, NODE_RANK, Job, hand_over, write_command, write_hostfile, write_ray_cluster
+from infra.launch.job import (
+    MASTER_ADDR,
+    NODE_RANK,
+    Job,
+    hand_over,
+    write_command,
+    write_hostfile,
+    write_ray_cluster,
+    write_supervised,
+)
 from infra.launch.target import Target
 
 
@@ -71,10 +80,10 @@ _Readable.add_representer(
 def _run(job: Job) -> list[str]:
     lines = ['export PATH="$PWD/.venv/bin:$PATH"']
     if job.nodes == 1:
-        return [*lines, write_command(job)]
+        return [*lines, f"exec {write_supervised(job)}" if job.on_every_node else write_command(job)]
     lines += [f'export {MASTER_ADDR}=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) {NODE_RANK}=$SKYPILOT_NODE_RANK']
     if job.on_every_node:
-        return [*lines, *write_hostfile(job), write_command(job)]
+        return [*lines, *write_hostfile(job), f"exec {write_supervised(job)}"]
     # SkyPilot runs a Ray of its own on 6380; ours takes another port.
     return [*lines, "export RAY_AUTH_MODE=token", *write_ray_cluster(job, rank=NODE_RANK, port="6479")]
 

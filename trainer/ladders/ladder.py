@@ -15,10 +15,11 @@ from infra import storage
 from infra.device import ResolvedPrecision, resolve_precision
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.outcome import PREEMPTED
 from model.files.weights import META_KEY
 from model.flops import estimate_train_flops
 from trainer.ladders.launch import ManyRuns
-from trainer.launchers import PREEMPTED, ask_to_stop, call_on_stop, start_training, wait_for_end
+from trainer.launchers import ask_to_stop, call_on_stop, start_training, wait_for_end
 from trainer.overrides import override_recipe, refuse_decided
 from trainer.recipe import Recipe
 from trainer.recipes import RECIPES, get_family

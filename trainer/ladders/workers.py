@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from infra.log import get_logger
+from infra.outcome import PREEMPTED
 from infra.runner import CallLost, RemoteCalls, WorkerPool, connect
-from trainer.launchers import PREEMPTED, ask_to_stop, call_on_stop, start_training, wait_for_end
+from trainer.launchers import ask_to_stop, call_on_stop, start_training, wait_for_end
 
 log = get_logger("ladder")
 LAST_LINES = 20  # of what a training said

@@ -26,12 +26,12 @@ import psutil
 from infra import storage
 from infra.errors import UserError
 from infra.log import get_logger
+from infra.outcome import LOST, report_code
 from trainer.launchers import has_ended
 from trainer.runfolder import name_rank, name_step
 from trainer.zero.group import Group, is_lost_peer, open_rendezvous_store, settle
 
 log = get_logger("watch")
-LOST = 76  # exit code when another rank was lost: the same command continues
 BEAT_S, DEAD_S = 3.0, 40.0  # between heartbeats; without one, a rank counts as dead
 SURE_S = 12.0  # the same where a collective has failed already
 RUNNING, LEFT, FAILED = range(3)
@@ -157,6 +157,7 @@ class Watchdog:
         failed = [rank for rank in dead if rank in self._seen and self._seen[rank].state == FAILED]
         report_lost(dead, self.group, self._step, failed=bool(failed))
         sys.stderr.flush()
+        report_code(LOST)
         os._exit(LOST)
 
     def _report_stall(self) -> None:
