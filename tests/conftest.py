@@ -90,6 +90,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and `-m gpu` (make test-gpu)"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Sums depend on torch's number of threads, which an earlier test may have set in this process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset that TINY's models train on (trainer_launch.py). To be read only: many tests share it."""
+    from data_pipeline.packing.synthetic import write_synthetic
+
+    path = tmp_path_factory.mktemp("data")
+    write_synthetic(str(path), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
+    return path
+
+
 @pytest.fixture
 def best_on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """`best_on_cpu("fp32")`: from now on this machine's CPU is one that multiplies faster in fp32 (or "bf16"), as if it

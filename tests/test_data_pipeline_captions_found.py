@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_data_pipeline_tar import png
 
 from data_pipeline.sources.captions import choose_caption_column, find_caption, read_caption
 from data_pipeline.sources.ingest import Ingest
@@ -18,12 +19,6 @@ from data_pipeline.sources.registry import open_source
 from data_pipeline.sources.source import SourceOptions
 from data_pipeline.stages.columns import Column, read_part
 from infra.errors import UserError
-
-
-def png(color: str = "red") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (40, 40), color).save(out, "PNG")
-    return out.getvalue()
 
 
 def ingest(tmp_path, text: str, **options) -> list[dict]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_data_pipeline_loader import take
 
 from data_pipeline.loading.mix import MixedOrder, ShareBlocks
 from data_pipeline.loading.order import SampleOrder
@@ -130,13 +131,6 @@ def roots(tmp_path_factory) -> dict[str, str]:
 
 def choose(roots, *mix, **more) -> DataChoice:
     return DataChoice(tuple(f"{name}={uri}" for name, uri in roots.items()), mix=mix, **more)
-
-
-def take(dataset, count, **wanted):
-    stream = dataset.batches(**{"seed": 7, "global_batch": 8, **wanted})
-    batches = [next(stream) for _ in range(count)]
-    stream.close()
-    return batches
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from trainer_launch import TINY, run_ranks
+from trainer_launch import TINY, read_log, run_ranks
 
-from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
 from trainer.recipe import Recipe
 
@@ -33,14 +32,12 @@ run_cli(main)
 '''
 
 
-def test_an_objective_from_outside_trains_through_the_public_command(tmp_path: Path) -> None:
-    program, data, run = tmp_path / "program.py", tmp_path / "data", tmp_path / "run"
+def test_an_objective_from_outside_trains_through_the_public_command(data: Path, tmp_path: Path) -> None:
+    program, run = tmp_path / "program.py", tmp_path / "run"
     program.write_text(PROGRAM)
-    write_synthetic(str(data), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
     words = ["train", "world-d1", "--objective", "huber", "--data", str(data), "--out", str(run), "--images", "64"]
     run_ranks([str(program), *words, *TINY, "--logging.log-every", "8"], 2)
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
+    trained = read_log(run)
     assert [line["images_seen"] for line in trained] == list(range(8, 65, 8))
     assert trained[-1]["loss"] < trained[0]["loss"]
     assert all(0 < line["huber/outliers"] < 1 for line in trained)

@@ -29,9 +29,7 @@ SMALLER = {
 def commands(text: str) -> list[str]:
     """The lines of code blocks; a backslash joins a line with the next."""
     code = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-    return [
-        line.strip() for block in code for line in re.sub(r"\\\n\s*", "", block).split("\n") if line.strip()
-    ]
+    return [line.strip() for block in code for line in re.sub(r"\\\n\s*", "", block).split("\n") if line.strip()]
 
 
 def smaller(command: str) -> str:

@@ -29,11 +29,6 @@ SMALL = {
 NAMES = list(BACKBONES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def small(name: str, **changes: object):
     extra = {"clip_tokens": 4} if name == "mmdit3" else {}
     return read_config(name, {**SMALL, **extra, **changes})

@@ -24,11 +24,6 @@ from model.files.names import SD3_PREFIX, to_diffusers, to_sd3
 from model.files.weights import META_KEY, load_weights, read_meta, save_weights
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(
     "changes",
     [

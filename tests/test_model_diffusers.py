@@ -27,11 +27,6 @@ BORN = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def born(folder: Path, **changes: object) -> nn.Module:
     """A random transformer, saved as its own class saves it."""
     from diffusers import SD3Transformer2DModel

@@ -32,11 +32,6 @@ DENSITY_NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def times(form: Formulation, count: int = 40) -> Tensor:
     """Times inside (0, 1); for the discrete schedule between two levels, where its interpolation is smooth."""
     if isinstance(form.path, Linear):

@@ -17,11 +17,6 @@ SMALL = {"depth": 3, "in_channels": 4, "context_width": 48, "pooled_width": 24}
 GRID = {"pos_max": 12, "pos_tokens": 8, "pos_base": 8}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def build(name: str, **changes: object) -> nn.Module:
     """Every parameter random, output and modulation included."""
     model = read_config(name, {**SMALL, **GRID, **changes}).build()

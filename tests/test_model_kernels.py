@@ -14,11 +14,6 @@ from model.backbones.norms import RMSNorm
 from model.encoders.text import TextCond
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def attention_case(queries: int, keys: int, *, masked: bool, gain: float) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """q, k, v (B, tokens, H, K), a gradient of the output, an additive bias; bfloat16."""
     g = torch.Generator().manual_seed(queries + keys)

@@ -16,11 +16,6 @@ from model.files.names import from_diffusers, make_diffusers_config, to_diffuser
 BASE = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def config_with(**changes: object) -> MMDiTConfig:
     return MMDiTConfig.from_json({**BASE.to_json(), **changes})
 

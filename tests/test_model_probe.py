@@ -14,11 +14,6 @@ from model.probe import AttentionProbe, measure_attention
 CONFIG = MMDiTConfig(depth=3, in_channels=4, context_width=48, pooled_width=24, pos_max=12, pos_tokens=8, pos_base=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def test_figures_of_known_attention() -> None:
     """One query on two keys with logits 0 and log 3: shares 1/4 and 3/4."""
     q, k = torch.tensor([2.0]).view(1, 1, 1, 1), torch.tensor([0.0, math.log(3) / 2]).view(1, 1, 2, 1)

@@ -23,11 +23,6 @@ WEIGHT, MEAN, STD = (torch.tensor(x, dtype=torch.float64) for x in ([0.3, 0.7], 
 COUNT = 400
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def no_text(batch: int) -> TextCond:
     return TextCond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1))
 

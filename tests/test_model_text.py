@@ -27,11 +27,6 @@ CAPTIONS = ["a photo of a red apple", "two cats", ""]
 WORDS = ["a", "photo", "of", "red", "apple", "two", "cats"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def spec_of(layout: str = "trimmed", **kinds: EncoderSpec) -> TextSpec:
     encoders = tuple(kinds.values()) or (
         EncoderSpec("clip_l", "l", "open_clip", 5, 4, 3),

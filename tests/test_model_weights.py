@@ -24,11 +24,6 @@ from model.files.names import make_full_positions, to_sd3
 from model.files.weights import load_model, load_weights, read_meta, save_weights
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert set(ours) == set(theirs)
     for name in ours:

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from test_model_lora import CONFIG, build
 from trainer_dpo_checks import VARIANTS
-from trainer_launch import TINY, run_ranks
+from trainer_launch import TINY, read_figure, run_ranks
 
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from infra.results import ResultStore
-from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.flow import get_formulation
 from model.files.weights import load_weights, read_meta, save_weights
 from model.lora import add_adapters, is_adapter, merge_files, switch_off_adapters
@@ -35,7 +35,6 @@ from trainer.planning.hardware_plan import make_hardware_plan
 from trainer.recipe import DPO, LoRA, Recipe
 from trainer.recipes import get_recipe
 
-CONFIG = MMDiTConfig(depth=2, in_channels=4, context_width=48, pooled_width=32)
 FORM = get_formulation("rf/lognorm(0.00,1.00)")
 CPU = torch.device("cpu")
 
@@ -44,7 +43,7 @@ class Plain:
     """One network with adapters, in the seat of the engine."""
 
     def __init__(self, *, scale: float = 0.0, rank: int = 4) -> None:
-        self.model = weights()
+        self.model = build()
         add_adapters(self.model, rank=rank, alpha=rank)
         with torch.no_grad():
             for name, param in self.model.named_parameters():
@@ -58,15 +57,6 @@ class Plain:
     def reference(self):
         with torch.no_grad(), switch_off_adapters(self.model):
             yield
-
-
-def weights() -> torch.nn.Module:
-    """Nothing at zero, else the untrained output layer would hide every other one."""
-    model = CONFIG.build()
-    with torch.no_grad():
-        for param in model.parameters():
-            param += 0.03 * torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel()))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +125,7 @@ def test_gradients_reach_adapters_only_and_the_reference_stays(batch):
     losses(policy, batch).loss_B.mean().backward()
     for name, param in policy.model.named_parameters():
         assert (param.grad is not None and param.grad.any().item()) is is_adapter(name), name
-    before = weights()
+    before = build()
     assert all(torch.equal(p, dict(policy.model.named_parameters())[n]) for n, p in before.named_parameters())
 
 
@@ -219,7 +209,7 @@ def stages(data, base, tmp_path_factory) -> dict:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", VARIANTS)
 def test_frozen_weights_arrive_and_stay_under_every_stage(stages, name):
-    found, model = stages[name], weights()
+    found, model = stages[name], build()
     assert found["first_error"] < 1e-6
     assert found["reference_error"] < 1e-6  # after three steps of its adapters
     assert found["changed"] > 1e-3
@@ -243,7 +233,7 @@ STEPS = 12
 def base(tmp_path_factory, data) -> Path:
     info = open_dataset(str(data)).info
     meta = {"kind": "ema", "backbone": "mmdit", "config": CONFIG.to_json(), "text_spec": info.text_spec.to_json()}
-    return save_weights(tmp_path_factory.mktemp("base") / "ema.safetensors", weights().state_dict(), meta)
+    return save_weights(tmp_path_factory.mktemp("base") / "ema.safetensors", build().state_dict(), meta)
 
 
 def command(data: Path, base: Path, out: Path, *more: str) -> list[str]:
@@ -253,11 +243,6 @@ def command(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
     start = ["-m", "trainer", "train", "world-dpo-d2", "--data", str(data), "--init-from", str(base), "--out", str(out)]
     return [*start, *options, *more]
-
-
-def told(run: Path, figure: str = "loss", kind: str = "train") -> list[float]:
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    return [line[figure] for line in lines if line["kind"] == kind and figure in line]
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +255,9 @@ def straight(data, base, tmp_path_factory) -> Path:
 
 @pytest.mark.dist
 def test_zero_3_on_two_ranks_starts_at_ln_2_and_learns(straight):
-    assert told(straight)[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert told(straight)[-1] < 0.5
-    assert told(straight, "dpo/reward_margin")[-1] > 0.5
+    assert read_figure(straight)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert read_figure(straight)[-1] < 0.5
+    assert read_figure(straight, "dpo/reward_margin")[-1] > 0.5
     # Pairs that were not trained on, of the same eight kinds of things.
     rows = {row.metric: row for row in ResultStore(str(straight / "results")).rows(prefix="val_dpo")}
     assert rows["val_dpo/accuracy"].value > 0.8
@@ -302,9 +287,9 @@ def test_one_rank_and_an_interrupted_run_give_the_same(straight, data, base, tmp
         straight / "checkpoints" / "step_0000006", half / "checkpoints" / "step_0000006", dirs_exist_ok=True
     )
     run_ranks(command(data, base, half, "--parallel.zero-stage", "0"), 1)
-    assert len(told(half)) == STEPS
-    assert told(half) == pytest.approx(told(straight), rel=1e-3, abs=1e-5)
-    assert told(half, "dpo/accuracy", "val")[-1] == told(straight, "dpo/accuracy", "val")[-1]
+    assert len(read_figure(half)) == STEPS
+    assert read_figure(half) == pytest.approx(read_figure(straight), rel=1e-3, abs=1e-5)
+    assert read_figure(half, "dpo/accuracy", "val")[-1] == read_figure(straight, "dpo/accuracy", "val")[-1]
     one, two = (load_weights(run / "weights" / "ema.safetensors")[0] for run in (straight, half))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_launch import ROOT, TINY, finish, start_ranks
+from trainer_launch import ROOT, TINY, finish, read_log, start_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.results import ResultStore
@@ -127,8 +127,7 @@ def test_checkpoints_go_from_one_kind_of_device_to_the_other(folder, begun, gpu)
 
 
 def test_the_log_tells_speed_and_memory(folder):
-    lines = [json.loads(line) for line in (folder / "bf16" / "logs" / "train.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "train"][-1]
+    last = read_log(folder / "bf16")[-1]
     assert 0 < last["mfu"] < 1
     assert 0 < last["memory_gib"] < torch.cuda.get_device_properties(0).total_memory / 2**30
     assert "cpu_cores" not in last

@@ -1,6 +1,5 @@
 """Two hosts on one machine: two network namespaces joined by a cable (veth). The cable is cut while they train."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trainer_launch import ROOT, TINY
-
-from data_pipeline.packing.synthetic import write_synthetic
+from trainer_launch import ROOT, TINY, read_figure
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 NAMES = (f"bee{os.getpid()}a", f"bee{os.getpid()}b")
@@ -76,11 +73,10 @@ def end(processes: list[subprocess.Popen[str]], timeout: float) -> tuple[list[in
 
 
 @pytest.mark.skipif(not ALLOWED, reason="needs root and the ip command (Debian's iproute2) to make network namespaces")
-def test_two_hosts_train_lose_their_cable_and_resume(hosts, tmp_path):
-    write_synthetic(str(tmp_path / "data"), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
+def test_two_hosts_train_lose_their_cable_and_resume(hosts, data, tmp_path):
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     run = tmp_path / "run"
-    words = ["train", "world-d2", "--data", str(tmp_path / "data"), "--out", str(run), *TINY]
+    words = ["train", "world-d2", "--data", str(data), "--out", str(run), *TINY]
     words += [
         "--images",
         "2400",
@@ -106,5 +102,4 @@ def test_two_hosts_train_lose_their_cable_and_resume(hosts, tmp_path):
     codes, said = end(start(hosts, tmp_path / "hosts", words), 1200)
     assert codes == [0, 0], said
     assert "resumed" in said
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    assert [line["images_seen"] for line in lines if line["kind"] == "train"] == list(range(8, 2401, 8))
+    assert read_figure(run, "images_seen") == list(range(8, 2401, 8))

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from trainer_launch import ROOT, TINY, until
 
-from data_pipeline.packing.synthetic import write_synthetic
 from trainer.ladders.ladder import is_done
 from trainer.launchers import has_ended, is_launcher
 
@@ -38,13 +37,6 @@ def left_of(folder: Path) -> list[psutil.Process]:
     """Processes that live and were told of this folder."""
     found = psutil.process_iter(["cmdline"])
     return [process for process in found if any(str(folder) in word for word in process.info["cmdline"] or ())]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    write_synthetic(str(path), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
-    return path
 
 
 def test_a_process_knows_what_started_it_and_that_it_is_gone():

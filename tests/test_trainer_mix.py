@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from trainer_launch import TINY, run_ranks
+from trainer_launch import TINY, read_log, run_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserErrors
@@ -60,18 +60,13 @@ def interrupted(straight, tmp_path) -> Path:
     return run
 
 
-def read_lines(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
-
-
 def dry_run(monkeypatch, choice: list[str], run: Path, *more: str) -> None:
     monkeypatch.setattr(sys, "argv", ["trainer", *command(choice, run, *more)[2:], "--dry-run"])
     main()
 
 
 def test_each_dataset_has_its_loss_in_the_log(straight):
-    lines = read_lines(straight)
+    lines = read_log(straight)
     assert len(lines) == STEPS
     for line in lines:
         parts = [(line.get(f"data/{name}/loss", 0.0), line[f"data/{name}/share"]) for name in "ab"]
@@ -84,8 +79,8 @@ def test_each_dataset_has_its_loss_in_the_log(straight):
 
 def test_a_resume_on_two_ranks_is_bit_equal(choice, straight, interrupted):
     run_ranks(command(choice, interrupted), 2)
-    assert {line["images_seen"]: line["loss"] for line in read_lines(interrupted)} == {
-        line["images_seen"]: line["loss"] for line in read_lines(straight)
+    assert {line["images_seen"]: line["loss"] for line in read_log(interrupted)} == {
+        line["images_seen"]: line["loss"] for line in read_log(straight)
     }
     for kind in ("ema", "raw"):
         one, two = (load_weights(run / "weights" / f"{kind}.safetensors")[0] for run in (straight, interrupted))
@@ -114,7 +109,7 @@ def test_a_changed_mix_that_is_allowed_trains_on(choice, straight, interrupted):
     assert old.data.fingerprint != new.data.fingerprint
     assert old.hash != new.hash
     one, two = (
-        {line["images_seen"]: line["data/b/share"] for line in read_lines(run)} for run in (straight, interrupted)
+        {line["images_seen"]: line["data/b/share"] for line in read_log(run)} for run in (straight, interrupted)
     )
     assert one.keys() == two.keys()
     assert [one[images] for images in range(8, 40, 8)] == [two[images] for images in range(8, 40, 8)]

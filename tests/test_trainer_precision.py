@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import pytest
 import test_trainer_sweep
 from test_trainer_sweep import launch, option
 from trainer_launch import TINY, halted, run_ranks
 
-from data_pipeline.packing.synthetic import write_synthetic
 from trainer.checks.preflight import settle_precision
 from trainer.ladders.ladder import train_isoflop, train_ladder
 from trainer.ladders.sweep import sweep_rates
@@ -20,13 +18,6 @@ from trainer.recipe import Recipe, find_differences
 from trainer.recipes import RECIPES, get_recipe
 
 commands = test_trainer_sweep.commands
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    write_synthetic(str(path), num_samples=64, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
-    return path
 
 
 def test_a_recipe_has_an_identity_once_its_precision_is_resolved():

@@ -2,7 +2,6 @@
 # Shapes: B batch, C latent channels, H and W latent height and width.
 
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_launch import TINY, run_ranks
+from trainer_launch import TINY, read_figure, run_ranks
 
 from data_pipeline.couplings.command import CoupleOptions, couple
 from data_pipeline.formats.schema import read_dataset_info
@@ -282,14 +281,9 @@ def run(folder) -> Path:
     return folder / "run"
 
 
-def told(run: Path, figure: str = "loss", kind: str = "train") -> list[float]:
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    return [line[figure] for line in lines if line["kind"] == kind and figure in line]
-
-
 @pytest.mark.dist
 def test_zero_3_on_two_ranks_learns_held_out_couplings(run):
-    assert len(told(run)) == STEPS
+    assert len(read_figure(run)) == STEPS
     rows = ResultStore(str(run / "results")).rows(metric="val_loss/coupled")
     assert rows[-1].value < rows[0].value
     assert rows[-1].sample_count == 16
@@ -330,4 +324,4 @@ def test_a_second_round_starts_from_the_first_student(run, folder):
                       start="first"), 1)  # fmt: skip
     few = read_meta(second / "weights" / "ema.safetensors")["few_step"]
     assert (few["round"], few["guidance_kind"], few["guidance"]) == (2, "baked", 1.5), "the first round's stays in"
-    assert all(math.isfinite(loss) for loss in told(second))
+    assert all(math.isfinite(loss) for loss in read_figure(second))

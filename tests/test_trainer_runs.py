@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from trainer_launch import ROOT, TINY, run_ranks
+from trainer_launch import ROOT, TINY, read_figure, run_ranks
 
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
@@ -150,12 +150,9 @@ def test_mixed_buckets_train_as_on_one_rank(one):
 
 
 def test_validation_over_mixed_buckets_is_that_of_one_rank(one):
-    told = []
-    for run in ("two", "one"):
-        lines = [json.loads(line) for line in (one / run / "logs" / "train.jsonl").read_text().splitlines()]
-        told.append([line["loss/sd3"] for line in lines if line["kind"] == "val"])
-    assert len(told[0]) == 2
-    assert told[0] == pytest.approx(told[1], rel=1e-5)
+    found, wanted = (read_figure(one / run, "loss/sd3", "val") for run in ("two", "one"))
+    assert len(found) == 2
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_grids_drawn_on_two_ranks_are_those_of_one(one):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_model_backbones import NAMES, inputs, random_model
-from test_trainer_reflow import CONFIG, FORM, batch_of, couple_with, straight, told, write_weights
-from trainer_launch import TINY, run_ranks
+from test_trainer_reflow import CONFIG, FORM, batch_of, couple_with, straight, write_weights
+from trainer_launch import TINY, read_figure, run_ranks
 
 from data_pipeline.checkpoints import resolve
 from data_pipeline.formats.schema import read_dataset_info
@@ -459,7 +459,7 @@ def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str, d
         "--logging.log-every", "8", "--logging.save-every", "48", "--validation.every", "48",
         "--parallel.zero-stage", str(stage), "--optimizer.lr", "1e-3", *more,
     ], ranks)  # fmt: skip
-    return told(folder / out)
+    return read_figure(folder / out)
 
 
 @pytest.mark.dist

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_launch import TINY, finish, run_ranks, start_ranks
+from trainer_launch import TINY, finish, read_log, run_ranks, start_ranks
 
 from data_pipeline.loading.loader import open_dataset
-from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.selection.choice import DataChoice
 from eval.studies.compare import compare_runs, read_run
 from infra import storage
@@ -31,6 +30,7 @@ from trainer.checks.fitting import check_data
 from trainer.checks.preflight import prefer_own_checkpoint
 from trainer.ladders.ladder import count_trained_images, train_ladder
 from trainer.ladders.launch import ManyRuns
+from trainer.ladders.verify import read_losses
 from trainer.runfolder import read_recipe
 
 pytestmark = pytest.mark.dist
@@ -48,19 +48,6 @@ OVERRIDES = (
 def command(data: Path, out: Path, *more: str) -> list[str]:
     arguments = ["-m", "trainer", "train", "world-d2", "--data", str(data), "--out", str(out), "--images", str(IMAGES)]
     return [*arguments, *TINY, *CADENCE, *more]
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Images seen -> training loss, as logged at every step."""
-    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
-    return {line["images_seen"]: line["loss"] for line in lines if line["kind"] == "train"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    write_synthetic(str(path), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +112,7 @@ def test_run_folder_is_complete(straight):
 def test_every_curve_is_in_the_log_and_over_images_in_tensorboard(straight):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    told = (straight / "logs" / "train.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, told) if line["kind"] == "train"]
+    lines = read_log(straight)
     names = {
         "loss", "grad_norm", "attention/max_logit", "attention/entropy", "lr", "images_per_second", "data_wait", "mfu",
         "memory_gib",
@@ -199,7 +185,7 @@ def test_resume_is_bit_equal_and_passes_over_a_damaged_checkpoint(straight, resu
     assert "step_0000020 is damaged" in said
     assert "falling back" in said
     assert "resumed" in said
-    assert losses(run) == losses(straight)
+    assert read_losses(run) == read_losses(straight)
     for name in ("ema", "raw"):
         one, _ = load_weights(straight / "weights" / f"{name}.safetensors")
         two, _ = load_weights(run / "weights" / f"{name}.safetensors")
@@ -216,7 +202,7 @@ def test_each_figure_is_told_once_after_a_resume(straight, resumed):
 
 
 def test_resume_on_other_numbers_of_ranks_continues_the_same_run(straight, elastic):
-    one, two = losses(straight), losses(elastic)
+    one, two = read_losses(straight), read_losses(elastic)
     assert one.keys() == two.keys()
     assert sum(images > EVERY for images in two) == 20  # steps after the first change of ranks
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
@@ -268,7 +254,7 @@ def test_a_run_that_cannot_go_on_stops_with_a_line(data, tmp_path):
 def test_init_from_starts_where_the_weights_are(data, straight, tmp_path):
     more = ["--init-from", str(straight / "weights" / "ema.safetensors"), "--images", "8"]
     run_ranks(command(data, tmp_path / "run", *more), 1)
-    begun, ended = losses(straight), losses(tmp_path / "run")
+    begun, ended = read_losses(straight), read_losses(tmp_path / "run")
     assert ended[8] < 0.8 * begun[8]  # same images and noise at the first step, far better weights
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init_weights"]
 
@@ -423,4 +409,4 @@ def test_a_run_folder_keeps_its_recipe(data, straight, monkeypatch):
 
 def test_losses_are_finite_everywhere(straight, resumed, elastic):
     for run in (straight, resumed[0], elastic):
-        assert all(math.isfinite(loss) for loss in losses(run).values())
+        assert all(math.isfinite(loss) for loss in read_losses(run).values())

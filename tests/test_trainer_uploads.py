@@ -11,7 +11,6 @@ import torch
 from test_infra_faults import Wire
 from trainer_launch import TINY, finish, start_ranks, until
 
-from data_pipeline.packing.synthetic import write_synthetic
 from infra import storage
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
@@ -89,13 +88,6 @@ def test_a_local_run_folder_needs_no_journey(tmp_path):
 
 
 # --- real ranks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    write_synthetic(str(path), num_samples=128, val_samples=16, latent_shape=(4, 8, 8), buckets=("32x32",))
-    return path
 
 
 def train(data: Path, run: str, images: int, *wires: Wire) -> list[subprocess.Popen[str]]:

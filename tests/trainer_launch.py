@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,6 +79,16 @@ def run_ranks(command: list[str], ranks: int, *, of_rank: dict[int, dict[str, st
     codes, said = finish(start_ranks(command, ranks, of_rank=of_rank))
     assert codes == [0] * ranks, said
     return said
+
+
+def read_log(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """What the run logged at its steps; `kind` val: at its validations."""
+    lines = [json.loads(line) for line in (run / "logs" / "train.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def read_figure(run: Path, figure: str = "loss", kind: str = "train") -> list[float]:
+    return [line[figure] for line in read_log(run, kind) if figure in line]
 
 
 def until(process: subprocess.Popen[str], words: str) -> str:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_pipeline.inspection.lint import BrokenPart, LintFindings
-from data_pipeline.sources.seen import format_seen
+from data_pipeline.sources.seen import format_seen, list_counts
 from data_pipeline.sources.source import FoundField
 
 WIDTH, LABEL = 118, 12
@@ -13,11 +13,13 @@ _MOST_BROKEN, _MOST_FIELDS = 6, 8
 
 def format_findings(found: LintFindings) -> str:
     """At most 40 lines of at most 118 characters."""
-    part = "all of it" if found.whole else (
-        f"a sample: the first rows of {found.units_read:,} of {found.units:,} units; --all reads everything"
+    part = (
+        "all of it"
+        if found.whole
+        else (f"a sample: the first rows of {found.units_read:,} of {found.units:,} units; --all reads everything")
     )
     blocks: list[tuple[str, Iterable[str]]] = [
-        ("files", [_count(found.files) or "a pattern of names"]),
+        ("files", [list_counts(found.files) or "a pattern of names"]),
         ("seen", _wrap(format_seen(found.seen, found.statuses))),
         ("set aside", _format_broken(found)),
         ("fields", _format_fields(found.fields)),
@@ -68,7 +70,7 @@ def _format_fields(fields: Sequence[FoundField]) -> list[str]:
 
 
 def _format_captions(found: LintFindings) -> list[str]:
-    lines = [(f"column {found.caption_column}: " if found.caption_column else "") + _count(found.caption_values)]
+    lines = [(f"column {found.caption_column}: " if found.caption_column else "") + list_counts(found.caption_values)]
     if found.caption_chars:
         smallest, median, largest = found.caption_chars
         lines[0] += f"; {smallest:,} to {largest:,} characters, median {median:,}"
@@ -78,7 +80,11 @@ def _format_captions(found: LintFindings) -> list[str]:
 
 
 def _format_pictures(found: LintFindings) -> list[str]:
-    lines = [_count(found.pictures) + (f"; {_count(found.traits)}" if found.traits else "")] if found.pictures else []
+    lines = (
+        [list_counts(found.pictures) + (f"; {list_counts(found.traits)}" if found.traits else "")]
+        if found.pictures
+        else []
+    )
     if found.widths:
         sizes = (f"{name} {a:,} to {c:,}, median {b:,}" for name, (a, b, c) in
                  (("width", found.widths), ("height", found.heights)))  # fmt: skip
@@ -89,21 +95,15 @@ def _format_pictures(found: LintFindings) -> list[str]:
 def _format_splits(splits: Mapping[str, int]) -> str:
     if set(splits) <= {"none"}:
         return "none of its own: the run holds out --val-fraction of the rows"
-    return _count({"without a split" if name == "none" else name: count for name, count in splits.items()})
+    return list_counts({"without a split" if name == "none" else name: count for name, count in splits.items()})
 
 
 def _format_outcome(found: LintFindings, name: str) -> list[str]:
     outcome = found.outcomes[name]
-    lines = [f"{outcome.kept:,} rows kept" + (f": {_count(outcome.buckets)}" if outcome.kept else "")]
+    lines = [f"{outcome.kept:,} rows kept" + (f": {list_counts(outcome.buckets)}" if outcome.kept else "")]
     if outcome.set_aside:
-        lines.append(f"{sum(outcome.set_aside.values()):,} set aside: {_count(outcome.set_aside)}")
+        lines.append(f"{sum(outcome.set_aside.values()):,} set aside: {list_counts(outcome.set_aside)}")
     return lines
-
-
-def _count(counts: Mapping[str, int], most: int = 7) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    more = f", and {len(ordered) - most} kinds more" if len(ordered) > most else ""
-    return ", ".join(f"{count:,} {name}" for name, count in ordered[:most]) + more
 
 
 def _quote(text: str) -> str:

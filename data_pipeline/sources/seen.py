@@ -34,17 +34,17 @@ def check_members(seen: Seen, used: int, where: str) -> None:
 def format_seen(seen: Mapping[str, int], statuses: Mapping[str, int]) -> list[str]:
     """Rows by status and unreadable bytes; members by suffix and what of them no row keeps. `statuses` are ingest's."""
     total, ok = sum(statuses.values()), statuses.get("ok", 0)
-    aside = _list({name: n for name, n in statuses.items() if name != "ok"})
+    aside = list_counts({name: n for name, n in statuses.items() if name != "ok"}, most=8)
     rows = f"{total:,} rows read: {ok:,} ok" + (f", {total - ok:,} set aside ({aside})" if total > ok else "")
     if ranges := seen.get("unreadable ranges", 0):
         rows += f"; {seen['unreadable bytes']:,} bytes in {ranges:,} ranges are unreadable"
     found = [rows]
     if members := sum_kind(seen, "member"):
-        found.append(f"{members:,} files or members seen: {_list(_select_kind(seen, 'member'))}")
+        found.append(f"{members:,} files or members seen: {list_counts(_select_kind(seen, 'member'), most=8)}")
     if records := seen.get("record", 0):
         found.append(f"{records:,} records of tables")
     rest = [(name, _select_kind(seen, kind)) for kind, name in (("passed", "passed over"), ("unread", "not read"))]
-    listed = "; ".join(f"{name} {_list(counts)}" for name, counts in rest if counts)
+    listed = "; ".join(f"{name} {list_counts(counts, most=8)}" for name, counts in rest if counts)
     return [*found, listed] if listed else found
 
 
@@ -53,7 +53,8 @@ def _select_kind(seen: Mapping[str, int], kind: str) -> dict[str, int]:
     return {rest: count for first, _, rest, count in split if first == kind and rest}
 
 
-def _list(counts: Mapping[str, int], most: int = 8) -> str:
+def list_counts(counts: Mapping[str, int], *, most: int = 7) -> str:
+    """`12 .png, 3 .txt`: the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     more = f", and {len(ordered) - most} kinds more" if len(ordered) > most else ""
     return ", ".join(f"{count:,} {name}" for name, count in ordered[:most]) + more
