@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.captions.stage import caption_images, judge_caption
+from data_pipeline.captions.stage import caption_images
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
 from data_pipeline.curation.hash_matching import find_first_near
@@ -226,20 +226,6 @@ def test_bands_find_what_comparing_all_pairs_finds(values, distance, random):
         if not near:
             kept.append(number)
     assert find_first_near(np.array(values, np.uint64), distance).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a red apple", ("ok", "a red apple")),
-        ("This image showcases a red apple", ("ok", "a red apple")),
-        ("   ", ("empty", "")),
-        ("I'm sorry, I cannot see", ("refusal", "")),
-        ("dog " * 30, ("runaway", "")),
-    ],
-)
-def test_synthetic_captions_are_judged(text, expected):
-    assert judge_caption(text) == expected
 
 
 def test_one_bad_image_does_not_take_its_batch_along():

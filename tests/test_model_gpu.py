@@ -169,7 +169,7 @@ def test_losses_and_conversions_are_those_of_the_cpu(name: str) -> None:
         levels = compute_validation_losses(predict, batch, (0.25, 0.75), 1, formulation=form)
         times = form.draw_timesteps(t_B.to(device), 2.0)
         sample = form.sample(x.to(device), x.flip(1).to(device), times)
-        parts = [part(sample.target, sample.x_t, times) for part in (form.to_x0, form.to_noise, form.velocity)]
+        parts = [part(sample.target, sample.x_t, times) for part in (form.to_x0, form.to_noise, form.to_velocity)]
         found.append([micro.t_B, losses.loss_B, levels, times, sample.x_t, sample.target, *parts])
     assert torch.equal(found[0][0], found[1][0])
     for cpu, gpu in zip(*found, strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.plans import SD3_TEXT
 from infra.errors import UserError
 from model.encoders.networks import load_text_encoders
 from model.encoders.text import (
@@ -19,7 +20,6 @@ from model.encoders.text import (
     TextCond,
     TextSpec,
     assemble,
-    make_sd3_text_spec,
     make_unconditional,
 )
 
@@ -104,11 +104,12 @@ def test_rows_survive_storage_and_batching() -> None:
 
 
 def test_the_conventions_of_sd3_differ_in_length() -> None:
-    for convention, tokens in (("sd3-ref", 154), ("diffusers", 333)):
-        spec = make_sd3_text_spec(convention)
+    *clip, t5 = SD3_TEXT.encoders
+    longer = TextSpec((*clip, replace(t5, tokens=256)), "padded", 4096, "diffusers")
+    for spec, tokens in ((SD3_TEXT, 154), (longer, 333)):
         assert (spec.context_tokens, spec.context_width, spec.pooled_width) == (tokens, 4096, 2048)
     with pytest.raises(UserError, match="sd3-ref, diffusers"):
-        make_sd3_text_spec("sd3")  # type: ignore[arg-type]
+        replace(SD3_TEXT, convention="sd3")
 
 
 def test_cat_fills_a_missing_mask() -> None:

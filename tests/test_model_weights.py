@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from infra.errors import UserError
 from model.backbones.mmdit import MMDiTConfig
 from model.diffusion.sampler import solve
 from model.encoders.networks import load_text_encoders
-from model.encoders.text import TextCond, TextSpec, make_sd3_text_spec
+from model.encoders.text import EncoderSpec, TextCond, TextSpec
 from model.files.convert import convert
 from model.files.names import make_full_positions, to_sd3
 from model.files.weights import load_model, load_weights, read_meta, save_weights
@@ -210,12 +209,10 @@ def test_exported_pipeline_with_its_encoders_draws_from_prompts(tmp_path: Path) 
     assert torch.isfinite(image).all()
     # The same latents from the same prompt by our encoders, read from that folder, and our sampler.
     theirs = pipeline("a b", **asked, **shapes, output_type="latent").images
-    tiny = {"clip_l": (8, 16, 10), "clip_g": (8, 24, 14), "t5": (6, 48, 0)}
-    released = make_sd3_text_spec("diffusers").encoders
-    spec = TextSpec(
-        tuple(replace(e, tokens=n, width=w, pooled=p) for e in released for n, w, p in [tiny[e.seat]]),
-        "padded", 48, "diffusers",
-    )  # fmt: skip
+    clip_l = EncoderSpec("clip_l", "text_encoder", "clip_hf", tokens=8, width=16, pooled=10)
+    clip_g = EncoderSpec("clip_g", "text_encoder_2", "clip_hf", tokens=8, width=24, pooled=14)
+    t5 = EncoderSpec("t5", "text_encoder_3", "t5_hf", tokens=6, width=48, pooled=0)
+    spec = TextSpec((clip_l, clip_g, t5), "padded", 48, "diffusers")
     text = load_text_encoders(spec, lambda name: tmp_path / "pipe" / name)
     model, _ = load_model(path)
     ours = solve(

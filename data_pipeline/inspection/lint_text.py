@@ -80,11 +80,8 @@ def _format_captions(found: LintFindings) -> list[str]:
 
 
 def _format_pictures(found: LintFindings) -> list[str]:
-    lines = (
-        [list_counts(found.pictures) + (f"; {list_counts(found.traits)}" if found.traits else "")]
-        if found.pictures
-        else []
-    )
+    traits = f"; {list_counts(found.traits)}" if found.traits else ""
+    lines = [list_counts(found.pictures) + traits] if found.pictures else []
     if found.widths:
         sizes = (f"{name} {a:,} to {c:,}, median {b:,}" for name, (a, b, c) in
                  (("width", found.widths), ("height", found.heights)))  # fmt: skip

@@ -58,6 +58,7 @@ class TextSpec:
     layout: Layout = "padded"
     context_width: int = 4096
     convention: Convention = "sd3-ref"
+    """Which release the features equal. With T5 the reference pads to 77 tokens, diffusers' pipeline to 256."""
 
     def __post_init__(self) -> None:
         for field, allowed in (("layout", get_args(Layout)), ("convention", get_args(Convention))):
@@ -102,20 +103,6 @@ class TextSpec:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> TextSpec:
         return from_json(TextSpec, data, where="text_spec")
-
-
-# Tokens of T5: the reference pads to 77 (and cuts nothing: we cut there), diffusers' pipeline to 256.
-SD3_T5_TOKENS: dict[Convention, int] = {"sd3-ref": 77, "diffusers": 256}
-
-
-def make_sd3_text_spec(convention: Convention, layout: Layout = "padded") -> TextSpec:
-    """The three encoders of SD3, under the names of their folders in a released pipeline."""
-    if convention not in SD3_T5_TOKENS:
-        raise UserError(f"text convention {convention!r} is not one of {', '.join(SD3_T5_TOKENS)}")
-    clip_l = EncoderSpec("clip_l", "text_encoder", "clip_hf", tokens=77, width=768, pooled=768)
-    clip_g = EncoderSpec("clip_g", "text_encoder_2", "clip_hf", tokens=77, width=1280, pooled=1280)
-    t5 = EncoderSpec("t5", "text_encoder_3", "t5_hf", tokens=SD3_T5_TOKENS[convention], width=4096, pooled=0)
-    return TextSpec((clip_l, clip_g, t5), layout, 4096, convention)
 
 
 @dataclass(frozen=True)
