@@ -3,7 +3,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,13 @@ def count_activations(
             block.register_forward_pre_hook(lambda module, given: calls.append((module, given)))
             for block in model.blocks
         ]
-        all_kept = _count_kept(model, lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
+        all_kept = count_kept(model.parameters(), lambda: model(x_BCHW, torch.empty(1, dtype=torch.float32), text))
         for hook in hooks:
             hook.remove()
         found, of_class = calls, {}
         for block, given in found:
             if type(block) not in of_class:
-                of_class[type(block)] = _count_kept(block, _bind(block, given))
+                of_class[type(block)] = count_kept(block.parameters(), _bind(block, given))
     each = [of_class[type(block)] for block, _ in found]
     # Tokens and text; conditioning and masks are shared by all blocks.
     size = sum(x.nbytes for _, given in found for x in given if isinstance(x, Tensor) and x.dim() == 3)
@@ -71,9 +71,9 @@ def _bind(block: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: block(*fresh)
 
 
-def _count_kept(module: nn.Module, forward: Callable[[], Any]) -> int:
-    """Each storage once; parameters do not count."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
+def count_kept(parameters: Iterable[Tensor], forward: Callable[[], Any]) -> int:
+    """Bytes that `forward` keeps for its backward pass: each storage once; `parameters` do not count."""
+    own = {p.untyped_storage()._cdata for p in parameters}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class PlanArgs:
     """Price of one device; default: a guess of ours for each kind."""
     dataset_images: int | None = None
     """Distinct images in the data set: decides whether encoding them once pays off."""
+    decoder: str | None = None
+    """Of a recipe with a perceptual loss: the autoencoder of its latents (folder, or world:vae)."""
     json: bool = False
     """Print JSON."""
 
@@ -209,7 +211,11 @@ def plan(words: list[str]) -> None:
     from trainer.machines import detect_machine, get_machine
     from trainer.planning.reality import calibrate, run_trial
 
-    more = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
+    more: dict[str, Any] = {"dollars_per_hour": args.dollars_per_gpu_hour, "dataset_images": args.dataset_images}
+    if args.decoder is not None:
+        from trainer.planning.frozen import count_frozen_of
+
+        more["perceptual"] = count_frozen_of(args.recipe, args.decoder)
     calibration = calibrate(args.calibrate) if args.calibrate else None
     machine = get_machine(args.gpu) if args.gpu else detect_machine(args.recipe.precision)
     if calibration is not None:
@@ -237,6 +243,11 @@ def _check_plan(args: PlanArgs) -> None:
     _require_positive(args, "gpus", "efficiency", "dataset_images")
     if args.efficiency is not None and args.efficiency > 1:
         raise UserError(f"--efficiency {args.efficiency}: expected a share of the peak, at most 1")
+    if (args.decoder is None) != (args.recipe.student.perceptual is None):
+        raise UserError(
+            "--student.perceptual decodes latents: give --decoder, the folder of their autoencoder (world:vae in the "
+            "world)" if args.decoder is None else "--decoder is for recipes with --student.perceptual: omit it"
+        )  # fmt: skip
     price = args.dollars_per_gpu_hour
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UserError(f"--dollars-per-gpu-hour {price}: expected zero or more")

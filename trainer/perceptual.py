@@ -4,24 +4,22 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.checkpoints import resolve
-from data_pipeline.loading.loader import Dataset
 from infra.log import get_logger
 from model.encoders.vae import Latents, load_vae
 from model.perceptual import load_perceptual
 from trainer.recipe import Recipe
-from trainer.zero.group import Group
 
 log = get_logger("perceptual")
 
 
-def open_perceptual(recipe: Recipe, dataset: Dataset, group: Group) -> "PerceptualLoss | None":
-    """The recipe's perceptual loss; None where it asks for none."""
+def open_perceptual(recipe: Recipe, latents: Latents, device: torch.device) -> "PerceptualLoss | None":
+    """The recipe's perceptual loss, with the autoencoder of `latents`; None where it asks for none."""
     where = recipe.student.perceptual
-    return None if where is None else PerceptualLoss(where, dataset.vae, device=group.device)
+    return None if where is None else PerceptualLoss(where, latents, device=device)
 
 
 class PerceptualLoss:
@@ -41,15 +39,21 @@ class PerceptualLoss:
 
     def __call__(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted_BCHW = self._decode(b_BCHW.float())
+            wanted_BCHW = self.decode(b_BCHW.float())
         # What decoder and network keep for the gradient is large at 1024 pixels: it is computed again instead.
-        distance_B = checkpoint(self._compare, a_BCHW.float(), wanted_BCHW, use_reentrant=False)
+        distance_B = checkpoint(self.compare, a_BCHW.float(), wanted_BCHW, use_reentrant=False)
         assert isinstance(distance_B, Tensor)
         return distance_B
 
-    def _compare(self, a_BCHW: Tensor, wanted_BCHW: Tensor) -> Tensor:
-        return self._network(self._decode(a_BCHW), wanted_BCHW)
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """Autoencoder and network."""
+        return self._vae, self._network
 
-    def _decode(self, latent_BCHW: Tensor) -> Tensor:
+    def compare(self, a_BCHW: Tensor, wanted_BCHW: Tensor) -> Tensor:
+        """Distance of the pictures of latents from pictures."""
+        return self._network(self.decode(a_BCHW), wanted_BCHW)
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
         """Pictures in [-1, 1], more or less: not clamped, as a clamped pixel has no gradient."""
         return self._vae.decode(self._latents.denormalise(latent_BCHW)).sample

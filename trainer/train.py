@@ -27,8 +27,9 @@ from trainer.launchers import find_launchers, launcher_has_ended
 from trainer.machines import detect_machine
 from trainer.network import Losses, Network
 from trainer.objective import asks_teacher, bind_objective, count_network_passes
-from trainer.perceptual import open_perceptual
-from trainer.planning.hardware_plan import make_hardware_plan
+from trainer.perceptual import PerceptualLoss, open_perceptual
+from trainer.planning.frozen import count_frozen
+from trainer.planning.hardware_plan import HardwarePlan, make_hardware_plan
 from trainer.recipe import Recipe, count_micro_batches
 from trainer.runfolder import PLAN, RECIPE, name_step, write_data
 from trainer.state import Saver, StopSignal, TrainingState, load_init, open_feed, restore
@@ -72,7 +73,8 @@ def train(
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             end = "dry run: the data fits the recipe; nothing was written"
-            plan = make_hardware_plan(prepared.recipe, world_size=world_size).describe()
+            perceptual = open_perceptual(prepared.recipe, prepared.dataset.vae, torch.device("cpu"))
+            plan = _make_plan(prepared.recipe, world_size, perceptual).describe()
             print("\n".join(filter(None, [plan, prepared.continues_at, end])))
         return
 
@@ -115,7 +117,8 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     """Build the parts of a run on this rank (model, EMA, data, monitor, writers), and restore its checkpoint if there
     is one. Rank 0 also writes recipe.json, plan.json and data.json. Collective."""
     recipe, dataset, val, out = prepared.recipe, prepared.dataset, prepared.val, prepared.out
-    stop, plan = StopSignal(), make_hardware_plan(recipe, world_size=group.world_size)
+    perceptual = open_perceptual(recipe, dataset.vae, group.device)
+    stop, plan = StopSignal(), _make_plan(recipe, group.world_size, perceptual)
     accumulation, passes = count_micro_batches(recipe, group.world_size), count_network_passes(recipe)
     engine = ZeroEngine(recipe, group, accumulation=accumulation, passes=passes.backward)
     if prepared.init_from is not None:
@@ -134,9 +137,12 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
     return Training(
         recipe, dataset, out, group, engine, ema, state,
         micro_batches=open_feed(recipe, dataset, group, state),
-        compute_losses=bind_objective(recipe, perceptual=open_perceptual(recipe, dataset, group)),
+        compute_losses=bind_objective(recipe, perceptual=perceptual),
         stop=stop,
-        monitor=Monitor(recipe, group, detect_machine(recipe.precision), watchdog, datasets=dataset.datasets),
+        monitor=Monitor(
+            recipe, group, detect_machine(recipe.precision), watchdog, datasets=dataset.datasets,
+            frozen_flops=plan.perceptual.flops_per_image if plan.perceptual else 0,
+        ),
         run_log=run_log,
         validator=Validator(recipe, val) if val is not None else None,
         sampler=Sampler(recipe, val, group) if val is not None and recipe.logging.samples else None,
@@ -144,6 +150,11 @@ def assemble(prepared: PreparedRun, group: Group, watchdog: Watchdog) -> Trainin
         saver=Saver(engine, ema, run_log, uploads, dataset.info, prepared.init_from),
         free=prepared.free,
     )  # fmt: skip
+
+
+def _make_plan(recipe: Recipe, world_size: int, perceptual: PerceptualLoss | None) -> HardwarePlan:
+    cost = None if perceptual is None else count_frozen(perceptual, recipe.data.latent_shape)
+    return make_hardware_plan(recipe, world_size=world_size, perceptual=cost)
 
 
 @contextmanager

@@ -64,7 +64,9 @@ class StepTime:
     device_hours: float
 
 
-def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, activations: int = 0) -> dict[str, int]:
+def estimate_bytes_per_rank(
+    recipe: Recipe, *, stage: int, world_size: int, activations: int = 0, perceptual: int = 0
+) -> dict[str, int]:
     """What lies on one rank under a ZeRO stage, by category. The weights that compute are a copy of the fp32 masters,
     except under stage 0, where fp32 weights are their own masters. `gathered` under stage 3: two blocks in use, or
     what may stay for its next use. `teacher`: the frozen weights that an objective asks."""
@@ -97,6 +99,8 @@ def estimate_bytes_per_rank(recipe: Recipe, *, stage: int, world_size: int, acti
         found["gathered"] = compute * min(parameters, max(two_blocks, p.max_live)) if world_size > 1 else 0
         found["second_copy"] = parameters * compute / p.hpz if p.hpz > 1 else 0
     found["activations"] = activations
+    if perceptual:
+        found["perceptual"] = perceptual
     num_bytes = {name: math.ceil(value) for name, value in found.items()}
     return num_bytes | {
         "total": sum(num_bytes.get(name, 0) for name in MODEL_STATES),
@@ -124,16 +128,20 @@ def estimate_step_time(
     efficiency: float,
     tried: StepCost | None = None,
     extra: Cost = NOTHING,
+    frozen_flops: int = 0,
 ) -> StepTime:
     """Computing at a stated efficiency, communication from bytes and links, copies around it, the optimizer and the EMA
     from bytes and memory. On CPUs ranks also wait for each other, by the bytes that they exchange. What was `tried`
-    stands for all of it; `extra` is what each micro-batch takes beyond the rest."""
+    stands for all of it but `frozen_flops`, those of a perceptual loss for each image, at the same efficiency although
+    they are in fp32; `extra` is what each micro-batch takes beyond the rest."""
     p = recipe.parallel
     per_image = count_train_flops(recipe)
     if p.checkpoint_blocks:
         recomputed = count_network_passes(recipe).backward
         per_image += recomputed * recipe.model.count_forward_flops(*recipe.data.sizes)
-    compute = per_image * recipe.global_batch / world_size / (machine.flops * efficiency)
+    seconds_per_flop = recipe.global_batch / world_size / (machine.flops * efficiency)
+    frozen = frozen_flops * seconds_per_flop
+    compute = per_image * seconds_per_flop + frozen
     moved = count_bytes_moved(recipe, world_size=world_size)
     inside = min(world_size, machine.per_node, p.hpz) if p.hpz > 1 else 0
     over = {name: inside or world_size if name == "backward" else world_size for name in moved}
@@ -148,7 +156,7 @@ def estimate_step_time(
     step = Cost(work + machine.waiting * communication, work)
     passes = count_passes(recipe, world_size)
     if tried is not None:
-        step = tried.micro_batch * passes + tried.update
+        step = tried.micro_batch * passes + tried.update + Cost(frozen, frozen)
     step += extra * passes
     hours = step.seconds * recipe.steps / 3600
     return StepTime(

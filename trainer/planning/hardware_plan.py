@@ -20,6 +20,7 @@ from trainer.planning.estimates import (
     estimate_bytes_per_rank,
     estimate_step_time,
 )  # fmt: skip
+from trainer.planning.frozen import FrozenCost
 from trainer.recipe import Recipe
 
 USABLE = 0.9  # of a device's memory: the rest goes to the allocator, kernels and NCCL
@@ -87,6 +88,8 @@ class HardwarePlan:
     predicted: dict[str, float]
     """What a run measures, under the names of its result rows."""
     calibration: CalibratedBy | None = None
+    perceptual: FrozenCost | None = None
+    """Part of `train_flops_per_image` and of the bytes."""
 
     def describe(self) -> str:
         """The plan as people read it."""
@@ -97,6 +100,7 @@ class HardwarePlan:
             f"{self.image_tokens} image + {self.text_tokens} text tokens",
             f"{self.images:,} images in {self.steps:,} steps, {self.train_flops_per_image:.3e} FLOPs an image to "
             f"train, {self.train_flops:.3e} in all",
+            *([self.perceptual.describe()] if self.perceptual else []),
             f"bytes per rank on {self.world_size} rank(s) of {self.machine}, GiB (the recipe uses stage "
             f"{self.zero_stage}, {self.micro_batch} image(s) at once; total: model states alone):",
             "         " + "".join(f"{name:>12}" for name in names),
@@ -149,9 +153,10 @@ def make_hardware_plan(
     dataset_images: int | None = None,
     tried: StepCost | None = None,
     extra: Cost = NOTHING,
+    perceptual: FrozenCost | None = None,
 ) -> HardwarePlan:
     """`tried`: what trials of this recipe took, which then is its step; `extra`: what each micro-batch takes beyond the
-    rest."""
+    rest; `perceptual`: what a perceptual loss adds, which no trial knows."""
     recipe = plan_precision(recipe, machine)
     machine = machine or detect_machine(recipe.precision)
     efficiency = machine.efficiency if efficiency is None else efficiency
@@ -160,12 +165,14 @@ def make_hardware_plan(
     micro, kept = choose_micro_batch(recipe, world_size), _count_activations(recipe)
     pictures = micro * get_objective(recipe.objective).images_per_sample
     activations = kept.kept(recompute=recipe.parallel.checkpoint_blocks) * pictures
-    per_stage = {
-        f"stage{n}": estimate_bytes_per_rank(recipe, stage=n, world_size=world_size, activations=activations)
-        for n in range(4)
-    }
-    time = estimate_step_time(recipe, machine, world_size=world_size, efficiency=efficiency, tried=tried, extra=extra)
-    train_flops = count_train_flops(recipe)
+    frozen_flops, frozen_bytes = (perceptual.flops_per_image, perceptual.count_bytes(micro)) if perceptual else (0, 0)
+    given = {"world_size": world_size, "activations": activations, "perceptual": frozen_bytes}
+    per_stage = {f"stage{n}": estimate_bytes_per_rank(recipe, stage=n, **given) for n in range(4)}
+    time = estimate_step_time(
+        recipe, machine, world_size=world_size, efficiency=efficiency, tried=tried, extra=extra,
+        frozen_flops=frozen_flops,
+    )  # fmt: skip
+    train_flops = count_train_flops(recipe) + frozen_flops
     return HardwarePlan(
         recipe=recipe.name,
         recipe_hash=recipe.hash,
@@ -197,6 +204,7 @@ def make_hardware_plan(
             recipe.images, machine, price=price, hours=time.hours, dataset_images=dataset_images
         ),
         predicted=_list_predictions(recipe, machine, time, per_stage[f"stage{recipe.parallel.zero_stage}"]),
+        perceptual=perceptual,
     )
 
 

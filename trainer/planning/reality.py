@@ -86,7 +86,7 @@ def calibrate(run: str) -> Calibration:
     if detect_machine(recipe.precision) != machine:
         return Calibration(run, machine, utilisation)
     trial = run_trial(recipe, machine, world_size=world_size)
-    time = make_hardware_plan(recipe, world_size=world_size, machine=machine, **trial).time
+    time = make_hardware_plan(recipe, world_size=world_size, machine=machine, perceptual=plan.perceptual, **trial).time
     seconds = costs["cost/step_seconds"]
     beyond = seconds - time.step_seconds, costs.get("cost/step_cpu_seconds", seconds) - time.work_seconds
     extra = Cost(*(max(0.0, value) / count_passes(recipe, world_size) for value in beyond))
@@ -117,7 +117,7 @@ def grade_run(run: str, calibration: Calibration | None = None) -> Grades:
                 f"{run} ran on {plan.machine}, {calibration.run} on {calibration.machine.name}: "
                 "calibrate by a run on the same kind of device"
             )
-        again = calibration.plan(read_recipe(run), world_size=plan.world_size).predicted
+        again = calibration.plan(read_recipe(run), world_size=plan.world_size, perceptual=plan.perceptual).predicted
         predicted |= {name: value for name, value in again.items() if name in predicted or "step" in name}
     return {name.removeprefix("cost/"): (planned, costs[name])
             for name, planned in sorted(predicted.items()) if name in costs}  # fmt: skip

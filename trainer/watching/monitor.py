@@ -46,16 +46,17 @@ class Monitor:
 
     def __init__(
         self, recipe: Recipe, group: Group, machine: Machine, watchdog: Watchdog | None = None, *,
-        datasets: tuple[str, ...] = (),
+        datasets: tuple[str, ...] = (), frozen_flops: int = 0,
     ) -> None:  # fmt: skip
-        """`datasets`: names of the datasets of a mix, each of which gets a loss of its own in the log."""
+        """`datasets`: names of the datasets of a mix, each of which gets a loss of its own in the log. `frozen_flops`:
+        of a perceptual loss, for each image."""
         self.group, self._machine, self._watchdog, self._datasets = group, machine, watchdog, datasets
         _, height, width = recipe.data.latent_shape
         # Not the customary "three forward passes": layers that read data need no gradient for their input.
         config, tokens = recipe.model, recipe.data.text_tokens
         exact = config.count_forward_flops(height, width, tokens) + config.count_backward_flops(height, width, tokens)
         one_pass = count_network_passes(recipe) == Passes() and recipe.lora.rank is None
-        self._flops = exact if one_pass else count_train_flops(recipe)
+        self._flops = (exact if one_pass else count_train_flops(recipe)) + frozen_flops
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
