@@ -80,7 +80,7 @@ class Progress:
         self.fields: dict[str, object] = {}
         self._stream = stream or sys.stderr
         self._start = self._last = time.monotonic()
-        self._said, self._closed = initial - 1, False
+        self._printed, self._closed = initial - 1, False
         self._silent = get_rank() != 0
         self._bar: tqdm | None = None
         if not self._silent and self._stream.isatty():
@@ -107,7 +107,7 @@ class Progress:
         self._closed = True
         if self._bar is not None:
             self._bar.close()
-        elif not self._silent and self.done != self._said:
+        elif not self._silent and self.done != self._printed:
             self._say()
 
     def format_line(self) -> str:
@@ -129,7 +129,7 @@ class Progress:
         return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.fields.items())
 
     def _say(self) -> None:
-        self._last, self._said = time.monotonic(), self.done
+        self._last, self._printed = time.monotonic(), self.done
         print(self.format_line(), file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":

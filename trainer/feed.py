@@ -120,13 +120,13 @@ class Prefetcher(Iterator[MicroBatch]):
         self._batches, self._draw = batches, draw
         self._pinned = device.type == "cuda"
         # One thread, so that micro-batches stay in order.
-        self._made = ReadAhead(
+        self._ahead = ReadAhead(
             self._make, itertools.repeat(None), ahead=AHEAD + 1, threads=int(self._pinned), name="feed",
             start_thread=partial(_choose_gpu, device),
         )  # fmt: skip
 
     def __next__(self) -> MicroBatch:
-        return next(self._made)
+        return next(self._ahead)
 
     def _make(self, _: None) -> MicroBatch:
         micro = self._draw(next(self._batches))._replace(exceptions=self._batches.exceptions)
@@ -134,7 +134,7 @@ class Prefetcher(Iterator[MicroBatch]):
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._made.close(wait=False)
+        self._ahead.close(wait=False)
         self._batches.close()
 
 

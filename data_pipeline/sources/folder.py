@@ -160,18 +160,18 @@ class Tables:
     """Captions of metadata tables. Of several tables about an image the one in the nearest folder counts."""
 
     def __init__(self, root: str, by_uri: Mapping[str, Mapping[str, object]]) -> None:
-        self._said: dict[str, object] = {}
+        self._captions: dict[str, object] = {}
         for uri, captions in sorted(by_uri.items(), key=lambda item: item[0].count("/")):
             folder = posixpath.dirname(uri.removeprefix(root))
-            self._said.update({_locate(root, folder, name): text for name, text in captions.items()})
+            self._captions.update({_locate(root, folder, name): text for name, text in captions.items()})
 
     def find(self, relative: str) -> object:
         """The caption of an image by its name below the root; None where no table lists it."""
-        return self._said.get(relative)
+        return self._captions.get(relative)
 
     def find_missing(self, files: AbstractSet[str]) -> list[tuple[str, object]]:
         """Names and captions of the images that a table lists and that are not there."""
-        return [(name, text) for name, text in self._said.items() if name not in files]
+        return [(name, text) for name, text in self._captions.items() if name not in files]
 
 
 def _locate(root: str, folder: str, name: str) -> str:

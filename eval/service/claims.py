@@ -128,16 +128,16 @@ class ClaimMonitor:
     """Tells which running claims are abandoned: their owner is gone, or their beat stood still under our own clock."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._last_beats: dict[str, tuple[bytes, float]] = {}
 
     def is_abandoned(self, run_uri: str, settings: str, step: int, attempt: int) -> bool:
         folder = storage.join(run_uri, "evaluations", settings, f"step_{step:07d}")
         if _is_surely_gone(_read(_locate(folder, attempt, "claim"))):
             return True
         beat, now = _read(_locate(folder, attempt, "beat")), time.monotonic()
-        before = self._seen.get(_locate(folder, attempt, "beat"))
+        before = self._last_beats.get(_locate(folder, attempt, "beat"))
         if before is None or before[0] != beat:
-            self._seen[_locate(folder, attempt, "beat")] = (beat, now)
+            self._last_beats[_locate(folder, attempt, "beat")] = (beat, now)
             return False
         return now - before[1] > STANDS_STILL
 

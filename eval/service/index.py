@@ -32,7 +32,7 @@ class Index:
         self.uri = uri.rstrip("/") or uri
         self.snapshot = Snapshot(self.uri)
         self.reading: tuple[int, int] | None = None  # (runs read, runs to read) while a refresh reads
-        self._seen: dict[str, str] = {}
+        self._signatures: dict[str, str] = {}
         self._runs: dict[str, IndexedRun] = {}
         self._stores: OrderedDict[str, ResultStore] = OrderedDict()
         self._notes: list[str] = []
@@ -49,15 +49,15 @@ class Index:
         paths = [path for path in inside if "/checkpoints/" not in f"/{path}" and "/logs/" not in f"/{path}"]
         folders = {_escape_surrogates(name): found for name, found in find_run_folders(self.uri, paths).items()}
         signatures = {name: _hash_names(files) for name, (_, files) in folders.items()}
-        changed = [name for name, signature in signatures.items() if signature != self._seen.get(name)]
+        changed = [name for name, signature in signatures.items() if signature != self._signatures.get(name)]
         gone = set(self._runs) - set(folders)
         shared = self._read_shared(inside)
         if not changed and not gone and shared == self.snapshot.shared and self.snapshot.generation:
             return False
         for done, name in enumerate(changed):
             self.reading = (done, len(changed))
-            self._runs[name] = self._read(name, *folders[name], first=not self._seen)
-        self.reading, self._seen = None, signatures
+            self._runs[name] = self._read(name, *folders[name], first=not self._signatures)
+        self.reading, self._signatures = None, signatures
         for name in gone:
             del self._runs[name]
         runs = sorted(self._runs.values(), key=lambda r: (r.run.parameters or 0, r.run.depth or 0, natural_key(r.name)))

@@ -133,7 +133,7 @@ class _Tokenizer:
     """A transformers tokenizer at the full length of a seat; a first caption that is cut is told with what is lost."""
 
     def __init__(self, tokenizer: Any, encoder: EncoderSpec) -> None:
-        self._tokenizer, self._encoder, self._told = tokenizer, encoder, False
+        self._tokenizer, self._encoder, self._warned = tokenizer, encoder, False
 
     def __call__(self, captions: Sequence[str], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """(ids_BL, mask_BL); longer captions are cut, the end token kept."""
@@ -141,9 +141,10 @@ class _Tokenizer:
         out = self._tokenizer(
             list(captions), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        if not self._told:
+        if not self._warned:
             full = [text for text, mask in zip(captions, out.attention_mask) if mask.sum() == limit]
-            self._told = tell_cut(self._encoder, full, lambda text: len(self._tokenizer(text, verbose=False).input_ids))
+            count = lambda text: len(self._tokenizer(text, verbose=False).input_ids)  # noqa: E731
+            self._warned = tell_cut(self._encoder, full, count)
         return out.input_ids.to(device), out.attention_mask.to(device)
 
 

@@ -70,7 +70,7 @@ class Monitor:
     def _start(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)  # by phase
         self._step_losses: list[float] = []
-        self._seen: list[BinnedLosses] = []
+        self._batches: list[BinnedLosses] = []
         self._since, self._cpu, self._stolen = time.monotonic(), time.process_time(), read_stolen_seconds()
 
     @contextlib.contextmanager
@@ -125,7 +125,7 @@ class Monitor:
         its samples. The losses are read in `take` only, so that nothing waits for the GPU here."""
         # The bins are copies: with a GPU the times lie in page-locked memory, which is used again.
         bin_B = (t_B.double() * BINS).long().clamp(0, BINS - 1)
-        self._seen.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures, dataset_B))
+        self._batches.append(BinnedLosses(bin_B, losses.loss_B.detach(), losses.figures, dataset_B))
 
     def end_step(self, loss: float) -> None:
         """Add a step that was taken; `loss` is the mean over its global batch."""
@@ -134,14 +134,14 @@ class Monitor:
     @property
     def _names(self) -> Iterable[str]:
         """Names of the objective's other figures."""
-        return self._seen[0].figures if self._seen else ()
+        return self._batches[0].figures if self._batches else ()
 
     def _sum(self) -> dict[str, float]:
         """This rank's sums so far: losses and numbers of samples by bin of t and by dataset, and the objective's other
         figures."""
         loss_and_count = torch.zeros(2, BINS, dtype=torch.float64)
         by_dataset = torch.zeros(2, len(self._datasets), dtype=torch.float64)
-        for micro in self._seen:
+        for micro in self._batches:
             loss_B = micro.loss_B.double().cpu()
             pair = torch.stack([loss_B, torch.ones_like(loss_B)])
             loss_and_count.index_add_(1, micro.bin_B, pair)
@@ -152,7 +152,7 @@ class Monitor:
             **{f"data/{name}/count": count for name, count in zip(self._datasets, by_dataset[1].tolist())},
             **{f"loss/{i}": total for i, total in enumerate(loss_and_count[0].tolist())},
             **{f"count/{i}": count for i, count in enumerate(loss_and_count[1].tolist())},
-            **{name: sum(micro.figures[name].double().sum().item() for micro in self._seen) for name in self._names},
+            **{name: sum(micro.figures[name].double().sum().item() for micro in self._batches) for name in self._names},
         }
 
     def take(self) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Monitor:
         seconds = max(time.monotonic() - self._since, 1e-9)
         sums = {
             **self._sum(),  # the same names on all ranks
-            "images": float(sum(len(micro.loss_B) for micro in self._seen)),
+            "images": float(sum(len(micro.loss_B) for micro in self._batches)),
             "entropy": sum(record.mean_entropy for record in self._attention) / max(len(self._attention), 1),
         }
         largest = {

@@ -44,7 +44,7 @@ class RankStatus:
     count: int
     at: float
     step: int
-    doing: str
+    phase: str
     done: int
     state: int
     waits: bool
@@ -58,11 +58,11 @@ class Watchdog:
     ) -> None:
         self.group, self.out, self.stall_s = group, out, stall_s
         self._launchers = list(launchers)
-        self._step, self._doing, self._moved = 0, "start", time.monotonic()
+        self._step, self._phase, self._moved = 0, "start", time.monotonic()
         self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
-        self._told: tuple[int, str] | None = None
+        self._reported: tuple[int, str] | None = None
         self._state = RUNNING
-        self._seen: dict[int, RankStatus] = {}
+        self._statuses: dict[int, RankStatus] = {}
         self._stop = threading.Event()
         self._store: Any = store or (open_rendezvous_store() if group.world_size > 1 else None)
         self._contact = time.monotonic()
@@ -72,9 +72,9 @@ class Watchdog:
         self._talker.start()
         self._judge_thread.start()
 
-    def begin(self, doing: str, step: int) -> None:
-        """The main thread begins `doing` at this step; this also counts as progress."""
-        self._step, self._doing, self._moved = step, doing, time.monotonic()
+    def begin(self, phase: str, step: int) -> None:
+        """The main thread begins `phase` at this step; this also counts as progress."""
+        self._step, self._phase, self._moved = step, phase, time.monotonic()
         self._done += 1
 
     def close(self, state: int = LEFT) -> None:
@@ -114,23 +114,23 @@ class Watchdog:
             self._report_stall()
 
     def _beat(self, count: int) -> None:
-        heartbeat = json.dumps([count, self._step, self._doing, self._done, self._state, waits_for_others()])
+        heartbeat = json.dumps([count, self._step, self._phase, self._done, self._state, waits_for_others()])
         self._store.set(f"beeline/beat/{self.group.rank}", heartbeat)
 
     def _listen(self) -> None:
         now = time.monotonic()
         ranks = [r for r in range(self.group.world_size) if self._store.check([f"beeline/beat/{r}"])]
         for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
-            count, step, doing, done, state, waits = json.loads(text)
-            old = self._seen.get(rank)
+            count, step, phase, done, state, waits = json.loads(text)
+            old = self._statuses.get(rank)
             at = now if old is None or old.count != count else old.at
-            self._seen[rank] = RankStatus(count, at, step, doing, done, state, waits)
+            self._statuses[rank] = RankStatus(count, at, step, phase, done, state, waits)
 
     def _find_dead(self, after_s: float = DEAD_S) -> list[int]:
         now = time.monotonic()
         if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
             return [0]
-        other_ranks = [(rank, last) for rank, last in self._seen.items() if rank != self.group.rank]
+        other_ranks = [(rank, last) for rank, last in self._statuses.items() if rank != self.group.rank]
         return [r for r, s in other_ranks if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
 
     def wait_for_verdict(self) -> list[int]:
@@ -150,11 +150,11 @@ class Watchdog:
             self._listen()
         except RuntimeError:
             return True
-        return self._seen[0].state == FAILED
+        return self._statuses[0].state == FAILED
 
     def end(self, dead: list[int]) -> None:
         """Report the dead ranks and end this process at once: the main thread may wait in a collective for ever."""
-        failed = [rank for rank in dead if rank in self._seen and self._seen[rank].state == FAILED]
+        failed = [rank for rank in dead if rank in self._statuses and self._statuses[rank].state == FAILED]
         report_lost(dead, self.group, self._step, failed=bool(failed))
         sys.stderr.flush()
         report_code(LOST)
@@ -162,10 +162,10 @@ class Watchdog:
 
     def _report_stall(self) -> None:
         still = time.monotonic() - self._moved
-        phase = self._step, self._doing
-        if still < self.stall_s or self._told == phase:
+        here = self._step, self._phase
+        if still < self.stall_s or self._reported == here:
             return
-        self._told = phase
+        self._reported = here
         name = f"stall_{name_rank(self.group.rank)}_{name_step(self._step)}.txt"
         uri = storage.join(self.out, "logs", name)
         with contextlib.suppress(UserError, OSError):
@@ -174,23 +174,23 @@ class Watchdog:
             log.warning("no progress for %.0f s; %s; stack traces of each rank: %s", still, self._describe_stuck(), uri)
 
     def _find_silent(self) -> list[int]:
-        return [rank for rank in self._find_dead(SURE_S) if rank in self._seen]
+        return [rank for rank in self._find_dead(SURE_S) if rank in self._statuses]
 
     def _choose_speaker(self) -> int:
         """The lowest rank with heartbeats, which writes the report: a stopped rank cannot."""
         silent = self._find_silent()
-        return min((rank for rank in self._seen if rank not in silent), default=self.group.rank)
+        return min((rank for rank in self._statuses if rank not in silent), default=self.group.rank)
 
     def _describe_stuck(self) -> str:
         """Text that names the ranks for which the others wait. These are ranks without heartbeats (stopped); else those
         that have begun the fewest phases and are not inside a collective; else all with the fewest phases."""
-        if not self._seen:
-            return f"this rank is at step {self._step}: {self._doing}"
+        if not self._statuses:
+            return f"this rank is at step {self._step}: {self._phase}"
         silent = self._find_silent()
-        least = min(seen.done for seen in self._seen.values())
-        behind = [rank for rank, seen in self._seen.items() if seen.done == least]
-        stuck = silent or [rank for rank in behind if not self._seen[rank].waits] or behind
-        described = [f"rank {r} at step {self._seen[r].step}: {self._seen[r].doing}" for r in sorted(stuck)[:4]]
+        least = min(status.done for status in self._statuses.values())
+        behind = [rank for rank, status in self._statuses.items() if status.done == least]
+        stuck = silent or [rank for rank in behind if not self._statuses[rank].waits] or behind
+        described = [f"rank {r} at step {self._statuses[r].step}: {self._statuses[r].phase}" for r in sorted(stuck)[:4]]
         return ("without a sign of life: " if silent else "longest without progress: ") + ", ".join(described)
 
 

@@ -87,14 +87,14 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length
-        self._known: dict[str, list[int]] = {}
+        self._tokenized: dict[str, list[int]] = {}
 
     def __call__(self, texts: list[str]) -> Tensor:
         for text in texts:
-            if text not in self._known:
+            if text not in self._tokenized:
                 ids = self._tokenizer(text, padding="max_length", truncation=True, max_length=self._length).input_ids
-                self._known[text] = ids
-        return torch.tensor([self._known[text] for text in texts])
+                self._tokenized[text] = ids
+        return torch.tensor([self._tokenized[text] for text in texts])
 
 
 @dataclass

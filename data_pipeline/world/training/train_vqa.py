@@ -94,16 +94,16 @@ class QuestionBatch:
 
     def __init__(self, scenes: list[Scene], rng: np.random.Generator, words: random.Random) -> None:
         images, truth = [], []
-        self.asked: list[Question] = []
+        self.questions: list[Question] = []
         for scene in scenes:
             if rng.random() < 0.05:
                 images.append(draw_nothing(rng))
                 truth.append(mark_patches(()))
-                self.asked += ask_absent(words, NUM_QUESTIONS)
+                self.questions += ask_absent(words, NUM_QUESTIONS)
             else:
                 images.append(augment(scene.image, rng))
                 truth.append(mark_patches(scene.objects))
-                self.asked += ask_questions(words, scene, NUM_QUESTIONS)
+                self.questions += ask_questions(words, scene, NUM_QUESTIONS)
         self.pixels_B3HW = stack_pixels(images)
         self.class_BP, self.color_BP, self.centre_BP = (torch.from_numpy(np.stack(t)) for t in zip(*truth))
 
@@ -150,8 +150,8 @@ def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None =
     def loss_of_step(step: int) -> Tensor:
         batch = QuestionBatch([next(scenes if i % 4 else paired) for i in range(NUM_SCENES)], rng, words)
         image_BPD = vqa.vision_model(batch.pixels_B3HW).last_hidden_state
-        tokens = tokenizer([q.text for q in batch.asked], padding="longest", return_tensors="pt")
-        answers_Q = torch.tensor([yes if q.answer else no for q in batch.asked])
+        tokens = tokenizer([q.text for q in batch.questions], padding="longest", return_tensors="pt")
+        answers_Q = torch.tensor([yes if q.answer else no for q in batch.questions])
         logits_Q2V = compute_first_logits(vqa, image_BPD.repeat_interleave(NUM_QUESTIONS, 0), tokens, answers_Q)
         answer_loss = F.cross_entropy(logits_Q2V[:, 0], answers_Q)
         stopped = F.cross_entropy(logits_Q2V[:, 1], torch.full_like(answers_Q, stop))
