@@ -70,7 +70,8 @@ def test_clusters_get_what_they_can_read(target, command, nodes):
         check_shell(text)
         assert "#SBATCH --partition=gpu\n" in text
         assert f"#SBATCH --nodes={nodes}\n" in text
-        check_shell(shlex.split(text.rpartition("srun ")[2])[-1])
+        words = shlex.split(text.rpartition("srun ")[2], comments=True)
+        check_shell(words[words.index("bash") + 2])
         return
     documents = list(yaml.safe_load_all(text))
     if target == "skypilot":
@@ -215,8 +216,9 @@ def test_a_missing_client_is_named():
 SRUN = """#!/usr/bin/env bash
 set -m
 while [ "$1" != bash ]; do shift; done
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" & second=$!
+export SLURM_NTASKS=2 SLURM_LOCALID=0
+SLURM_NODEID=0 SLURM_PROCID=0 "$@" & first=$!
+SLURM_NODEID=1 SLURM_PROCID=1 "$@" & second=$!
 trap 'kill -KILL -- -$first -$second 2>/dev/null' EXIT
 wait $first; code=$?
 [ $code = 0 ] && for try in $(seq ${GRACE:-0}); do kill -0 $second 2>/dev/null || break; sleep 1; done
@@ -253,19 +255,26 @@ def run_script(job: Job, environment: dict[str, str], log: Path) -> tuple[int, s
     script = TARGETS["slurm"].render(job)
     with log.open("w") as out:
         done = subprocess.run(
-            ["bash", "-c", script], stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=540, check=False
-        )
+            ["bash", "-c", script], stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=540, check=False,
+            cwd=log.parent,
+        )  # fmt: skip
     return done.returncode, log.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_the_batch_script_joins_deepspeed_over_two_nodes(two_nodes, free_port, tmp_path):
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "ranks"])
+def test_the_batch_script_joins_ranks_over_two_nodes(two_nodes, tmp_path, launcher):
     (tmp_path / "meet.py").write_text(MEET)
-    environment = {"NOTE": "x y", "DS_ACCELERATOR": "cpu"}
-    command = ("deepspeed", "--master_port", str(free_port()), str(tmp_path / "meet.py"))
-    wanted = Job(name="meet", command=command, nodes=2, env=environment)
+    words = {"deepspeed": ["deepspeed"], "torchrun": ["torchrun"], "ranks": ["python"]}[launcher]
+    wanted = Job(
+        name="meet",
+        command=(*words, str(tmp_path / "meet.py")),
+        nodes=2,
+        ranks_per_node=1 if launcher == "ranks" else None,
+        env={"NOTE": "x y", "DS_ACCELERATOR": "cpu"},
+    )
     code, output = run_script(wanted, {**two_nodes, "GRACE": "60"}, tmp_path / "log")
     assert code == 0, output
     assert output.count("ranks 2 of 2 x y") == 2

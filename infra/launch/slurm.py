@@ -1,9 +1,14 @@
-"""A batch script for sbatch. DeepSpeed starts on every node; other commands get a Ray cluster of the job's nodes."""
+"""A batch script for sbatch: ranks as tasks, launchers on every node, or a Ray cluster of the job's nodes.
+
+Slurm kills all that a task leaves behind when the task ends, so a rank or `supervise` is the task, never a launcher.
+"""
 
 import shlex
 
+from infra import outcome
 from infra.launch.job import (
     MASTER_ADDR,
+    MASTER_PORT,
     NODE_RANK,
     Job,
     hand_over,
@@ -11,8 +16,12 @@ from infra.launch.job import (
     write_exports,
     write_hostfile,
     write_ray_cluster,
+    write_supervised,
 )
 from infra.launch.target import Target
+
+CPUS_PER_GPU = 8  # srun binds a task to one core otherwise, and loader threads with it
+MAX_RESTARTS = 3  # without a new checkpoint
 
 
 def render(job: Job) -> str:
@@ -20,20 +29,24 @@ def render(job: Job) -> str:
     settings = {
         "job-name": job.name,
         "nodes": str(job.nodes),
-        "ntasks-per-node": "1",
+        "ntasks-per-node": str(job.num_ranks) if job.is_ranks else "1",
         "output": "%x-%j.log",
         "open-mode": "append",
         "requeue": "",
-        "signal": "TERM@120",
+        "signal": f"{'B:' if job.on_every_node else ''}TERM@{job.grace_s}",
     }
     if job.working_dir != ".":
         settings["chdir"] = job.working_dir
     if job.gpus_per_node:
         settings["gpus-per-node"] = str(job.gpus_per_node)
+        settings["cpus-per-task"] = str(CPUS_PER_GPU * (1 if job.is_ranks else job.gpus_per_node))
     settings.update(job.options)
     header = [f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in settings.items()]
-    body = _write_one_node(job) if job.nodes == 1 else _write_every_node(job) if job.on_every_node else _write_ray(job)
-    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", *write_exports(job), *body]) + "\n"
+    # srun does not take the cores of a task from sbatch any more (22.05 and later).
+    exports = [*write_exports(job), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
+    body = _write_training(job) if job.on_every_node else _write_one_node(job) if job.nodes == 1 else _write_ray(job)
+    strict = "set -uo pipefail" if job.on_every_node else "set -euo pipefail"
+    return "\n".join(["#!/usr/bin/env bash", *header, strict, *exports, *body]) + "\n"
 
 
 def submit(job: Job) -> int:
@@ -42,20 +55,72 @@ def submit(job: Job) -> int:
 
 
 def _write_srun(job: Job, *arguments: str) -> str:
-    container = f" --container-image={shlex.quote(job.image)}" if job.image else ""  # needs the pyxis plugin
-    return " ".join(["srun", "--kill-on-bad-exit=1" + container, *arguments, "bash -c"])
+    container = [f"--container-image={shlex.quote(job.image)}"] if job.image else []  # needs the pyxis plugin
+    return " ".join(["srun", *container, *arguments, "bash -c"])
 
 
 def _write_one_node(job: Job) -> list[str]:
-    return [f"{_write_srun(job)} {shlex.quote('exec ' + write_command(job))}"]
+    """One task. If it was told to stop and did (as a ladder does), the job goes back to the queue."""
+    requeue = f'[ "$code" != {outcome.PREEMPTED} ] || scontrol requeue "$SLURM_JOB_ID"'
+    step = f"{_write_srun(job, '--kill-on-bad-exit=1')} {shlex.quote('exec ' + write_command(job))}"
+    return [f'{step} || {{ code=$?; {requeue}; exit "$code"; }}']
 
 
 HEAD = f'export {MASTER_ADDR}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+# Two jobs may share a machine: each takes a port of its own, below those that systems give away.
+OWN_PORT = f"export {MASTER_PORT}=$((20000 + SLURM_JOB_ID % 10000))"
+# What each task does, by the variables that Slurm sets for it.
+RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
+# {step} is the srun of an attempt. A rank that ends, ends no other: those save, or notice within a minute (no
+# --kill-on-bad-exit). srun itself must not hear SIGTERM, which makes it kill its tasks: setsid hides it.
+ATTEMPTS = """export {folder}=$PWD/.beeline-$SLURM_JOB_ID  # where ranks leave their exit codes: all nodes must see it
+mkdir -p "${folder}"
+read_file() {{ cat "${folder}/$1" 2> /dev/null || echo "$2"; }}
+stopped=
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+while true; do
+  saved=$(read_file {saved} none)
+  [ "$saved" = "$(read_file before none)" ] || rm -f "${folder}/attempts"
+  attempts=$(($(read_file attempts 0) + 1))
+  if [ "$attempts" -gt {most} ]; then
+    echo "error: {most} attempts without a new checkpoint: giving up; once it is mended: rm -r ${folder}" >&2
+    exit "${{code:-1}}"
+  fi
+  echo "$saved" > "${folder}/before"
+  echo "$attempts" > "${folder}/attempts"
+  rm -f "${folder}"/[0-9]*
+  setsid {step} &
+  step=$!
+  wait "$step"; code=$?
+  while kill -0 "$step" 2> /dev/null; do wait "$step"; code=$?; done  # a trap had interrupted it
+  if [ "$code" = 0 ]; then rm -rf "${folder}"; exit 0; fi
+  if [ -e "${folder}/{mistake}" ]; then exit {mistake}; fi
+  if [ -n "$stopped" ] || [ -e "${folder}/{preempted}" ] || [ "$code" = {terminated} ]; then
+    echo "$((attempts - 1))" > "${folder}/attempts"  # it was asked to stop: no failure
+    echo "stopped: back to the queue" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+    exit {preempted}
+  fi
+  echo "exit code $code: starting again from the last checkpoint" >&2
+done"""
 
 
-def _write_every_node(job: Job) -> list[str]:
-    node = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {write_command(job)}"]
-    return [HEAD, f"{_write_srun(job)} {shlex.quote(chr(10).join(node))}"]
+def _write_training(job: Job) -> list[str]:
+    """Attempts at a training, each one step of the job. After SIGTERM the job goes back to the queue. After a failure
+    the next attempt keeps the nodes; if one of them is gone, Slurm itself ends and requeues the job."""
+    if job.is_ranks:
+        sizes = f"LOCAL_SIZE={job.num_ranks} LOCAL_WORLD_SIZE={job.num_ranks}"
+        task = [f"{RANK} {sizes}", f"exec {shlex.join(job.command)}"]
+    else:
+        task = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {write_supervised(job)}"]
+    patience = f"--wait={max(job.grace_s, 300)}"  # from the first task's end to the last one's
+    step = f"{_write_srun(job, '--kill-on-bad-exit=0', patience)} {shlex.quote(chr(10).join(task))}"
+    most = 1 + (MAX_RESTARTS if job.max_restarts is None else job.max_restarts)
+    attempts = ATTEMPTS.format(
+        folder=outcome.FOLDER, saved=outcome.SAVED, mistake=outcome.MISTAKE, preempted=outcome.PREEMPTED,
+        terminated=outcome.TERMINATED, step=step, most=most,
+    )  # fmt: skip
+    return [HEAD, OWN_PORT, attempts]
 
 
 def _write_ray(job: Job) -> list[str]:
@@ -66,7 +131,13 @@ def _write_ray(job: Job) -> list[str]:
     port = "export BEELINE_RAY_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))"
     node = write_ray_cluster(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
     # The head's end is the job's end: --wait ends workers that do not notice.
-    return [HEAD, address, token, port, f"{_write_srun(job, '--wait=30')} {shlex.quote(chr(10).join(node))}"]
+    return [
+        HEAD,
+        address,
+        token,
+        port,
+        f"{_write_srun(job, '--kill-on-bad-exit=1', '--wait=30')} {shlex.quote(chr(10).join(node))}",
+    ]
 
 
 TARGET = Target("a batch script for sbatch", render, submit, options=None, client="sbatch")
