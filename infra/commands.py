@@ -1,7 +1,7 @@
 """The commands of `python -m infra`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
 
 import tyro
@@ -91,7 +91,7 @@ class LaunchOptions:
     ranks_per_node: int | None = None
     """Training processes of each; one per GPU where it is not given."""
     grace_seconds: int | None = None
-    """From SIGTERM to SIGKILL; for a training the planner's time of a save where it is not given."""
+    """From SIGTERM to SIGKILL; else by the planner's time of a save, or 600 for what trains nothing."""
     max_restarts: int | None = None
     """How often what failed is started again."""
     env: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
@@ -109,6 +109,7 @@ class LaunchOptions:
 def launch(words: list[str]) -> None:
     """The command `launch`. All words after the first `--` are the command of the job and are not parsed."""
     from infra.launch import describe_targets, get_target
+    from infra.launch.grace import choose_grace
     from infra.launch.job import Job
 
     help_text = f"{LAUNCH_HELP}\n\n{describe_targets()}"
@@ -127,6 +128,7 @@ def launch(words: list[str]) -> None:
         options=_parse_pairs("--option", options.option),
     )
     target.refuse_unknown(options.target, job.options)
+    job = replace(job, grace_s=options.grace_seconds or choose_grace(job))
     if options.dry_run:
         print(target.render(job), end="")
         return

@@ -18,7 +18,9 @@ import yaml
 
 from infra.errors import UserError
 from infra.launch import TARGETS, get_target
+from infra.launch.grace import list_plan_words
 from infra.launch.job import Job
+from trainer.recipes import get_recipe
 
 ROOT = Path(__file__).parent.parent
 RANKS = ("python", "-m", "trainer", "train", "d15", "--data", "s3://b/it's here")
@@ -203,6 +205,26 @@ def test_local_really_runs(tmp_path):
     rendered = infra(*words, "--dry-run", *tail)
     script = subprocess.run(["bash"], input=rendered.stdout, text=True, capture_output=True)
     assert (script.returncode, script.stdout) == (7, done.stdout)
+
+
+def test_the_time_to_save_is_planned_from_what_the_command_trains():
+    words = ("--data", "a.b", "--model.depth", "4", "--out", "x", "--optimizer.lr=1e-4")
+    deepspeed = ("deepspeed", "--module", "trainer", "train", "d24", *words)
+    wanted = ["plan", "d24", "--model.depth", "4", "--optimizer.lr=1e-4", "--gpus", "16", "--gpu", "h100-80", "--json"]
+    assert list_plan_words(Job(name="x", command=deepspeed, nodes=2, gpus_per_node=8)) == wanted
+    ranks = Job(name="x", command=("python", "-m", "trainer", "train", "d24"), nodes=2, ranks_per_node=3)
+    assert list_plan_words(ranks) == ["plan", "d24", "--gpus", "6", "--json"]
+    for command in (DATA, ("python", "-m", "trainer", "ladder", "world"), ("python", "-m", "trainer", "train")):
+        assert list_plan_words(Job(name="x", command=command)) is None
+
+
+def test_a_large_model_gets_the_time_that_its_save_takes():
+    done = infra("launch", "slurm", "--gpus-per-node", "8", "--nodes", "8", "--dry-run", "--", *RANKS[:4], "d38")
+    assert (done.returncode, done.stderr) == (0, "")
+    (lead,) = [int(line.partition("TERM@")[2]) for line in done.stdout.splitlines() if "--signal=B:TERM@" in line]
+    parameters = get_recipe("d38").model.count_parameters()
+    assert lead > 60 + 2 * 3 * 4 * parameters / 0.67e9  # weights alone, twice
+    assert f"--wait={lead}" in done.stdout
 
 
 def test_a_missing_client_is_named():

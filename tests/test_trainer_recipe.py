@@ -138,6 +138,8 @@ def test_plan_against_arithmetic():
     gathered = 2 * p * (7 / 8) / (8 * 50e9)  # between nodes; inside a node 2 p (63/64) / 450e9 is less
     reduced = 4 * p * (7 / 8) / (8 * 50e9)
     assert plan.time.compute_seconds == pytest.approx(compute)
+    state = 4 * p * (1 + 2 + len(r.ema.profiles))
+    assert plan.save_seconds == pytest.approx((3 * 4 * p + state / 64) / 0.67e9)  # three files of weights by rank 0
     assert plan.time.communication_seconds == pytest.approx(4 * (gathered + reduced))  # until the backward pass
     assert plan.time.between_nodes_seconds == plan.time.communication_seconds
     assert plan.time.inside_node_seconds == pytest.approx(4 * 6 * p * (63 / 64) / 450e9)

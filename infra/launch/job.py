@@ -17,6 +17,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 CONNECT = "import ray; ray.init(logging_level='ERROR', log_to_driver=False)"
 NODE_RANK, MASTER_ADDR, MASTER_PORT = "BEELINE_NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
 HOSTFILE = "BEELINE_HOSTFILE"
+GRACE_S = 600  # where nobody knows how long saving takes
 PORT = 29500  # where ranks meet, unless MASTER_PORT says otherwise: the default of DeepSpeed and torchrun, too
 TRAINING = ("-m", "trainer", "train")
 SUPERVISE = ("python", "-m", "infra", "supervise")
@@ -46,7 +47,7 @@ class Job:
     nodes: int = 1
     gpus_per_node: int = 0
     ranks_per_node: int | None = None
-    grace_s: int = 600
+    grace_s: int = GRACE_S
     max_restarts: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     image: str | None = None

@@ -8,6 +8,8 @@ from trainer.objective import asks_teacher, count_network_passes, count_train_fl
 from trainer.recipe import Recipe
 
 ADAM_MOMENTS = 2
+EXPORTS = 3  # EMA weights under two names and raw weights, all by rank 0 (trainer/state.py)
+STORED_PER_SECOND = 0.67e9  # bytes that one core hashes and writes to a local disk in a second, measured on a Xeon
 MODEL_STATES = ("weights", "masters", "moments", "gradients", "ema", "teacher")
 
 
@@ -118,6 +120,13 @@ def count_storage_bytes(recipe: Recipe) -> int:
     """A run's folder at its end: checkpoints that are kept, EMA weights of every save, final EMA and raw weights."""
     kept, weights = min(recipe.logging.keep, recipe.num_saves), 4 * recipe.model.count_parameters()
     return kept * count_checkpoint_bytes(recipe) + (recipe.num_saves + 2) * weights
+
+
+def estimate_save_seconds(recipe: Recipe, world_size: int) -> float:
+    """Of rank 0, for which all others wait: it writes weights in fp32, and its share of the checkpoint. To S3 all of it
+    is sent on after that."""
+    weights = EXPORTS * 4 * recipe.model.count_parameters()
+    return (weights + count_checkpoint_bytes(recipe) / world_size) / STORED_PER_SECOND
 
 
 def estimate_step_time(

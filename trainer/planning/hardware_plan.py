@@ -18,6 +18,7 @@ from trainer.planning.estimates import (
     count_checkpoint_bytes,
     count_storage_bytes,
     estimate_bytes_per_rank,
+    estimate_save_seconds,
     estimate_step_time,
 )  # fmt: skip
 from trainer.planning.frozen import FrozenCost
@@ -88,6 +89,8 @@ class HardwarePlan:
     predicted: dict[str, float]
     """What a run measures, under the names of its result rows."""
     calibration: CalibratedBy | None = None
+    save_seconds: float = 0.0
+    """For which training stands still at a save: SIGTERM must leave that long before SIGKILL."""
     perceptual: FrozenCost | None = None
     """Part of `train_flops_per_image` and of the bytes."""
 
@@ -113,7 +116,7 @@ class HardwarePlan:
             + format_duration(3600 * time.hours)
             + (f", {time.device_hours:,.0f} device-hours, ${self.dollars:,.0f}" if self.dollars >= 1 else ""),
             f"a checkpoint takes {self.checkpoint_bytes / 2**30:.3f} GiB, the run folder "
-            f"{self.storage_bytes / 2**30:.3f} GiB",
+            f"{self.storage_bytes / 2**30:.3f} GiB; a save takes {self.save_seconds:.3g} s on a local disk",
         ]
         if pre.online_device_hours >= 1:  # of a smaller run nobody asks what encoding costs
             lines.append(
@@ -203,6 +206,7 @@ def make_hardware_plan(
         precompute=compare_precomputing(
             recipe.images, machine, price=price, hours=time.hours, dataset_images=dataset_images
         ),
+        save_seconds=estimate_save_seconds(recipe, world_size),
         predicted=_list_predictions(recipe, machine, time, per_stage[f"stage{recipe.parallel.zero_stage}"]),
         perceptual=perceptual,
     )
