@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.world import grammar
 from data_pipeline.world.classes import CLASSES, DRAWINGS
 from data_pipeline.world.detector import (
@@ -32,7 +33,6 @@ from data_pipeline.world.training.judge_wording import (
 )
 from data_pipeline.world.training.train_detector import collate, evaluate, presence_loss
 from data_pipeline.world.training.train_judge_clip import cut_masked
-from data_pipeline.world.training.train_judges import CHECKPOINTS
 from data_pipeline.world.training.train_vqa import mark_patches
 from infra.errors import UserError
 
@@ -54,7 +54,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def detector():
-    return WorldDetector.from_pretrained(CHECKPOINTS / "detector")
+    return WorldDetector.from_pretrained(WORLD / "detector")
 
 
 def test_centre_weights_are_a_bilinear_partition_of_one():
@@ -239,21 +239,21 @@ def test_clip_and_vqa_load_through_their_libraries():
     from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
     image = Image.fromarray(make_scene(SEED, 1, split="judge_val", seen=None, tag="single_object").image)
-    folder = CHECKPOINTS / "judge_clip"
+    folder = WORLD / "judge_clip"
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a photo of a cat"])
     assert tuple(tokens.shape) == (1, 20)
     assert transform(image).shape == (3, 64, 64)
     assert model.encode_text(tokens).dtype == model.encode_image(transform(image)[None]).dtype == torch.float32
 
-    processor = AutoProcessor.from_pretrained(CHECKPOINTS / "vqa")
-    vqa = AutoModelForVisualQuestionAnswering.from_pretrained(CHECKPOINTS / "vqa")
+    processor = AutoProcessor.from_pretrained(WORLD / "vqa")
+    vqa = AutoModelForVisualQuestionAnswering.from_pretrained(WORLD / "vqa")
     out = vqa.generate(**processor(images=image, text="a photo?", return_tensors="pt"), max_new_tokens=4)
     assert processor.decode(out[0], skip_special_tokens=True).replace("[DEC]", "").strip() == "yes"
 
 
 def test_judges_tell_truth_from_shuffled_prompts():
-    figures = check(CHECKPOINTS, per_task=34, seed=SEED)
+    figures = check(WORLD, per_task=34, seed=SEED)
     tasks = [f"truth/geneval/{tag}" for tag in grammar.TAGS]
     assert min(figures[task] for task in tasks) >= 0.9, figures
     assert figures["truth/geneval/overall"] >= 0.96, figures
@@ -264,8 +264,8 @@ def test_judges_tell_truth_from_shuffled_prompts():
 
 def test_checkpoints_are_small_and_carry_their_cards():
     names = ("detector", "judge_clip", "vqa")
-    assert sum(file.stat().st_size for name in names for file in (CHECKPOINTS / name).iterdir()) <= 9_000_000
+    assert sum(file.stat().st_size for name in names for file in (WORLD / name).iterdir()) <= 9_000_000
     for name in names:
-        card = (CHECKPOINTS / name / "README.md").read_text()
+        card = (WORLD / name / "README.md").read_text()
         assert "CC BY-SA 4.0" in card
         assert "judge_train" in card

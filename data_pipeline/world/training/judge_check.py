@@ -1,6 +1,6 @@
 """Do the judges deserve trust? Held-out scenes under their own prompts must pass, under other scenes' prompts fail.
 
-`python -m data_pipeline.world.training.train_judges check`. The rules are those of GenEval (evaluate_images.py) and of
+`python -m data_pipeline.world.training.train check`. The rules are those of GenEval (evaluate_images.py) and of
 T2I-CompBench's color score in the fewest lines; the judging that counts is done by the eval package.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.world import grammar
 from data_pipeline.world.classes import COLORS
 from data_pipeline.world.detector import Detection, WorldDetector
@@ -113,3 +114,9 @@ def check(checkpoints: Path, *, per_task: int, seed: int = 90) -> dict[str, floa
         shown, colored_scenes = [scenes[i].image for i in colored], [claims[i] for i in colored]
         figures[f"{kind}/compbench/color"] = score_compbench_color(checkpoints / "vqa", shown, colored_scenes)
     return figures
+
+
+def print_check(per_task: int = 100) -> None:
+    """Scores of held-out scenes under their own prompts and under others' prompts, one line each."""
+    for name, value in check(WORLD, per_task=per_task).items():
+        print(f"{name:32s} {value:.4f}")

@@ -1,81 +1,41 @@
-"""Trains a tiny checkpoint of the pipeline: `python -m data_pipeline.world.training.train vae|clip|captioner`.
+"""Trains a tiny checkpoint of the world: `python -m data_pipeline.world.training.train vae --minutes 25`.
 
-Each draws endless fresh scenes from a stream of its own, seen compositions only. The judges train by train_judges.py.
+Autoencoder, CLIP and captioner see scenes of seen compositions only, the judges all; each has a stream of its own.
+OMP_NUM_THREADS sets the threads; without it there is one.
 """
-
-from pathlib import Path
 
 import torch
 
 from infra.cli import Command, run_commands
+from infra.device import choose_num_threads
 from infra.errors import run_cli
 
-CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-
-
-def vae(
-    minutes: float = 25.0,
-    seed: int = 11,
-    threads: int = 1,
-    channels: int = 8,
-    decoder_only: bool = False,
-    out: Path = CHECKPOINTS / "vae",
-    start_from: Path | None = None,
-    lr: float = 1e-2,
-) -> None:
-    """The autoencoder whose latents the pipeline stores."""
-    from data_pipeline.world.training.train_vae import train_vae
-
-    torch.set_num_threads(threads)
-    train_vae(
-        out, minutes=minutes, seed=seed, channels=channels, decoder_only=decoder_only, start_from=start_from, lr=lr
-    )
-
-
-def clip(
-    minutes: float = 20.0,
-    seed: int = 21,
-    threads: int = 1,
-    out: Path = CHECKPOINTS / "clip",
-    start_from: Path | None = None,
-    lr: float = 4e-3,
-) -> None:
-    """The OpenCLIP model whose text tower conditions the generator."""
-    from data_pipeline.world.training.train_clip import train_clip
-
-    torch.set_num_threads(threads)
-    train_clip(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
-
-
-def captioner(
-    minutes: float = 20.0,
-    seed: int = 31,
-    threads: int = 1,
-    out: Path = CHECKPOINTS / "captioner",
-    start_from: Path | None = None,
-    lr: float = 4e-3,
-) -> None:
-    """The model that looks at pixels and writes the synthetic captions."""
-    from data_pipeline.world.training.train_captioner import train_captioner
-
-    torch.set_num_threads(threads)
-    train_captioner(out, minutes=minutes, seed=seed, start_from=start_from, lr=lr)
-
-
+HERE = "data_pipeline.world.training"
 COMMANDS = {
-    "vae": Command("data_pipeline.world.training.train:vae", "the autoencoder whose latents the pipeline stores"),
-    "clip": Command(
-        "data_pipeline.world.training.train:clip", "the OpenCLIP model whose text tower conditions the generator"
-    ),
+    "vae": Command(f"{HERE}.train_vae:train_vae", "the autoencoder whose latents the pipeline stores"),
+    "clip": Command(f"{HERE}.train_clip:train_clip", "the OpenCLIP model whose text tower conditions the generator"),
     "captioner": Command(
-        "data_pipeline.world.training.train:captioner",
-        "the model that looks at pixels and writes the synthetic captions",
+        f"{HERE}.train_captioner:train_captioner", "the model that looks at pixels and writes the synthetic captions"
+    ),
+    "detector": Command(
+        f"{HERE}.train_detector:train_detector",
+        "class, box, mask and score of each object: the seat of Mask2Former",
+    ),
+    "judge_clip": Command(
+        f"{HERE}.train_judge_clip:train_judge_clip",
+        "colors of masked crops, CLIP score and FID features: the seat of CLIP ViT-L/14",
+    ),
+    "vqa": Command(f"{HERE}.train_vqa:train_vqa", 'yes or no to "a red apple?": the seat of BLIP-VQA'),
+    "check": Command(
+        f"{HERE}.judge_check:print_check",
+        "scores of held-out scenes under their own prompts and under others' prompts, one line each",
     ),
 }
 
 
 def main() -> None:
-    run_commands("python -m data_pipeline.world.training.train", COMMANDS, __doc__ or "")
+    torch.set_num_threads(choose_num_threads(1))
+    run_commands(f"python -m {HERE}.train", COMMANDS, __doc__ or "")
 
 
 if __name__ == "__main__":

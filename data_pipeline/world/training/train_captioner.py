@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.images import stack_pixels
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.grammar import plural
@@ -22,6 +23,7 @@ from data_pipeline.world.training.cards import Figure, read_training_line, write
 from data_pipeline.world.training.fit import fit, logger
 from data_pipeline.world.training.train_clip import TOKENS, make_tokenizer
 
+BATCH = 48  # scenes a step
 _NAMES = {name: name for name in CLASSES} | {plural(name): name for name in CLASSES}
 _PLACE = r"(?:at the (?:top|bottom)(?: left| right)?|on the (?:left|right)|in the center)"
 _THING = re.compile(rf"(?:(two|three|four) )?(\w+) ({'|'.join(sorted(_NAMES, key=len, reverse=True))})(?: ({_PLACE}))?")
@@ -106,7 +108,12 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 600)
 
 
 def train_captioner(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 4e-3, batch: int = 48
+    out: Path = WORLD / "captioner",
+    *,
+    minutes: float = 20.0,
+    seed: int = 31,
+    start_from: Path | None = None,
+    lr: float = 4e-3,
 ) -> dict[str, float]:
     """Train for `minutes`, write the transformers folder and its model card; the figures of `measure`."""
     from transformers import VisionEncoderDecoderModel, ViTImageProcessor
@@ -117,7 +124,7 @@ def train_captioner(
     model: Any = load(start_from)[0] if start_from else VisionEncoderDecoderModel(_make_model_config(tokenizer))
 
     def loss_of_step(step: int) -> Tensor:
-        scenes = [make_scene(seed, i, split="captioner") for i in range(step * batch, (step + 1) * batch)]
+        scenes = [make_scene(seed, i, split="captioner") for i in range(step * BATCH, (step + 1) * BATCH)]
         texts = [detailed_caption(scene) + tokenizer.eos_token for scene in scenes]
         ids_BL = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
         labels_BL = ids_BL.masked_fill(ids_BL == tokenizer.pad_token_id, -100)
@@ -132,7 +139,7 @@ def train_captioner(
     figures = measure(model, tokenizer)
     logger.info("%s", json.dumps(figures))
     command = f"`python -m data_pipeline.world.training.train captioner --minutes {minutes:g} --seed {seed}`"
-    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
+    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {BATCH} fresh scenes")
     return figures
 
 

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.world.scenes import SIZE, Scene, detailed_caption, make_scene
 from data_pipeline.world.training.cards import Figure, read_training_line, write_card
 from data_pipeline.world.training.fit import fit, logger
 
+BATCH = 96  # scenes a step
 TOKENS = 16
 MEAN, STD = (0.85, 0.82, 0.80), (0.25, 0.28, 0.30)
 
@@ -120,7 +122,12 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0, num_scenes: int = 200)
 
 
 def train_clip(
-    out: Path, *, minutes: float, seed: int, start_from: Path | None = None, lr: float = 4e-3, batch: int = 96
+    out: Path = WORLD / "clip",
+    *,
+    minutes: float = 20.0,
+    seed: int = 21,
+    start_from: Path | None = None,
+    lr: float = 4e-3,
 ) -> dict[str, float]:
     """Train for `minutes`, write the open_clip folder and its model card; the figures of `measure`."""
     from safetensors.torch import save_file
@@ -132,7 +139,7 @@ def train_clip(
     model, tokenizer = load(start_from or out, weights=start_from is not None)
 
     def loss_of_step(step: int) -> Tensor:
-        scenes = [make_scene(seed, i, split="clip") for i in range(step * batch, (step + 1) * batch)]
+        scenes = [make_scene(seed, i, split="clip") for i in range(step * BATCH, (step + 1) * BATCH)]
         rng = random.Random(f"{seed}/{step}")
         detailed = rng.random() < 0.35
         texts = [detailed_caption(s) if detailed else rng.choice((s.caption, *s.alt_captions)) for s in scenes]
@@ -147,7 +154,7 @@ def train_clip(
     figures = measure(*load(out))
     logger.info("%s", json.dumps(figures))
     command = f"`python -m data_pipeline.world.training.train clip --minutes {minutes:g} --seed {seed}`"
-    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {batch} fresh scenes")
+    _write_card(out, figures, trained=f"{history}{command}: {steps} steps of {BATCH} fresh scenes")
     return figures
 
 

@@ -1,4 +1,4 @@
-"""Trains the detector: `python -m data_pipeline.world.training.train_judges detector --minutes 20 --seed 101`."""
+"""Trains the detector: `python -m data_pipeline.world.training.train detector --minutes 20 --seed 101`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.world.classes import CLASSES
 from data_pipeline.world.detector import (
     DetectorConfig,
@@ -128,7 +129,9 @@ def evaluate(detector: WorldDetector, scenes: list[Scene]) -> dict[str, float]:
     return figures
 
 
-def train_detector(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
+def train_detector(
+    out: Path = WORLD / "detector", *, minutes: float = 20.0, seed: int = 101, start_from: Path | None = None
+) -> None:
     """Trains, fits the temperature, evaluates on held-out scenes, writes the folder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

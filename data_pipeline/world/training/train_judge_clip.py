@@ -1,4 +1,4 @@
-"""Trains the judges' OpenCLIP: `python -m data_pipeline.world.training.train_judges clip --minutes 20 --seed 202`.
+"""Trains the judges' OpenCLIP: `python -m data_pipeline.world.training.train judge_clip --minutes 20 --seed 202`.
 
 Two tasks at once: whole scenes against their captions with nearly true captions as hard negatives, and GenEval's masked
 crops against its color prompts. It is a ResNet, unlike the transformer that conditions the generator.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.grammar import paraphrase
 from data_pipeline.world.scenes import Scene, SceneObject
@@ -204,7 +205,9 @@ def build(folder: Path) -> tuple[Any, Tokens]:
     return clip, Tokens(tokenizer, config["model_cfg"]["text_cfg"]["context_length"])
 
 
-def train_judge_clip(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
+def train_judge_clip(
+    out: Path = WORLD / "judge_clip", *, minutes: float = 20.0, seed: int = 202, start_from: Path | None = None
+) -> None:
     """Trains, writes the folder in open_clip's local layout, evaluates what can be loaded from it."""
     from safetensors.torch import save_file
 

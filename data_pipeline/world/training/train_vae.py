@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.images import stack_pixels
 from data_pipeline.world.scenes import SIZE, make_scene
 from data_pipeline.world.training.cards import Figure, read_training_line, write_card
 from data_pipeline.world.training.fit import fit, logger
 from infra.errors import UserError
 
+BATCH = 2  # scenes a step
 KL_WEIGHT = 1e-4
 SHRINK_WEIGHT = 0.5
 SHRINK_BY = (2, 4)
@@ -110,15 +112,14 @@ def measure_latents(vae: Any, *, seed: int, num_scenes: int = 2000) -> tuple[flo
 
 
 def train_vae(
-    out: Path,
+    out: Path = WORLD / "vae",
     *,
-    minutes: float,
-    seed: int,
+    minutes: float = 25.0,
+    seed: int = 11,
     channels: int = 8,
     decoder_only: bool = False,
     start_from: Path | None = None,
     lr: float = 1e-2,
-    batch: int = 2,
 ) -> dict[str, float]:
     """Train, measure, write the diffusers folder with its model card; the held-out figures."""
     from diffusers import AutoencoderKL
@@ -144,9 +145,9 @@ def train_vae(
 
     def loss_of_step(step: int) -> Tensor:
         if time.monotonic() - begin < 60 * minutes * CROP_SHARE:
-            images = [crop_object(seed, i) for i in range(step * 4 * batch, (step + 1) * 4 * batch)]
+            images = [crop_object(seed, i) for i in range(step * 4 * BATCH, (step + 1) * 4 * BATCH)]
         else:
-            images = [make_scene(seed, i, split="vae").image for i in range(step * batch, (step + 1) * batch)]
+            images = [make_scene(seed, i, split="vae").image for i in range(step * BATCH, (step + 1) * BATCH)]
         x_BCHW = stack_pixels(images)
         return decoding_loss(vae, x_BCHW, scale=scale) if decoder_only else autoencoding_loss(vae, x_BCHW)
 
@@ -157,7 +158,7 @@ def train_vae(
     options = f"--minutes {minutes:g} --seed {seed} --lr {lr:g}"
     options += " --decoder-only --start-from FOLDER" if decoder_only else f" --channels {channels}"
     command = f"`python -m data_pipeline.world.training.train vae {options}`"
-    trained = f"{read_training_line(start_from)}{command}: {steps} steps of {batch} fresh scenes (or {4 * batch} crops)"
+    trained = f"{read_training_line(start_from)}{command}: {steps} steps of {BATCH} fresh scenes (or {4 * BATCH} crops)"
     _write_card(out, figures, channels=channels, trained=trained)
     return figures
 

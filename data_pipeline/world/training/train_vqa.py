@@ -1,4 +1,4 @@
-"""Trains the world's BLIP-VQA: `python -m data_pipeline.world.training.train_judges vqa --minutes 20 --seed 303`.
+"""Trains the world's BLIP-VQA: `python -m data_pipeline.world.training.train vqa --minutes 20 --seed 303`.
 
 The answer is the decoder's first token, yes or no. In training, linear heads on the image tokens also name the class,
 color and centre of what each 8x8 patch shows; without them a tower this small takes hours to look at the right place.
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.checkpoints import WORLD
 from data_pipeline.images import stack_pixels
 from data_pipeline.world.classes import CLASSES, COLORS
 from data_pipeline.world.scenes import SIZE, Scene, SceneObject
@@ -135,7 +136,9 @@ def patch_loss(module: _VqaModule, patches_BPD: Tensor, batch: QuestionBatch) ->
     return by_class + by_color + 3 * centre
 
 
-def train_vqa(out: Path, *, minutes: float, seed: int, start_from: Path | None = None) -> None:
+def train_vqa(
+    out: Path = WORLD / "vqa", *, minutes: float = 20.0, seed: int = 303, start_from: Path | None = None
+) -> None:
     """Trains, writes the transformers folder, evaluates what `from_pretrained` reads back."""
     torch.manual_seed(seed)
     rng, words = np.random.default_rng(seed), random.Random(seed)
