@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import few_step_plans
 import pytest
 import yaml
 from markdown_pages import CURRENT, PAGES, ROOT, name_of, prose, table_rows
@@ -178,6 +179,11 @@ def test_forms_and_workflows_are_yaml(form):
 
 def test_the_page_of_recipes_is_the_recipes_own():
     assert PAGE.read_text() == build_page(), "run python tests/recipes_page.py"
+
+
+@pytest.mark.slow
+def test_the_page_of_few_step_plans_is_the_planner_s(tmp_path):
+    assert few_step_plans.PAGE.read_text() == few_step_plans.build_page(few_step_plans.count_lpips(tmp_path))
 
 
 def test_the_glossary_is_in_order_and_its_terms_are_used():
