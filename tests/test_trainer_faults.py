@@ -18,6 +18,7 @@ from data_pipeline.packing import synthetic
 from infra import storage
 from trainer.guard import ENOUGH, find_problem, find_suspects
 from trainer.recipe import Guard
+from trainer.watching.heartbeats import FAILED, RUNNING, SURE_S, Heartbeats
 from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
 
@@ -138,29 +139,29 @@ def batch_numbers(path: Path, step: int) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_sigkill_of_a_rank_ends_all_within_a_minute_in_one_line(data, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "ranks"), [(0, 2), (2, 4)])
+def test_sigkill_of_a_rank_ends_all_within_a_minute_in_one_line(data, tmp_path, victim, ranks):
     run = tmp_path / "run"
     words = command(data, run, 80_000, "--logging.save-every", "8")
-    processes = start_ranks(words, 2)
+    processes = start_ranks(words, ranks)
     while not (run / "checkpoints" / "latest").exists() and processes[0].poll() is None:
         time.sleep(0.5)
     processes[victim].kill()
     killed = time.monotonic()
     codes, said = finish(processes, timeout=120)
     assert time.monotonic() - killed < 60
-    assert codes == ([-9, 76] if victim == 0 else [76, -9]), said
+    assert codes == [-9 if rank == victim else 76 for rank in range(ranks)], said
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert f"rank {victim} ended without a word" in errors[0]
     assert "the same command continues" in errors[0]
     assert "Traceback" not in said
     newest = whole_steps(str(run))[0]
-    again = start_ranks(words, 2)
+    again = start_ranks(words, ranks)
     assert f"step_{newest:07d} at {8 * newest:,} images" in until(again[0], "resumed").splitlines()[-1]
     again[victim].send_signal(signal.SIGTERM)
     codes, said = finish(again, timeout=120)
-    assert codes == [75, 75], said
+    assert codes == [75] * ranks, said
     assert whole_steps(str(run))[0] > newest
 
 
@@ -178,6 +179,77 @@ class Store:
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self.values[key] for key in keys]
+
+
+class CountingStore(Store):
+    """Counts keys that are written, asked for and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = 0
+
+    def set(self, key: str, value: str) -> None:
+        self.keys += 1
+        super().set(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        self.keys += len(keys)
+        return super().check(keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.keys += len(keys)
+        return super().multi_get(keys)
+
+
+class Beats:
+    """Ranks that send and read heartbeats in turn, three seconds of a clock that only the test moves."""
+
+    def __init__(self, monkeypatch, store: Store, count: int) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("trainer.watching.heartbeats.time.monotonic", lambda: self.now)
+        self.ranks = [Heartbeats(store, rank, count) for rank in range(count)]
+        self.rounds = 0
+
+    def beat(self, rounds: int, *, without: tuple[int, ...] = (), failed: int | None = None) -> None:
+        for _ in range(rounds):
+            self.now += 3.0
+            self.rounds += 1
+            for number, rank in enumerate(self.ranks):
+                if number not in without:
+                    rank.read()
+                    state = FAILED if number == failed else RUNNING
+                    rank.send(self.rounds, step=1, phase="computing", done=1, state=state, waits=False)
+
+    def find_troubled(self, by: int) -> list[int]:
+        """Whom a rank takes for dead."""
+        return sorted(rank for rank, s in self.ranks[by].statuses.items() if s.is_in_trouble(after_s=SURE_S))
+
+
+def test_the_store_s_work_grows_with_the_ranks_and_not_with_their_square(monkeypatch):
+    for count in (16, 1024):
+        store = CountingStore()
+        beats = Beats(monkeypatch, store, count)
+        beats.beat(2)
+        store.keys = 0
+        beats.beat(5)
+        assert store.keys <= 5 * 3 * count
+
+
+def test_all_ranks_learn_from_rank_0_who_is_dead(monkeypatch):
+    beats = Beats(monkeypatch, Store(), 8)
+    beats.beat(3)
+    assert all(beats.find_troubled(rank) == [] for rank in range(8))
+    beats.beat(6, without=(5,))
+    assert all(beats.find_troubled(rank) == [5] for rank in range(8) if rank != 5)
+    beats.beat(2)  # it was stopped, and goes on
+    assert all(beats.find_troubled(rank) == [] for rank in range(8))
+    beats.beat(6, without=(5,))
+    beats.beat(12, without=(0, 5))  # without rank 0 they look themselves
+    assert all(beats.find_troubled(rank) == [0, 5] for rank in range(8) if rank not in (0, 5))
+    beats.beat(2)
+    assert all(beats.find_troubled(rank) == [] for rank in range(8))
+    beats.beat(2, failed=3)
+    assert all(beats.find_troubled(rank) == [3] for rank in range(8) if rank != 3)
 
 
 def test_a_stuck_rank_is_named_and_all_write_their_stacks(tmp_path, capsys, monkeypatch):

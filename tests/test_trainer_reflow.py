@@ -129,6 +129,8 @@ def test_recipes_that_work():
     check_objective(kept)
     with pytest.raises(UserError, match=r"student.huber is 0"):
         check_values(dataclasses.replace(recipe, student=Student(huber=0.0)))
+    with pytest.raises(UserError, match=r"student.teacher_steps is 0"):
+        check_values(dataclasses.replace(recipe, student=Student(teacher_steps=0)))
     for depth in (24, 38):
         large = get_recipe(f"reflow-d{depth}")
         check_objective(large)

@@ -1,4 +1,5 @@
-"""The watchdog: each rank writes heartbeats to the rendezvous store, and a thread of each rank reads those of all.
+"""The watchdog: each rank writes heartbeats to the rendezvous store, and a thread of each rank learns who is in
+trouble.
 
 When the process of a rank is gone, the others exit within a minute with one line that names it. They do not wait for
 the backend (NCCL would wait for its own timeout). When a rank is alive but makes no progress, stack traces of all ranks
@@ -9,7 +10,6 @@ to its ranks.
 import contextlib
 import faulthandler
 import io
-import json
 import math
 import os
 import signal
@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -29,25 +28,11 @@ from infra.log import get_logger
 from infra.outcome import LOST, report_code
 from trainer.launchers import has_ended
 from trainer.runfolder import name_rank, name_step
+from trainer.watching.heartbeats import FAILED, LEFT, RUNNING, SURE_S, Heartbeats, RankStatus
 from trainer.zero.group import Group, is_lost_peer, open_rendezvous_store, settle
 
 log = get_logger("watch")
 BEAT_S, DEAD_S = 3.0, 40.0  # between heartbeats; without one, a rank counts as dead
-SURE_S = 12.0  # the same where a collective has failed already
-RUNNING, LEFT, FAILED = range(3)
-
-
-@dataclass
-class RankStatus:
-    """The last heartbeat of a rank, and the time (`at`, monotonic seconds) at which this rank saw it change."""
-
-    count: int
-    at: float
-    step: int
-    phase: str
-    done: int
-    state: int
-    waits: bool
 
 
 class Watchdog:
@@ -62,9 +47,9 @@ class Watchdog:
         self._done = 0  # things begun: ranks begin the same things in the same order, so who has fewer is behind
         self._reported: tuple[int, str] | None = None
         self._state = RUNNING
-        self._statuses: dict[int, RankStatus] = {}
-        self._stop = threading.Event()
-        self._store: Any = store or (open_rendezvous_store() if group.world_size > 1 else None)
+        self._stop, self._ending = threading.Event(), threading.Lock()
+        store = store or (open_rendezvous_store() if group.world_size > 1 else None)
+        self._heartbeats = Heartbeats(store, group.rank, group.world_size) if store is not None else None
         self._contact = time.monotonic()
         # Talking to the store may block when the network is gone; judging must not.
         self._talker = threading.Thread(target=self._talk, name="watch-talk", daemon=True)
@@ -82,22 +67,22 @@ class Watchdog:
         self._state = state
         self._stop.set()
         self._talker.join(timeout=10)
-        if state == FAILED and self._store is not None:
+        if state == FAILED and self._heartbeats is not None:
             time.sleep(2 * BEAT_S)  # rank 0 may hold the store: let the others read it
 
     # --- the threads
 
     def _talk(self) -> None:
-        if self._store is None:
+        if self._heartbeats is None:
             return
         count = 0
         try:
             while not self._stop.wait(BEAT_S):
                 count += 1
-                self._beat(count)
-                self._listen()
+                self._heartbeats.read()  # before the beat, with which rank 0 passes on what it has read
+                self._beat(self._heartbeats, count)
                 self._contact = time.monotonic()
-            self._beat(-1)
+            self._beat(self._heartbeats, -1)
         except RuntimeError:  # the store is gone, and with it the rank (or the launcher) that held it
             self._contact = -math.inf
 
@@ -113,25 +98,18 @@ class Watchdog:
                 self.end(dead)
             self._report_stall()
 
-    def _beat(self, count: int) -> None:
-        heartbeat = json.dumps([count, self._step, self._phase, self._done, self._state, waits_for_others()])
-        self._store.set(f"beeline/beat/{self.group.rank}", heartbeat)
-
-    def _listen(self) -> None:
-        now = time.monotonic()
-        ranks = [r for r in range(self.group.world_size) if self._store.check([f"beeline/beat/{r}"])]
-        for rank, text in zip(ranks, self._store.multi_get([f"beeline/beat/{r}" for r in ranks])):
-            count, step, phase, done, state, waits = json.loads(text)
-            old = self._statuses.get(rank)
-            at = now if old is None or old.count != count else old.at
-            self._statuses[rank] = RankStatus(count, at, step, phase, done, state, waits)
+    def _beat(self, heartbeats: Heartbeats, count: int) -> None:
+        heartbeats.send(
+            count, step=self._step, phase=self._phase, done=self._done, state=self._state, waits=waits_for_others()
+        )
 
     def _find_dead(self, after_s: float = DEAD_S) -> list[int]:
-        now = time.monotonic()
-        if self._store is not None and self.group.rank > 0 and now - self._contact > after_s:
+        if self._heartbeats is None:
+            return []
+        if self.group.rank > 0 and time.monotonic() - self._contact > after_s:
             return [0]
-        other_ranks = [(rank, last) for rank, last in self._statuses.items() if rank != self.group.rank]
-        return [r for r, s in other_ranks if s.state == FAILED or (s.state == RUNNING and now - s.at > after_s)]
+        statuses = self._statuses.items()
+        return [rank for rank, s in statuses if rank != self.group.rank and s.is_in_trouble(after_s=after_s)]
 
     def wait_for_verdict(self) -> list[int]:
         """After a collective failed: wait until heartbeats show which ranks are gone; [] if none is (24 s)."""
@@ -144,21 +122,29 @@ class Watchdog:
 
     def has_rank_0_failed(self) -> bool:
         """After closing as FAILED: did rank 0 fail as well? Then a user's mistake is reported by rank 0 alone."""
-        if self.group.rank == 0:
+        if self.group.rank == 0 or self._heartbeats is None:
             return False
         try:
-            self._listen()
+            self._heartbeats.read()
         except RuntimeError:
             return True
-        return self._statuses[0].state == FAILED
+        first = self._statuses.get(0)
+        return first is not None and first.state == FAILED
 
     def end(self, dead: list[int]) -> None:
-        """Report the dead ranks and end this process at once: the main thread may wait in a collective for ever."""
+        """Report the dead ranks and end this process: the main thread may wait in a collective for ever."""
+        self._ending.acquire()  # for good: whichever thread comes second waits here
         failed = [rank for rank in dead if rank in self._statuses and self._statuses[rank].state == FAILED]
         report_lost(dead, self.group, self._step, failed=bool(failed))
         sys.stderr.flush()
+        if self.group.rank == 0 and len(dead) + 1 < self.group.world_size:
+            time.sleep(2 * BEAT_S)  # its heartbeats tell the others who is dead
         report_code(LOST)
         os._exit(LOST)
+
+    @property
+    def _statuses(self) -> dict[int, RankStatus]:
+        return {} if self._heartbeats is None else self._heartbeats.statuses
 
     def _report_stall(self) -> None:
         still = time.monotonic() - self._moved
@@ -177,9 +163,9 @@ class Watchdog:
         return [rank for rank in self._find_dead(SURE_S) if rank in self._statuses]
 
     def _choose_speaker(self) -> int:
-        """The lowest rank with heartbeats, which writes the report: a stopped rank cannot."""
+        """The lowest rank that is not silent, which writes the report: a stopped rank cannot."""
         silent = self._find_silent()
-        return min((rank for rank in self._statuses if rank not in silent), default=self.group.rank)
+        return min((rank for rank in range(self.group.world_size) if rank not in silent), default=self.group.rank)
 
     def _describe_stuck(self) -> str:
         """Text that names the ranks for which the others wait. These are ranks without heartbeats (stopped); else those
