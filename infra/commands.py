@@ -1,5 +1,6 @@
 """The commands of `python -m infra`."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
@@ -15,14 +16,19 @@ Options = TypeVar("Options")
 def doctor(*, uri: str | None = None, folder: str = ".") -> None:
     """Check Python, libraries, GPUs, precision, memory, disk, S3, checkpoints. Exits 2 when something is bad.
 
+    Started once per rank (`python -m infra supervise --ranks 8 -- python -m infra doctor`, or `launch slurm|kubernetes
+    --ranks-per-node 8`) it also measures an all-reduce and an all-gather between them; one rank of each node reports.
+
     Args:
         uri: try to write and read there, for instance s3://bucket/prefix.
         folder: where the work is meant to go; its disk is looked at.
     """
-    from infra.doctor import CheckedPlaces, describe_diagnoses, examine
+    from infra.doctor import CHECKS, CheckedPlaces, check_collectives, describe_diagnoses, examine
 
-    findings = examine(CheckedPlaces(folder=folder, uri=uri))
-    print(describe_diagnoses(findings))
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    findings = examine(CheckedPlaces(folder=folder, uri=uri), CHECKS if speaks else (check_collectives,))
+    if speaks:
+        print(describe_diagnoses(findings), flush=True)
     bad = [finding.what for finding in findings if finding.state == "bad"]
     if bad:
         raise UserError(f"needs attention: {', '.join(bad)}")
@@ -128,7 +134,10 @@ def launch(words: list[str]) -> None:
         options=_parse_pairs("--option", options.option),
     )
     target.refuse_unknown(options.target, job.options)
-    job = replace(job, grace_s=options.grace_seconds or choose_grace(job))
+    if options.grace_seconds is not None:
+        job = replace(job, grace_s=options.grace_seconds)
+    elif target.has_grace:
+        job = replace(job, grace_s=choose_grace(job))
     if options.dry_run:
         print(target.render(job), end="")
         return

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -131,6 +131,11 @@ def check_room(where: CheckedPlaces) -> Iterator[Diagnosis]:
         shm = shutil.disk_usage("/dev/shm").total / 2**30
         few = "Ray's object store then goes to disk: docker run --shm-size=8g" if shm < 1 else ""
         yield Diagnosis("/dev/shm", "note" if few else "ok", f"{shm:.1f} GiB", few)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if ctypes.util.find_library("ibverbs"):
+        few = "RDMA pins memory: ulimit -l unlimited, or IPC_LOCK in a container" if locked != -1 else ""
+        found = "unlimited" if locked == -1 else f"{locked / 2**20:.0f} MiB"
+        yield Diagnosis("locked memory", "note" if few else "ok", found, few)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = "Ray and data loaders open many: ulimit -n 65536" if files < 4096 else ""
     yield Diagnosis("open files", "note" if few else "ok", str(files), few)
@@ -203,15 +208,30 @@ def check_launchers(_: CheckedPlaces) -> Iterator[Diagnosis]:
         yield Diagnosis("RDMA", "ok", "libibverbs found")
 
 
+def check_collectives(_: CheckedPlaces) -> Iterator[Diagnosis]:
+    """All-reduce and all-gather between ranks, where this process is one of several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    from infra.collectives import measure_collectives
+
+    for name, timing in measure_collectives().items():
+        found = f"{timing.ranks} ranks over {timing.backend}, {timing.nbytes / 2**20:.0f} MiB: "
+        found += f"{1000 * timing.seconds:.3g} ms, {timing.bus_bandwidth / 1e9:.3g} GB/s of each rank's link"
+        yield Diagnosis(name, "ok", found)
+
+
 CHECKS: tuple[Callable[[CheckedPlaces], Iterator[Diagnosis]], ...] = (
     check_python, check_libraries, check_gpus, check_room, check_storage, check_checkpoints, check_launchers,
+    check_collectives,
 )  # fmt: skip
 
 
-def examine(where: CheckedPlaces) -> list[Diagnosis]:
+def examine(
+    where: CheckedPlaces, checks: Sequence[Callable[[CheckedPlaces], Iterator[Diagnosis]]] = CHECKS
+) -> list[Diagnosis]:
     """All findings; a check that itself breaks is one of them."""
     findings: list[Diagnosis] = []
-    for check in CHECKS:
+    for check in checks:
         try:
             findings.extend(check(where))
         except Exception as error:  # a doctor who faints helps nobody

@@ -109,8 +109,8 @@ def test_help_of_commands_groups_and_names(capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("infra doctr", "unknown command 'doctr' (did you mean 'doctor'?): one of doctor, launch, make-bucket; "),
-        ("infra --name x", "python -m infra needs a command first: doctor, launch, make-bucket; "),
+        ("infra doctr", "unknown command 'doctr' (did you mean 'doctor'?): one of doctor, launch, make-bucket, "),
+        ("infra --name x", "python -m infra needs a command first: doctor, launch, make-bucket, supervise; "),
         ("trainer train", "python -m trainer train needs a recipe first: "),
         ("trainer train wrld-d2", "unknown recipe 'wrld-d2' (did you mean 'world-d2'?): one of "),
         ("trainer sweep rates world", "unknown command 'rates'"),

@@ -177,6 +177,7 @@ def test_a_ray_that_does_not_answer_is_named(free_port, monkeypatch):
         (lambda: TARGETS["ray"].refuse_unknown("ray", {"adress": "y"}), "'adress' .*'address'.*: it knows address"),
         (lambda: TARGETS["local"].refuse_unknown("local", {"a": "y"}), "it takes none"),
         (lambda: Job(name="x", command=("x",), ranks_per_node=0), "at least 1 rank"),
+        (lambda: TARGETS["kubernetes"].render(Job(name="x" * 50, command=RANKS, image="b:1")), "at most 47 characters"),
         (lambda: rdma("efa"), "expected RESOURCE=COUNT"),
         (lambda: sky(disk_size="much"), "--option disk_size=much: expected a whole number of GB"),
         (lambda: sky(use_spot="maybe"), "--option use_spot=maybe: expected true or false"),

@@ -1,6 +1,7 @@
 """`python -m infra supervise`: whom it signals, how long it stays, and what it makes of the ranks' ends."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -166,3 +167,15 @@ def test_who_starts_the_ranks():
     assert write_supervised(deepspeed).startswith("python -m infra supervise -- deepspeed --hostfile ")
     assert not Job(name="x", command=("python", "-m", "trainer", "ladder", "world"), nodes=2).on_every_node
     assert Job(name="x", command=("python", "own.py"), nodes=2, ranks_per_node=4).is_ranks
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+def test_the_doctor_as_ranks_measures_their_exchange(tmp_path):
+    process = start("--ranks", "2", "--", sys.executable, "-m", "infra", "doctor", "--folder", str(tmp_path))
+    said = process.communicate()[0]
+    found = re.findall(r"ok +(all-\w+) +2 ranks over gloo, 16 MiB: ([\d.e+]+) ms, ([\d.e+]+) GB/s", said)
+    assert [name for name, *_ in found] == ["all-reduce", "all-gather"], said  # one rank speaks
+    size = 16 * 2**20 / 1e6
+    for (_, took, bandwidth), share in zip(found, (1.0, 0.5)):  # 2 (n - 1) / n and (n - 1) / n of the bytes
+        assert float(bandwidth) == pytest.approx(share * size / float(took), rel=0.02)

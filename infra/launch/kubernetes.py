@@ -19,6 +19,7 @@ WITHOUT = {"cpu": 8, "memory": 64, "shm": 16}
 # Of the JobSet's whole life. Hardware alone interrupted 16,384 GPUs 466 times in 54 days (Llama 3, arXiv 2407.21783,
 # section 3.3.4): of 512 GPUs that are 8 in a month.
 MAX_RESTARTS = 20
+LONGEST_POD_NAME = 63  # as a host name
 
 
 def render(job: Job) -> str:
@@ -123,6 +124,9 @@ def _make_single_job(job: Job) -> dict[str, Any]:
 def _make_job_set(job: Job) -> dict[str, Any]:
     """One pod a node. Any other failure than those of the podFailurePolicy ends the Job, and the JobSet makes all of
     its pods anew: ranks cannot go on without the lost ones."""
+    longest = LONGEST_POD_NAME - len(f"-ranks-0-{job.nodes - 1}-abcde")
+    if len(job.name) > longest:
+        raise UserError(f"job name {job.name!r}: at most {longest} characters, as the names of pods are made of it")
     first = f"export {MASTER_ADDR}={job.name}-ranks-0-0.{job.name} {NODE_RANK}=$JOB_COMPLETION_INDEX"
     lines = [first] if job.nodes > 1 else []
     metadata = _make_metadata(job)
@@ -183,7 +187,7 @@ def _make_ray_job(job: Job) -> dict[str, Any]:
 
 TARGET = Target(
     "a JobSet for ranks, a Job or KubeRay's RayJob for the rest, for kubectl; needs --image", render, submit,
-    client="kubectl",
+    client="kubectl", has_grace=True,
     options={
         "namespace": "of all that is made",
         "cpu": "of each node, 10 per GPU", "memory": "of each node, 64Gi per GPU", "shm": "/dev/shm, 16Gi per GPU",

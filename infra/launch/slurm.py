@@ -140,4 +140,4 @@ def _write_ray(job: Job) -> list[str]:
     ]
 
 
-TARGET = Target("a batch script for sbatch", render, submit, options=None, client="sbatch")
+TARGET = Target("a batch script for sbatch", render, submit, options=None, has_grace=True, client="sbatch")

@@ -21,6 +21,8 @@ class Target:
     """Run the job or hand it to a scheduler; the exit code."""
     options: Mapping[str, str] | None = field(default_factory=dict)
     """What `--option KEY=VALUE` may set, with a line of help each; None: any KEY, checked by the scheduler."""
+    has_grace: bool = False
+    """Its scheduler sends SIGKILL `job.grace_s` after SIGTERM."""
     client: str | None = None
     """The program that `submit` starts; None: it needs no other than this interpreter."""
 
