@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from infra.errors import UserError
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, write_rank_file
+from trainer.zero.rankfile import Ranges, copy_ranges, hash_file, write_rank_file
 
 SOLO = Group(0, 1, torch.device("cpu"))
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b": (1,), "c": (4, 4)}
@@ -53,13 +55,73 @@ def write_all(folder: str, world_size: int) -> None:
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3), (5, 4)])
 def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, saved, loaded):
     write_all(str(tmp_path), saved)
+    indexes = [json.loads((tmp_path / f"rank_{rank:05d}.json").read_text()) for rank in range(saved)]
     for rank in range(loaded):
         segments, master = partition(rank, loaded, full(1))
         _, moment = partition(rank, loaded, full(2))
         target = {"master": [torch.zeros_like(master)], "exp_avg": [torch.zeros_like(moment)]}
-        copy_ranges(Ranges(str(tmp_path), saved), [segments], target)
+        copy_ranges(Ranges(str(tmp_path), indexes), [segments], target)
         for name, wanted in (("master", master), ("exp_avg", moment)):
             torch.testing.assert_close(target[name][0], wanted.nan_to_num(0.0), rtol=0, atol=0)
+
+
+@dataclass(frozen=True)
+class ThreadGroup(Group):
+    """Ranks that are threads of this process and exchange through a list."""
+
+    barrier_: threading.Barrier
+    places: list
+
+    def _exchange(self, value) -> list:
+        self.places[self.rank] = value
+        self.barrier_.wait(60)
+        found = list(self.places)
+        self.barrier_.wait(60)
+        return found
+
+    def sum(self, numbers) -> list[float]:
+        return [sum(column) for column in zip(*self._exchange(list(numbers)))]
+
+    def gather(self, text: str) -> list[str]:
+        return self._exchange(text)
+
+
+@pytest.mark.parametrize(("saved", "ranks", "objects"), [(8, 8, 3), (8, 4, 5), (2, 4, 3)])
+def test_a_rank_reads_its_own_files_and_hears_of_the_others(tmp_path, monkeypatch, saved, ranks, objects):
+    folder = tmp_path / "step_0000001"
+    write_all(str(folder), saved)
+    files = [
+        {name: hash_file(str(folder / name)) for name in (f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json")}
+        for rank in range(saved)
+    ]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "state": {}, "files": files}))
+    read_bytes, read = storage.read_bytes, {rank: set() for rank in range(ranks)}
+
+    def watched(uri, *where):
+        rank = threading.current_thread().name
+        if rank.isdigit():
+            read[int(rank)].add(uri)
+        return read_bytes(uri, *where)
+
+    monkeypatch.setattr(storage, "read_bytes", watched)
+    barrier, places, found = threading.Barrier(ranks), [None] * ranks, {}
+
+    def inspect(rank: int) -> None:
+        group = ThreadGroup(rank, ranks, torch.device("cpu"), barrier, places)
+        found[rank] = checkpoint.inspect(str(folder), group)[0]
+
+    threads = [threading.Thread(target=inspect, args=(rank,), name=str(rank)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(len(uris) for uris in read.values()) == objects
+    assert all(whole.extras == [{"rank": number} for number in range(saved)] for whole in found.values())
+    monkeypatch.undo()
+    segments, master = partition(0, 1, full(1))
+    target = torch.zeros_like(master)
+    copy_ranges(Ranges(str(folder), found[0].indexes), [segments], {"master": [target]})
+    torch.testing.assert_close(target, master.nan_to_num(0.0), rtol=0, atol=0)
 
 
 def test_rank_files_are_plain_safetensors_without_padding(tmp_path):

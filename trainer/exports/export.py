@@ -180,7 +180,7 @@ class StoredWeights:
         self.recipe = Recipe.from_json(found.state["recipe"])
         self.images_seen = int(found.state["images_seen"])
         self._name = "master" if kind == "raw" else f"ema/{profile or self.recipe.ema.profiles[0]}"
-        self._ranges = Ranges(found.uri, len(found.manifest["files"]))
+        self._ranges = Ranges(found.uri, found.indexes)
         self.shapes = self._ranges.shapes
 
     def __call__(self, name: str) -> Tensor:

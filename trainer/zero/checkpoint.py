@@ -22,7 +22,7 @@ from trainer.recipe import Recipe, find_differences
 from trainer.runfolder import name_rank, name_step
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
-from trainer.zero.rankfile import Ranges, copy_ranges, hash_file, read_index, write_rank_file
+from trainer.zero.rankfile import Ranges, copy_ranges, read_whole_files, write_rank_file
 
 log = get_logger("checkpoint")
 FORMAT = 1
@@ -43,10 +43,11 @@ class RankShare:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A complete checkpoint: where it is and what its manifest says."""
+    """A complete checkpoint: where it is, what its manifest says, and the JSON of each rank that wrote it."""
 
     uri: str
     manifest: dict[str, Any]
+    indexes: tuple[dict[str, Any], ...]
 
     @property
     def step(self) -> int:
@@ -59,7 +60,7 @@ class StoredCheckpoint:
     @property
     def extras(self) -> list[dict[str, Any]]:
         """What each rank kept for itself, in rank order."""
-        return [read_index(self.uri, rank)["extra"] for rank in range(len(self.manifest["files"]))]
+        return [index["extra"] for index in self.indexes]
 
 
 def save(root: str, share: RankShare, group: Group, *, step: int, state: dict[str, Any], keep: int) -> bool:
@@ -160,22 +161,25 @@ def require_whole(folder: str, group: Group) -> StoredCheckpoint:
 
 
 def inspect(folder: str, group: Group) -> tuple[StoredCheckpoint | None, str]:
-    """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective."""
-    reason, found = "", None
+    """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective.
+
+    Each file is read by one rank, and the ranks hand on the JSON files that they read: on as many ranks as wrote it, a
+    rank reads three objects.
+    """
+    reason, manifest, texts = "", {}, {}
     try:
         manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
         if manifest["format"] != FORMAT:
             raise UserError(f"format {manifest['format']}, this version reads {FORMAT}")
         for number in range(group.rank, len(manifest["files"]), group.world_size):
-            for name, wanted in manifest["files"][number].items():
-                if hash_file(storage.join(folder, name)) != wanted:
-                    raise UserError(f"{name} does not have the content that was saved")
-        found = StoredCheckpoint(folder, manifest)
+            texts[number] = read_whole_files(folder, number, manifest["files"][number])
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     if group.any(bool(reason)):
         return None, reason or "another rank could not read its part"
-    return found, ""
+    for part in group.gather(json.dumps(texts)):
+        texts |= {int(number): text for number, text in json.loads(part).items()}
+    return StoredCheckpoint(folder, manifest, tuple(json.loads(texts[number]) for number in sorted(texts))), ""
 
 
 def check_same_recipe(
@@ -197,7 +201,7 @@ def load(found: StoredCheckpoint, share: RankShare, group: Group) -> None:
     """Fill the tensors of `share` in place, whatever number of ranks wrote them. Collective only in its verdict."""
     problem = ""
     try:
-        copy_ranges(Ranges(found.uri, len(found.manifest["files"])), share.segments, share.tensors)
+        copy_ranges(Ranges(found.uri, found.indexes), share.segments, share.tensors)
     except (UserError, OSError) as error:
         problem = str(error)
     if group.any(bool(problem)):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,16 @@ def write_rank_file(
     return tuple(int.from_bytes(digest[i : i + 4], "big") for digest in (written, described) for i in range(0, 32, 4))
 
 
-def read_index(folder: str, rank: int) -> dict[str, Any]:
-    """The JSON beside a rank file: its ranges, in file order, and what else that rank had to keep."""
-    return json.loads(storage.read_bytes(storage.join(folder, f"{name_rank(rank)}.json")))
+def read_whole_files(folder: str, rank: int, hashes: Mapping[str, str]) -> str:
+    """The JSON text beside a rank file: its ranges, in file order, and what else that rank had to keep. UserError where
+    one of the rank's files does not have its hash."""
+    described = f"{name_rank(rank)}.json"
+    text = storage.read_bytes(storage.join(folder, described))
+    for name, wanted in hashes.items():
+        content = hashlib.sha256(text).hexdigest() if name == described else hash_file(storage.join(folder, name))
+        if content != wanted:
+            raise UserError(f"{name} does not have the content that was saved")
+    return text.decode()
 
 
 def hash_file(uri: str) -> str:
@@ -87,15 +94,16 @@ def hash_file(uri: str) -> str:
 
 
 class Ranges:
-    """Which range of which parameter lies where in the rank files of a checkpoint; read once, asked often."""
+    """Which range of which parameter lies where in the rank files of a checkpoint. `indexes`: the JSON of each rank, in
+    rank order."""
 
-    def __init__(self, folder: str, num_files: int) -> None:
+    def __init__(self, folder: str, indexes: Sequence[Mapping[str, Any]]) -> None:
         self.folder = folder
         self.sources: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)  # (start, numel, rank, at)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for rank in range(num_files):
+        for rank, index in enumerate(indexes):
             at = 0
-            for name, shape, start, numel in read_index(folder, rank)["segments"]:
+            for name, shape, start, numel in index["segments"]:
                 self.sources[name].append((start, numel, rank, at))
                 self.shapes[name] = tuple(shape)
                 at += numel
