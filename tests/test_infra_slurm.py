@@ -32,6 +32,8 @@ print("rank", *(os.environ[name] for name in names), "life", number, lives[numbe
 with report_outcome():
     if lives[number] == "mistake":
         sys.exit(2)
+    if lives[number] == "stop":
+        sys.exit(75)
     if lives[number] == "lost":
         if rank == "1":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -112,6 +114,16 @@ def test_attempts_without_a_new_checkpoint_are_counted(cluster, tmp_path):
     assert found["JobState"] == "FAILED", said
     assert "error: 3 attempts without a new checkpoint: giving up" in said
     assert said.count("starting again") == 5
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_is_stopped_before_it_can_save_does_not_loop_for_ever(cluster, tmp_path):
+    """As under a time limit shorter than the lead of the signal."""
+    job = submit(cluster, tmp_path, "stop stop done", max_restarts=1)
+    found = cluster.wait_for(job, "COMPLETED", "FAILED")
+    said = cluster.read_log("job", job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "2"), said
+    assert "error: 2 attempts without a new checkpoint: giving up" in said
 
 
 @pytest.mark.timeout(300)

@@ -96,7 +96,6 @@ while true; do
   if [ "$code" = 0 ]; then rm -rf "${folder}"; exit 0; fi
   if [ -e "${folder}/{mistake}" ]; then exit {mistake}; fi
   if [ -n "$stopped" ] || [ -e "${folder}/{preempted}" ] || [ "$code" = {terminated} ]; then
-    echo "$((attempts - 1))" > "${folder}/attempts"  # it was asked to stop: no failure
     echo "stopped: back to the queue" >&2
     scontrol requeue "$SLURM_JOB_ID"
     exit {preempted}
