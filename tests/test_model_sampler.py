@@ -65,7 +65,7 @@ def moment_error(name: str, solver: str, steps: int = 8, tolerance: float = 1e-4
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm"])
 def test_fixed_steps_recover_a_mixtures_moments(name: str, solver: str) -> None:
     """Mean and variance (of 0.71) within 0.02 at 128 steps, an eighth of the error at 8 or less."""
     few, many = moment_error(name, solver, 8), moment_error(name, solver, 128)
@@ -87,15 +87,20 @@ def test_adaptive_steps_recover_a_mixtures_moments(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rf", "eps/linear", "eps/cos", "v/cos", "edm(-1.20,1.20)"])
 def test_order_of_the_solvers(name: str) -> None:
-    """Halving the step divides Euler's error by about 2 and Heun's by about 4.
+    """Halving the step divides Euler's error by about 2, Heun's by about 4, DPM-Solver++'s by clearly more than 2: its
+    steps are even in t and not in log(a/b), and its first and last one are Euler's.
 
-    Not Heun's for the linear schedule: trailing levels end with a long step to 0, and there Heun is Euler.
+    Not for the linear schedule: trailing levels end with a long step to 0, which both take as Euler.
     """
     form = get_formulation(name)
     noise = torch.tensor([-1.0, 0.4, 1.3], dtype=torch.float64).view(-1, 1, 1, 1)
     network = mixture_network(form)
     exact = solve(network, noise, no_text(3), solver="rk", tolerance=1e-9, formulation=form).latents
-    for solver, low, high in (("euler", 1.6, 2.4), ("heun", 1.6 if isinstance(form.path, Linear) else 3.0, 5.5)):
+    trailing = isinstance(form.path, Linear)
+    bounds = {
+        "euler": (1.6, 2.4), "heun": (1.6 if trailing else 3.0, 5.5), "dpm": (1.6 if trailing else 2.5, 5.5)
+    }  # fmt: skip
+    for solver, (low, high) in bounds.items():
         coarse, fine = (
             solve(network, noise, no_text(3), steps=n, solver=solver, formulation=form).latents for n in (100, 200)
         )
@@ -110,6 +115,28 @@ def test_euler_recovers_a_known_flow() -> None:
     # rk chooses its own steps: one point of the grid is enough.
     out = solve(velocity, torch.zeros(2, 1, 2, 2), no_text(2), steps=1, solver="rk", formulation="rf").latents
     torch.testing.assert_close(out, -torch.ones(2, 1, 2, 2), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 3.0), (5, 1.0), (20, 3.0)])
+def test_dpm_is_diffusers(steps: int, shift: float) -> None:
+    """Its DPMSolverMultistepScheduler on the same times."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    network = mixture_network(get_formulation("rf"))
+    noise = torch.linspace(-2, 2, 7, dtype=torch.float64).view(-1, 1, 1, 1)
+    found = solve(network, noise, no_text(7), steps=steps, shift=shift, solver="dpm", formulation="rf")
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    grid = make_sampling_grid(get_formulation("rf"), steps, shift=shift)
+    scheduler.sigmas, scheduler.timesteps = grid, torch.arange(steps)
+    state = noise
+    for number in range(steps):
+        velocity = network(state, grid[number].expand(7), no_text(7))
+        state = scheduler.step(velocity, scheduler.timesteps[number], state).prev_sample
+    assert found.evaluations == steps
+    torch.testing.assert_close(found.latents, state, atol=1e-6, rtol=1e-6)
 
 
 def test_a_straight_path_is_read_off_as_straight() -> None:

@@ -21,6 +21,7 @@ from infra.log import format_duration
 from infra.runner import WorkerPool
 from model.backbone import read_config
 from model.diffusion.few_step import FewStep
+from model.diffusion.sampler import Solver
 from model.diffusion.timesteps import require_shift
 from model.encoders.vae import Latents
 
@@ -46,7 +47,7 @@ class CoupleOptions:
     """Root of the dataset of couplings: a folder or s3://bucket/prefix."""
     count: int
     """Couplings to have in the end. A greater count later adds to those that are there."""
-    solver: Literal["heun", "euler", "rk"] = "heun"
+    solver: Solver = "heun"
     steps: int = 25
     guidance: float | None = None
     """Classifier-free guidance of the teacher, baked into the couplings; 1: none, at half the cost. Default: 1.5, or 1

@@ -111,7 +111,7 @@ def count_forwards(solver: str, steps: int, *, guidance: float, formulation: str
     steps."""
     if solver == "rk":
         return None
-    passes = steps if solver == "euler" else 2 * steps
+    passes = 2 * steps if solver == "heun" else steps
     if solver == "heun" and integrates_over_sigma(get_formulation(formulation)):
         passes -= 1  # its last step, to level 0, is Euler's
     return passes * (1 if guidance == 1.0 else 2)

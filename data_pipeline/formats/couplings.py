@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infra.codec import to_json
 from infra.errors import UserError
+from model.diffusion.sampler import Solver
 from model.seeding import Keyed, keyed_normal
 
 # The purposes are part of every coupling: other words would be other noise and other prompts.
@@ -30,7 +31,7 @@ class Couplings:
     teacher: str
     """sha256 of the teacher's weights file."""
     formulation: str
-    solver: Literal["euler", "heun", "rk"]
+    solver: Solver
     steps: int
     grid: Literal["default", "released"]
     shift: float

@@ -20,7 +20,7 @@ from infra.device import Precision, resolve_device, resolve_precision
 from infra.errors import MissingError, UserError
 from model.bfloat16 import convert_to_bfloat16
 from model.diffusion.few_step import FewStep
-from model.diffusion.sampler import solve
+from model.diffusion.sampler import Solver, solve
 from model.encoders.networks import TextEncoders, load_text_encoders
 from model.encoders.text import TextCond, TextSpec, assemble, make_unconditional
 from model.encoders.vae import Latents, load_vae
@@ -38,7 +38,8 @@ class Sampling:
     steps: int = 25
     guidance: float = 4.0
     """classifier-free guidance; 1 turns it off"""
-    solver: Literal["euler", "heun", "rk"] = "euler"
+    solver: Solver = "euler"
+    """dpm: DPM-Solver++(2M), of second order at Euler's cost"""
     shift: float | None = None
     """resolution shift of the timesteps; None takes the weights' own"""
     unconditional: Literal["zeros", "empty_prompt"] = "zeros"

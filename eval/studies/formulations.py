@@ -51,7 +51,6 @@ class StudyOptions:
         return self.drawing.make_run(self.runs, captions=self.captions)
 
 
-
 @dataclass(frozen=True)
 class StudyEntry:
     """One trained run: variant, seed, dataset, and the checkpoint that is judged with both kinds of its weights."""

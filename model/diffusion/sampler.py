@@ -1,4 +1,5 @@
-"""From noise to latents: Euler, Heun and adaptive Runge-Kutta over a formulation's grid, with classifier-free guidance.
+"""From noise to latents: Euler, Heun, DPM-Solver++ and adaptive Runge-Kutta over a formulation's grid, with
+classifier-free guidance.
 
 Both branches of guidance go through the network in one batch. Conversions are affine in the prediction, so guiding the
 prediction is guiding the velocity.
@@ -28,7 +29,7 @@ from model.diffusion.grids import (
 )
 from model.encoders.text import TextCond
 
-Solver = Literal["euler", "heun", "rk"]
+Solver = Literal["euler", "heun", "dpm", "rk"]
 Predict = Callable[..., Tensor]  # (x, t_B, text), and r_B for a student that predicts average velocities
 Slope = Callable[..., Tensor]  # (state, coordinate), and the coordinate where the step ends
 
@@ -67,13 +68,16 @@ def solve(
 ) -> Trajectory:
     """Integrate from noise to data. `guidance` 1 reads `text` only; any other value needs `uncond`.
 
+    solver dpm is DPM-Solver++(2M): of second order, with one evaluation a step as Euler.
     solver rk is Dormand-Prince with relative and absolute `tolerance`; it chooses its own steps between the grid's ends
     for the batch as a whole, so `steps` only says where its states are kept. `student`: what the weights say of
     themselves; UserError for steps, guidance or a solver that do not fit it.
     """
     form = get_formulation(formulation) if isinstance(formulation, str) else formulation
     if solver not in get_args(Solver):
-        raise UserError(f"unknown solver {solver!r}{nearest(solver, get_args(Solver))}; known: euler, heun, rk")
+        raise UserError(
+            f"unknown solver {solver!r}{nearest(solver, get_args(Solver))}; known: {', '.join(get_args(Solver))}"
+        )
     if student is not None:
         student.check(steps=steps, guidance=guidance, solver=solver)
     average = student is not None and student.average
@@ -85,6 +89,11 @@ def solve(
         evaluations += 1
         return compute_path_slope(form, predict, y, at, to if average else None)
 
+    def predict_x0(y: Tensor, at: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return predict_ends(form, predict, y, at)[0]
+
     points = make_sampling_grid(form, steps, shift=shift, grid=grid)
     start, to_sigma = make_start_state(form, noise_BCHW, points[0]), integrates_over_sigma(form)
     if solver == "rk" and to_sigma and points[-2] > find_lowest_ratio(form):
@@ -93,6 +102,7 @@ def solve(
     advance = {
         "euler": _make_fixed(slope, None),
         "heun": _make_fixed(slope, to_sigma),
+        "dpm": _make_multistep(form, predict_x0),
         "rk": _make_adaptive(slope, tolerance, to_sigma),
     }
     states = advance[solver](start, points)
@@ -125,6 +135,17 @@ def compute_path_slope(
     form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor, to: Tensor | None = None
 ) -> Tensor:
     """dy/d(coordinate) at one coordinate for the whole batch; with `to`, its average from there to `to`."""
+    x0, noise = predict_ends(form, predict, y, at, to)
+    if integrates_over_sigma(form):
+        return noise
+    da, db = form.path.slope(at.to(torch.float64).expand(y.shape[0]))
+    return broadcast_like(da, y) * x0 + broadcast_like(db, y) * noise
+
+
+def predict_ends(
+    form: Formulation, predict: Callable[..., Tensor], y: Tensor, at: Tensor, to: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x0, noise) that the network sees in the state at one coordinate; with `to`, those of its average velocity."""
     coordinate_B = at.to(torch.float64).expand(y.shape[0])
     level = get_level(form, coordinate_B)
     z = broadcast_like(level.a, y) * y if integrates_over_sigma(form) else y
@@ -133,12 +154,7 @@ def compute_path_slope(
     if to is not None:
         times.append(get_level(form, to.to(torch.float64).expand(y.shape[0])).network_time)
     scaled, times = broadcast_like(level.input_scale, z) * z, [t_B.to(y.device, precise) for t_B in times]
-    prediction = predict(scaled, *times).to(y.dtype)
-    x0, noise = form.split(prediction, z, level)
-    if integrates_over_sigma(form):
-        return noise
-    da, db = form.path.slope(coordinate_B)
-    return broadcast_like(da, z) * x0 + broadcast_like(db, z) * noise
+    return form.split(predict(scaled, *times).to(y.dtype), z, level)
 
 
 def _make_fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tensor], list[Tensor]]:
@@ -155,6 +171,28 @@ def _make_fixed(slope: Slope, skip_last: bool | None) -> Callable[[Tensor, Tenso
             else:
                 y = y + step * (first + slope(nearly, points[i + 1])) / 2
             states.append(y)
+        return states
+
+    return advance
+
+
+def _make_multistep(form: Formulation, predict_x0: Slope) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): exact for a constant x0, which it extrapolates over log(a/b)
+    from the last two predictions. The first step and the step to level 0 take the latest one alone."""
+
+    def advance(y: Tensor, points: Tensor) -> list[Tensor]:
+        level = get_level(form, points)
+        a, b = (torch.ones_like(points), points) if integrates_over_sigma(form) else (level.a, level.b)
+        log_ratio = torch.log(a / b)  # lambda of the paper: -inf at pure noise, inf at 0
+        states, earlier, before = [y], None, math.inf
+        for i in range(len(points) - 1):
+            x0 = latest = predict_x0(states[-1], points[i])
+            step = float(log_ratio[i + 1] - log_ratio[i])
+            if earlier is not None and math.isfinite(step):
+                latest = x0 + step / before / 2 * (x0 - earlier)
+            kept, added = float(b[i + 1] / b[i]), float(a[i + 1] * -math.expm1(-step))
+            states.append(kept * states[-1] + added * latest)
+            earlier, before = x0, step
         return states
 
     return advance
