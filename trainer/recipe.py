@@ -260,9 +260,8 @@ class Recipe:
     logging: Logging = field(default_factory=Logging)
     guard: Guard = field(default_factory=Guard)
     objective: str = "pretrain"
-    """pretrain: the formulation's loss; dpo: the better picture of a pair against the worse one. Then images,
-    global_batch and micro_batch count pairs. reflow, distil, meanflow: a teacher's couplings; perflow, meanflow: a
-    frozen teacher. Others: trainer/objective.py."""
+    """pretrain: the formulation's loss; dpo: preference pairs, which images, global_batch and micro_batch then count;
+    reflow, distil, meanflow: a teacher's couplings; perflow, meanflow: a frozen teacher (trainer/objective.py)."""
     dpo: DPO = field(default_factory=DPO)
     lora: LoRA = field(default_factory=LoRA)
     student: Student = field(default_factory=Student)
