@@ -1,6 +1,7 @@
 """Mixes: shares by an independent count, caps, one sequence whatever ranks and restarts, and what is refused."""
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data_pipeline_loader import take
 
-from data_pipeline.loading.mix import MixedOrder, ShareBlocks
+from data_pipeline.formats.schema import read_dataset_info
+from data_pipeline.loading.mix import MixedOrder, ShareBlocks, check_alike
 from data_pipeline.loading.order import SampleOrder
 from data_pipeline.packing.synthetic import write_synthetic
 from data_pipeline.selection.choice import DataChoice
@@ -189,6 +191,11 @@ def test_datasets_that_no_model_could_read_alike_are_refused(roots, tmp_path):
             DataChoice((f"a={roots['a']}", f"c={tmp_path / name}")).open()
         [line] = caught.value.lines
         assert {"int8": "seats in int8 none and t5", "vae": "synthetic:vae and other:vae"}[name] in line
+    info = read_dataset_info(roots["a"])
+    old, new = (replace(info, settings={"latents": {"weights": "1f", "crop": crop}}) for crop in ("center", "cover"))
+    check_alike({"a": old, "b": old})
+    with pytest.raises(UserErrors, match=r"latents.crop center and cover"):
+        check_alike({"a": old, "b": new})
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,8 @@ def _compare(one: DatasetInfo, two: DatasetInfo) -> list[tuple[str, object, obje
         {k: v for k, v in info.settings.items() if k == "latents" or k.startswith("text_")} for info in (one, two)
     ]
     for stage in {**stages[0], **stages[1]}:
-        one, other = (found.get(stage) or {} for found in stages)
-        pairs += [(f"{stage}.{key}", one.get(key), other.get(key)) for key in {**one, **other}]
+        first, second = (settings.get(stage) or {} for settings in stages)
+        pairs += [(f"{stage}.{key}", first.get(key), second.get(key)) for key in {**first, **second}]
     # where weights have hashes, the names of their files say nothing
     hashed = all(info.settings.get("latents") for info in (one, two))
     return [pair for pair in pairs if pair[1] != pair[2] and not (hashed and pair[0].endswith("checkpoint"))]

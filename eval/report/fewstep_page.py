@@ -138,8 +138,8 @@ def _make_panel(found: FewSteps, figure: str, xlabel: str, *, against: str | Non
             if figure in cell and (x := steps if against is None else _find_seconds(cell, against)) is not None
         ]
         if points:
-            x, y = (tuple(column) for column in zip(*points))
-            lines.append(_make_line(line, order, x, y))
+            xs, ys = (tuple(column) for column in zip(*points))
+            lines.append(_make_line(line, order, xs, ys))
     return FewStepPanel(COLUMNS[figure], xlabel, lines, from_zero=figure.startswith("geneval"))
 
 

@@ -128,11 +128,11 @@ def compose_few_steps(
 
 def _find_origins(runs: Sequence[RunFolder], arms: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """For each run the fields of its lines that say what it is and whom it learnt from."""
-    sheets = {run.name: found[0] for run in runs if (found := read_sheet(run))}
+    sheets = {run.name: read[0] for run in runs if (read := read_sheet(run))}
     arm_of = {name: arm for arm, names in arms.items() for name in names}
     by_weights = {sheet.weights: arm_of[name] for name, sheet in sheets.items()}
     taught = {str(sheet.student.get("teacher")) for sheet in sheets.values()}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for run in runs:
         student = sheets[run.name].student if run.name in sheets else {}
         origin = by_weights.get(str(run.recipe_field("init_weights"))) if student else None

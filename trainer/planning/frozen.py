@@ -47,7 +47,7 @@ def count_frozen(loss: PerceptualLoss, latent_shape: tuple[int, int, int]) -> Fr
     parts = nn.ModuleList(loss.parts)
     weights = {**dict(parts.named_parameters()), **dict(parts.named_buffers())}
     with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(tensor) for name, tensor in weights.items()}
+        fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in weights.items()}
     with mode, FlopCounterMode(display=False) as counter, _plain_attention():
         _call_with(parts, fake, lambda: loss(*_make_latents(latent_shape)).sum().backward())
     with mode:
