@@ -253,6 +253,19 @@ def test_another_teacher_or_formulation_is_refused(folder):
         check_couplings(recipe, dataset, weights)
 
 
+def test_weights_of_another_text_are_refused(folder):
+    dataset, spec = open_dataset(str(folder / "coupled")), read_dataset_info(str(folder / "data")).text_spec
+    layout = "trimmed" if spec.layout == "padded" else "padded"
+    write_weights(folder / "layout.safetensors", folder, text_spec=to_json(dataclasses.replace(spec, layout=layout)))
+    recipe, weights = started(folder, "layout.safetensors", student=Student(any_teacher=True))
+    with pytest.raises(UserError, match=rf"text of layout {layout} .*holds layout {spec.layout}"):
+        check_couplings(recipe, dataset, weights)
+    moved = dataclasses.replace(spec, encoders=tuple(dataclasses.replace(e, checkpoint="x") for e in spec.encoders))
+    write_weights(folder / "moved.safetensors", folder, text_spec=to_json(moved))
+    recipe, weights = started(folder, "moved.safetensors", student=Student(any_teacher=True))
+    check_couplings(recipe, dataset, weights)
+
+
 def test_ordinary_training_from_a_student_is_refused_unless_it_is_asked_for(folder):
     weights = write_weights(folder / "student.safetensors", folder, few_step={"teacher": "0", "objective": "reflow"})
     recipe = dataclasses.replace(get_recipe("world-d2"), model=CONFIG)

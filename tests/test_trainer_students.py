@@ -443,7 +443,12 @@ def test_weights_say_how_a_student_is_sampled(folder):
     assert (few["steps"], few["sigmas"], few["states"], few["objective"]) == (2, [1.0, 0.5, 0.0], "line", "distil")
     assert FewStep.of({"few_step": few}).step_counts == [1, 2]
     assert describe_student(get_recipe("world-meanflow-d2"), info)["few_step"]["average"] is True
+    assert (few["guidance_kind"], few["guidance"]) == ("baked", 1.0), "no caption was dropped"
+    dropping = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, encoder_dropout=0.1))
+    assert describe_student(dropping, info)["few_step"]["guidance_kind"] == "kept"
     path = write_weights(folder / "two.safetensors", folder, few_step=few)
+    with pytest.raises(UserError, match="guidance 4 would multiply"):
+        next(Painter(path).paint([ImageRequest("a dog")], Sampling(steps=1)))
     with pytest.raises(UserError, match="grid of 2 steps"):
         next(Painter(path).paint([ImageRequest("a dog")], Sampling(steps=25, guidance=1.0)))
     with pytest.raises(UserError, match="grid of 2 steps"):
@@ -467,8 +472,8 @@ def run(folder: Path, name: str, out: str, ranks: int, stage: int, *more: str, d
 @pytest.mark.parametrize(
     ("name", "data", "options", "said"),
     [
-        ("world-distil-d2", "coupled", ["--student.steps", "2", "--student.states", "rollout"], ("kept", 1.0, 2)),
-        ("world-meanflow-d2", "coupled", [], ("kept", 1.0, None)),
+        ("world-distil-d2", "coupled", ["--student.steps", "2", "--student.states", "rollout"], ("baked", 1.0, 2)),
+        ("world-meanflow-d2", "coupled", [], ("baked", 1.0, None)),
         ("world-meanflow-d2", "data", ["--student.guidance", "1.5", "--validation.protocol", "sd3"],
          ("baked", 1.5, None)),
         ("world-perflow-d2", "data", ["--student.teacher-steps", "2", "--parallel.micro-batch", "2"],

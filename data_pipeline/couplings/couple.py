@@ -6,7 +6,7 @@ A shard is the unit of work. The same command again makes only what is missing; 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,6 @@ from infra.errors import UserError
 from infra.log import Progress
 from infra.runner import UnitResult, WorkerPool, WorkUnit, run_tasks
 from infra.version import code_version
-from model.encoders.text import TextSpec
 
 NOT_FINITE = "not_finite"
 SHARD_ROWS = 500
@@ -42,7 +41,7 @@ SHARD_ROWS = 500
 def describe_dataset(couplings: Couplings, teacher: TeacherFile, prompts: Prompts) -> DatasetInfo:
     """dataset.json without its splits; UserError where teacher and prompts do not fit together."""
     info = prompts.dataset.info
-    if _without_addresses(info.text_spec) != _without_addresses(teacher.text_spec):
+    if not info.text_spec.reads_as(teacher.text_spec):
         raise UserError(
             f"{prompts.uri} holds text of another layout or other encoders than the teacher {teacher.uri} was trained "
             "with: give prompts encoded as its training data were, or a file of prompts"
@@ -55,10 +54,6 @@ def describe_dataset(couplings: Couplings, teacher: TeacherFile, prompts: Prompt
         | {"latents": couplings.identity},
         code_version=code_version(), couplings=couplings,
     )  # fmt: skip
-
-
-def _without_addresses(spec: TextSpec) -> TextSpec:
-    return replace(spec, encoders=tuple(replace(encoder, checkpoint="") for encoder in spec.encoders))
 
 
 def check_out(out: str, couplings: Couplings) -> None:

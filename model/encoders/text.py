@@ -8,7 +8,7 @@ pooled vectors of the CLIP seats are concatenated (SD3, App. B.2). The encoders 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,6 +74,14 @@ class TextSpec:
             raise UserError(f"text of width {widest} does not fit context_width {self.context_width}; raise it")
         if self.t5 is not None and self.t5.width != self.context_width:
             raise UserError(f"t5 seat of width {self.t5.width} but context_width {self.context_width}; make them equal")
+
+    def reads_as(self, other: TextSpec) -> bool:
+        """Are features the same but for the addresses of their encoders?"""
+        one, two = (
+            replace(spec, encoders=tuple(replace(encoder, checkpoint="") for encoder in spec.encoders))
+            for spec in (self, other)
+        )
+        return one == two
 
     @property
     def clip(self) -> tuple[EncoderSpec, ...]:

@@ -10,6 +10,7 @@ from model.diffusion.few_step import FewStep
 from model.diffusion.flow import get_formulation
 from model.diffusion.paths import RectifiedFlow
 from model.diffusion.validation import COUPLED
+from model.encoders.text import TextSpec
 from model.files.weights import read_meta
 from trainer.objective import OBJECTIVES, asks_teacher, reads_couplings
 from trainer.recipe import Recipe
@@ -29,7 +30,7 @@ def check_couplings(recipe: Recipe, dataset: Dataset, init_from: str | None) -> 
                 f"{dataset.uri} holds couplings, which objective {recipe.objective}{asked} does not train on: give "
                 "--objective reflow, or the data that the teacher was trained on"
             )
-        if asks_teacher(recipe) and (wrong := _compare_start(recipe, init_from)):
+        if asks_teacher(recipe) and (wrong := [*_compare_start(recipe, init_from), *_compare_text(dataset, init_from)]):
             raise UserErrors(wrong)
         if recipe.validation.protocol == COUPLED and recipe.validation.every is not None:
             raise UserError(f"--validation.protocol {COUPLED} needs couplings, which {dataset.uri} does not hold")
@@ -39,7 +40,10 @@ def check_couplings(recipe: Recipe, dataset: Dataset, init_from: str | None) -> 
             f"{dataset.uri} holds no couplings, which objective {recipe.objective} trains on: make some with "
             "`python -m data_pipeline couple --teacher WEIGHTS --prompts URI --count N --out URI`"
         )
-    wrong = [*_compare_shift(recipe, dataset.uri, found), *_compare_teacher(recipe, dataset.uri, found, init_from)]
+    wrong = [
+        *_compare_shift(recipe, dataset.uri, found), *_compare_teacher(recipe, dataset.uri, found, init_from),
+        *_compare_text(dataset, init_from),
+    ]  # fmt: skip
     if wrong:
         raise UserErrors(wrong)
 
@@ -51,6 +55,23 @@ def _compare_shift(recipe: Recipe, uri: str, found: Couplings) -> list[str]:
         f"{uri}: the teacher's times were shifted by {found.shift:g}, those of recipe {recipe.name} are by "
         f"{recipe.shift:g}: give --shift {found.shift:g}"
     ]
+
+
+def _compare_text(dataset: Dataset, init_from: str | None) -> list[str]:
+    """Are the weights that a student starts from made for the text that the data holds?"""
+    if init_from is None:
+        return []
+    learnt, found = TextSpec.from_json(read_meta(find_weights(init_from))["text_spec"]), dataset.text_spec
+    if found.reads_as(learnt):
+        return []
+    return [
+        f"{init_from} was trained with text of layout {learnt.layout} from {_name_encoders(learnt)}; {dataset.uri} "
+        f"holds layout {found.layout} from {_name_encoders(found)}: give weights and data of one text"
+    ]
+
+
+def _name_encoders(spec: TextSpec) -> str:
+    return " and ".join(f"{encoder.seat} ({encoder.tokens} tokens)" for encoder in spec.encoders)
 
 
 def _compare_start(recipe: Recipe, init_from: str | None) -> list[str]:

@@ -38,7 +38,7 @@ def describe_weights(recipe: Recipe, info: DatasetInfo, *, kind: str, images_see
 def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
     """How a student is sampled: by Euler on the teacher's shifted times, on a grid of its own where it was distilled to
     some steps. A guidance that the teacher used is baked into what the student learnt, and would multiply with another
-    one."""
+    one. Without dropped captions the student has not learnt what guidance leads away from: guidance 1 is baked in."""
     found = info.couplings
     if found is not None:
         made_of = {"round": found.round, "teacher": found.teacher, "couplings": info.fingerprint}
@@ -53,7 +53,7 @@ def describe_student(recipe: Recipe, info: DatasetInfo) -> dict[str, Any]:
             **made_of,
             "solver": "euler",
             "guidance": guidance,
-            "guidance_kind": "kept" if guidance == 1.0 else "baked",
+            "guidance_kind": "kept" if guidance == 1.0 and recipe.data.encoder_dropout else "baked",
             **get_objective(recipe.objective).few_step(recipe),
         }
     }
