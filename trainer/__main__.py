@@ -30,6 +30,7 @@ COMMANDS: Commands = {
     "plan": Command("trainer.commands:plan", "what a recipe needs: memory, time, dollars", takes_words=True),
     "grade": Command("trainer.commands:grade", "the plan of a finished run against what it took", takes_words=True),
     "export": Command("trainer.commands:export", "write weights from a checkpoint", takes_words=True),
+    "posthoc": Command("trainer.commands:posthoc", "an EMA of any width out of the stored ones", takes_words=True),
     "verify-resume": Command(
         "trainer.commands:verify_resume", "prove that resuming continues the same run", takes_words=True
     ),

@@ -149,6 +149,21 @@ class ExportArgs:
     """Step of the checkpoint; default: the newest."""
 
 
+@dataclass(frozen=True)
+class PosthocArgs:
+    """Write the average of another width out of the averages that a run stored (EDM2's post-hoc EMA)."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder: its exported EMA weights and the profiles in its checkpoints are the material."""
+    std: float
+    """Relative width of the average, as in power:WIDTH."""
+    images: int | None = None
+    """The average over the first so many images; default: all that were seen at the last export."""
+    out: str | None = None
+    """File to write; default: RUN/weights/posthoc_STD.safetensors."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
 def train(words: list[str]) -> None:
     recipe, rest = _get_named_recipe(words, "train")
     args = parse_options(TrainArgs, rest, "train " + recipe.name, recipe=recipe)
@@ -313,6 +328,20 @@ def export(words: list[str]) -> None:
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         count = export_as(args.format, folders[0], out=args.out, base=args.base, dtype=dtype, **given)
     print(f"{args.out}: {count:,} parameters from {folders[0]}")
+
+
+def posthoc(words: list[str]) -> None:
+    args = parse_options(PosthocArgs, words, "posthoc")
+    if args.images is not None:
+        _require_positive(args, "images")
+    import torch
+
+    from trainer.exports.posthoc import reconstruct
+
+    out = args.out or f"{args.run.rstrip('/')}/weights/posthoc_{args.std:g}.safetensors"
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    error = reconstruct(args.run, args.std, out=out, images=args.images, dtype=dtype)
+    print(f"{out}: power:{args.std:g}, error of its profile {100 * error:.2g} %")
 
 
 def verify_resume(words: list[str]) -> None:
