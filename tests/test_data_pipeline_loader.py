@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline.formats.layout import SampleLayout
 from data_pipeline.loading.loader import open_dataset
@@ -325,31 +323,6 @@ def test_skipped_positions_get_substitutes(root):
     before = [key for batch in plain for key in batch.keys]
     after = [key for batch in skipped for key in batch.keys]
     assert [n for n, (a, b) in enumerate(zip(before, after)) if a != b] == [3, 17]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_offsets_are_those_of_the_safetensors_file(data):
-    from safetensors.numpy import load
-
-    layout = SampleLayout(TINY_TEXT, CAPTIONS, (4, 2, 2))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    text = {}
-    for caption, encoder in layout.slots:
-        if caption == "original" or data.draw(st.booleans()):
-            length = data.draw(st.integers(1, encoder.tokens))
-            text[caption, encoder.seat] = (rng.normal(size=(length, encoder.width)), rng.normal(size=encoder.pooled))
-    raw, header, tokens = layout.encode(rng.normal(size=(4, 2, 2)), text)
-    arrays, body = load(raw), raw[header:]
-    slots = layout.offsets(np.array([tokens]))
-    assert slots.size_R[0] == len(body)
-    at = slots.moments_R[0]
-    assert body[at : at + 32] == arrays["moments"].tobytes()
-    for number, (caption, encoder) in enumerate(layout.slots):
-        if (caption, encoder.seat) in text:
-            stored = arrays[f"{caption}.{encoder.seat}.hidden"].tobytes()
-            at = slots.hidden_RS[0, number]
-            assert body[at : at + len(stored)] == stored
 
 
 def test_shards_are_the_same_bytes_every_time_and_keys_stay_apart():

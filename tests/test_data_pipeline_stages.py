@@ -15,7 +15,6 @@ from PIL import Image
 from data_pipeline.captions.stage import caption_images
 from data_pipeline.curation.dedup import Dedup, SignatureStage
 from data_pipeline.curation.filters import FilterStage, MeasureStage, Thresholds, clean_caption
-from data_pipeline.curation.hash_matching import find_first_near
 from data_pipeline.formats.schema import ColumnPart, expand_ranges, to_ranges
 from data_pipeline.images import ImageError, cover_crop, decode
 from data_pipeline.packing.generations import keep_published
@@ -213,19 +212,6 @@ def test_the_first_shard_in_order_keeps_a_duplicate():
     table = signatures([gradient()])["s"]
     result = duplicates(Dedup(), {"val": table, "train": table})
     assert (result["val"]["status"].to_pylist(), result["train"]["status"].to_pylist()) == (["ok"], ["duplicate"])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30), st.integers(0, 8), st.randoms())
-def test_bands_find_what_comparing_all_pairs_finds(values, distance, random):
-    values = values + [v ^ (1 << random.randrange(64)) ^ (1 << random.randrange(64)) for v in values]
-    expected, kept = [], []
-    for number, value in enumerate(values):
-        near = [n for n in kept if (values[n] ^ value).bit_count() <= distance]
-        expected.append(min(near, default=-1))
-        if not near:
-            kept.append(number)
-    assert find_first_near(np.array(values, np.uint64), distance).tolist() == expected
 
 
 def test_one_bad_image_does_not_take_its_batch_along():

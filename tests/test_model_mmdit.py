@@ -128,25 +128,11 @@ def test_a_full_mask_is_no_mask() -> None:
     torch.testing.assert_close(model(x, t_B, masked), model(x, t_B, text), atol=1e-6, rtol=1e-6)
 
 
-def test_fresh_model_predicts_zero_and_is_decided_by_its_seed() -> None:
-    x, t_B, text = inputs(BASE)
-    assert BASE.build(seed=0)(x, t_B, text).abs().max() == 0
+def test_a_fresh_model_is_decided_by_its_seed() -> None:
     first, again, other = BASE.build(seed=0), BASE.build(seed=0), BASE.build(seed=1)
     name = "blocks.0.image.qkv.linear.weight"
     assert torch.equal(first.state_dict()[name], again.state_dict()[name])
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
-
-
-def test_checkpointed_blocks_give_the_same_gradients() -> None:
-    model = random_model(BASE)
-    x, t_B, text = inputs(BASE)
-    gradients = []
-    for model.checkpoint_blocks in (False, True):
-        model.zero_grad()
-        model(x, t_B, text).square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, atol=0, rtol=0)
 
 
 def test_positions_follow_the_paper_at_any_target() -> None:
