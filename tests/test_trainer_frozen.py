@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from model_files import write_vae
+from test_trainer_reflow import couple_with, write_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trainer_launch import TINY, read_figure, run_ranks
 
+from data_pipeline.packing.synthetic import write_synthetic
 from infra.errors import UserError
 from model.encoders.vae import Latents, load_vae
 from trainer.commands import plan
@@ -26,17 +30,23 @@ LAYERS, WIDTH, TOKENS = 2, 32, (32 // 8) ** 2 + 1  # of the vision model: patche
 
 
 @pytest.fixture(scope="module")
-def loss(tmp_path_factory) -> PerceptualLoss:
+def folder(tmp_path_factory) -> Path:
+    """A tiny autoencoder and a tiny vision model."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     folder = tmp_path_factory.mktemp("frozen")
-    vae, vision = write_vae(folder / "vae"), folder / "vision"
+    write_vae(folder / "vae")
     config = CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2,
                               image_size=32, patch_size=8)  # fmt: skip
-    CLIPVisionModel(config).save_pretrained(vision)
-    CLIPImageProcessor().save_pretrained(vision)
-    latents = Latents.of(load_vae(vae).config, str(vae))
-    return PerceptualLoss(f"features:{vision}", latents, device=torch.device("cpu"))
+    CLIPVisionModel(config).save_pretrained(folder / "vision")
+    CLIPImageProcessor().save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loss(folder) -> PerceptualLoss:
+    latents = Latents.of(load_vae(folder / "vae").config, str(folder / "vae"))
+    return PerceptualLoss(f"features:{folder / 'vision'}", latents, device=torch.device("cpu"))
 
 
 def count_flops(function) -> int:
@@ -123,3 +133,23 @@ def test_the_command_asks_for_the_decoder(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     recipe = dataclasses.replace(get_recipe("world-distil-d2"), student=Student(perceptual="features:world:clip"))
     assert told["train_flops_per_image"] == count_train_flops(recipe) + told["perceptual"]["flops_per_image"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_run_learns_from_pictures_and_its_plan_counts_them(folder, loss):
+    write_synthetic(str(folder / "data"), num_samples=64, val_samples=8, latent_shape=SHAPE, buckets=("32x32",),
+                    autoencoder=str(folder / "vae"))  # fmt: skip
+    write_weights(folder / "teacher.safetensors", folder)
+    couple_with(folder, "teacher.safetensors", "coupled", guidance=1.0)
+    run_ranks([
+        "-m", "trainer", "train", "world-distil-d2", "--data", str(folder / "coupled"), "--out", str(folder / "run"),
+        *TINY, "--init-from", str(folder / "teacher.safetensors"), "--images", "16", "--logging.log-every", "8",
+        "--student.perceptual", f"features:{folder / 'vision'}", "--validation.every", "None",
+    ], 1)  # fmt: skip
+    for figure in ("student/latent", "student/perceptual"):
+        values = read_figure(folder / "run", figure)
+        assert len(values) == 2, figure
+        assert min(values) > 0, figure
+    planned = json.loads((folder / "run" / "plan.json").read_text())["perceptual"]
+    assert planned == pytest.approx(dataclasses.asdict(count_frozen(loss, SHAPE)), rel=1e-3)
