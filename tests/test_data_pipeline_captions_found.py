@@ -93,6 +93,8 @@ STRING, LIST, STRUCT = pa.string(), pa.list_(pa.string()), pa.struct({"en": pa.s
         ({"TEXT": STRING, "id": pa.int64()}, "TEXT"),
         ({"caption": pa.dictionary(pa.int32(), STRING)}, "caption"),
         ({"caption": pa.null(), "url": STRING}, "caption"),
+        ({"Text": pa.large_string(), "n": pa.int8()}, "Text"),
+        ({"captions": pa.list_(pa.list_(STRING))}, "captions"),
     ],
 )
 def test_the_caption_column_is_known_by_name_and_type(types, expected):
@@ -107,6 +109,7 @@ def test_the_caption_column_is_known_by_name_and_type(types, expected):
         ({"caption": STRUCT, "title": STRING}, "caption is of type struct.*candidates: title"),
         ({"caption": pa.float64(), "url": STRING}, "caption is of type double"),
         ({"caption": STRING, "captions": LIST}, "caption and captions may each be"),
+        ({"caption": STRING, "Caption": STRING}, "caption and Caption may each be the caption"),
         ({"id": pa.int64()}, "none of text"),
     ],
 )

@@ -24,7 +24,6 @@ from data_pipeline.formats.schema import fingerprint, fingerprint_all
 from data_pipeline.stages.row_status import RowStatuses, status_table
 from data_pipeline.stages.scratch_db import ScratchDatabase, WorkList
 from infra import storage
-from infra.ahead import map_ahead
 from infra.errors import UserError
 
 KEYS = st.tuples(st.sampled_from(["", "a", "b", "\u00e9", "\U0001f525"]), st.integers(-3, 300))
@@ -50,22 +49,6 @@ def test_a_shelf_is_a_sorted_map(changes, more):
     assert (("a", 1) in map_) == (("a", 1) in expected)
     with pytest.raises(KeyError):
         map_["no", 0]
-
-
-def test_what_reads_ahead_keeps_the_order_and_a_bounded_number_of_items():
-    taken = []
-
-    def items():
-        for number in range(100):
-            taken.append(number)
-            yield number
-
-    found = map_ahead(lambda number: number * 2, items(), threads=3)
-    assert next(found) == (0, 0)
-    assert len(taken) <= 12
-    assert list(found) == [(n, 2 * n) for n in range(1, 100)]
-    with pytest.raises(ZeroDivisionError):
-        list(map_ahead(lambda number: 1 // number, [1, 0], threads=2))
 
 
 def test_units_and_verdicts_come_back_as_they_went():

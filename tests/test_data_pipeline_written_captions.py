@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.sources.captions import choose_caption_column, parse_fields, read_caption
+from data_pipeline.sources.captions import parse_fields, read_caption
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.registry import SourceOptions, open_source
 from data_pipeline.sources.seen import Seen
@@ -173,24 +173,6 @@ def test_addresses_in_an_image_column_are_rows_that_say_so(tmp_path):
         read(f"parquet:{tmp_path}")
     found, _ = read(f"parquet:{tmp_path}", SourceOptions(fetch_urls=True))
     assert [status for status, *_ in found.values()] == ["fetch_refused"]
-
-
-@pytest.mark.parametrize(
-    ("types", "column"),
-    [
-        ({"CAPTION": pa.string(), "license": pa.string()}, "CAPTION"),
-        ({"Text": pa.large_string(), "n": pa.int8()}, "Text"),
-        ({"caption": pa.dictionary(pa.int8(), pa.string())}, "caption"),
-        ({"captions": pa.list_(pa.list_(pa.string()))}, "captions"),
-    ],
-)
-def test_the_case_of_a_column_does_not_matter(types, column):
-    assert choose_caption_column(types, "", "t") == column
-
-
-def test_two_columns_that_differ_in_case_are_a_guess():
-    with pytest.raises(UserError, match="caption and Caption may each be the caption"):
-        choose_caption_column({"caption": pa.string(), "Caption": pa.string()}, "", "t")
 
 
 def test_a_json_file_without_a_caption_hides_no_table_and_its_fields_are_kept(tmp_path):

@@ -71,7 +71,7 @@ def test_each_thread_is_prepared_first():
 
 def test_a_map_that_is_left_early_leaves_no_thread_behind():
     before = set(threading.enumerate())
-    found = map_ahead(lambda n: n, itertools.count(), threads=2)
-    assert next(found) == (0, 0)
+    found = map_ahead(lambda n: 2 * n, itertools.count(), threads=2)
+    assert [next(found), next(found)] == [(0, 0), (1, 2)]
     found.close()
     assert set(threading.enumerate()) <= before
