@@ -18,7 +18,7 @@ from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage, Prompt
 from eval.metrics.diversity import Diversity
 from eval.metrics.saturation import Saturation, measure_contrast, measure_saturation
-from eval.report.build import write_report
+from eval.report.build import make_few_steps_context, render_page, write_report
 from eval.report.fewstep_page import compose_page
 from eval.report.fewstep_plots import cut_strips, plot_chart
 from eval.report.fewsteps import FewStepLine, compare_few_steps, compose_few_steps, compose_findings
@@ -354,6 +354,21 @@ def test_the_mean_of_intervals_is_none_where_one_has_none():
     over_seeds, over_prompts = average_points(points)
     assert (over_seeds.value, over_seeds.count) == (2, 2)
     assert (over_prompts.low, over_prompts.high, over_prompts.count) == (None, None, 4)
+
+
+def test_the_page_tells_means_from_single_runs():
+    runs = [fake_run(f"seed{n}/reflow", seed=n, values={1: 10.0 + 2 * n}) for n in range(2)]
+    context = make_few_steps_context(compose_page(compose(runs), runs), [], source="RUNS")
+    html = render_page("few_steps.html", context)
+    means, _, single = html.partition("<details>")
+    assert "reflow (2 seeds), guidance 1" in means
+    assert "seed0/reflow" not in means
+    assert single.count("/reflow, guidance 1</td>") == 2
+    told = render_page("few_steps.md", context)
+    assert "| 1 | reflow (2 seeds), guidance 1 | 11 (-1.7 to 24) |" in told  # 11 +- 12.7 * 1
+    assert "| 1 | seed0/reflow, guidance 1 | 10 (5 to 20) |" in told
+    alone = make_few_steps_context(compose_page(compose(runs[:1]), runs[:1]), [], source="RUNS")
+    assert "seeds" not in render_page("few_steps.md", alone)
 
 
 def test_scores_that_are_all_zero_have_an_axis_from_zero_up():
