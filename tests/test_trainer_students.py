@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from model.diffusion.grids import make_sampling_grid
 from model.diffusion.sampler import solve
 from model.encoders.text import TextCond
 from model.encoders.vae import Latents, load_vae
-from model.files.weights import read_meta
+from model.files.weights import load_weights, read_meta
 from model.float32 import InFloat32
 from model.perceptual import load_perceptual
 from trainer.checks.students import check_start
@@ -498,3 +499,35 @@ def test_zero_3_on_two_ranks_takes_the_steps_of_one_process_without_it(folder, n
         rows = ResultStore(str(made / "results")).rows(metric=f"val_{objective}/error")
         assert rows[-1].sample_count == 16
         assert math.isfinite(rows[-1].value)
+
+
+@pytest.fixture(scope="module", params=[
+    ("world-distil-d2", ["--student.steps", "2", "--student.states", "rollout"]), ("world-meanflow-d2", []),
+])  # fmt: skip
+def student_run(folder, request) -> tuple[str, list[str], Path]:
+    """Six steps, with a checkpoint after three of them."""
+    name, options = request.param
+    out = f"{name}-six"
+    run(folder, name, out, 1, 3, *options, "--logging.save-every", "24")
+    return name, options, folder / out
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_an_interrupted_student_ends_the_same_to_the_bit(folder, student_run):
+    name, options, six = student_run
+    half = folder / f"{name}-half"
+    shutil.copytree(six, half, ignore=shutil.ignore_patterns("tensorboard", "step_0000006", "*.safetensors"))
+    shutil.copytree(six / "checkpoints" / "step_0000003", half / "checkpoints" / "step_0000003", dirs_exist_ok=True)
+    run(folder, name, half.name, 1, 3, *options, "--logging.save-every", "24")
+    one, two = (load_weights(path / "weights" / "ema.safetensors")[0] for path in (six, half))
+    assert all(torch.equal(one[tensor], two[tensor]) for tensor in one)
+    assert read_figure(half) == read_figure(six)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_compiled_blocks_take_a_student_s_steps(folder, student_run):
+    name, options, six = student_run
+    compiled = run(folder, name, f"{name}-compiled", 1, 3, *options, "--parallel.compile")
+    assert compiled == pytest.approx(read_figure(six), rel=1e-5)
