@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trainer_launch import ROOT, TINY, read_figure
+from trainer_launch import ROOT, TINY, finish, read_figure
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 NAMES = (f"bee{os.getpid()}a", f"bee{os.getpid()}b")
@@ -62,16 +61,6 @@ def start(hosts: tuple[str, str], hostfile: Path, words: list[str]) -> list[subp
     return found
 
 
-def end(processes: list[subprocess.Popen[str]], timeout: float) -> tuple[list[int], str]:
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return [process.returncode for process in processes], "\n".join(said)
-
-
 @pytest.mark.skipif(not ALLOWED, reason="needs root and the ip command (Debian's iproute2) to make network namespaces")
 def test_two_hosts_train_lose_their_cable_and_resume(hosts, data, tmp_path):
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
@@ -89,17 +78,17 @@ def test_two_hosts_train_lose_their_cable_and_resume(hosts, data, tmp_path):
     ]
     processes = start(hosts, tmp_path / "hosts", words)
     while not (run / "checkpoints" / "latest").exists():
-        assert processes[0].poll() is None, end(processes, 10)[1]
+        assert processes[0].poll() is None, finish(processes, timeout=10)[1]
         time.sleep(0.5)
     ip(f"-n {hosts[0]} link set cable down")
-    codes, said = end(processes, 180)
+    codes, said = finish(processes, timeout=180)
     assert all(codes), said
     lost = [line for line in said.splitlines() if "ended without a word (killed, stopped or out of reach)" in line]
     assert {line.split("rank ")[1][0] for line in lost} == {"0", "1"}, said  # each side misses the other
     assert all("the same command continues from the last checkpoint" in line for line in lost)
 
     ip(f"-n {hosts[0]} link set cable up")
-    codes, said = end(start(hosts, tmp_path / "hosts", words), 1200)
+    codes, said = finish(start(hosts, tmp_path / "hosts", words), timeout=1200)
     assert codes == [0, 0], said
     assert "resumed" in said
     assert read_figure(run, "images_seen") == list(range(8, 2401, 8))

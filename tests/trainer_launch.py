@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -69,8 +70,9 @@ def finish(processes: list[subprocess.Popen[str]], *, timeout: float = 900.0) ->
         said = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            if process.poll() is None:  # with all its children where it is the head of a session
+                leads = os.getpgid(process.pid) == process.pid
+                (os.killpg if leads else os.kill)(process.pid, signal.SIGKILL)
     return [process.returncode for process in processes], "\n".join(said)
 
 

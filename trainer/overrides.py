@@ -47,6 +47,6 @@ def expand_exponents(words: Sequence[str]) -> list[str]:
     return [re.sub(r"(^|(?<==))\d+(\.\d+)?[eE]\d+$", whole, word) for word in words]
 
 
-def list_option_names(kind: Any, *, of_recipe: str = "recipe") -> set[str]:
+def list_option_names(kind: Any) -> set[str]:
     """Names of the options of the command `kind` (a dataclass) other than the fields of its recipe."""
-    return {*kind.__dataclass_fields__, *DataChoice.__dataclass_fields__} - {of_recipe}
+    return {*kind.__dataclass_fields__, *DataChoice.__dataclass_fields__} - {"recipe"}

@@ -85,14 +85,12 @@ def write_picture(path: str | Path, image: np.ndarray) -> None:
     storage.write_bytes(str(path), held.getvalue())
 
 
-def make_grid(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int = 1, columns: int | None = None
-) -> np.ndarray:
-    """One cell per row of images with its label underneath; `columns` cells stand beside each other."""
+def make_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, scale: int = 1) -> np.ndarray:
+    """One cell per row of images with its label underneath; cells stand beside each other, 1200 pixels at the most."""
     font = ImageFont.load_default()
     cells = [_draw_cell(label, images, scale, font) for label, images in rows]
     width, height = max(c.width for c in cells), max(c.height for c in cells)
-    across = min(columns or max(1, 1200 // width), len(cells))
+    across = min(max(1, 1200 // width), len(cells))
     down = -(-len(cells) // across)
     sheet = Image.new("RGB", (across * (width + 4) + 4, down * (height + 4) + 4), "white")
     for index, cell in enumerate(cells):

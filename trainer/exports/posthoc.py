@@ -59,7 +59,7 @@ def combine_profiles(stored: Sequence[Profile], wanted: Profile) -> tuple[np.nda
     with_wanted = np.array([compute_overlap(a, wanted) for a in stored]) * wanted.images
     weights = np.linalg.lstsq(products, with_wanted, rcond=None)[0]
     norm = compute_overlap(wanted, wanted) * wanted.images
-    left = norm - 2 * weights @ with_wanted + weights @ products @ weights
+    left = float(norm - 2 * weights @ with_wanted + weights @ products @ weights)
     return weights, float(np.sqrt(max(left, 0.0) / norm))
 
 

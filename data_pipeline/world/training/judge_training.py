@@ -30,9 +30,9 @@ def generate_scenes(seed: int, *, tags: Sequence[str] | None = None) -> Iterator
         yield warp(scene, rng) if rng.random() < 0.4 else scene
 
 
-def make_held_out_scenes(seed: int, count: int, *, seen: bool | None = None, tag: str | None = None) -> list[Scene]:
+def make_held_out_scenes(seed: int, count: int) -> list[Scene]:
     """The first `count` scenes of the judges' validation stream."""
-    return [make_scene(seed, i, split="judge_val", seen=seen, tag=tag) for i in range(count)]
+    return [make_scene(seed, i, split="judge_val", seen=None) for i in range(count)]
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
