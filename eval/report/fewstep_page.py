@@ -133,9 +133,9 @@ def _make_panel(found: FewSteps, figure: str, xlabel: str, *, against: str | Non
     lines = []
     for order, line in enumerate(found.lines):
         points = [
-            (x, cell[figure])
+            (place, cell[figure])
             for steps, cell in sorted(line.cells.items())
-            if figure in cell and (x := steps if against is None else _find_seconds(cell, against)) is not None
+            if figure in cell and (place := steps if against is None else _find_seconds(cell, against)) is not None
         ]
         if points:
             xs, ys = (tuple(column) for column in zip(*points))
