@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data_pipeline_tar import png
 
-from data_pipeline.sources.captions import choose_caption_column, find_caption, read_caption
+from data_pipeline.sources.captions import choose_caption_column, read_caption
 from data_pipeline.sources.ingest import Ingest
 from data_pipeline.sources.registry import open_source
 from data_pipeline.sources.source import SourceOptions
@@ -121,13 +121,6 @@ def test_a_guess_is_refused_with_the_candidates(types, words):
             assert choose_caption_column(types, name, "t") == name
 
 
-def test_a_json_object_names_its_caption():
-    assert find_caption({"caption": "a", "text": "b"}) == "a"
-    assert find_caption({"prompt": "b", "seed": 4}) == "b"
-    assert find_caption({"seed": 4}) is None
-    assert "text and prompt" in read_caption(find_caption({"text": "a", "prompt": "b"}), "k").problem
-
-
 @pytest.mark.parametrize(
     "name", ["a.txt", "a.TXT", "a.caption", "a.text", "a.png.txt", "a.json", "a.png.json", "a.png.caption"]
 )
@@ -174,18 +167,6 @@ def test_several_lines_mixed_types_and_a_broken_line_of_a_table(tmp_path, caplog
     assert [json.loads(row["info"]).get("captions") for row in found] == [["a", "b"], ["c", "d"], None]
     assert "1 lines are no JSON objects" in caplog.text
     assert "1 of 3 images have no caption" in caplog.text
-
-
-def test_captions_in_a_layout_that_is_not_read_are_told_by_name(tmp_path, caplog):
-    (tmp_path / "F").mkdir()
-    for n in range(3):
-        (tmp_path / "F" / f"{n}.png").write_bytes(png())
-        (tmp_path / "F" / f"{n}.xml").write_text("<caption/>")
-    with caplog.at_level(logging.INFO):
-        found = ingest(tmp_path, f"folder:{tmp_path}/F")
-    assert len(found) == 3
-    assert "3 of 3 images have no caption" in caplog.text
-    assert "3 .xml" in caplog.text
 
 
 def test_links_are_followed_once_and_a_dangling_one_is_a_row(tmp_path):

@@ -51,6 +51,9 @@ def test_a_byte_order_mark_says_how_a_caption_is_written(tmp_path, encoding, suf
 @pytest.mark.parametrize(
     ("held", "caption", "problem"),
     [
+        ({"caption": "a", "text": "b"}, "a", ""),
+        ({"prompt": "b", "seed": 4}, "b", ""),
+        ({"seed": 4}, "", ""),
         ({"CAPTION": "up"}, "up", ""),
         ({"Captions": ["one"], "text": "other"}, "one", ""),
         ({"captions": ["many"], "Caption": "one"}, "one", ""),
@@ -131,7 +134,12 @@ def test_values_of_several_types_are_judged_row_by_row_and_long_cells_are_read(t
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("captions.json", "1 .json (captions.json)"), ("labels/a.txt", "1 .txt (a.txt)"), ("all.tsv", "1 .tsv (all.tsv)")],
+    [
+        ("captions.json", "1 .json (captions.json)"),
+        ("labels/a.txt", "1 .txt (a.txt)"),
+        ("all.tsv", "1 .tsv (all.tsv)"),
+        ("i/a.xml", "1 .xml (a.xml)"),
+    ],
 )
 def test_captions_in_a_layout_that_is_not_read_are_named(tmp_path, name, told, caplog):
     read(fill(tmp_path, {"i/a.png": b"x", name: "{}"}))
