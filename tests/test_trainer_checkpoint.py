@@ -7,12 +7,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainer_threads import run_threads
 
 from infra import storage
 from infra.errors import UserError
@@ -65,27 +65,6 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, saved, loaded
             torch.testing.assert_close(target[name][0], wanted.nan_to_num(0.0), rtol=0, atol=0)
 
 
-@dataclass(frozen=True)
-class ThreadGroup(Group):
-    """Ranks that are threads of this process and exchange through a list."""
-
-    barrier_: threading.Barrier
-    places: list
-
-    def _exchange(self, value) -> list:
-        self.places[self.rank] = value
-        self.barrier_.wait(60)
-        found = list(self.places)
-        self.barrier_.wait(60)
-        return found
-
-    def sum(self, numbers) -> list[float]:
-        return [sum(column) for column in zip(*self._exchange(list(numbers)))]
-
-    def gather(self, text: str) -> list[str]:
-        return self._exchange(text)
-
-
 @pytest.mark.parametrize(("saved", "ranks", "objects"), [(8, 8, 3), (8, 4, 5), (2, 4, 3)])
 def test_a_rank_reads_its_own_files_and_hears_of_the_others(tmp_path, monkeypatch, saved, ranks, objects):
     folder = tmp_path / "step_0000001"
@@ -104,19 +83,9 @@ def test_a_rank_reads_its_own_files_and_hears_of_the_others(tmp_path, monkeypatc
         return read_bytes(uri, *where)
 
     monkeypatch.setattr(storage, "read_bytes", watched)
-    barrier, places, found = threading.Barrier(ranks), [None] * ranks, {}
-
-    def inspect(rank: int) -> None:
-        group = ThreadGroup(rank, ranks, torch.device("cpu"), barrier, places)
-        found[rank] = checkpoint.inspect(str(folder), group)[0]
-
-    threads = [threading.Thread(target=inspect, args=(rank,), name=str(rank)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = run_threads(ranks, lambda group: checkpoint.inspect(str(folder), group)[0])
     assert max(len(uris) for uris in read.values()) == objects
-    assert all(whole.extras == [{"rank": number} for number in range(saved)] for whole in found.values())
+    assert all(whole.extras == [{"rank": number} for number in range(saved)] for whole in found)
     monkeypatch.undo()
     segments, master = partition(0, 1, full(1))
     target = torch.zeros_like(master)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from trainer_threads import run_threads
 
 from model.backbone import BACKBONES
 from model.encoders.text import TextCond
@@ -12,6 +13,7 @@ from trainer.machines import get_machine
 from trainer.objective import Losses
 from trainer.recipe import Data, Recipe
 from trainer.watching.monitor import BINS, Monitor
+from trainer.watching.stragglers import Stragglers, measure_speed
 from trainer.zero.group import Group
 
 SOLO = Group(0, 1, torch.device("cpu"))
@@ -83,3 +85,27 @@ def test_losses_go_to_the_bins_of_their_times_and_efficiency_is_exact():
     assert told["mfu"] == pytest.approx(flops * 5 / 10 / 63.5e9, rel=0.05)
     assert told["memory_gib"] > 0.05
     assert not any(name.startswith("loss/") for name in watch.take())
+
+
+def test_a_rank_that_is_slow_again_and_again_is_named(capsys):
+    def work(group: Group) -> list[dict[str, float]]:
+        stragglers = Stragglers(group)
+        speeds = [(2, 40.0), (1, 60.0), (1, 50.0), (1, 50.0), (0, 100.0)]
+        return [
+            stragglers.compare(speed=value if group.rank == slow else 100.0, data_wait=0.9 if group.rank == 3 else 0.01)
+            for slow, value in speeds
+        ]
+
+    found = run_threads(4, work)
+    assert all(figures == found[0] for figures in found)
+    assert [figures["ranks/slowest"] for figures in found[0]] == [2, 1, 1, 1, 0]
+    assert [figures["ranks/slowest_speed"] for figures in found[0]] == [0.4, 0.6, 0.5, 0.5, 1.0]
+    assert {figures["ranks/longest_data_wait"] for figures in found[0]} == {3}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ranks: " in line]
+    assert len(lines) == 2  # each once, when it was slow twice in a row
+    assert any("rank 1 (" in line and "computes at 0.50 of the median speed" in line for line in lines)
+    assert any("rank 3 (" in line and "waits for data 90 % of its time, the median rank 1 %" in line for line in lines)
+
+
+def test_the_product_that_ranks_are_compared_by_is_a_product():
+    assert 1e8 < measure_speed(torch.device("cpu")) < 1e15

@@ -115,7 +115,7 @@ def test_every_curve_is_in_the_log_and_over_images_in_tensorboard(straight):
     lines = read_log(straight)
     names = {
         "loss", "grad_norm", "attention/max_logit", "attention/entropy", "lr", "images_per_second", "data_wait", "mfu",
-        "memory_gib",
+        "memory_gib", "ranks/slowest", "ranks/slowest_speed", "ranks/longest_data_wait",
     }  # fmt: skip
     assert all(line.keys() >= names and 0 <= line["data_wait"] <= 1 for line in lines)
     bins = {name for line in lines for name in line if name.startswith("loss/t")}

@@ -22,6 +22,7 @@ from trainer.machines import Machine
 from trainer.network import Losses
 from trainer.objective import Passes, count_network_passes, count_train_flops
 from trainer.recipe import Recipe
+from trainer.watching.stragglers import Stragglers, measure_speed
 from trainer.watching.watchdog import Watchdog
 from trainer.zero.group import Group
 
@@ -57,6 +58,7 @@ class Monitor:
         exact = config.count_forward_flops(height, width, tokens) + config.count_backward_flops(height, width, tokens)
         one_pass = count_network_passes(recipe) == Passes() and recipe.lora.rank is None
         self._flops = (exact if one_pass else count_train_flops(recipe)) + frozen_flops
+        self._stragglers = Stragglers(group) if group.world_size > 1 else None
         self._start()
         self.activations: int | None = None
         """Bytes that the first forward pass kept for its backward pass; None before it, or where blocks are recomputed
@@ -160,16 +162,17 @@ class Monitor:
 
         `data_wait` and `ema_share` are shares of the time, `cpu_cores` and `stolen_cores` average numbers of cores,
         `memory_gib` is peak memory in GiB: each of the rank where it is largest. `mfu` is the share of all ranks' peak
-        FLOP/s.
+        FLOP/s. `ranks/...`: see `Stragglers`.
         """
         seconds = max(time.monotonic() - self._since, 1e-9)
+        data_wait = self._seconds["reading data"] / seconds
         sums = {
             **self._sum(),  # the same names on all ranks
             "images": float(sum(len(micro.loss_B) for micro in self._batches)),
             "entropy": sum(record.mean_entropy for record in self._attention) / max(len(self._attention), 1),
         }
         largest = {
-            "data_wait": self._seconds["reading data"] / seconds,
+            "data_wait": data_wait,
             "ema_share": self._seconds["averaging"] / seconds,
             "cpu_cores": (time.process_time() - self._cpu) / seconds,
             "stolen_cores": (read_stolen_seconds() - self._stolen) / seconds,
@@ -198,6 +201,8 @@ class Monitor:
             # On a CPU seconds alone say little: a virtual machine's host gives cores to others (`stolen_cores`).
             # With a GPU the EMA's update is only queued when its phase ends, so `ema_share` would be wrong there.
             figures |= {name: largest[name] for name in ("ema_share", "cpu_cores", "stolen_cores")}
+        if self._stragglers is not None:
+            figures |= self._stragglers.compare(speed=measure_speed(self.group.device), data_wait=data_wait)
         if self._attention:
             entropy = sums["entropy"] / self.group.world_size
             figures |= {"attention/max_logit": largest["max_logit"], "attention/entropy": entropy}
