@@ -1,6 +1,7 @@
 """The autoencoder report: SSIM against scikit-image, LPIPS by path, and real autoencoders of 4, 8 and 16 channels."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from eval.networks.perceptual import Lpips
 from eval.studies.autoencoder import AutoencoderOptions, measure_autoencoders
 from eval.studies.fidelity import psnr, ssim
 from infra.errors import UserError
+from model.perceptual import load_perceptual
 
 
 def picture(seed, height=40, width=48):
@@ -70,6 +72,29 @@ def test_lpips_with_a_backbone_by_path(alexnet, tmp_path):
     (tmp_path / "torn.pth").write_bytes(b"torn")
     with pytest.raises(UserError, match="not backbone weights"):
         Lpips(tmp_path / "torn.pth")
+
+
+def test_lpips_as_a_loss_is_the_package_s_own_at_224_pixels(alexnet):
+    """Written once more with the package; a gradient goes to the pictures alone."""
+    import lpips
+
+    distance = load_perceptual("lpips-alex", alexnet)
+    a, b = (torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(n)) * 2 - 1 for n in (0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torchvision, at how lpips calls it
+        theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    given = torch.load(alexnet, weights_only=True)
+    theirs.net.load_state_dict({k: given["features." + k.split(".", 1)[1]] for k in theirs.net.state_dict()})
+    resized = [torch.nn.functional.interpolate(x, size=(224, 224), mode="bilinear", antialias=True) for x in (a, b)]
+    with torch.no_grad():
+        expected = theirs(*resized).view(-1)
+    a.requires_grad_()
+    found = distance(a, b)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert a.grad.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+    assert distance(b, b).abs().max() == 0
 
 
 def autoencoder(folder, channels):
