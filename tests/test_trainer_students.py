@@ -448,7 +448,7 @@ def test_weights_say_how_a_student_is_sampled(folder):
     dropping = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, encoder_dropout=0.1))
     assert describe_student(dropping, info)["few_step"]["guidance_kind"] == "kept"
     path = write_weights(folder / "two.safetensors", folder, few_step=few)
-    with pytest.raises(UserError, match="guidance 4 would multiply"):
+    with pytest.raises(UserError, match="nothing to lead away from"):
         next(Painter(path).paint([ImageRequest("a dog")], Sampling(steps=1)))
     with pytest.raises(UserError, match="grid of 2 steps"):
         next(Painter(path).paint([ImageRequest("a dog")], Sampling(steps=25, guidance=1.0)))

@@ -14,9 +14,9 @@ from infra.errors import UserError
 class FewStep:
     """The entries of `few_step` that decide how latents are drawn. Its other entries say how the student was made.
 
-    `guidance`: the scale of classifier-free guidance in the couplings that the student learnt from; 1: none.
-    `guidance_kind`: "baked", the weights reproduce that guidance and are sampled with guidance 1; "kept", the couplings
-    had no guidance, so the student may be sampled with any.
+    `guidance`: the scale of the teacher's classifier-free guidance in what the student learnt from; 1: none.
+    `guidance_kind`: "baked", the weights reproduce that guidance and are sampled with guidance 1; "kept", the teacher
+    had no guidance and captions were dropped, so the student may be sampled with any.
     """
 
     objective: str
@@ -51,10 +51,9 @@ class FewStep:
     def check(self, *, steps: int, guidance: float, solver: str) -> None:
         """UserError for a guidance, a number of steps or a solver that this student was not trained for."""
         if self.guidance_kind == "baked" and guidance != 1.0:
-            raise UserError(
-                f"this student has guidance {self.guidance:g} baked in, and guidance {guidance:g} would multiply with "
-                "it: give --guidance 1"
-            )
+            why = f"has guidance {self.guidance:g} baked in, and guidance {guidance:g} would multiply with it"
+            untaught = "learnt with no captions dropped, so guidance has nothing to lead away from"
+            raise UserError(f"this student {why if self.guidance != 1.0 else untaught}: give --guidance 1")
         if self.steps is not None and steps not in self.step_counts:
             allowed = ", ".join(map(str, self.step_counts))
             raise UserError(
