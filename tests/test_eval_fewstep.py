@@ -343,6 +343,8 @@ def test_another_recipe_makes_another_arm():
     assert len(compose(alike).lines) == 1
     from_others = [fake_run(f"reflow-seed{n}", seed=n, values={1: 1.0}, recipe={"init_weights": n}) for n in range(2)]
     assert len(compose(from_others).lines) == 1, "students of teachers of several seeds"
+    again = [fake_run("reflow", seed=0, values={1: 1.0}), fake_run("seed0/reflow", seed=0, values={1: 1.0})]
+    assert len(compose(again).lines) == 2, "the same seed twice tells nothing of seeds"
     other = fake_run("reflow-seed2", seed=2, values={1: 1.0}, recipe={"optimizer": {"lr": 1e-4}})
     assert [line.run for line in compose([*alike, other]).lines] == ["reflow-seed0", "reflow-seed1", "reflow-seed2"]
     names = ["seed1/reflow", "reflow-seed10", "a/seed2/b", "seed3", "linseed4", "reseed5/x"]
@@ -383,6 +385,20 @@ def test_scores_that_are_all_zero_have_an_axis_from_zero_up():
     assert figure.axes[0].get_ylim()[0] < 2
     assert len(figure.axes[0].collections) == 1, "intervals over seeds are drawn"
     plt.close(figure)
+
+
+def test_a_student_is_set_against_its_teacher_at_the_guidance_that_taught_it():
+    def line(name, guidance, value, **more):
+        point = MetricPoint(1, value, None, None, 4)
+        made = dataclasses.replace(make_line(name, 1.0), guidance=guidance, **more)
+        return dataclasses.replace(made, flow={"straightness": point}, cells={1: {"saturation": point}})
+
+    teachers = [line("teacher", guidance, value) for guidance, value in ((1.0, 10.0), (1.5, 20.0))]
+    baked = line("reflow", 1.0, 5.0, teacher="teacher", baked_guidance=1.5)
+    said = " ".join(compose_findings([*teachers, baked], {}))
+    assert "teacher at guidance 1.5 has 20" in said
+    assert "0.25 times the teacher's" in said
+    assert "teacher at guidance 1 " not in said
 
 
 def test_students_are_compared_by_what_they_started_from():

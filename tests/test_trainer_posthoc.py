@@ -138,6 +138,8 @@ def test_the_command_and_what_it_refuses(run, tmp_path, capsys):
         reconstruct(str(tmp_path), 0.07, out=str(tmp_path / "w"))
     with pytest.raises(UserError, match="no average was stored in the first 5 images"):
         reconstruct(str(folder), 0.07, out=str(tmp_path / "w"), images=5)
+    with pytest.raises(UserError, match=r"stored its last average after 8,000 images"):
+        reconstruct(str(folder), 0.07, out=str(tmp_path / "w"), images=8001)
     with pytest.raises(UserError, match=r"power:0\.5"):
         reconstruct(str(folder), 0.5, out=str(tmp_path / "w"))
     reconstruct(str(folder), 0.02, out=str(tmp_path / "w"), images=1000)  # narrower than all that was stored

@@ -11,7 +11,8 @@ import pytest
 import torch
 from trainer_launch import TINY, read_figure, run_ranks
 
-from data_pipeline.couplings.command import CoupleOptions, couple
+from data_pipeline.couplings.command import CoupleOptions, choose_guidance, couple
+from data_pipeline.couplings.teacher import TeacherFile
 from data_pipeline.formats.schema import read_dataset_info
 from data_pipeline.loading.loader import open_dataset
 from data_pipeline.packing.synthetic import write_synthetic
@@ -181,6 +182,17 @@ def couple_with(folder: Path, teacher: str, out: str, **changes) -> None:
     )  # fmt: skip
 
 
+def test_a_student_without_dropped_captions_teaches_the_next_round_unguided(folder):
+    told = {"objective": "reflow", "guidance": 1.0, "guidance_kind": "baked"}
+    teacher = TeacherFile(str(write_weights(folder / "undropped.safetensors", folder, few_step=told)))
+    options = CoupleOptions(teacher=teacher.uri, prompts="", out="", count=1)
+    assert choose_guidance(options, teacher) == 1.0
+    with pytest.raises(UserError, match="learnt with no captions dropped: give --guidance 1"):
+        choose_guidance(dataclasses.replace(options, guidance=1.5), teacher)
+    plain = TeacherFile(str(folder / "teacher.safetensors"))
+    assert [choose_guidance(dataclasses.replace(options, guidance=g), plain) for g in (None, 3.0)] == [1.5, 3.0]
+
+
 def test_training_draws_the_noise_that_the_latents_were_made_of(folder):
     dataset = open_dataset(str(folder / "coupled"))
     batches = dataset.batches(seed=0, global_batch=8, encoder_dropout=0.0)
@@ -228,10 +240,18 @@ def test_a_frozen_teacher_is_asked_on_ordinary_data(folder):
         check_couplings(averages, coupled, teacher)
     with pytest.raises(UserError, match=r"starts from the teacher's weights: give --init-from WEIGHTS$"):
         check_couplings(recipe, ordinary, None)
-    student = str(write_weights(folder / "few.safetensors", folder, few_step={"teacher": "0", "objective": "distil"}))
+    told = {"teacher": "0", "objective": "distil"}
+    student = str(write_weights(folder / "few.safetensors", folder, few_step=told | {"steps": 1}))
     with pytest.raises(UserError, match=r"student of few steps .objective distil.*ask its teacher"):
         check_couplings(recipe, ordinary, student)
     check_couplings(dataclasses.replace(recipe, student=Student(guidance=1.0, any_teacher=True)), ordinary, student)
+    straighter = str(write_weights(folder / "again.safetensors", folder, few_step=told | {"objective": "reflow"}))
+    check_couplings(recipe, ordinary, straighter)
+    baked = str(write_weights(folder / "baked.safetensors", folder, few_step=told | {"guidance_kind": "baked"}))
+    with pytest.raises(UserError, match=r"cannot be guided any more.*make couplings of it"):
+        check_couplings(dataclasses.replace(recipe, student=Student(guidance=1.0, any_teacher=True)), ordinary, baked)
+    with pytest.raises(UserError, match=r"trained with times shifted by 1, .* by 3: give --shift 1"):
+        check_couplings(dataclasses.replace(recipe, shift=3.0), ordinary, teacher)
     eps = str(write_weights(folder / "eps2.safetensors", folder, formulation="eps/linear"))
     with pytest.raises(UserError, match="predicts eps on the path of eps/linear"):
         check_couplings(recipe, ordinary, eps)

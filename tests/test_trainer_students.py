@@ -34,7 +34,8 @@ from trainer.exports.card import describe_student
 from trainer.feed import DeviceBatch, draw_for
 from trainer.objective import bind_objective, check_objective, count_train_flops
 from trainer.perceptual import PerceptualLoss
-from trainer.recipe import Student
+from trainer.planning.estimates import count_bytes_moved
+from trainer.recipe import Parallel, Student
 from trainer.recipes import get_recipe
 from trainer.students import StudentLoss, differ, distil, find_window, meanflow, perflow, round_up
 from trainer.zero.rankfile import hash_file
@@ -408,6 +409,17 @@ def test_recipes_that_work_and_what_they_cost():
     forward = asking.model.count_forward_flops(16, 16, 32)
     assert count_train_flops(asking) == count_train_flops(get_recipe("world-d2")) + 8 * forward
     assert count_train_flops(guided_one) == count_train_flops(asking) + 8 * forward
+    # A teacher's weights come and go in each micro-batch, and guidance shares a pass.
+    moved = {
+        (name, stage): count_bytes_moved(
+            dataclasses.replace(recipe, precision="fp32", parallel=Parallel(zero_stage=stage, max_live=0)), world_size=2
+        )
+        for name, recipe in (("plain", get_recipe("world-d2")), ("asking", asking), ("guided", guided_one))
+        for stage in (2, 3)
+    }  # fmt: skip
+    assert moved["asking", 3]["forward"] == 9 * moved["plain", 3]["forward"]
+    assert moved["asking", 2]["publish"] == 3 * moved["plain", 2]["publish"]
+    assert all(moved["guided", stage] == moved["asking", stage] for stage in (2, 3))
     assert count_train_flops(rolled) == 5 * count_train_flops(distilled)  # 3 passes more, 4 with a gradient
     base = dataclasses.replace(distilled, precision="fp32")
     variants = [dataclasses.replace(base, student=Student(**each)) for each in (
@@ -501,25 +513,37 @@ def test_zero_3_on_two_ranks_takes_the_steps_of_one_process_without_it(folder, n
         assert math.isfinite(rows[-1].value)
 
 
-@pytest.fixture(scope="module", params=[
-    ("world-distil-d2", ["--student.steps", "2", "--student.states", "rollout"]), ("world-meanflow-d2", []),
-])  # fmt: skip
+COUPLED = [
+    ("world-distil-d2", ["--student.steps", "2", "--student.states", "rollout"]), ("world-meanflow-d2", [])
+]  # fmt: skip
+ASKING = ("world-perflow-d2", ["--student.teacher-steps", "2"])
+
+
+def choose_data(name: str) -> str:
+    return "data" if name == ASKING[0] else "coupled"
+
+
+@pytest.fixture(scope="module")
 def student_run(folder, request) -> tuple[str, list[str], Path]:
     """Six steps, with a checkpoint after three of them."""
     name, options = request.param
     out = f"{name}-six"
-    run(folder, name, out, 1, 3, *options, "--logging.save-every", "24")
+    run(folder, name, out, 1, 3, *options, "--logging.save-every", "24", data=choose_data(name))
     return name, options, folder / out
 
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.parametrize("student_run", [*COUPLED, ASKING], indirect=True)
 def test_an_interrupted_student_ends_the_same_to_the_bit(folder, student_run):
     name, options, six = student_run
     half = folder / f"{name}-half"
     shutil.copytree(six, half, ignore=shutil.ignore_patterns("tensorboard", "step_0000006", "*.safetensors"))
     shutil.copytree(six / "checkpoints" / "step_0000003", half / "checkpoints" / "step_0000003", dirs_exist_ok=True)
-    run(folder, name, half.name, 1, 3, *options, "--logging.save-every", "24")
+    manifest = half / "checkpoints" / "step_0000003" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    run(folder, name, half.name, 1, 3, *options, "--logging.save-every", "24", data=choose_data(name))
+    assert manifest.stat().st_mtime_ns == written, "it went on from there"
     one, two = (load_weights(path / "weights" / "ema.safetensors")[0] for path in (six, half))
     assert all(torch.equal(one[tensor], two[tensor]) for tensor in one)
     assert read_figure(half) == read_figure(six)
@@ -527,7 +551,9 @@ def test_an_interrupted_student_ends_the_same_to_the_bit(folder, student_run):
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.parametrize("student_run", COUPLED, indirect=True)
 def test_compiled_blocks_take_a_student_s_steps(folder, student_run):
     name, options, six = student_run
-    compiled = run(folder, name, f"{name}-compiled", 1, 3, *options, "--parallel.compile")
+    more = [*options, "--parallel.compile"]
+    compiled = run(folder, name, f"{name}-compiled", 1, 3, *more, data=choose_data(name))
     assert compiled == pytest.approx(read_figure(six), rel=1e-5)

@@ -35,6 +35,8 @@ class Passes(NamedTuple):
 
     forward: int = 1
     backward: int = 1
+    doubled: int = 0
+    """Of the forward passes, those that go through the network together with another one (guidance)."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,14 @@ def _count_rollout(recipe: Recipe) -> Passes:
     return Passes(2 * steps - 1, steps)
 
 
-def _count_teacher(recipe: Recipe, steps: int) -> int:
-    """Passes of a teacher that takes `steps` steps: none on couplings, two a step where it is guided."""
+def _count_teacher(recipe: Recipe, own: int, steps: int) -> Passes:
+    """`own` forward passes of the student, and those of a teacher that takes `steps` steps: none on couplings, two a
+    step where it is guided."""
     guidance = recipe.student.guidance
-    return 0 if guidance is None else steps * (1 if guidance == 1 else 2)
+    if guidance is None:
+        return Passes(forward=own)
+    doubled = 0 if guidance == 1 else steps
+    return Passes(forward=own + steps + doubled, doubled=doubled)
 
 
 def _describe_grid(recipe: Recipe) -> dict[str, Any]:
@@ -162,12 +168,12 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "meanflow": Objective(
         meanflow, couplings=True, asks_teacher=True, second_time=True, few_step=lambda recipe: {"average": True},
-        passes=lambda recipe: Passes(forward=3 + _count_teacher(recipe, 1)),
+        passes=lambda recipe: _count_teacher(recipe, 3, 1),
         options=lambda recipe: {"difference": recipe.student.difference, "guidance": recipe.student.guidance},
     ),
     "perflow": Objective(
         perflow, asks_teacher=True, formulation="rf", few_step=_describe_grid,
-        passes=lambda recipe: Passes(forward=1 + _count_teacher(recipe, recipe.student.teacher_steps)),
+        passes=lambda recipe: _count_teacher(recipe, 1, recipe.student.teacher_steps),
         options=lambda recipe: {
             "windows": recipe.student.steps, "shift": recipe.shift, "guidance": recipe.student.guidance,
             "teacher_steps": recipe.student.teacher_steps,

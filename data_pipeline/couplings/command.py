@@ -168,12 +168,13 @@ def describe_couplings(options: CoupleOptions, teacher: TeacherFile, *, workers:
 
 
 def choose_guidance(options: CoupleOptions, teacher: TeacherFile) -> float:
-    """UserError where the teacher has guidance baked in: a second one would multiply with it."""
-    baked = teacher.baked_guidance
-    if baked == 1.0:
+    """UserError where the teacher cannot be guided: it has a guidance baked in, or never saw a dropped caption."""
+    if teacher.few_step.get("guidance_kind") != "baked":
         return 1.5 if options.guidance is None else options.guidance
     if options.guidance not in (None, 1.0):
-        raise UserError(f"{teacher.uri} has guidance {baked:g} baked in: give --guidance 1 or leave it out")
+        baked = teacher.baked_guidance
+        why = f"has guidance {baked:g} baked in" if baked != 1.0 else "learnt with no captions dropped"
+        raise UserError(f"{teacher.uri} {why}: give --guidance 1 or leave it out")
     return 1.0
 
 

@@ -48,12 +48,19 @@ class FewStepLine:
     runs: tuple[str, ...] = ()
     objective: str = ""
     origin: str | None = None
+    baked_guidance: float = 1.0
+    """The teacher's guidance in what the student learnt from."""
     over_prompts: dict[int, dict[str, MetricPoint]] = field(default_factory=dict)
     """Of several runs: the mean of their intervals over prompts; what one set of prompts leaves open."""
 
     @property
     def name(self) -> str:
         return f"{self.label}, guidance {self.guidance:g}"
+
+    def find_taught(self, rivals: Sequence["FewStepLine"]) -> "FewStepLine":
+        """The one of the teacher's lines whose guidance is nearest to what this student draws with: its own and the
+        baked one multiply."""
+        return min(rivals, key=lambda rival: abs(rival.guidance - self.guidance * self.baked_guidance))
 
     def find_widest(self, steps: int, figure: str) -> MetricPoint | None:
         """The point with an interval that holds the one over seeds and the one over prompts."""
@@ -142,6 +149,7 @@ def _find_origins(runs: Sequence[RunFolder], arms: Mapping[str, Sequence[str]]) 
             "teacher": by_weights.get(str(student.get("teacher"))),
             "objective": str(student.get("objective", "")),
             "origin": origin,
+            "baked_guidance": float(student["guidance"]) if student.get("guidance_kind") == "baked" else 1.0,
         }
     return found
 
@@ -232,7 +240,7 @@ def compose_findings(lines: Sequence[FewStepLine], higher: Mapping[str, bool]) -
             continue
         flows = [other for other in rivals if "straightness" in other.flow]
         if "straightness" in line.flow and flows:
-            rival = min(flows, key=lambda r: abs(r.guidance - line.guidance))
+            rival = line.find_taught(flows)
             both = _tell(line, line.flow["straightness"]), _tell(rival, rival.flow["straightness"])
             sentences.append(f"Straightness (0 is straight): {', '.join(both)}.")
         sentences += _compare_saturation(line, rivals)
@@ -265,9 +273,9 @@ def _compare_quality(
 
 
 def _compare_saturation(line: FewStepLine, rivals: Sequence[FewStepLine]) -> list[str]:
-    """The student in its fewest steps against the teacher in its most, at the nearest guidance."""
+    """The student in its fewest steps against the teacher in its most, at the guidance that it taught with."""
     mine = [(steps, cell["saturation"]) for steps, cell in sorted(line.cells.items()) if "saturation" in cell]
-    rival = min(rivals, key=lambda r: abs(r.guidance - line.guidance))
+    rival = line.find_taught(rivals)
     theirs = [(steps, cell["saturation"]) for steps, cell in sorted(rival.cells.items()) if "saturation" in cell]
     if not mine or not theirs or not theirs[-1][1].value:
         return []

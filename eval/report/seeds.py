@@ -28,7 +28,8 @@ def group_seeds(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     arms: dict[str, list[str]] = {}
     for arm, found in named.items():
         told = {tuple(sorted(_leave_seed_out(run).items())) for run in found}
-        if len(found) > 1 and len(told) == 1:
+        seeds = {run.recipe_field("seed") for run in found}
+        if len(found) > 1 and len(told) == 1 and len(seeds) == len(found):
             arms[arm] = [run.name for run in found]
         else:
             arms |= {run.name: [run.name] for run in found}

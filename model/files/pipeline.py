@@ -162,9 +162,14 @@ def _describe_sampling(meta: Mapping[str, Any]) -> list[str]:
         needed = "`num_inference_steps` alone gives the same" if suffices else "`sigmas` are needed"
         lines += [f"This student knows the grid of {steps} steps alone; {needed}.", ""]
     if baked:
+        learnt = float(student.get("guidance", 1.0))
+        why = (
+            f"Guidance {learnt:g} is baked in. So `guidance_scale` must be 1, as another one multiplies with it."
+            if learnt != 1.0 else
+            "Captions were never dropped in training, so guidance leads away from nothing: `guidance_scale` must be 1."
+        )  # fmt: skip
         lines += [
-            f"Guidance {student.get('guidance', 1.0):g} is baked in. So `guidance_scale` must be 1, as another one "
-            "multiplies with it. The pipeline's own default is 7.",
+            f"{why} The pipeline's own default is 7.",
             "",
         ]
     return lines

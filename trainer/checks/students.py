@@ -1,5 +1,6 @@
 """Does a student fit its teacher? Couplings, the weights it starts from, and who may train on from a student."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipeline.checkpoints import find_weights
@@ -89,13 +90,27 @@ def _compare_start(recipe: Recipe, init_from: str | None) -> list[str]:
             f"{init_from} predicts {started.target} on the path of {started.name}; a student starts from weights that "
             "predict the velocity of a rectified flow: couplings of this teacher may teach another network that does"
         )
-    student = FewStep.of(meta)
-    if student is not None and asks_teacher(recipe) and not recipe.student.any_teacher:
-        wrong.append(
+    return [*wrong, *_compare_asked(recipe, init_from, meta)] if asks_teacher(recipe) else wrong
+
+
+def _compare_asked(recipe: Recipe, init_from: str, meta: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a teacher that is asked in training."""
+    shift, student = float(meta.get("shift", 1.0)), FewStep.of(meta)
+    if shift != recipe.shift:
+        yield (
+            f"{init_from} was trained with times shifted by {shift:g}, those of recipe {recipe.name} are by "
+            f"{recipe.shift:g}: give --shift {shift:g}"
+        )
+    if student is not None and student.guidance_kind == "baked":
+        yield (
+            f"{init_from} cannot be guided any more, which its students would not say of themselves: make couplings of "
+            "it, which do"
+        )
+    if student is not None and (student.average or student.steps) and not recipe.student.any_teacher:
+        yield (
             f"{init_from} is a student of few steps (objective {student.objective}), whose velocity at a time is not "
             "that of its flow: ask its teacher, or give --student.any-teacher"
         )
-    return wrong
 
 
 def _compare_teacher(recipe: Recipe, uri: str, found: Couplings, init_from: str | None) -> list[str]:

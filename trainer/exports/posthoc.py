@@ -63,19 +63,19 @@ def combine_profiles(stored: Sequence[Profile], wanted: Profile) -> tuple[np.nda
     return weights, float(np.sqrt(max(left, 0.0) / norm))
 
 
-def find_averages(run: str) -> tuple[list[StoredAverage], Meta]:
-    """Every average under a power profile that the run's exported weights and its checkpoints hold, each once, and what
-    the newest export says of itself."""
+def find_averages(run: str) -> tuple[list[StoredAverage], Callable[[str], Tensor], Meta]:
+    """Every average under a power profile that the run's exported weights and its checkpoints hold, each once; the
+    tensors of the newest export, and what it says of itself."""
     found: dict[Profile, StoredAverage] = {}
-    folder, newest = storage.join(run, "weights"), None
+    folder, newest, read = storage.join(run, "weights"), None, None
     exported = storage.list_files(folder, suffix="/ema.safetensors") if storage.exists(folder) else []
     for uri in sorted(uri for uri in exported if "/step_" in uri.removeprefix(folder)):
-        newest = read_meta(find_weights(uri))
+        newest, read = read_meta(find_weights(uri)), open_weights(uri, {})
         gamma = parse_profile(str(newest["ema_profile"])).gamma
         if gamma is not None:
             profile = Profile(gamma, float(newest["images_seen"]))
-            found[profile] = StoredAverage(profile, open_weights(uri, {}))
-    if newest is None:
+            found[profile] = StoredAverage(profile, read)
+    if newest is None or read is None:
         raise UserError(f"{run}: no averages in {folder}: is this the folder of a run that has saved?")
     for uri in list_checkpoints(get_checkpoints_folder(run)):
         manifest = json.loads(storage.read_bytes(storage.join(uri, "manifest.json")))
@@ -87,7 +87,7 @@ def find_averages(run: str) -> tuple[list[StoredAverage], Meta]:
             profile = Profile(gamma or 0.0, float(manifest["state"]["images_seen"]))
             if gamma is not None and profile not in found:
                 found[profile] = StoredAverage(profile, StoredWeights(uri, kind="ema", profile=name))
-    return list(found.values()), newest
+    return list(found.values()), read, newest
 
 
 def reconstruct(
@@ -97,8 +97,10 @@ def reconstruct(
     error of its profile. One tensor is in memory at a time. UserError for a width or a run that has no such average."""
     gamma = parse_profile(f"power:{width}").gamma
     assert gamma is not None
-    averages, meta = find_averages(run)
+    averages, read_newest, meta = find_averages(run)
     wanted = Profile(gamma, float(images or meta["images_seen"]))
+    if wanted.images > meta["images_seen"]:
+        raise UserError(f"{run} stored its last average after {meta['images_seen']:,} images: give --images up to that")
     averages = [average for average in averages if average.profile.images <= wanted.images]
     if not averages:
         raise UserError(f"{run}: no average was stored in the first {wanted.images:,.0f} images")
@@ -110,7 +112,7 @@ def reconstruct(
 
     def read(name: str) -> Tensor:
         if name not in parameters:  # a table: the same in all
-            return averages[0].read(name)
+            return read_newest(name)
         total = torch.zeros(shapes[name], dtype=torch.float64)
         for weight, average in zip(weights, averages, strict=True):
             total += float(weight) * average.read(name).double()

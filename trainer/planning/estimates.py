@@ -187,7 +187,7 @@ def estimate_step_time(
 def count_bytes_moved(recipe: Recipe, *, world_size: int) -> dict[str, float]:
     """Bytes gathered or reduced per step: parameters in the forward and backward passes (stage 3, each micro-batch; in
     one of them where all may stay gathered), gradients (stages 2 and 3: each micro-batch), and masters back into the
-    weights (stages 1 and 2)."""
+    weights (stages 1 and 2). A teacher's weights replace those of the network in each micro-batch, and go again."""
     p, (compute, gradient) = recipe.parallel, count_element_bytes(recipe)
     parameters, trained, passes = (
         recipe.model.count_parameters(), recipe.trained_parameters, count_passes(recipe, world_size),
@@ -196,14 +196,15 @@ def count_bytes_moved(recipe: Recipe, *, world_size: int) -> dict[str, float]:
         gradient = 0.5
     weights = 1 if p.quantized_weights else compute
     reductions = passes if p.zero_stage >= 2 else 1
-    looks = 2 if get_objective(recipe.objective).reference else 1
-    stay = parameters <= p.max_live
+    network = count_network_passes(recipe)
+    looks = 2 if get_objective(recipe.objective).reference else network.forward - network.doubled
+    stay, changes = parameters <= p.max_live, 2 if asks_teacher(recipe) else 0
     return {
-        "forward": parameters * weights * passes * (1 if stay else looks) if p.zero_stage == 3 else 0,
-        "backward": parameters * weights * passes if p.zero_stage == 3 and not stay else 0,
+        "forward": parameters * weights * passes * (max(changes, 1) if stay else looks) if p.zero_stage == 3 else 0,
+        "backward": parameters * weights * passes * network.backward if p.zero_stage == 3 and not stay else 0,
         # An all-reduce moves twice what a reduce-scatter does.
         "gradients": trained * gradient * reductions * (2 if p.zero_stage == 0 else 1),
-        "publish": trained * compute if p.zero_stage in (1, 2) else 0,
+        "publish": trained * compute * (1 + changes * passes) if p.zero_stage in (1, 2) else 0,
     }
 
 

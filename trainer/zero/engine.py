@@ -173,7 +173,9 @@ class ZeroEngine:
     def keep_teacher(self) -> None:
         """Keep the weights of now as the frozen teacher's: this rank's share of them, in the precision of forward
         passes."""
-        self._teacher = [master.detach().to(self.dtype, copy=True) for master in self.masters]
+        # DeepSpeed writes parameters to NVMe from masters, which are fp32.
+        dtype = torch.float32 if self.recipe.parallel.offload_parameters == "nvme" else self.dtype
+        self._teacher = [master.detach().to(dtype, copy=True) for master in self.masters]
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
