@@ -90,21 +90,33 @@ def test_losses_go_to_the_bins_of_their_times_and_efficiency_is_exact():
 def test_a_rank_that_is_slow_again_and_again_is_named(capsys):
     def work(group: Group) -> list[dict[str, float]]:
         stragglers = Stragglers(group)
-        speeds = [(2, 40.0), (1, 60.0), (1, 50.0), (1, 50.0), (0, 100.0)]
+        lines = [{2: 40.0}, {1: 60.0}, {1: 50.0, 2: 30.0}, {1: 50.0}, {}]
         return [
-            stragglers.compare(speed=value if group.rank == slow else 100.0, data_wait=0.9 if group.rank == 3 else 0.01)
-            for slow, value in speeds
+            stragglers.compare(speed=slow.get(group.rank, 100.0), data_wait=0.9 if group.rank == 3 else 0.01)
+            for slow in lines
         ]
 
     found = run_threads(4, work)
     assert all(figures == found[0] for figures in found)
-    assert [figures["ranks/slowest"] for figures in found[0]] == [2, 1, 1, 1, 0]
-    assert [figures["ranks/slowest_speed"] for figures in found[0]] == [0.4, 0.6, 0.5, 0.5, 1.0]
+    assert [figures["ranks/slowest"] for figures in found[0]] == [2, 1, 2, 1, 0]
+    assert [figures["ranks/slowest_speed"] for figures in found[0]] == [0.4, 0.6, 0.3, 0.5, 1.0]
     assert {figures["ranks/longest_data_wait"] for figures in found[0]} == {3}
     lines = [line for line in capsys.readouterr().err.splitlines() if "ranks: " in line]
-    assert len(lines) == 2  # each once, when it was slow twice in a row
-    assert any("rank 1 (" in line and "computes at 0.50 of the median speed" in line for line in lines)
-    assert any("rank 3 (" in line and "waits for data 90 % of its time, the median rank 1 %" in line for line in lines)
+    assert len(lines) == 2  # each once, when it was slow twice in a row, though another one was slower then
+    assert any("all wait: rank 1 (" in line and "rank 2" not in line for line in lines)
+    assert any("for data: rank 3 (" in line and "90 % of the time, the median rank 1 %" in line for line in lines)
+
+
+def test_of_two_ranks_the_slow_one_is_named(capsys):
+    def work(group: Group) -> None:
+        stragglers = Stragglers(group)
+        for _ in range(2):
+            stragglers.compare(speed=(100.0, 60.0)[group.rank], data_wait=(0.01, 0.95)[group.rank])
+
+    run_threads(2, work)
+    said = capsys.readouterr().err
+    assert "all wait: rank 1 (" in said
+    assert "for data: rank 1 (" in said
 
 
 def test_the_product_that_ranks_are_compared_by_is_a_product():

@@ -58,21 +58,20 @@ class Stragglers:
         mine[rank], mine[count + rank] = speed, data_wait
         everybody = self._group.sum(mine)
         speeds, waits = everybody[:count], everybody[count:]
-        usual, wait = statistics.median(speeds), statistics.median(waits)
+        # Of two ranks the median is the mean of both, which the slower one has pulled down.
+        usual, wait = statistics.median_high(speeds), statistics.median_low(waits)
         slowest, hungriest = speeds.index(min(speeds)), waits.index(max(waits))
         for number in range(count):
             slow, hungry = speeds[number] < SLOW * usual, waits[number] > max(HUNGRY, 2 * wait)
             self._slow[number] = self._slow[number] + 1 if slow else 0
             self._hungry[number] = self._hungry[number] + 1 if hungry else 0
         if rank == 0:
-            if self._slow[slowest] == TIMES_IN_A_ROW:
-                share = speeds[slowest] / usual
-                log.warning("%s computes at %.2f of the median speed: all wait for it", self._name(slowest), share)
-            if self._hungry[hungriest] == TIMES_IN_A_ROW:
-                log.warning(
-                    "%s waits for data %.0f %% of its time, the median rank %.0f %%", self._name(hungriest),
-                    100 * waits[hungriest], 100 * wait,
-                )  # fmt: skip
+            if slow_ones := self._name(self._slow):
+                share = min(speeds) / usual
+                log.warning("slower than the rest, so all wait: %s; at %.2f of the median speed", slow_ones, share)
+            if hungry_ones := self._name(self._hungry):
+                shares = 100 * max(waits), 100 * wait
+                log.warning("waiting for data: %s; %.0f %% of the time, the median rank %.0f %%", hungry_ones, *shares)
         return {
             "ranks/slowest": slowest,
             "ranks/slowest_speed": speeds[slowest] / usual,
@@ -80,5 +79,7 @@ class Stragglers:
             "ranks/median_data_wait": wait,
         }
 
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self._hosts[rank]})"
+    def _name(self, counts: dict[int, int]) -> str:
+        """The ranks whose turn it is, the first eight."""
+        ranks = [rank for rank, count in counts.items() if count == TIMES_IN_A_ROW]
+        return ", ".join(f"rank {rank} ({self._hosts[rank]})" for rank in ranks[:8])
