@@ -73,11 +73,18 @@ OWN_PORT = f"export {MASTER_PORT}=$((20000 + SLURM_JOB_ID % 10000))"
 RANK = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
 # {step} is the srun of an attempt. A rank that ends, ends no other: those save, or notice within a minute (no
 # --kill-on-bad-exit). srun itself must not hear SIGTERM, which makes it kill its tasks: setsid hides it.
+# The trap only notes the signal: where it interrupts `wait`, the exit code of a step that ends meanwhile is lost.
 ATTEMPTS = """export {folder}=$PWD/.beeline-$SLURM_JOB_ID  # where ranks leave their exit codes: all nodes must see it
-mkdir -p "${folder}"
-read_file() {{ cat "${folder}/$1" 2> /dev/null || echo "$2"; }}
 stopped=
-trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'stopped=1' TERM
+[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -rf "${folder}"  # of an older job: numbers come again
+mkdir -p "${folder}" || exit 1
+read_file() {{ cat "${folder}/$1" 2> /dev/null || echo "$2"; }}
+go_back() {{
+  echo "stopped: back to the queue" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+  exit {preempted}
+}}
 while true; do
   saved=$(read_file {saved} none)
   [ "$saved" = "$(read_file before none)" ] || rm -f "${folder}/attempts"
@@ -87,19 +94,27 @@ while true; do
     exit "${{code:-1}}"
   fi
   echo "$saved" > "${folder}/before"
-  echo "$attempts" > "${folder}/attempts"
-  rm -f "${folder}"/[0-9]*
-  setsid {step} &
-  step=$!
-  wait "$step"; code=$?
-  while kill -0 "$step" 2> /dev/null; do wait "$step"; code=$?; done  # a trap had interrupted it
-  if [ "$code" = 0 ]; then rm -rf "${folder}"; exit 0; fi
-  if [ -e "${folder}/{mistake}" ]; then exit {mistake}; fi
-  if [ -n "$stopped" ] || [ -e "${folder}/{preempted}" ] || [ "$code" = {terminated} ]; then
-    echo "stopped: back to the queue" >&2
-    scontrol requeue "$SLURM_JOB_ID"
-    exit {preempted}
+  if ! echo "$attempts" > "${folder}/attempts" || [ ! -s "${folder}/attempts" ]; then
+    echo "error: cannot write to ${folder}: is the disk full?" >&2  # attempts that are not counted never end
+    exit 1
   fi
+  rm -f "${folder}"/[0-9]* "${folder}"/begun-*
+  [ -z "$stopped" ] || go_back
+  setsid {step} &
+  step=$! heard=
+  while kill -0 "$step" 2> /dev/null; do
+    pause=1
+    if [ -n "$stopped" ] && [ -z "$heard" ]; then  # again until all tasks are there to hear it, but not torchrun twice
+      if [ "$(ls "${folder}" | grep -c ^begun-)" -ge {tasks} ]; then heard=1; else pause=10; fi
+      scancel --signal=TERM "$SLURM_JOB_ID"
+    fi
+    sleep "$pause"
+  done
+  wait "$step"; code=$?
+  if [ "$code" = 0 ]; then rm -rf "${folder}"; exit 0; fi
+  if [ "$code" = {mistake} ] || [ -e "${folder}/{mistake}" ]; then exit {mistake}; fi
+  case $code in {preempted} | {terminated}) stopped=1 ;; esac
+  if [ -n "$stopped" ] || [ -e "${folder}/{preempted}" ]; then go_back; fi
   echo "exit code $code: starting again from the last checkpoint" >&2
 done"""
 
@@ -112,12 +127,13 @@ def _write_training(job: Job) -> list[str]:
         task = [f"{RANK} {sizes}", f"exec {shlex.join(job.command)}"]
     else:
         task = [f"export {NODE_RANK}=$SLURM_NODEID", *write_hostfile(job), f"exec {write_supervised(job)}"]
+    task.insert(0, f': > "${outcome.FOLDER}/begun-$SLURM_PROCID"')
     patience = f"--wait={max(job.grace_s, 300)}"  # from the first task's end to the last one's
     step = f"{_write_srun(job, '--kill-on-bad-exit=0', patience)} {shlex.quote(chr(10).join(task))}"
     most = 1 + (MAX_RESTARTS if job.max_restarts is None else job.max_restarts)
     attempts = ATTEMPTS.format(
         folder=outcome.FOLDER, saved=outcome.SAVED, mistake=outcome.MISTAKE, preempted=outcome.PREEMPTED,
-        terminated=outcome.TERMINATED, step=step, most=most,
+        terminated=outcome.TERMINATED, step=step, most=most, tasks=job.nodes * (job.num_ranks if job.is_ranks else 1),
     )  # fmt: skip
     return [HEAD, OWN_PORT, attempts]
 
