@@ -51,7 +51,8 @@ def make_bucket(uri: Annotated[str, tyro.conf.Positional]) -> None:
 SUPERVISE_HELP = """Start ranks, pass SIGTERM on to them, and stay until all have saved:
 python -m infra supervise [--ranks 8 [--nodes 4]] -- COMMAND ... It is PID 1 of the containers that `launch` writes.
 
-Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving, 76 a rank was lost, else that of the command."""
+Exit codes: 0 done, 2 a user's mistake, 69 something did not answer, 75 stopped after saving, 76 a rank was lost, else
+that of the command."""
 
 
 @dataclass(frozen=True)

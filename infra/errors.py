@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+from infra.outcome import MISTAKE, UNAVAILABLE
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -21,16 +23,17 @@ class MissingError(UserError, FileNotFoundError):
 
 
 class UnavailableError(UserError, ConnectionError):
-    """The storage did not answer; the same call may work later."""
+    """Storage or another rank did not answer; the same call may work later."""
 
     __str__ = ValueError.__str__
 
 
 class UserErrors(UserError):
-    """Several mistakes found at once; `run_cli` prints each on a line of its own."""
+    """Several mistakes found at once; `run_cli` prints each on a line of its own. `may_pass`: each of them is an
+    UnavailableError."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
-        self.lines = tuple(lines)
+    def __init__(self, lines: Iterable[str], *, may_pass: bool = False) -> None:
+        self.lines, self.may_pass = tuple(lines), may_pass
         super().__init__("; ".join(self.lines))
 
 
@@ -45,15 +48,22 @@ def list_some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
+def choose_code(error: UserError) -> int:
+    """The exit code of a process that this error ends."""
+    may_pass = error.may_pass if isinstance(error, UserErrors) else isinstance(error, UnavailableError)
+    return UNAVAILABLE if may_pass else MISTAKE
+
+
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0; 2 with one line on stderr for each mistake of the user; 130 on Ctrl-C."""
+    """Run `main` and exit: 0; 2 with one line on stderr for each mistake of the user; 69 with one line where something
+    did not answer; 130 on Ctrl-C."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
             _say(line)
-        sys.exit(2)
+        sys.exit(choose_code(error))
     except KeyboardInterrupt:
         _say("interrupted; the same command continues where it stopped")
         sys.exit(130)

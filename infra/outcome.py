@@ -14,6 +14,7 @@ from pathlib import Path
 FOLDER = "BEELINE_OUTCOME"  # the environment variable that names the folder; without it nothing is written
 SAVED = "saved"  # the file with the step of the newest checkpoint
 MISTAKE = 2  # exit code: a user's mistake, which another try would repeat
+UNAVAILABLE = 69  # exit code: storage or a rank did not answer, another try may work (EX_UNAVAILABLE of sysexits.h)
 PREEMPTED = 75  # exit code after SIGTERM or Ctrl-C: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 LOST = 76  # exit code when another rank was lost: the same command continues from the last checkpoint
 TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended before it could react
@@ -53,13 +54,18 @@ def read_codes(folder: str) -> set[int]:
 
 def judge(reported: Iterable[int], ended: Iterable[int], *, stopped: bool) -> int:
     """The exit code of a job whose ranks reported some codes and whose processes ended with some. `stopped`: it was
-    asked to stop. A user's mistake counts first, then what continues: stopped ranks, lost ranks."""
-    codes = {*reported, *ended}
+    asked to stop. A user's mistake counts first, then what continues: stopped ranks, lost ranks, no answer."""
+    reported, ended = set(reported), list(ended)
+    codes = reported.union(ended)
+    if 0 in reported and not any(ended):
+        codes -= {LOST, UNAVAILABLE}  # a launcher started the ranks again, and they finished
     for code in (MISTAKE, PREEMPTED, LOST):
         if code in codes:
             return code
     if stopped and TERMINATED in codes:
         return PREEMPTED  # before there was anything to save
+    if UNAVAILABLE in codes:
+        return UNAVAILABLE
     return next((code for code in ended if code), 0)
 
 

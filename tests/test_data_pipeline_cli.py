@@ -108,7 +108,7 @@ def test_an_endpoint_that_does_not_answer_is_one_line(cli, monkeypatch, tmp_path
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         monkeypatch.setenv("BEELINE_S3_PROBE_TIMEOUT", "2")
         code, _, err = cli("verify", "s3://some-bucket/data")
-    assert code == 2
+    assert code == 69
     assert "does not answer" in err
     assert "testing-secret" not in err
 
@@ -125,10 +125,10 @@ def test_credentials_that_expire_are_one_line(cli, s3, free_calls, tmp_path, cap
         err = f"error: {caught.value}"
     elif args[0] == "run":
         code, _, err = cli(*args, f"wds:{s3}/train", "--out", f"{s3}/out")
-        assert code == 2
+        assert code == 69
     else:
         code, _, err = cli(*args, s3)
-        assert code == 2
+        assert code == 69
     said = err + caplog.text
     assert err.strip().splitlines()[-1].startswith("error: s3://")
     assert said.count("takes these AWS credentials no longer") == 1

@@ -21,10 +21,10 @@ run_cli(lambda: print(storage.read_bytes(sys.argv[1])))
 """
 
 
-def refusal(uri: str) -> str:
-    """The one line that a command line tool prints about this URI, having exited with 2."""
+def refusal(uri: str, *, code: int = 69) -> str:
+    """The one line that a command line tool prints about this URI, having exited with this code."""
     done = subprocess.run([sys.executable, "-c", ONE_CALL, uri], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ")
@@ -58,7 +58,7 @@ def test_endpoint_that_accepts_and_never_answers(monkeypatch):
 
 @pytest.mark.usefixtures("secret")
 def test_missing_bucket_and_wrong_credentials(free_calls):
-    assert "no bucket 'never-made'" in refusal("s3://never-made/x")
+    assert "no bucket 'never-made'" in refusal("s3://never-made/x", code=2)
     free_calls(0)
     line = refusal("s3://beeline-tests/x")
     assert "takes these AWS credentials no longer, or never did (InvalidAccessKeyId): renew them" in line
@@ -210,6 +210,8 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         (None, 0, ""),
         (UserError("found 3,\n expected 4: add one"), 2, "error: found 3, expected 4: add one\n"),
         (UserErrors(["one\n of them", "another"]), 2, "error: one of them\nerror: another\n"),
+        (UnavailableError("no answer: try again"), 69, "error: no answer: try again\n"),
+        (UserErrors(["no answer", "another"], may_pass=True), 69, "error: no answer\nerror: another\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
         (OSError(DISK_FULL[0], "No space left", "/x/y"), 2, "error: disk full while writing /x/y: "),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied; BEELINE_LOG=debug"),

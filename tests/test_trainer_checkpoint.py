@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from trainer_threads import run_threads
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 from trainer.zero import checkpoint
 from trainer.zero.group import Group
 from trainer.zero.partition import Segment
@@ -232,6 +233,27 @@ def test_checkpoints_live_on_s3_too(s3):
         "/checkpoints/step_0000002/rank_00000.safetensors",
     ]
     assert loaded(checkpoint.find_newest(f"{s3}/checkpoints", SOLO)) == 2
+
+
+def test_an_outage_is_no_damage(s3, free_port, monkeypatch):
+    """The run must neither fall back to an older checkpoint nor call all of them damaged."""
+    root = f"{s3}/checkpoints"
+    for step in (1, 2):
+        assert checkpoint.save(root, share(step), SOLO, step=step, state={}, keep=2)
+    found = checkpoint.find_newest(root, SOLO)
+    answers = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    said = run_threads(2, lambda group: raised(lambda: checkpoint.inspect(found.uri, group)))
+    said += [raised(lambda: checkpoint.load(found, share(0), SOLO))]
+    assert all("does not answer" in line for line in said), said
+    monkeypatch.setenv("AWS_ENDPOINT_URL", answers)
+    assert loaded(checkpoint.find_newest(root, SOLO)) == 2
+
+
+def raised(call: Callable[[], object]) -> str:
+    with pytest.raises(UnavailableError) as caught:
+        call()
+    return str(caught.value)
 
 
 def test_the_manifest_is_written_last_and_latest_follows(tmp_path):

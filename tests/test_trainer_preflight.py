@@ -10,7 +10,7 @@ import pytest
 from trainer_launch import ROOT, TINY, finish, halted, start_ranks
 
 from data_pipeline.packing.synthetic import write_synthetic
-from infra.errors import UserErrors
+from infra.errors import UserErrors, choose_code
 from trainer.__main__ import main
 from trainer.commands import TrainArgs, parse_options
 from trainer.recipes import get_recipe
@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def command(data: Path, out: Path, *more: str) -> list[str]:
+def command(data: Path | str, out: Path | str, *more: str) -> list[str]:
     arguments = ["-m", "trainer", "train", "world-d2", "--data", str(data), "--out", str(out), "--dry-run"]
     return [*arguments, "--images", "64", *TINY, *more]
 
@@ -51,6 +51,32 @@ def test_a_data_set_of_several_buckets_fits(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["trainer", *command(data, tmp_path / "run")[2:]])
     main()
     assert "nothing was written" in capsys.readouterr().out
+
+
+def test_storage_that_does_not_answer_is_no_mistake(free_port, tmp_path, monkeypatch):
+    """A scheduler tries again what ends with 69, and nothing that ends with 2."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    for out, more, code in (
+        (str(tmp_path / "run"), (), 69), ("s3://bucket/run", (), 69), ("s3://bucket/run", ("--optimizer.lr", "-1"), 2)
+    ):  # fmt: skip
+        words = [*command("s3://bucket/data", out, *more)[2:]]
+        monkeypatch.setattr(sys, "argv", ["trainer", *words])
+        with pytest.raises(UserErrors) as caught:
+            main()
+        assert choose_code(caught.value) == code, caught.value.lines
+        assert [line for line in caught.value.lines if "does not answer" not in line] == [
+            "recipe world-d2: optimizer.lr is -1.0, expected a positive number" for _ in more[1:]
+        ]
+
+
+def test_ranks_that_cannot_meet_may_try_again():
+    """Rank 0 finds its port in use, rank 1 finds nobody: either may pass."""
+    code = "from infra.errors import run_cli; from trainer.zero.group import start; run_cli(lambda: start(timeout_s=2))"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        codes, said = finish(start_ranks(["-c", code], 2, of_rank={0: {"MASTER_PORT": str(taken.getsockname()[1])}}))
+    assert codes == [69, 69], said
+    assert "is in use" in said
+    assert "ranks could not meet at 127.0.0.1:" in said
 
 
 def test_latents_of_another_height_and_width(data, tmp_path, monkeypatch):

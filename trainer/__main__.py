@@ -18,7 +18,8 @@ DOC = """Train SD3-class text-to-image models with DeepSpeed ZeRO.
   python -m trainer train --help                                                 the recipes
 
 Run the same command again to continue an interrupted run. Exit codes: 0 done, 2 a user's mistake (one line says
-which), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another rank was lost."""
+which), 69 no answer from the storage or a rank (try again), 75 stopped by SIGTERM or Ctrl-C after saving, 76 another
+rank was lost."""
 SWEEPS = {
     "lr": Command("trainer.commands:sweep_rates", "learning rates on rungs of a ladder", takes_words=True),
     "formulations": Command("trainer.commands:sweep_formulations", "any of the 61 formulations", takes_words=True),

@@ -18,6 +18,7 @@ from data_pipeline.selection.choice import TRAINED_ON, TrainedOn
 from infra import storage
 from infra.codec import from_json, to_json
 from infra.device import ResolvedPrecision
+from infra.errors import UnavailableError
 from infra.results import ResultRow, ResultStore
 from trainer.recipe import Recipe
 
@@ -55,6 +56,8 @@ def read_kept_precision(run: str) -> ResolvedPrecision | None:
     uri = storage.join(run, RECIPE)
     try:
         found = json.loads(storage.read_bytes(uri))["precision"] if storage.exists(uri) else None
+    except UnavailableError:
+        raise
     except (ValueError, KeyError, TypeError):
         return None  # damaged: refused with its reason before anything is trained
     return cast(ResolvedPrecision, found) if found in ("fp32", "bf16") else None

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 from trainer.launchers import is_launcher
 from trainer.recipe import Parallel
 from trainer.zero.group import PORT_IN_USE
@@ -42,8 +42,8 @@ def check_hostfile() -> None:
 
 
 def check_port() -> None:
-    """UserError where rank 0 cannot open the port at which the ranks meet. Not checked under torchrun, which holds the
-    port open itself."""
+    """UnavailableError where rank 0 cannot open the port at which the ranks meet. Not checked under torchrun, which
+    holds the port open itself."""
     port = int(os.environ.get("MASTER_PORT", "0"))
     if not port or os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
@@ -52,7 +52,7 @@ def check_port() -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(PORT_IN_USE.format(port=port)) from error
+            raise UnavailableError(PORT_IN_USE.format(port=port)) from error
 
 
 def check_out(out: str) -> None:

@@ -22,7 +22,7 @@ from data_pipeline.loading.pairs import RejectedLatents
 from data_pipeline.selection.choice import DataChoice, TrainedOn, describe_choice
 from infra import storage
 from infra.device import ResolvedPrecision, resolve_precision, warn_if_slow
-from infra.errors import UserError, UserErrors
+from infra.errors import UnavailableError, UserError, UserErrors, choose_code
 from model.diffusion.flow import get_formulation
 from model.diffusion.validation import get_protocol
 from model.files.weights import read_meta
@@ -47,8 +47,8 @@ T = TypeVar("T")
 class Refusal(UserErrors):
     """All that was found. `here`: what may be true of this machine alone."""
 
-    def __init__(self, lines: list[str], here: list[str]) -> None:
-        super().__init__([*lines, *here])
+    def __init__(self, lines: list[str], here: list[str], *, may_pass: bool = False) -> None:
+        super().__init__([*lines, *here], may_pass=may_pass)
         self.here = here
 
 
@@ -58,28 +58,31 @@ class Mistakes:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._here: list[str] = []
+        self._may_pass = True
 
     def collect(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The answer; None when it is a refusal, which is kept."""
         return self._collect(self._lines, question, *args, **kwargs)
 
     def collect_here(self, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """As `collect`, for mistakes that concern this machine alone, such as a missing library."""
+        """As `collect`, for mistakes that concern this machine alone, such as a missing library. So may an outage."""
         return self._collect(self._here, question, *args, **kwargs)
 
     def _collect(self, lines: list[str], question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
             return question(*args, **kwargs)
-        except UserErrors as error:
-            lines.extend(error.lines)
+        except UnavailableError as error:
+            if str(error) not in self._here:  # storage that does not answer one question seldom answers the next
+                self._here.append(str(error))
         except UserError as error:
-            lines.append(str(error))
+            lines.extend(error.lines if isinstance(error, UserErrors) else [str(error)])
+            self._may_pass = False
         return None
 
     def raise_any(self) -> None:
         """Raise a Refusal if there were any."""
         if self._lines or self._here:
-            raise Refusal(self._lines, self._here)
+            raise Refusal(self._lines, self._here, may_pass=self._may_pass)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def report_once() -> Iterator[None]:
             for line in error.here:
                 print(f"error: {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
         time.sleep(3)
-        raise SystemExit(2) from None
+        raise SystemExit(choose_code(error)) from None
 
 
 def settle_precision(recipe: Recipe, out: str, resume: str) -> Recipe:
@@ -135,6 +138,8 @@ def _read_branched_precision(resume: str) -> ResolvedPrecision | None:
     try:
         state = json.loads(storage.read_bytes(storage.join(resume, checkpoint.MANIFEST)))["state"]
         return cast(ResolvedPrecision, state["recipe"]["precision"])
+    except UnavailableError:
+        raise
     except (UserError, ValueError, KeyError, TypeError):
         return None  # not there or damaged: refused with its reason later
 
@@ -292,6 +297,8 @@ def _check_started(recipe: Recipe, out: str, unknown: tuple[str, ...]) -> None:
         return
     try:
         old = read_recipe(out)
+    except UnavailableError:
+        raise
     except ValueError as error:
         raise UserError(f"{uri} cannot be read ({error}): choose another --out, or remove that folder") from error
     changed = [line for line in find_differences(old, recipe) if not line.startswith(unknown)]
@@ -323,6 +330,8 @@ def _check_copied(folder: str) -> bool:
 def _check_branch(recipe: Recipe, folder: str, unknown: tuple[str, ...]) -> None:
     try:
         state = json.loads(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST)))["state"]
+    except UnavailableError:
+        raise
     except (ValueError, KeyError, TypeError):
         return  # damaged: told with its reason when every byte is read
     checkpoint.check_same_recipe(folder, state, recipe, resume=folder, unknown=unknown)

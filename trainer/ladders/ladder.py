@@ -13,9 +13,9 @@ from typing import Any
 from data_pipeline.selection.choice import DataChoice
 from infra import storage
 from infra.device import ResolvedPrecision, resolve_precision
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
-from infra.outcome import PREEMPTED
+from infra.outcome import MISTAKE, PREEMPTED
 from model.files.weights import META_KEY
 from model.flops import estimate_train_flops
 from trainer.ladders.launch import ManyRuns
@@ -250,9 +250,12 @@ def run_command(command: list[str], run: str, *, environment: Mapping[str, str] 
 
 
 def check_finished(run: str, code: int) -> None:
-    """Leave with the code of a training that was stopped; a mistake where it did not finish."""
+    """Leave with the code of a training that was stopped. Where it did not finish: UserError after a user's mistake,
+    otherwise UnavailableError."""
     if code in (PREEMPTED, -signal.SIGTERM):
         raise SystemExit(PREEMPTED)
     if code != 0 or not is_done(run):
-        then = "fix that first" if code == 2 else "run the same command again"
-        raise UserError(f"{run}: training ended unfinished, exit code {code}; its own message stands above: {then}")
+        why = f"{run}: training ended unfinished, exit code {code}; its own message stands above"
+        if code == MISTAKE:
+            raise UserError(f"{why}: fix that first")
+        raise UnavailableError(f"{why}: run the same command again")

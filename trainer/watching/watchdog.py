@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UserError, choose_code
 from infra.log import get_logger
 from infra.outcome import LOST, report_code
 from trainer.launchers import has_ended
@@ -217,7 +217,7 @@ def end_together(watch: Watchdog) -> Iterator[Watchdog]:
         if not is_lost_peer(error):
             watch.close(FAILED)
             if isinstance(error, UserError) and watch.has_rank_0_failed():
-                raise SystemExit(2) from None
+                raise SystemExit(choose_code(error)) from None
             raise
         dead = watch.wait_for_verdict()
         if not dead:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 from infra.log import get_logger
 from trainer.recipe import Recipe, find_differences
 from trainer.runfolder import name_rank, name_step
@@ -162,19 +162,24 @@ def require_whole(folder: str, group: Group) -> StoredCheckpoint:
 
 def inspect(folder: str, group: Group) -> tuple[StoredCheckpoint | None, str]:
     """(checkpoint, "") when its manifest reads and every file has the hash it names, else (None, why). Collective.
+    UnavailableError where the storage does not answer: that says nothing of the checkpoint.
 
     Each file is read by one rank, and the ranks hand on the JSON files that they read: on as many ranks as wrote it, a
     rank reads three objects.
     """
-    reason, manifest, texts = "", {}, {}
+    reason, outage, manifest, texts = "", "", {}, {}
     try:
         manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
         if manifest["format"] != FORMAT:
             raise UserError(f"format {manifest['format']}, this version reads {FORMAT}")
         for number in range(group.rank, len(manifest["files"]), group.world_size):
             texts[number] = read_whole_files(folder, number, manifest["files"][number])
+    except UnavailableError as error:
+        outage = str(error)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+    if group.any(bool(outage)):
+        raise UnavailableError(outage or f"{folder}: another rank got no answer from the storage")
     if group.any(bool(reason)):
         return None, reason or "another rank could not read its part"
     for part in group.gather(json.dumps(texts)):
@@ -199,11 +204,15 @@ def check_same_recipe(
 
 def load(found: StoredCheckpoint, share: RankShare, group: Group) -> None:
     """Fill the tensors of `share` in place, whatever number of ranks wrote them. Collective only in its verdict."""
-    problem = ""
+    problem, outage = "", ""
     try:
         copy_ranges(Ranges(found.uri, found.indexes), share.segments, share.tensors)
+    except UnavailableError as error:
+        outage = str(error)
     except (UserError, OSError) as error:
         problem = str(error)
+    if group.any(bool(outage)):
+        raise UnavailableError(outage or f"{found.uri}: another rank got no answer from the storage")
     if group.any(bool(problem)):
         raise UserError(problem or f"{found.uri}: another rank could not load its part")
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from infra.device import choose_device, choose_num_threads, resolve_device
-from infra.errors import UserError
+from infra.errors import UnavailableError
 from trainer.zero.partition import leave_out_shared_memory
 
 PORT_IN_USE = "port {port} is in use (another training?), the ranks cannot meet: give the launcher --master_port N"
@@ -77,7 +77,8 @@ def choose_accelerator() -> bool:
 
 
 def start(*, timeout_s: float = 1800.0) -> Group:
-    """Join the other ranks. Call once, first of all."""
+    """Join the other ranks. Call once, first of all. UnavailableError where they cannot meet: a rank may have died, a
+    host may not be up yet, another process may still hold the port."""
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("LOCAL_SIZE", str(local_size))  # DeepSpeed's CPU accelerator counts devices by it
     gpu = choose_accelerator()
@@ -101,9 +102,9 @@ def start(*, timeout_s: float = 1800.0) -> Group:
         )
     except (RuntimeError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
-            raise UserError(PORT_IN_USE.format(port=os.environ["MASTER_PORT"])) from error
+            raise UnavailableError(PORT_IN_USE.format(port=os.environ["MASTER_PORT"])) from error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"ranks could not meet at {where}: {error}; is --master_addr right?") from error
+        raise UnavailableError(f"ranks could not meet at {where}: {error}; is --master_addr right?") from error
     return Group(rank, world_size, device)
 
 
