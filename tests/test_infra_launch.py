@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kubelet import expand
 
 from infra.errors import UserError
 from infra.launch import TARGETS, get_target
-from infra.launch.grace import list_plan_words
-from infra.launch.job import Job
+from infra.launch.grace import PLAIN_FIELDS, list_plan_words
+from infra.launch.job import Job, write_command
+from trainer.recipe import Recipe
 from trainer.recipes import get_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -95,11 +99,41 @@ def test_clusters_get_what_they_can_read(target, command, nodes):
     else:
         spec = batch_spec(document)
         (container,) = spec["template"]["spec"]["containers"]
-        check_shell(container["command"][2])
+        check_shell(expand(container["command"][2], {}))
         assert container["command"][2].splitlines()[-1].startswith("exec python -m infra supervise")
         assert (spec["completions"], spec["parallelism"]) == (nodes, nodes)
     assert container["env"] == [{"name": "NOTE", "value": "two words $HOME 'q'"}]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
+@given(st.text("$()AB x"))
+@example("$$ $$(A) $(A) $")
+def test_a_pod_gets_each_word_as_it_was_written(word):
+    """The kubelet expands `$$` and `$(A)` in commands and in values."""
+    wanted = Job(name="x", command=("python", "own.py", word), image="b:1", env={"A": "value", "NOTE": word})
+    document = yaml.safe_load(TARGETS["kubernetes"].render(wanted))
+    (container,) = batch_spec(document)["template"]["spec"]["containers"]
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert expand(values["NOTE"], values) == word
+    assert shlex.split(expand(container["command"][2], values))[-1] == word
+    entrypoint = yaml.safe_load(TARGETS["kubernetes"].render(replace(wanted, nodes=2)))["spec"]["entrypoint"]
+    assert shlex.split(expand(entrypoint, values))[-1] == word
+
+
+@pytest.mark.parametrize(("nodes", "port"), [(1, None), (1, "24321"), (3, "24321")])
+def test_deepspeed_meets_at_the_jobs_own_port(nodes, port):
+    """Two jobs may share a machine; the user's own port wins, as deepspeed takes the last one."""
+    from deepspeed.launcher.runner import parse_args
+
+    for words, wanted in (("--module x", port or "29500"), ("--master_port 31000 --module x", "31000")):
+        line = write_command(Job(name="x", command=("deepspeed", *words.split()), nodes=nodes))
+        told = {"MASTER_ADDR": "a", "BEELINE_HOSTFILE": "h", "BEELINE_NODE_RANK": "0", "PATH": os.environ["PATH"]}
+        said = subprocess.run(
+            ["bash", "-uc", line.replace("deepspeed", r"printf '%s\n'", 1)], capture_output=True, text=True, check=True,
+            env=told | ({"MASTER_PORT": port} if port else {}),
+        )  # fmt: skip
+        found = parse_args(said.stdout.splitlines())
+        assert (str(found.master_port), found.user_script) == (wanted, "x")
 
 
 def test_pods_that_saved_or_were_evicted_do_not_count_and_mistakes_end_the_job():
@@ -217,6 +251,20 @@ def test_the_time_to_save_is_planned_from_what_the_command_trains():
     assert list_plan_words(ranks) == ["plan", "d24", "--gpus", "6", "--json"]
     for command in (DATA, ("python", "-m", "trainer", "ladder", "world"), ("python", "-m", "trainer", "train")):
         assert list_plan_words(Job(name="x", command=command)) is None
+
+
+def test_every_field_of_a_recipe_reaches_the_planner():
+    """Those without a dot as well. --data is none of them here: it says where the data lie."""
+    groups = {field.name for field in fields(Recipe) if is_dataclass(getattr(get_recipe("d24"), field.name))}
+    plain = {field.name for field in fields(Recipe)} - groups - {"name", "init_weights"}  # which no option sets
+    assert {name.replace("-", "_") for name in PLAIN_FIELDS} == plain
+    kept = ("--global-batch", "64", "--precision=bf16", "--images", "1000", "--student.latent-weight", "0")
+    left_out = ("--data", "x", "--student.perceptual", "lpips-vgg:f", "--where", "a.b > 1", "--resume", "none")
+    command = ("python", "-m", "trainer", "train", "d24", *kept[:3], *left_out, *kept[3:])
+    wanted = ["plan", "d24", *kept, "--gpus", "1", "--json"]
+    assert list_plan_words(Job(name="x", command=command)) == wanted
+    under = ("python", "-m", "trainer", "train", "d24", "--global_batch", "64", "--student.perceptual=lpips-vgg:f")
+    assert list_plan_words(Job(name="x", command=under))[2:4] == ["--global_batch", "64"]
 
 
 def test_a_large_model_gets_the_time_that_its_save_takes():

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from kubelet import expand
 from trainer_launch import ROOT, TINY
 
 from data_pipeline.packing.synthetic import write_synthetic
@@ -35,10 +36,11 @@ def run_container(command: tuple[str, ...], ranks: int) -> subprocess.Popen[str]
     wanted = Job(name="pod", command=command, ranks_per_node=ranks, image="beeline:test")
     document = yaml.safe_load(TARGETS["kubernetes"].render(wanted))
     (container,) = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    command = [expand(word, {}) for word in container["command"]]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     told = {"PYTHONPATH": str(ROOT), "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", *container["command"]], env=os.environ | told, text=True,
+        ["unshare", "--pid", "--fork", "--mount-proc", *command], env=os.environ | told, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

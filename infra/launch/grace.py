@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from infra.launch.job import GRACE_S, Job
 
 LEAST_S = 120
+# Of a recipe, the fields that are no group of fields.
+PLAIN_FIELDS = ("images", "global-batch", "formulation", "shift", "seed", "precision", "objective")
+# The planner would ask for a decoder, which a training finds in its data. Its networks are not saved.
+UNPLANNED = ("student.perceptual",)
 SPARE_S = 60  # for what was going on (validation, a picture), and for processes to end
 
 
@@ -31,7 +35,8 @@ def choose_grace(job: Job) -> int:
 def list_plan_words(job: Job) -> list[str] | None:
     """The words after `python -m trainer` that plan what the command trains; None where it does not train.
 
-    Fields of the recipe (`--model.depth 4`) say how large it is; all other options (`--data`) are left out.
+    Fields of the recipe (`--model.depth 4`, `--global-batch 64`) say how large it is; all other options (`--data`) are
+    left out.
     """
     pairs = list(zip(job.command, job.command[1:]))
     if ("trainer", "train") not in pairs or len(job.command) < pairs.index(("trainer", "train")) + 3:
@@ -45,7 +50,8 @@ def _keep_fields(words: Sequence[str]) -> list[str]:
     kept, keep = [], False
     for word in words:
         if word.startswith("--"):
-            keep = "." in word.partition("=")[0]
+            name = word[2:].partition("=")[0].replace("_", "-")
+            keep = ("." in name or name in PLAIN_FIELDS) and name not in UNPLANNED
         if keep:
             kept.append(word)
     return kept

@@ -102,11 +102,12 @@ def write_command(job: Job) -> str:
         return shlex.join([*SUPERVISE, *more, "--", *job.command])
     if job.launcher == "torchrun":
         return _write_torchrun(job)
-    if job.launcher is None or job.nodes == 1:
+    if job.launcher is None:
         return shlex.join(job.command)
-    peers = f'--hostfile "${HOSTFILE}" --no_ssh --node_rank "${NODE_RANK}" --master_addr "${MASTER_ADDR}"'
+    # deepspeed takes the last of equal options: the user's. On one node, too: another job may share the machine.
+    peers = f'--hostfile "${HOSTFILE}" --no_ssh --node_rank "${NODE_RANK}" --master_addr "${MASTER_ADDR}" '
     port = f'--master_port "${{{MASTER_PORT}:-{PORT}}}"'
-    return f"{shlex.quote(job.command[0])} {peers} {port} {shlex.join(job.command[1:])}"
+    return f"{shlex.quote(job.command[0])} {peers if job.nodes > 1 else ''}{port} {shlex.join(job.command[1:])}"
 
 
 def write_supervised(job: Job) -> str:

@@ -3,6 +3,7 @@
 Secrets (AWS keys) come from an optional Secret `beeline-env`, which is made once by hand and never rendered here.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -44,6 +45,11 @@ def choose_resource(job: Job, name: str) -> str:
     return job.options.get(name, str(amount) if name == "cpu" else f"{amount}Gi")
 
 
+def escape(text: str) -> str:
+    """The text so that the kubelet, which makes `$` of `$$` and values of `$(NAME)`, gives it to the process."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
 def _make_container(job: Job, name: str) -> dict[str, Any]:
     limits = {"cpu": choose_resource(job, "cpu"), "memory": choose_resource(job, "memory")}
     if job.gpus_per_node:
@@ -58,7 +64,7 @@ def _make_container(job: Job, name: str) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": name,
         "image": job.image,
-        "env": [{"name": key, "value": value} for key, value in job.env.items()],
+        "env": [{"name": key, "value": escape(value)} for key, value in job.env.items()],
         "envFrom": [{"secretRef": {"name": "beeline-env", "optional": True}}],
         "resources": {"limits": limits, "requests": dict(limits)},
         # NCCL, data loader workers and Ray's object store live in /dev/shm, which is 64 MiB by default.
@@ -85,7 +91,7 @@ def _make_batch_spec(job: Job, lines: list[str], *, backoff: int) -> dict[str, A
     anew and do not count. A relative working folder is the image's own; an absolute one is a path inside the image.
     """
     container = _make_container(job, "main") | ({} if job.working_dir == "." else {"workingDir": job.working_dir})
-    container["command"] = ["bash", "-c", "\n".join([*lines, f"exec {write_supervised(job)}"])]
+    container["command"] = ["bash", "-c", escape("\n".join([*lines, f"exec {write_supervised(job)}"]))]
     pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": job.grace_s, **_make_pod(job, container)}
     template: dict[str, Any] = {"metadata": {"labels": {"app": job.name}}, "spec": pod}
     if "topology" in job.options and "queue" in job.options:
@@ -177,7 +183,7 @@ def _make_ray_job(job: Job) -> dict[str, Any]:
         "kind": "RayJob",
         "metadata": _make_metadata(job),
         "spec": {
-            "entrypoint": write_command(job),
+            "entrypoint": escape(write_command(job)),  # KubeRay makes a pod of it, which submits it
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": cluster,

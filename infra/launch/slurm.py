@@ -104,7 +104,7 @@ while true; do
   step=$! heard=
   while kill -0 "$step" 2> /dev/null; do
     pause=1
-    if [ -n "$stopped" ] && [ -z "$heard" ]; then  # again until all tasks are there to hear it, but not torchrun twice
+    if [ -n "$stopped" ] && [ -z "$heard" ]; then  # again until all tasks are there to hear it; torchrun would mind
       if [ "$(ls "${folder}" | grep -c ^begun-)" -ge {tasks} ]; then heard=1; else pause=10; fi
       scancel --signal=TERM "$SLURM_JOB_ID"
     fi
