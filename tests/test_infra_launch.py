@@ -242,6 +242,19 @@ def test_local_really_runs(tmp_path):
     assert (script.returncode, script.stdout) == (7, done.stdout)
 
 
+def test_local_passes_sigterm_on_and_waits(tmp_path):
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))\n"
+    code += "print('ready', flush=True)\nwhile True: time.sleep(0.02)"
+    for job, ended in ((code, 75), ("import time; print('ready', flush=True); time.sleep(600)", 128 + signal.SIGTERM)):
+        words = [sys.executable, "-m", "infra", "launch", "local", "--", sys.executable, "-c", job]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.stdout.read() == ""  # the job held it open, and is gone
+        assert process.wait() == ended
+
+
 def test_the_time_to_save_is_planned_from_what_the_command_trains():
     words = ("--data", "a.b", "--model.depth", "4", "--out", "x", "--optimizer.lr=1e-4")
     deepspeed = ("deepspeed", "--module", "trainer", "train", "d24", *words)

@@ -7,13 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import outcome
+from infra.errors import UnavailableError, UserError
 from infra.launch.job import Job, write_command, write_supervised
-from infra.launch.supervise import list_environments
+from infra.launch.supervise import Supervised, list_environments
 
 ROOT = Path(__file__).parent.parent
 # A rank that saves when it is told to, and reports as the trainer does.
@@ -79,11 +81,18 @@ def test_a_launcher_that_dies_of_sigterm_does_not_hear_it(tmp_path):
 def test_a_rank_that_waits_in_vain_for_a_lost_one_is_ended(tmp_path):
     code = "from infra.launch import supervise as s; import sys; s.PATIENCE_S = s.KILL_S = 0.5\n"
     code += "sys.exit(s.supervise(sys.argv[1:], ranks=2))"
-    rank = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    rank += "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, "-c", rank], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    rank = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.environ["RANK"] == "0":
+    open(sys.argv[1], "w").close()
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.02)
+os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+"""
+    words = [sys.executable, "-c", code, sys.executable, "-c", rank, str(tmp_path / "ignores")]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 137
 
 
@@ -107,6 +116,43 @@ def test_mistakes_are_one_line(words, message):
     assert said.startswith("error: ")
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_ranks_that_cannot_all_start_leave_none_behind(tmp_path):
+    """The second one's environment is too large for the kernel (E2BIG), which is no mistake of the command."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(UnavailableError, match=r"cannot run .* has this machine run out"):
+        Supervised(command, [{"RANK": "0"}, {"RANK": "1", "LARGE": "x" * 2**18}])
+    assert not [child for child in psutil.Process().children() if child.cmdline() == command]
+    (foreign := tmp_path / "foreign").write_bytes(b"\x7fno program")
+    foreign.chmod(0o755)
+    with pytest.raises(UserError, match="is it installed"):
+        Supervised([str(foreign)], [{"RANK": "0"}])
+
+
+RESTARTED = """
+import os, signal, sys, time
+from infra.outcome import FOLDER, report_code
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+    report_code(0)
+    sys.exit()
+if os.environ["RANK"] == "0":
+    report_code(76)
+    time.sleep(600)
+while not os.path.exists(os.path.join(os.environ[FOLDER], "76")):
+    time.sleep(0.02)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_torchrun_has_started_again_count_by_their_last_life(tmp_path):
+    (script := tmp_path / "rank.py").write_text(RESTARTED)
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    process = start("--", str(Path(sys.executable).parent / "torchrun"), *options, str(script))
+    said = process.communicate()[0]
+    assert "Signal 9" in said or "exitcode: -9" in said, said
+    assert process.returncode == 0, said
 
 
 def test_signals_before_a_rank_could_react_count_as_stopped(tmp_path):

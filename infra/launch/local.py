@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def render(job: Job) -> str:
 
 
 def submit(job: Job) -> int:
-    """Run to the end; the job's exit code."""
+    """Run to the end; the job's exit code as shells count it. SIGTERM is passed on, and the end waited for."""
     _check(job)
     if not Path(job.working_dir).is_dir():
         raise UserError(f"working_dir {job.working_dir}: no such folder")
@@ -27,6 +28,15 @@ def submit(job: Job) -> int:
         process = subprocess.Popen(_list_words(job), cwd=job.working_dir, env={**os.environ, **job.env})
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot run {job.command[0]!r} ({error.strerror}): is it installed and on PATH?") from error
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        code = _wait(process)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return code if code >= 0 else 128 - code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
     while True:
         try:
             return process.wait()

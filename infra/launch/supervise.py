@@ -7,6 +7,7 @@ container ends with its first process.
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from infra import outcome
-from infra.errors import UserError
+from infra.errors import UnavailableError, UserError
 from infra.launch.job import MASTER_ADDR, MASTER_PORT, NODE_RANK, PORT, find_launcher
 
 PATIENCE_S = 120.0  # the other ranks notice a lost one within a minute, unless they have not met yet
@@ -71,12 +72,16 @@ class Supervised:
         self._ranks = "RANK" in environments[0]
         self._launcher = find_launcher(command)
         self._means, self._deadline = [signal.SIGTERM, signal.SIGKILL], math.inf
+        self._started: list[subprocess.Popen[bytes]] = []
         try:
-            self._started = [
-                subprocess.Popen(command, env={**os.environ, **more}, start_new_session=True) for more in environments
-            ]
+            for more in environments:
+                self._started += [subprocess.Popen(command, env={**os.environ, **more}, start_new_session=True)]
         except OSError as error:
-            raise UserError(f"cannot run {command[0]!r} ({error.strerror}): is it installed and on PATH?") from error
+            self._kill()
+            why = f"cannot run {command[0]!r} ({error.strerror})"
+            if isinstance(error, FileNotFoundError | PermissionError) or error.errno == errno.ENOEXEC:
+                raise UserError(f"{why}: is it installed and on PATH?") from error
+            raise UnavailableError(f"{why}: has this machine run out of memory or processes?") from error
 
     def is_gone(self) -> bool:
         """Have all ended? A launcher may leave ranks behind that still save."""
@@ -105,6 +110,12 @@ class Supervised:
         if now > self._deadline and self._means:
             self.pass_on(self._means.pop(0))
             self._deadline = now + KILL_S
+
+    def _kill(self) -> None:
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _reap(self) -> None:
         """Take the exit codes of all that ended, orphans too. (`Popen.poll` would lose them to each other.)"""
