@@ -7,10 +7,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
+import psutil
+
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue", "sinfo")
 ALLOWED = os.geteuid() == 0 and all(shutil.which(program) for program in PROGRAMS)
 WHY_NOT = "needs root and a Slurm: apt-get install --no-install-recommends slurmctld slurmd slurm-client"
 # Jobs of partition `high` pre-empt those of `low`, which get SIGTERM and a minute.
@@ -85,12 +87,23 @@ class Cluster:
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.5)
 
+    def end_jobs(self, *, limit_s: float = 60.0) -> None:
+        """Cancel all jobs and wait until they are gone: their daemons take the tasks with them only as long as they
+        live themselves."""
+        for how in ([], ["--signal=KILL", "--full"]):
+            subprocess.run(["scancel", *how, "--user=root"], env=self.environment, capture_output=True)
+        end, look = time.monotonic() + limit_s, ["squeue", "--noheader"]
+        while time.monotonic() < end:
+            done = subprocess.run(look, env=self.environment, capture_output=True)
+            if done.returncode or not done.stdout.strip():
+                return  # no job, or nobody who knows of one
+            time.sleep(0.5)
+
 
 @contextmanager
 def start_cluster(folder: Path) -> Iterator[Cluster]:
     """Daemons in the foreground of sessions of their own, ended at the end."""
-    first = random.randrange(30000, 32000)  # below the range from which systems give away ports
-    ports = [first, first + 1, first + 2]
+    ports = find_ports(3)
     (folder / "state").mkdir()
     host = socket.gethostname().split(".")[0]
     nodes = [host, f"{host}-2"]  # Slurm takes a node named localhost for this host
@@ -102,12 +115,11 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     try:
         look = ["sinfo", "--Node", "--noheader", "--states=idle", "--partition=low"]
         while len(subprocess.run(look, env=cluster.environment, capture_output=True).stdout.splitlines()) < 2:
-            assert all(daemon.poll() is None for daemon in daemons), (folder / "slurmctld.log").read_text()
+            assert all(daemon.poll() is None for daemon in daemons), read_logs(folder)
             time.sleep(0.5)
         yield cluster
     finally:
-        for how in ([], ["--signal=KILL", "--full"]):
-            subprocess.run(["scancel", *how, "--user=root"], env=cluster.environment, capture_output=True)
+        cluster.end_jobs()
         for daemon in daemons:
             daemon.terminate()
         for daemon in daemons:
@@ -115,3 +127,34 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
                 daemon.wait(timeout=20)
             daemon.kill()
             daemon.wait()
+        leftovers = find_leftovers(cluster.environment["SLURM_CONF"])
+        for process in leftovers:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(leftovers, timeout=10)
+
+
+def find_ports(number: int) -> list[int]:
+    """Ports in a row that nobody holds, below the range from which systems give away ports."""
+    while True:
+        first = random.randrange(30000, 32000)
+        ports = list(range(first, first + number))
+        with suppress(OSError), ExitStack() as stack:
+            for port in ports:
+                stack.enter_context(socket.socket()).bind(("", port))
+            return ports
+
+
+def read_logs(folder: Path) -> str:
+    """What the daemons have written, if anything."""
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log"))) or "no log"
+
+
+def find_leftovers(conf: str) -> list[psutil.Process]:
+    """Processes of this cluster: its slurm.conf stands in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == conf:
+                found.append(process)
+    return found

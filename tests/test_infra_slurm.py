@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import ALLOWED, WHY_NOT, Cluster, start_cluster
+from slurm_cluster import ALLOWED, WHY_NOT, Cluster, find_leftovers, read_logs, start_cluster
 
 from infra.launch import TARGETS
 from infra.launch.job import Job
@@ -65,6 +65,20 @@ def submit(cluster: Cluster, folder: Path, lives: str, **more: object) -> str:
 def wait_for_life(folder: Path, number: int) -> None:
     while len(list(folder.glob(f"pid*-{number}"))) < 4:
         time.sleep(0.1)
+
+
+@pytest.mark.timeout(120)
+def test_a_cluster_leaves_nothing_behind(tmp_path):
+    """Nor what a job has hidden from Slurm: a process of another session whose parent is gone."""
+    assert read_logs(tmp_path) == "no log"
+    with start_cluster(tmp_path) as cluster:
+        cluster.submit("#!/bin/bash\n(setsid sleep 600 &)\ntouch hidden\nsleep 600\n")
+        while not (tmp_path / "hidden").exists():
+            time.sleep(0.1)
+        conf = cluster.environment["SLURM_CONF"]
+        assert "sleep" in {process.name() for process in find_leftovers(conf)}
+    assert find_leftovers(conf) == []
+    assert "slurmctld.log:\n" in read_logs(tmp_path)
 
 
 @pytest.mark.timeout(300)
