@@ -12,7 +12,8 @@ import psutil
 import pytest
 from trainer_launch import ROOT, TINY, until
 
-from trainer.ladders.ladder import is_done
+from infra.errors import UserError, choose_code
+from trainer.ladders.ladder import check_finished, is_done
 from trainer.launchers import has_ended, is_launcher
 
 BIN = Path(sys.executable).parent
@@ -31,6 +32,13 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 def saved(run: Path) -> int:
     """The step of the newest checkpoint."""
     return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+
+
+@pytest.mark.parametrize(("code", "becomes"), [(2, 2), (1, 69), (69, 69), (76, 69), (-9, 69), (0, 69)])
+def test_a_ladder_may_be_tried_again_unless_a_mistake_ended_its_training(tmp_path, code, becomes):
+    with pytest.raises(UserError, match=f"exit code {code}; its own message stands above") as caught:
+        check_finished(str(tmp_path), code)
+    assert choose_code(caught.value) == becomes
 
 
 def left_of(folder: Path) -> list[psutil.Process]:

@@ -69,6 +69,19 @@ def test_storage_that_does_not_answer_is_no_mistake(free_port, tmp_path, monkeyp
         ]
 
 
+def test_another_node_without_storage_says_so(free_port, tmp_path, monkeypatch, capsys):
+    """Rank 0 may reach what this node cannot, and then reports nothing."""
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(sys, "argv", ["trainer", *command("s3://bucket/data", tmp_path / "run")[2:]])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 69, said
+    assert f"error: {socket.gethostname()}: s3://bucket/data" in said
+
+
 def test_ranks_that_cannot_meet_may_try_again():
     """Rank 0 finds its port in use, rank 1 finds nobody: either may pass."""
     code = "from infra.errors import run_cli; from trainer.zero.group import start; run_cli(lambda: start(timeout_s=2))"
