@@ -10,7 +10,11 @@ from infra.launch.job import Job
 
 NAME = ".beeline-7"
 # Every pause is short here. `scontrol requeue` leaves a line.
-TOOLS = {"sleep": "exec /bin/sleep 0.05", "scontrol": 'echo "scontrol $*"', "scancel": "echo scancel"}
+TOOLS = {
+    "sleep": "exec /bin/sleep 0.05",
+    "scontrol": 'if [ $1 = show ]; then echo 127.0.0.1; else echo "scontrol $*"; fi',
+    "scancel": "echo scancel",
+}
 OWN = Job(name="own", command=("python", "own.py"), nodes=2, ranks_per_node=2, max_restarts=1)
 
 
@@ -102,3 +106,41 @@ def test_a_requeued_job_counts_on_and_a_new_one_of_the_same_number_does_not(run,
     assert start(SLURM_RESTART_COUNT="1")[0] == 1
     ended, said = start()
     assert (ended, said.count("started")) == (2, 1), said
+
+
+# A Ray that is one process, and the first node's task alone.
+RAY = {
+    "ray": "echo $$ > ray; exec /bin/sleep 60",
+    "srun": 'SLURM_NODEID=0 exec bash -c "${@: -1}"',
+    "python": "exit 0",
+}
+
+
+def make_ray_job(script: str) -> Job:
+    return Job(name="ladder", command=("bash", "-c", script), nodes=2)
+
+
+def test_a_command_with_a_ray_of_its_own_is_told_to_save_and_its_job_goes_back_to_the_queue(run, tmp_path):
+    """The batch script alone is told, as at the time limit; Ray lives until the command has saved."""
+    script = """trap 'kill -0 $(cat ray) && echo saved; exit 75' TERM
+    kill -TERM $(cat batch); for try in $(seq 500); do /bin/sleep 0.02; done"""
+    tools = RAY | {"srun": "echo $PPID > batch; " + RAY["srun"]}
+    ended, said = run(make_ray_job(script), **tools)
+    assert ended == 75, said
+    assert (said.count("saved"), said.count("scontrol requeue 7")) == (1, 1), said
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_preemption_that_ends_ray_and_its_command_goes_back_to_the_queue(run):
+    """Slurm signals all processes of the task; the command ends as one that lost its Ray."""
+    script = "trap 'exit 1' TERM; kill -TERM $PPID $$; for try in $(seq 500); do /bin/sleep 0.02; done"
+    ended, said = run(make_ray_job(script), **RAY)
+    assert (ended, said.count("scontrol requeue 7")) == (75, 1), said
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, 0), (2, 0), (9, 0), (75, 1)])
+def test_a_command_with_a_ray_of_its_own_gives_the_job_its_exit_code(run, code, requeued):
+    """Even where srun reports the higher one of a worker that it killed."""
+    tools = RAY | {"srun": 'SLURM_NODEID=0 bash -c "${@: -1}"; exit 137'}
+    ended, said = run(make_ray_job(f"exit {code}"), **tools)
+    assert (ended, said.count("scontrol requeue 7")) == (code, requeued), said

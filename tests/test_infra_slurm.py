@@ -1,5 +1,6 @@
 """The batch script under a real Slurm: pre-emption, a killed rank, a user's mistake, attempts that come to nothing."""
 
+import os
 import socket
 import sys
 import time
@@ -152,3 +153,49 @@ def test_a_command_that_stops_with_75_goes_back_to_the_queue(cluster, tmp_path):
     cluster.call("scancel", "--signal=TERM", job)
     found = cluster.wait_for(job, "COMPLETED", "FAILED")
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), cluster.read_log("ladder", job)
+
+
+# Stands for Ray's program: the head listens, a worker stays as long as the head does. SIGTERM ends both.
+RAY = """#!{python}
+import socket, sys, time
+options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv if "=" in word)
+if "--head" in sys.argv:
+    with socket.create_server((options["node-ip-address"], int(options["port"])), backlog=64) as server:
+        while True:
+            server.accept()[0].close()
+host, port = options["address"].split(":")
+open({folder!r} + "/worker", "a").close()
+while True:
+    socket.create_connection((host, int(port))).close()
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_command_in_a_ray_of_its_own_saves_while_ray_lives_and_goes_back_to_the_queue(cluster, tmp_path):
+    """Told as at the time limit, then pre-empted, where Slurm's SIGTERM ends Ray as well; then it ends well."""
+    (tmp_path / "ray").write_text(RAY.format(python=sys.executable, folder=str(tmp_path)))
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 0\n")  # it would ask Ray whether it is up
+    for name in ("ray", "python"):
+        (tmp_path / name).chmod(0o755)
+    answers = "(exec 3<>/dev/tcp/${RAY_ADDRESS/:/\\/}) 2> /dev/null"
+    script = f"""cd {tmp_path}; life=$(ls | grep -c ^life); touch life$life
+    [ $life != 2 ] || exit 0
+    trap '/bin/sleep 2; {answers} && echo saved; exit $((75 - 70 * life))' TERM
+    while true; do sleep 0.2; done"""
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    wanted = Job(name="ladder", command=("bash", "-c", script), nodes=2, grace_s=60, env={"PATH": path})
+    job = cluster.submit(TARGETS["slurm"].render(wanted))
+    while not ((tmp_path / "life0").exists() and (tmp_path / "worker").exists()):
+        time.sleep(0.1)
+    cluster.call("scancel", "--batch", "--signal=TERM", job)
+    cluster.wait_for(job, "PENDING")
+    cluster.wait_for(job, "RUNNING")
+    while not (tmp_path / "life1").exists():
+        time.sleep(0.1)
+    urgent = cluster.submit("#!/bin/sh\necho urgent\n", "--partition=high", "--nodes=2", "--exclusive")
+    cluster.wait_for(urgent, "COMPLETED")
+    found = cluster.wait_for(job, "COMPLETED", "FAILED")
+    said = cluster.read_log("ladder", job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "2"), said
+    assert (said.count("saved"), said.count("stopped: back to the queue")) == (1, 2), said

@@ -142,8 +142,9 @@ def write_hostfile(job: Job) -> list[str]:
     return [f"export {HOSTFILE}=$(mktemp)", f'{hosts} > "${HOSTFILE}"']
 
 
-def write_ray_cluster(job: Job, *, rank: str, port: str) -> list[str]:
-    """Shell lines for every node: together they are one Ray cluster of this job's own, the first node runs the command.
+def write_ray_cluster(job: Job, *, rank: str, port: str, run: Sequence[str] = ()) -> list[str]:
+    """Shell lines for every node: together they are one Ray cluster of this job's own, the first node runs the command,
+    or the lines `run` that do.
 
     Only processes started here are ended: `ray stop` would end those of every other job on the machine as well.
     """
@@ -161,7 +162,7 @@ def write_ray_cluster(job: Job, *, rank: str, port: str) -> list[str]:
         f'export RAY_ADDRESS="${MASTER_ADDR}:{port}"',
         # The port answers before the node has registered itself: only a driver that connects proves the cluster.
         f"for try in $(seq 150); do python -c {shlex.quote(CONNECT)} 2> /dev/null && break; sleep 2; done",
-        write_command(job),
+        *(run or [write_command(job)]),
         "else",
         # A worker serves, and comes back if it breaks, as long as the head answers.
         wait,

@@ -33,7 +33,7 @@ def render(job: Job) -> str:
         "output": "%x-%j.log",
         "open-mode": "append",
         "requeue": "",
-        "signal": f"{'B:' if job.on_every_node else ''}TERM@{job.grace_s}",
+        "signal": f"{'B:' if job.on_every_node or job.nodes > 1 else ''}TERM@{job.grace_s}",
     }
     if job.working_dir != ".":
         settings["chdir"] = job.working_dir
@@ -45,7 +45,7 @@ def render(job: Job) -> str:
     # srun does not take the cores of a task from sbatch any more (22.05 and later).
     exports = [*write_exports(job), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
     body = _write_training(job) if job.on_every_node else _write_one_node(job) if job.nodes == 1 else _write_ray(job)
-    strict = "set -uo pipefail" if job.on_every_node else "set -euo pipefail"
+    strict = "set -uo pipefail" if job.on_every_node or job.nodes > 1 else "set -euo pipefail"
     return "\n".join(["#!/usr/bin/env bash", *header, strict, *exports, *body]) + "\n"
 
 
@@ -138,21 +138,55 @@ def _write_training(job: Job) -> list[str]:
     return [HEAD, OWN_PORT, attempts]
 
 
+# Slurm signals all processes of a step, and Ray's would end before the command could save. So the batch script is told,
+# and writes it to a file that the first node reads; there, too, stands the command's exit code, which srun may hide.
+RAY_STEP = """export {file}=$PWD/.beeline-$SLURM_JOB_ID  # the nodes must see it
+stopped=
+trap 'stopped=1' TERM
+echo run > "${file}" || exit 1
+setsid {step} &
+step=$!
+while kill -0 "$step" 2> /dev/null; do
+  if [ -n "$stopped" ] && [ "$(cat "${file}")" = run ]; then echo stop > "${file}"; fi
+  sleep 1
+done
+wait "$step"; code=$?
+said=$(cat "${file}")
+rm -f "${file}"
+case $said in run | stop | '') ;; *) code=$said ;; esac
+if [ "$code" != 0 ] && {{ [ "$code" = {preempted} ] || [ -n "$stopped" ]; }}; then
+  echo "stopped: back to the queue" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+  exit {preempted}
+fi
+exit $code"""
+# The command on the first node. At a pre-emption Slurm itself signals it, and Ray at once: the trap only notes it.
+RAY_COMMAND = """finish() {{ echo "$1" > "${file}"; exit "$1"; }}
+[ -z "$stopped" ] || finish {preempted}
+{command} &
+command=$! told=
+while kill -0 "$command" 2> /dev/null; do
+  if [ -z "$told" ] && [ "$(cat "${file}")" = stop ]; then told=1 stopped=1; kill -TERM "$command"; fi
+  sleep 1
+done
+wait "$command"; code=$?
+[ -z "$stopped" ] || [ "$code" = 0 ] || code={preempted}
+finish $code"""
+
+
 def _write_ray(job: Job) -> list[str]:
     """Ray's control ports answer to anyone who holds the token, so each job draws its own."""
     address = f'export {MASTER_ADDR}=$(getent ahostsv4 "${MASTER_ADDR}" | head -n 1 | cut -d " " -f 1)'
     token = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n')"
     # Two jobs may share a machine: each takes a port of its own.
     port = "export BEELINE_RAY_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))"
-    node = write_ray_cluster(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT")
+    words = {"file": "BEELINE_STOP", "preempted": outcome.PREEMPTED}
+    run = RAY_COMMAND.format(command=write_command(job), **words)
+    node = write_ray_cluster(job, rank="SLURM_NODEID", port="$BEELINE_RAY_PORT", run=[run])
+    task = chr(10).join(["stopped=", "trap 'stopped=1' TERM", *node])
     # The head's end is the job's end: --wait ends workers that do not notice.
-    return [
-        HEAD,
-        address,
-        token,
-        port,
-        f"{_write_srun(job, '--kill-on-bad-exit=1', '--wait=30')} {shlex.quote(chr(10).join(node))}",
-    ]
+    step = f"{_write_srun(job, '--kill-on-bad-exit=1', '--wait=30')} {shlex.quote(task)}"
+    return [HEAD, address, token, port, RAY_STEP.format(step=step, **words)]
 
 
 TARGET = Target("a batch script for sbatch", render, submit, options=None, has_grace=True, client="sbatch")
