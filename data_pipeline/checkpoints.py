@@ -9,7 +9,7 @@ from infra import storage
 from infra.errors import UserError, nearest
 
 WORLD = Path(__file__).parent / "world" / "checkpoints"
-WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa")
+WORLD_NAMES = ("vae", "clip", "minilm", "captioner", "detector", "judge_clip", "vqa", "d4")
 _SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".onnx")
 
 

@@ -20,7 +20,7 @@ from infra import storage
 from infra.errors import UserError
 
 State = Literal["ok", "note", "bad"]
-WORLD_CHECKPOINTS = ("vae", "clip", "captioner", "detector", "judge_clip", "vqa")
+WORLD_CHECKPOINTS = ("vae", "clip", "captioner", "detector", "judge_clip", "vqa", "d4")
 
 
 @dataclass(frozen=True)

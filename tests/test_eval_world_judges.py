@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eval.calibrate import make_control
+from eval.drawing.generate import ImageRequest, Painter, Sampling
 from eval.judging.judges import build_judges
 from eval.judging.metric import JudgedImage
 from eval.judging.prompts import list_world_caption_prompts, list_world_compbench_prompts, list_world_geneval_prompts
@@ -44,6 +45,18 @@ def test_geneval_of_ground_truth_shuffled_and_noise(geneval, split):
     assert geneval["ground_truth"][f"overall/{split}"].value >= 0.95
     assert geneval["shuffled"][f"overall/{split}"].value <= 0.10
     assert geneval["noise"][f"overall/{split}"].value <= 0.05
+
+
+def test_geneval_of_what_the_models_weights_draw(judges):
+    """`world:d4` ships with the tree and draws most of what is asked for, here in fewer steps than its score's 25."""
+    metric = GenEval(judges)
+    prompts = [prompt for prompt in metric.prompts(3) if prompt.split == "seen"]
+    drawn = Painter("world:d4").paint(
+        [ImageRequest(prompt.text) for prompt in prompts], Sampling(steps=12, solver="dpm")
+    )  # fmt: skip
+    metric.update([JudgedImage(prompt, i, image) for i, (prompt, (_, image)) in enumerate(zip(prompts, drawn))])
+    scores = {score.path: score.value for score in metric.compute()}
+    assert scores["overall/seen"] >= 0.6, scores
 
 
 @pytest.mark.parametrize("split", ["seen", "unseen"])

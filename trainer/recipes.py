@@ -38,7 +38,7 @@ def world(depth: int) -> Recipe:
     with batch 32, 1.5 with 64. Encoder dropout leaves 10 % of the samples without any text, as the paper's 46.4 % does
     for three encoders; here there are two.
     Expected: infra/docs/runs/world_long/report.md (57,600 images a depth, in fp32), world_d4/report.md (depth 4,
-    230,400 images in batches of 32). Two idle cores with AMX, depth 4: 16 images/s in fp32, 40 in bf16, 61 in batches
+    340,000 images in batches of 32). Two idle cores with AMX, depth 4: 16 images/s in fp32, 40 in bf16, 61 in batches
     of 32, 70 with blocks compiled too (a minute at the start), which long runs take.
     """
     return Recipe(
