@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.checkpoints import find_weights
 from data_pipeline.couplings.command import CoupleOptions
 from eval.report.build import ReportOptions
 from eval.studies.fewstep import FewStepOptions
 from infra.cli import parse
+from model.files.weights import read_meta
 from trainer.commands import TrainArgs, parse_options
 from trainer.objective import check_objective
 from trainer.recipe import count_micro_batches
@@ -49,6 +51,12 @@ def run_script(tmp_path: Path, **settings: str) -> list[list[str]]:
         cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, check=True,
     )  # fmt: skip
     return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def test_the_teacher_that_is_taken_by_default_lies_in_the_tree():
+    script = (ROOT / "infra/runs/few_step.sh").read_text()
+    assert "teacher=${TEACHER:-world:d$depth}" in script
+    assert read_meta(find_weights("world:d4"))["config"]["depth"] == 4
 
 
 def parse_training(words: list[str]) -> TrainArgs:
