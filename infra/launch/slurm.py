@@ -166,7 +166,7 @@ RAY_COMMAND = """finish() {{ echo "$1" > "${file}"; exit "$1"; }}
 {command} &
 command=$! told=
 while kill -0 "$command" 2> /dev/null; do
-  if [ -z "$told" ] && [ "$(cat "${file}")" = stop ]; then told=1 stopped=1; kill -TERM "$command"; fi
+  if [ -z "$told" ] && [ "$(cat "${file}" 2> /dev/null)" = stop ]; then told=1 stopped=1; kill -TERM "$command"; fi
   sleep 1
 done
 wait "$command"; code=$?
