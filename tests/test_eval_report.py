@@ -88,6 +88,13 @@ def test_committed_reports_are_read(file):
         assert encode_report(read_report(str(file))) == file.read_bytes()
 
 
+def test_whole_numbers_of_a_plan_are_written_as_they_are_read_again(ladder, tmp_path):
+    report = read_report(str(ladder.parent / "report.json"))
+    planned = replace(report, runs=[replace(report.runs[0], train_flops_per_image=3), *report.runs[1:]])
+    (tmp_path / "report.json").write_bytes(encode_report(planned))
+    assert encode_report(read_report(str(tmp_path / "report.json"))) == encode_report(planned)
+
+
 def test_a_report_that_is_none_is_refused_with_the_place(ladder, tmp_path):
     told = json.loads((ladder.parent / "report.json").read_text())
     told["runs"][0]["cost"]["images"] = "many"

@@ -108,8 +108,13 @@ def _describe_run(run: RunFolder, analysis: Analysis) -> ReportedRun:
 
 
 def encode_report(report: Report) -> bytes:
-    """The bytes of report.json; a number that is not finite is null."""
-    return (json.dumps(to_json(report, finite=True), indent=1, allow_nan=False) + "\n").encode()
+    """The bytes of report.json; a number that is not finite is null.
+
+    Numbers have the types of their fields, as they do when they are read (a plan has whole numbers for some floats): so
+    a report that is read and written again keeps its bytes.
+    """
+    typed = from_json(Report, to_json(report, finite=True), where="the report")
+    return (json.dumps(to_json(typed, finite=True), indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_report(uri: str) -> Report:
