@@ -22,7 +22,7 @@ from model.files.weights import read_meta
 from trainer.exports.card import Meta
 from trainer.exports.export import StoredWeights, Weights, open_weights, write
 from trainer.runfolder import get_checkpoints_folder
-from trainer.zero.checkpoint import list_checkpoints
+from trainer.zero.checkpoint import MANIFEST, list_checkpoints
 from trainer.zero.ema import parse_profile
 
 log = get_logger("posthoc")
@@ -78,7 +78,7 @@ def find_averages(run: str) -> tuple[list[StoredAverage], Callable[[str], Tensor
     if newest is None or read is None:
         raise UserError(f"{run}: no averages in {folder}: is this the folder of a run that has saved?")
     for uri in list_checkpoints(get_checkpoints_folder(run)):
-        manifest = json.loads(storage.read_bytes(storage.join(uri, "manifest.json")))
+        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
         recipe = manifest["state"]["recipe"]
         if recipe["lora"]["rank"] is not None:
             continue  # it holds adapters alone
@@ -119,8 +119,8 @@ def reconstruct(
         return total.float()
 
     made_of = {"averages": len(averages), "profile_error": error}
-    told = meta | {"ema_profile": f"power:{width}", "images_seen": int(wanted.images), "posthoc": made_of}
-    write([out], Weights(shapes, read, told), dtype=dtype)
+    described = meta | {"ema_profile": f"power:{width}", "images_seen": int(wanted.images), "posthoc": made_of}
+    write([out], Weights(shapes, read, described), dtype=dtype)
     if error > POOR:
         log.warning(
             "%d stored averages give this profile with an error of %.0f %%: store more of them (--ema.profiles "
